@@ -1,0 +1,414 @@
+"""The whole configuration schema, once: defaults, units, ranges, bindings.
+
+`configs/*.py` return a locked `ml_collections.ConfigDict` built from the
+dataclasses below, so overrides on the command line are type-checked. All code
+receives the frozen (hashable, hence jit-static) dataclasses instead.
+
+Dimension letters used across the project:
+
+  B batch            T targets (positions to generate)   S slots (keys)
+  N heads            H head dim                          D model width
+  F hidden width     V vocabulary                        L layers
+  G streams          s sentinels
+"""
+
+import dataclasses
+import json
+from typing import Any
+
+import ml_collections
+
+ORDER_FAMILIES = (
+  "uniform",
+  "left_to_right",
+  "right_to_left",
+  "mixture",
+  "curriculum",
+  "block",
+  "shuffled_blocks",
+  "given",
+)
+ESTIMATORS = (
+  "any_order",
+  "training_order",
+  "left_to_right",
+  "given_order",
+  "ensembled",
+)
+# One direction only: no other order is defined for these mechanisms.
+LEFT_TO_RIGHT_ONLY = ("causal",)
+
+
+class ConfigError(ValueError):
+  """A value that cannot be: one line that names field, value and fix."""
+
+
+def _field(
+  default,
+  doc,
+  *,
+  low=None,
+  high=None,
+  above=None,
+  below=None,
+  choices=None,
+  binds="",
+):
+  """A field with its unit or meaning, its range, and what it binds.
+
+  Args:
+    default: the default value; its type is the field's type.
+    doc: meaning and unit.
+    low: least value allowed, inclusive.
+    high: greatest value allowed, inclusive.
+    above: lower bound, exclusive.
+    below: upper bound, exclusive.
+    choices: the values allowed.
+    binds: "model" if a checkpoint is unusable under another value, "run" if
+      only resuming is, "" if the value may change at any time.
+  """
+  metadata = dict(
+    doc=doc,
+    low=low,
+    high=high,
+    above=above,
+    below=below,
+    choices=choices,
+    binds=binds,
+  )
+  return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """The backbone and its mechanism (aoarm_jax/model)."""
+
+  mechanism: str = _field(
+    "two_stream",
+    "how a row learns which position it predicts",
+    choices=("two_stream", "decoupled_rope", "causal"),
+    binds="model",
+  )
+  sentinels: int = _field(
+    1,
+    "1: BOS; 2: BOS and EOS (window boundaries)",
+    low=1,
+    high=2,
+    binds="model",
+  )
+  T: int = _field(128, "positions to generate", low=1, binds="model")
+  D: int = _field(256, "model width", low=2, binds="model")
+  L: int = _field(10, "layers", low=1, binds="model")
+  N: int = _field(4, "attention heads", low=1, binds="model")
+  rope_base: float = _field(
+    10000.0,
+    "longest rotary wavelength / 2 pi, positions",
+    low=1.0,
+    binds="model",
+  )
+
+  @property
+  def H(self) -> int:
+    """Head dim."""
+    return self.D // self.N
+
+  @property
+  def F(self) -> int:
+    """Hidden width of the MLP."""
+    return 4 * self.D
+
+  @property
+  def S(self) -> int:
+    """Slots: sentinels and all tokens but the last generated one."""
+    return self.T + self.sentinels - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """The text (aoarm_jax/data)."""
+
+  corpus: str = _field(
+    "auto",
+    "auto: docstrings without a path, text8 for a file, folder for a folder",
+    choices=("auto", "docstrings", "text8", "folder"),
+  )
+  path: str = _field("", "file or folder of the text; '' is the built-in text")
+  tokenizer: str = _field(
+    "char27", "symbols of the text", choices=("char27", "byte"), binds="model"
+  )
+  workers: int = _field(0, "loader processes; 0 loads in threads", low=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Orders:
+  """The generation orders of training (aoarm_jax/orders.py)."""
+
+  family: str = _field(
+    "uniform", "order family", choices=ORDER_FAMILIES, binds="run"
+  )
+  left_to_right_share: float = _field(
+    0.1,
+    "mixture: share of left-to-right orders",
+    low=0.0,
+    high=1.0,
+    binds="run",
+  )
+  curriculum_steps: int = _field(
+    1000, "curriculum: steps until all orders are uniform", low=1, binds="run"
+  )
+  block_width: int = _field(
+    16, "block, shuffled_blocks: window width, positions", low=1, binds="run"
+  )
+  given: tuple = _field(
+    (), "given: the order, a permutation of 1..T", binds="run"
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+  """AdamW with a schedule (aoarm_jax/optimizer.py)."""
+
+  peak_learning_rate: float = _field(
+    2e-3, "after warmup, per step", above=0.0, binds="run"
+  )
+  schedule: str = _field(
+    "cosine",
+    "after warmup; stable_decay: constant, then linear decay",
+    choices=("cosine", "constant", "stable_decay"),
+    binds="run",
+  )
+  warmup_steps: int = _field(200, "linear warmup, steps", low=0, binds="run")
+  final_share: float = _field(
+    0.1, "last learning rate / peak", low=0.0, high=1.0, binds="run"
+  )
+  decay_steps: int = _field(
+    500, "stable_decay: length of the decay, steps", low=1, binds="run"
+  )
+  b1: float = _field(0.9, "Adam, first moment", low=0.0, below=1.0, binds="run")
+  b2: float = _field(
+    0.98, "Adam, second moment", low=0.0, below=1.0, binds="run"
+  )
+  eps: float = _field(1e-8, "Adam, epsilon", above=0.0, binds="run")
+  weight_decay: float = _field(
+    0.1, "decoupled, matrices only", low=0.0, binds="run"
+  )
+  clip_norm: float = _field(
+    1.0, "global gradient norm at most", above=0.0, binds="run"
+  )
+  ema_decay: float = _field(
+    0.0,
+    "of the parameters, per step; 0 keeps no EMA",
+    low=0.0,
+    below=1.0,
+    binds="run",
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+  """The main job (aoarm_jax/train.py)."""
+
+  steps: int = _field(2000, "optimizer steps", low=1, binds="run")
+  batch_size: int = _field(
+    512, "sequences a step, over all devices", low=1, binds="run"
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+  """Likelihood estimators (aoarm_jax/evaluate.py)."""
+
+  # What decides which checkpoint is best may not change within a run.
+  split: str = _field(
+    "valid", "split read", choices=("train", "valid", "test"), binds="run"
+  )
+  estimators: tuple = _field(
+    ("any_order", "left_to_right"),
+    "the first one is training's validation and picks the best checkpoint",
+    choices=ESTIMATORS,
+    binds="run",
+  )
+  every: int = _field(500, "steps between validations; 0: at the end", low=0)
+  batches: int = _field(
+    24, "batches read; 0: the whole split", low=0, binds="run"
+  )
+  batch_size: int = _field(
+    0, "sequences a batch; 0: train.batch_size", low=0, binds="run"
+  )
+  ensemble_orders: int = _field(
+    8, "ensembled: orders K a sequence", low=1, binds="run"
+  )
+  seed: int = _field(1, "of the orders drawn", low=0, binds="run")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+  """Generation (aoarm_jax/generate.py)."""
+
+  count: int = _field(4, "texts", low=1)
+  temperature: float = _field(1.0, "logits / temperature; 0: argmax", low=0.0)
+  top_k: int = _field(0, "keep the k likeliest tokens; 0: all", low=0)
+  top_p: float = _field(
+    1.0,
+    "keep the likeliest tokens of this total probability",
+    above=0.0,
+    high=1.0,
+  )
+  order: str = _field(
+    "uniform",
+    "order of the blanks",
+    choices=(
+      "uniform",
+      "left_to_right",
+      "right_to_left",
+      "block",
+      "shuffled_blocks",
+      "given",
+    ),
+  )
+  blank: str = _field("_", "the character that marks a blank in --prompt")
+  every: int = _field(
+    500, "steps between samples in training; 0: at the end", low=0
+  )
+  seed: int = _field(0, "of orders and draws", low=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+  """How the same mathematics is run; may change between restarts."""
+
+  dtype: str = _field(
+    "bfloat16", "of matmul inputs", choices=("bfloat16", "float32")
+  )
+  attention: str = _field(
+    "auto",
+    "implementation in pallas_kernels for whole sequences; auto: the fastest "
+    "that is supported, as cached generation always takes",
+    choices=("auto", "reference", "xla", "cudnn"),
+  )
+  scan_layers: bool = _field(False, "one compiled layer, looped over")
+  remat: bool = _field(False, "recompute activations in the backward pass")
+  accumulate: int = _field(1, "micro-batches a step", low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+  """What is kept (aoarm_jax/checkpoint.py)."""
+
+  every: int = _field(500, "steps between saves", low=1)
+  keep_last: int = _field(2, "newest checkpoints kept", low=1)
+  keep_best: int = _field(1, "best checkpoints kept, by validation", low=0)
+  read: str = _field(
+    "newest",
+    "eval, sample: which checkpoint is read; best: by validation",
+    choices=("newest", "best"),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Telemetry:
+  """What is reported (aoarm_jax/telemetry.py)."""
+
+  log_every: int = _field(50, "steps between log lines", low=1)
+  tensorboard: bool = _field(False, "also write TensorBoard events")
+  profile_start: int = _field(-1, "first step profiled; -1: none", low=-1)
+  profile_steps: int = _field(5, "steps profiled", low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+  """Devices by axis (aoarm_jax/sharding.py)."""
+
+  data: int = _field(0, "devices along the batch; 0: all", low=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """One experiment."""
+
+  name: str = "experiment"
+  variant: str = "default"
+  seed: int = _field(0, "of parameters, batches and orders", low=0, binds="run")
+  model: Model = Model()
+  data: Data = Data()
+  orders: Orders = Orders()
+  optimizer: Optimizer = Optimizer()
+  train: Train = Train()
+  eval: Eval = Eval()
+  sample: Sample = Sample()
+  compute: Compute = Compute()
+  checkpoint: Checkpoint = Checkpoint()
+  telemetry: Telemetry = Telemetry()
+  mesh: Mesh = Mesh()
+
+  @property
+  def eval_batch_size(self) -> int:
+    return self.eval.batch_size or self.train.batch_size
+
+
+def to_config_dict(config: Config) -> ml_collections.ConfigDict:
+  """The schema as a locked ConfigDict, for overrides on the command line."""
+  return ml_collections.ConfigDict(dataclasses.asdict(config)).lock()
+
+
+def from_config_dict(config_dict: ml_collections.ConfigDict) -> Config:
+  """The frozen dataclasses; config_rules.validate checks their values."""
+  return from_dict(config_dict.to_dict())
+
+
+def from_dict(tree: dict[str, Any]) -> Config:
+  """Nested dict to Config; absent fields take their defaults.
+
+  Raises:
+    ConfigError: an unknown field or a value of the wrong type.
+  """
+  return _build(Config, tree, "config")
+
+
+def to_json(config: Config) -> str:
+  return json.dumps(dataclasses.asdict(config), indent=2)
+
+
+def from_json(text: str) -> Config:
+  """Inverse of `to_json`; see `from_dict`."""
+  return from_dict(json.loads(text))
+
+
+def _build(cls, tree, path):
+  fields = {f.name: f for f in dataclasses.fields(cls)}
+  for name in tree:
+    if name not in fields:
+      raise ConfigError(
+        f"{path}.{name}: no such field; {path} has: {', '.join(fields)}"
+      )
+  values = {}
+  for name, value in tree.items():
+    kind = type(fields[name].default)
+    if dataclasses.is_dataclass(kind):
+      values[name] = _build(kind, value, f"{path}.{name}")
+    else:
+      values[name] = _cast(kind, value, f"{path}.{name}")
+  return cls(**values)
+
+
+def _cast(kind, value, path):
+  if kind is tuple and isinstance(value, (list, tuple)):
+    return tuple(value)
+  if kind is float and type(value) is int:
+    return float(value)
+  if type(value) is not kind:
+    raise ConfigError(
+      f"{path}={value!r}: a {type(value).__name__} where a {kind.__name__} "
+      "belongs"
+    )
+  return value
+
+
+def leaves(config, path="config"):
+  """Yields (path, dataclass field, value) of every leaf of the schema."""
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if dataclasses.is_dataclass(value):
+      yield from leaves(value, f"{path}.{field.name}")
+    else:
+      yield f"{path}.{field.name}", field, value

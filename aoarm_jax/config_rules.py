@@ -1,0 +1,157 @@
+"""Which configs can be, and which changes a run survives."""
+
+import math
+
+from aoarm_jax import config as config_lib
+
+
+def validate(config: config_lib.Config) -> config_lib.Config:
+  """Returns the config if every value can be, alone and together.
+
+  Raises:
+    ConfigError: naming the field, its value and the fix.
+  """
+  for path, field, value in config_lib.leaves(config):
+    _check_range(path, field.metadata, value)
+  for path, value, good, fix in _relations(config):
+    if not good:
+      raise config_lib.ConfigError(f"{path}={value!r}: {fix}")
+  return config
+
+
+def _check_range(path, metadata, value):
+  bounds = (
+    (metadata.get("low"), lambda x, bound: x >= bound, "at least"),
+    (metadata.get("high"), lambda x, bound: x <= bound, "at most"),
+    (metadata.get("above"), lambda x, bound: x > bound, "above"),
+    (metadata.get("below"), lambda x, bound: x < bound, "below"),
+    # Whole numbers are int32 on the device.
+    (2**31 - 1 if type(value) is int else None, lambda x, b: x <= b, "at most"),
+  )
+  choices = metadata.get("choices")
+  if isinstance(value, float) and not math.isfinite(value):
+    raise config_lib.ConfigError(f"{path}={value!r}: must be finite")
+  for bound, holds, words in bounds:
+    if bound is not None and not holds(value, bound):
+      raise config_lib.ConfigError(
+        f"{path}={value!r}: must be {words} {bound} ({metadata.get('doc')})"
+      )
+  for item in value if isinstance(value, tuple) else (value,):
+    if choices and item not in choices:
+      raise config_lib.ConfigError(
+        f"{path}={value!r}: {item!r} is not one of {', '.join(choices)}"
+      )
+    if isinstance(value, tuple) and not choices and type(item) is not int:
+      raise config_lib.ConfigError(
+        f"{path}={value!r}: {item!r} is not a whole number"
+      )
+
+
+def _relations(config):
+  """Yields (path, value, holds, fix) of conditions between fields."""
+  m, o, t = config.model, config.orders, config.train
+  yield (
+    "config.model.N", m.N, m.D % m.N == 0 and (m.D // m.N) % 2 == 0,
+    f"must divide config.model.D={m.D} into heads of even width (rotary pairs)",
+  )  # fmt: skip
+  one_way = m.mechanism in config_lib.LEFT_TO_RIGHT_ONLY
+  yield (
+    "config.orders.family", o.family,
+    not one_way or o.family == "left_to_right",
+    f"mechanism {m.mechanism} generates left to right only",
+  )  # fmt: skip
+  yield (
+    "config.sample.order", config.sample.order,
+    not one_way or config.sample.order == "left_to_right",
+    f"mechanism {m.mechanism} generates left to right only",
+  )  # fmt: skip
+  yield (
+    "config.eval.estimators", config.eval.estimators,
+    len(config.eval.estimators) > 0, "name at least one estimator",
+  )  # fmt: skip
+  yield (
+    "config.eval.estimators", config.eval.estimators,
+    not one_way or set(config.eval.estimators) <= {"left_to_right"},
+    f"mechanism {m.mechanism} has a left_to_right likelihood only",
+  )  # fmt: skip
+  needs_given = (
+    o.family == "given"
+    or config.sample.order == "given"
+    or "given_order" in config.eval.estimators
+  )
+  yield (
+    "config.orders.given", o.given,
+    sorted(o.given) == list(range(1, m.T + 1)) if (needs_given or o.given)
+    else True,
+    f"must be a permutation of 1..{m.T} (config.model.T)",
+  )  # fmt: skip
+  yield (
+    "config.orders.block_width", o.block_width,
+    "block" not in o.family or o.block_width <= m.T,
+    f"must be at most config.model.T={m.T}",
+  )  # fmt: skip
+  yield (
+    "config.compute.accumulate", config.compute.accumulate,
+    t.batch_size % config.compute.accumulate == 0,
+    f"must divide config.train.batch_size={t.batch_size}",
+  )  # fmt: skip
+  opt = config.optimizer
+  yield (
+    "config.optimizer.decay_steps", opt.decay_steps,
+    opt.schedule != "stable_decay"
+    or opt.warmup_steps + opt.decay_steps <= t.steps,
+    f"with config.optimizer.warmup_steps={opt.warmup_steps} it must fit into "
+    f"config.train.steps={t.steps}",
+  )  # fmt: skip
+  yield (
+    "config.compute.dtype", config.compute.dtype,
+    config.compute.attention != "cudnn" or config.compute.dtype == "bfloat16",
+    "config.compute.attention=cudnn computes in bfloat16 only",
+  )  # fmt: skip
+  yield (
+    "config.sample.blank", config.sample.blank, len(config.sample.blank) == 1,
+    "must be one character",
+  )  # fmt: skip
+
+
+def differences(
+  saved: config_lib.Config, wanted: config_lib.Config, binds: tuple[str, ...]
+):
+  """Yields (path, saved value, wanted value) of bound fields that differ.
+
+  Args:
+    saved: the checkpoint's config.
+    wanted: the command line's config.
+    binds: ("model",) to use the parameters; ("model", "run") to resume.
+  """
+  for (path, field, old), (_, _, new) in zip(
+    config_lib.leaves(saved), config_lib.leaves(wanted)
+  ):
+    if field.metadata.get("binds", "") in binds and old != new:
+      yield path, old, new
+
+
+def schedule_steps_error(
+  saved: config_lib.Config, wanted: config_lib.Config, step: int
+) -> str:
+  """Why train.steps may not change from `saved` to `wanted` at `step`, or "".
+
+  The learning rate of the steps already taken must be what `wanted` would have
+  given them, or the run is no longer one run.
+  """
+  old, new, opt = saved.train.steps, wanted.train.steps, wanted.optimizer
+  if old == new or opt.schedule == "constant":
+    return ""
+  if opt.schedule == "cosine":
+    return (
+      f"the cosine schedule was laid out for {old} steps; start a new run, or "
+      "train with --config.optimizer.schedule=stable_decay, which can be "
+      "prolonged before its decay starts"
+    )
+  decay_start = min(old, new) - opt.decay_steps
+  if step > decay_start:
+    return (
+      f"the checkpoint at step {step} lies in the decay, which starts at step "
+      f"{decay_start}; resume from an earlier checkpoint"
+    )
+  return ""

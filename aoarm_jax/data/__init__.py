@@ -1,0 +1,1 @@
+"""The text: corpora and their normal form, tokenizers, batches."""

@@ -1,0 +1,279 @@
+"""Likelihood estimators over a split. Each has a name that is never dropped.
+
+| name           | what is averaged over sequences                            |
+|----------------|------------------------------------------------------------|
+| any_order      | -log p(x | sigma), sigma uniform                           |
+| training_order | the same, sigma from the training family                   |
+| left_to_right  | the same, sigma = 1..T                                     |
+| given_order    | the same, sigma = config.orders.given                      |
+| ensembled      | -log mean_k p(x | sigma_k) over K uniform orders           |
+
+All are exact likelihoods of the sequences under the named orders. They are
+different quantities: never put two of them in one column.
+"""
+
+import dataclasses
+import datetime
+import functools
+import json
+import math
+from collections.abc import Callable, Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from etils import epath
+
+from aoarm_jax import config as config_lib
+from aoarm_jax import (
+  figures,
+  objective,
+  orders,
+  restore,
+  run_dir,
+  sharding,
+  train_state,
+)
+from aoarm_jax.data import corpora, pipeline, tokenizers
+
+_EVALUATION = 101  # Sets these keys apart from training's of the same seed.
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+  """The mean over sequences of one estimator.
+
+  Attributes:
+    estimator: its name.
+    nats_per_token: mean.
+    standard_error_nats: of the mean, over sequences, each with orders of its
+      own (neighbouring windows of one text are taken as independent).
+    sequences: how many.
+    slot_curve_nats: mean by rank, T floats; () for ensembled, which has none.
+  """
+
+  estimator: str
+  nats_per_token: float
+  standard_error_nats: float
+  sequences: int
+  slot_curve_nats: tuple[float, ...]
+
+  @property
+  def bits_per_char(self) -> float:
+    return self.nats_per_token / math.log(2)
+
+  def record(self) -> dict:
+    """The estimate as a metrics.jsonl record, in bits."""
+    return {
+      "estimator": self.estimator,
+      "nats_per_token": self.nats_per_token,
+      "bits_per_char": self.bits_per_char,
+      "standard_error_bits": self.standard_error_nats / math.log(2),
+      "sequences": self.sequences,
+      "slot_curve_bits": [x / math.log(2) for x in self.slot_curve_nats],
+    }
+
+  def __str__(self):
+    return (
+      f"{self.estimator:<14}  {self.bits_per_char:.4f} bits/char  "
+      f"± {self.standard_error_nats / math.log(2):.4f}  "
+      f"({self.sequences:,} sequences)"
+    )
+
+
+class Evaluator:
+  """The estimators of one run; jitted once each."""
+
+  def __init__(
+    self,
+    config: config_lib.Config,
+    bind: train_state.Bind,
+    vocabulary: int,
+    mesh: jax.sharding.Mesh,
+  ):
+    self._config, self._bind, self._mesh = config, bind, mesh
+    self._vocabulary = vocabulary
+    self._jitted = {}
+
+  def estimate(
+    self,
+    params,
+    batches: Iterable,
+    estimator: str,
+    step: int,
+    is_stopped: Callable[[], object] = lambda: False,
+  ) -> Estimate | None:
+    """Averages an estimator over batches.
+
+    Args:
+      params: as the Bind's; on the mesh.
+      batches: of (tokens uint8 [B, T], real bool [B]); rows that are not real
+        are padding of the last batch and count nowhere.
+      estimator: a name of config.ESTIMATORS.
+      step: of the parameters; training_order under a curriculum depends on it.
+      is_stopped: asked before every batch; ends the evaluation.
+
+    Returns:
+      The Estimate, or None if stopped. The same batches, parameters and config
+      give the same one.
+    """
+    if estimator not in self._jitted:
+      self._jitted[estimator] = jax.jit(
+        functools.partial(self._sums, estimator),
+        out_shardings=sharding.replicated(self._mesh),
+      )
+    key = jax.random.fold_in(
+      jax.random.key(self._config.eval.seed), _EVALUATION
+    )
+    key, step, first_row = sharding.put(
+      self._mesh, (key, np.int32(step), np.int32(0))
+    )
+    sequence_nats, rank_nats = [], np.zeros(self._config.model.T)
+    for tokens, real in batches:
+      if is_stopped():
+        return None
+      batch = sharding.put_batch(self._mesh, (tokens, real))
+      nats, by_rank, real, first_row = self._jitted[estimator](
+        params, key, step, first_row, *batch
+      )
+      nats, by_rank, real = jax.device_get((nats, by_rank, real))
+      sequence_nats.append(nats[real])
+      rank_nats += by_rank
+    nats = np.concatenate(sequence_nats).astype(np.float64)
+    T, count = self._config.model.T, len(nats)
+    spread = nats.std(ddof=1) if count > 1 else math.nan
+    curve = () if estimator == "ensembled" else tuple(rank_nats / count)
+    return Estimate(
+      estimator=estimator,
+      nats_per_token=float(nats.mean() / T),
+      standard_error_nats=float(spread / math.sqrt(count) / T),
+      sequences=count,
+      slot_curve_nats=tuple(map(float, curve)),
+    )
+
+  def _sums(self, estimator, params, key, step, first_row, tokens, real):
+    """[B] nats by sequence, [T] summed by rank, real [B], next first_row."""
+    tokens = tokens.astype(jnp.int32)
+    next_row = first_row + len(tokens)
+    if estimator == "ensembled":
+      draws = jnp.arange(self._config.eval.ensemble_orders)
+      each = jax.lax.map(
+        lambda k: self._nll(
+          params, jax.random.fold_in(key, k), step, first_row, tokens, "uniform"
+        ).sum(axis=1),
+        draws,
+      )
+      zeros = jnp.zeros(self._config.model.T)
+      return objective.ensembled_nll(each), zeros, real, next_row
+    family = {
+      "any_order": "uniform",
+      "training_order": self._config.orders.family,
+      "left_to_right": "left_to_right",
+      "given_order": "given",
+    }[estimator]
+    by_rank = self._nll(params, key, step, first_row, tokens, family)
+    summed = jnp.where(real[:, None], by_rank, 0.0).sum(axis=0)
+    return by_rank.sum(axis=1), summed, real, next_row
+
+  def _nll(self, params, key, step, first_row, tokens, family):
+    model = self._config.model
+    order = orders.draw(
+      key,
+      len(tokens),
+      model.T,
+      dataclasses.replace(self._config.orders, family=family),
+      step=step,
+      first_row=first_row,
+    )
+    return objective.order_nll(
+      self._bind(params),
+      tokens,
+      order,
+      sentinels=model.sentinels,
+      vocabulary=self._vocabulary,
+    )
+
+
+def evaluate(config: config_lib.Config, workdir: epath.Path) -> None:
+  """--mode=eval: every estimator of config.eval on the newest checkpoint.
+
+  Prints them, and writes evaluations/step_<n>_<split>_<time>.json and
+  slot_curve_<split>.png to the run directory.
+
+  Raises:
+    CheckpointError, ConfigError: see restore.restore.
+    DataError: the split is missing or wrong.
+  """
+  tokenizer = tokenizers.get(config.data.tokenizer)
+  corpus = corpora.load(config.data.corpus, config.data.path, tokenizer)
+  logging.info("text: %s", corpus.describe(config.eval.split))
+  tokens = corpus.split(config.eval.split)
+  mesh = sharding.make_mesh(config.mesh)
+  sharding.check_batch(mesh, "config.eval.batch_size", config.eval_batch_size)
+  with jax.set_mesh(mesh):
+    run = restore.restore(config, workdir, mesh)
+    restore.warn_other_text(run.saved, corpus, config.eval.split)
+    batches = evaluation_batches(config, tokens)
+    # training_order is the family that the checkpoint was trained on.
+    trained = config_lib.from_json(run.saved.config_json).orders
+    given = config.orders.given or trained.given
+    evaluator = Evaluator(
+      dataclasses.replace(
+        config, orders=dataclasses.replace(trained, given=given)
+      ),
+      run.bind,
+      tokenizer.V,
+      mesh,
+    )
+    estimates = []
+    for estimator in config.eval.estimators:
+      estimates.append(
+        evaluator.estimate(run.params, batches, estimator, run.saved.step)
+      )
+      logging.info("%s  %s", config.eval.split, estimates[-1])
+  if jax.process_index() == 0:
+    _write(config, workdir, run.saved.step, corpus, estimates)
+
+
+def _write(config, workdir, step, corpus, estimates):
+  split = config.eval.split
+  report = {
+    "step": step,
+    "split": split,
+    "text": corpus.describe(),
+    "sha256": corpus.hash(split),
+    "unigram_bits": corpora.unigram_entropy(
+      corpus.split(split), corpus.tokenizer.V
+    ),
+    "eval": dataclasses.asdict(config.eval),
+    "estimates": [e.record() for e in estimates],
+  }
+  now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S.%f")
+  path = workdir / "evaluations" / f"step_{step:08d}_{split}_{now}.json"
+  run_dir.write_atomically(path, json.dumps(report, indent=2) + "\n")
+  logging.info("written: %s", path)
+  figures.slot_curve(
+    {
+      e.estimator: e.record()["slot_curve_bits"]
+      for e in estimates
+      if e.slot_curve_nats
+    },
+    workdir / f"slot_curve_{split}.png",
+    title=f"{config.name}:{config.variant}, {split}",
+  )
+
+
+def evaluation_batches(
+  config: config_lib.Config, tokens: np.ndarray
+) -> pipeline.EvalBatches:
+  """The windows of the split that every evaluation of this config reads."""
+  return pipeline.eval_batches(
+    tokens,
+    T=config.model.T,
+    batch_size=config.eval_batch_size,
+    batches=config.eval.batches,
+    seed=config.eval.seed,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )

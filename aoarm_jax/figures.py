@@ -1,0 +1,197 @@
+"""The pictures of a run directory: loss curve and slot curve, as PNG files.
+
+Matplotlib is imported where a picture is drawn and never through pyplot, so
+that nothing here opens a window or keeps figures alive.
+"""
+
+import contextlib
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from aoarm_jax import run_dir
+
+_INCHES = (9.4, 4.2)
+_DPI = 150
+# Okabe and Ito's colours, told apart with every kind of colour vision; black
+# and yellow are left out.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+_GREY = "#6b6b6b"
+_STYLE = {
+  "font.size": 11,
+  "axes.titlesize": 12,
+  "axes.titlelocation": "left",
+  "axes.titlepad": 10,
+  "axes.spines.top": False,
+  "axes.spines.right": False,
+  "axes.edgecolor": _GREY,
+  "axes.grid": True,
+  "axes.axisbelow": True,
+  "grid.color": "#e6e6e6",
+  "grid.linewidth": 0.8,
+  "xtick.color": _GREY,
+  "ytick.color": _GREY,
+  "xtick.labelcolor": "black",
+  "ytick.labelcolor": "black",
+  "legend.frameon": False,
+  "lines.solid_capstyle": "round",
+}
+# A linear step axis hides the start of a run as long as this, in ratio.
+_LOG_STEPS_FROM = 500
+
+
+def loss_curve(
+  records: Sequence[Mapping[str, Any]], path: epath.PathLike, *, title: str
+):
+  """Draws bits a character over steps: training, validation, unigram entropy.
+
+  Args:
+    records: as telemetry.read_metrics returns them; any number, also none.
+    path: of the PNG file.
+    title: of the picture.
+  """
+  train = [r for r in records if r.get("kind") == "train"]
+  valid = [r for r in records if r.get("kind") == "valid"]
+  names = dict.fromkeys(r.get("estimator", "") for r in valid)
+  with _axes(path, title) as axes:
+    steps, bits = _series(train, "bits_per_char")
+    is_empty = not len(steps)
+    if len(steps):
+      _draw_noisy(axes, steps, bits, _COLOURS[0], "training")
+    for i, name in enumerate(names):
+      chosen = [r for r in valid if r.get("estimator", "") == name]
+      points, bits = _series(chosen, "bits_per_char")
+      if len(points):
+        label = f"validation, {_words(name)}" if name else "validation"
+        axes.plot(
+          points, bits, color=_COLOURS[1 + i % 5], lw=1.2, ms=6,
+          marker=_MARKERS[i % 6], label=f"{label}: {bits[-1]:.3f}",
+        )  # fmt: skip
+        steps, is_empty = np.append(steps, points), False
+    if is_empty:
+      _say_empty(axes)
+    else:
+      _, unigram = _series(valid, "unigram_bits")
+      legend_top = _draw_reference(axes, unigram[-1]) if len(unigram) else 1.0
+      _step_axis(axes, steps)
+      axes.legend(loc="upper right", bbox_to_anchor=(1.0, legend_top))
+    axes.set_xlabel("step")
+    axes.set_ylabel("bits per character")
+
+
+def slot_curve(
+  curves: Mapping[str, Sequence[float]], path: epath.PathLike, *, title: str
+):
+  """Draws bits a character by rank in the generation order.
+
+  Args:
+    curves: label to the bits per character of ranks 1..T; T may differ.
+    path: of the PNG file.
+    title: of the picture.
+  """
+  with _axes(path, title) as axes:
+    is_empty = True
+    for i, (label, curve) in enumerate(curves.items()):
+      bits = np.array([np.nan if b is None else b for b in curve], float)
+      if not np.isfinite(bits).any():
+        continue
+      is_empty = False
+      share = (np.arange(len(bits)) + 1) / len(bits)
+      label = f"{_words(label)}: mean {np.nanmean(bits):.3f}"
+      good = np.isfinite(bits)
+      _draw_noisy(axes, share[good], bits[good], _COLOURS[i % 6], label)
+    if is_empty:
+      _say_empty(axes)
+    else:
+      axes.set_ylim(bottom=0)
+      axes.legend(loc="upper right")
+    axes.set_xlim(0, 1.01)
+    axes.set_xlabel("share of the text generated so far: rank r / length T")
+    axes.set_ylabel("bits per character")
+
+
+@contextlib.contextmanager
+def _axes(path, title):
+  """One pair of axes, saved to `path` where the block ends well."""
+  import matplotlib
+  from matplotlib import figure
+  from matplotlib.backends import backend_agg
+
+  with matplotlib.rc_context(_STYLE):
+    picture = figure.Figure(_INCHES, _DPI, layout="constrained")
+    backend_agg.FigureCanvasAgg(picture)
+    axes = picture.add_subplot()
+    axes.set_title(title, parse_math=False)
+    yield axes
+    data = io.BytesIO()
+    picture.savefig(data, format="png", dpi=_DPI)
+    run_dir.write_atomically(path, data.getvalue())
+
+
+def _words(name):
+  """A label; Matplotlib hides those that begin with an underscore."""
+  return str(name).replace("_", " ").strip()
+
+
+def _series(records, name):
+  """(steps, values) of the records that have a finite value of that name."""
+  pairs = [(r["step"], r[name]) for r in records if r.get(name) is not None]
+  steps, values = np.array(pairs, float).reshape(-1, 2).T
+  good = np.isfinite(values)
+  return steps[good], values[good]
+
+
+def _draw_noisy(axes, x, y, colour, label):
+  """The values thin and their running mean thick; few values just as dots."""
+  width = len(x) // 40
+  if width < 2:
+    marker = "o" if len(x) <= 40 else ""
+    axes.plot(x, y, color=colour, lw=1.8, marker=marker, ms=3.5, label=label)
+    return
+  axes.plot(x, y, color=colour, lw=0.8, alpha=0.35)
+  axes.plot(x, _running_mean(y, width), color=colour, lw=2.0, label=label)
+
+
+def _running_mean(y, width):
+  """Centred mean over at most 2 width + 1 values, fewer towards the ends."""
+  sums = np.concatenate([[0.0], np.cumsum(y)])
+  index = np.arange(len(y))
+  # The window stays symmetric, or a steep start would be pulled down.
+  reach = np.minimum(width, np.minimum(index, len(y) - 1 - index))
+  return (sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1)
+
+
+def _draw_reference(axes, bits):
+  """Draws the unigram entropy; returns how high a legend may reach, 0..1."""
+  axes.axhline(bits, color=_GREY, lw=1.2, ls=(0, (5, 3)), zorder=1)
+  axes.annotate(
+    f"unigram entropy: {bits:.3f}", (0.995, bits), (0, 3), ha="right",
+    xycoords=("axes fraction", "data"), textcoords="offset points",
+    color=_GREY, fontsize=10,
+  )  # fmt: skip
+  low, high = axes.get_ylim()
+  share = (bits - low) / (high - low)
+  return share - 0.01 if share > 0.5 else 1.0
+
+
+def _step_axis(axes, steps):
+  """Thousands separated; logarithmic where a run is long."""
+  from matplotlib import ticker
+
+  first, last = steps[steps > 0].min(initial=np.inf), steps.max()
+  if last >= _LOG_STEPS_FROM * first:
+    axes.set_xscale("log")
+  elif last > 0:
+    axes.set_xlim(0, last * 1.02)
+  axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
+
+
+def _say_empty(axes):
+  axes.set_xticks([])
+  axes.set_yticks([])
+  axes.text(0.5, 0.5, "nothing measured yet", transform=axes.transAxes,
+            ha="center", va="center", color=_GREY)  # fmt: skip

@@ -1,0 +1,219 @@
+"""Command line: python -m aoarm_jax.main --config=configs/two_stream.py
+
+An error that a user can mend is one line and a non-zero exit: 1 the run
+failed, 2 the command cannot be, 75 preempted after a save (start the same
+command again), 130 interrupted after a save.
+"""
+
+import dataclasses
+import errno
+import os
+import re
+import sys
+
+import jax
+from absl import app, flags, logging
+from etils import epath
+from ml_collections import config_flags
+
+import pallas_kernels
+from aoarm_jax import (
+  checkpoint,
+  config_rules,
+  evaluate,
+  generate,
+  run_dir,
+  telemetry,
+  train,
+)
+from aoarm_jax import config as config_lib
+from aoarm_jax.data import corpora, docstrings
+
+MODES = ("train", "eval", "sample")
+_NO_CONFIG = (
+  "--config is missing: name an experiment, as in "
+  "--config=configs/two_stream.py"
+)
+
+# What a user can mend: shown as one line.
+COMMAND_ERRORS = (config_lib.ConfigError, generate.PromptError, flags.Error)
+RUN_ERRORS = (
+  checkpoint.CheckpointError,
+  corpora.DataError,
+  telemetry.NonFiniteError,
+)
+
+
+def define_flags(flag_values: flags.FlagValues, argv: list[str] | None = None):
+  """Defines this program's flags; `argv` is searched for overrides."""
+  config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "experiment file and variant, as in configs/two_stream.py:tiny; single "
+    "fields by --config.train.steps=100",
+    flag_values=flag_values,
+    sys_argv=argv,
+  )
+  flags.DEFINE_enum(
+    "mode", "train", MODES, "what to do", flag_values=flag_values
+  )
+  flags.DEFINE_string(
+    "workdir", "", "run directory; '' is runs/<config name>-<variant>",
+    flag_values=flag_values,
+  )  # fmt: skip
+  flags.DEFINE_string(
+    "prompt", "", "sample: text with blanks, as in 'the qu___ of en_land'",
+    flag_values=flag_values,
+  )  # fmt: skip
+
+
+define_flags(flags.FLAGS)
+
+
+def parse(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS):
+  """Parses the command line; every error is a flags.Error or ConfigError."""
+  for argument in argv[1:]:
+    _check_override(argument)
+  try:
+    rest = flag_values(argv)
+    if len(rest) > 1:
+      raise flags.Error(f"unexpected argument {rest[1]!r}")
+    if flag_values.config is None:
+      raise flags.Error(_NO_CONFIG)
+    str(flag_values.config.name)  # An error of the file shows on first access.
+  except flags.UnrecognizedFlagError as error:
+    # Fields become flags when --config is read.
+    is_field = error.flagname.startswith("config.")
+    raise flags.Error(_NO_CONFIG) if is_field else error from None
+  except flags.IllegalFlagValueError as error:
+    raise config_lib.ConfigError(_last_line(error)) from error
+  except OSError as error:
+    name = next(a for a in argv if re.match("--?config", a))
+    raise config_lib.ConfigError(f"{name}: {_last_line(error)}") from error
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    raise config_lib.ConfigError(_last_line(error)) from error
+  return rest
+
+
+def _check_override(argument: str):
+  """Refuses a --config.a.b that is not in the schema, naming the field."""
+  match = re.match(
+    r"--?(?:no)?config\.([\w.]+)(?:=(.*))?$", argument, re.DOTALL
+  )
+  if not match:
+    return
+  path, node = "config", config_lib.Config()
+  for name in match[1].split("."):
+    if not dataclasses.is_dataclass(node):
+      raise config_lib.ConfigError(f"{path}.{name}: {path} has no fields")
+    fields = [field.name for field in dataclasses.fields(node)]
+    if name not in fields:
+      raise config_lib.ConfigError(
+        f"{path}.{name}: no such field; {path} has: {', '.join(fields)}"
+      )
+    path, node = f"{path}.{name}", getattr(node, name)
+  if dataclasses.is_dataclass(node):
+    raise config_lib.ConfigError(f"{path}: a section; set one of its fields")
+  if match[2] is not None and not _reads_as(type(node), match[2]):
+    raise config_lib.ConfigError(
+      f"{path}={match[2]!r}: must be of type {type(node).__name__}"
+    )
+
+
+def _reads_as(kind, text):
+  if kind is bool:
+    return text.lower() in ("true", "false", "t", "f", "1", "0")
+  try:
+    return kind not in (int, float) or kind(text) is not None
+  except ValueError:
+    return False
+
+
+def _last_line(error: Exception) -> str:
+  """The message of an error whose text may hold a whole traceback."""
+  lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+  return lines[-1].removeprefix("aoarm_jax.config.ConfigError: ")
+
+
+def run(flag_values: flags.FlagValues, argv: list[str]) -> None:
+  """Runs one mode. Raises COMMAND_ERRORS, RUN_ERRORS or Preempted."""
+  config = config_rules.validate(
+    config_lib.from_config_dict(flag_values.config)
+  )
+  workdir = epath.Path(
+    flag_values.workdir or f"runs/{config.name}-{config.variant}"
+  )
+  if flag_values.prompt and flag_values.mode != "sample":
+    raise flags.Error("--prompt needs --mode=sample")
+  run_dir.check_tensorboard(config.telemetry.tensorboard)
+  match flag_values.mode:
+    case "train":
+      train.train(config, workdir, argv)
+    case "eval":
+      evaluate.evaluate(config, workdir)
+    case "sample":
+      generate.sample(config, workdir, flag_values.prompt)
+
+
+def _cache_compilations():
+  """Keeps compiled programs, unless JAX_COMPILATION_CACHE_DIR says where."""
+  if jax.config.jax_compilation_cache_dir is not None:
+    return
+  try:
+    folder = docstrings.cache_folder() / "xla"
+  except RuntimeError:  # No home folder: do without.
+    return
+  jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def main(argv: list[str]) -> None:
+  del argv  # Without flags nothing is left; the whole command is sys.argv.
+  telemetry.setup_logging()
+  _cache_compilations()
+  try:
+    run(flags.FLAGS, sys.argv)
+  except train.Preempted as stop:
+    logging.warning("%s", stop)
+    sys.exit(stop.exit_code)
+  except KeyboardInterrupt:
+    _fail("interrupted", 130)
+  except COMMAND_ERRORS as error:
+    _fail(error, 2)
+  except RUN_ERRORS as error:
+    _fail(error, 1)
+  except pallas_kernels.UnsupportedError as error:
+    _fail(f"config.compute.attention: {error}", 2)
+  except OSError as error:
+    if error.errno is None:
+      raise
+    where = f": {error.filename}" if error.filename else ""
+    hint = " (free some space and start the same command again)"
+    _fail(
+      f"{os.strerror(error.errno)}{where}"
+      + hint * (error.errno in (errno.ENOSPC, errno.EDQUOT)),
+      1,
+    )
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    _fail(
+      "out of device memory: lower --config.train.batch_size, raise "
+      "--config.compute.accumulate, or set --config.compute.remat=true",
+      1,
+    )
+
+
+def _fail(error, code):
+  print(f"aoarm_jax: error: {error}", file=sys.stderr)
+  sys.exit(code)
+
+
+def _parse_or_exit(argv):
+  try:
+    return parse(argv)
+  except COMMAND_ERRORS as error:
+    return _fail(_last_line(error), 2)
+
+
+if __name__ == "__main__":
+  app.run(main, flags_parser=_parse_or_exit)

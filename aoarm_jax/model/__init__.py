@@ -1,0 +1,1 @@
+"""The backbone, and the mechanisms that tell a row what to predict."""

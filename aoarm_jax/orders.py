@@ -1,0 +1,202 @@
+"""Generation orders, and tokens laid out in generation order.
+
+An order is an int32 row [T]: a permutation of the positions 1..T. Position 0
+is BOS and, with two sentinels, position T + 1 is EOS; both are always known.
+Everything downstream runs in generation order: `to_slots` gathers the tokens
+once, so that an ordinary causal mask over slots is the any-order mask.
+
+Pure jax.numpy. Dimension letters: aoarm_jax/config.py.
+"""
+
+import functools
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from aoarm_jax import config as config_lib
+
+
+class Slots(NamedTuple):
+  """A batch in generation order (or, in decoding, some of its slots).
+
+  Attributes:
+    tokens: int32 [B, S], the content of each slot.
+    position: int32 [B, S], c, the position of that content.
+    target_position: int32 [B, S], t, the position that the slot predicts. With
+      two sentinels slot 0 predicts nothing: its target position is its own, 0.
+  """
+
+  tokens: jax.Array
+  position: jax.Array
+  target_position: jax.Array
+
+
+def to_slots(
+  tokens: jax.Array,
+  order: jax.Array,
+  sentinels: int,
+  vocabulary: int,
+  end: int | None = None,
+) -> Slots:
+  """Lays tokens out in generation order, behind the sentinels.
+
+  Slot 0 is BOS; with two sentinels slot 1 is EOS; slot i >= s holds the token
+  at position order[i - s]. The last generated token is never content. Rank r
+  is predicted at slot r + s - 1.
+
+  Args:
+    tokens: int [B, T], natural order; position p is tokens[:, p - 1].
+    order: int32 [B, T], permutations of 1..T.
+    sentinels: s, 1 or 2.
+    vocabulary: V; BOS has id V, EOS id V + 1.
+    end: position of EOS; None is T + 1. It is larger where only the first T
+      positions of a longer window are generated.
+
+  Returns:
+    Slots with S = T + s - 1.
+  """
+  chex.assert_equal_shape([tokens, order])
+  B, T = tokens.shape
+  known = jnp.take_along_axis(tokens, order - 1, axis=1)[:, :-1]
+  bos = jnp.array([[vocabulary, vocabulary + 1][:sentinels]], jnp.int32)
+  ends = jnp.array([[0, end or T + 1][:sentinels]], jnp.int32)
+  start = functools.partial(jnp.broadcast_to, shape=(B, sentinels))
+  return Slots(
+    tokens=jnp.concatenate([start(bos), known.astype(jnp.int32)], axis=1),
+    position=jnp.concatenate([start(ends), order[:, :-1]], axis=1),
+    target_position=jnp.pad(order, ((0, 0), (sentinels - 1, 0))),
+  )
+
+
+def draw(
+  key: jax.Array,
+  batch: int,
+  T: int,
+  options: config_lib.Orders,
+  *,
+  step: jax.Array | int = 0,
+  first_row: jax.Array | int = 0,
+) -> jax.Array:
+  """Draws one order a sequence.
+
+  Row b depends on (key, first_row + b) alone, so neither the batch size nor
+  the number of devices changes it.
+
+  Args:
+    key: typed PRNG key.
+    batch: B.
+    T: positions.
+    options: the family and its numbers. uniform: every permutation alike.
+      left_to_right, right_to_left: that one. mixture: left to right with
+      probability left_to_right_share, else uniform (AO-GPT, arXiv 2506.19935).
+      curriculum: left to right, but uniform with a probability that rises from
+      0 to 1 over curriculum_steps. block: windows of block_width from left to
+      right, in random order inside. shuffled_blocks: windows in random order,
+      left to right inside; the last window may be shorter. given: `given`.
+    step: training step, for the curriculum.
+    first_row: index of row 0 in a larger batch.
+
+  Returns:
+    int32 [B, T], permutations of 1..T.
+
+  Raises:
+    ValueError: an unknown family.
+  """
+  natural = jnp.arange(1, T + 1, dtype=jnp.int32)
+  window = (natural - 1) // options.block_width
+  uniform_share = {
+    "mixture": 1.0 - options.left_to_right_share,
+    "curriculum": jnp.clip(step / options.curriculum_steps, 0.0, 1.0),
+  }
+
+  def draw_one(row):
+    order_key, coin_key = jax.random.split(jax.random.fold_in(key, row))
+    uniform = jax.random.permutation(order_key, natural)
+    match options.family:
+      case "uniform":
+        return uniform
+      case "left_to_right":
+        return natural
+      case "right_to_left":
+        return natural[::-1]
+      case "given":
+        return jnp.array(options.given, jnp.int32)
+      case "mixture" | "curriculum":
+        coin = jax.random.uniform(coin_key)
+        return jnp.where(coin < uniform_share[options.family], uniform, natural)
+      case "block":
+        # A stable sort of a uniform order by window: uniform inside each.
+        return uniform[jnp.argsort(window[uniform - 1], stable=True)]
+      case "shuffled_blocks":
+        windows = -(-T // options.block_width)
+        place = jax.random.permutation(order_key, windows)
+        return natural[jnp.argsort(place[window], stable=True)]
+    raise ValueError(f"unknown order family {options.family!r}")
+
+  return jax.vmap(draw_one)(first_row + jnp.arange(batch))
+
+
+def known_first(order: jax.Array, known: jax.Array) -> jax.Array:
+  """Moves known positions to the front, by position; blanks keep their order.
+
+  Args:
+    order: int32 [B, T], permutations of 1..T.
+    known: bool [B, T], by position: known[:, p - 1].
+
+  Returns:
+    int32 [B, T].
+  """
+  T = order.shape[1]
+  at = jnp.take_along_axis(known, order - 1, axis=1)
+  rank = jnp.where(at, order, T + 1 + jnp.arange(T))
+  return jnp.take_along_axis(order, jnp.argsort(rank, axis=1), axis=1)
+
+
+def alignment(order: jax.Array) -> jax.Array:
+  """Rank correlation of recency with nearness to the target.
+
+  For every target with at least two known tokens before it: Spearman's
+  correlation (ties take their mean rank) between how recently a token was
+  generated and how near it stands to the target. Sentinels are left out. 1 for
+  left_to_right and right_to_left, about 0 for uniform orders at large T.
+
+  Args:
+    order: int32 [B, T], permutations of 1..T, T >= 3.
+
+  Returns:
+    float32 [B], the mean over targets.
+  """
+  T = order.shape[1]
+  rank_of = jnp.argsort(order, axis=1)  # [B, T], rank of position p at p - 1.
+  distance = jnp.arange(1, T)
+
+  def of_target(ranks, order_row, r):
+    # At most two positions share a distance, so counting replaces sorting.
+    left, right = order_row[r] - distance - 1, order_row[r] + distance - 1
+    recency = jnp.stack(
+      [
+        jnp.where((p >= 0) & (p < T), ranks[jnp.clip(p, 0, T - 1)], T)
+        for p in (left, right)
+      ]
+    )  # [2, T - 1]; T marks positions outside the window.
+    seen = recency < r
+    count = seen.sum(axis=0)
+    nearer = jnp.cumsum(count) - count
+    distance_rank = nearer + (count - 1) / 2
+    center = (r - 1) / 2
+    x = jnp.where(seen, recency - center, 0.0)
+    y = jnp.where(seen, center - distance_rank, 0.0)
+    scale = jnp.sqrt((x**2).sum() * (y**2).sum())
+    # Two tokens at one distance (T small): no correlation is defined; count 0.
+    return jnp.where(scale > 0, (x * y).sum() / jnp.maximum(scale, 1e-9), 0.0)
+
+  def of_order(rows):
+    ranks, order_row = rows
+    targets = jnp.arange(2, T)
+    return jax.vmap(functools.partial(of_target, ranks, order_row))(
+      targets
+    ).mean()
+
+  return jax.lax.map(of_order, (rank_of, order))

@@ -1,0 +1,111 @@
+"""What an earlier run left: whether it can be resumed, and its parameters."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from absl import logging
+from etils import epath
+
+from aoarm_jax import checkpoint, config_rules, optimizer, train_state
+from aoarm_jax import config as config_lib
+from aoarm_jax.data import tokenizers
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+  """What reading a run needs.
+
+  Attributes:
+    saved: the checkpoint's record.
+    bind: params -> network.
+    params: the EMA where the run kept one, else the parameters; on the mesh.
+    tokenizer: the model's.
+  """
+
+  saved: checkpoint.Saved
+  bind: train_state.Bind
+  params: Any
+  tokenizer: tokenizers.Tokenizer
+
+
+def restore(
+  config: config_lib.Config, workdir: epath.Path, mesh: jax.sharding.Mesh
+) -> Restored:
+  """Restores the newest, or best, whole checkpoint onto any mesh.
+
+  Args:
+    config: of the command line; its model must be the checkpoint's.
+    workdir: of the run.
+    mesh: any number of devices.
+
+  Raises:
+    CheckpointError: there is no (whole) checkpoint.
+    ConfigError: the checkpoint is of another model; names the field.
+  """
+  checkpoints = checkpoint.Checkpoints(
+    workdir / "checkpoints", keep_last=1, keep_best=0
+  )
+  best = config.checkpoint.read == "best"
+  saved = checkpoints.best() if best else checkpoints.newest()
+  if saved is None:
+    raise checkpoint.CheckpointError(
+      f"no checkpoint{' with a validation' * best} in "
+      f"{workdir / 'checkpoints'}: train first, or name the run with --workdir"
+    )
+  before = config_lib.from_json(saved.config_json)
+  for path, old, new in config_rules.differences(before, config, ("model",)):
+    raise config_lib.ConfigError(
+      f"{path}={new!r}: the checkpoint in {workdir} has {old!r}; it is of "
+      "another model: set the field to its value, or name another --workdir"
+    )
+  tokenizer = tokenizers.get(config.data.tokenizer)
+  bind = train_state.Bind(config.model, config.compute, tokenizer.V)
+  field = "ema" if before.optimizer.ema_decay > 0 else "params"
+  abstract = train_state.abstract_on(mesh, bind.abstract_params)
+  params = checkpoints.restore(saved, {field: abstract})[field]
+  logging.info(
+    "restored step %s of %s%s",
+    f"{saved.step:,}", workdir, " (EMA)" if field == "ema" else "",
+  )  # fmt: skip
+  return Restored(saved, bind, params, tokenizer)
+
+
+def check_resume(saved: checkpoint.Saved, config: config_lib.Config) -> None:
+  """Raises ConfigError where `config` cannot continue `saved`."""
+  before = config_lib.from_json(saved.config_json)
+  for path, old, new in config_rules.differences(
+    before, config, ("model", "run")
+  ):
+    if path == "config.train.steps":
+      continue
+    raise config_lib.ConfigError(
+      f"{path}={new!r}: the run to be resumed has {old!r}; set it back, or "
+      "choose another --workdir"
+    )
+  if error := config_rules.schedule_steps_error(before, config, saved.step):
+    raise config_lib.ConfigError(
+      f"config.train.steps={config.train.steps}: the run has "
+      f"{before.train.steps}, and {error}"
+    )
+  if before.train.steps != config.train.steps:
+    schedule = optimizer.schedule(config.optimizer, config.train.steps)
+    logging.info(
+      "train.steps: %s instead of %s; the learning rate (%s schedule) goes on "
+      "at %.3g and ends at %.3g",
+      f"{config.train.steps:,}", f"{before.train.steps:,}",
+      config.optimizer.schedule,
+      schedule(saved.step), schedule(config.train.steps - 1),
+    )  # fmt: skip
+
+
+def warn_other_text(saved: checkpoint.Saved, corpus, *splits: str) -> None:
+  """Says so where a text is not the one that the checkpoint knows."""
+  for split in splits:
+    recorded = saved.data_state["text"].get(split)
+    if recorded and recorded != corpus.hash(split):
+      logging.warning(
+        "the %s text is not the checkpoint's (sha256 %s now, %s then): numbers "
+        "cannot be compared with that run's",
+        split, corpus.hash(split)[:12], recorded[:12],
+      )  # fmt: skip

@@ -1,0 +1,18 @@
+"""Two-stream attention: content rows and query rows over the same keys.
+
+  python -m aoarm_jax.main --config=configs/two_stream.py
+
+Hardware, time, validation result (any order; docs/results has the runs):
+  default  one H200, 2,000 steps in 110 s: 2.062 bits/char (books27, 2 seeds)
+  :long    one H200, 2,000 steps in 125 s: 2.038 bits/char (books27, 2 seeds)
+  :base    not run yet; needs text8, --config.data.path=text8.zip
+  :tiny    TINY_TWO_STREAM
+"""
+
+from aoarm_jax import experiments
+
+
+def get_config(variant: str = "default"):
+  return experiments.experiment(
+    "two_stream", variant, model={"mechanism": "two_stream"}
+  )

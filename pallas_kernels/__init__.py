@@ -1,0 +1,9 @@
+"""Fused any-order attention: one operation, several implementations."""
+
+from pallas_kernels.api import (
+  IMPLEMENTATIONS,
+  UnsupportedError,
+  any_order_attention,
+)
+
+__all__ = ["IMPLEMENTATIONS", "UnsupportedError", "any_order_attention"]

@@ -1,0 +1,253 @@
+"""Attention: every implementation against float64 numpy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+import pallas_kernels
+
+_B, _N, _GROUP, _H = 3, 2, 2, 6
+_SHAPES = ((7, 7), (5, 7), (7, 5), (1, 7), (7, 1))
+_ON_CPU = ("reference", "xla")
+
+
+def _inputs(T, S, seed=0, dtype=np.float32, N=_N, group=_GROUP, H=_H):
+  generator = np.random.default_rng(seed)
+  return tuple(
+    generator.normal(size=shape).astype(dtype)
+    for shape in ((_B, T, N * group, H), (_B, S, N, H), (_B, S, N, H))
+  )
+
+
+def _ragged(T, S):
+  """Visible counts of all kinds: 0, 1, some, S and more than S."""
+  visible = np.random.default_rng(0).integers(0, S + 1, (_B, T), np.int32)
+  visible[0, 0], visible[1, 0], visible[2, 0] = 0, S, S + 2
+  return visible
+
+
+@functools.cache
+def _attend(name, scale=None):
+  return jax.jit(
+    functools.partial(
+      pallas_kernels.any_order_attention, implementation=name, scale=scale
+    )
+  )
+
+
+@functools.cache
+def _pull(name):
+  """Jitted gradients of sum(out * weight) for q, k and v."""
+
+  def loss(qkv, visible, weight):
+    return (_attend(name)(*qkv, visible) * weight).sum()
+
+  return jax.jit(jax.grad(loss))
+
+
+def _slow(q, k, v, visible=None, scale=None):
+  """Row by row in float64."""
+  q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+  B, T, Nq, H = q.shape
+  S, N = k.shape[1:3]
+  out = np.zeros((B, T, Nq, H))
+  for b, i, n in np.ndindex(B, T, Nq):
+    seen = min(i + 1, S) if visible is None else min(int(visible[b, i]), S)
+    if seen == 0:
+      continue
+    head = n // (Nq // N)
+    score = k[b, :seen, head] @ q[b, i, n] * (scale or H**-0.5)
+    weight = np.exp(score - score.max())
+    out[b, i, n] = weight / weight.sum() @ v[b, :seen, head]
+  return out
+
+
+class AttentionTest(parameterized.TestCase):
+  @parameterized.product(shape=_SHAPES, name=_ON_CPU)
+  def test_causal_is_aligned_to_the_first_slot(self, shape, name):
+    q, k, v = _inputs(*shape)
+    out = _attend(name)(q, k, v)
+    np.testing.assert_allclose(out, _slow(q, k, v), atol=1e-5)
+    # The last slot aligned to the last row is another function: seen here.
+    if shape == (5, 7):
+      visible = np.tile(np.arange(3, 8), (_B, 1))
+      self.assertGreater(np.abs(out - _slow(q, k, v, visible)).max(), 0.1)
+
+  @parameterized.product(shape=_SHAPES, name=_ON_CPU)
+  def test_visible_prefixes(self, shape, name):
+    q, k, v = _inputs(*shape)
+    visible = _ragged(*shape)
+    out = _attend(name, 0.3)(q, k, v, visible)
+    np.testing.assert_allclose(out, _slow(q, k, v, visible, 0.3), atol=1e-5)
+
+  @parameterized.parameters(*_ON_CPU)
+  def test_an_empty_row_is_zero_and_has_no_gradient(self, name):
+    """Exactly 0, and a cotangent there reaches nothing and stays finite."""
+    qkv = _inputs(5, 7)
+    visible = np.array([[0, 2, 0, 7, 1], [0] * 5, [1, 2, 3, 4, 5]])
+    out = np.asarray(_attend(name)(*qkv, visible))
+    empty = (visible == 0)[..., None, None]
+    self.assertTrue(((out == 0) == empty).all())
+    ones = np.ones_like(out)
+    for gradient in _pull(name)(qkv, visible, ones * np.where(empty, 3, 0)):
+      np.testing.assert_array_equal(gradient, 0.0)
+    everywhere = _pull(name)(qkv, visible, ones)
+    elsewhere = _pull(name)(qkv, visible, ones * np.where(empty, 0, 1))
+    for gradient, same in zip(everywhere, elsewhere):
+      self.assertTrue(np.isfinite(gradient).all())
+      self.assertGreater(np.abs(gradient).max(), 0.1)
+      np.testing.assert_array_equal(gradient, same)
+
+  @parameterized.parameters(*_ON_CPU)
+  def test_what_is_not_visible_does_not_count(self, name):
+    """Bitwise: hidden slots may hold anything finite, however large."""
+    q, k, v = _inputs(5, 7)
+    visible = _ragged(5, 7).clip(0, 4)
+    out = _attend(name)(q, k, v, visible)
+    k[:, 4:], v[:, 4:] = 1e4, -1e4
+    np.testing.assert_array_equal(out, _attend(name)(q, k, v, visible))
+
+  @parameterized.parameters(*_ON_CPU)
+  def test_query_heads_of_a_group_are_neighbours(self, name):
+    """Query head n * group + g reads key head n, and no other."""
+    q, k, v = _inputs(7, 7, N=3, group=2)
+    out = _attend(name)(q, k, v)
+    v[:, :, 1] += 1.0
+    moved = np.abs(out - _attend(name)(q, k, v)).max(axis=(0, 1, 3)) > 0.5
+    self.assertEqual(moved.tolist(), [False, False, True, True, False, False])
+
+  @parameterized.product(shape=((5, 7), (7, 5)), causal=(True, False))
+  def test_gradients_agree(self, shape, causal):
+    qkv = _inputs(*shape)
+    visible = None if causal else _ragged(*shape)
+    weight = np.random.default_rng(9).normal(size=qkv[0].shape)
+    want = _pull("reference")(qkv, visible, weight)
+    for a, b in zip(want, _pull("xla")(qkv, visible, weight)):
+      self.assertGreater(np.abs(a).max(), 0.1)
+      np.testing.assert_allclose(a, b, atol=1e-5)
+
+  def test_gradients_are_those_of_the_definition(self):
+    """Central differences in float64 numpy."""
+    arrays = _inputs(3, 3, N=1, group=1, H=2)
+    visible = np.array([[1, 0, 3], [2, 2, 2], [3, 1, 0]])
+    weight = np.random.default_rng(9).normal(size=arrays[0].shape)
+    gradients = _pull("reference")(arrays, visible, weight)
+    for which, gradient in enumerate(gradients):
+      for index in np.ndindex(gradient.shape):
+        ends = []
+        for step in (1e-5, -1e-5):
+          moved = [np.array(x, np.float64) for x in arrays]
+          moved[which][index] += step
+          ends.append((_slow(*moved, visible) * weight).sum())
+        slope = (ends[0] - ends[1]) / 2e-5
+        self.assertAlmostEqual(float(gradient[index]), slope, delta=1e-4)
+
+  @parameterized.product(name=_ON_CPU, causal=(True, False))
+  def test_jit_and_vmap(self, name, causal):
+    """A vmapped call over a leading axis equals the calls one by one."""
+    first, second = _inputs(5, 7), _inputs(5, 7, seed=1)
+    visible = None if causal else np.stack([_ragged(5, 7)] * 2)
+    stacked = [np.stack(pair) for pair in zip(first, second)]
+    axes = (0, 0, 0, None if causal else 0)
+    out = jax.jit(jax.vmap(_attend(name), axes))(*stacked, visible)
+    for i, qkv in enumerate((first, second)):
+      each = _attend(name)(*qkv, None if causal else visible[i])
+      np.testing.assert_allclose(out[i], each, atol=1e-6)
+
+  @parameterized.product(name=_ON_CPU, causal=(True, False))
+  def test_bfloat16(self, name, causal):
+    """Within its rounding, and the output keeps the dtype."""
+    q, k, v = _inputs(7, 7, dtype=jnp.bfloat16)
+    visible = None if causal else _ragged(7, 7)
+    out = _attend(name)(q, k, v, visible)
+    self.assertEqual(out.dtype, jnp.bfloat16)
+    np.testing.assert_allclose(
+      np.asarray(out, np.float64), _slow(q, k, v, visible), atol=0.03
+    )
+
+  def test_float64_in_the_reference(self):
+    with jax.enable_x64(True):
+      q, k, v = _inputs(5, 7, dtype=np.float64)
+      out = _attend("reference")(q, k, v)
+      self.assertEqual(out.dtype, jnp.float64)
+      np.testing.assert_allclose(out, _slow(q, k, v), atol=1e-12)
+
+
+class ChooserTest(parameterized.TestCase):
+  def test_none_is_xla_on_a_cpu(self):
+    """The same program, not only the same numbers."""
+    q, k, v = _inputs(7, 7)
+
+    def program(name):
+      return str(
+        jax.make_jaxpr(
+          functools.partial(
+            pallas_kernels.any_order_attention, implementation=name
+          )
+        )(q, k, v)
+      )
+
+    self.assertEqual(program(None), program("xla"))
+    self.assertNotEqual(program(None), program("reference"))
+
+  def test_every_name_is_known(self):
+    self.assertEqual(pallas_kernels.IMPLEMENTATIONS[:3], (*_ON_CPU, "cudnn"))
+    self.assertTrue(
+      issubclass(pallas_kernels.UnsupportedError, NotImplementedError)
+    )
+
+  @parameterized.named_parameters(
+    ("visible", dict(), True, r"`visible` \(causal only\)"),
+    ("rows", dict(T=5), False, r"T=5 rows over S=7 slots \(T = S only\)"),
+    ("dtype", dict(), False, r"float32 \(bfloat16 and float16 only\)"),
+    ("head", dict(dtype=jnp.bfloat16), False, r"H=6 \(multiples of 8 up to"),
+    ("wide", dict(dtype=jnp.bfloat16, H=136), False, r"H=136 \(multiples"),
+    (
+      "platform",
+      dict(dtype=jnp.bfloat16, H=8),
+      False,
+      r"device 'cpu' \(NVIDIA",
+    ),
+  )
+  def test_cudnn_says_what_it_lacks(self, options, visible, message):
+    q, k, v = _inputs(**dict(T=7, S=7) | options)
+    visible = np.ones(q.shape[:2], np.int32) if visible else None
+    message = "attention 'cudnn' does not support " + message
+    with self.assertRaisesRegex(pallas_kernels.UnsupportedError, message):
+      pallas_kernels.any_order_attention(
+        q, k, v, visible, implementation="cudnn"
+      )
+
+  def test_an_unknown_name_lists_the_known(self):
+    message = "unknown attention implementation 'flash'; there are: reference"
+    with self.assertRaisesRegex(ValueError, message):
+      pallas_kernels.any_order_attention(*_inputs(7, 7), implementation="flash")
+
+  @parameterized.named_parameters(
+    ("q_rank", lambda q, k, v: (q[0], k, v), "wants q .* got "),
+    ("k_rank", lambda q, k, v: (q, k[0], v[0]), "wants q"),
+    ("k_unlike_v", lambda q, k, v: (q, k, v[:, 1:]), "wants q"),
+    ("batch", lambda q, k, v: (q[1:], k, v), "does not fit k .* B and H"),
+    ("head_dim", lambda q, k, v: (q[..., 1:], k, v), "B and H must be equal"),
+    ("group", lambda q, k, v: (q[:, :, 1:], k, v), "Nq a multiple of N"),
+    ("dtype", lambda q, k, v: (q, k, v.astype(jnp.bfloat16)),
+     "float32, float32, bfloat16; give them one"),
+  )  # fmt: skip
+  def test_arguments_that_do_not_fit(self, change, message):
+    with self.assertRaisesRegex(ValueError, message):
+      pallas_kernels.any_order_attention(*change(*_inputs(5, 7)))
+
+  @parameterized.parameters(((_B, 7),), ((5,),), ((_B, 5, 1),), ((1, 5),))
+  def test_visible_must_be_one_count_a_row(self, shape):
+    message = r"visible .* must be \[B, T\] = \(3, 5\)"
+    with self.assertRaisesRegex(ValueError, message):
+      pallas_kernels.any_order_attention(
+        *_inputs(5, 7), np.ones(shape, np.int32)
+      )
+
+
+if __name__ == "__main__":
+  absltest.main()

@@ -1,0 +1,283 @@
+"""Corpora: splits, files of every kind, and every refusal."""
+
+import bz2
+import contextlib
+import gzip
+import hashlib
+import lzma
+import math
+import os
+import pathlib
+import tempfile
+import zipfile
+from unittest import mock
+
+import numpy as np
+import zstandard
+from absl.testing import absltest, parameterized
+
+from aoarm_jax.data import corpora, docstrings, tokenizers
+
+_TEXT = b"the cat sat on the mat and then it ran away " * 3
+
+
+def _zip(data: bytes, names=("text8",)) -> bytes:
+  with tempfile.TemporaryFile() as file:
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+      for name in names:
+        archive.writestr(name, data)
+    file.seek(0)
+    return file.read()
+
+
+def _two_frames(data: bytes) -> bytes:
+  pack = zstandard.ZstdCompressor(write_checksum=True).compress
+  return pack(data[:50]) + pack(data[50:])
+
+
+_PACK = {
+  "": bytes,
+  ".gz": gzip.compress,
+  ".xz": lzma.compress,
+  ".bz2": bz2.compress,
+  ".zst": _two_frames,
+  ".zip": _zip,
+}
+
+
+class CorporaTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+    self.char27 = tokenizers.get("char27")
+
+  def file(self, name: str, data: bytes) -> str:
+    (self.folder / name).write_bytes(data)
+    return str(self.folder / name)
+
+  def load(self, path, corpus="auto", tokenizer="char27"):
+    return corpora.load(corpus, str(path), tokenizers.get(tokenizer))
+
+  @contextlib.contextmanager
+  def assert_refused(self, *parts: str):
+    """Of its block: a DataError of one line that holds all parts."""
+    with self.assertRaises(corpora.DataError) as refusal:
+      yield
+    message = str(refusal.exception)
+    for part in parts:
+      self.assertIn(part, message)
+    self.assertNotIn("\n", message)
+
+  # text8
+
+  @parameterized.product(suffix=tuple(_PACK), tokenizer=("char27", "byte"))
+  def test_text8_of_every_compression(self, suffix, tokenizer):
+    path = self.file(f"text8{suffix}", _PACK[suffix](_TEXT))
+    corpus = self.load(path, tokenizer=tokenizer)
+    self.assertEqual(corpus.name, "text8")
+    splits = [corpus.split(name) for name in corpora.SPLITS]
+    self.assertEqual([len(split) for split in splits], [118, 7, 7])
+    text = b"".join(corpus.tokenizer.to_bytes(split) for split in splits)
+    self.assertEqual(text, _TEXT)
+    self.assertEqual({split.dtype for split in splits}, {np.dtype(np.uint8)})
+
+  @parameterized.parameters(*sorted(_PACK.keys() - {""}))
+  def test_a_truncated_file_is_named(self, suffix):
+    packed = _PACK[suffix](_TEXT)
+    for size in {1, len(packed) // 2, len(packed) - 1}:
+      path = self.file(f"text8{suffix}", packed[:size])
+      with self.assert_refused(path, "cannot be read", "damaged"):
+        self.load(path).split("train")
+
+  @parameterized.parameters(*sorted(_PACK.keys() - {""}))
+  def test_a_damaged_file_is_named(self, suffix):
+    packed = bytearray(_PACK[suffix](_TEXT))
+    packed[len(packed) // 2] ^= 0x55
+    path = self.file(f"text8{suffix}", bytes(packed))
+    with self.assert_refused(path):
+      self.load(path).split("train")
+
+  def test_a_zip_of_two_files_is_refused(self):
+    path = self.file("text8.zip", _zip(_TEXT, names=("a", "b")))
+    with self.assert_refused(path, "2 files instead of one"):
+      self.load(path).split("train")
+
+  @parameterized.parameters(
+    (b"ab cd" * 9 + b"\n", r"byte 0x0a ('\n') at offset 45"),
+    (b"ab cd" * 9 + b"Q1", "byte 0x51 ('Q') at offset 45"),
+  )
+  def test_a_wrong_byte_has_its_offset(self, data, message):
+    path = self.file("text8.gz", gzip.compress(data))
+    # Whichever split is asked for.
+    with self.assert_refused(path, message, "config.data.tokenizer=byte"):
+      self.load(path).split("train")
+    self.load(path, tokenizer="byte").split("train")
+
+  @parameterized.parameters(b"", b"a", b"a" * 19)
+  def test_too_short_for_splits(self, data):
+    path = self.file("text8", data)
+    with self.assert_refused(path, f"{len(data)} characters are too few"):
+      self.load(path).split("train")
+
+  def test_twenty_characters_are_enough(self):
+    corpus = self.load(self.file("text8", b"abcdefghijklmnopqrst"))
+    splits = [self.char27.decode(corpus.split(s)) for s in corpora.SPLITS]
+    self.assertEqual(splits, ["abcdefghijklmnopqr", "s", "t"])
+
+  @parameterized.parameters(
+    (-7, "(193 in all"), (0, ""), (7, "of 207 are used")
+  )
+  def test_the_standard_split(self, more, note):
+    data = (np.arange(200 + more) % 26 + 97).astype(np.uint8).tobytes()
+    path = self.file("text8", data)
+    with mock.patch.object(corpora, "TEXT8_CHARACTERS", 200):
+      corpus = self.load(path)
+      splits = [self.char27.to_bytes(corpus.split(s)) for s in corpora.SPLITS]
+      line = corpus.describe(*corpora.SPLITS)
+    if more >= 0:
+      self.assertEqual(splits, [data[:180], data[180:190], data[190:200]])
+    self.assertStartsWith(line, f"text8 {path}: train {len(splits[0])}, ")
+    self.assertEndsWith(line, "characters" if not note else ")")
+    self.assertIn(note, line)
+
+  def test_a_shorter_text8_says_so(self):
+    line = self.load(self.file("text8", _TEXT)).describe()
+    self.assertIn("132 in all, shorter than text8's 100,000,000", line)
+    self.assertIn("90/5/5%", line)
+
+  # folder
+
+  @parameterized.parameters("", ".gz", ".xz", ".bz2", ".zst")
+  def test_folder_of_every_compression(self, suffix):
+    for name in corpora.SPLITS:
+      self.file(f"{name}.txt{suffix}", _PACK[suffix](_TEXT + name.encode()))
+    corpus = self.load(self.folder)
+    self.assertEqual(corpus.name, "folder")
+    for name in corpora.SPLITS:
+      text = self.char27.to_bytes(corpus.split(name))
+      self.assertEqual(text, _TEXT + name.encode())
+      self.assertEqual(corpus.hash(name), hashlib.sha256(text).hexdigest())
+
+  def test_only_what_is_asked_for_is_read_and_once(self):
+    self.file("train.txt", _TEXT)
+    self.file("valid.txt.gz", b"no gzip")
+    corpus = self.load(self.folder)
+    first = corpus.split("train")
+    self.assertFalse(first.flags.writeable)
+    (self.folder / "train.txt").unlink()
+    self.assertIs(corpus.split("train"), first)
+    self.assertIn(": train 132 characters", corpus.describe("train"))
+    with self.assert_refused(f"{self.folder}: the test split", "no test.txt"):
+      corpus.split("test")
+    with self.assert_refused("valid.txt.gz", "cannot be read"):
+      corpus.split("valid")
+
+  def test_two_files_of_one_split_are_refused(self):
+    self.file("train.txt", _TEXT)
+    self.file("train.txt.gz", gzip.compress(_TEXT))
+    with self.assert_refused("both train.txt and train.txt.gz"):
+      self.load(self.folder).split("train")
+
+  def test_an_empty_split_is_refused(self):
+    self.file("test.txt", b"")
+    with self.assert_refused(str(self.folder), "test split is empty"):
+      self.load(self.folder).split("test")
+
+  def test_a_folder_in_place_of_a_file(self):
+    (self.folder / "test.txt").mkdir()
+    with self.assert_refused("test.txt", "cannot be read"):
+      self.load(self.folder).split("test")
+
+  def test_the_hash_is_of_the_text_and_not_of_its_ids(self):
+    self.file("test.txt", _TEXT)
+    with mock.patch.object(corpora, "_CHUNK", 17):
+      hashes = {
+        self.load(self.folder, tokenizer=name).hash("test")
+        for name in ("char27", "byte")
+      }
+    self.assertEqual(hashes, {hashlib.sha256(_TEXT).hexdigest()})
+
+  # paths
+
+  def test_home_folder(self):
+    self.file("text8", _TEXT)
+    with mock.patch.dict(os.environ, {"HOME": str(self.folder)}):
+      self.assertLen(self.load("~/text8").split("valid"), 7)
+
+  @parameterized.parameters("auto", "text8", "folder")
+  def test_a_missing_path_is_named(self, corpus):
+    path = str(self.folder / "nothing")
+    with self.assert_refused(
+      f"config.data.path={path}: no such file or folder"
+    ):
+      self.load(path, corpus)
+
+  def test_a_remote_path_without_its_client_says_what_to_install(self):
+    error = ImportError("Please install gcsfs")
+    with (
+      mock.patch.object(corpora.epath, "Path") as path,
+      self.assert_refused("gs://bucket/text8", "install gcsfs"),
+    ):
+      path.return_value.expanduser.return_value.exists.side_effect = error
+      self.load("gs://bucket/text8")
+
+  def test_text8_without_a_path_says_where_it_is(self):
+    with self.assert_refused(
+      "http://mattmahoney.net/dc/text8.zip", "--config.data.path="
+    ):
+      self.load("", "text8")
+
+  def test_folder_without_a_path(self):
+    with self.assert_refused(
+      "config.data.corpus=folder", "--config.data.path="
+    ):
+      self.load("", "folder")
+
+  def test_the_wrong_kind_of_path(self):
+    path = self.file("text8", _TEXT)
+    with self.assert_refused(path, "--config.data.corpus=text8"):
+      self.load(path, "folder")
+    with self.assert_refused(str(self.folder), "--config.data.corpus=folder"):
+      self.load(self.folder, "text8")
+    with self.assert_refused(path, "takes no path"):
+      self.load(path, "docstrings")
+
+  def test_unknown_names(self):
+    with self.assert_refused("config.data.corpus='enwik8'", "docstrings"):
+      self.load("", "enwik8")
+    self.file("test.txt", _TEXT)
+    with self.assert_refused("no split 'dev'", "train, valid, test"):
+      self.load(self.folder).split("dev")
+
+  # docstrings
+
+  @parameterized.product(
+    corpus=("auto", "docstrings"), tokenizer=("char27", "byte")
+  )
+  def test_the_built_in_text(self, corpus, tokenizer):
+    texts = {name: name.encode() * 3 for name in corpora.SPLITS}
+    with mock.patch.object(docstrings, "load", return_value=texts) as load:
+      corpus = self.load("", corpus, tokenizer)
+      load.assert_not_called()
+      for name, text in texts.items():
+        self.assertEqual(corpus.tokenizer.to_bytes(corpus.split(name)), text)
+        self.assertEqual(corpus.hash(name), hashlib.sha256(text).hexdigest())
+      load.assert_called_once()
+    self.assertEqual(corpus.name, "docstrings")
+    self.assertIn(
+      "built-in text: a smoke test, not a benchmark", corpus.describe()
+    )
+
+  # unigram_entropy
+
+  @parameterized.parameters(
+    ([1], 0.0), ([0, 1, 2], math.log2(3)), ([0, 0, 0, 2], 0.811278124459)
+  )
+  def test_unigram_entropy(self, tokens, bits):
+    with mock.patch.object(corpora, "_CHUNK", 2):
+      entropy = corpora.unigram_entropy(np.array(tokens, np.uint8), 3)
+    self.assertAlmostEqual(entropy, bits)
+
+
+if __name__ == "__main__":
+  absltest.main()

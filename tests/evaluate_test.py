@@ -1,0 +1,216 @@
+"""Estimators: what is averaged, what is not counted, what changes nothing."""
+
+import functools
+import math
+
+import jax
+import numpy as np
+import tiny
+from absl.testing import absltest, parameterized
+
+from aoarm_jax import config, evaluate, objective, orders, sharding
+from aoarm_jax.data import pipeline
+
+_T, _V, _COUNT, _K = 7, 5, 8, 3
+
+
+def _config(**order_options):
+  options = dict(family="block", block_width=3, given=tuple(range(1, _T + 1)))
+  return config.Config(
+    model=config.Model(T=_T, D=12, L=1, N=3),
+    orders=config.Orders(**options | order_options),
+    eval=config.Eval(ensemble_orders=_K, seed=3),
+    compute=config.Compute(dtype="float32", attention="xla"),
+  )
+
+
+@functools.cache
+def _pieces():
+  """(mesh, bind, params on the mesh)."""
+  mesh = sharding.make_mesh(config.Mesh(data=1))
+  bind = tiny.bind(T=_T, V=_V, L=1)
+  return mesh, bind, sharding.put(mesh, tiny.sharp(bind))
+
+
+def _evaluator(**order_options):
+  mesh, bind, _ = _pieces()
+  return evaluate.Evaluator(_config(**order_options), bind, _V, mesh)
+
+
+_shared = functools.cache(_evaluator)
+
+
+def _text():
+  return tiny.tokens(1, _COUNT * _T, _V)[0].astype(np.uint8)
+
+
+def _batches(batch_size):
+  return pipeline.eval_batches(_text(), T=_T, batch_size=batch_size, seed=0)
+
+
+def _key():
+  return jax.random.fold_in(jax.random.key(3), evaluate._EVALUATION)
+
+
+def _estimate(estimator, batches, evaluator=None, step=2000, **kwargs):
+  mesh, _, params = _pieces()
+  evaluator = evaluator or _shared()
+  with jax.set_mesh(mesh):
+    return evaluator.estimate(params, batches, estimator, step, **kwargs)
+
+
+@functools.cache
+def _nll():
+  """Jitted (params, tokens, order) -> [B, T] nats, without an Evaluator."""
+  _, bind, _ = _pieces()
+  return tiny.quick_jit(
+    lambda params, tokens, order: objective.order_nll(
+      bind(params), tokens, order, sentinels=1, vocabulary=_V
+    )
+  )
+
+
+def _by_hand(batches, family, key):
+  """float64 [sequences, T] nats of the real rows, in one batch."""
+  tokens = np.concatenate([tokens[real] for tokens, real in batches])
+  options = _config(family=family).orders
+  # Row i of the split has the i-th order.
+  order = orders.draw(key, len(tokens), _T, options, step=2000)
+  _, _, params = _pieces()
+  return np.asarray(_nll()(params, tokens.astype(np.int32), order), np.float64)
+
+
+class EstimateTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ("any_order", "uniform"),
+    ("training_order", "block"),
+    ("left_to_right", "left_to_right"),
+  )
+  def test_mean_error_and_curve(self, estimator, family):
+    """Against numpy on the same orders."""
+    batches = _batches(3)
+    nats = _by_hand(batches, family, _key())
+    estimate = _estimate(estimator, batches)
+    per_token = nats.sum(axis=1) / _T
+    error = per_token.std(ddof=1) / math.sqrt(_COUNT)
+    self.assertEqual((estimate.estimator, estimate.sequences), (estimator, 8))
+    self.assertAlmostEqual(
+      estimate.nats_per_token, per_token.mean(), delta=1e-5
+    )
+    self.assertAlmostEqual(estimate.standard_error_nats, error, delta=1e-5)
+    np.testing.assert_allclose(
+      estimate.slot_curve_nats, nats.mean(axis=0), atol=1e-5
+    )
+    # In bits, once.
+    bits = per_token.mean() / math.log(2)
+    self.assertAlmostEqual(estimate.bits_per_char, bits, delta=1e-5)
+    record = estimate.record()
+    self.assertAlmostEqual(record["bits_per_char"], bits, delta=1e-5)
+    self.assertAlmostEqual(
+      np.mean(record["slot_curve_bits"]), record["bits_per_char"], delta=1e-5
+    )
+    self.assertAlmostEqual(
+      record["standard_error_bits"], error / math.log(2), delta=1e-5
+    )
+    self.assertIn(f"{bits:.4f} bits/char", str(estimate))
+
+  def test_ensembled(self):
+    """-log of the mean probability over K orders, which has no curve."""
+    key, batches = _key(), _batches(3)
+    each = np.array(
+      [
+        _by_hand(batches, "uniform", jax.random.fold_in(key, k)).sum(axis=1)
+        for k in range(_K)
+      ]
+    )
+    estimate = _estimate("ensembled", batches)
+    nats = -np.log(np.exp(-each).mean(axis=0))
+    self.assertAlmostEqual(
+      estimate.nats_per_token, nats.mean() / _T, delta=1e-5
+    )
+    self.assertAlmostEqual(
+      estimate.standard_error_nats,
+      nats.std(ddof=1) / math.sqrt(_COUNT) / _T,
+      delta=1e-5,
+    )
+    self.assertEqual(estimate.slot_curve_nats, ())
+    self.assertLess(estimate.nats_per_token, each.mean() / _T)
+
+  @parameterized.parameters("any_order", "ensembled")
+  def test_batch_size_changes_nothing(self, estimator):
+    """Of 8 sequences: 3 + 3 + 2, or 5 + 3."""
+    want, got = (_estimate(estimator, _batches(size)) for size in (3, 5))
+    self.assertEqual(got.sequences, want.sequences)
+    self.assertAlmostEqual(got.nats_per_token, want.nats_per_token, delta=1e-6)
+    self.assertAlmostEqual(
+      got.standard_error_nats, want.standard_error_nats, delta=1e-6
+    )
+    np.testing.assert_allclose(
+      got.slot_curve_nats, want.slot_curve_nats, atol=1e-5
+    )
+
+  @parameterized.parameters("any_order", "ensembled")
+  def test_padding_counts_nowhere(self, estimator):
+    """Whatever stands in the rows that are not real."""
+    *whole, (tokens, real) = list(_batches(3))
+    self.assertEqual(real.tolist(), [True, True, False])
+    other = tokens.copy()
+    other[2] = (other[2] + 1) % _V
+    want = _estimate(estimator, [*whole, (tokens, real)])
+    self.assertEqual(want, _estimate(estimator, [*whole, (other, real)]))
+    # A real row does count.
+    self.assertNotEqual(
+      want, _estimate(estimator, [*whole, (other, np.ones(3, bool))])
+    )
+
+  def test_left_to_right_is_the_given_order_from_left_to_right(self):
+    given = _estimate("given_order", _batches(3))
+    plain = _estimate("left_to_right", _batches(3))
+    self.assertEqual(given.nats_per_token, plain.nats_per_token)
+    self.assertEqual(given.slot_curve_nats, plain.slot_curve_nats)
+    other = _estimate(
+      "given_order", _batches(3), _evaluator(given=(4, 1, 7, 2, 6, 3, 5))
+    )
+    self.assertGreater(abs(other.nats_per_token - plain.nats_per_token), 1e-3)
+
+  def test_a_curriculum_is_that_of_the_step(self):
+    """Step 0 is left to right; a late step is uniform, like any_order."""
+    evaluator = _evaluator(family="curriculum", curriculum_steps=100)
+    batches = _batches(3)
+    first, last = (
+      _estimate("training_order", batches, evaluator, step=step)
+      for step in (0, 100)
+    )
+    for got, name in ((first, "left_to_right"), (last, "any_order")):
+      want = _estimate(name, batches)
+      self.assertAlmostEqual(
+        got.nats_per_token, want.nats_per_token, delta=1e-6
+      )
+    self.assertGreater(abs(first.nats_per_token - last.nats_per_token), 1e-3)
+
+  def test_a_stop_is_asked_for_before_every_batch(self):
+    asked = []
+
+    def is_stopped():
+      asked.append(True)
+      return len(asked) > 2
+
+    got = _estimate("left_to_right", _batches(3), is_stopped=is_stopped)
+    self.assertIsNone(got)
+    self.assertLen(asked, 3)
+
+  def test_the_same_twice(self):
+    """By the same evaluator; and a sequence's orders are its own."""
+    self.assertEqual(
+      _estimate("any_order", _batches(3)), _estimate("any_order", _batches(3))
+    )
+    tokens = np.tile(_batches(3)[0][0][:1], (3, 1))
+    real = np.ones(3, bool)
+    same = _estimate("any_order", [(tokens, real)])
+    self.assertGreater(same.standard_error_nats, 1e-3)
+    fixed = _estimate("left_to_right", [(tokens, real)])
+    self.assertLess(fixed.standard_error_nats, 1e-6)
+
+
+if __name__ == "__main__":
+  absltest.main()

@@ -1,0 +1,95 @@
+"""Tests of figures.py: pictures of odd, few and missing values."""
+
+import math
+import os
+import struct
+import subprocess
+import sys
+import tempfile
+
+import numpy as np
+from absl.testing import absltest, parameterized
+from etils import epath
+
+from aoarm_jax import figures
+
+
+def _train(steps, value=2.0):
+  return [dict(step=s, kind="train", bits_per_char=value) for s in steps]
+
+
+def _valid(step, **values):
+  return dict(step=step, kind="valid", estimator="any_order") | values
+
+
+_LOSS = {
+  "none": [],
+  "one": _train([50]),
+  "step_zero": _train([0]),
+  "validation_only": [_valid(10, bits_per_char=2.0)],
+  "unigram": [*_train([5, 10]), _valid(10, bits_per_char=2, unigram_bits=4.1)],
+  "unigram_below": [*_train([5, 9], 5.0), _valid(9, unigram_bits=4.1)],
+  "not_finite": [
+    *_train([1, 2], None),
+    *_train([3], math.nan),
+    _valid(3, bits_per_char=None, unigram_bits=None),
+  ],
+  "no_estimator": [dict(step=3, kind="valid", bits_per_char=2.0)],
+  "many": _train(range(1, 1000)),
+  "other_kind": [dict(step=1, kind="sample")],
+}
+_SLOTS = {
+  "none": {},
+  "empty": {"any_order": []},
+  "one": {"any_order": [2.0]},
+  "odd": {"any_order": [4.0, 2.0, 1.0, None, 0.4, math.nan, 0.3], "_b": [1, 2]},
+  "not_finite": {"any_order": [None, math.inf]},
+  "long": {"any_order": np.linspace(4, 0.4, 1024).tolist(), "b": [3.0, 1.0, 2]},
+}
+
+
+class FiguresTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.path = (
+      epath.Path(self.enterContext(tempfile.TemporaryDirectory()))
+      / "plots"
+      / "a.png"
+    )
+
+  def check(self):
+    data = self.path.read_bytes()
+    self.assertStartsWith(data, b"\x89PNG\r\n\x1a\n")
+    self.assertEqual(data[-8:-4], b"IEND")
+    width, height = struct.unpack(">II", data[16:24])
+    self.assertBetween(width, 1300, 1500)
+    self.assertBetween(height, 550, 700)
+    self.assertLen(list(self.path.parent.iterdir()), 1)  # no temporary file
+
+  @parameterized.named_parameters(*_LOSS.items())
+  def test_loss_curve(self, records):
+    figures.loss_curve(records, self.path, title="two_stream $5")
+    self.check()
+
+  @parameterized.named_parameters(*_SLOTS.items())
+  def test_slot_curve(self, curves):
+    figures.slot_curve(curves, self.path, title="")
+    self.check()
+
+  @parameterized.parameters((1, 3), (9, 2), (50, 7))
+  def test_running_mean_keeps_lines_straight(self, size, width):
+    line = 3.0 - 0.5 * np.arange(size)
+    np.testing.assert_allclose(figures._running_mean(line, width), line)
+
+  def test_matplotlib_is_imported_where_a_picture_is_drawn(self):
+    code = (
+      "import sys; from aoarm_jax import figures; "
+      "assert 'matplotlib' not in sys.modules; "
+      f"figures.loss_curve([], {os.fspath(self.path)!r}, title=''); "
+      "assert 'matplotlib.pyplot' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+if __name__ == "__main__":
+  absltest.main()

@@ -1,0 +1,399 @@
+"""Generation: the law of what comes out, by enumeration; prompts; orders."""
+
+import functools
+import json
+import tempfile
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import tiny
+from absl.testing import absltest, parameterized
+from etils import epath
+
+from aoarm_jax import config, generate, orders, sharding
+from aoarm_jax.data import tokenizers
+
+_T, _V, _MANY = 4, 3, 60_000
+# Positions of the network: more than are generated, for the first mechanism.
+_LONGER = {tiny.ALTERNATING[0][0]: _T + 2}
+
+
+def _sampling(temperature=1.0, top_k=0, top_p=1.0):
+  return generate.Sampling(
+    np.float32(temperature), np.int32(top_k), np.float32(top_p)
+  )
+
+
+_PLAIN = _sampling()
+_CUT = _sampling(1.3, 2, 0.95)
+
+
+def _slow_law(logits, sampling):
+  """Probabilities of one conditional, in float64, by sorting and adding."""
+  logits = np.asarray(logits, np.float64)
+  V = len(logits)
+  by_size = sorted(range(V), key=lambda i: (-logits[i], i))
+  if sampling.temperature == 0:
+    return np.eye(V)[by_size[0]]
+  logits = logits / np.float64(sampling.temperature)
+  p = np.exp(logits - logits.max())
+  k = int(sampling.top_k) or V
+  p[by_size[k:]] = 0
+  p /= p.sum()
+  total, kept = 0.0, []
+  for i in by_size:
+    kept.append(i)
+    total += p[i]
+    if sampling.top_p < 1 and total >= sampling.top_p - 1e-7:
+      break
+  cut = np.zeros(V)
+  cut[kept] = p[kept]
+  return cut / cut.sum()
+
+
+class LawTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.enterContext(tiny.rank_promotion_raises())
+
+  def law(self, logits, sampling):
+    log_p = jax.jit(generate.law)(np.asarray(logits, np.float32), sampling)
+    return np.exp(np.asarray(log_p, np.float64))
+
+  @parameterized.product(
+    temperature=(0.3, 1.0, 2.5), top_k=(0, 1, 3, 7, 99), top_p=(1e-6, 0.6, 1.0)
+  )
+  def test_equals_a_slow_one(self, temperature, top_k, top_p):
+    sampling = _sampling(temperature, top_k, top_p)
+    logits = np.random.default_rng(0).normal(size=(3, 2, 7)).astype(np.float32)
+    got = self.law(logits, sampling)
+    for index in np.ndindex(3, 2):
+      want = _slow_law(logits[index], sampling)
+      np.testing.assert_allclose(got[index], want, atol=1e-5)
+      np.testing.assert_array_equal(got[index] == 0, want == 0)
+
+  def test_temperature_zero_is_the_likeliest(self):
+    logits = [[0.0, 2.0, 1.0], [3.0, -1.0, 3.0]]
+    for sampling in (_sampling(0), _sampling(0, 2, 0.5)):
+      np.testing.assert_array_equal(
+        self.law(logits, sampling), [[0, 1, 0], [1, 0, 0]]
+      )
+
+  @parameterized.parameters(
+    (1, 1.0, [1, 0, 0, 0]),
+    (2, 1.0, [1, 1, 0, 0]),
+    (3, 1.0, [1, 1, 1, 0]),
+    (0, 0.25, [1, 0, 0, 0]),
+    (0, 0.5, [1, 1, 0, 0]),
+    (0, 0.51, [1, 1, 1, 0]),
+    # top-p counts what top-k has left.
+    (2, 0.5, [1, 0, 0, 0]),
+    (2, 0.6, [1, 1, 0, 0]),
+  )
+  def test_ties_go_to_the_lower_id(self, top_k, top_p, kept):
+    got = self.law(np.zeros(4), _sampling(1.0, top_k, top_p))
+    np.testing.assert_allclose(got, np.array(kept) / sum(kept), atol=1e-6)
+
+  def test_a_tiny_temperature_does_not_overflow(self):
+    """Large logits over a small temperature are no infinity, no NaN."""
+    logits = [[50.0, 49.0, -30.0], [-90.0, -80.0, -80.0]]
+    np.testing.assert_allclose(
+      self.law(logits, _sampling(1e-37)), [[1, 0, 0], [0, 0.5, 0.5]], rtol=1e-6
+    )
+
+  def test_no_cut_keeps_every_token(self):
+    """Rare ones too, whose probability float32 sums cannot hold."""
+    logits = np.array([20.0, 0.0, -5.0, 19.0, -30.0], np.float32)
+    got = jax.jit(generate.law)(logits, _PLAIN)
+    np.testing.assert_allclose(got, jax.nn.log_softmax(logits), rtol=1e-6)
+
+
+@functools.cache
+def _generate(mechanism, s):
+  """(params, jitted (params, key, tokens, known, order, sampling))."""
+  made = _bind(mechanism, s)
+  return tiny.sharp(made), tiny.quick_jit(
+    lambda params, *args: generate.generate(made(params), *args)
+  )
+
+
+def _bind(mechanism, s):
+  return tiny.bind(mechanism, s, T=_LONGER.get(mechanism, _T), V=_V, D=8, N=2)
+
+
+@functools.cache
+def _logits(mechanism, s, order, end):
+  """float64 [sequences, T, V] of all sequences, by rank, without a cache."""
+  made = _bind(mechanism, s)
+  texts = tiny.all_sequences(_V, _T)
+  tiled = np.tile(np.array(order, np.int32), (len(texts), 1))
+  slots = orders.to_slots(texts, tiled, s, _V, end=end)
+  network = tiny.quick_jit(lambda params, slots: made(params)(slots))
+  return np.asarray(network(tiny.sharp(made), slots), np.float64)[:, s - 1 :]
+
+
+def _enumerate(case, order, known, sampling, end=None):
+  """p [sequences] of what generate() should give for one prompt."""
+  mechanism, s = case
+  end = end or _LONGER.get(mechanism, _T) + 1
+  logits = _logits(mechanism, s, tuple(order), end)
+  law = []
+  for text, by_rank in zip(tiny.all_sequences(_V, _T), logits):
+    p = 1.0
+    for position, row in zip(order, by_rank):
+      token = text[position - 1]
+      if position in known:
+        p *= known[position] == token
+      else:
+        p *= _slow_law(row, sampling)[token]
+    law.append(p)
+  np.testing.assert_allclose(sum(law), 1.0, atol=1e-5)
+  return np.array(law)
+
+
+class Prompt(NamedTuple):
+  """A prompt of the tests: order asked for, token by known position, order."""
+
+  order: tuple
+  known: dict
+  used: tuple
+
+
+def _prompts(mechanism):
+  if mechanism in config.LEFT_TO_RIGHT_ONLY:
+    natural = (1, 2, 3, 4)
+    return Prompt(natural, {}, natural), Prompt(natural, {1: 2}, natural)
+  return (
+    Prompt((3, 1, 4, 2), {}, (3, 1, 4, 2)),
+    Prompt((4, 3, 1, 2), {3: 1, 2: 0}, (2, 3, 4, 1)),
+  )
+
+
+def _inputs(mechanism, B=_MANY):
+  """(tokens, known, order) of rows with either prompt in turn."""
+  tokens = np.full((B, _T), 1, np.int32)  # Junk where not known.
+  known, order = np.zeros((B, _T), bool), np.zeros((B, _T), np.int32)
+  for i, prompt in enumerate(_prompts(mechanism)):
+    order[i::2] = prompt.order
+    for position, token in prompt.known.items():
+      known[i::2, position - 1], tokens[i::2, position - 1] = True, token
+  return tokens, known, order
+
+
+@functools.cache
+def _drawn(case, sampling, seed=0, B=_MANY):
+  params, run = _generate(*case)
+  result = run(params, jax.random.key(seed), *_inputs(case[0], B), sampling)
+  return jax.tree.map(np.asarray, result)
+
+
+def _counts(texts):
+  """How often each of all sequences came."""
+  ids = texts @ (_V ** np.arange(_T - 1, -1, -1))
+  return np.bincount(ids, minlength=_V**_T)
+
+
+class GenerateTest(parameterized.TestCase):
+  @parameterized.product(case=tiny.ALTERNATING, sampling=(_PLAIN, _CUT))
+  def test_texts_come_with_the_enumerated_law(self, case, sampling):
+    """Exact, for both prompts of one ragged batch."""
+    result = _drawn(case, sampling)
+    for i, prompt in enumerate(_prompts(case[0])):
+      counts = _counts(result.tokens[i::2])
+      law = _enumerate(case, prompt.used, prompt.known, sampling)
+      self.assertGreater(tiny.p_value(counts, law), 1e-4)
+      self.assertEqual(counts[law == 0].sum(), 0)
+      # The test has the power to see a slightly wrong law, and a missing cut.
+      other = _sampling(1.1) if sampling is _PLAIN else _sampling(1.3)
+      wrong = _enumerate(case, prompt.used, prompt.known, other)
+      self.assertLess(tiny.p_value(counts, wrong), 1e-4)
+
+  def test_a_shorter_text_keeps_its_end(self):
+    """EOS stays behind the network's last position, not the text's."""
+    case = tiny.ALTERNATING[0]
+    self.assertEqual(case[1], 2)
+    prompt = _prompts(case[0])[0]
+    counts = _counts(_drawn(case, _PLAIN).tokens[::2])
+    wrong = _enumerate(case, prompt.used, prompt.known, _PLAIN, end=_T + 1)
+    self.assertLess(tiny.p_value(counts, wrong), 1e-4)
+
+  @parameterized.parameters(*tiny.ALTERNATING)
+  def test_known_tokens_stay_and_come_first(self, *case):
+    result = _drawn(case, _PLAIN)
+    for i, prompt in enumerate(_prompts(case[0])):
+      self.assertTrue((result.order[i::2] == prompt.used).all())
+      for position, token in prompt.known.items():
+        self.assertTrue((result.tokens[i::2, position - 1] == token).all())
+
+  @parameterized.parameters(*tiny.ALTERNATING)
+  def test_temperature_zero_takes_the_likeliest(self, *case):
+    """Greedily, rank by rank, from logits without a cache."""
+    result = _drawn(case, _sampling(0))
+    texts = [tuple(text) for text in tiny.all_sequences(_V, _T)]
+    end = _LONGER.get(case[0], _T) + 1
+    for i, prompt in enumerate(_prompts(case[0])):
+      text = [prompt.known.get(p, 0) for p in range(1, _T + 1)]
+      for r, position in enumerate(prompt.used):
+        if position not in prompt.known:
+          logits = _logits(*case, prompt.used, end)[texts.index(tuple(text))]
+          text[position - 1] = int(logits[r].argmax())
+      self.assertTrue((result.tokens[i::2] == text).all())
+
+  def test_a_row_depends_on_its_index_alone(self):
+    """Not on the batch; but on the key."""
+    case = tiny.ALTERNATING[0]
+    whole, few = _drawn(case, _PLAIN), _drawn(case, _PLAIN, B=25)
+    np.testing.assert_array_equal(few.tokens, whole.tokens[:25])
+    np.testing.assert_array_equal(few.order, whole.order[:25])
+    other = _drawn(case, _PLAIN, seed=1, B=25)
+    self.assertFalse(np.array_equal(few.tokens, other.tokens))
+
+  def test_a_row_with_nothing_to_generate(self):
+    """It stays, while the other rows go on."""
+    case = tiny.ALTERNATING[0]
+    params, run = _generate(*case)
+    tokens, known, order = _inputs(case[0], 25)
+    tokens[::2], known[::2] = tiny.tokens(13, _T, _V), True
+    result = run(params, jax.random.key(0), tokens, known, order, _PLAIN)
+    self.assertTrue((result.tokens[::2] == tokens[::2]).all())
+    self.assertTrue((result.order[::2] == np.arange(1, _T + 1)).all())
+    np.testing.assert_array_equal(
+      result.tokens[1::2], _drawn(case, _PLAIN, B=25).tokens[1::2]
+    )
+
+  def test_without_a_prompt_there_is_no_prefill(self):
+    """One sentinel: BOS comes with the first step, or it came before."""
+    made = _bind("decoupled_rope", 1)
+    order = tiny.orders_of("decoupled_rope", 25, _T)
+    tokens, known = np.zeros((25, _T), np.int32), np.zeros((25, _T), bool)
+
+    def run(params, prefill):
+      return generate.generate(
+        made(params),
+        jax.random.key(0),
+        tokens,
+        known,
+        order,
+        _PLAIN,
+        prefill=prefill,
+      )
+
+    run = tiny.quick_jit(run, static_argnums=1)
+    want, got = (run(tiny.sharp(made), prefill) for prefill in (True, False))
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    self.assertGreater(len(np.unique(got.tokens, axis=0)), 1)
+
+
+_CHAR27 = tokenizers.get("char27")
+
+
+class PromptTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ("a_c", "char27", "_", [1, 0, 1]),
+    ("_", "char27", "_", [0]),
+    ("__b_", "char27", "_", [0, 0, 1, 0]),
+    ("a c", "char27", " ", [1, 0, 1]),
+    ("é_", "byte", "_", [1, 1, 0]),
+    ("_a", "byte", "a", [1, 0]),
+    ("x…y", "byte", "…", [1, 0, 1]),
+  )
+  def test_blanks_are_one_token_each(self, text, name, blank, known):
+    tokenizer = tokenizers.get(name)
+    prompt = generate.parse_prompt(text, tokenizer, blank)
+    self.assertEqual(prompt.known.tolist(), [bool(k) for k in known])
+    self.assertEqual(prompt.known.dtype, bool)
+    self.assertEqual(prompt.tokens.shape, prompt.known.shape)
+    self.assertEqual(
+      tokenizer.to_bytes(prompt.tokens[prompt.known]).decode(),
+      text.replace(blank, ""),
+    )
+
+  @parameterized.parameters("", "abc")
+  def test_without_a_blank(self, text):
+    with self.assertRaisesRegex(
+      generate.PromptError, f"--prompt='{text}' has no blank '_'"
+    ):
+      generate.parse_prompt(text, _CHAR27, "_")
+
+  def test_a_wrong_character_is_found_where_it_stands(self):
+    """The offset counts from the start of the prompt, over blanks."""
+    with self.assertRaisesRegex(
+      generate.PromptError, r"^--prompt: .* character 'X' at offset 5 "
+    ):
+      generate.parse_prompt("ab_c_X", _CHAR27, "_")
+
+
+def _sampler(mechanism="two_stream", **sample):
+  options = config.Config(
+    model=config.Model(mechanism=mechanism, T=7, D=8, L=1, N=2),
+    orders=config.Orders(given=(4, 1, 7, 2, 6, 3, 5)),
+    sample=config.Sample(**dict(count=3) | sample),
+    compute=config.Compute(dtype="float32", attention="xla"),
+  )
+  made = tiny.bind(mechanism, T=7, V=_CHAR27.V, D=8, L=1, N=2)
+  mesh = sharding.make_mesh(config.Mesh(data=1))
+  sampler = generate.Sampler(options, made, _CHAR27, mesh)
+  params = sharding.put(mesh, tiny.sharp(made))
+
+  def draw(text=None):
+    prompt = text and generate.parse_prompt(
+      text, _CHAR27, sample.get("blank", "_")
+    )
+    with jax.set_mesh(mesh):
+      return sampler.sample(params, prompt)
+
+  return draw
+
+
+class SamplerTest(parameterized.TestCase):
+  def test_whole_texts(self):
+    draw = _sampler()
+    texts = draw()
+    self.assertLen(texts, 3)
+    self.assertLen({text.text for text in texts}, 3)
+    for text in texts:
+      self.assertLen(text.text, 7)
+      self.assertEqual(sorted(text.order), list(range(1, 8)))
+    self.assertEqual(texts, draw())
+
+  def test_a_prompt_is_kept_and_comes_first(self):
+    """Shorter than the model's texts, and the given order cut to it."""
+    texts = _sampler(order="given")("_b_ e")
+    for text in texts:
+      self.assertRegex(text.text, r"^[a-z ]b[a-z ] e$")
+      self.assertEqual(text.order, [2, 4, 5, 1, 3])
+    self.assertGreater(len({text.text for text in texts}), 1)
+
+  @parameterized.parameters(
+    ("two_stream", "abcdefg_", "has 8 tokens; .* at most 7 .config.model.T"),
+    ("causal", "a_c_", "blank at position 2 stands before known text, but "
+     "mechanism causal"),
+    ("causal", "_b", "blank at position 1 "),
+  )  # fmt: skip
+  def test_prompts_that_cannot_be_filled(self, mechanism, text, message):
+    with self.assertRaisesRegex(generate.PromptError, message):
+      _sampler(mechanism, order="left_to_right")(text)
+
+  def test_a_causal_prompt_ends_in_blanks(self):
+    for text in _sampler("causal", order="left_to_right")("ab__"):
+      self.assertRegex(text.text, "^ab[a-z ]{2}$")
+      self.assertEqual(text.order, [1, 2, 3, 4])
+
+  def test_texts_are_written_as_json_lines(self):
+    directory = self.enterContext(tempfile.TemporaryDirectory())
+    path = epath.Path(directory) / "samples" / "x.jsonl"
+    texts = [generate.Text("a b", [2, 1, 3]), generate.Text("c", [1])]
+    generate.write(path, texts, 7, prompt="a_b")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    self.assertEqual(
+      lines,
+      [
+        {"step": 7, "prompt": "a_b", "text": "a b", "order": [2, 1, 3]},
+        {"step": 7, "prompt": "a_b", "text": "c", "order": [1]},
+      ],
+    )
+
+
+if __name__ == "__main__":
+  absltest.main()

@@ -1,0 +1,212 @@
+"""What the tests of whole runs share: a text, a tiny run, the program."""
+
+import contextlib
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import threading
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from etils import epath
+from jax.experimental.compilation_cache import compilation_cache
+
+from aoarm_jax import checkpoint, main, sharding, train_state
+from aoarm_jax import config as config_lib
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+TINY = str(ROOT / "configs" / "two_stream.py:tiny")
+SMALLEST = {
+  "model.T": 16,
+  "model.D": 16,
+  "model.L": 2,
+  "model.N": 2,
+  "train.batch_size": 8,
+  "compute.dtype": "float32",
+  "optimizer.warmup_steps": 5,
+  "optimizer.peak_learning_rate": 1e-2,
+}
+_TIMEOUT_SECONDS = 240
+_environment: dict[str, str] = {}
+
+
+@contextlib.contextmanager
+def quick_compilation() -> Iterator[None]:
+  """Compiles badly, fast and once, here and in processes started meanwhile.
+
+  The same code on both sides, so that results may be compared bit by bit.
+  """
+  with tempfile.TemporaryDirectory() as folder:
+    options = {
+      "jax_disable_most_optimizations": True,
+      "jax_compilation_cache_dir": folder,
+      "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: jax.config.values[name] for name in options}
+    _environment.update({k.upper(): str(v) for k, v in options.items()})
+    try:
+      _configure(options)
+      yield
+    finally:
+      _configure(before)
+      _environment.clear()
+
+
+def _configure(options):
+  for name, value in options.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()  # It looks at the folder's name once.
+
+
+def write_text(folder: pathlib.Path, seed: int = 0, *, test: bool = True):
+  """Splits of a Markov source: letters walk round the alphabet by 1 or 2.
+
+  The symbols are equally frequent, so whatever is learned is context.
+  """
+  folder.mkdir(parents=True, exist_ok=True)
+  rng = np.random.default_rng(seed)
+  symbols = np.frombuffer(b" abcdefghijklmnopqrstuvwxyz", np.uint8)
+  lengths = {"train": 20_000, "valid": 1_000}
+  if test:
+    lengths["test"] = 1_000
+  for name, length in lengths.items():
+    walk = rng.integers(1, 3, length).cumsum() % len(symbols)
+    (folder / f"{name}.txt").write_bytes(symbols[walk].tobytes())
+
+
+def arguments(
+  workdir: pathlib.Path,
+  changes: Mapping[str, Any],
+  *more: str,
+  experiment: str = TINY,
+) -> list[str]:
+  """The command line of a run that differs from SMALLEST by `changes`."""
+  overrides = {**SMALLEST, **changes}
+  return [
+    f"--config={experiment}",
+    f"--workdir={workdir}",
+    *(f"--config.{name}={value}" for name, value in overrides.items()),
+    *more,
+  ]
+
+
+def parse(command: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
+  """(flags, argv) of one command, without the program's global flags."""
+  argv = ["main.py", *command]
+  values = flags.FlagValues()
+  main.define_flags(values, argv)
+  with warnings.catch_warnings():
+    # ml_collections loads the experiment file in an old way.
+    warnings.filterwarnings("ignore", ".*load_module", DeprecationWarning)
+    main.parse(argv, values)
+  return values, argv
+
+
+def run(command: Sequence[str]) -> None:
+  """The program in this process; what it would report is raised."""
+  flags.FLAGS.mark_as_parsed()  # As absl.app.run does; loaders ask for it.
+  main.run(*parse(command))
+
+
+def config_of(command: Sequence[str]) -> config_lib.Config:
+  return config_lib.from_config_dict(parse(command)[0].config)
+
+
+def environment(**more: str) -> dict[str, str]:
+  """Of a process of ours: on the CPU, and compiling as this one does."""
+  ours = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+  return os.environ | ours | _environment | more
+
+
+def start(
+  command: Sequence[str], *, code: str = "", folder=None, **more: str
+) -> subprocess.Popen:
+  """The program in a process group of its own, on the CPU.
+
+  Args:
+    command: its flags.
+    code: Python to be run before the program starts, in its process.
+    folder: where it runs; None: here.
+    **more: variables of its environment.
+
+  Returns:
+    The process. Its stderr is a short pipe: it cannot run far ahead of the
+    lines that were read.
+  """
+  python = [sys.executable, "-m", "aoarm_jax.main"]
+  if code:
+    code += (
+      "\nimport runpy\n"
+      "runpy.run_module('aoarm_jax.main', run_name='__main__', alter_sys=True)"
+    )
+    python = [sys.executable, "-c", code]
+  process = subprocess.Popen(
+    [*python, *command],
+    cwd=folder,
+    env=environment(**more),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    bufsize=0,
+    pipesize=4096,
+    start_new_session=True,
+  )
+  guard = threading.Timer(_TIMEOUT_SECONDS, process.kill)
+  guard.daemon = True
+  guard.start()
+  return process
+
+
+def read_until(process: subprocess.Popen, text: str, more: int = 0) -> str:
+  """Reads stderr to the line with `text` and `more` lines beyond."""
+  lines = []
+  while not lines or text not in lines[-1]:
+    line = process.stderr.readline().decode()
+    assert line, f"ended before {text!r}:\n{''.join(lines)}"
+    lines.append(line)
+  lines += [process.stderr.readline().decode() for _ in range(more)]
+  return "".join(lines)
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+  """(exit code, stdout, stderr) of what is left to read."""
+  out, err = process.communicate()
+  return process.returncode, out.decode(), err.decode()
+
+
+def final_state(workdir: pathlib.Path, config: config_lib.Config):
+  """(Saved, TrainState) of a run's newest checkpoint, on one device."""
+  mesh = sharding.make_mesh(config.mesh)
+  _, abstract, _ = train_state.create(config, 27, mesh)
+  checkpoints = checkpoint.Checkpoints(
+    epath.Path(workdir) / "checkpoints", keep_last=1, keep_best=0
+  )
+  saved = checkpoints.newest()
+  return saved, checkpoints.restore(saved, abstract)
+
+
+def leaves_as_bytes(tree: Any) -> dict[str, bytes]:
+  """Every array of a pytree by its path, bit by bit."""
+
+  def plain(leaf):
+    is_key = jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
+
+  return {
+    jax.tree_util.keystr(path): plain(leaf).tobytes()
+    for path, leaf in jax.tree.leaves_with_path(tree)
+  }
+
+
+def contents(folder: pathlib.Path) -> dict[str, bytes]:
+  """Every file below, by its relative name."""
+  return {
+    str(path.relative_to(folder)): path.read_bytes()
+    for path in sorted(folder.rglob("*"))
+    if path.is_file()
+  }

@@ -1,0 +1,633 @@
+"""The backbone and its mechanisms: leaks, laws, equivariances, caches.
+
+`_Written` is a second implementation: one sequence, float64 numpy, any mask,
+the two streams one after the other, complex numbers for rotations.
+"""
+
+import functools
+from unittest import mock
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tiny
+from absl.testing import absltest, parameterized
+
+import pallas_kernels
+from aoarm_jax import config, objective, orders
+from aoarm_jax.model import layers, mechanisms, transformer
+
+_B, _T, _V = 3, 7, 5
+
+
+def _slots(tokens, order, s, V=_V) -> orders.Slots:
+  """As numpy, laid out by hand."""
+  B, T = tokens.shape
+  ids = [np.full((B, 1), V + i) for i in range(s)]
+  ends = [np.full((B, 1), p) for p in (0, T + 1)[:s]]
+  content = np.take_along_axis(tokens, order - 1, axis=1)[:, :-1]
+  targets = [np.zeros((B, 1)), order][2 - s :]
+  return orders.Slots(
+    *(
+      np.concatenate(parts, axis=1).astype(np.int32)
+      for parts in ([*ids, content], [*ends, order[:, :-1]], targets)
+    )
+  )
+
+
+def _rms(x, scale):
+  return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-6) * scale
+
+
+class _Written:
+  """The mathematics of one sequence, by hand."""
+
+  def __init__(self, model, params):
+    self.model, self.params = model, tiny.as_numpy(params)
+    self.blocks = [
+      jax.tree.map(lambda p, i=i: p[i], self.params["blocks"])
+      for i in range(model.L)
+    ]
+
+  def content(self, ids):
+    return self.params["embedding"][ids]
+
+  def rotate(self, x, position):
+    """x [R, N, H] by position [R]."""
+    half = self.model.H // 2
+    speed = self.model.rope_base ** (-np.arange(half) / half)
+    turn = np.exp(1j * np.multiply.outer(position, speed))[:, None]
+    z = (x[..., :half] + 1j * x[..., half:]) * turn
+    return np.concatenate([z.real, z.imag], axis=-1)
+
+  def keys(self, block, x, position):
+    """Rotated keys and values [S, N, H] of content rows [S, D]."""
+    a = block["attention"]
+    x = _rms(x, block["attention_norm"]["scale"])
+    k = _rms(np.einsum("sd,dnh->snh", x, a["key"]), a["key_norm"]["scale"])
+    return self.rotate(k, position), np.einsum("sd,dnh->snh", x, a["value"])
+
+  def update(self, block, x, position, keys, seen):
+    """One block on rows [R, D] over keys; seen is bool [R, S]."""
+    a, (k, v) = block["attention"], keys
+    normed = _rms(x, block["attention_norm"]["scale"])
+    q = np.einsum("rd,dnh->rnh", normed, a["query"])
+    q = self.rotate(_rms(q, a["query_norm"]["scale"]), position)
+    score = np.einsum("rnh,snh->nrs", q, k) / np.sqrt(self.model.H)
+    score = np.where(seen, score, -np.inf)
+    weight = np.exp(score - score.max(axis=-1, keepdims=True))
+    weight /= weight.sum(axis=-1, keepdims=True)
+    out = np.einsum("nrs,snh->rnh", weight, v)
+    x = x + np.einsum("rnh,nhd->rd", out, a["out"])
+    up = _rms(x, block["mlp_norm"]["scale"]) @ block["mlp"]["up"]
+    gelu = np.tanh(np.sqrt(2 / np.pi) * (up + 0.044715 * up**3))
+    return x + (0.5 * up * (1 + gelu)) @ block["mlp"]["down"]
+
+  def read_out(self, x):
+    return _rms(x, self.params["norm"]["scale"]) @ self.params["head"]
+
+  def one_stream(self, ids, query_position, key_position, seen):
+    """Logits [S, V], and the keys and values of every layer."""
+    x, cache = self.content(ids), []
+    for block in self.blocks:
+      cache.append(self.keys(block, x, key_position))
+      x = self.update(block, x, query_position, cache[-1], seen)
+    return self.read_out(x), cache
+
+  def query_stream(self, target_position, cache, seen):
+    """Logits [R, V] of query rows, from the content stream's keys alone."""
+    start = self.params["mechanism"]["query_start"]
+    x = np.tile(start, (len(target_position), 1))
+    for block, keys in zip(self.blocks, cache):
+      x = self.update(block, x, target_position, keys, seen)
+    return self.read_out(x)
+
+
+def _in_natural_order(mechanism, written, tokens, order):
+  """Logits [T, V] by rank, computed by position with dense rank masks.
+
+  Rows stand at positions 0, 1..T (and T + 1); the last token generated is
+  among the keys too, hidden by its rank alone.
+  """
+  model, V = written.model, written.params["head"].shape[1]
+  T, s = len(order), model.sentinels
+  ids = np.array([V, *tokens, V + 1][: T + s])
+  position = np.arange(T + s)
+  rank = np.full(T + s, -1)
+  rank[order] = np.arange(T)
+  if s == 2:
+    rank[0] = -2  # BOS stands before EOS.
+  seen = rank[:, None] >= rank
+  before = np.argsort(rank)[s - 1 : -1]  # The row before each target.
+  if mechanism == "two_stream":
+    _, cache = written.one_stream(ids, position, position, seen)
+    seen = rank[order][:, None] > rank
+    return written.query_stream(order, cache, seen)
+  target = np.zeros(T + s, int)
+  target[before] = order
+  lead = target if mechanism == "decoupled_rope" else position
+  return written.one_stream(ids, lead, position, seen)[0][before]
+
+
+def _sequence_nll(network, params, tokens, order, s, V):
+  return objective.order_nll(
+    functools.partial(network, params), tokens, order, sentinels=s, vocabulary=V
+  ).sum(axis=1)
+
+
+def _reaches(network, params, tokens, order, s):
+  """bool [T, S, B]: does the token of rank r move the logits of slot i?
+
+  Bitwise, and every call runs the same program on the same shapes.
+  """
+  base = np.asarray(network(params, _slots(tokens, order, s)))
+  moved = []
+  for r in range(tokens.shape[1]):
+    other, at = tokens.copy(), order[:, r : r + 1] - 1
+    new = (np.take_along_axis(tokens, at, axis=1) + 1 + r % 2) % _V
+    np.put_along_axis(other, at, new, axis=1)
+    logits = np.asarray(network(params, _slots(other, order, s)))
+    moved.append((logits != base).any(axis=-1).T)
+  return np.array(moved)
+
+
+def _may_reach(T, s):
+  """bool [T, S, 1]: rank r is the content of slot r + s, seen from there on."""
+  reach = np.arange(T + s - 1) >= np.arange(T)[:, None] + s
+  return reach[..., None]
+
+
+def _leaky(q, k, v, visible=None, **kwargs):
+  """Attention in which each row also sees the next slot."""
+  if visible is None:
+    visible = jnp.broadcast_to(jnp.arange(q.shape[1]) + 1, q.shape[:2])
+  visible = jnp.minimum(visible + 1, k.shape[1])
+  return _attention(q, k, v, visible, **kwargs)
+
+
+_attention = pallas_kernels.any_order_attention
+_plant = functools.partial(
+  mock.patch.object, pallas_kernels, "any_order_attention", _leaky
+)
+
+
+class LeakTest(parameterized.TestCase):
+  @parameterized.parameters(*tiny.CASES)
+  def test_only_visible_tokens_move_logits(self, mechanism, s):
+    """Every token moves the slots that see it, and no bit of any other."""
+    _, params, network = tiny.network(mechanism, s)
+    tokens = tiny.tokens(_B, _T, _V)
+    families = config.ORDER_FAMILIES
+    if mechanism in config.LEFT_TO_RIGHT_ONLY:
+      families = ("left_to_right",)
+    for family in families:
+      order = _family_orders()[family]
+      reaches = _reaches(network, params, tokens, order, s)
+      expected = np.broadcast_to(_may_reach(_T, s), reaches.shape)
+      np.testing.assert_array_equal(reaches, expected, family)
+
+  @parameterized.parameters(*tiny.ANY_ORDER)
+  def test_the_order_to_come_moves_nothing(self, mechanism, s):
+    """Logits at rank r know sigma(r), and nothing of sigma(> r)."""
+    _, params, network = tiny.network(mechanism, s)
+    tokens = tiny.tokens(_B, _T, _V)
+    order = tiny.orders_of(mechanism, _B, _T)
+    base = network(params, _slots(tokens, order, s))
+    for r in range(_T - 2):
+      tail = np.roll(order[:, r + 1 :], 1, axis=1)
+      other = np.concatenate([order[:, : r + 1], tail], axis=1)
+      logits = network(params, _slots(tokens, other, s))
+      np.testing.assert_array_equal(logits[:, : r + s], base[:, : r + s])
+      moved = np.abs(logits[:, r + s] - base[:, r + s])
+      self.assertGreater(moved.max(), 1e-2)
+
+  @parameterized.parameters("two_stream", "decoupled_rope")
+  def test_a_planted_leak_is_found(self, mechanism):
+    made = tiny.bind(mechanism, 2, L=1)
+    order = tiny.orders_of(mechanism, _B, _T)
+    tokens = tiny.tokens(_B, _T, _V)
+    with _plant():
+      network = jax.jit(lambda params, slots: made(params)(slots))
+      reaches = _reaches(network, tiny.sharp(made), tokens, order, 2)
+    leaks = reaches & ~_may_reach(_T, 2)
+    # Every row but the last, which has no next slot, sees its own target.
+    self.assertEqual(leaks.any(axis=(1, 2)).sum(), _T - 1)
+
+
+@functools.cache
+def _family_orders():
+  """int32 [B, T] by family."""
+  given = dict(block_width=3, given=(4, 1, 7, 2, 6, 3, 5))
+
+  def draw(key):
+    return {
+      family: orders.draw(
+        key, _B, _T, config.Orders(family=family, **given), step=500
+      )
+      for family in config.ORDER_FAMILIES
+    }
+
+  return jax.tree.map(np.asarray, tiny.quick_jit(draw)(jax.random.key(0)))
+
+
+class NormalisationTest(parameterized.TestCase):
+  T, V = 4, 3
+
+  def totals(self, mechanism, s):
+    """Sum over all sequences of p(x | sigma), by order."""
+    made = tiny.bind(mechanism, s, T=self.T, V=self.V, D=8, N=2)
+    params = tiny.sharp(made)
+    every = tiny.all_orders(self.T)
+    if mechanism in config.LEFT_TO_RIGHT_ONLY:
+      every = every[:1]
+    texts = tiny.all_sequences(self.V, self.T)
+    tokens = np.tile(texts, (len(every), 1))
+    order = np.repeat(every, len(texts), axis=0)
+    network = lambda params, slots: made(params)(slots)  # noqa: E731
+    nll = tiny.quick_jit(
+      functools.partial(_sequence_nll, network, s=s, V=self.V)
+    )(params, tokens, order)
+    p = np.exp(-np.asarray(nll, np.float64)).reshape(len(every), -1)
+    # The law is sharp enough for a fault to show.
+    self.assertGreater(p.max(), 4 / len(texts))
+    return p.sum(axis=1)
+
+  @parameterized.parameters(*tiny.CASES)
+  def test_the_law_of_every_order_sums_to_one(self, mechanism, s):
+    totals = self.totals(mechanism, s)
+    self.assertLen(totals, 1 if mechanism == "causal" else 24)
+    np.testing.assert_allclose(totals, 1.0, atol=1e-5)
+
+  @parameterized.parameters(*tiny.MECHANISMS)
+  def test_a_planted_leak_breaks_it(self, mechanism):
+    with _plant():
+      totals = self.totals(mechanism, 1)
+    self.assertGreater(np.abs(totals - 1).min(), 1e-3)
+    self.assertGreater(np.abs(totals - 1).max(), 0.1)
+
+
+class WrittenTest(parameterized.TestCase):
+  """Against the second implementation."""
+
+  def setUp(self):
+    super().setUp()
+    self.tokens = tiny.tokens(_B, _T, _V)
+
+  def both(self, mechanism, s):
+    """(written by hand, slots, logits [B, S, V] of the library)."""
+    model, params, network = tiny.network(mechanism, s)
+    self.order = tiny.orders_of(mechanism, _B, _T)
+    slots = _slots(self.tokens, self.order, s)
+    logits = np.asarray(network(params, slots))
+    self.assertEqual((logits.shape, logits.dtype), ((_B, _T + s - 1, _V), "f4"))
+    return _Written(model, params), slots, logits
+
+  def assert_close(self, got, want):
+    self.assertGreater(np.std(want), 0.5)
+    np.testing.assert_allclose(got, want, atol=2e-4)
+
+  @parameterized.parameters(1, 2)
+  def test_two_streams_are_content_and_query_separately(self, s):
+    written, slots, logits = self.both("two_stream", s)
+    causal = np.tri(_T + s - 1, dtype=bool)
+    for b in range(_B):
+      ids, c, t = (x[b] for x in slots)
+      _, cache = written.one_stream(ids, c, c, causal)
+      self.assert_close(logits[b], written.query_stream(t, cache, causal))
+
+  @parameterized.parameters(1, 2)
+  def test_decoupled_rope_left_to_right_is_rope_with_a_shift(self, s):
+    """The query at position p turns by p + 1, the key by p."""
+    model, params, network = tiny.network("decoupled_rope", s)
+    natural = np.tile(np.arange(1, _T + 1), (_B, 1))
+    logits = network(params, _slots(self.tokens, natural, s))
+    written = _Written(model, params)
+    for b in range(_B):
+      ids = np.array([_V, *self.tokens[b, :-1]])
+      lead, lag = np.arange(_T) + 1, np.arange(_T)
+      if s == 2:  # EOS second, it predicts position 1; BOS predicts nothing.
+        ids = np.insert(ids, 1, _V + 1)
+        lead, lag = np.insert(lead, 0, 0), np.insert(lag, 1, _T + 1)
+      causal = np.tri(len(ids), dtype=bool)
+      want, _ = written.one_stream(ids, lead, lag, causal)
+      self.assert_close(logits[b], want)
+
+  def test_causal_is_rope_without_the_shift(self):
+    written, _, logits = self.both("causal", 1)
+    causal, position = np.tri(_T, dtype=bool), np.arange(_T)
+    for b in range(_B):
+      ids = np.array([_V, *self.tokens[b, :-1]])
+      want, _ = written.one_stream(ids, position, position, causal)
+      self.assert_close(logits[b], want)
+      # The shift is no matter of taste.
+      other, _ = written.one_stream(ids, position + 1, position, causal)
+      self.assertGreater(np.abs(other - want).max(), 0.1)
+
+  @parameterized.parameters(
+    *(
+      c
+      for c in tiny.CASES
+      if c[0] in ("two_stream", "decoupled_rope", "causal")
+    )
+  )
+  def test_relabelling(self, mechanism, s):
+    """Slots in generation order equal natural order with the rank mask."""
+    written, _, logits = self.both(mechanism, s)
+    for b in range(_B):
+      want = _in_natural_order(
+        mechanism, written, self.tokens[b], self.order[b]
+      )
+      self.assert_close(logits[b, s - 1 :], want)
+
+  @parameterized.parameters(*tiny.ANY_ORDER)
+  def test_swapping_two_earlier_slots_moves_logits(self, mechanism, s):
+    """No invariance of causal orders: earlier rows see other prefixes."""
+    _, params, network = tiny.network(mechanism, s)
+    order = tiny.orders_of(mechanism, _B, _T)
+    swapped = order.copy()
+    swapped[:, [1, 2]] = order[:, [2, 1]]
+    logits, other = (
+      network(params, _slots(self.tokens, o, s))[:, s + 3 :]
+      for o in (order, swapped)
+    )
+    self.assertGreater(np.abs(logits - other).max(axis=(0, 2)).min(), 1e-2)
+
+  @parameterized.product(mechanism=("two_stream", "decoupled_rope"), s=(1, 2))
+  def test_single_key_blindness(self, mechanism, s):
+    """With BOS alone, rank 0 cannot tell sigma(0); with EOS beside it can."""
+    _, params, network = tiny.network(mechanism, s)
+    natural = np.arange(1, _T + 1)
+    order = np.array([np.roll(natural, -2 * b) for b in range(_B)])
+    first = network(params, _slots(self.tokens, order, s))[:, s - 1]
+    moved = np.abs(first - first[0]).max(axis=-1)[1:]
+    if s == 1:
+      np.testing.assert_allclose(moved, 0.0, atol=1e-6)
+    else:
+      self.assertGreater(moved.min(), 1e-2)
+
+
+@functools.cache
+def _extend(mechanism, s):
+  made = tiny.bind(mechanism, s)
+  return tiny.quick_jit(
+    lambda params, slots, cache, start: made(params).extend(slots, cache, start)
+  )
+
+
+class CacheTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.tokens = tiny.tokens(_B, _T, _V)
+
+  def prepare(self, mechanism, s):
+    """(extend, slots, uncached logits, empty cache)."""
+    model, params, network = tiny.network(mechanism, s)
+    order = tiny.orders_of(mechanism, _B, _T)
+    slots = _slots(self.tokens, order, s)
+    cache = transformer.empty_cache(
+      model, config.Compute(dtype="float32"), _B, _T + s - 1
+    )
+    extend = functools.partial(_extend(mechanism, s), params)
+    return extend, slots, np.asarray(network(params, slots)), cache
+
+  @parameterized.parameters(*tiny.ALTERNATING)
+  def test_cached_logits_are_uncached_logits(self, mechanism, s):
+    """In chunks of 1, 3 and all slots."""
+    extend, slots, want, empty = self.prepare(mechanism, s)
+    S = want.shape[1]
+    for chunks in ([1] * S, [3, 1, 3, *[1] * (s - 1)], [S]):
+      cache, at, got = empty, 0, []
+      for R in chunks:
+        part = orders.Slots(*(x[:, at : at + R] for x in slots))
+        logits, cache = extend(part, cache, np.full(_B, at, np.int32))
+        got.append(logits)
+        at += R
+      self.assertEqual(at, S)
+      np.testing.assert_allclose(np.concatenate(got, axis=1), want, atol=2e-5)
+
+  @parameterized.parameters(*tiny.ALTERNATING)
+  def test_ragged_starts_after_junk(self, mechanism, s):
+    """Rows at different slots of one cache, whose later slots hold junk."""
+    extend, slots, want, cache = self.prepare(mechanism, s)
+    start, R = np.array([2, 0, 4], np.int32), 3
+    at = start[:, None] + np.arange(R)
+    junk = np.where(np.arange(want.shape[1]) < start[:, None], slots.tokens, 0)
+    _, cache = extend(
+      slots._replace(tokens=junk), cache, np.zeros(_B, np.int32)
+    )
+    part = orders.Slots(*(np.take_along_axis(x, at, axis=1) for x in slots))
+    logits, _ = extend(part, cache, start)
+    want = np.take_along_axis(want, at[..., None], axis=1)
+    np.testing.assert_allclose(logits, want, atol=2e-5)
+
+  @parameterized.parameters(("two_stream", 2), ("decoupled_rope", 1))
+  def test_what_a_cached_slot_is_bound_to(self, mechanism, free):
+    """Two streams: to the past only. One: to its target from layer 2 on."""
+    extend, slots, _, empty = self.prepare(mechanism, 1)
+    start = np.zeros(_B, np.int32)
+    _, cache = extend(slots, empty, start)
+    other = slots._replace(target_position=slots.target_position[:, ::-1])
+    _, moved = extend(other, empty, start)
+    for a, b in zip(cache, moved):
+      np.testing.assert_array_equal(a[:free], b[:free])
+      for layer in range(free, len(a)):
+        self.assertGreater(np.abs(a[layer] - b[layer]).max(), 1e-2)
+
+
+def _value_and_gradients(mechanism, L, gradients=True, **compute):
+  """(nll [B], gradients of its sum or None) at parameters drawn for L."""
+  made = tiny.bind(mechanism, 1, L=L, **compute)
+  tokens = tiny.tokens(_B, _T, _V)
+  order = tiny.orders_of(mechanism, _B, _T)
+
+  def loss(params):
+    nll = _sequence_nll(
+      lambda params, slots: made(params)(slots), params, tokens, order, 1, _V
+    )
+    return nll.sum(), nll
+
+  params = tiny.sharp(made)
+  if not gradients:
+    return tiny.quick_jit(loss)(params)[1], None
+  (_, nll), slopes = tiny.quick_jit(jax.value_and_grad(loss, has_aux=True))(
+    params
+  )
+  return nll, slopes
+
+
+_plain = functools.cache(_value_and_gradients)
+
+
+class ComputeTest(parameterized.TestCase):
+  """The same mathematics, however it is run."""
+
+  def assert_same(self, got, want):
+    for leaf in jax.tree.leaves(want):
+      self.assertGreater(np.abs(leaf).max(), 1e-3)
+    jax.tree.map(
+      functools.partial(np.testing.assert_allclose, atol=1e-3, rtol=1e-4),
+      got,
+      want,
+    )
+
+  @parameterized.parameters(
+    (True, "two_stream", dict(scan_layers=True)),
+    (True, "two_stream", dict(attention="reference", remat=True)),
+    (False, "decoupled_rope", dict(scan_layers=True, remat=True)),
+    (False, "causal", dict(scan_layers=True, attention="reference")),
+  )
+  def test_options_change_nothing(self, gradients, mechanism, options):
+    """Neither likelihoods nor their gradients."""
+    got = _value_and_gradients(mechanism, 3, gradients, **options)
+    self.assert_same(got, _plain(mechanism, 3, gradients))
+
+  def test_the_last_content_is_dead(self):
+    """To compute both streams in the last layer changes no gradient.
+
+    With one layer, content is keys and values only.
+    """
+    block = layers.Block.__call__
+    outputs = []
+
+    def whole(self, *args, last=False):
+      outputs.append(block(self, *args))
+      return outputs[-1][-1:] if last else outputs[-1]
+
+    with mock.patch.object(layers.Block, "__call__", whole):
+      got = _value_and_gradients("two_stream", 1)
+    # Both streams were there, in the last layer too.
+    self.assertEqual(outputs[-1].shape[0], 2)
+    self.assert_same(got, _plain("two_stream", 1))
+
+  def test_bfloat16(self):
+    """Near float32, and the head's output is float32."""
+    got, _ = _value_and_gradients("two_stream", 3, False, dtype="bfloat16")
+    want, _ = _plain("two_stream", 3, True)
+    self.assertEqual(got.dtype, jnp.float32)
+    np.testing.assert_allclose(got, want, rtol=0.1)
+    self.assertGreater(np.abs(got - want).max(), 1e-4)
+
+  def test_initial_parameters(self):
+    """Float32, of the documented scale, and of no two layers alike."""
+    made = tiny.bind(L=3, D=32, V=27, N=2)
+    params = tiny.quick_jit(made.init)(jax.random.key(0))
+    chex.assert_trees_all_equal_shapes_and_dtypes(params, made.abstract_params)
+    chex.assert_tree_all_finite(params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+      self.assertEqual(leaf.dtype, jnp.float32)
+      name = path[-1].key
+      if name == "scale":
+        np.testing.assert_array_equal(leaf, 1.0)
+        continue
+      scale = 0.02 / 6**0.5 if name in ("out", "down") else 0.02
+      self.assertAlmostEqual(float(leaf.std()) / scale, 1.0, delta=0.3)
+      if path[0].key == "blocks":
+        self.assertGreater(np.abs(leaf[1] - leaf[0]).max(), scale)
+        self.assertGreater(np.abs(leaf[2] - leaf[1]).max(), scale)
+
+
+class CountTest(parameterized.TestCase):
+  @parameterized.parameters(*tiny.CASES)
+  def test_parameters(self, mechanism, s):
+    V, D, L, N = 5, 12, 3, 3
+    H, F = D // N, 4 * D
+    layer = 4 * D * D + 2 * D * F + 2 * D + 2 * H
+    count = (V + 2) * D + L * layer + D + D * V
+    own = {"two_stream": D, "decoupled_rope": 0, "causal": 0}
+    params = tiny.bind(mechanism, s, V=V, D=D, L=L, N=N).abstract_params
+    self.assertEqual(
+      sum(leaf.size for leaf in jax.tree.leaves(params)), count + own[mechanism]
+    )
+
+  @parameterized.product(mechanism=tiny.MECHANISMS, s=(1, 2), L=(1, 3))
+  def test_flops_are_those_of_the_program(self, mechanism, s, L):
+    """XLA's count of the forward pass, whose attention is not causal.
+
+    The plain attention computes S scores a row where the model needs
+    (S + 1) / 2 on average: 4 D (S - 1) / 2 FLOPs more a row.
+    """
+    T, V, D, N = 511, 27, 128, 1  # Attention is a third of it.
+    made = tiny.bind(
+      mechanism, s, T=T, V=V, D=D, L=L, N=N, attention="reference"
+    )
+    model = config.Model(mechanism=mechanism, sentinels=s, T=T, D=D, L=L, N=N)
+    slots = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct((1, model.S), jnp.int32),
+      orders.Slots(0, 0, 0),
+    )
+    lowered = jax.jit(lambda params, slots: made(params)(slots)).lower(
+      made.abstract_params, slots
+    )
+    streams = mechanisms.MECHANISMS[mechanism].streams
+    rows = model.S * (streams * (L - 1) + 1)
+    forward = transformer.training_flops_per_token(model, V) * T / 3
+    expected = forward + rows * 4 * D * (model.S - 1) / 2
+    counted = lowered.cost_analysis()["flops"]
+    self.assertAlmostEqual(counted / expected, 1.0, delta=0.05)
+    # One layer's content stream more, or a causal program, would be seen.
+    self.assertGreater(model.S * 24 * D * D / expected, 0.1)
+    self.assertGreater(expected / forward, 1.1)
+
+
+class EmbedTest(parameterized.TestCase):
+  """Rows of a table, with a gradient that is a matmul."""
+
+  def setUp(self):
+    super().setUp()
+    self.enterContext(tiny.rank_promotion_raises())
+    generator = np.random.default_rng(0)
+    self.tokens = tiny.tokens(_B, _T, _V)
+    self.tokens[0] = 2  # One token many times; and token 4 never.
+    self.tokens[self.tokens == 4] = 1
+    self.table = generator.normal(size=(_V, 12)).astype(np.float32)
+    self.weight = generator.normal(size=(_B, _T, 12)).astype(np.float32)
+
+  def test_value_and_gradient_are_those_of_the_gather(self):
+    def loss(take, table):
+      out = take(table, self.tokens)
+      return (out * self.weight).sum(), out
+
+    grad = jax.grad(loss, argnums=1, has_aux=True)
+    run = jax.jit(grad, static_argnums=0)
+    got, out = run(layers.embed, self.table)
+    want, _ = run(lambda table, tokens: table[tokens], self.table)
+    np.testing.assert_array_equal(out, self.table[self.tokens])
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    np.testing.assert_array_equal(got[4], 0.0)
+    # Without jit too.
+    got, _ = grad(layers.embed, jnp.asarray(self.table))
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+  def test_vmap_over_tokens_and_tables(self):
+    tables = np.stack([self.table, 2 * self.table, -self.table])
+    take = jax.jit(jax.vmap(layers.embed))
+    each = [table[ids] for table, ids in zip(tables, self.tokens)]
+    np.testing.assert_array_equal(take(tables, self.tokens), each)
+    shared = jax.jit(jax.vmap(layers.embed, (None, 0)))
+    np.testing.assert_array_equal(
+      shared(self.table, self.tokens), self.table[self.tokens]
+    )
+
+    def gradient(take, table, ids, weight):
+      return jax.grad(lambda table: (take(table, ids) * weight).sum())(table)
+
+    got, want = (
+      jax.jit(jax.vmap(functools.partial(gradient, take)))(
+        tables, self.tokens, self.weight
+      )
+      for take in (layers.embed, lambda table, ids: table[ids])
+    )
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+  def test_the_gradient_has_no_scatter(self):
+    def loss(table):
+      return layers.embed(table, self.tokens).sum()
+
+    program = str(jax.make_jaxpr(jax.grad(loss))(self.table))
+    self.assertNotIn("scatter", program)
+    self.assertIn("dot_general", program)
+
+
+if __name__ == "__main__":
+  absltest.main()

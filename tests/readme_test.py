@@ -1,0 +1,59 @@
+"""The README says what is there: commands, files, fields."""
+
+import pathlib
+import re
+
+from absl import flags
+from absl.testing import absltest
+
+from aoarm_jax import main
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+class ReadmeTest(absltest.TestCase):
+  def test_every_bash_block_is_run_by_ci(self):
+    """The headings whose blocks .ci/run runs are the ones that have blocks."""
+    sections = re.split(r"^(#+ .*)$", README, flags=re.MULTILINE)
+    with_block = [
+      heading
+      for heading, body in zip(sections[1::2], sections[2::2])
+      if "```bash" in body
+    ]
+    run = re.findall(
+      r'readme_commands "(## [^"]*)"', (ROOT / ".ci/run").read_text()
+    )
+    self.assertNotEmpty(with_block)
+    self.assertEqual(set(with_block), set(run))
+
+  def test_every_file_of_the_package_is_in_the_file_map(self):
+    file_map = README.split("## File map")[1].split("\n## ")[0]
+    for path in (ROOT / "aoarm_jax").glob("*.py"):
+      if path.name != "__init__.py":
+        self.assertIn(path.name, file_map)
+    for name in re.findall(r"`([\w/]+(?:/|\.py))`", file_map):
+      self.assertTrue(
+        (ROOT / name).exists() or (ROOT / "aoarm_jax" / name).exists(), name
+      )
+
+  def test_every_link_leads_somewhere(self):
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+      self.assertTrue((ROOT / target).exists(), target)
+
+  def test_every_command_and_override_parses(self):
+    commands = re.findall(r"python -m aoarm_jax\.main ([^\n`]*)", README)
+    overrides = re.findall(r"`(--config\.[^`=]*=[^`]*)`", README)
+    for text in commands + [
+      f"--config=configs/causal.py {o}" for o in overrides
+    ]:
+      argv = ["main", *re.sub(r' ?--prompt="[^"]*"', "", text).split()]
+      argv = [re.sub("^--config=", f"--config={ROOT}/", a) for a in argv]
+      with self.subTest(text):
+        flag_values = flags.FlagValues()
+        main.define_flags(flag_values, argv)
+        main.parse(argv, flag_values)
+
+
+if __name__ == "__main__":
+  absltest.main()

@@ -1,0 +1,189 @@
+"""Devices share the work and change nothing: 1 = 4, also between saves."""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+
+import chex
+import helpers
+import jax
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from aoarm_jax import config as config_lib
+from aoarm_jax import run_dir, sharding
+
+CHANGES = {
+  "optimizer.schedule": "constant",
+  "train.steps": 3,
+  "compute.accumulate": 2,
+  "optimizer.ema_decay": 0.9,
+  "telemetry.log_every": 1,
+  "eval.every": 0,
+  # Five batches of 12 windows and one that is not full.
+  "eval.batches": 0,
+  "eval.batch_size": 12,
+  "sample.every": 0,
+  "sample.count": 3,
+}
+_contexts = contextlib.ExitStack()
+_folder: pathlib.Path  # Of this module's runs.
+
+
+def arguments(folder, name, *more, **changes):
+  changes = {path.replace("__", "."): v for path, v in changes.items()}
+  return helpers.arguments(
+    folder / name, {**CHANGES, "data.path": folder / "text", **changes}, *more
+  )
+
+
+def on_four_devices(folder):
+  """What the process with four devices does; prints what it saw."""
+  assert jax.device_count() == 4
+  helpers.run(arguments(folder, "four"))
+  errors = {}
+  for name, changes in {
+    "batch": {"train__batch_size": 6},
+    "eval_batch": {"eval__batch_size": 6},
+    "mesh": {"mesh__data": 5},
+  }.items():
+    try:
+      helpers.run(arguments(folder, "refused", **changes))
+    except config_lib.ConfigError as error:
+      errors[name] = str(error)
+  shutil.copytree(folder / "one", folder / "one_to_four")
+  helpers.run(arguments(folder, "one_to_four", "--mode=eval"))
+  helpers.run(arguments(folder, "one_to_four", train__steps=6))
+  mesh = sharding.make_mesh(config_lib.Mesh())
+  batch = sharding.put_batch(mesh, np.arange(24, dtype=np.uint8).reshape(8, 3))
+  shards = [(s.device.id, s.data.tolist()) for s in batch.addressable_shards]
+  return {"errors": errors, "shards": sorted(shards)}
+
+
+def setUpModule():
+  global _folder
+  if jax.default_backend() != "cpu":
+    raise absltest.SkipTest("for the CPU: start with JAX_PLATFORMS=cpu")
+  _contexts.enter_context(helpers.quick_compilation())
+  temporary = _contexts.enter_context(tempfile.TemporaryDirectory())
+  _folder = pathlib.Path(temporary)
+
+
+def tearDownModule():
+  _contexts.close()
+
+
+class ShardingTest(parameterized.TestCase):
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    if jax.device_count() != 1:
+      raise absltest.SkipTest("compares with one device")
+    helpers.write_text(_folder / "text")
+    helpers.run(arguments(_folder, "one"))
+    out = subprocess.run(
+      [sys.executable, __file__, "--on_four_devices", str(_folder)],
+      env=helpers.environment(JAX_NUM_CPU_DEVICES="4"),
+      stdout=subprocess.PIPE,
+      check=True,
+      timeout=240,
+    ).stdout
+    cls.seen = json.loads(out.splitlines()[-1])
+
+  def assert_same_run(self, got, want, steps):
+    config = helpers.config_of(arguments(_folder, got, train__steps=steps))
+    states = []
+    for name in (got, want):
+      saved, state = helpers.final_state(_folder / name, config)
+      self.assertEqual(saved.step, steps)
+      states.append(jax.device_get(state))
+    a, b = states
+    np.testing.assert_array_equal(
+      jax.random.key_data(a.key), jax.random.key_data(b.key)
+    )
+    # Adam divides: where a gradient is nearly zero, rounding shows most.
+    chex.assert_trees_all_close(a.params, b.params, atol=1e-4)
+    chex.assert_trees_all_close(a.ema, b.ema, atol=1e-4)
+    a, b = (run_dir.read_metrics(_folder / name) for name in (got, want))
+    self.assertEqual([r["step"] for r in a], [r["step"] for r in b])
+    for one, other in zip(a, b):
+      np.testing.assert_allclose(
+        one["bits_per_char"], other["bits_per_char"], rtol=2e-6
+      )
+
+  def test_training(self):
+    self.assert_same_run("four", "one", 3)
+    records = run_dir.read_metrics(_folder / "four")
+    self.assertLen([r for r in records if r["kind"] == "train"], 3)
+
+  def test_sampling(self):
+    texts = {
+      (_folder / name / "samples" / "step_00000003.jsonl").read_text()
+      for name in ("one", "four")
+    }
+    self.assertLen(texts, 1)
+
+  def test_four_devices_were_used(self):
+    for name, count in (("one", 1), ("four", 4)):
+      versions = json.loads((_folder / name / "versions.json").read_text())
+      self.assertEqual(versions["device_count"], count)
+
+  def test_batch_lies_in_contiguous_rows(self):
+    rows = np.arange(24).reshape(4, 2, 3).tolist()
+    self.assertEqual(self.seen["shards"], [list(x) for x in enumerate(rows)])
+
+  def test_checkpoints_move_between_device_counts(self):
+    with self.subTest("evaluated on 4, saved on 1"):
+      self.assert_evaluates("one_to_four", "one")
+    with self.subTest("evaluated on 1, saved on 4"):
+      helpers.run(arguments(_folder, "four", "--mode=eval"))
+      self.assert_evaluates("four", "four")
+    with self.subTest("resumed on 4, saved on 1, and the reverse"):
+      shutil.copytree(_folder / "four", _folder / "four_to_one")
+      helpers.run(arguments(_folder, "four_to_one", train__steps=6))
+      self.assert_same_run("four_to_one", "one_to_four", 6)
+
+  def assert_evaluates(self, evaluated, trained):
+    evaluations = _folder / evaluated / "evaluations"
+    (path,) = evaluations.glob("step_00000003_valid_*.json")
+    report = json.loads(path.read_text())
+    records = run_dir.read_metrics(_folder / trained)
+    valid = next(r for r in records if r["kind"] == "valid")
+    estimate = report["estimates"][0]
+    self.assertEqual((estimate["sequences"], valid["step"]), (62, 3))
+    for key in ("bits_per_char", "standard_error_bits", "slot_curve_bits"):
+      np.testing.assert_allclose(estimate[key], valid[key], rtol=1e-5)
+
+  @parameterized.parameters(
+    ("batch", "config.train.batch_size=6: must be a multiple of the 4 devices"),
+    ("eval_batch", "config.eval.batch_size=6: must be a multiple of the 4"),
+    ("mesh", "config.mesh.data=5: there are 4 cpu devices"),
+  )
+  def test_what_does_not_divide(self, name, message):
+    self.assertStartsWith(self.seen["errors"][name], message)
+    self.assertNotIn("\n", self.seen["errors"][name])
+    self.assertFalse((_folder / "refused").exists())
+
+  def test_mesh_of_chosen_devices(self):
+    mesh = sharding.make_mesh(config_lib.Mesh(), jax.devices())
+    self.assertEqual(dict(mesh.shape), {"data": 1})
+    self.assertTrue(sharding.replicated(mesh).is_fully_replicated)
+
+  def test_constrain_does_nothing_without_a_mesh(self):
+    x = np.ones((3, 7))
+    self.assertIs(sharding.constrain(x, "batch", "embed"), x)
+    with self.assertRaises(KeyError):
+      sharding.named(sharding.make_mesh(config_lib.Mesh()), "bath")
+
+
+if __name__ == "__main__":
+  if sys.argv[1:2] == ["--on_four_devices"]:
+    print(json.dumps(on_four_devices(pathlib.Path(sys.argv[2]))))
+    sys.stdout.flush()
+    os._exit(0)
+  absltest.main()

@@ -1,0 +1,121 @@
+"""Tiny sharp networks, enumerations and statistics shared by the tests."""
+
+import functools
+import itertools
+
+import jax
+import numpy as np
+
+from aoarm_jax import config as config_lib
+from aoarm_jax import train_state
+
+# A mechanism added to the schema is tested from then on.
+MECHANISMS = next(
+  field.metadata["choices"]
+  for path, field, _ in config_lib.leaves(config_lib.Config())
+  if path == "config.model.mechanism"
+)
+CASES = tuple(itertools.product(MECHANISMS, (1, 2)))
+# Every mechanism once, in turn with one and two sentinels.
+ALTERNATING = tuple((m, 2 - i % 2) for i, m in enumerate(MECHANISMS))
+ANY_ORDER = tuple(
+  case for case in CASES if case[0] not in config_lib.LEFT_TO_RIGHT_ONLY
+)
+
+
+# Compiles in half the time: for what is compiled often and run a few times.
+quick_jit = functools.partial(
+  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+)
+
+
+@functools.cache
+def bind(
+  mechanism="two_stream", sentinels=1, *, T=7, V=5, D=12, L=2, N=3, **compute
+) -> train_state.Bind:
+  """A float32 network with XLA's attention, unless `compute` says otherwise."""
+  model = config_lib.Model(
+    mechanism=mechanism, sentinels=sentinels, T=T, D=D, L=L, N=N
+  )
+  compute = dict(dtype="float32", attention="xla") | compute
+  return train_state.Bind(model, config_lib.Compute(**compute), V)
+
+
+def sharp(bind: train_state.Bind, seed=0):
+  """Parameters whose laws are far from uniform and norm scales far from 1.
+
+  Drawn by numpy: to compile the library's own draw takes seconds.
+  """
+  generator = np.random.default_rng(seed)
+
+  def draw(path, leaf):
+    normal = generator.normal(size=leaf.shape).astype(np.float32)
+    match path[-1].key:
+      case "scale":
+        return 1 + 0.3 * normal
+      case "head":
+        return 1.5 * normal
+    return 0.5 * normal
+
+  return jax.device_put(
+    jax.tree_util.tree_map_with_path(draw, bind.abstract_params)
+  )
+
+
+@functools.cache
+def network(*args, **kwargs):
+  """(model, sharp parameters, jitted (params, slots) -> logits)."""
+  made = bind(*args, **kwargs)
+  params = sharp(made)
+  return (
+    made(params).model,
+    params,
+    jax.jit(lambda params, slots: made(params)(slots)),
+  )
+
+
+def tokens(B: int, T: int, V: int, seed=0) -> np.ndarray:
+  return np.random.default_rng(seed).integers(0, V, (B, T), np.int32)
+
+
+def all_sequences(V: int, T: int) -> np.ndarray:
+  """int32 [V ** T, T]."""
+  return np.array(list(itertools.product(range(V), repeat=T)), np.int32)
+
+
+def all_orders(T: int) -> np.ndarray:
+  """int32 [T!, T]."""
+  return np.array(list(itertools.permutations(range(1, T + 1))), np.int32)
+
+
+def orders_of(mechanism: str, B: int, T: int, seed=0) -> np.ndarray:
+  """int32 [B, T]: random, or left to right where nothing else is defined."""
+  natural = np.tile(np.arange(1, T + 1, dtype=np.int32), (B, 1))
+  if mechanism in config_lib.LEFT_TO_RIGHT_ONLY:
+    return natural
+  return np.random.default_rng(seed + 50).permuted(natural, axis=1)
+
+
+def p_value(counts: np.ndarray, law: np.ndarray) -> float:
+  """Chi-square test of counts [n] against probabilities [n].
+
+  Cells that expect fewer than 10 counts are pooled.
+  """
+  counts, expected = np.asarray(counts), counts.sum() * np.asarray(law)
+  small = expected < 10
+  if small.any():
+    counts = np.append(counts[~small], counts[small].sum())
+    expected = np.append(expected[~small], expected[small].sum())
+  statistic = np.sum((counts - expected) ** 2 / np.maximum(expected, 1e-9))
+  freedom = len(counts) - 1.0
+  return float(jax.scipy.special.gammaincc(freedom / 2, statistic / 2))
+
+
+def rank_promotion_raises():
+  """A context in which implicit rank promotion is an error."""
+  return jax.numpy_rank_promotion("raise")
+
+
+def as_numpy(tree):
+  """Leaves as float64."""
+  return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)

@@ -1,0 +1,634 @@
+"""The main job as a user runs it: train, evaluate, sample, stop, resume."""
+
+import contextlib
+import dataclasses
+import functools
+import io
+import json
+import math
+import os
+import pathlib
+import random
+import re
+import shutil
+import signal
+import tempfile
+
+import chex
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+from etils import epath
+
+from aoarm_jax import config as config_lib
+from aoarm_jax import (
+  main,
+  manifest,
+  run_dir,
+  sharding,
+  telemetry,
+  train,
+  train_state,
+)
+from aoarm_jax.data import corpora
+
+_folder: pathlib.Path  # Of this module's runs.
+_contexts = contextlib.ExitStack()
+
+# Constant at first, then a decay; micro-batches; an average of the parameters.
+BASE = {
+  "optimizer.schedule": "stable_decay",
+  "optimizer.decay_steps": 60,
+  "optimizer.ema_decay": 0.9,
+  "compute.accumulate": 2,
+  "train.steps": 160,
+  "telemetry.log_every": 1,
+  "eval.every": 40,
+  "eval.batches": 0,
+  "sample.every": 100,
+  "checkpoint.every": 10,
+  "checkpoint.keep_last": 9,
+}
+# A constant rate, and nothing else.
+SHORT = {
+  "optimizer.schedule": "constant",
+  "train.steps": 12,
+  "telemetry.log_every": 1,
+  "eval.every": 6,
+  "sample.every": 0,
+  "checkpoint.every": 4,
+}
+
+
+def setUpModule():
+  global _folder
+  if jax.default_backend() != "cpu":
+    raise absltest.SkipTest("for the CPU: start with JAX_PLATFORMS=cpu")
+  _contexts.enter_context(helpers.quick_compilation())
+  temporary = _contexts.enter_context(tempfile.TemporaryDirectory())
+  _folder = pathlib.Path(temporary)
+  helpers.write_text(_folder / "text")
+
+
+def tearDownModule():
+  _contexts.close()
+
+
+def arguments(workdir, changes, *more, **kwargs):
+  changes = {"data.path": _folder / "text", **changes}
+  return helpers.arguments(workdir, changes, *more, **kwargs)
+
+
+def logged(command):
+  """Runs a command; its log lines."""
+  with absltest.TestCase().assertLogs("absl", "INFO") as logs:
+    helpers.run(command)
+  return [record.getMessage() for record in logs.records]
+
+
+@functools.cache
+def base():
+  """A finished run, not to be changed: (workdir, log lines)."""
+  workdir = _folder / "base"
+  return workdir, logged(
+    arguments(
+      workdir, BASE, experiment=str(helpers.ROOT / "configs" / "two_stream.py")
+    )
+  )
+
+
+@functools.cache
+def short():
+  """A finished short run, not to be changed."""
+  helpers.run(arguments(_folder / "short", SHORT))
+  return _folder / "short"
+
+
+def copy_of(run, name):
+  shutil.copytree(run, _folder / name)
+  return _folder / name
+
+
+def measured(workdir):
+  """The records, without how fast they came."""
+  speed = ("tokens_per_second", "mfu")
+  return [
+    {key: value for key, value in record.items() if key not in speed}
+    for record in run_dir.read_metrics(workdir)
+  ]
+
+
+class TrainTest(parameterized.TestCase):
+  def matching(self, pattern, lines):
+    """The one line that has `pattern`."""
+    found = [line for line in lines if re.search(pattern, line)]
+    self.assertLen(found, 1, f"{pattern!r} in:\n" + "\n".join(lines))
+    return found[0]
+
+  def assert_same_run(self, got, want, changes):
+    """Same state, same place in the data, same numbers on the way there."""
+    self.assertEqual(measured(got), measured(want))
+    config = helpers.config_of(arguments(got, changes))
+    (got_saved, got), (want_saved, want) = (
+      helpers.final_state(run, config) for run in (got, want)
+    )
+    self.assertEqual(got_saved.step, config.train.steps)
+    self.assertEqual(got_saved.data_state, want_saved.data_state)
+    self.assertEqual(got_saved.metric, want_saved.metric)
+    self.assertEqual(helpers.leaves_as_bytes(got),
+                     helpers.leaves_as_bytes(want))  # fmt: skip
+    self.assertEqual(bool(got.ema), config.optimizer.ema_decay > 0)
+
+  def refused(self, error, command):
+    """The message of a command that changes nothing in the run."""
+    with self.assertRaises(error) as caught:
+      helpers.run(command)
+    self.assertNotIn("\n", str(caught.exception))
+    return str(caught.exception)
+
+
+class RunTest(TrainTest):
+  def test_the_directory_explains_itself(self):
+    workdir, _ = base()
+    saved = config_lib.from_json((workdir / "config.json").read_text())
+    for path, _, value in config_lib.leaves(saved):
+      wanted = (helpers.SMALLEST | BASE).get(path.removeprefix("config."))
+      self.assertIn(wanted, (None, value), path)
+    self.assertEqual((saved.name, saved.variant), ("two_stream", "default"))
+    command = (workdir / "command.txt").read_text()
+    self.assertLen(command.splitlines(), 1)
+    self.assertIn("--config.train.steps=160", command)
+    versions = json.loads((workdir / "versions.json").read_text())
+    self.assertEqual(versions["jax"], jax.__version__)
+    table = (workdir / "parameters.txt").read_text()
+    # 29 embeddings, blocks, the norm, the head, the start of the queries.
+    block = 4 * 16 * 16 + 2 * 8 + 2 * 64 * 16 + 2 * 16
+    total = 29 * 16 + 2 * block + 16 + 16 * 27
+    count = int(re.search(r"total .* ([\d,]+)\n", table)[1].replace(",", ""))
+    self.assertBetween(count, total, total + 32)
+    for picture in ("loss.png", "slot_curve.png"):
+      self.assertStartsWith((workdir / picture).read_bytes(), b"\x89PNG")
+    steps = sorted(map(int, os.listdir(workdir / "checkpoints")))
+    self.assertEqual(steps, list(range(80, 161, 10)))
+
+  def test_metrics(self):
+    records = run_dir.read_metrics(base()[0])
+    steps = [r["step"] for r in records if r["kind"] == "train"]
+    self.assertEqual(steps, list(range(1, 161)))
+    valid = [r for r in records if r["kind"] == "valid"]
+    self.assertEqual([r["step"] for r in valid], [40, 80, 120, 160])
+    for record in valid:
+      self.assertEqual(record["estimator"], "any_order")
+      self.assertEqual(record["sequences"], 1000 // 16)
+      self.assertLen(record["slot_curve_bits"], 16)
+      self.assertAlmostEqual(
+        np.mean(record["slot_curve_bits"]), record["bits_per_char"], places=5
+      )
+    for record in records:
+      self.assertAlmostEqual(
+        record["bits_per_char"],
+        record.get("loss_nats_per_token", record.get("nats_per_token"))
+        / math.log(2),
+      )
+
+  def test_learns_more_than_symbol_frequencies(self):
+    records = run_dir.read_metrics(base()[0])
+    losses = [r["bits_per_char"] for r in records if r["kind"] == "train"]
+    valid = [r for r in records if r["kind"] == "valid"][-1]
+    self.assertLess(np.mean(losses[-10:]), losses[0] - 0.5)
+    self.assertBetween(valid["unigram_bits"], 4.7, math.log2(27))
+    self.assertLess(valid["bits_per_char"], valid["unigram_bits"] - 0.5)
+    # The more is known, the less is left to guess.
+    curve = valid["slot_curve_bits"]
+    self.assertLess(np.mean(curve[-4:]), np.mean(curve[:4]) - 0.25)
+
+  def test_samples_in_training(self):
+    for step in (100, 160):
+      path = base()[0] / "samples" / f"step_{step:08d}.jsonl"
+      lines = path.read_text().splitlines()
+      self.assertLen(lines, 4)
+      for line in map(json.loads, lines):
+        self.assertEqual(line["step"], step)
+        self.assertRegex(line["text"], "^[a-z ]{16}$")
+        self.assertEqual(sorted(line["order"]), list(range(1, 17)))
+
+  def test_says_what_it_does(self):
+    _, lines = base()
+    self.matching(r"text: folder .*text: train 20,000, valid 1,000", lines)
+    self.matching(r"model: two_stream, [\d,]+ parameters; 1 x cpu", lines)
+    self.matching(
+      "no accelerator found: ':tiny' is the size for a CPU "
+      ".*configs/two_stream.py:tiny.*ETA", lines
+    )  # fmt: skip
+    self.matching(
+      r"step +20/160  loss .* nats/token  .* bits/char .* tokens/s  ETA", lines
+    )
+    self.matching(r"step 160  valid: any_order .*unigram entropy 4\.7", lines)
+    self.matching("done: .*base", lines)
+    with self.assertRaises(AssertionError):
+      self.matching("finished", lines)
+
+  def test_tiny_is_not_told_to_take_tiny(self):
+    workdir = _folder / "tiny"
+    with (
+      absltest.mock.patch.object(
+        train._Run, "loop", side_effect=telemetry.NonFiniteError
+      ),
+      self.assertLogs("absl", "INFO") as logs,
+      self.assertRaises(telemetry.NonFiniteError),
+    ):
+      helpers.run(arguments(workdir, SHORT))
+    self.assertNotIn("accelerator", "\n".join(logs.output))
+
+  def test_started_again_when_finished(self):
+    workdir, _ = base()
+    before = helpers.contents(workdir)
+    lines = logged(arguments(workdir, BASE))
+    line = self.matching("finished: .*base holds step 160 of 160", lines)
+    self.assertIn("--config.train.steps", line)
+    self.assertEqual(helpers.contents(workdir), before)
+
+  @parameterized.parameters(
+    ("seed", 5, 0),
+    ("model.mechanism", "decoupled_rope", "two_stream"),
+    ("model.D", 32, 16),
+    ("model.sentinels", 2, 1),
+    ("optimizer.b1", 0.5, 0.9),
+    ("optimizer.ema_decay", 0.0, 0.9),
+    ("optimizer.peak_learning_rate", 0.5, 0.01),
+    ("train.batch_size", 16, 8),
+    ("orders.family", "mixture", "uniform"),
+    ("data.tokenizer", "byte", "char27"),
+    ("eval.seed", 2, 1),
+  )
+  def test_resume_with_another(self, path, value, former):
+    workdir, _ = base()
+    before = helpers.contents(workdir)
+    message = self.refused(
+      config_lib.ConfigError, arguments(workdir, {**BASE, path: value})
+    )
+    self.assertStartsWith(message, f"config.{path}={value!r}: ")
+    self.assertIn(f"has {former!r}", message)
+    self.assertEqual(helpers.contents(workdir), before)
+
+
+class ReadTest(TrainTest):
+  def test_eval_is_the_last_validation(self):
+    workdir = copy_of(base()[0], "evaluated")
+    lines = logged(
+      arguments(
+        workdir,
+        BASE | {"eval.estimators": ("any_order", "left_to_right", "ensembled")},
+        "--mode=eval",
+      )
+    )
+    self.matching(r"restored step 160 .* \(EMA\)", lines)
+    (path,) = (workdir / "evaluations").glob("step_00000160_valid_*.json")
+    report = json.loads(path.read_text())
+    self.assertEqual((report["step"], report["split"]), (160, "valid"))
+    valid = run_dir.read_metrics(workdir)[-1]
+    estimates = {e["estimator"]: e for e in report["estimates"]}
+    self.assertLen(estimates, 3)
+    for name, value in estimates["any_order"].items():
+      self.assertEqual(value, valid[name], name)
+    self.assertEqual(report["unigram_bits"], valid["unigram_bits"])
+    self.assertLess(
+      estimates["ensembled"]["nats_per_token"], valid["nats_per_token"]
+    )
+    self.matching(rf"any_order +{valid['bits_per_char']:.4f} bits/char", lines)
+    self.assertTrue((workdir / "slot_curve_valid.png").exists())
+
+  def test_eval_of_a_split_that_is_missing(self):
+    text = _folder / "no_test"
+    helpers.write_text(text, test=False)
+    changes = BASE | {"data.path": text, "eval.split": "test"}
+    message = self.refused(
+      corpora.DataError, arguments(base()[0], changes, "--mode=eval")
+    )
+    self.assertRegex(message, "no_test: the test split .* there is no test.txt")
+
+  def test_eval_of_another_text_says_so(self):
+    workdir = copy_of(base()[0], "other_text")
+    helpers.write_text(_folder / "text_1", seed=1)
+    changes = BASE | {"data.path": _folder / "text_1"}
+    line = "the valid text is not the checkpoint's"
+    self.matching(line, logged(arguments(workdir, changes, "--mode=eval")))
+    with self.assertRaises(AssertionError):
+      self.matching(line, logged(arguments(workdir, BASE, "--mode=eval")))
+
+  @parameterized.product(
+    mode=["eval", "sample"],
+    change=[("model.mechanism", "decoupled_rope"), ("model.L", 3)],
+  )
+  def test_another_model(self, mode, change):
+    path, value = change
+    before = helpers.contents(base()[0])
+    message = self.refused(
+      config_lib.ConfigError,
+      arguments(base()[0], {**BASE, path: value}, f"--mode={mode}"),
+    )
+    self.assertStartsWith(message, f"config.{path}={value!r}: the checkpoint ")
+    self.assertEqual(helpers.contents(base()[0]), before)
+
+  def test_sample_needs_nothing_but_the_checkpoint(self):
+    workdir = _folder / "sampled"
+    workdir.mkdir()
+    copy_of(base()[0] / "checkpoints", "sampled/checkpoints")
+    prompt = "ab___fg__j"
+    command = arguments(
+      workdir,
+      BASE | {"data.path": _folder / "deleted", "sample.temperature": 0.0},
+      "--mode=sample",
+      f"--prompt={prompt}",
+    )
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+      helpers.run(command)
+    texts = out.getvalue().splitlines()
+    self.assertLen(texts, 4)
+    pattern = re.compile(prompt.replace("_", "[a-z ]"))
+    for text in texts:
+      self.assertIsNotNone(pattern.fullmatch(text), text)
+    (path,) = (workdir / "samples").iterdir()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    self.assertEqual([line["text"] for line in lines], texts)
+    known = [i + 1 for i, symbol in enumerate(prompt) if symbol != "_"]
+    for line in lines:
+      self.assertEqual((line["step"], line["prompt"]), (160, prompt))
+      self.assertEqual(line["order"][: len(known)], known)
+      self.assertEqual(sorted(line["order"]), list(range(1, 11)))
+
+  def test_sample_without_a_prompt(self):
+    workdir = _folder / "sampled_freely"
+    workdir.mkdir()
+    copy_of(base()[0] / "checkpoints", "sampled_freely/checkpoints")
+    outs = []
+    for seed in (3, 3, 4):
+      out = io.StringIO()
+      with contextlib.redirect_stdout(out):
+        helpers.run(
+          arguments(workdir, BASE | {"sample.seed": seed}, "--mode=sample")
+        )
+      outs.append(out.getvalue())
+    self.assertEqual(outs[0], outs[1])
+    self.assertNotEqual(outs[0], outs[2])
+    self.assertLen(list((workdir / "samples").iterdir()), 3)
+
+
+class StopTest(TrainTest):
+  def test_killed_and_stopped_in_every_way_is_uninterrupted(self):
+    """One run, stopped four times, ends as if it had never been.
+
+    SIGKILL at any moment, SIGKILL while a checkpoint is half written, SIGTERM
+    and SIGINT, as launchers and terminals send them: to the process group.
+    """
+    base()
+    workdir = _folder / "stopped"
+    command = arguments(workdir, BASE)
+    steps = workdir / "checkpoints"
+    lines = random.randrange(25)
+
+    with self.subTest("SIGKILL", lines=lines):
+      process = helpers.start(command)
+      seen = helpers.read_until(process, "saved checkpoint step 10", lines)
+      os.killpg(process.pid, signal.SIGKILL)
+      self.assertEqual(helpers.finish(process)[0], -signal.SIGKILL, seen)
+
+    with self.subTest("SIGKILL in a save"):
+      # Dies when orbax is done with a second save and no manifest stands yet.
+      process = helpers.start(command, code=DIES_IN_SECOND_SAVE)
+      code, _, err = helpers.finish(process)
+      self.assertEqual(code, -signal.SIGKILL, err)
+      self.assertIn("resumed from step", err)
+      half = [
+        step
+        for step in steps.iterdir()
+        if not (step / "manifest.json").exists()
+      ]
+      self.assertNotEmpty(half)
+
+    for number, exit_code in ((signal.SIGTERM, 75), (signal.SIGINT, 130)):
+      with self.subTest(number.name):
+        # A loader process is signalled with the group, and gives batches on.
+        workers = int(number == signal.SIGTERM)
+        process = helpers.start([*command, f"--config.data.workers={workers}"])
+        helpers.read_until(process, "resumed from step")
+        helpers.read_until(process, "loss", 3)
+        os.killpg(process.pid, number)
+        code, _, err = helpers.finish(process)
+        self.assertEqual(code, exit_code, err)
+        self.assertNotIn("Traceback", err)
+        stop = re.search(rf"{number.name} at step (\d+)\D.*saved", err)
+        self.assertIsNotNone(stop, err)
+        self.assertIn("the same command", stop.string)
+        self.assertTrue((steps / stop[1] / "manifest.json").exists(), stop[0])
+
+    newest = stop[1]
+    self.assertLess(int(newest), 160)
+    self.matching(f"resumed from step {newest}", logged(command))
+    self.assert_same_run(workdir, base()[0], BASE)
+    starts = (workdir / "command.txt").read_text().splitlines()
+    self.assertLen(starts, 5)
+
+  def test_cosine_cannot_be_prolonged(self):
+    workdir = copy_of(short(), "cosine")
+    changes = SHORT | {"optimizer.schedule": "cosine"}
+    config = helpers.config_of(arguments(workdir, changes))
+    step = epath.Path(workdir / "checkpoints" / "12")
+    record = manifest.read(step) | {"config": config_lib.to_json(config)}
+    manifest.write(step, record)
+    before = helpers.contents(workdir)
+    self.matching("finished", logged(arguments(workdir, changes)))
+    message = self.refused(
+      config_lib.ConfigError, arguments(workdir, changes | {"train.steps": 20})
+    )
+    self.assertStartsWith(message, "config.train.steps=20: the run has 12, and")
+    self.assertIn("cosine", message)
+    self.assertEqual(helpers.contents(workdir), before)
+
+  def test_decay_that_has_begun_cannot_be_prolonged(self):
+    message = self.refused(
+      config_lib.ConfigError, arguments(base()[0], BASE | {"train.steps": 200})
+    )
+    self.assertStartsWith(message, "config.train.steps=200: the run has 160")
+    self.assertIn("lies in the decay, which starts at step 100", message)
+
+  def test_decay_that_has_not_begun_can(self):
+    workdir = copy_of(base()[0], "prolonged_decay")
+    for step in range(110, 161, 10):
+      shutil.rmtree(workdir / "checkpoints" / str(step))
+    changes = BASE | {"train.steps": 170}
+    line = self.matching(
+      "train.steps: 170", logged(arguments(workdir, changes))
+    )
+    self.assertIn("goes on at 0.01 and ends at 0.00115", line)
+    rates = {
+      r["step"]: r["learning_rate"]
+      for r in run_dir.read_metrics(workdir)
+      if r["kind"] == "train"
+    }
+    self.assertEqual(list(rates), list(range(1, 171)))
+    # Of the step that led there: the decay starts with step 110 (from 0).
+    self.assertAlmostEqual(rates[111], 1e-2)
+    self.assertLess(rates[112], 0.999e-2)
+    self.assertAlmostEqual(rates[170], 1e-2 * (1 - 0.9 * 59 / 60), places=6)
+
+  def test_constant_rate_can_be_prolonged_on_another_text(self):
+    workdir = copy_of(short(), "prolonged")
+    helpers.write_text(_folder / "text_2", seed=2)
+    changes = SHORT | {"train.steps": 16, "data.path": _folder / "text_2"}
+    lines = logged(arguments(workdir, changes))
+    self.matching(
+      r"train.steps: 16 instead of 12; the learning rate \(constant schedule\) "
+      "goes on at 0.01 and ends at 0.01", lines
+    )  # fmt: skip
+    self.matching("the train text is not the checkpoint's", lines)
+    self.matching("resumed from step 12", lines)
+    self.assertEqual(measured(workdir)[:14], measured(short()))
+    self.assertEqual(measured(workdir)[-1]["step"], 16)
+    config = json.loads((workdir / "config.json").read_text())
+    self.assertEqual(config["train"]["steps"], 16)
+
+  def test_newest_checkpoint_damaged(self):
+    workdir = copy_of(short(), "damaged")
+    files = (workdir / "checkpoints" / "12" / "state").rglob("*")
+    victim = max(
+      (f for f in files if f.is_file()), key=lambda f: f.stat().st_size
+    )
+    data = bytearray(victim.read_bytes())
+    data[random.randrange(len(data))] ^= 1 << random.randrange(8)
+    victim.write_bytes(data)
+    lines = logged(arguments(workdir, SHORT))
+    line = self.matching("step 12 in .*using step 8 instead", lines)
+    self.assertIn(victim.name, line)
+    self.matching("resumed from step 8", lines)
+    self.assert_same_run(workdir, short(), SHORT)
+
+  def test_loss_that_is_no_number_keeps_the_last_good_state(self):
+    workdir = _folder / "not_finite"
+    make_step = train.make_step
+
+    def make_bad_step(*args):
+      def bad_step(state, tokens):
+        after, sums = make_step(*args)(state, tokens)
+        bad = jnp.where(state.step == 8, jnp.nan, 0.0)
+        params = jax.tree.map(lambda p: p + bad, after.params)
+        after = dataclasses.replace(after, params=params)
+        return after, sums | {"nats": sums["nats"] + bad}
+
+      return bad_step
+
+    with absltest.mock.patch.object(train, "make_step", make_bad_step):
+      message = self.refused(main.RUN_ERRORS, arguments(workdir, SHORT))
+    self.assertStartsWith(message, "loss is nan at step 9; ")
+    self.assertIn("peak_learning_rate", message)
+    steps = sorted(os.listdir(workdir / "checkpoints"))
+    self.assertEqual(steps, ["4", "8"])
+    for record in run_dir.read_metrics(workdir):
+      self.assertLess(record["step"], 9)
+    # Well again: the last good state is the state at that step.
+    self.matching("resumed from step 8", logged(arguments(workdir, SHORT)))
+    self.assert_same_run(workdir, short(), SHORT)
+
+
+DIES_IN_SECOND_SAVE = """
+import os, signal
+from aoarm_jax import manifest
+
+checksums, calls = manifest.checksums, []
+
+def die_at_second(directory):
+  calls.append(directory)
+  if len(calls) == 2:
+    os.kill(os.getpid(), signal.SIGKILL)
+  return checksums(directory)
+
+manifest.checksums = die_at_second
+"""
+
+
+def _pieces(changes):
+  config = helpers.config_of(
+    helpers.arguments(_folder, {"model.L": 3, **changes})
+  )
+  mesh = sharding.make_mesh(config.mesh)
+  return config, mesh, *train_state.create(config, 27, mesh)
+
+
+@functools.cache
+def three_steps(*changes):
+  """(state, [sums]) after three steps of three layers."""
+  config, mesh, bind, _, init = _pieces(dict(changes))
+  with jax.set_mesh(mesh):
+    step = jax.jit(train.make_step(config, bind, 27))
+    state, sums = init(), []
+    for seed in range(3):
+      tokens = np.random.default_rng(seed).integers(0, 27, (8, 16), np.uint8)
+      state, out = step(state, jnp.asarray(tokens))
+      sums.append(jax.device_get(out))
+  return state, sums
+
+
+class StepTest(TrainTest):
+  """Ways to run a step that are not to change what it computes."""
+
+  @parameterized.parameters(
+    {"compute.accumulate": 4, "optimizer.ema_decay": 0.9},
+    {"compute.remat": True, "compute.scan_layers": True},
+  )
+  def test_same_result(self, **changes):
+    want, want_sums = three_steps()
+    got, got_sums = three_steps(*changes.items())
+    for a, b in zip(got_sums, want_sums):
+      chex.assert_trees_all_close(a, b, rtol=2e-5)
+    self.assertEqual(got_sums[0]["tokens"], 8 * 16)
+    # Adam divides: where a gradient is nearly zero, rounding shows most.
+    chex.assert_trees_all_close(got.params, want.params, atol=1e-4)
+    initial = _pieces({})[-1]().params
+    moved = jax.tree.map(lambda p, q: jnp.abs(p - q).max(), got.params, initial)
+    self.assertGreater(min(jax.tree.leaves(moved)), 5e-3)
+
+  def test_average_of_the_parameters(self):
+    plain, _ = three_steps()
+    averaged, _ = three_steps(
+      ("compute.accumulate", 4), ("optimizer.ema_decay", 0.9)
+    )
+    self.assertEqual(plain.ema, {})
+    self.assertIs(plain.read_out_params, plain.params)
+    self.assertIs(averaged.read_out_params, averaged.ema)
+    chex.assert_trees_all_equal_shapes_and_dtypes(averaged.ema, plain.params)
+    lag = jax.tree.map(
+      lambda a, b: float(jnp.abs(a - b).max()), averaged.ema, averaged.params
+    )
+    self.assertGreater(min(jax.tree.leaves(lag)), 1e-5)
+
+  def test_counts(self):
+    state, sums = three_steps()
+    self.assertEqual(int(state.step), 3)
+    rates = [float(s["learning_rate"]) for s in sums]
+    np.testing.assert_allclose(rates, [0.002, 0.004, 0.006], rtol=1e-6)
+
+  def test_seeds_differ(self):
+    one, other = (
+      np.ravel(_pieces({"seed": seed})[-1]().params["embedding"])
+      for seed in (0, 1)
+    )
+    self.assertLess(abs(np.corrcoef(one, other)[0, 1]), 0.3)
+
+
+class MeshTest(TrainTest):
+  def test_more_devices_than_there_are(self):
+    message = self.refused(
+      main.COMMAND_ERRORS,
+      arguments(_folder / "mesh", SHORT | {"mesh.data": 64}),
+    )
+    self.assertStartsWith(
+      message, f"config.mesh.data=64: there are {jax.device_count()} cpu devic"
+    )
+    self.assertFalse((_folder / "mesh").exists())
+
+
+if __name__ == "__main__":
+  absltest.main()
