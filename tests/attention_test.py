@@ -108,7 +108,10 @@ class AttentionTest(parameterized.TestCase):
     visible = _ragged(5, 7).clip(0, 4)
     out = _attend(name)(q, k, v, visible)
     hidden = (np.arange(7) >= 4)[:, None, None]
-    k, v = np.where(hidden, np.float32(1e4), k), np.where(hidden, np.float32(-1e4), v)
+    k, v = (
+      np.where(hidden, np.float32(1e4), k),
+      np.where(hidden, np.float32(-1e4), v),
+    )
     np.testing.assert_array_equal(out, _attend(name)(q, k, v, visible))
 
   @parameterized.parameters(*_ON_CPU)
