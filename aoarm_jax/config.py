@@ -18,6 +18,8 @@ from typing import Any
 
 import ml_collections
 
+from aoarm_jax import mechanisms
+
 ORDER_FAMILIES = (
   "uniform",
   "left_to_right",
@@ -34,9 +36,9 @@ ESTIMATORS = (
   "left_to_right",
   "given_order",
   "ensembled",
+  "context_ensembled",
+  "elbo",
 )
-# One direction only: no other order is defined for these mechanisms.
-LEFT_TO_RIGHT_ONLY = ("causal",)
 
 
 class ConfigError(ValueError):
@@ -86,7 +88,7 @@ class Model:
   mechanism: str = _field(
     "two_stream",
     "how a row learns which position it predicts",
-    choices=("two_stream", "decoupled_rope", "causal"),
+    choices=tuple(mechanisms.MECHANISMS),
     binds="model",
   )
   sentinels: int = _field(
@@ -119,8 +121,13 @@ class Model:
 
   @property
   def S(self) -> int:
-    """Slots: sentinels and all tokens but the last generated one."""
-    return self.T + self.sentinels - 1
+    """Slots: sentinels and all tokens, or all but the last generated one."""
+    return self.T + self.sentinels - (not self.kind.masked)
+
+  @property
+  def kind(self) -> mechanisms.Mechanism:
+    """What the mechanism is made of."""
+    return mechanisms.MECHANISMS[self.mechanism]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +168,18 @@ class Orders:
   )
   given: tuple = _field(
     (), "given: the order, a permutation of 1..T", binds="run"
+  )
+  groups: str = _field(
+    "none",
+    "two_stream: ranks generated together, independent given those before",
+    choices=("none", "fixed", "random", "given"),
+    binds="run",
+  )
+  group_width: int = _field(
+    16, "fixed: ranks a group; random: their mean", low=1, binds="run"
+  )
+  group_sizes: tuple = _field(
+    (), "given: ranks of each group, T in all", binds="run"
   )
 
 
@@ -212,6 +231,20 @@ class Train:
   batch_size: int = _field(
     512, "sequences a step, over all devices", low=1, binds="run"
   )
+  query_fraction: float = _field(
+    1.0,
+    "two_stream: share of the ranks, drawn at random, that are predicted",
+    above=0.0,
+    high=1.0,
+    binds="run",
+  )
+  least_time: float = _field(
+    1e-3,
+    "mdlm: t_min, the least expected share of masked tokens",
+    above=0.0,
+    below=1.0,
+    binds="run",
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,7 +269,13 @@ class Eval:
     0, "sequences a batch; 0: train.batch_size", low=0, binds="run"
   )
   ensemble_orders: int = _field(
-    8, "ensembled: orders K a sequence", low=1, binds="run"
+    8,
+    "ensembled: orders K a sequence; context_ensembled: permutations a rank",
+    low=1,
+    binds="run",
+  )
+  times: int = _field(
+    8, "elbo: times (masks) drawn a sequence", low=1, binds="run"
   )
   seed: int = _field(1, "of the orders drawn", low=0, binds="run")
 

@@ -54,7 +54,7 @@ def _relations(config):
     "config.model.N", m.N, m.D % m.N == 0 and (m.D // m.N) % 2 == 0,
     f"must divide config.model.D={m.D} into heads of even width (rotary pairs)",
   )  # fmt: skip
-  one_way = m.mechanism in config_lib.LEFT_TO_RIGHT_ONLY
+  one_way = m.kind.left_to_right
   yield (
     "config.orders.family", o.family,
     not one_way or o.family == "left_to_right",

@@ -1,16 +1,4 @@
-"""Likelihood estimators over a split. Each has a name that is never dropped.
-
-| name           | what is averaged over sequences                            |
-|----------------|------------------------------------------------------------|
-| any_order      | -log p(x | sigma), sigma uniform                           |
-| training_order | the same, sigma from the training family                   |
-| left_to_right  | the same, sigma = 1..T                                     |
-| given_order    | the same, sigma = config.orders.given                      |
-| ensembled      | -log mean_k p(x | sigma_k) over K uniform orders           |
-
-All are exact likelihoods of the sequences under the named orders. They are
-different quantities: never put two of them in one column.
-"""
+"""Likelihood estimators over a split; estimators.py says what each is."""
 
 import dataclasses
 import datetime
@@ -18,18 +6,17 @@ import functools
 import json
 import math
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
 
 from aoarm_jax import config as config_lib
 from aoarm_jax import (
+  estimators,
   figures,
-  objective,
-  orders,
   restore,
   run_dir,
   sharding,
@@ -38,6 +25,24 @@ from aoarm_jax import (
 from aoarm_jax.data import corpora, pipeline, tokenizers
 
 _EVALUATION = 101  # Sets these keys apart from training's of the same seed.
+
+
+class Bin(NamedTuple):
+  """The tokens for which a number lies in low..high: their mean, and count."""
+
+  low: int
+  high: int
+  nats_per_token: float
+  tokens: int
+
+  def record(self) -> dict:
+    bits = self.nats_per_token / math.log(2)
+    return {
+      "low": self.low,
+      "high": self.high,
+      "bits_per_char": bits,
+      "tokens": self.tokens,
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +55,9 @@ class Estimate:
     standard_error_nats: of the mean, over sequences, each with orders of its
       own (neighbouring windows of one text are taken as independent).
     sequences: how many.
-    slot_curve_nats: mean by rank, T floats; () for ensembled, which has none.
+    slot_curve_nats: mean by rank, T floats; () where there are no ranks.
+    by_distance: mean by distance to the nearest known token; () likewise.
+    by_recency: mean by how many steps ago that token was generated.
   """
 
   estimator: str
@@ -58,6 +65,8 @@ class Estimate:
   standard_error_nats: float
   sequences: int
   slot_curve_nats: tuple[float, ...]
+  by_distance: tuple["Bin", ...] = ()
+  by_recency: tuple["Bin", ...] = ()
 
   @property
   def bits_per_char(self) -> float:
@@ -72,11 +81,13 @@ class Estimate:
       "standard_error_bits": self.standard_error_nats / math.log(2),
       "sequences": self.sequences,
       "slot_curve_bits": [x / math.log(2) for x in self.slot_curve_nats],
+      "by_distance": [each.record() for each in self.by_distance],
+      "by_recency": [each.record() for each in self.by_recency],
     }
 
   def __str__(self):
     return (
-      f"{self.estimator:<14}  {self.bits_per_char:.4f} bits/char  "
+      f"{self.estimator:<17}  {self.bits_per_char:.4f} bits/char  "
       f"± {self.standard_error_nats / math.log(2):.4f}  "
       f"({self.sequences:,} sequences)"
     )
@@ -120,7 +131,13 @@ class Evaluator:
     """
     if estimator not in self._jitted:
       self._jitted[estimator] = jax.jit(
-        functools.partial(self._sums, estimator),
+        functools.partial(
+          estimators.estimate,
+          estimator,
+          self._bind,
+          self._config,
+          self._vocabulary,
+        ),
         out_shardings=sharding.replicated(self._mesh),
       )
     key = jax.random.fold_in(
@@ -129,70 +146,42 @@ class Evaluator:
     key, step, first_row = sharding.put(
       self._mesh, (key, np.int32(step), np.int32(0))
     )
-    sequence_nats, rank_nats = [], np.zeros(self._config.model.T)
+    sequence_nats, total = [], None
     for tokens, real in batches:
       if is_stopped():
         return None
       batch = sharding.put_batch(self._mesh, (tokens, real))
-      nats, by_rank, real, first_row = self._jitted[estimator](
+      nats, sums, real, first_row = self._jitted[estimator](
         params, key, step, first_row, *batch
       )
-      nats, by_rank, real = jax.device_get((nats, by_rank, real))
+      nats, sums, real = jax.device_get((nats, sums, real))
       sequence_nats.append(nats[real])
-      rank_nats += by_rank
+      sums = jax.tree.map(np.float64, sums)
+      total = jax.tree.map(np.add, total, sums) if total else sums
     nats = np.concatenate(sequence_nats).astype(np.float64)
     T, count = self._config.model.T, len(nats)
     spread = nats.std(ddof=1) if count > 1 else math.nan
-    curve = () if estimator == "ensembled" else tuple(rank_nats / count)
+    curve = total["by_rank"] / count if total else ()
     return Estimate(
       estimator=estimator,
       nats_per_token=float(nats.mean() / T),
       standard_error_nats=float(spread / math.sqrt(count) / T),
       sequences=count,
       slot_curve_nats=tuple(map(float, curve)),
+      by_distance=_bins(*total["by_distance"]) if total else (),
+      by_recency=_bins(*total["by_recency"]) if total else (),
     )
 
-  def _sums(self, estimator, params, key, step, first_row, tokens, real):
-    """[B] nats by sequence, [T] summed by rank, real [B], next first_row."""
-    tokens = tokens.astype(jnp.int32)
-    next_row = first_row + len(tokens)
-    if estimator == "ensembled":
-      draws = jnp.arange(self._config.eval.ensemble_orders)
-      each = jax.lax.map(
-        lambda k: self._nll(
-          params, jax.random.fold_in(key, k), step, first_row, tokens, "uniform"
-        ).sum(axis=1),
-        draws,
-      )
-      zeros = jnp.zeros(self._config.model.T)
-      return objective.ensembled_nll(each), zeros, real, next_row
-    family = {
-      "any_order": "uniform",
-      "training_order": self._config.orders.family,
-      "left_to_right": "left_to_right",
-      "given_order": "given",
-    }[estimator]
-    by_rank = self._nll(params, key, step, first_row, tokens, family)
-    summed = jnp.where(real[:, None], by_rank, 0.0).sum(axis=0)
-    return by_rank.sum(axis=1), summed, real, next_row
 
-  def _nll(self, params, key, step, first_row, tokens, family):
-    model = self._config.model
-    order = orders.draw(
-      key,
-      len(tokens),
-      model.T,
-      dataclasses.replace(self._config.orders, family=family),
-      step=step,
-      first_row=first_row,
-    )
-    return objective.order_nll(
-      self._bind(params),
-      tokens,
-      order,
-      sentinels=model.sentinels,
-      vocabulary=self._vocabulary,
-    )
+def _bins(nats, tokens):
+  """The bins that are not empty."""
+  highs = estimators.bin_edges(len(nats))
+  lows = [0, *(high + 1 for high in highs[:-1])]
+  return tuple(
+    Bin(low, high, float(total / count), int(count))
+    for low, high, total, count in zip(lows, highs, nats, tokens)
+    if count
+  )
 
 
 def evaluate(config: config_lib.Config, workdir: epath.Path) -> None:

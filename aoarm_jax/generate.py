@@ -276,10 +276,7 @@ class Sampler:
         f"most {model.T} (config.model.T)"
       )
     blanks = np.flatnonzero(~prompt.known)
-    if (
-      model.mechanism in config_lib.LEFT_TO_RIGHT_ONLY
-      and prompt.known[blanks[0] :].any()
-    ):
+    if model.kind.left_to_right and prompt.known[blanks[0] :].any():
       raise PromptError(
         f"--prompt: the blank at position {blanks[0] + 1} stands before known "
         f"text, but mechanism {model.mechanism} generates left to right only"

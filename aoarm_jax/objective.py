@@ -6,15 +6,20 @@ estimators is where the orders come from; evaluate.py names them.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from aoarm_jax import orders
+from aoarm_jax import config as config_lib
+from aoarm_jax import mechanisms, orders
 
-# int32 slots [B, S] -> float32 logits [B, S, V]
+# int32 slots [B, S] -> float32 logits [B, R, V]
 Network = Callable[[orders.Slots], jax.Array]
+
+# Set keys apart from each other and from those of rows.
+_GROUPS, _RANKS, _TIMES, _MASKS = (2**31 + purpose for purpose in range(4))
 
 
 def order_nll(
@@ -24,6 +29,9 @@ def order_nll(
   *,
   sentinels: int,
   vocabulary: int,
+  masked: bool = False,
+  group_start: jax.Array | None = None,
+  ranks: jax.Array | None = None,
 ) -> jax.Array:
   """-log p(x_sigma(r) | x_sigma(<r), sigma), by rank.
 
@@ -33,17 +41,82 @@ def order_nll(
     order: int32 [B, T], permutations of 1..T.
     sentinels: s, 1 or 2.
     vocabulary: V.
+    masked: whether the mechanism is: then every rank takes a pass of its own,
+      in which it and all later ones are masked.
+    group_start: bool [B, T], see orders.to_slots: then each rank is conditioned
+      on the groups before its own, and a row's sum is the log-probability of
+      generating whole groups at once.
+    ranks: int32 [B, R], the only ranks to compute; None is all.
 
   Returns:
-    float32 [B, T] nats; column r is rank r. A row's sum is -log p(x | sigma).
+    float32 [B, T] nats; column r is rank r ([B, R] where `ranks` are given). A
+    row's sum is -log p(x | sigma).
   """
   chex.assert_equal_shape([tokens, order])
-  logits = network(orders.to_slots(tokens, order, sentinels, vocabulary))
-  targets = jnp.take_along_axis(tokens, order - 1, axis=1).astype(jnp.int32)
-  log_p = jax.nn.log_softmax(logits[:, sentinels - 1 :])
+  if masked:
+    return _masked_chain_nll(network, tokens, order, sentinels, vocabulary)
+  slots = orders.to_slots(
+    tokens,
+    order,
+    sentinels,
+    vocabulary,
+    group_start=group_start,
+    ranks=ranks,
+  )
+  logits = network(slots)
+  targets = jnp.take_along_axis(tokens.astype(jnp.int32), order - 1, axis=1)
+  if ranks is None:
+    logits = logits[:, sentinels - 1 :]
+  else:
+    targets = jnp.take_along_axis(targets, ranks, axis=1)
+  return _nll(logits, targets)
+
+
+def _nll(logits, tokens):
+  """-log softmax(logits [..., V]) at `tokens` [...]."""
+  log_p = jax.nn.log_softmax(logits)
   # A one-hot product, since the gradient of a gather is a scatter.
-  chosen = jax.nn.one_hot(targets, vocabulary, dtype=log_p.dtype)
+  chosen = jax.nn.one_hot(tokens, logits.shape[-1], dtype=log_p.dtype)
   return -jnp.sum(log_p * chosen, axis=-1)
+
+
+def _masked_chain_nll(network, tokens, order, sentinels, vocabulary):
+  rank_of = jnp.argsort(order, axis=1)
+
+  def of_rank(rank):
+    by_position = masked_nll(
+      network, tokens, rank_of >= rank, sentinels=sentinels,
+      vocabulary=vocabulary,
+    )  # fmt: skip
+    at = jax.lax.dynamic_slice_in_dim(order, rank, 1, axis=1) - 1
+    return jnp.take_along_axis(by_position, at, axis=1)[:, 0]
+
+  return jax.lax.map(of_rank, jnp.arange(order.shape[1])).T
+
+
+def masked_nll(
+  network: Network,
+  tokens: jax.Array,
+  masked: jax.Array,
+  *,
+  sentinels: int,
+  vocabulary: int,
+) -> jax.Array:
+  """-log p(x_p | the tokens that are not masked), by position.
+
+  Args:
+    network: of a masked mechanism.
+    tokens: int [B, T].
+    masked: bool [B, T].
+    sentinels: s, 1 or 2.
+    vocabulary: V.
+
+  Returns:
+    float32 [B, T] nats; 0 where a token is not masked.
+  """
+  slots = orders.to_masked_slots(tokens, masked, sentinels, vocabulary)
+  nats = _nll(network(slots)[:, sentinels:], tokens.astype(jnp.int32))
+  return jnp.where(masked, nats, 0.0)
 
 
 def ensembled_nll(sequence_nats: jax.Array) -> jax.Array:
@@ -58,3 +131,179 @@ def ensembled_nll(sequence_nats: jax.Array) -> jax.Array:
   """
   K = sequence_nats.shape[0]
   return jnp.log(K) - jax.nn.logsumexp(-sequence_nats, axis=0)
+
+
+def context_ensembled_nll(
+  network: Network,
+  keys: jax.Array,
+  tokens: jax.Array,
+  order: jax.Array,
+  *,
+  sentinels: int,
+  vocabulary: int,
+  contexts: int,
+) -> jax.Array:
+  """-log mean_k p(x_sigma(r) | x_sigma(<r) in order pi_k), by rank.
+
+  Every conditional is averaged over permutations of what it is conditioned on
+  (AO-GPT, arXiv 2506.19935), which are drawn anew for every rank. A normalised
+  density in the order sigma, at T * contexts passes.
+
+  Args:
+    network: of a mechanism that is not masked.
+    keys: typed PRNG keys [B].
+    tokens: int [B, T].
+    order: int32 [B, T], sigma.
+    sentinels: s, 1 or 2.
+    vocabulary: V.
+    contexts: K permutations.
+
+  Returns:
+    float32 [B, T] nats by rank.
+  """
+  T = order.shape[1]
+  at = jnp.arange(T)[None]
+
+  def of_draw(rank_and_draw):
+    rank, draw = rank_and_draw
+    noise = _uniform(fold_rows(keys, rank * contexts + draw), T)
+    place = jnp.where(at < rank, noise, 1.0 + at)
+    shuffled = jnp.take_along_axis(order, jnp.argsort(place, axis=1), axis=1)
+    nats = order_nll(
+      network, tokens, shuffled, sentinels=sentinels, vocabulary=vocabulary
+    )
+    return jax.lax.dynamic_index_in_dim(nats, rank, axis=1, keepdims=False)
+
+  grid = jnp.meshgrid(jnp.arange(T), jnp.arange(contexts), indexing="ij")
+  nats = jax.lax.map(of_draw, tuple(x.reshape(-1) for x in grid))
+  return jax.vmap(ensembled_nll)(nats.reshape(T, contexts, -1)).T
+
+
+class Draws(NamedTuple):
+  """What a training step draws for each sequence; None where not used.
+
+  Attributes:
+    order: int32 [B, T].
+    group_start: bool [B, T], see orders.to_slots.
+    ranks: int32 [B, R], the ranks predicted.
+    time: float32 [B], a masked mechanism's share of masked tokens, expected.
+    masked: bool [B, T], by position.
+  """
+
+  order: jax.Array
+  group_start: jax.Array | None = None
+  ranks: jax.Array | None = None
+  time: jax.Array | None = None
+  masked: jax.Array | None = None
+
+
+def draw(
+  key: jax.Array,
+  batch: int,
+  T: int,
+  options: config_lib.Orders,
+  train: config_lib.Train,
+  kind: mechanisms.Mechanism,
+  step: jax.Array,
+) -> Draws:
+  """Draws a training step's orders and whatever else its loss needs."""
+
+  def fold(purpose):
+    return jax.random.fold_in(key, purpose)
+
+  order = orders.draw(key, batch, T, options, step=step)
+  if kind.masked:
+    time = draw_times(fold(_TIMES), batch, train.least_time)
+    masked = draw_masked(row_keys(fold(_MASKS), batch), order, time)
+    return Draws(order, time=time, masked=masked)
+  ranks = None
+  if train.query_fraction < 1:
+    R = max(1, round(train.query_fraction * T))
+    noise = _uniform(row_keys(fold(_RANKS), batch), T)
+    ranks = jnp.sort(jnp.argsort(noise, axis=1)[:, :R], axis=1)
+  groups = orders.draw_groups(fold(_GROUPS), batch, T, options)
+  return Draws(order, group_start=groups, ranks=ranks)
+
+
+def draw_times(key: jax.Array, batch: int, least: float) -> jax.Array:
+  """Times in [least, 1), each uniform, together evenly spread: float32 [B]."""
+  share = jax.random.uniform(key) + jnp.arange(batch) / batch
+  return least + (1 - least) * (share % 1)
+
+
+def draw_masked(
+  keys: jax.Array, order: jax.Array, time: jax.Array
+) -> jax.Array:
+  """Masks the last tokens of every order, Binomial(T, time) of them.
+
+  Of a uniform order this masks every token with probability `time`, each on
+  its own: the linear schedule of MDLM.
+
+  Args:
+    keys: typed PRNG keys [B].
+    order: int32 [B, T].
+    time: float32 [B].
+
+  Returns:
+    bool [B, T], by position.
+  """
+  coins = _uniform(keys, order.shape[1]) < time[:, None]
+  count = coins.sum(axis=1, keepdims=True)
+  return jnp.argsort(order, axis=1) >= order.shape[1] - count
+
+
+def row_keys(
+  key: jax.Array, batch: int, first_row: jax.Array | int = 0
+) -> jax.Array:
+  """A key for every row, of (key, first_row + b) alone: typed keys [B]."""
+  rows = first_row + jnp.arange(batch)
+  return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
+
+
+def fold_rows(keys: jax.Array, data: jax.Array | int) -> jax.Array:
+  """fold_in of the same number into every key of [B]."""
+  return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, data)
+
+
+def _uniform(keys, count):
+  return jax.vmap(lambda key: jax.random.uniform(key, (count,)))(keys)
+
+
+def training_nll(
+  network: Network,
+  tokens: jax.Array,
+  draws: Draws,
+  *,
+  sentinels: int,
+  vocabulary: int,
+) -> jax.Array:
+  """What training minimises: nats of every sequence.
+
+  Without groups an unbiased estimate of -log p(x | sigma), whatever the ranks.
+  Of a masked mechanism under uniform orders, of the negative ELBO of MDLM
+  (arXiv 2406.07524, eq. 8; all times from least_time on), which is the mean of
+  -log p(x | sigma) over uniform orders; under other orders no likelihood.
+
+  Args:
+    network: slots -> logits.
+    tokens: int [B, T].
+    draws: of this batch.
+    sentinels: s, 1 or 2.
+    vocabulary: V.
+
+  Returns:
+    float32 [B].
+  """
+  layout = dict(sentinels=sentinels, vocabulary=vocabulary)
+  if draws.masked is not None:
+    nats = masked_nll(network, tokens, draws.masked, **layout)
+    return nats.sum(axis=1) / draws.time
+  nats = order_nll(
+    network,
+    tokens,
+    draws.order,
+    group_start=draws.group_start,
+    ranks=draws.ranks,
+    **layout,
+  )
+  return nats.sum(axis=1) * (tokens.shape[1] / nats.shape[1])

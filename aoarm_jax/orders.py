@@ -14,6 +14,7 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from aoarm_jax import config as config_lib
 
@@ -21,16 +22,25 @@ from aoarm_jax import config as config_lib
 class Slots(NamedTuple):
   """A batch in generation order (or, in decoding, some of its slots).
 
+  Of a masked mechanism: a batch in natural order behind the sentinels, where
+  every slot predicts its own position.
+
   Attributes:
     tokens: int32 [B, S], the content of each slot.
     position: int32 [B, S], c, the position of that content.
     target_position: int32 [B, S], t, the position that the slot predicts. With
       two sentinels slot 0 predicts nothing: its target position is its own, 0.
+    visible: int32 [B, S, 2], how many leading slots the content row and the
+      query row of each slot see, for two streams over groups; None is causal.
+    query_slots: int32 [B, R], the slots that have a query row, for two streams;
+      None is all.
   """
 
   tokens: jax.Array
   position: jax.Array
   target_position: jax.Array
+  visible: jax.Array | None = None
+  query_slots: jax.Array | None = None
 
 
 def to_slots(
@@ -39,6 +49,8 @@ def to_slots(
   sentinels: int,
   vocabulary: int,
   end: int | None = None,
+  group_start: jax.Array | None = None,
+  ranks: jax.Array | None = None,
 ) -> Slots:
   """Lays tokens out in generation order, behind the sentinels.
 
@@ -53,6 +65,9 @@ def to_slots(
     vocabulary: V; BOS has id V, EOS id V + 1.
     end: position of EOS; None is T + 1. It is larger where only the first T
       positions of a longer window are generated.
+    group_start: bool [B, T], by rank: whether a group of tokens that are
+      generated together starts there; rank 0 always does. None: one by one.
+    ranks: int32 [B, R], the ranks to predict; None: all.
 
   Returns:
     Slots with S = T + s - 1.
@@ -67,6 +82,54 @@ def to_slots(
     tokens=jnp.concatenate([start(bos), known.astype(jnp.int32)], axis=1),
     position=jnp.concatenate([start(ends), order[:, :-1]], axis=1),
     target_position=jnp.pad(order, ((0, 0), (sentinels - 1, 0))),
+    visible=None if group_start is None else _visible(group_start, sentinels),
+    query_slots=None if ranks is None else ranks + sentinels - 1,
+  )
+
+
+def _visible(group_start, s):
+  """Content sees to the end of its group, queries to its start: [B, S, 2]."""
+  B, T = group_start.shape
+  rank = jnp.arange(T)[None]
+  start = jax.lax.cummax(
+    jnp.where(group_start, rank, 0).at[:, 0].set(0), axis=1
+  )
+  next_start = jnp.pad(group_start[:, 1:], ((0, 0), (0, 1)), True)
+  end = jax.lax.cummin(jnp.where(next_start, rank + 1, T), axis=1, reverse=True)
+  # Slot i holds rank i - s and predicts rank i - s + 1; sentinels see theirs.
+  alone = jnp.broadcast_to(jnp.arange(1, s + 1)[None], (B, s))
+  content = jnp.minimum(end[:, :-1] + s, T + s - 1)
+  content = jnp.concatenate([alone, content], axis=1)
+  query = jnp.concatenate([alone[:, : s - 1], start + s], axis=1)
+  return jnp.stack([content, query], axis=-1)
+
+
+def to_masked_slots(
+  tokens: jax.Array, masked: jax.Array, sentinels: int, vocabulary: int
+) -> Slots:
+  """Lays tokens out in natural order behind the sentinels, some as MASK.
+
+  Args:
+    tokens: int [B, T].
+    masked: bool [B, T], by position.
+    sentinels: s, 1 or 2.
+    vocabulary: V; BOS has id V, EOS V + 1, MASK V + 2.
+
+  Returns:
+    Slots with S = T + s; position p is predicted at slot p + s - 1.
+  """
+  chex.assert_equal_shape([tokens, masked])
+  B, T = tokens.shape
+  shown = jnp.where(masked, vocabulary + 2, tokens.astype(jnp.int32))
+  first = jnp.array([vocabulary, vocabulary + 1][:sentinels], jnp.int32)
+  ends = jnp.array([0, T + 1][:sentinels], jnp.int32)
+  position = jnp.concatenate([ends, jnp.arange(1, T + 1, dtype=jnp.int32)])
+  position = jnp.broadcast_to(position[None], (B, T + sentinels))
+  first = jnp.broadcast_to(first[None], (B, sentinels))
+  return Slots(
+    tokens=jnp.concatenate([first, shown], axis=1),
+    position=position,
+    target_position=position,
   )
 
 
@@ -136,6 +199,95 @@ def draw(
     raise ValueError(f"unknown order family {options.family!r}")
 
   return jax.vmap(draw_one)(first_row + jnp.arange(batch))
+
+
+def draw_groups(
+  key: jax.Array,
+  batch: int,
+  T: int,
+  options: config_lib.Orders,
+  *,
+  first_row: jax.Array | int = 0,
+) -> jax.Array | None:
+  """Draws which ranks are generated together (A3, any-subset groups).
+
+  Row b depends on (key, first_row + b) alone.
+
+  Args:
+    key: typed PRNG key.
+    batch: B.
+    T: ranks.
+    options: groups is none: one by one; fixed: group_width ranks each, the last
+      group may be smaller; random: every rank after the first starts a group
+      with probability 1 / group_width; given: of sizes group_sizes.
+    first_row: index of row 0 in a larger batch.
+
+  Returns:
+    bool [B, T], whether a group starts at each rank; None for none.
+
+  Raises:
+    ValueError: unknown groups.
+  """
+  rank = jnp.arange(T)
+  match options.groups:
+    case "none":
+      return None
+    case "fixed":
+      start = rank % options.group_width == 0
+    case "given":
+      ends = np.cumsum(options.group_sizes)
+      start = (rank == 0) | jnp.isin(rank, ends)
+    case "random":
+
+      def draw_one(row):
+        coin = jax.random.uniform(jax.random.fold_in(key, row), (T,))
+        return (coin * options.group_width < 1) | (rank == 0)
+
+      return jax.vmap(draw_one)(first_row + jnp.arange(batch))
+    case _:
+      raise ValueError(f"unknown groups {options.groups!r}")
+  return jnp.broadcast_to(start[None], (batch, T))
+
+
+class Nearest(NamedTuple):
+  """The nearest known token of every target; see `nearest`."""
+
+  distance: jax.Array
+  recency: jax.Array
+
+
+def nearest(order: jax.Array) -> Nearest:
+  """The known token that stands nearest to each target.
+
+  Args:
+    order: int32 [B, T], permutations of 1..T.
+
+  Returns:
+    int32 [B, T] each, by rank: its distance from the target, positions; and
+    how many steps ago it was generated (1: just before). Of two at the same
+    distance the more recent one. 0 at rank 0, where nothing is known;
+    sentinels do not count.
+  """
+  B, T = order.shape
+  at = jnp.arange(1, T + 1)[None]
+
+  def step(rank_at, scanned):
+    """rank_at: [B, T], the rank of what stands there, -1 where unknown."""
+    rank, target = scanned
+    away = jnp.abs(at - target[:, None])
+    known = rank_at >= 0
+    distance = jnp.where(known, away, T).min(axis=1)
+    closest = known & (away == distance[:, None])
+    recency = rank - jnp.where(closest, rank_at, -1).max(axis=1)
+    rank_at = rank_at.at[jnp.arange(B), target - 1].set(rank)
+    return rank_at, (distance, recency)
+
+  nothing = jnp.full((B, T), -1)
+  _, (distance, recency) = jax.lax.scan(step, nothing, (at[0] - 1, order.T))
+  first = at == 1
+  return Nearest(
+    jnp.where(first, 0, distance.T), jnp.where(first, 0, recency.T)
+  )
 
 
 def known_first(order: jax.Array, known: jax.Array) -> jax.Array:

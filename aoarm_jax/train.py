@@ -59,40 +59,42 @@ def make_step(
   schedule = optimizer.schedule(config.optimizer, config.train.steps)
   accumulate = config.compute.accumulate
 
-  def loss(params, tokens, order):
-    return objective.order_nll(
+  def loss(params, tokens, draws):
+    return objective.training_nll(
       bind(params),
       tokens,
-      order,
+      draws,
       sentinels=config.model.sentinels,
       vocabulary=vocabulary,
     ).sum()
 
-  def gradient(params, tokens, order):
+  def gradient(params, *batch):
     """Summed nats and their gradient, over micro-batches."""
     if accumulate == 1:
-      return jax.value_and_grad(loss)(params, tokens, order)
+      return jax.value_and_grad(loss)(params, *batch)
 
     # Strided rows: every device keeps its own in every micro-batch.
     def split(x):
-      return x.reshape(-1, accumulate, x.shape[1]).swapaxes(0, 1)
+      return x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)
 
-    def add(total, batch):
-      one = jax.value_and_grad(loss)(params, *batch)
+    def add(total, micro_batch):
+      one = jax.value_and_grad(loss)(params, *micro_batch)
       return jax.tree.map(jnp.add, total, one), None
 
     zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-    return jax.lax.scan(add, zero, (split(tokens), split(order)))[0]
+    return jax.lax.scan(add, zero, jax.tree.map(split, batch))[0]
 
   def step(state: train_state.TrainState, tokens: jax.Array):
     tokens = tokens.astype(jnp.int32)
-    order = orders.draw(
+    draws = objective.draw(
       jax.random.fold_in(state.key, state.step),
       *tokens.shape,
       config.orders,
-      step=state.step,
+      config.train,
+      config.model.kind,
+      state.step,
     )
-    nats, grads = gradient(state.params, tokens, order)
+    nats, grads = gradient(state.params, tokens, draws)
     grads = jax.tree.map(lambda g: g / tokens.size, grads)
     updates, opt_state = chain.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)

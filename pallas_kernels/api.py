@@ -17,7 +17,7 @@ def any_order_attention(
   q: jax.Array,
   k: jax.Array,
   v: jax.Array,
-  visible: jax.Array | None = None,
+  visible: jax.Array | int | None = None,
   *,
   key_rank: jax.Array | None = None,
   scale: float | None = None,
@@ -38,7 +38,8 @@ def any_order_attention(
     v: [B, S, N, H] values, same dtype.
     visible: int32 [B, T], or [B, T, Nq / N] where the heads of a group (the
       streams) differ: the row sees the slots whose rank is below this. A row
-      that sees none gives 0. None is causal: row i sees min(i + 1, S) slots.
+      that sees none gives 0. An int is the same for all rows. None is causal:
+      row i sees min(i + 1, S) slots.
     key_rank: int32 [B, S], the ranks of the slots, for sequences that are not
       in generation order; needs `visible`. None is 0 to S - 1: then row i sees
       the first visible[b, i] slots.
@@ -72,8 +73,15 @@ def any_order_attention(
     case "cudnn":
       if lacks:
         raise UnsupportedError(f"attention 'cudnn' does not support {lacks}")
+      if visible is not None:
+        k, v = k[:, :visible], v[:, :visible]
       return jax.nn.dot_product_attention(
-        q, k, v, scale=scale, is_causal=True, implementation="cudnn"
+        q,
+        k,
+        v,
+        scale=scale,
+        is_causal=visible is None,
+        implementation="cudnn",
       )
     case _:
       raise ValueError(
@@ -102,15 +110,16 @@ def _check(q, k, v, visible, key_rank):
     )
   rows = q.shape[:2]
   group = q.shape[2] // k.shape[2]
-  if visible is not None and visible.shape not in (rows, (*rows, group)):
+  is_array = visible is not None and not isinstance(visible, int)
+  if is_array and visible.shape not in (rows, (*rows, group)):
     raise ValueError(
       f"attention: visible {visible.shape} must be [B, T] = {rows} or "
       f"[B, T, Nq / N] = {(*rows, group)}"
     )
   if key_rank is None:
     return
-  if visible is None:
-    raise ValueError("attention: key_rank needs visible")
+  if not is_array:
+    raise ValueError("attention: key_rank needs an array of visible")
   if key_rank.shape != k.shape[:2]:
     raise ValueError(
       f"attention: key_rank {key_rank.shape} must be [B, S] = {k.shape[:2]}"
@@ -122,6 +131,12 @@ def _xla(q, k, v, visible, key_rank, scale, return_lse):
     # That of jax.nn is in the keys' dtype and has no gradient.
     return reference.attention(q, k, v, visible, key_rank, scale)
   T, S = q.shape[1], k.shape[1]
+  if isinstance(visible, int) and visible > 0:
+    k, v = k[:, :visible], v[:, :visible]
+    out = jax.nn.dot_product_attention(
+      q, k, v, scale=scale, implementation="xla"
+    )
+    return out, None
   if visible is None and T <= S:
     out = jax.nn.dot_product_attention(
       q, k, v, scale=scale, is_causal=True, implementation="xla"
@@ -140,11 +155,11 @@ def _xla(q, k, v, visible, key_rank, scale, return_lse):
 
 def _cudnn_lacks(q, k, visible, return_lse) -> str:
   """What of this call cuDNN's fused attention cannot do, or ""."""
-  if visible is not None:
-    return "`visible` (causal only)"
+  if visible is not None and not (isinstance(visible, int) and visible > 0):
+    return "`visible` (None or a positive int only)"
   if return_lse:
     return "`return_lse`"
-  if q.shape[1] != k.shape[1]:
+  if visible is None and q.shape[1] != k.shape[1]:
     return f"T={q.shape[1]} rows over S={k.shape[1]} slots (T = S only)"
   if q.dtype not in (jnp.bfloat16, jnp.float16):
     return f"{q.dtype} (bfloat16 and float16 only)"

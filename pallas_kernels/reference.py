@@ -8,7 +8,7 @@ def attention(
   q: jax.Array,
   k: jax.Array,
   v: jax.Array,
-  visible: jax.Array | None,
+  visible: jax.Array | int | None,
   key_rank: jax.Array | None,
   scale: float,
 ) -> tuple[jax.Array, jax.Array]:
@@ -42,11 +42,16 @@ def attention(
 
 
 def mask(
-  T: int, S: int, visible: jax.Array | None, key_rank: jax.Array | None
+  T: int,
+  S: int,
+  visible: jax.Array | int | None,
+  key_rank: jax.Array | None,
 ) -> jax.Array:
   """Which slots each row sees: bool [B or 1, G or 1, T, S]."""
   if visible is None:
     visible = jnp.minimum(jnp.arange(1, T + 1), S)[None]
+  elif isinstance(visible, int):
+    visible = jnp.full((1, T), visible)
   if visible.ndim == 2:
     visible = visible[..., None]
   if key_rank is None:

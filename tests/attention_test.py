@@ -94,6 +94,19 @@ class AttentionTest(parameterized.TestCase):
     out = _attend(name, 0.3)(q, k, v, visible)
     np.testing.assert_allclose(out, _slow(q, k, v, visible, 0.3)[0], atol=1e-5)
 
+  @parameterized.product(name=_ON_CPU, visible=(0, 1, 4, 7), lse=(False, True))
+  def test_the_same_prefix_for_all(self, name, visible, lse):
+    q, k, v = _inputs(5, 7)
+    attend = functools.partial(
+      pallas_kernels.any_order_attention,
+      visible=visible,
+      return_lse=lse,
+      implementation=name,
+    )
+    want = _slow(q, k, v, np.full((_B, 5), visible))
+    got = jax.jit(attend)(q, k, v)
+    chex.assert_trees_all_close(got, want if lse else want[0], atol=1e-5)
+
   @parameterized.product(shape=_SHAPES, name=_ON_CPU, lse=(False, True))
   def test_streams_that_see_differently(self, shape, name, lse):
     """Heads of one group with prefixes of their own; also with an lse."""
@@ -265,7 +278,7 @@ class ChooserTest(parameterized.TestCase):
     )
 
   @parameterized.named_parameters(
-    ("visible", dict(), True, r"`visible` \(causal only\)"),
+    ("visible", dict(), True, r"`visible` \(None or a positive int"),
     ("lse", dict(), None, "`return_lse`"),
     ("rows", dict(T=5), False, r"T=5 rows over S=7 slots \(T = S only\)"),
     ("dtype", dict(), False, r"float32 \(bfloat16 and float16 only\)"),
@@ -318,7 +331,8 @@ class ChooserTest(parameterized.TestCase):
   def test_ranks_need_visible_and_one_rank_a_slot(self):
     q, k, v = _inputs(5, 7)
     visible, rank = np.ones((_B, 5), np.int32), np.ones((_B, 7), np.int32)
-    with self.assertRaisesRegex(ValueError, "key_rank needs visible"):
+    message = "key_rank needs an array of visible"
+    with self.assertRaisesRegex(ValueError, message):
       pallas_kernels.any_order_attention(q, k, v, key_rank=rank)
     with self.assertRaisesRegex(ValueError, r"must be \[B, S\] = \(3, 7\)"):
       pallas_kernels.any_order_attention(q, k, v, visible, key_rank=visible)

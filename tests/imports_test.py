@@ -21,8 +21,8 @@ ARROWS = {
   "export": "restore checkpoint data train_state model",
   "train": "evaluate generate restore checkpoint data objective train_state "
   "model optimizer orders figures",
-  "evaluate": "restore checkpoint data objective train_state model orders "
-  "figures",
+  "evaluate": "estimators restore checkpoint data train_state figures",
+  "estimators": "objective train_state orders",
   "generate": "restore checkpoint data train_state model orders",
   "restore": "checkpoint data train_state optimizer",
   "train_state": "model optimizer",
@@ -36,7 +36,14 @@ ARROWS = {
   "figures": "",
   "pallas_kernels": "",
 }
-LEAVES = ("config", "config_rules", "sharding", "telemetry", "run_dir")
+LEAVES = (
+  "config",
+  "config_rules",
+  "mechanisms",
+  "sharding",
+  "telemetry",
+  "run_dir",
+)
 
 # Libraries that are kept in some rooms; () keeps them out of all.
 KEPT_IN = {

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from aoarm_jax import config as config_lib
-from aoarm_jax import train_state
+from aoarm_jax import mechanisms, train_state
 
 # A mechanism added to the schema is tested from then on.
 MECHANISMS = next(
@@ -19,7 +19,7 @@ CASES = tuple(itertools.product(MECHANISMS, (1, 2)))
 # Every mechanism once, in turn with one and two sentinels.
 ALTERNATING = tuple((m, 2 - i % 2) for i, m in enumerate(MECHANISMS))
 ANY_ORDER = tuple(
-  case for case in CASES if case[0] not in config_lib.LEFT_TO_RIGHT_ONLY
+  case for case in CASES if not mechanisms.MECHANISMS[case[0]].left_to_right
 )
 
 
@@ -91,7 +91,7 @@ def all_orders(T: int) -> np.ndarray:
 def orders_of(mechanism: str, B: int, T: int, seed=0) -> np.ndarray:
   """int32 [B, T]: random, or left to right where nothing else is defined."""
   natural = np.tile(np.arange(1, T + 1, dtype=np.int32), (B, 1))
-  if mechanism in config_lib.LEFT_TO_RIGHT_ONLY:
+  if mechanisms.MECHANISMS[mechanism].left_to_right:
     return natural
   return np.random.default_rng(seed + 50).permuted(natural, axis=1)
 

@@ -1,12 +1,12 @@
 """Norm, attention and MLP: one pre-norm block over G streams of rows.
 
-Keys and values always come from the content stream, index 0. The stream that
-is read out is the last one. With G = 1 both are the same rows. Streams are the
-leading axis, so that one stream is contiguous memory.
+Keys and values always come from the content rows, the first S of stream 0.
+Streams are the leading axis, so that one stream is contiguous memory.
 """
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,9 @@ from jax.experimental import layout
 from aoarm_jax import config as config_lib
 from aoarm_jax.model import rotary
 
-# (q [B, S, N * G, H], k [B, S, N, H], v [B, S, N, H]) -> [B, S, N * G, H]
-Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+# (q [B, R, N * G, H], k [B, S, N, H], v [B, S, N, H], visible: int32 [B, R] or
+# [B, R, G], int or None) -> [B, R, N * G, H]
+Attend = Callable[..., jax.Array]
 
 INIT_SCALE = 0.02
 
@@ -57,6 +58,37 @@ def _embed_backward(residuals, gradient):
 embed.defvjp(_embed_forward, _embed_backward)
 
 
+@jax.custom_vjp
+def look_up(table: jax.Array, position: jax.Array) -> jax.Array:
+  """Rows of `table` [P, D] at `position` int32 [B, S]: [B, S, D].
+
+  Positions must differ within a sequence, as those of slots do. Then the
+  gradient is a gather and a sum over B instead of a contended scatter, and no
+  one-hot matmul, which would cost P / D of a square layer.
+  """
+  return table[position]
+
+
+def _look_up_forward(table, position):
+  return look_up(table, position), (position, table.shape[0])
+
+
+def _look_up_backward(residuals, gradient):
+  position, P = residuals
+  B, S = position.shape
+  slot = jnp.full((B, P), S, jnp.int32)
+  slot = slot.at[jnp.arange(B)[:, None], position].set(
+    jnp.arange(S, dtype=jnp.int32), unique_indices=True
+  )
+  by_position = jnp.take_along_axis(
+    gradient, slot[..., None], axis=1, mode="fill", fill_value=0
+  )
+  return by_position.sum(0, dtype=jnp.float32).astype(gradient.dtype), None
+
+
+look_up.defvjp(_look_up_forward, _look_up_backward)
+
+
 class RMSNorm(nnx.Module):
   """x / rms(x) * scale over the last axis; float32 out."""
 
@@ -69,8 +101,55 @@ class RMSNorm(nnx.Module):
     return x * jax.lax.rsqrt(power + 1e-6) * self.scale[...]
 
 
+class Setting(NamedTuple):
+  """What the layers of one pass share.
+
+  Attributes:
+    query_rotation: of [G, B, R] rows, or None.
+    key_rotation: of [B, S] slots, or None.
+    condition: [P, C], one vector a position, or None.
+    target: int32 [G, B, R], which of these conditions each row, or None.
+    visible: int32 [G, B, R], an int or None; see rows.Rows.
+  """
+
+  query_rotation: rotary.Rotation | None
+  key_rotation: rotary.Rotation | None
+  condition: jax.Array | None
+  target: jax.Array | None
+  visible: jax.Array | int | None
+
+  def read_out(self, pick: Callable[[jax.Array], jax.Array]) -> "Setting":
+    """The setting of the rows that `pick` picks."""
+    rotation, target, visible = jax.tree.map(
+      lambda x: pick(x) if isinstance(x, jax.Array) else x,
+      (self.query_rotation, self.target, self.visible),
+    )
+    return self._replace(
+      query_rotation=rotation, target=target, visible=visible
+    )
+
+
+class Modulation(nnx.Module):
+  """adaLN (arXiv 2212.09748): vectors that depend on the row's target."""
+
+  def __init__(self, C: int, count: int, D: int, *, rngs: nnx.Rngs):
+    self.weight = normal(rngs, (C, count, D))
+    self.bias = nnx.Param(jnp.zeros((count, D)))
+
+  def __call__(self, setting: Setting, dtype) -> list[jax.Array]:
+    """`count` arrays [G, B, R, D].
+
+    A target is one of few positions, so the projection is done once for each
+    position and looked up.
+    """
+    tables = jnp.einsum("pc,cmd->mpd", setting.condition, self.weight[...])
+    tables = (tables + self.bias[...][:, None]).astype(dtype)
+    at = jax.vmap(look_up, in_axes=(None, 0))
+    return [at(table, setting.target) for table in tables]
+
+
 class Attention(nnx.Module):
-  """Attention of every stream's rows over the content stream's slots."""
+  """Attention of every stream's rows over the content of the slots."""
 
   def __init__(self, model: config_lib.Model, dtype, *, rngs: nnx.Rngs):
     D, N, H = model.D, model.N, model.H
@@ -86,26 +165,29 @@ class Attention(nnx.Module):
     self,
     rows: jax.Array,
     content: jax.Array,
-    query_rotation: rotary.Rotation | None,
-    key_rotation: rotary.Rotation | None,
+    setting: Setting,
     attend: Attend,
   ) -> jax.Array:
-    """Normalised rows [G, B, S, D] and content [B, S, D] -> [G, B, S, D]."""
+    """Normalised rows [G, B, R, D] and content [B, S, D] -> [G, B, R, D]."""
 
     def cast(param):
       return param[...].astype(self.dtype)
 
-    q = jnp.einsum("gbsd,dnh->gbsnh", rows, cast(self.query))
+    q = jnp.einsum("gbrd,dnh->gbrnh", rows, cast(self.query))
     k = jnp.einsum("bsd,dnh->bsnh", content, cast(self.key))
     v = jnp.einsum("bsd,dnh->bsnh", content, cast(self.value))
-    q = rotary.rotate(self.query_norm(q), query_rotation).astype(self.dtype)
-    k = rotary.rotate(self.key_norm(k), key_rotation).astype(self.dtype)
+    q = rotary.rotate(self.query_norm(q), setting.query_rotation)
+    k = rotary.rotate(self.key_norm(k), setting.key_rotation)
+    q, k = q.astype(self.dtype), k.astype(self.dtype)
     # Streams are the query heads of one group: they share keys and values.
-    G, B, S, N, H = q.shape
-    q = jnp.moveaxis(q, 0, 3).reshape(B, S, N * G, H)
-    out = attend(q, k, v).reshape(B, S, N, G, H)
+    G, B, R, N, H = q.shape
+    q = jnp.moveaxis(q, 0, 3).reshape(B, R, N * G, H)
+    visible = setting.visible
+    if isinstance(visible, jax.Array):
+      visible = visible[0] if G == 1 else jnp.moveaxis(visible, 0, 2)
+    out = attend(q, k, v, visible).reshape(B, R, N, G, H)
     out = jnp.moveaxis(out, 3, 0)
-    return jnp.einsum("gbsnh,nhd->gbsd", out, cast(self.out))
+    return jnp.einsum("gbrnh,nhd->gbrd", out, cast(self.out))
 
 
 @jax.checkpoint
@@ -132,9 +214,9 @@ class MLP(nnx.Module):
     )
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    x = jnp.einsum("gbsd,df->gbsf", x, self.up[...].astype(self.dtype))
+    x = jnp.einsum("gbrd,df->gbrf", x, self.up[...].astype(self.dtype))
     x = _gelu(x)
-    return jnp.einsum("gbsf,fd->gbsd", x, self.down[...].astype(self.dtype))
+    return jnp.einsum("gbrf,fd->gbrd", x, self.down[...].astype(self.dtype))
 
 
 class Block(nnx.Module):
@@ -146,27 +228,42 @@ class Block(nnx.Module):
     self.attention = Attention(model, dtype, rngs=rngs)
     self.mlp_norm = RMSNorm(model.D)
     self.mlp = MLP(model, dtype, rngs=rngs)
+    if model.kind.condition:
+      self.modulation = Modulation(model.kind.condition, 6, model.D, rngs=rngs)
 
   def __call__(
     self,
     x: jax.Array,
-    query_rotation: rotary.Rotation | None,
-    key_rotation: rotary.Rotation | None,
+    setting: Setting,
     attend: Attend,
-    *,
-    last: bool = False,
+    S: int,
+    read_out: Callable[[jax.Array], jax.Array] | None = None,
   ) -> jax.Array:
-    """[G, B, S, D] -> [G, B, S, D], or [1, B, S, D] if `last`.
+    """[G, B, R, D] -> [G, B, R, D].
 
-    In the last layer only the stream that is read out is computed: nothing
-    reads the other's output there.
+    Args:
+      x: the rows; the first S of stream 0 are the content of the slots.
+      setting: what the layers share.
+      attend: the attention.
+      S: slots.
+      read_out: in the last layer, picks the rows that are read out, of x and
+        of everything [G, B, R, ...]: nothing reads the others' output there.
     """
-    normed = self.attention_norm(x).astype(self.dtype)
-    content = normed[0]
-    if last:
-      x, normed = x[-1:], normed[-1:]
-      query_rotation = jax.tree.map(lambda r: r[-1:], query_rotation)
-    x = x + self.attention(
-      normed, content, query_rotation, key_rotation, attend
-    )
-    return x + self.mlp(self.mlp_norm(x).astype(self.dtype))
+    m = None  # Shift, scale, gate of attention; shift, scale, gate of the MLP.
+    if setting.condition is not None:
+      m = self.modulation(setting, self.dtype)
+    normed = shifted(self.attention_norm(x), m, 0).astype(self.dtype)
+    content = normed[0, :, :S]
+    if read_out:
+      x, normed, m = jax.tree.map(read_out, (x, normed, m))
+      setting = setting.read_out(read_out)
+    out = self.attention(normed, content, setting, attend)
+    x = x + (out if m is None else m[2] * out)
+    normed = shifted(self.mlp_norm(x), m, 3).astype(self.dtype)
+    out = self.mlp(normed)
+    return x + (out if m is None else m[5] * out)
+
+
+def shifted(x: jax.Array, m: list[jax.Array] | None, first: int) -> jax.Array:
+  """x * (1 + scale) + shift, float32; m[first] is the shift, then the scale."""
+  return x if m is None else x * (1 + m[first + 1]) + m[first]

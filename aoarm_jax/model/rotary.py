@@ -17,7 +17,7 @@ def rotation(position: jax.Array, H: int, base: float) -> Rotation:
   """R_p for every position.
 
   Args:
-    position: int32 [...].
+    position: int32 [..., K]; pair j turns by position j % K.
     H: head dim, even.
     base: pair j turns by position * base ** (-2 j / H) radians.
 
@@ -25,7 +25,8 @@ def rotation(position: jax.Array, H: int, base: float) -> Rotation:
     Rotation of arrays [..., 1, H / 2].
   """
   frequency = base ** (-jnp.arange(0, H, 2, dtype=jnp.float32) / H)
-  angle = position[..., None, None].astype(jnp.float32) * frequency
+  position = position[..., jnp.arange(H // 2) % position.shape[-1]]
+  angle = position[..., None, :].astype(jnp.float32) * frequency
   return Rotation(jnp.cos(angle), jnp.sin(angle))
 
 

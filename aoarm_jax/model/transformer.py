@@ -11,7 +11,8 @@ from flax import nnx
 import pallas_kernels
 from aoarm_jax import config as config_lib
 from aoarm_jax import orders, sharding
-from aoarm_jax.model import layers, mechanisms, rotary
+from aoarm_jax.model import layers, rotary
+from aoarm_jax.model import rows as rows_lib
 
 
 class Cache(NamedTuple):
@@ -34,7 +35,7 @@ def empty_cache(
 
 
 class Transformer(nnx.Module):
-  """Embedding, mechanism, L blocks, norm, head.
+  """Embedding, rows of the mechanism, L blocks, norm, head.
 
   Pre-norm RMSNorm, RMSNorm on queries and keys, rotary pairs, GELU MLP, no
   biases, untied head. Parameters, norms, softmax and logits are float32,
@@ -51,34 +52,43 @@ class Transformer(nnx.Module):
   ):
     self.model, self.compute, self.vocabulary = model, compute, vocabulary
     self.dtype = jnp.dtype(compute.dtype)
-    # Two rows more than the vocabulary: BOS and EOS, which are never predicted.
-    self.embedding = layers.normal(rngs, (vocabulary + 2, model.D))
-    self.mechanism = mechanisms.MECHANISMS[model.mechanism](model, rngs=rngs)
+    # More than the vocabulary: BOS, EOS and MASK, which are never predicted.
+    symbols = vocabulary + (3 if model.kind.masked else 2)
+    self.embedding = layers.normal(rngs, (symbols, model.D))
+    self.start = rows_lib.Start(model, rngs=rngs)
     self.blocks = jax.vmap(
       lambda key: layers.Block(model, self.dtype, rngs=nnx.Rngs(key))
     )(jax.random.split(rngs.params(), model.L))
     self.norm = layers.RMSNorm(model.D)
+    if model.kind.condition:
+      self.modulation = layers.Modulation(
+        model.kind.condition, 2, model.D, rngs=rngs
+      )
     self.head = layers.normal(rngs, (model.D, vocabulary))
 
   def __call__(self, slots: orders.Slots) -> jax.Array:
-    """Every slot sees itself and those before it.
+    """Logits of every slot that predicts, from all slots at once.
 
     Args:
-      slots: int32 [B, S] each.
+      slots: int32 [B, S] each; what a row sees is `slots.visible`, or itself
+        and the slots before it, or all slots if the mechanism is masked.
 
     Returns:
-      float32 [B, S, V] logits of the token at each slot's target position.
+      float32 [B, R, V] logits of the token at each slot's target position; at
+      `slots.query_slots` where they are given, else at all slots: R = S.
     """
-    chex.assert_equal_shape(slots)
-    x, rotations = self._start(slots)
+    chex.assert_equal_shape(slots[:3])
+    S = slots.tokens.shape[1]
+    x, setting = self._start(slots)
     name = self.compute.attention
-    attend = functools.partial(
-      pallas_kernels.any_order_attention,
-      implementation=None if name == "auto" else name,
-    )
+
+    def attend(q, k, v, visible):
+      return pallas_kernels.any_order_attention(
+        q, k, v, visible, implementation=None if name == "auto" else name
+      )
 
     def body(x, block):
-      return block(x, *rotations, attend), None
+      return block(x, setting, attend, S), None
 
     if self.compute.remat:
       body = jax.checkpoint(body, prevent_cse=not self.compute.scan_layers)
@@ -89,7 +99,7 @@ class Transformer(nnx.Module):
       jax.tree.map(lambda p: p[: L - 1], self.blocks),
       unroll=1 if self.compute.scan_layers else max(L - 1, 1),
     )
-    return self._read_out(self._layer(L - 1)(x, *rotations, attend, last=True))
+    return self._read_out(L - 1, x, setting, attend, S)
 
   def extend(
     self, slots: orders.Slots, cache: Cache, start: jax.Array
@@ -106,14 +116,14 @@ class Transformer(nnx.Module):
       the cache with slots up to start + R - 1 filled.
     """
     B, R = slots.tokens.shape
-    x, rotations = self._start(slots)
+    x, setting = self._start(slots)
     at = start[:, None] + jnp.arange(R)
     rows = jnp.arange(B)[:, None]
     keys, values = cache
 
-    for layer in range(self.model.L):
-
-      def attend(q, k, v, layer=layer):
+    def attend_in(layer):
+      def attend(q, k, v, visible):
+        del visible  # That of a whole sequence.
         nonlocal keys, values
         keys = keys.at[layer, rows, at].set(k)
         values = values.at[layer, rows, at].set(v)
@@ -121,46 +131,47 @@ class Transformer(nnx.Module):
           q, keys[layer], values[layer], at + 1
         )
 
-      x = self._layer(layer)(
-        x, *rotations, attend, last=layer == self.model.L - 1
-      )
-    return self._read_out(x), Cache(keys, values)
+      return attend
+
+    last = self.model.L - 1
+    for layer in range(last):
+      x = self._layer(layer)(x, setting, attend_in(layer), R)
+    logits = self._read_out(last, x, setting, attend_in(last), R)
+    return logits, Cache(keys, values)
 
   def _start(self, slots):
     content = layers.embed(self.embedding[...].astype(self.dtype), slots.tokens)
-    rows = self.mechanism(content, slots)
+    rows = self.start(content, slots)
     rotation = functools.partial(
       rotary.rotation, H=self.model.H, base=self.model.rope_base
     )
     x = sharding.constrain(rows.x, "streams", "batch", "slots", "embed")
-    return x, (
-      None if rows.query_position is None else rotation(rows.query_position),
-      None if rows.key_position is None else rotation(rows.key_position),
+    query, key, condition = rows.query_position, rows.key_position, None
+    if rows.target is not None:
+      condition = jax.nn.silu(self.start.target[...])
+    return x, layers.Setting(
+      query_rotation=None if query is None else rotation(query),
+      key_rotation=None if key is None else rotation(key[..., None]),
+      condition=condition,
+      target=rows.target,
+      visible=rows.visible,
     )
 
   def _layer(self, index):
     return jax.tree.map(lambda p: p[index], self.blocks)
 
-  def _read_out(self, x):
-    x = self.norm(x[0]).astype(self.dtype)
+  def _read_out(self, last, x, setting, attend, S):
+    """The last layer, norm and head, of the rows that are read out."""
+    pick = functools.partial(rows_lib.read_out, S=S)
+    x = self._layer(last)(x, setting, attend, S, pick)
+    m = None
+    if setting.condition is not None:
+      m = self.modulation(setting.read_out(pick), self.dtype)
+    x = layers.shifted(self.norm(x), m, 0)[0].astype(self.dtype)
     logits = jnp.einsum(
-      "bsd,dv->bsv",
+      "brd,dv->brv",
       x,
       self.head[...].astype(self.dtype),
       preferred_element_type=jnp.float32,
     )
     return sharding.constrain(logits, "batch", "slots", "vocabulary")
-
-
-def training_flops_per_token(model: config_lib.Model, vocabulary: int) -> float:
-  """Matmul FLOPs of forward and backward (3 x forward), per target.
-
-  Counts what the model needs: causal attention over the visible slots only,
-  no recomputation, no one-hot embedding.
-  """
-  D, F, L, S = model.D, model.F, model.L, model.S
-  streams = mechanisms.MECHANISMS[model.mechanism].streams
-  row_layers = streams * (L - 1) + 1  # The last layer: read-out rows only.
-  key_value = 2 * 2 * D * D * L
-  row = 2 * (2 * D * D + 2 * D * F) + 4 * D * (S + 1) / 2
-  return 3 * (key_value + row * row_layers + 2 * D * vocabulary) * S / model.T

@@ -1,0 +1,70 @@
+"""Which mechanisms there are, and what each is made of.
+
+A mechanism is how a row learns which position it predicts. The table below is
+the one place where they differ by name; the pieces that it names are built in
+aoarm_jax/model/rows.py, and no other room knows a mechanism by name.
+
+To add one that is made of these pieces, add a line here and a file in configs/.
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Mechanism:
+  """What a mechanism is made of.
+
+  c is the position of a row's content, t the position that it predicts.
+
+  Attributes:
+    source: who proposed it.
+    streams: 1, or 2: query rows beside the content rows. A query row starts as
+      one learned vector; keys and values come from content rows alone.
+    query: the positions by which the query of the row that is read out turns:
+      any of "content" and "target". Two of them take turns among the rotary
+      pairs. Keys turn by "content"; without any, neither turns.
+    added: learned position embeddings added to the input, side by side where
+      there are two: any of "content" and "target".
+    condition: width of a learned embedding of t that shifts, scales and gates
+      every layer and scales and shifts the head's input (adaLN); 0 is none.
+    masked: whether rows are in natural order, each at its own position, some
+      of them MASK, all visible to all: a masked diffusion model, without cache.
+    left_to_right: whether this is the only order that it knows.
+  """
+
+  source: str
+  streams: int = 1
+  query: tuple[str, ...] = ()
+  added: tuple[str, ...] = ()
+  condition: int = 0
+  masked: bool = False
+  left_to_right: bool = False
+
+
+_TARGET_WIDTH = 128  # AO-GPT's.
+
+MECHANISMS = {
+  "two_stream": Mechanism(
+    "XLNet, arXiv 1906.08237, section 2.3", streams=2, query=("target",)
+  ),
+  "decoupled_rope": Mechanism("arXiv 2602.16092", query=("target",)),
+  "decoupled_rope_content": Mechanism(
+    "ablation: the query carries its content position too",
+    query=("target", "content"),
+  ),
+  "decoupled_rope_adaln": Mechanism(
+    "ablation: decoupled_rope with ao_gpt's conditioning",
+    query=("target",),
+    condition=_TARGET_WIDTH,
+  ),
+  "sigma_gpt": Mechanism(
+    "sigma-GPT, arXiv 2404.09562", added=("content", "target")
+  ),
+  "ao_gpt": Mechanism(
+    "AO-GPT, arXiv 2506.19935", added=("content",), condition=_TARGET_WIDTH
+  ),
+  "causal": Mechanism(
+    "plain RoPE transformer", query=("content",), left_to_right=True
+  ),
+  "mdlm": Mechanism("MDLM, arXiv 2406.07524", query=("content",), masked=True),
+}
