@@ -305,6 +305,15 @@ class Sample:
       "given",
     ),
   )
+  method: str = _field(
+    "sequential",
+    "mdlm: one token a step (exact), or steps of MDLM's ancestral sampling, or "
+    "the surest tokens first (neither exact)",
+    choices=("sequential", "ancestral", "confidence"),
+  )
+  steps: int = _field(
+    0, "ancestral, confidence: steps; 0: as many as tokens", low=0
+  )
   blank: str = _field("_", "the character that marks a blank in --prompt")
   every: int = _field(
     500, "steps between samples in training; 0: at the end", low=0

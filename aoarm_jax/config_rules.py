@@ -86,6 +86,37 @@ def _relations(config):
     f"must be a permutation of 1..{m.T} (config.model.T)",
   )  # fmt: skip
   yield (
+    "config.eval.estimators", config.eval.estimators,
+    m.kind.masked or "elbo" not in config.eval.estimators,
+    f"elbo is an estimator of masked mechanisms; {m.mechanism} is not masked",
+  )  # fmt: skip
+  yield (
+    "config.eval.estimators", config.eval.estimators,
+    not m.kind.masked or "context_ensembled" not in config.eval.estimators,
+    f"mechanism {m.mechanism} does not know the order of its context",
+  )  # fmt: skip
+  yield (
+    "config.sample.method", config.sample.method,
+    m.kind.masked or config.sample.method == "sequential",
+    f"mechanism {m.mechanism} is not masked: it generates by sequential only",
+  )  # fmt: skip
+  two = m.kind.streams == 2
+  yield (
+    "config.orders.groups", o.groups, two or o.groups == "none",
+    f"groups need two streams, which {m.mechanism} has not",
+  )  # fmt: skip
+  yield (
+    "config.orders.group_sizes", o.group_sizes,
+    o.groups != "given" or (sum(o.group_sizes) == m.T
+                            and min(o.group_sizes) > 0),
+    f"must be positive numbers that sum to config.model.T={m.T}",
+  )  # fmt: skip
+  yield (
+    "config.train.query_fraction", t.query_fraction,
+    two or t.query_fraction == 1,
+    f"query rows need two streams, which {m.mechanism} has not",
+  )  # fmt: skip
+  yield (
     "config.orders.block_width", o.block_width,
     "block" not in o.family or o.block_width <= m.T,
     f"must be at most config.model.T={m.T}",

@@ -20,67 +20,19 @@ from absl import logging
 from etils import epath
 
 from aoarm_jax import config as config_lib
-from aoarm_jax import orders, restore, run_dir, sharding, train_state
+from aoarm_jax import (
+  diffusion,
+  orders,
+  restore,
+  run_dir,
+  sampling,
+  sharding,
+  train_state,
+)
 from aoarm_jax.data import tokenizers
 from aoarm_jax.model import transformer
 
 _GENERATION = 102  # Sets these keys apart from training's of the same seed.
-
-
-class Sampling(NamedTuple):
-  """The law of a draw; traced, so a sweep compiles once.
-
-  Attributes:
-    temperature: float32 [], logits are divided by it; 0 takes the likeliest.
-    top_k: int32 [], keeps the k likeliest tokens; 0 keeps all.
-    top_p: float32 [], then keeps the fewest likeliest tokens whose total
-      probability reaches top_p.
-  """
-
-  temperature: jax.Array
-  top_k: jax.Array
-  top_p: jax.Array
-
-
-class Generation(NamedTuple):
-  """Texts and the orders in which they came.
-
-  Attributes:
-    tokens: int32 [B, T], natural order.
-    order: int32 [B, T], known positions first.
-  """
-
-  tokens: jax.Array
-  order: jax.Array
-
-
-def law(logits: jax.Array, sampling: Sampling) -> jax.Array:
-  """The sampling law of a conditional.
-
-  Args:
-    logits: float32 [..., V].
-    sampling: temperature, then top-k, then top-p. A tie at the border goes to
-      the lower token id.
-
-  Returns:
-    float32 [..., V] log-probabilities, normalised; -inf where cut.
-  """
-  V = logits.shape[-1]
-  greedy = sampling.temperature == 0
-  # The largest first, so that a small temperature cannot overflow.
-  logits = logits - logits.max(axis=-1, keepdims=True)
-  logits = logits / jnp.where(greedy, 1.0, sampling.temperature)
-  by_size = jnp.argsort(-logits, axis=-1, stable=True)
-  place = jnp.argsort(by_size, axis=-1)
-  k = jnp.where(greedy, 1, jnp.where(sampling.top_k == 0, V, sampling.top_k))
-  logits = jnp.where(place < k, logits, -jnp.inf)
-  probability = jax.nn.softmax(logits)
-  sorted_p = jnp.take_along_axis(probability, by_size, axis=-1)
-  before = jnp.cumsum(sorted_p, axis=-1) - sorted_p
-  before = jnp.take_along_axis(before, place, axis=-1)
-  # Rounded sums reach 1 before the rarest tokens: without a cut, keep them.
-  keep = (before < sampling.top_p) | (place == 0) | (sampling.top_p >= 1)
-  return jax.nn.log_softmax(jnp.where(keep, logits, -jnp.inf))
 
 
 def generate(
@@ -89,10 +41,10 @@ def generate(
   tokens: jax.Array,
   known: jax.Array,
   order: jax.Array,
-  sampling: Sampling,
+  law: sampling.Sampling,
   *,
   prefill: bool = True,
-) -> Generation:
+) -> sampling.Generation:
   """Fills the blanks of every text, one token a step, from one cache.
 
   Row b's draws depend on (key, b) alone, not on the batch. Rows may have
@@ -105,7 +57,7 @@ def generate(
     known: bool [B, T].
     order: int32 [B, T], permutations of 1..T; known positions are moved to the
       front by position, blanks keep their order.
-    sampling: the law of every draw.
+    law: of every draw.
     prefill: may be False where nothing is known and there is one sentinel.
 
   Returns:
@@ -144,7 +96,7 @@ def generate(
     logits, cache = network.extend(here, cache, at)
     step_keys = jax.vmap(jax.random.fold_in)(row_keys, at)
     token = jax.vmap(jax.random.categorical)(
-      step_keys, law(logits[:, 0], sampling)
+      step_keys, sampling.log_law(logits[:, 0], law)
     )
     token = jnp.where(slot < S, token, content[rows, at + 1])
     return slot + 1, content.at[rows, at + 1].set(token), cache
@@ -156,7 +108,7 @@ def generate(
   _, content, _ = jax.lax.while_loop(unfinished, step, (first, content, cache))
   by_position = jnp.zeros((B, T), jnp.int32)
   by_position = by_position.at[rows[:, None], order - 1].set(content[:, s:])
-  return Generation(tokens=by_position, order=order)
+  return sampling.Generation(tokens=by_position, order=order)
 
 
 class PromptError(ValueError):
@@ -243,7 +195,7 @@ class Sampler:
     if prompt is None:
       prompt = Prompt(np.zeros(model.T, np.int32), np.zeros(model.T, bool))
     self._check(prompt)
-    sampling = Sampling(
+    law = sampling.Sampling(
       temperature=np.float32(sample.temperature),
       top_k=np.int32(sample.top_k),
       top_p=np.float32(sample.top_p),
@@ -257,7 +209,7 @@ class Sampler:
             jax.random.fold_in(jax.random.key(sample.seed), _GENERATION),
             np.tile(prompt.tokens, (sample.count, 1)),
             np.tile(prompt.known, (sample.count, 1)),
-            sampling,
+            law,
           ),
         ),
         prefill=prefill,
@@ -282,7 +234,7 @@ class Sampler:
         f"text, but mechanism {model.mechanism} generates left to right only"
       )
 
-  def _draw(self, params, key, tokens, known, sampling, prefill):
+  def _draw(self, params, key, tokens, known, law, prefill):
     sample, options = self._config.sample, self._config.orders
     order_key, draw_key = jax.random.split(key)
     B, T = tokens.shape
@@ -292,14 +244,14 @@ class Sampler:
       given=tuple(p for p in options.given if p <= T),
     )
     order = orders.draw(order_key, B, T, options)
+    network = self._bind(params)
+    if network.model.kind.masked:
+      return diffusion.generate(
+        network, draw_key, tokens, known, order, law,
+        method=sample.method, steps=sample.steps,
+      )  # fmt: skip
     return generate(
-      self._bind(params),
-      draw_key,
-      tokens,
-      known,
-      order,
-      sampling,
-      prefill=prefill,
+      network, draw_key, tokens, known, order, law, prefill=prefill
     )
 
 

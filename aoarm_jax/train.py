@@ -29,7 +29,7 @@ from aoarm_jax import (
 )
 from aoarm_jax import config as config_lib
 from aoarm_jax.data import corpora, pipeline, tokenizers
-from aoarm_jax.model import transformer
+from aoarm_jax.model import cost
 
 
 class Preempted(Exception):
@@ -277,8 +277,8 @@ class _Run:
       total_steps=c.train.steps,
       start_step=start,
       tokens_per_step=c.train.batch_size * c.model.T,
-      flops_per_token=transformer.training_flops_per_token(
-        c.model, self.tokenizer.V
+      flops_per_token=cost.training_flops_per_token(
+        c.model, self.tokenizer.V, c.train.batch_size, c.train.query_fraction
       ),
       devices=list(self.mesh.devices.flatten()),
     )

@@ -11,7 +11,14 @@ import tiny
 from absl.testing import absltest, parameterized
 from etils import epath
 
-from aoarm_jax import config, generate, orders, sharding
+from aoarm_jax import (
+  config,
+  generate,
+  mechanisms,
+  orders,
+  sampling,
+  sharding,
+)
 from aoarm_jax.data import tokenizers
 
 _T, _V, _MANY = 4, 3, 60_000
@@ -20,7 +27,7 @@ _LONGER = {tiny.ALTERNATING[0][0]: _T + 2}
 
 
 def _sampling(temperature=1.0, top_k=0, top_p=1.0):
-  return generate.Sampling(
+  return sampling.Sampling(
     np.float32(temperature), np.int32(top_k), np.float32(top_p)
   )
 
@@ -29,23 +36,23 @@ _PLAIN = _sampling()
 _CUT = _sampling(1.3, 2, 0.95)
 
 
-def _slow_law(logits, sampling):
+def _slow_law(logits, law):
   """Probabilities of one conditional, in float64, by sorting and adding."""
   logits = np.asarray(logits, np.float64)
   V = len(logits)
   by_size = sorted(range(V), key=lambda i: (-logits[i], i))
-  if sampling.temperature == 0:
+  if law.temperature == 0:
     return np.eye(V)[by_size[0]]
-  logits = logits / np.float64(sampling.temperature)
+  logits = logits / np.float64(law.temperature)
   p = np.exp(logits - logits.max())
-  k = int(sampling.top_k) or V
+  k = int(law.top_k) or V
   p[by_size[k:]] = 0
   p /= p.sum()
   total, kept = 0.0, []
   for i in by_size:
     kept.append(i)
     total += p[i]
-    if sampling.top_p < 1 and total >= sampling.top_p - 1e-7:
+    if law.top_p < 1 and total >= law.top_p - 1e-7:
       break
   cut = np.zeros(V)
   cut[kept] = p[kept]
@@ -57,27 +64,27 @@ class LawTest(parameterized.TestCase):
     super().setUp()
     self.enterContext(tiny.rank_promotion_raises())
 
-  def law(self, logits, sampling):
-    log_p = jax.jit(generate.law)(np.asarray(logits, np.float32), sampling)
+  def law(self, logits, law):
+    log_p = jax.jit(sampling.log_law)(np.asarray(logits, np.float32), law)
     return np.exp(np.asarray(log_p, np.float64))
 
   @parameterized.product(
     temperature=(0.3, 1.0, 2.5), top_k=(0, 1, 3, 7, 99), top_p=(1e-6, 0.6, 1.0)
   )
   def test_equals_a_slow_one(self, temperature, top_k, top_p):
-    sampling = _sampling(temperature, top_k, top_p)
+    law = _sampling(temperature, top_k, top_p)
     logits = np.random.default_rng(0).normal(size=(3, 2, 7)).astype(np.float32)
-    got = self.law(logits, sampling)
+    got = self.law(logits, law)
     for index in np.ndindex(3, 2):
-      want = _slow_law(logits[index], sampling)
+      want = _slow_law(logits[index], law)
       np.testing.assert_allclose(got[index], want, atol=1e-5)
       np.testing.assert_array_equal(got[index] == 0, want == 0)
 
   def test_temperature_zero_is_the_likeliest(self):
     logits = [[0.0, 2.0, 1.0], [3.0, -1.0, 3.0]]
-    for sampling in (_sampling(0), _sampling(0, 2, 0.5)):
+    for law in (_sampling(0), _sampling(0, 2, 0.5)):
       np.testing.assert_array_equal(
-        self.law(logits, sampling), [[0, 1, 0], [1, 0, 0]]
+        self.law(logits, law), [[0, 1, 0], [1, 0, 0]]
       )
 
   @parameterized.parameters(
@@ -105,13 +112,13 @@ class LawTest(parameterized.TestCase):
   def test_no_cut_keeps_every_token(self):
     """Rare ones too, whose probability float32 sums cannot hold."""
     logits = np.array([20.0, 0.0, -5.0, 19.0, -30.0], np.float32)
-    got = jax.jit(generate.law)(logits, _PLAIN)
+    got = jax.jit(sampling.log_law)(logits, _PLAIN)
     np.testing.assert_allclose(got, jax.nn.log_softmax(logits), rtol=1e-6)
 
 
 @functools.cache
 def _generate(mechanism, s):
-  """(params, jitted (params, key, tokens, known, order, sampling))."""
+  """(params, jitted (params, key, tokens, known, order, law))."""
   made = _bind(mechanism, s)
   return tiny.sharp(made), tiny.quick_jit(
     lambda params, *args: generate.generate(made(params), *args)
@@ -133,12 +140,12 @@ def _logits(mechanism, s, order, end):
   return np.asarray(network(tiny.sharp(made), slots), np.float64)[:, s - 1 :]
 
 
-def _enumerate(case, order, known, sampling, end=None):
+def _enumerate(case, order, known, law, end=None):
   """p [sequences] of what generate() should give for one prompt."""
   mechanism, s = case
   end = end or _LONGER.get(mechanism, _T) + 1
   logits = _logits(mechanism, s, tuple(order), end)
-  law = []
+  found = []
   for text, by_rank in zip(tiny.all_sequences(_V, _T), logits):
     p = 1.0
     for position, row in zip(order, by_rank):
@@ -146,10 +153,10 @@ def _enumerate(case, order, known, sampling, end=None):
       if position in known:
         p *= known[position] == token
       else:
-        p *= _slow_law(row, sampling)[token]
-    law.append(p)
-  np.testing.assert_allclose(sum(law), 1.0, atol=1e-5)
-  return np.array(law)
+        p *= _slow_law(row, law)[token]
+    found.append(p)
+  np.testing.assert_allclose(sum(found), 1.0, atol=1e-5)
+  return np.array(found)
 
 
 class Prompt(NamedTuple):
@@ -161,7 +168,7 @@ class Prompt(NamedTuple):
 
 
 def _prompts(mechanism):
-  if mechanism in config.LEFT_TO_RIGHT_ONLY:
+  if mechanisms.MECHANISMS[mechanism].left_to_right:
     natural = (1, 2, 3, 4)
     return Prompt(natural, {}, natural), Prompt(natural, {1: 2}, natural)
   return (
@@ -182,9 +189,9 @@ def _inputs(mechanism, B=_MANY):
 
 
 @functools.cache
-def _drawn(case, sampling, seed=0, B=_MANY):
+def _drawn(case, law, seed=0, B=_MANY):
   params, run = _generate(*case)
-  result = run(params, jax.random.key(seed), *_inputs(case[0], B), sampling)
+  result = run(params, jax.random.key(seed), *_inputs(case[0], B), law)
   return jax.tree.map(np.asarray, result)
 
 
@@ -195,17 +202,17 @@ def _counts(texts):
 
 
 class GenerateTest(parameterized.TestCase):
-  @parameterized.product(case=tiny.ALTERNATING, sampling=(_PLAIN, _CUT))
-  def test_texts_come_with_the_enumerated_law(self, case, sampling):
+  @parameterized.product(case=tiny.ALTERNATING, law=(_PLAIN, _CUT))
+  def test_texts_come_with_the_enumerated_law(self, case, law):
     """Exact, for both prompts of one ragged batch."""
-    result = _drawn(case, sampling)
+    result = _drawn(case, law)
     for i, prompt in enumerate(_prompts(case[0])):
       counts = _counts(result.tokens[i::2])
-      law = _enumerate(case, prompt.used, prompt.known, sampling)
-      self.assertGreater(tiny.p_value(counts, law), 1e-4)
-      self.assertEqual(counts[law == 0].sum(), 0)
+      right = _enumerate(case, prompt.used, prompt.known, law)
+      self.assertGreater(tiny.p_value(counts, right), 1e-4)
+      self.assertEqual(counts[right == 0].sum(), 0)
       # The test has the power to see a slightly wrong law, and a missing cut.
-      other = _sampling(1.1) if sampling is _PLAIN else _sampling(1.3)
+      other = _sampling(1.1) if law is _PLAIN else _sampling(1.3)
       wrong = _enumerate(case, prompt.used, prompt.known, other)
       self.assertLess(tiny.p_value(counts, wrong), 1e-4)
 

@@ -23,7 +23,10 @@ ARROWS = {
   "model optimizer orders figures",
   "evaluate": "estimators restore checkpoint data train_state figures",
   "estimators": "objective train_state orders",
-  "generate": "restore checkpoint data train_state model orders",
+  "generate": "diffusion sampling restore checkpoint data train_state model "
+  "orders",
+  "diffusion": "sampling objective model orders",
+  "sampling": "",
   "restore": "checkpoint data train_state optimizer",
   "train_state": "model optimizer",
   "objective": "model orders",

@@ -15,8 +15,8 @@ import tiny
 from absl.testing import absltest, parameterized
 
 import pallas_kernels
-from aoarm_jax import config, objective, orders
-from aoarm_jax.model import layers, mechanisms, transformer
+from aoarm_jax import config, mechanisms, objective, orders
+from aoarm_jax.model import cost, layers, transformer
 
 _B, _T, _V = 3, 7, 5
 
@@ -50,28 +50,52 @@ class _Written:
       for i in range(model.L)
     ]
 
-  def content(self, ids):
-    return self.params["embedding"][ids]
+  def content(self, ids, position, target):
+    x = self.params["embedding"][ids]
+    match self.model.mechanism:
+      case "sigma_gpt":
+        first, second = self.params["start"]["added"]
+        x = x + np.concatenate([first[position], second[target]], axis=-1)
+      case "ao_gpt":
+        x = x + self.params["start"]["added"][0][position]
+    return x
+
+  def modulation(self, node, target):
+    """[count, R, D] of the rows' targets, zero where there is none."""
+    if "modulation" not in node:
+      return np.zeros((6, 1, 1)) + np.array([0, 0, 1, 0, 0, 1])[:, None, None]
+    c = self.params["start"]["target"][target]
+    c = c / (1 + np.exp(-c))
+    m = node["modulation"]
+    return np.einsum("rc,cmd->mrd", c, m["weight"]) + m["bias"][:, None]
 
   def rotate(self, x, position):
-    """x [R, N, H] by position [R]."""
+    """x [R, N, H] by position [R], or by several [R, K] in turn."""
+    if not self.model.kind.query:
+      return x
     half = self.model.H // 2
     speed = self.model.rope_base ** (-np.arange(half) / half)
-    turn = np.exp(1j * np.multiply.outer(position, speed))[:, None]
+    position = np.reshape(position, (len(x), -1))
+    by = [position[:, j % position.shape[1]] for j in range(half)]
+    turn = np.exp(1j * np.stack(by, axis=1) * speed)[:, None]
     z = (x[..., :half] + 1j * x[..., half:]) * turn
     return np.concatenate([z.real, z.imag], axis=-1)
 
-  def keys(self, block, x, position):
+  def normed(self, node, x, m):
+    return _rms(x, node["scale"]) * (1 + m[1]) + m[0]
+
+  def keys(self, block, x, position, target=None):
     """Rotated keys and values [S, N, H] of content rows [S, D]."""
     a = block["attention"]
-    x = _rms(x, block["attention_norm"]["scale"])
+    x = self.normed(block["attention_norm"], x, self.modulation(block, target))
     k = _rms(np.einsum("sd,dnh->snh", x, a["key"]), a["key_norm"]["scale"])
     return self.rotate(k, position), np.einsum("sd,dnh->snh", x, a["value"])
 
-  def update(self, block, x, position, keys, seen):
+  def update(self, block, x, position, keys, seen, target=None):
     """One block on rows [R, D] over keys; seen is bool [R, S]."""
     a, (k, v) = block["attention"], keys
-    normed = _rms(x, block["attention_norm"]["scale"])
+    m = self.modulation(block, target)
+    normed = self.normed(block["attention_norm"], x, m)
     q = np.einsum("rd,dnh->rnh", normed, a["query"])
     q = self.rotate(_rms(q, a["query_norm"]["scale"]), position)
     score = np.einsum("rnh,snh->nrs", q, k) / np.sqrt(self.model.H)
@@ -79,25 +103,26 @@ class _Written:
     weight = np.exp(score - score.max(axis=-1, keepdims=True))
     weight /= weight.sum(axis=-1, keepdims=True)
     out = np.einsum("nrs,snh->rnh", weight, v)
-    x = x + np.einsum("rnh,nhd->rd", out, a["out"])
-    up = _rms(x, block["mlp_norm"]["scale"]) @ block["mlp"]["up"]
+    x = x + m[2] * np.einsum("rnh,nhd->rd", out, a["out"])
+    up = self.normed(block["mlp_norm"], x, m[3:]) @ block["mlp"]["up"]
     gelu = np.tanh(np.sqrt(2 / np.pi) * (up + 0.044715 * up**3))
-    return x + (0.5 * up * (1 + gelu)) @ block["mlp"]["down"]
+    return x + m[5] * ((0.5 * up * (1 + gelu)) @ block["mlp"]["down"])
 
-  def read_out(self, x):
-    return _rms(x, self.params["norm"]["scale"]) @ self.params["head"]
+  def read_out(self, x, target=None):
+    m = self.modulation(self.params, target)
+    return self.normed(self.params["norm"], x, m) @ self.params["head"]
 
-  def one_stream(self, ids, query_position, key_position, seen):
+  def one_stream(self, ids, query_position, key_position, seen, target=None):
     """Logits [S, V], and the keys and values of every layer."""
-    x, cache = self.content(ids), []
+    x, cache = self.content(ids, key_position, target), []
     for block in self.blocks:
-      cache.append(self.keys(block, x, key_position))
-      x = self.update(block, x, query_position, cache[-1], seen)
-    return self.read_out(x), cache
+      cache.append(self.keys(block, x, key_position, target))
+      x = self.update(block, x, query_position, cache[-1], seen, target)
+    return self.read_out(x, target), cache
 
   def query_stream(self, target_position, cache, seen):
     """Logits [R, V] of query rows, from the content stream's keys alone."""
-    start = self.params["mechanism"]["query_start"]
+    start = self.params["start"]["query_start"]
     x = np.tile(start, (len(target_position), 1))
     for block, keys in zip(self.blocks, cache):
       x = self.update(block, x, target_position, keys, seen)
@@ -126,8 +151,9 @@ def _in_natural_order(mechanism, written, tokens, order):
     return written.query_stream(order, cache, seen)
   target = np.zeros(T + s, int)
   target[before] = order
-  lead = target if mechanism == "decoupled_rope" else position
-  return written.one_stream(ids, lead, position, seen)[0][before]
+  turns = {"content": position, "target": target}
+  lead = np.stack([turns[name] for name in model.kind.query or ["content"]], 1)
+  return written.one_stream(ids, lead, position, seen, target)[0][before]
 
 
 def _sequence_nll(network, params, tokens, order, s, V):
@@ -179,7 +205,7 @@ class LeakTest(parameterized.TestCase):
     _, params, network = tiny.network(mechanism, s)
     tokens = tiny.tokens(_B, _T, _V)
     families = config.ORDER_FAMILIES
-    if mechanism in config.LEFT_TO_RIGHT_ONLY:
+    if mechanisms.MECHANISMS[mechanism].left_to_right:
       families = ("left_to_right",)
     for family in families:
       order = _family_orders()[family]
@@ -239,7 +265,7 @@ class NormalisationTest(parameterized.TestCase):
     made = tiny.bind(mechanism, s, T=self.T, V=self.V, D=8, N=2)
     params = tiny.sharp(made)
     every = tiny.all_orders(self.T)
-    if mechanism in config.LEFT_TO_RIGHT_ONLY:
+    if mechanisms.MECHANISMS[mechanism].left_to_right:
       every = every[:1]
     texts = tiny.all_sequences(self.V, self.T)
     tokens = np.tile(texts, (len(every), 1))
@@ -259,12 +285,14 @@ class NormalisationTest(parameterized.TestCase):
     self.assertLen(totals, 1 if mechanism == "causal" else 24)
     np.testing.assert_allclose(totals, 1.0, atol=1e-5)
 
-  @parameterized.parameters(*tiny.MECHANISMS)
+  @parameterized.parameters(*tiny.CHAIN)
   def test_a_planted_leak_breaks_it(self, mechanism):
     with _plant():
       totals = self.totals(mechanism, 1)
-    self.assertGreater(np.abs(totals - 1).min(), 1e-3)
-    self.assertGreater(np.abs(totals - 1).max(), 0.1)
+    off = np.sort(np.abs(totals - 1))
+    # In a few orders a small gate may hide it.
+    self.assertGreater(off[len(off) // 4], 1e-3)
+    self.assertGreater(off.max(), 0.1)
 
 
 class WrittenTest(parameterized.TestCase):
@@ -292,7 +320,7 @@ class WrittenTest(parameterized.TestCase):
     written, slots, logits = self.both("two_stream", s)
     causal = np.tri(_T + s - 1, dtype=bool)
     for b in range(_B):
-      ids, c, t = (x[b] for x in slots)
+      ids, c, t = (x[b] for x in slots[:3])
       _, cache = written.one_stream(ids, c, c, causal)
       self.assert_close(logits[b], written.query_stream(t, cache, causal))
 
@@ -324,13 +352,7 @@ class WrittenTest(parameterized.TestCase):
       other, _ = written.one_stream(ids, position + 1, position, causal)
       self.assertGreater(np.abs(other - want).max(), 0.1)
 
-  @parameterized.parameters(
-    *(
-      c
-      for c in tiny.CASES
-      if c[0] in ("two_stream", "decoupled_rope", "causal")
-    )
-  )
+  @parameterized.parameters(*tiny.CASES)
   def test_relabelling(self, mechanism, s):
     """Slots in generation order equal natural order with the rank mask."""
     written, _, logits = self.both(mechanism, s)
@@ -353,15 +375,19 @@ class WrittenTest(parameterized.TestCase):
     )
     self.assertGreater(np.abs(logits - other).max(axis=(0, 2)).min(), 1e-2)
 
-  @parameterized.product(mechanism=("two_stream", "decoupled_rope"), s=(1, 2))
+  @parameterized.parameters(*tiny.ANY_ORDER)
   def test_single_key_blindness(self, mechanism, s):
-    """With BOS alone, rank 0 cannot tell sigma(0); with EOS beside it can."""
+    """With BOS alone, rank 0 cannot tell sigma(0); with EOS beside it can.
+
+    Not so where the target enters by more than rotation.
+    """
+    kind = mechanisms.MECHANISMS[mechanism]
     _, params, network = tiny.network(mechanism, s)
     natural = np.arange(1, _T + 1)
     order = np.array([np.roll(natural, -2 * b) for b in range(_B)])
     first = network(params, _slots(self.tokens, order, s))[:, s - 1]
     moved = np.abs(first - first[0]).max(axis=-1)[1:]
-    if s == 1:
+    if s == 1 and not (kind.added or kind.condition):
       np.testing.assert_allclose(moved, 0.0, atol=1e-6)
     else:
       self.assertGreater(moved.min(), 1e-2)
@@ -399,7 +425,7 @@ class CacheTest(parameterized.TestCase):
     for chunks in ([1] * S, [3, 1, 3, *[1] * (s - 1)], [S]):
       cache, at, got = empty, 0, []
       for R in chunks:
-        part = orders.Slots(*(x[:, at : at + R] for x in slots))
+        part = orders.Slots(*(x[:, at : at + R] for x in slots[:3]))
         logits, cache = extend(part, cache, np.full(_B, at, np.int32))
         got.append(logits)
         at += R
@@ -416,7 +442,7 @@ class CacheTest(parameterized.TestCase):
     _, cache = extend(
       slots._replace(tokens=junk), cache, np.zeros(_B, np.int32)
     )
-    part = orders.Slots(*(np.take_along_axis(x, at, axis=1) for x in slots))
+    part = orders.Slots(*(np.take_along_axis(x, at, axis=1) for x in slots[:3]))
     logits, _ = extend(part, cache, start)
     want = np.take_along_axis(want, at[..., None], axis=1)
     np.testing.assert_allclose(logits, want, atol=2e-5)
@@ -490,9 +516,9 @@ class ComputeTest(parameterized.TestCase):
     block = layers.Block.__call__
     outputs = []
 
-    def whole(self, *args, last=False):
-      outputs.append(block(self, *args))
-      return outputs[-1][-1:] if last else outputs[-1]
+    def whole(self, x, setting, attend, S, read_out=None):
+      outputs.append(block(self, x, setting, attend, S))
+      return read_out(outputs[-1]) if read_out else outputs[-1]
 
     with mock.patch.object(layers.Block, "__call__", whole):
       got = _value_and_gradients("two_stream", 1)
@@ -528,46 +554,72 @@ class ComputeTest(parameterized.TestCase):
 
 
 class CountTest(parameterized.TestCase):
-  @parameterized.parameters(*tiny.CASES)
+  @parameterized.product(mechanism=tiny.MECHANISMS, s=(1, 2))
   def test_parameters(self, mechanism, s):
-    V, D, L, N = 5, 12, 3, 3
-    H, F = D // N, 4 * D
+    V, D, L, N, T = 5, 12, 3, 3, 7
+    H, F, P = D // N, 4 * D, T + 2
     layer = 4 * D * D + 2 * D * F + 2 * D + 2 * H
     count = (V + 2) * D + L * layer + D + D * V
-    own = {"two_stream": D, "decoupled_rope": 0, "causal": 0}
-    params = tiny.bind(mechanism, s, V=V, D=D, L=L, N=N).abstract_params
+    adaln = P * 128 + (6 * L + 2) * (128 * D + D)
+    own = {
+      "two_stream": D,
+      "decoupled_rope_adaln": adaln,
+      "sigma_gpt": P * D,
+      "ao_gpt": P * D + adaln,
+      "mdlm": D,
+    }.get(mechanism, 0)
+    params = tiny.bind(mechanism, s, T=T, V=V, D=D, L=L, N=N).abstract_params
     self.assertEqual(
-      sum(leaf.size for leaf in jax.tree.leaves(params)), count + own[mechanism]
+      sum(leaf.size for leaf in jax.tree.leaves(params)), count + own
     )
 
   @parameterized.product(mechanism=tiny.MECHANISMS, s=(1, 2), L=(1, 3))
   def test_flops_are_those_of_the_program(self, mechanism, s, L):
-    """XLA's count of the forward pass, whose attention is not causal.
+    """XLA's count of the forward pass of the plain attention."""
+    self.check_count(mechanism, s, L, _empty_slots)
 
-    The plain attention computes S scores a row where the model needs
-    (S + 1) / 2 on average: 4 D (S - 1) / 2 FLOPs more a row.
-    """
+  def test_flops_of_a_fraction_of_the_queries(self):
+    def slots(model):
+      chosen = jax.ShapeDtypeStruct((1, 128), jnp.int32)
+      return _empty_slots(model)._replace(query_slots=chosen)
+
+    self.check_count("two_stream", 1, 3, slots, query_fraction=0.25)
+
+  def check_count(self, mechanism, s, L, slots, **options):
     T, V, D, N = 511, 27, 128, 1  # Attention is a third of it.
     made = tiny.bind(
       mechanism, s, T=T, V=V, D=D, L=L, N=N, attention="reference"
     )
     model = config.Model(mechanism=mechanism, sentinels=s, T=T, D=D, L=L, N=N)
-    slots = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct((1, model.S), jnp.int32),
-      orders.Slots(0, 0, 0),
-    )
     lowered = jax.jit(lambda params, slots: made(params)(slots)).lower(
-      made.abstract_params, slots
+      made.abstract_params, slots(model)
     )
-    streams = mechanisms.MECHANISMS[mechanism].streams
-    rows = model.S * (streams * (L - 1) + 1)
-    forward = transformer.training_flops_per_token(model, V) * T / 3
-    expected = forward + rows * 4 * D * (model.S - 1) / 2
+    expected = cost.forward_flops(model, V, 1, visible_only=False, **options)
     counted = lowered.cost_analysis()["flops"]
     self.assertAlmostEqual(counted / expected, 1.0, delta=0.05)
-    # One layer's content stream more, or a causal program, would be seen.
+    # One layer's rows more, or a causal program, would be seen.
     self.assertGreater(model.S * 24 * D * D / expected, 0.1)
-    self.assertGreater(expected / forward, 1.1)
+    if not model.kind.masked:
+      needed = cost.forward_flops(model, V, 1, **options)
+      self.assertGreater(expected / needed, 1.1)
+
+  def test_by_hand(self):
+    """Two streams, two layers: every matmul of one sequence."""
+    D, F, S, V = 12, 48, 7, 5
+    model = config.Model(mechanism="two_stream", T=7, D=D, L=2, N=3)
+    attend = 4 * D * sum(range(1, S + 1))
+    projections = S * 2 * D * D
+    mlp = 2 * S * 2 * D * F
+    stream = 2 * projections + attend + mlp  # Queries, outputs.
+    total = 3 * stream + 2 * 2 * projections + 2 * S * D * V
+    self.assertEqual(cost.forward_flops(model, V, 3), 3 * total)
+    self.assertEqual(cost.training_flops_per_token(model, V, 3), 3 * total / 7)
+    self.assertEqual(cost.cache_bytes_per_token(model, "bfloat16"), 2 * 24 * 2)
+
+
+def _empty_slots(model):
+  row = jax.ShapeDtypeStruct((1, model.S), jnp.int32)
+  return orders.Slots(row, row, row)
 
 
 class EmbedTest(parameterized.TestCase):

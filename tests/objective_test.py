@@ -15,7 +15,9 @@ _B, _T, _V = 3, 7, 5
 
 def _network(slots):
   """Logits from everything that a slot says of itself, and no more."""
-  tokens, position, target = (x[..., None].astype(jnp.float32) for x in slots)
+  tokens, position, target = (
+    x[..., None].astype(jnp.float32) for x in slots[:3]
+  )
   v = jnp.arange(_V, dtype=jnp.float32)[None, None]
   return 2 * jnp.sin(tokens * (v + 1) + 0.7 * position + 1.3 * target * v)
 

@@ -15,9 +15,12 @@ MECHANISMS = next(
   for path, field, _ in config_lib.leaves(config_lib.Config())
   if path == "config.model.mechanism"
 )
-CASES = tuple(itertools.product(MECHANISMS, (1, 2)))
-# Every mechanism once, in turn with one and two sentinels.
-ALTERNATING = tuple((m, 2 - i % 2) for i, m in enumerate(MECHANISMS))
+# Those that predict by the chain rule from a cache, and those that never do.
+CHAIN = tuple(m for m in MECHANISMS if not mechanisms.MECHANISMS[m].masked)
+MASKED = tuple(m for m in MECHANISMS if m not in CHAIN)
+CASES = tuple(itertools.product(CHAIN, (1, 2)))
+# Every such mechanism once, in turn with one and two sentinels.
+ALTERNATING = tuple((m, 2 - i % 2) for i, m in enumerate(CHAIN))
 ANY_ORDER = tuple(
   case for case in CASES if not mechanisms.MECHANISMS[case[0]].left_to_right
 )

@@ -1,0 +1,99 @@
+"""Generation with masked mechanisms: full passes, no cache.
+
+sequential   exact: a text comes out with probability p(x | sigma), one token a
+             step. That is the chain rule of the any-order likelihoods.
+ancestral    MDLM's sampler (arXiv 2406.07524) for the linear schedule: not
+             exact, since tokens of one step are drawn independently of each
+             other; in the limit of many steps, sequential in a uniform order.
+confidence   in each step the tokens that were drawn with the highest
+             probability stay (as in MaskGIT, arXiv 2202.04200): no known law.
+"""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from aoarm_jax import objective, orders, sampling
+from aoarm_jax.model import transformer
+
+
+def generate(
+  network: transformer.Transformer,
+  key: jax.Array,
+  tokens: jax.Array,
+  known: jax.Array,
+  order: jax.Array,
+  law: sampling.Sampling,
+  *,
+  method: str,
+  steps: int,
+) -> sampling.Generation:
+  """Fills the blanks of every text.
+
+  Row b's draws depend on (key, b) alone, not on the batch.
+
+  Args:
+    network: of a masked mechanism with T_max >= T positions; those after T
+      stay masked.
+    key: typed PRNG key.
+    tokens: int32 [B, T], natural order; anything where not known.
+    known: bool [B, T].
+    order: int32 [B, T], permutations of 1..T, followed by `sequential`.
+    law: of every draw.
+    method: sequential, ancestral or confidence.
+    steps: of ancestral and confidence; 0 is T.
+
+  Returns:
+    The texts, and the orders in which tokens came: known ones first, those of
+    one step by position.
+  """
+  chex.assert_equal_shape([tokens, known, order])
+  B, T = tokens.shape
+  s, V, T_max = network.model.sentinels, network.vocabulary, network.model.T
+  count = T if method == "sequential" else steps or T
+  keys = objective.row_keys(key, B)
+  order = orders.known_first(order, known)
+  next_rank = known.sum(axis=1, keepdims=True)
+  rank_of = jnp.argsort(order, axis=1)
+
+  def step(i, state):
+    tokens, step_of = state
+    masked = step_of == count
+    window = ((0, 0), (0, T_max - T))
+    slots = orders.to_masked_slots(
+      jnp.pad(tokens, window),
+      jnp.pad(masked, window, constant_values=True),
+      s,
+      V,
+    )
+    log_p = sampling.log_law(network(slots)[:, s : s + T], law)
+    step_keys = objective.fold_rows(keys, i)
+    token_keys, coin_keys = jax.vmap(jax.random.split, out_axes=1)(step_keys)
+    drawn = jax.vmap(jax.random.categorical)(token_keys, log_p)
+    match method:
+      case "sequential":
+        chosen = rank_of == next_rank + i
+      case "ancestral":
+        coins = jax.vmap(lambda k: jax.random.uniform(k, (T,)))(coin_keys)
+        chosen = masked & (coins * (count - i) < 1)
+      case "confidence":
+        left = masked.sum(axis=1, keepdims=True)
+        chosen = _surest(log_p, drawn, masked) < -(-left // (count - i))
+      case _:
+        raise ValueError(f"unknown method {method!r}")
+    return jnp.where(chosen, drawn, tokens), jnp.where(chosen, i, step_of)
+
+  start = (tokens.astype(jnp.int32), jnp.where(known, -1, count))
+  tokens, step_of = jax.lax.fori_loop(0, count, step, start)
+  came = jnp.argsort(step_of, axis=1, stable=True) + 1
+  return sampling.Generation(tokens=tokens, order=came.astype(jnp.int32))
+
+
+def _surest(log_p, drawn, masked):
+  """The place of each masked position, the surest draw first; others last."""
+  sure = jnp.take_along_axis(log_p, drawn[..., None], axis=-1)[..., 0]
+  sure = jnp.where(masked, sure, -jnp.inf)
+  place = functools.partial(jnp.argsort, axis=1, stable=True)
+  return jnp.where(masked, place(place(-sure)), sure.shape[1])

@@ -1,0 +1,62 @@
+"""The law of one draw, and what generation returns."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Sampling(NamedTuple):
+  """The law of a draw; traced, so a sweep compiles once.
+
+  Attributes:
+    temperature: float32 [], logits are divided by it; 0 takes the likeliest.
+    top_k: int32 [], keeps the k likeliest tokens; 0 keeps all.
+    top_p: float32 [], then keeps the fewest likeliest tokens whose total
+      probability reaches top_p.
+  """
+
+  temperature: jax.Array
+  top_k: jax.Array
+  top_p: jax.Array
+
+
+class Generation(NamedTuple):
+  """Texts and the orders in which they came.
+
+  Attributes:
+    tokens: int32 [B, T], natural order.
+    order: int32 [B, T], known positions first.
+  """
+
+  tokens: jax.Array
+  order: jax.Array
+
+
+def log_law(logits: jax.Array, law: Sampling) -> jax.Array:
+  """The sampling law of a conditional.
+
+  Args:
+    logits: float32 [..., V].
+    law: temperature, then top-k, then top-p. A tie at the border goes to
+      the lower token id.
+
+  Returns:
+    float32 [..., V] log-probabilities, normalised; -inf where cut.
+  """
+  V = logits.shape[-1]
+  greedy = law.temperature == 0
+  # The largest first, so that a small temperature cannot overflow.
+  logits = logits - logits.max(axis=-1, keepdims=True)
+  logits = logits / jnp.where(greedy, 1.0, law.temperature)
+  by_size = jnp.argsort(-logits, axis=-1, stable=True)
+  place = jnp.argsort(by_size, axis=-1)
+  k = jnp.where(greedy, 1, jnp.where(law.top_k == 0, V, law.top_k))
+  logits = jnp.where(place < k, logits, -jnp.inf)
+  probability = jax.nn.softmax(logits)
+  sorted_p = jnp.take_along_axis(probability, by_size, axis=-1)
+  before = jnp.cumsum(sorted_p, axis=-1) - sorted_p
+  before = jnp.take_along_axis(before, place, axis=-1)
+  # Rounded sums reach 1 before the rarest tokens: without a cut, keep them.
+  keep = (before < law.top_p) | (place == 0) | (law.top_p >= 1)
+  return jax.nn.log_softmax(jnp.where(keep, logits, -jnp.inf))
