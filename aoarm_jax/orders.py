@@ -94,7 +94,9 @@ def _visible(group_start, s):
   start = jax.lax.cummax(
     jnp.where(group_start, rank, 0).at[:, 0].set(0), axis=1
   )
-  next_start = jnp.pad(group_start[:, 1:], ((0, 0), (0, 1)), True)
+  next_start = jnp.pad(
+    group_start[:, 1:], ((0, 0), (0, 1)), constant_values=True
+  )
   end = jax.lax.cummin(jnp.where(next_start, rank + 1, T), axis=1, reverse=True)
   # Slot i holds rank i - s and predicts rank i - s + 1; sentinels see theirs.
   alone = jnp.broadcast_to(jnp.arange(1, s + 1)[None], (B, s))

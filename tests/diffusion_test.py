@@ -116,7 +116,7 @@ class LikelihoodTest(parameterized.TestCase):
     whole = half._replace(time=np.ones(3, np.float32))
     np.testing.assert_allclose(
       _training_nll(1)(tokens, half),
-      _training_nll(1)(tokens, whole) * [1, 2, 4],
+      _training_nll(1)(tokens, whole) * np.array([1, 2, 4]),
       rtol=1e-6,
     )
 

@@ -136,7 +136,71 @@ class EstimateTest(parameterized.TestCase):
     self.assertEqual(estimate.slot_curve_nats, ())
     self.assertLess(estimate.nats_per_token, each.mean() / _T)
 
-  @parameterized.parameters("any_order", "ensembled")
+  def test_by_distance_and_recency(self):
+    """Every real token in one bin; against numpy."""
+    batches = _batches(3)
+    nats = _by_hand(batches, "uniform", _key())
+    order = orders.draw(_key(), _COUNT, _T, config.Orders())
+    estimate = _estimate("any_order", batches)
+    near = orders.nearest(order)
+    for bins, number in (
+      (estimate.by_distance, near.distance),
+      (estimate.by_recency, near.recency),
+    ):
+      self.assertEqual(sum(each.tokens for each in bins), _COUNT * _T)
+      self.assertEqual([each.low for each in bins][:3], [0, 1, 2])
+      for each in bins:
+        inside = (number >= each.low) & (number <= each.high)
+        self.assertEqual(each.tokens, inside.sum())
+        self.assertAlmostEqual(
+          each.nats_per_token, nats[inside].mean(), delta=1e-5
+        )
+
+  def test_context_ensembled(self):
+    """Every conditional is a mean over permutations of its context."""
+    bind = tiny.bind(T=_T, V=_V, L=2)  # With one layer all contexts are sets.
+    params = tiny.sharp(bind)
+    tokens, order = tiny.tokens(3, _T, _V), tiny.orders_of("two_stream", 3, _T)
+    keys = objective.row_keys(jax.random.key(0), 3)
+    many = 300
+    nats = jax.jit(
+      lambda params: objective.context_ensembled_nll(
+        bind(params), keys, tokens, order, sentinels=1, vocabulary=_V,
+        contexts=many,
+      )
+    )(params)  # fmt: skip
+
+    def in_order(order):
+      nats = objective.order_nll(
+        bind(params), tokens, order, sentinels=1, vocabulary=_V
+      )
+      return np.asarray(nats, np.float64)
+
+    plain = in_order(order)
+    # One context only: nothing known, or one token.
+    np.testing.assert_allclose(nats[:, :2], plain[:, :2], atol=1e-5)
+    swapped = order[:, [1, 0, *range(2, _T)]]
+    both = np.stack([plain[:, 2], in_order(swapped)[:, 2]])
+    low, high = both.min(axis=0), both.max(axis=0)
+    self.assertGreater((high - low).min(), 1e-3)
+    want = -np.log(np.exp(-both).mean(axis=0))
+    error = np.exp(-low) - np.exp(-high)  # Of one draw; 300 are averaged.
+    np.testing.assert_array_less(
+      np.abs(np.exp(-nats[:, 2]) - np.exp(-want)), 4 * error / many**0.5
+    )
+
+  def test_training_order_has_the_groups_of_training(self):
+    options = dict(groups="fixed", group_width=3)
+    batches = _batches(3)
+    apart = _estimate("training_order", batches)
+    together = _estimate("training_order", batches, _evaluator(**options))
+    self.assertNotEqual(apart.nats_per_token, together.nats_per_token)
+    # Rank 0 starts a group either way.
+    self.assertAlmostEqual(
+      apart.slot_curve_nats[0], together.slot_curve_nats[0], delta=1e-5
+    )
+
+  @parameterized.parameters("any_order", "ensembled", "context_ensembled")
   def test_batch_size_changes_nothing(self, estimator):
     """Of 8 sequences: 3 + 3 + 2, or 5 + 3."""
     want, got = (_estimate(estimator, _batches(size)) for size in (3, 5))
@@ -210,6 +274,39 @@ class EstimateTest(parameterized.TestCase):
     self.assertGreater(same.standard_error_nats, 1e-3)
     fixed = _estimate("left_to_right", [(tokens, real)])
     self.assertLess(fixed.standard_error_nats, 1e-6)
+
+
+class ElboTest(parameterized.TestCase):
+  def test_two_estimators_of_one_quantity(self):
+    """Within joint standard errors; a wrong schedule is not."""
+    T, V = 5, 3
+    mesh, bind = _pieces()[0], tiny.bind("mdlm", T=T, V=V, L=1)
+    params = sharding.put(mesh, tiny.sharp(bind))
+
+    def estimate(estimator, least_time=1e-3):
+      made = config.Config(
+        model=config.Model(mechanism="mdlm", T=T, D=12, L=1, N=3),
+        train=config.Train(least_time=least_time),
+        eval=config.Eval(times=8),
+      )
+      evaluator = evaluate.Evaluator(made, bind, V, mesh)
+      tokens = tiny.tokens(4000, T, V).astype(np.uint8)
+      with jax.set_mesh(mesh):
+        return evaluator.estimate(
+          params, [(tokens, np.ones(4000, bool))], estimator, 0
+        )
+
+    elbo, chain, late = (
+      estimate("elbo"), estimate("any_order"), estimate("elbo", 0.3)
+    )  # fmt: skip
+    joint = math.hypot(elbo.standard_error_nats, chain.standard_error_nats)
+    # Both see the same sequences, so this is generous.
+    self.assertLess(abs(elbo.nats_per_token - chain.nats_per_token), 3 * joint)
+    self.assertGreater(
+      abs(late.nats_per_token - chain.nats_per_token), 5 * joint
+    )
+    self.assertEqual((elbo.slot_curve_nats, elbo.by_distance), ((), ()))
+    self.assertLen(chain.slot_curve_nats, T)
 
 
 if __name__ == "__main__":

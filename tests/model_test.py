@@ -681,5 +681,25 @@ class EmbedTest(parameterized.TestCase):
     self.assertIn("dot_general", program)
 
 
+class LookUpTest(parameterized.TestCase):
+  """Rows of a table at positions that differ within a sequence."""
+
+  def test_value_and_gradient_are_those_of_the_gather(self):
+    generator = np.random.default_rng(0)
+    table = generator.normal(size=(9, 12)).astype(np.float32)
+    position = np.stack([generator.permutation(9)[:_T] for _ in range(_B)])
+    weight = generator.normal(size=(_B, _T, 12)).astype(np.float32)
+
+    def loss(take, table):
+      return (take(table, position) * weight).sum()
+
+    run = jax.jit(jax.value_and_grad(loss, argnums=1), static_argnums=0)
+    got = run(layers.look_up, table)
+    want = run(lambda table, at: table[at], table)
+    chex.assert_trees_all_close(got, want, atol=1e-5)
+    unused = sorted(set(range(9)) - set(position.flat))
+    np.testing.assert_array_equal(got[1][unused], 0.0)
+
+
 if __name__ == "__main__":
   absltest.main()

@@ -221,5 +221,27 @@ class AlignmentTest(_Test):
     self.assertAlmostEqual(result[3:].mean(), 0.0, delta=0.02)
 
 
+class NearestTest(parameterized.TestCase):
+  def test_equals_a_slow_one(self):
+    order = np.stack(
+      [np.random.default_rng(b).permutation(9) + 1 for b in range(5)]
+    )
+    got = jax.jit(orders.nearest)(order)
+    for b, row in enumerate(order):
+      self.assertEqual((got.distance[b, 0], got.recency[b, 0]), (0, 0))
+      for r in range(1, 9):
+        # Nearest first, then the most recent.
+        distance, recency = min(
+          (abs(int(row[j]) - int(row[r])), r - j) for j in range(r)
+        )
+        self.assertEqual(got.distance[b, r], distance)
+        self.assertEqual(got.recency[b, r], recency)
+
+  def test_left_to_right(self):
+    near = orders.nearest(np.arange(1, 6)[None])
+    self.assertEqual(near.distance.tolist(), [[0, 1, 1, 1, 1]])
+    self.assertEqual(near.recency.tolist(), [[0, 1, 1, 1, 1]])
+
+
 if __name__ == "__main__":
   absltest.main()
