@@ -102,6 +102,9 @@ class Model:
   D: int = _field(256, "model width", low=2, binds="model")
   L: int = _field(10, "layers", low=1, binds="model")
   N: int = _field(4, "attention heads", low=1, binds="model")
+  mlp_width: int = _field(
+    0, "hidden width F of the MLP; 0: 4 D", low=0, binds="model"
+  )
   rope_base: float = _field(
     10000.0,
     "longest rotary wavelength / 2 pi, positions",
@@ -117,7 +120,7 @@ class Model:
   @property
   def F(self) -> int:
     """Hidden width of the MLP."""
-    return 4 * self.D
+    return self.mlp_width or 4 * self.D
 
   @property
   def S(self) -> int:
@@ -244,6 +247,30 @@ class Train:
     above=0.0,
     below=1.0,
     binds="run",
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+  """Makes this experiment as large or as long as another one."""
+
+  to: str = _field(
+    "",
+    "name of a config file beside this one, as in two_stream or "
+    "two_stream:long; without a variant the same one; '': nothing is matched",
+  )
+  by: str = _field(
+    "training_flops",
+    "what is to be equal: FLOPs of the whole training, or parameters",
+    choices=("training_flops", "parameters"),
+  )
+  change: str = _field(
+    "steps",
+    "what is changed: train.steps, or a field of model",
+    choices=("steps", "L", "D", "mlp_width"),
+  )
+  steps: int = _field(
+    0, "train.steps of the other one; 0: as its config says", low=0
   )
 
 
@@ -382,6 +409,7 @@ class Config:
   orders: Orders = Orders()
   optimizer: Optimizer = Optimizer()
   train: Train = Train()
+  match: Match = Match()
   eval: Eval = Eval()
   sample: Sample = Sample()
   compute: Compute = Compute()

@@ -126,6 +126,11 @@ def _relations(config):
     t.batch_size % config.compute.accumulate == 0,
     f"must divide config.train.batch_size={t.batch_size}",
   )  # fmt: skip
+  yield (
+    "config.match.change", config.match.change,
+    config.match.by != "parameters" or config.match.change != "steps",
+    "steps change no parameters: choose L, D or mlp_width",
+  )  # fmt: skip
   opt = config.optimizer
   yield (
     "config.optimizer.decay_steps", opt.decay_steps,

@@ -73,7 +73,7 @@ class Estimate:
     return self.nats_per_token / math.log(2)
 
   def record(self) -> dict:
-    """The estimate as a metrics.jsonl record, in bits."""
+    """The estimate as a metrics.jsonl record, in bits; without its bins."""
     return {
       "estimator": self.estimator,
       "nats_per_token": self.nats_per_token,
@@ -81,6 +81,11 @@ class Estimate:
       "standard_error_bits": self.standard_error_nats / math.log(2),
       "sequences": self.sequences,
       "slot_curve_bits": [x / math.log(2) for x in self.slot_curve_nats],
+    }
+
+  def report(self) -> dict:
+    """All of it, in bits."""
+    return self.record() | {
       "by_distance": [each.record() for each in self.by_distance],
       "by_recency": [each.record() for each in self.by_recency],
     }
@@ -187,8 +192,8 @@ def _bins(nats, tokens):
 def evaluate(config: config_lib.Config, workdir: epath.Path) -> None:
   """--mode=eval: every estimator of config.eval on the newest checkpoint.
 
-  Prints them, and writes evaluations/step_<n>_<split>_<time>.json and
-  slot_curve_<split>.png to the run directory.
+  Prints them, and writes evaluations/step_<n>_<split>_<time>.json,
+  slot_curve_<split>.png and nearness_<split>.png to the run directory.
 
   Raises:
     CheckpointError, ConfigError: see restore.restore.
@@ -236,7 +241,7 @@ def _write(config, workdir, step, corpus, estimates):
       corpus.split(split), corpus.tokenizer.V
     ),
     "eval": dataclasses.asdict(config.eval),
-    "estimates": [e.record() for e in estimates],
+    "estimates": [e.report() for e in estimates],
   }
   now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S.%f")
   path = workdir / "evaluations" / f"step_{step:08d}_{split}_{now}.json"
@@ -249,6 +254,11 @@ def _write(config, workdir, step, corpus, estimates):
       if e.slot_curve_nats
     },
     workdir / f"slot_curve_{split}.png",
+    title=f"{config.name}:{config.variant}, {split}",
+  )
+  figures.nearness(
+    {e.estimator: e.report() for e in estimates if e.by_distance},
+    workdir / f"nearness_{split}.png",
     title=f"{config.name}:{config.variant}, {split}",
   )
 

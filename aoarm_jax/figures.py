@@ -1,4 +1,4 @@
-"""The pictures of a run directory: loss curve and slot curve, as PNG files.
+"""The pictures of a run directory, as PNG files.
 
 Matplotlib is imported where a picture is drawn and never through pyplot, so
 that nothing here opens a window or keeps figures alive.
@@ -6,6 +6,7 @@ that nothing here opens a window or keeps figures alive.
 
 import contextlib
 import io
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -111,6 +112,46 @@ def slot_curve(
       axes.legend(loc="upper right")
     axes.set_xlim(0, 1.01)
     axes.set_xlabel("share of the text generated so far: rank r / length T")
+    axes.set_ylabel("bits per character")
+
+
+def nearness(
+  reports: Mapping[str, Mapping[str, Any]], path: epath.PathLike, *, title: str
+):
+  """Draws bits a character by what is known near the target.
+
+  Args:
+    reports: label to bins by_distance and by_recency, of the nearest known
+      token: each a list of {low, high, bits_per_char, tokens}.
+    path: of the PNG file.
+    title: of the picture.
+  """
+  lines = (
+    ("by_distance", "-", "positions to the nearest known token"),
+    ("by_recency", "--", "steps since that token was generated"),
+  )
+  with _axes(path, title) as axes:
+    is_empty = True
+    for i, (label, report) in enumerate(reports.items()):
+      for j, (name, style, words) in enumerate(lines):
+        bins = [each for each in report[name] if each["low"] > 0]
+        if not bins:
+          continue
+        is_empty = False
+        axes.plot(
+          [math.sqrt(each["low"] * each["high"]) for each in bins],
+          [each["bits_per_char"] for each in bins],
+          style, color=_COLOURS[i % 6], marker=_MARKERS[j], ms=6, lw=1.6,
+          label=f"{_words(label)}, by {words}",
+        )  # fmt: skip
+    if is_empty:
+      _say_empty(axes)
+    else:
+      axes.set_xscale("log", base=2)
+      axes.xaxis.set_major_formatter("{x:g}")
+      axes.set_ylim(bottom=0)
+      axes.legend(loc="lower right")
+    axes.set_xlabel("positions, or steps")
     axes.set_ylabel("bits per character")
 
 

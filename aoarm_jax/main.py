@@ -22,14 +22,15 @@ from aoarm_jax import (
   config_rules,
   evaluate,
   generate,
+  matching,
   run_dir,
   telemetry,
   train,
 )
 from aoarm_jax import config as config_lib
-from aoarm_jax.data import corpora, docstrings
+from aoarm_jax.data import corpora, docstrings, tokenizers
 
-MODES = ("train", "eval", "sample")
+MODES = ("train", "eval", "sample", "count")
 _NO_CONFIG = (
   "--config is missing: name an experiment, as in "
   "--config=configs/two_stream.py"
@@ -140,6 +141,11 @@ def run(flag_values: flags.FlagValues, argv: list[str]) -> None:
   config = config_rules.validate(
     config_lib.from_config_dict(flag_values.config)
   )
+  vocabulary = tokenizers.get(config.data.tokenizer).V
+  config_file = config_flags.get_config_filename(flag_values["config"])
+  config = config_rules.validate(
+    matching.resolve(config, config_file, vocabulary)
+  )
   workdir = epath.Path(
     flag_values.workdir or f"runs/{config.name}-{config.variant}"
   )
@@ -153,6 +159,8 @@ def run(flag_values: flags.FlagValues, argv: list[str]) -> None:
       evaluate.evaluate(config, workdir)
     case "sample":
       generate.sample(config, workdir, flag_values.prompt)
+    case "count":
+      print(matching.table(config, vocabulary))
 
 
 def _cache_compilations():

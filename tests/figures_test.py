@@ -46,6 +46,19 @@ _SLOTS = {
   "not_finite": {"any_order": [None, math.inf]},
   "long": {"any_order": np.linspace(4, 0.4, 1024).tolist(), "b": [3.0, 1.0, 2]},
 }
+_BINS = [
+  dict(low=0, high=0, bits_per_char=4.0, tokens=3),
+  dict(low=1, high=1, bits_per_char=2.0, tokens=5),
+  dict(low=3, high=4, bits_per_char=3.0, tokens=1),
+]
+_NEAR = {
+  "none": {},
+  "one": {"any_order": {"by_distance": _BINS, "by_recency": _BINS}},
+  "empty": {"any_order": {"by_distance": _BINS[:1], "by_recency": []}},
+  "two": {
+    name: {"by_distance": _BINS, "by_recency": _BINS[:2]} for name in "ab"
+  },
+}
 
 
 class FiguresTest(parameterized.TestCase):
@@ -74,6 +87,11 @@ class FiguresTest(parameterized.TestCase):
   @parameterized.named_parameters(*_SLOTS.items())
   def test_slot_curve(self, curves):
     figures.slot_curve(curves, self.path, title="")
+    self.check()
+
+  @parameterized.named_parameters(*_NEAR.items())
+  def test_nearness(self, reports):
+    figures.nearness(reports, self.path, title="a")
     self.check()
 
   @parameterized.parameters((1, 3), (9, 2), (50, 7))

@@ -15,7 +15,8 @@ ARROWS = {
   "configs": "experiments",
   "experiments": "",
   "aoarm_jax": "evaluate generate restore",
-  "main": "study train evaluate generate export checkpoint data pallas_kernels",
+  "main": "study matching train evaluate generate export checkpoint data "
+  "pallas_kernels",
   "study": "train evaluate generate restore checkpoint data objective "
   "train_state model optimizer orders figures",
   "export": "restore checkpoint data train_state model",
@@ -27,6 +28,7 @@ ARROWS = {
   "orders",
   "diffusion": "sampling objective model orders",
   "sampling": "",
+  "matching": "train_state model",
   "restore": "checkpoint data train_state optimizer",
   "train_state": "model optimizer",
   "objective": "model orders",

@@ -1,0 +1,23 @@
+"""Two streams over groups of ranks that are generated together (A3).
+
+A group holds 16 ranks in the mean; content sees to the end of its group, a
+query to its start. `training_order` is the likelihood with groups, `any_order`
+that of one token after the other.
+
+  python -m aoarm_jax.main --config=configs/any_subset.py
+
+Hardware, time, validation result: not measured yet. `:base` needs text8,
+--config.data.path=text8.zip; `:tiny` is for a CPU.
+"""
+
+from aoarm_jax import experiments
+
+
+def get_config(variant: str = "default"):
+  return experiments.experiment(
+    "any_subset",
+    variant,
+    model={"mechanism": "two_stream"},
+    orders={"groups": "random", "group_width": 16},
+    eval={"estimators": ("any_order", "training_order")},
+  )

@@ -1,0 +1,19 @@
+"""Masked diffusion: all rows see all rows, some are MASK (arXiv 2406.07524).
+
+Training minimises the negative ELBO. Sampling keeps no cache: one full pass a
+token (`sample.method=sequential`, exact), or a step (`ancestral`,
+`confidence`, which are not).
+
+  python -m aoarm_jax.main --config=configs/mdlm.py
+
+Hardware, time, validation result: not measured yet. `:base` needs text8,
+--config.data.path=text8.zip; `:tiny` is for a CPU.
+"""
+
+from aoarm_jax import experiments
+
+
+def get_config(variant: str = "default"):
+  return experiments.experiment(
+    "mdlm", variant, model={"mechanism": "mdlm"}, eval={"estimators": ("elbo",)}
+  )

@@ -1,0 +1,15 @@
+"""sigma-GPT: one stream, both positions added to the input (arXiv 2404.09562).
+
+  python -m aoarm_jax.main --config=configs/sigma_gpt.py
+
+Hardware, time, validation result: not measured yet. `:base` needs text8,
+--config.data.path=text8.zip; `:tiny` is for a CPU.
+"""
+
+from aoarm_jax import experiments
+
+
+def get_config(variant: str = "default"):
+  return experiments.experiment(
+    "sigma_gpt", variant, model={"mechanism": "sigma_gpt"}
+  )

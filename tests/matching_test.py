@@ -1,0 +1,147 @@
+"""Equal parameters, equal FLOPs."""
+
+import dataclasses
+import os
+import tempfile
+
+from absl.testing import absltest, parameterized
+
+from aoarm_jax import config as config_lib
+from aoarm_jax import matching, mechanisms
+
+_V = 27
+
+
+def _config(mechanism, by="training_flops", change="steps", **model):
+  sizes = dict(T=64, D=64, L=3, N=2) | model
+  return config_lib.Config(
+    model=config_lib.Model(mechanism=mechanism, **sizes),
+    train=config_lib.Train(steps=800, batch_size=64),
+    match=config_lib.Match("other", by, change),
+  )
+
+
+class MatchTest(parameterized.TestCase):
+  @parameterized.product(
+    mechanism=("decoupled_rope", "ao_gpt", "mdlm"),
+    by_and_change=(
+      ("training_flops", "steps"),
+      ("training_flops", "mlp_width"),
+      ("parameters", "mlp_width"),
+      ("training_flops", "D"),
+      ("parameters", "L"),
+    ),
+  )
+  def test_the_nearest_value_is_found(self, mechanism, by_and_change):
+    """One more or one less is further away."""
+    by, change = by_and_change
+    other = _config("two_stream")
+    own = _config(mechanism, by, change)
+    matched = matching.match(own, other, _V)
+    section = "train" if change == "steps" else "model"
+    value = getattr(getattr(matched, section), change)
+    unit = {"D": 16, "mlp_width": 8}.get(change, 1)
+    self.assertEqual(value % unit, 0)
+
+    def off(count):
+      part = dataclasses.replace(getattr(own, section), **{change: count})
+      changed = dataclasses.replace(own, **{section: part})
+      if by == "parameters":
+        sizes = (matching.parameters(c.model, _V) for c in (changed, other))
+      else:
+        sizes = (matching.training_flops(c, _V) for c in (changed, other))
+      mine, wanted = sizes
+      return abs(mine - wanted)
+
+    self.assertLessEqual(off(value), off(value + unit))
+    if value > unit:
+      self.assertLessEqual(off(value), off(value - unit))
+    # Nothing else has changed.
+    back = dataclasses.replace(
+      getattr(matched, section),
+      **{change: getattr(getattr(own, section), change)},
+    )
+    self.assertEqual(dataclasses.replace(matched, **{section: back}), own)
+
+  def test_itself(self):
+    """What is equal already stays."""
+    own = _config("ao_gpt", "parameters", "mlp_width")
+    self.assertEqual(matching.match(own, own, _V).model.mlp_width, 256)
+    own = _config("ao_gpt")
+    self.assertEqual(matching.match(own, own, _V), own)
+
+  def test_flops_of_a_run(self):
+    one, two = _config("causal"), _config("causal", L=6)
+    self.assertEqual(
+      matching.training_flops(
+        dataclasses.replace(
+          one, train=config_lib.Train(steps=1600, batch_size=64)
+        ),
+        _V,
+      ),
+      2 * matching.training_flops(one, _V),
+    )
+    self.assertGreater(
+      matching.training_flops(two, _V), 1.9 * matching.training_flops(one, _V)
+    )
+
+  def test_what_cannot_be_matched(self):
+    large = _config("two_stream", D=512, L=1)
+    own = _config("ao_gpt", "parameters", "mlp_width", D=2048, N=2)
+    with self.assertRaisesRegex(
+      config_lib.ConfigError, "config.match.change='mlp_width': .* has .* of"
+    ):
+      matching.match(own, large, _V)
+
+  def test_table(self):
+    table = matching.table(_config("two_stream"), _V).splitlines()
+    self.assertLen(table, 2 + len(mechanisms.MECHANISMS))
+    self.assertLen(set(map(len, table)), 1)
+    rows = {line.split()[0]: line.split() for line in table[2:]}
+    count = matching.parameters(_config("two_stream").model, _V)
+    self.assertEqual(rows["two_stream"][1], f"{count:,}")
+    self.assertEqual(rows["two_stream"][-1], "800")
+    self.assertEqual(rows["mdlm"][4], "0")
+
+
+class ResolveTest(absltest.TestCase):
+  def resolve(self, **match):
+    with tempfile.TemporaryDirectory() as folder:
+      with open(os.path.join(folder, "other.py"), "w") as file:
+        file.write(
+          "from aoarm_jax import experiments\n"
+          "def get_config(variant):\n"
+          "  return experiments.experiment('other', variant,\n"
+          "    model={'mechanism': 'two_stream'})\n"
+        )
+      config = dataclasses.replace(
+        _config("causal", D=256, L=10, N=4, T=128),
+        train=config_lib.Train(),
+        match=config_lib.Match(**match),
+      )
+      return config, matching.resolve(
+        config, os.path.join(folder, "own.py:default"), _V
+      )
+
+  def test_nothing_to_match(self):
+    config, same = self.resolve()
+    self.assertEqual(config, same)
+
+  def test_the_variant_is_the_same_or_named(self):
+    _, default = self.resolve(to="other")
+    self.assertEqual(default.train.steps, 3511)
+    _, half = self.resolve(to="other", steps=1000)
+    self.assertEqual(half.train.steps, 1755)
+    _, tiny = self.resolve(to="other:tiny")
+    self.assertLess(tiny.train.steps, 100)
+
+  def test_no_such_config(self):
+    with self.assertRaisesRegex(
+      config_lib.ConfigError,
+      "config.match.to='another': there is no .*another.py",
+    ):
+      self.resolve(to="another")
+
+
+if __name__ == "__main__":
+  absltest.main()

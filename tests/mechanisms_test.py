@@ -1,0 +1,96 @@
+"""Every experiment file as a user runs it: train, resume, evaluate, sample."""
+
+import json
+import pathlib
+import shutil
+import tempfile
+
+import helpers
+import jax
+from absl.testing import absltest, parameterized
+
+from aoarm_jax import config as config_lib
+from aoarm_jax import mechanisms, run_dir
+
+# two_stream is run in train_test.py.
+_EXPERIMENTS = sorted(
+  path.stem
+  for path in (helpers.ROOT / "configs").glob("*.py")
+  if path.stem != "two_stream"
+)
+_CHANGES = {
+  "model.T": 8,
+  "model.L": 1,
+  "optimizer.schedule": "constant",
+  "optimizer.warmup_steps": 1,
+  "train.steps": 4,
+  "telemetry.log_every": 1,
+  "eval.every": 4,
+  "eval.batches": 2,
+  "sample.every": 0,
+  "checkpoint.every": 2,
+}
+
+
+class ExperimentTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    if jax.default_backend() != "cpu":
+      self.skipTest("for the CPU: start with JAX_PLATFORMS=cpu")
+    self.enterContext(helpers.quick_compilation())
+    folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+    helpers.write_text(folder / "text")
+    self.text, self.workdir = folder / "text", folder / "run"
+
+  @parameterized.parameters(*_EXPERIMENTS)
+  def test_trains_resumes_evaluates_samples(self, name):
+    command = helpers.arguments(
+      self.workdir,
+      _CHANGES | {"data.path": self.text, "orders.group_width": 4},
+      experiment=str(helpers.ROOT / "configs" / f"{name}.py:tiny"),
+    )
+    helpers.run(command)
+    config = helpers.config_of(command)
+    _, whole = helpers.final_state(self.workdir, config)
+    valid = run_dir.read_metrics(self.workdir)[-1]
+    shutil.rmtree(self.workdir / "checkpoints" / "4")
+    helpers.run(command)
+    saved, again = helpers.final_state(self.workdir, config)
+    self.assertEqual(saved.step, 4)
+    self.assertEqual(
+      helpers.leaves_as_bytes(again), helpers.leaves_as_bytes(whole)
+    )
+    self.assertEqual(run_dir.read_metrics(self.workdir)[-1], valid)
+    helpers.run([*command, "--mode=eval"])
+    (report,) = (self.workdir / "evaluations").iterdir()
+    estimates = json.loads(report.read_text())["estimates"]
+    self.assertEqual(
+      tuple(e["estimator"] for e in estimates), config.eval.estimators
+    )
+    self.assertEqual(estimates[0]["bits_per_char"], valid["bits_per_char"])
+    before = set((self.workdir / "samples").iterdir())
+    helpers.run([*command, "--mode=sample", "--prompt=ab__"])
+    (texts,) = set((self.workdir / "samples").iterdir()) - before
+    for line in texts.read_text().splitlines():
+      text = json.loads(line)
+      self.assertRegex(text["text"], "^ab[a-z ]{2}$")
+      self.assertEqual(text["order"][:2], [1, 2])
+
+  def test_every_mechanism_has_an_experiment(self):
+    used = {
+      helpers.config_of(
+        [f"--config={helpers.ROOT / 'configs' / name}.py"]
+      ).model.mechanism
+      for name in (*_EXPERIMENTS, "two_stream")
+    }
+    self.assertEqual(used, set(mechanisms.MECHANISMS))
+    choices = next(
+      field.metadata["choices"]
+      for path, field, _ in config_lib.leaves(config_lib.Config())
+      if path == "config.model.mechanism"
+    )
+    self.assertEqual(set(choices), used)
+
+
+if __name__ == "__main__":
+  absltest.main()
