@@ -2,15 +2,19 @@
 
 import json
 import pathlib
+import re
 import shutil
 import tempfile
+from unittest import mock
 
 import helpers
 import jax
+import numpy as np
+import tiny
 from absl.testing import absltest, parameterized
 
 from aoarm_jax import config as config_lib
-from aoarm_jax import mechanisms, run_dir
+from aoarm_jax import mechanisms, objective, run_dir
 
 # two_stream is run in train_test.py.
 _EXPERIMENTS = sorted(
@@ -75,6 +79,23 @@ class ExperimentTest(parameterized.TestCase):
       text = json.loads(line)
       self.assertRegex(text["text"], "^ab[a-z ]{2}$")
       self.assertEqual(text["order"][:2], [1, 2])
+
+  def test_the_readme_adds_one(self):
+    """Its law sums to one, and it is one that was not there."""
+    readme = (helpers.ROOT / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(MECHANISMS\[.*?)```", readme, re.DOTALL)
+    with mock.patch.dict(mechanisms.MECHANISMS):
+      before = set(mechanisms.MECHANISMS)
+      exec(code, vars(mechanisms))  # As if the line stood there.
+      (name,) = set(mechanisms.MECHANISMS) - before
+      made = tiny.bind(name, T=4, V=3, D=8, N=2)
+      texts = tiny.all_sequences(3, 4)
+      order = np.tile(np.array([3, 1, 4, 2]), (len(texts), 1))
+      nats = objective.order_nll(
+        made(tiny.sharp(made)), texts, order, sentinels=1, vocabulary=3
+      )
+    p = np.exp(-np.asarray(nats, np.float64).sum(axis=1))
+    self.assertAlmostEqual(p.sum(), 1.0, delta=1e-5)
 
   def test_every_mechanism_has_an_experiment(self):
     used = {
