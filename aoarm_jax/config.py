@@ -334,12 +334,35 @@ class Sample:
   )
   method: str = _field(
     "sequential",
-    "mdlm: one token a step (exact), or steps of MDLM's ancestral sampling, or "
-    "the surest tokens first (neither exact)",
-    choices=("sequential", "ancestral", "confidence"),
+    "sequential, speculative: exact; parallel, adaptive (decode.py) and, of "
+    "mdlm, ancestral, confidence (diffusion.py): not",
+    choices=(
+      "sequential",
+      "speculative",
+      "parallel",
+      "adaptive",
+      "ancestral",
+      "confidence",
+    ),
+  )
+  width: int = _field(
+    4, "parallel, adaptive: tokens a step; speculative: drafts", low=1
   )
   steps: int = _field(
-    0, "ancestral, confidence: steps; 0: as many as tokens", low=0
+    0,
+    "parallel, ancestral, confidence: steps for all tokens; 0: by width, or as "
+    "many as tokens",
+    low=0,
+  )
+  schedule: str = _field(
+    "linear",
+    "parallel in steps: as many tokens in each, or few at first",
+    choices=("linear", "cosine"),
+  )
+  score: str = _field(
+    "confidence",
+    "adaptive: what is highest, lowest or highest at the next target",
+    choices=("confidence", "entropy", "margin"),
   )
   blank: str = _field("_", "the character that marks a blank in --prompt")
   every: int = _field(

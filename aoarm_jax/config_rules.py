@@ -95,10 +95,15 @@ def _relations(config):
     not m.kind.masked or "context_ensembled" not in config.eval.estimators,
     f"mechanism {m.mechanism} does not know the order of its context",
   )  # fmt: skip
+  methods = (
+    ("sequential", "ancestral", "confidence") if m.kind.masked
+    else ("sequential", "parallel", "speculative") if one_way
+    else ("sequential", "parallel", "speculative", "adaptive")
+  )  # fmt: skip
   yield (
     "config.sample.method", config.sample.method,
-    m.kind.masked or config.sample.method == "sequential",
-    f"mechanism {m.mechanism} is not masked: it generates by sequential only",
+    config.sample.method in methods,
+    f"mechanism {m.mechanism} generates by: {', '.join(methods)}",
   )  # fmt: skip
   two = m.kind.streams == 2
   yield (

@@ -59,7 +59,7 @@ def generate(
   rank_of = jnp.argsort(order, axis=1)
 
   def step(i, state):
-    tokens, step_of = state
+    tokens, step_of, total = state
     masked = step_of == count
     window = ((0, 0), (0, T_max - T))
     slots = orders.to_masked_slots(
@@ -83,12 +83,22 @@ def generate(
         chosen = _surest(log_p, drawn, masked) < -(-left // (count - i))
       case _:
         raise ValueError(f"unknown method {method!r}")
-    return jnp.where(chosen, drawn, tokens), jnp.where(chosen, i, step_of)
+    nats = jnp.take_along_axis(log_p, drawn[..., None], axis=-1)[..., 0]
+    return (
+      jnp.where(chosen, drawn, tokens),
+      jnp.where(chosen, i, step_of),
+      total + jnp.where(chosen, nats, 0.0).sum(axis=1),
+    )
 
-  start = (tokens.astype(jnp.int32), jnp.where(known, -1, count))
-  tokens, step_of = jax.lax.fori_loop(0, count, step, start)
+  start = (
+    tokens.astype(jnp.int32),
+    jnp.where(known, -1, count),
+    jnp.zeros(B),
+  )
+  tokens, step_of, log_p = jax.lax.fori_loop(0, count, step, start)
   came = jnp.argsort(step_of, axis=1, stable=True) + 1
-  return sampling.Generation(tokens=tokens, order=came.astype(jnp.int32))
+  calls = jnp.full(B, count, jnp.int32)
+  return sampling.Generation(tokens, came.astype(jnp.int32), log_p, calls)
 
 
 def _surest(log_p, drawn, masked):

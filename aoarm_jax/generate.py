@@ -1,26 +1,21 @@
-"""KV-cached generation and infilling in any order.
+"""Texts from a checkpoint: prompts with blanks, and --mode=sample.
 
-Exact: a text comes out with probability p(x | sigma) under the sampling law
-(temperature, top-k, top-p) of every conditional. Known tokens come first in
-the order, by position, and are prefilled in one pass, causally among
-themselves, so the density stays that of the chain rule.
+decode.py and diffusion.py generate; each method's exactness is said there.
 """
 
 import dataclasses
 import datetime
-import functools
 import json
 from typing import NamedTuple
 
-import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
 
 from aoarm_jax import config as config_lib
 from aoarm_jax import (
+  decode,
   diffusion,
   orders,
   restore,
@@ -30,85 +25,8 @@ from aoarm_jax import (
   train_state,
 )
 from aoarm_jax.data import tokenizers
-from aoarm_jax.model import transformer
 
 _GENERATION = 102  # Sets these keys apart from training's of the same seed.
-
-
-def generate(
-  network: transformer.Transformer,
-  key: jax.Array,
-  tokens: jax.Array,
-  known: jax.Array,
-  order: jax.Array,
-  law: sampling.Sampling,
-  *,
-  prefill: bool = True,
-) -> sampling.Generation:
-  """Fills the blanks of every text, one token a step, from one cache.
-
-  Row b's draws depend on (key, b) alone, not on the batch. Rows may have
-  different numbers of known tokens.
-
-  Args:
-    network: of T_max >= T positions.
-    key: typed PRNG key.
-    tokens: int32 [B, T], natural order; anything where not known.
-    known: bool [B, T].
-    order: int32 [B, T], permutations of 1..T; known positions are moved to the
-      front by position, blanks keep their order.
-    law: of every draw.
-    prefill: may be False where nothing is known and there is one sentinel.
-
-  Returns:
-    The texts and the orders used.
-  """
-  chex.assert_equal_shape([tokens, known, order])
-  B, T = tokens.shape
-  s = network.model.sentinels
-  order = orders.known_first(order, known)
-  slots = orders.to_slots(
-    tokens, order, s, network.vocabulary, end=network.model.T + 1
-  )
-  S = T + s - 1
-  cache = transformer.empty_cache(network.model, network.compute, B, S)
-  if prefill:
-    # One pass over all slots keeps shapes static. Slots of blanks hold anything
-    # so far: no known slot sees them, and each is written anew when it comes.
-    _, cache = network.extend(slots, cache, jnp.zeros(B, jnp.int32))
-  rows = jnp.arange(B)
-  row_keys = jax.vmap(functools.partial(jax.random.fold_in, key))(rows)
-
-  def unfinished(state):
-    slot, _, _ = state
-    return jnp.any(slot < S)
-
-  def step(state):
-    slot, content, cache = state
-    # A finished row computes its last slot again and changes nothing.
-    at = jnp.minimum(slot, S - 1)
-    here = orders.Slots(
-      *(
-        array[rows, at][:, None]
-        for array in (content, slots.position, slots.target_position)
-      )
-    )
-    logits, cache = network.extend(here, cache, at)
-    step_keys = jax.vmap(jax.random.fold_in)(row_keys, at)
-    token = jax.vmap(jax.random.categorical)(
-      step_keys, sampling.log_law(logits[:, 0], law)
-    )
-    token = jnp.where(slot < S, token, content[rows, at + 1])
-    return slot + 1, content.at[rows, at + 1].set(token), cache
-
-  # Slot i + 1 receives what slot i predicts; the last one is never content.
-  last = jnp.take_along_axis(tokens, order[:, -1:] - 1, axis=1)
-  content = jnp.concatenate([slots.tokens, last.astype(jnp.int32)], axis=1)
-  first = known.sum(axis=1) + s - 1
-  _, content, _ = jax.lax.while_loop(unfinished, step, (first, content, cache))
-  by_position = jnp.zeros((B, T), jnp.int32)
-  by_position = by_position.at[rows[:, None], order - 1].set(content[:, s:])
-  return sampling.Generation(tokens=by_position, order=order)
 
 
 class PromptError(ValueError):
@@ -122,10 +40,15 @@ class Text(NamedTuple):
     text: readable.
     order: the positions 1..n, in the order of generation; the prompt's known
       positions come first.
+    log_p: nats: log-probability of what was generated, each token under the law
+      that decided it (temperature and cuts included).
+    calls: passes of the network.
   """
 
   text: str
   order: list[int]
+  log_p: float
+  calls: int
 
 
 class Prompt(NamedTuple):
@@ -200,7 +123,7 @@ class Sampler:
       top_k=np.int32(sample.top_k),
       top_p=np.float32(sample.top_p),
     )
-    tokens, order = jax.device_get(
+    tokens, order, log_p, calls = jax.device_get(
       self._jitted(
         params,
         *sharding.put(
@@ -216,8 +139,8 @@ class Sampler:
       )
     )
     return [
-      Text(self._tokenizer.decode(row), by.tolist())
-      for row, by in zip(tokens, order)
+      Text(self._tokenizer.decode(row), by.tolist(), float(nats), int(passes))
+      for row, by, nats, passes in zip(tokens, order, log_p, calls)
     ]
 
   def _check(self, prompt):
@@ -250,8 +173,11 @@ class Sampler:
         network, draw_key, tokens, known, order, law,
         method=sample.method, steps=sample.steps,
       )  # fmt: skip
-    return generate(
-      network, draw_key, tokens, known, order, law, prefill=prefill
+    plan = decode.Plan(
+      sample.method, sample.width, sample.steps, sample.schedule, sample.score
+    )
+    return decode.generate(
+      network, draw_key, tokens, known, order, law, plan=plan, prefill=prefill
     )
 
 

@@ -19,6 +19,18 @@ import numpy as np
 from aoarm_jax import config as config_lib
 
 
+class Queries(NamedTuple):
+  """Targets to be predicted, apart from those of the slots.
+
+  Attributes:
+    target_position: int32 [B, Q].
+    visible: int32 [B, Q], how many leading slots each sees.
+  """
+
+  target_position: jax.Array
+  visible: jax.Array
+
+
 class Slots(NamedTuple):
   """A batch in generation order (or, in decoding, some of its slots).
 
@@ -32,15 +44,14 @@ class Slots(NamedTuple):
       two sentinels slot 0 predicts nothing: its target position is its own, 0.
     visible: int32 [B, S, 2], how many leading slots the content row and the
       query row of each slot see, for two streams over groups; None is causal.
-    query_slots: int32 [B, R], the slots that have a query row, for two streams;
-      None is all.
+    queries: for two streams, the query rows in place of one for every slot.
   """
 
   tokens: jax.Array
   position: jax.Array
   target_position: jax.Array
   visible: jax.Array | None = None
-  query_slots: jax.Array | None = None
+  queries: Queries | None = None
 
 
 def to_slots(
@@ -78,12 +89,19 @@ def to_slots(
   bos = jnp.array([[vocabulary, vocabulary + 1][:sentinels]], jnp.int32)
   ends = jnp.array([[0, end or T + 1][:sentinels]], jnp.int32)
   start = functools.partial(jnp.broadcast_to, shape=(B, sentinels))
+  visible = None if group_start is None else _visible(group_start, sentinels)
+  queries = None
+  if ranks is not None:
+    seen = ranks + sentinels
+    if visible is not None:
+      seen = jnp.take_along_axis(visible[..., 1], seen - 1, axis=1)
+    queries = Queries(jnp.take_along_axis(order, ranks, axis=1), seen)
   return Slots(
     tokens=jnp.concatenate([start(bos), known.astype(jnp.int32)], axis=1),
     position=jnp.concatenate([start(ends), order[:, :-1]], axis=1),
     target_position=jnp.pad(order, ((0, 0), (sentinels - 1, 0))),
-    visible=None if group_start is None else _visible(group_start, sentinels),
-    query_slots=None if ranks is None else ranks + sentinels - 1,
+    visible=visible,
+    queries=queries,
   )
 
 

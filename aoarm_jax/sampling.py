@@ -27,10 +27,15 @@ class Generation(NamedTuple):
   Attributes:
     tokens: int32 [B, T], natural order.
     order: int32 [B, T], known positions first.
+    log_p: float32 [B], nats: log-probability of all that was drawn, each token
+      under the law that decided it.
+    calls: int32 [B], passes of the network.
   """
 
   tokens: jax.Array
   order: jax.Array
+  log_p: jax.Array
+  calls: jax.Array
 
 
 def log_law(logits: jax.Array, law: Sampling) -> jax.Array:

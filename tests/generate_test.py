@@ -13,6 +13,7 @@ from etils import epath
 
 from aoarm_jax import (
   config,
+  decode,
   generate,
   mechanisms,
   orders,
@@ -121,7 +122,7 @@ def _generate(mechanism, s):
   """(params, jitted (params, key, tokens, known, order, law))."""
   made = _bind(mechanism, s)
   return tiny.sharp(made), tiny.quick_jit(
-    lambda params, *args: generate.generate(made(params), *args)
+    lambda params, *args: decode.generate(made(params), *args)
   )
 
 
@@ -276,7 +277,7 @@ class GenerateTest(parameterized.TestCase):
     tokens, known = np.zeros((25, _T), np.int32), np.zeros((25, _T), bool)
 
     def run(params, prefill):
-      return generate.generate(
+      return decode.generate(
         made(params),
         jax.random.key(0),
         tokens,

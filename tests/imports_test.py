@@ -24,8 +24,9 @@ ARROWS = {
   "model optimizer orders figures",
   "evaluate": "estimators restore checkpoint data train_state figures",
   "estimators": "objective train_state orders",
-  "generate": "diffusion sampling restore checkpoint data train_state model "
-  "orders",
+  "generate": "decode diffusion sampling restore checkpoint data train_state "
+  "model orders",
+  "decode": "sampling objective model orders",
   "diffusion": "sampling objective model orders",
   "sampling": "",
   "matching": "train_state model",

@@ -581,7 +581,8 @@ class CountTest(parameterized.TestCase):
   def test_flops_of_a_fraction_of_the_queries(self):
     def slots(model):
       chosen = jax.ShapeDtypeStruct((1, 128), jnp.int32)
-      return _empty_slots(model)._replace(query_slots=chosen)
+      queries = orders.Queries(chosen, chosen)
+      return _empty_slots(model)._replace(queries=queries)
 
     self.check_count("two_stream", 1, 3, slots, query_fraction=0.25)
 

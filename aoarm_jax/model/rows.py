@@ -85,29 +85,22 @@ class Start(nnx.Module):
     """Adds the query rows; `one` has their positions, content turns by c."""
     content, turn = one.x[0], slots.position[..., None]
     query = self.query_start[...].astype(content.dtype)
-    if slots.query_slots is None:
-      visible = slots.visible
+    visible = slots.visible
+    if slots.queries is None:
       return one._replace(
         x=jnp.stack([content, jnp.broadcast_to(query, content.shape)]),
         query_position=jnp.stack([turn, one.query_position[0]]),
         visible=None if visible is None else jnp.moveaxis(visible, 2, 0),
       )
-    # Fewer query rows than slots: one stream, the query rows at its end.
+    # Not one for every slot: then they stand behind the content rows.
     B, S, D = content.shape
-    chosen = slots.query_slots
-    visible = slots.visible
-    if visible is None:
-      causal = jnp.broadcast_to(jnp.arange(1, S + 1), (B, S))
-      visible = jnp.stack([causal, causal], axis=-1)
-
-    def with_queries(rows, queries):
-      at = chosen.reshape(chosen.shape + (1,) * (queries.ndim - 2))
-      queries = jnp.take_along_axis(queries, at, axis=1)
-      return jnp.concatenate([rows, queries], axis=1)[None]
-
-    rest = jnp.broadcast_to(query, (B, chosen.shape[1], D))
+    target, seen = slots.queries
+    own = jnp.arange(1, S + 1)[None] if visible is None else visible[..., 0]
+    query = jnp.broadcast_to(query, (B, target.shape[1], D))
     return one._replace(
-      x=jnp.concatenate([content, rest], axis=1)[None],
-      query_position=with_queries(turn, one.query_position[0]),
-      visible=with_queries(visible[..., 0], visible[..., 1]),
+      x=jnp.concatenate([content, query], axis=1)[None],
+      query_position=jnp.concatenate([turn, target[..., None]], axis=1)[None],
+      visible=jnp.concatenate([jnp.broadcast_to(own, (B, S)), seen], axis=1)[
+        None
+      ],
     )

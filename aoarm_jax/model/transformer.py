@@ -75,7 +75,7 @@ class Transformer(nnx.Module):
 
     Returns:
       float32 [B, R, V] logits of the token at each slot's target position; at
-      `slots.query_slots` where they are given, else at all slots: R = S.
+      `slots.queries` where they are given, else at all slots: R = S.
     """
     chex.assert_equal_shape(slots[:3])
     S = slots.tokens.shape[1]
@@ -115,28 +115,101 @@ class Transformer(nnx.Module):
       float32 [B, R, V] logits, equal to those of `__call__` on all slots, and
       the cache with slots up to start + R - 1 filled.
     """
-    B, R = slots.tokens.shape
-    x, setting = self._start(slots)
+    R = slots.tokens.shape[1]
     at = start[:, None] + jnp.arange(R)
-    rows = jnp.arange(B)[:, None]
+    seen = at + 1
+    if slots.queries is not None:
+      seen = jnp.concatenate([seen, slots.queries.visible], axis=1)
+    return self._cached(slots, cache, at, seen)
+
+  def predict(
+    self,
+    slots: orders.Slots,
+    cache: Cache,
+    start: jax.Array,
+    count: jax.Array,
+    targets: jax.Array,
+  ) -> tuple[jax.Array, Cache]:
+    """Appends slots to a cache and predicts several targets from all of them.
+
+    The targets are independent of each other: each is predicted as if it came
+    next. Two streams add a query row for each. A single stream predicts at its
+    last slot, whose target is the first one; for the others it adds copies of
+    that slot, which see the slots before it and themselves, and are not kept.
+
+    Args:
+      slots: int32 [B, R] each: the slots from `start` on.
+      cache: of S slots, of which the first `start` are filled.
+      start: int32 [B].
+      count: int32 [B], 1 to R: how many of the slots are real. The cache holds
+        junk after them, which nothing sees and later slots replace.
+      targets: int32 [B, Q] positions; the first is the target of the last real
+        slot.
+
+    Returns:
+      float32 [B, Q, V] logits and the cache.
+    """
+    B, R = slots.tokens.shape
+    Q = targets.shape[1]
+    at = start[:, None] + jnp.arange(R)
+    filled = (start + count)[:, None]
+    if self.model.kind.streams == 2:
+      queries = orders.Queries(targets, jnp.broadcast_to(filled, (B, Q)))
+      return self.extend(slots._replace(queries=queries), cache, start)
+    last = (count - 1)[:, None]
+
+    def with_copies(x):
+      copies = jnp.take_along_axis(x, last, axis=1)
+      return jnp.concatenate([x, jnp.repeat(copies, Q - 1, axis=1)], axis=1)
+
+    targets = jnp.concatenate([slots.target_position, targets[:, 1:]], axis=1)
+    rows = orders.Slots(
+      with_copies(slots.tokens), with_copies(slots.position), targets
+    )
+    seen = jnp.concatenate(
+      [at + 1, jnp.repeat(filled - 1, Q - 1, axis=1)], axis=1
+    )
+    logits, cache = self._cached(rows, cache, at, seen)
+    first = jnp.take_along_axis(logits, last[..., None], axis=1)
+    return jnp.concatenate([first, logits[:, R:]], axis=1), cache
+
+  def _cached(self, slots, cache, at, seen):
+    """Rows [B, W] over a cache, into which the first of them are written.
+
+    Args:
+      slots: more than `at` has are copies: they see themselves, and stay out.
+      cache: see `extend`.
+      at: int32 [B, R], where the first R slots are written.
+      seen: int32, how many leading slots of the cache every row sees: [B, W],
+        or [B, R] and then those of slots.queries.
+    """
+    x, setting = self._start(slots)
+    R, W = at.shape[1], slots.tokens.shape[1]
+    rows = jnp.arange(len(at))[:, None]
     keys, values = cache
 
     def attend_in(layer):
       def attend(q, k, v, visible):
         del visible  # That of a whole sequence.
         nonlocal keys, values
-        keys = keys.at[layer, rows, at].set(k)
-        values = values.at[layer, rows, at].set(v)
-        return pallas_kernels.any_order_attention(
-          q, keys[layer], values[layer], at + 1
-        )
+        keys = keys.at[layer, rows, at].set(k[:, :R])
+        values = values.at[layer, rows, at].set(v[:, :R])
+        # The last layer has the rows that are read out, which are the last.
+        mine = seen[:, -q.shape[1] :]
+        attention = functools.partial(
+          pallas_kernels.any_order_attention,
+          q, keys[layer], values[layer], mine,
+        )  # fmt: skip
+        if W == R:
+          return attention()
+        return _with_self(*attention(return_lse=True), q, k, v, R)
 
       return attend
 
     last = self.model.L - 1
     for layer in range(last):
-      x = self._layer(layer)(x, setting, attend_in(layer), R)
-    logits = self._read_out(last, x, setting, attend_in(last), R)
+      x = self._layer(layer)(x, setting, attend_in(layer), W)
+    logits = self._read_out(last, x, setting, attend_in(last), W)
     return logits, Cache(keys, values)
 
   def _start(self, slots):
@@ -175,3 +248,21 @@ class Transformer(nnx.Module):
       preferred_element_type=jnp.float32,
     )
     return sharding.constrain(logits, "batch", "slots", "vocabulary")
+
+
+def _with_self(out, lse, q, k, v, R):
+  """Lets the rows from R on see their own slot too, which is not in the cache.
+
+  Args:
+    out, lse: [B, W, N, H] and [B, W, N], of the slots in the cache.
+    q, k, v: [B, W, N, H] of the rows.
+    R: rows before.
+  """
+  f32 = jnp.float32
+  score = (
+    jnp.sum(q[:, R:].astype(f32) * k[:, R:], axis=-1) * q.shape[-1] ** -0.5
+  )
+  # Of a row that sees nothing else, all.
+  share = jax.nn.sigmoid(score - lse[:, R:])[..., None]
+  own = out[:, R:] + share * (v[:, R:].astype(f32) - out[:, R:])
+  return jnp.concatenate([out[:, :R], own.astype(out.dtype)], axis=1)
