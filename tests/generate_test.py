@@ -367,7 +367,7 @@ class SamplerTest(parameterized.TestCase):
 
   def test_a_prompt_is_kept_and_comes_first(self):
     """Shorter than the model's texts, and the given order cut to it."""
-    texts = _sampler(order="given")("_b_ e")
+    texts = _sampler(order="given", count=20)("_b_ e")
     for text in texts:
       self.assertRegex(text.text, r"^[a-z ]b[a-z ] e$")
       self.assertEqual(text.order, [2, 4, 5, 1, 3])

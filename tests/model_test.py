@@ -699,7 +699,7 @@ class LookUpTest(parameterized.TestCase):
     want = run(lambda table, at: table[at], table)
     chex.assert_trees_all_close(got, want, atol=1e-5)
     unused = sorted(set(range(9)) - set(position.flat))
-    np.testing.assert_array_equal(got[1][unused], 0.0)
+    np.testing.assert_array_equal(np.asarray(got[1])[unused], 0.0)
 
 
 if __name__ == "__main__":

@@ -292,7 +292,8 @@ class ReadTest(TrainTest):
     estimates = {e["estimator"]: e for e in report["estimates"]}
     self.assertLen(estimates, 3)
     for name, value in estimates["any_order"].items():
-      self.assertEqual(value, valid[name], name)
+      if not name.startswith("by_"):  # Bins are in reports alone.
+        self.assertEqual(value, valid[name], name)
     self.assertEqual(report["unigram_bits"], valid["unigram_bits"])
     self.assertLess(
       estimates["ensembled"]["nats_per_token"], valid["nats_per_token"]
