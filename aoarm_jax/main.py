@@ -20,6 +20,7 @@ import pallas_kernels
 from aoarm_jax import (
   checkpoint,
   config_rules,
+  distributed,
   evaluate,
   generate,
   run_dir,
@@ -146,6 +147,7 @@ def run(flag_values: flags.FlagValues, argv: list[str]) -> None:
   if flag_values.prompt and flag_values.mode != "sample":
     raise flags.Error("--prompt needs --mode=sample")
   run_dir.check_tensorboard(config.telemetry.tensorboard)
+  distributed.start(config.distributed)
   match flag_values.mode:
     case "train":
       train.train(config, workdir, argv)

@@ -36,7 +36,14 @@ ARROWS = {
   "figures": "",
   "pallas_kernels": "",
 }
-LEAVES = ("config", "config_rules", "sharding", "telemetry", "run_dir")
+LEAVES = (
+  "config",
+  "config_rules",
+  "distributed",
+  "sharding",
+  "telemetry",
+  "run_dir",
+)
 
 # Libraries that are kept in some rooms; () keeps them out of all.
 KEPT_IN = {

@@ -1,0 +1,271 @@
+"""Starts a command as N processes on this machine, which JAX joins to one.
+
+  python -m launch.local --processes=2 -- \\
+    python -m aoarm_jax.main --config=configs/two_stream.py:tiny
+
+--platform=cpu: every process has --devices virtual CPU devices.
+--platform=gpu: process i has GPU i alone.
+
+When one process fails, the others are ended, and the command is started again
+where that helps: after exit code 75 (preempted, saved) and after a crash. It
+is not after any other exit code: the command has said what is wrong. Ctrl-C
+and SIGTERM ask all processes to save and stop; a second Ctrl-C kills them.
+"""
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+from launch import common
+
+_POLL_SECONDS = 0.1
+
+
+def make_parser() -> argparse.ArgumentParser:
+  parser = common.parser("launch.local", __doc__)
+  parser.add_argument(
+    "--processes", type=int, required=True, help="processes to start"
+  )
+  parser.add_argument(
+    "--platform",
+    choices=("cpu", "gpu"),
+    default="cpu",
+    help="what the processes compute on (default: cpu)",
+  )
+  parser.add_argument(
+    "--devices",
+    type=int,
+    default=1,
+    help="cpu: virtual devices a process (default: 1)",
+  )
+  parser.add_argument(
+    "--max-restarts",
+    type=int,
+    default=3,
+    help="starts again at most, after preemption or a crash (default: 3)",
+  )
+  parser.add_argument(
+    "--grace-seconds",
+    type=float,
+    default=15.0,
+    help="from the first process's failure until the others are killed "
+    "(default: 15)",
+  )
+  common.add_dry_run(parser)
+  return parser
+
+
+def environment(flags: argparse.Namespace, index: int, port: int):
+  """What process `index` has in its environment besides this one's."""
+  own = {
+    "AOARM_DISTRIBUTED": "1",
+    "AOARM_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+    "AOARM_PROCESS_COUNT": str(flags.processes),
+    "AOARM_PROCESS_ID": str(index),
+    "PYTHONUNBUFFERED": "1",
+  }
+  if flags.platform == "cpu":
+    return own | {
+      "JAX_PLATFORMS": "cpu",
+      "JAX_NUM_CPU_DEVICES": str(flags.devices),
+    }
+  return own | {"CUDA_VISIBLE_DEVICES": str(index)}
+
+
+class Group:
+  """The processes of one start."""
+
+  def __init__(self, flags: argparse.Namespace):
+    self._grace_seconds = flags.grace_seconds
+    port = _free_port()
+    self._processes = []
+    self._readers = []
+    try:
+      for index in range(flags.processes):
+        own = environment(flags, index, port)
+        self._start(flags.command, index, os.environ | own)
+    except OSError as error:
+      self.kill()
+      raise common.LaunchError(
+        f"{flags.command[0]}: cannot be started: {error.strerror}"
+      ) from error
+
+  def _start(self, command, index, env):
+    process = subprocess.Popen(
+      command,
+      env=env,
+      stdin=subprocess.DEVNULL,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      # Out of the terminal's reach: Ctrl-C would stop them at different steps.
+      start_new_session=True,
+    )
+    self._processes.append(process)
+    reader = threading.Thread(
+      target=_print_lines, args=(index, process.stdout), daemon=True
+    )
+    reader.start()
+    self._readers.append(reader)
+
+  def wait(self) -> tuple[int, int] | None:
+    """Waits until all are done, or one failed and the others are ended.
+
+    Returns:
+      None, or (index, return code) of the process that failed first.
+    """
+    while True:
+      codes = self._codes()
+      if any(codes):
+        self._end()
+        return _culprit(self._codes_at_failure)
+      if None not in codes:
+        self._join_readers()
+        return None
+      time.sleep(_POLL_SECONDS)
+
+  def _codes(self):
+    codes = [process.poll() for process in self._processes]
+    if any(codes):
+      # Asked once more: what made the first one fail had happened before.
+      codes = [process.poll() for process in self._processes]
+      self._codes_at_failure = codes
+    return codes
+
+  def _end(self):
+    """Lets the others end by themselves for a while, then kills them."""
+    deadline = time.monotonic() + self._grace_seconds
+    while time.monotonic() < deadline and any(
+      process.poll() is None for process in self._processes
+    ):
+      time.sleep(_POLL_SECONDS)
+    self.kill()
+
+  def kill(self):
+    """Ends all processes and theirs at once."""
+    for process in self._processes:
+      try:
+        # Also where it is gone: its children may not be.
+        os.killpg(process.pid, signal.SIGKILL)
+      except ProcessLookupError:
+        pass
+      process.wait()
+    self._join_readers()
+
+  def terminate(self):
+    for process in self._processes:
+      if process.poll() is None:
+        process.terminate()
+
+  def _join_readers(self):
+    for reader in self._readers:
+      reader.join(timeout=5)
+
+
+def _culprit(codes):
+  """Who failed first, as (index, code), of those that had when it was seen.
+
+  A process that was killed makes others fail in their ways, an abort by JAX
+  among them.
+  """
+  failed = [(index, code) for index, code in enumerate(codes) if code]
+  return min(failed, key=lambda one: (one[1] >= 0, one[1] == -signal.SIGABRT))
+
+
+_lock = threading.Lock()
+
+
+def _print_lines(index, pipe):
+  for line in pipe:
+    with _lock:
+      sys.stdout.write(f"[{index}] {line.decode(errors='replace')}")
+      sys.stdout.flush()
+
+
+def _free_port():
+  with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    return probe.getsockname()[1]
+
+
+def _say(text):
+  print(f"launch.local: {text}", file=sys.stderr, flush=True)
+
+
+class _Stop:
+  """Passes SIGTERM and Ctrl-C on to the processes, as SIGTERM."""
+
+  def __init__(self):
+    self.received = 0
+    self.group = None
+    for number in (signal.SIGTERM, signal.SIGINT):
+      signal.signal(number, self._note)
+
+  def _note(self, number, _):
+    if self.received == signal.SIGINT == number:
+      raise KeyboardInterrupt
+    self.received = number
+    if self.group:
+      self.group.terminate()
+
+
+def start(flags: argparse.Namespace) -> int:
+  """Runs the command; returns the exit code of the last start."""
+  common.check_at_least("--processes", flags.processes, 1)
+  common.check_at_least("--devices", flags.devices, 1)
+  common.check_at_least("--max-restarts", flags.max_restarts, 0)
+  common.check_command(flags.command)
+  if flags.dry_run:
+    for index in range(flags.processes):
+      common.print_command(flags.command, environment(flags, index, "PORT"))
+    return 0
+  former = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+  try:
+    return _start_again_and_again(flags, _Stop())
+  finally:
+    for number, handler in former.items():
+      signal.signal(number, handler)
+
+
+def _start_again_and_again(flags, stop):
+  for restart in range(flags.max_restarts + 1):
+    stop.group = Group(flags)
+    try:
+      if stop.received:  # It came before there was a group to tell.
+        stop.group.terminate()
+      failed = stop.group.wait()
+    finally:
+      stop.group.kill()
+    if failed is None:
+      return 0
+    code = failed[1] if failed[1] > 0 else 128 - failed[1]
+    _say(_what_happened(*failed, flags.processes))
+    if stop.received:
+      return common.INTERRUPTED if stop.received == signal.SIGINT else code
+    if code != common.PREEMPTED and not common.died_by_signal(code):
+      return code
+    if restart < flags.max_restarts:
+      _say(
+        f"restart {restart + 1} of {flags.max_restarts}: the run goes on from "
+        "its last checkpoint"
+      )
+  _say(f"gave up after {flags.max_restarts} restarts (--max-restarts)")
+  return code
+
+
+def _what_happened(index, code, count):
+  others = ", the others were ended" if count > 1 else ""
+  if code == common.PREEMPTED:
+    return "the run was preempted and saved"
+  if code < 0:
+    name = signal.Signals(-code).name
+    return f"process {index} of {count} was lost: {name}{others}"
+  return f"process {index} of {count} failed with exit code {code}{others}"
+
+
+if __name__ == "__main__":
+  sys.exit(common.main(make_parser, start))
