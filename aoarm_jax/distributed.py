@@ -3,9 +3,12 @@
 A leaf like config.py.
 """
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 from absl import logging
@@ -127,6 +130,26 @@ def start(
   logging.info("process %d of %d", jax.process_index(), jax.process_count())
   if jax.process_index() > 0:  # Process 0 speaks for all.
     logging.set_verbosity(logging.WARNING)
+
+
+@contextlib.contextmanager
+def failing_at_once() -> Iterator[None]:
+  """Ends one of several processes as soon as it fails, with its exit code.
+
+  At its exit JAX would have it wait for the others, who wait for it, until
+  all are aborted. A preempted run ends in agreement and may wait.
+  """
+  try:
+    yield
+  except BaseException as error:
+    code = error.code if isinstance(error, SystemExit) else 1
+    if code in (0, None, 75) or not jax.distributed.is_initialized():
+      raise
+    if not isinstance(error, SystemExit):
+      traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def process_0_says(decide: Callable[[], bool]) -> bool:

@@ -168,6 +168,7 @@ def _cache_compilations():
   jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
+@distributed.failing_at_once()
 def main(argv: list[str]) -> None:
   del argv  # Without flags nothing is left; the whole command is sys.argv.
   telemetry.setup_logging()

@@ -169,11 +169,13 @@ class Group:
 def _culprit(codes):
   """Who failed first, as (index, code), of those that had when it was seen.
 
-  A process that was killed makes others fail in their ways, an abort by JAX
-  among them.
+  A lost process makes others fail in their ways, and JAX ends them by an
+  abort.
   """
   failed = [(index, code) for index, code in enumerate(codes) if code]
-  return min(failed, key=lambda one: (one[1] >= 0, one[1] == -signal.SIGABRT))
+  lost = [one for one in failed if one[1] < 0 and one[1] != -signal.SIGABRT]
+  spoken = [one for one in failed if one[1] > 0]
+  return (lost or spoken or failed)[0]
 
 
 _lock = threading.Lock()
