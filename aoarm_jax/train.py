@@ -117,6 +117,9 @@ def make_step(
   return step
 
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
 class _Signals:
   """Remembers the first SIGTERM or SIGINT until the step is done.
 
@@ -129,12 +132,8 @@ class _Signals:
     self._polls = 0
 
   def __enter__(self):
-    one = jax.process_count() == 1
-    self._former = {
-      number: signal.signal(number, self._note)
-      for number in (signal.SIGTERM, signal.SIGINT)
-      if one
-    }
+    own = () if jax.distributed.is_initialized() else _SIGNALS
+    self._former = {n: signal.signal(n, self._note) for n in own}
     return self
 
   def __exit__(self, *_):
@@ -149,7 +148,7 @@ class _Signals:
 
   def poll(self) -> int:
     """The signal received, or 0; all processes poll equally often."""
-    if jax.process_count() > 1 and not self.received:
+    if jax.distributed.is_initialized() and not self.received:
       self._polls += 1
       if multihost_utils.reached_preemption_sync_point(self._polls):
         self._note(signal.SIGTERM, None)

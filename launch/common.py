@@ -44,6 +44,12 @@ class Shell:
   def __init__(self, dry_run: bool):
     self.dry_run = dry_run
 
+  def require(self, client: str) -> None:
+    """Raises LaunchError if a client is missing and not only to be printed."""
+    if not self.dry_run and shutil.which(client) is None:
+      how = _INSTALL.get(client, "install it")
+      raise LaunchError(f"{client} is not installed: {how}")
+
   def run(self, *argv: str) -> None:
     """Runs to its end, with this terminal.
 
@@ -53,7 +59,7 @@ class Shell:
     if self.dry_run:
       print(shlex.join(argv))
       return
-    _check_client(argv[0])
+    self.require(argv[0])
     code = subprocess.run(argv).returncode
     if code:
       raise LaunchError(
@@ -66,7 +72,7 @@ class Shell:
     Raises:
       LaunchError: the client is missing.
     """
-    _check_client(argv[0])
+    self.require(argv[0])
     done = subprocess.run(argv, stdout=subprocess.PIPE, text=True)
     return done.stdout.strip() if done.returncode == 0 else None
 
@@ -83,11 +89,6 @@ def print_command(command: Sequence[str], environment: dict[str, str]) -> None:
   """Prints a command as a shell would take it, variables first."""
   variables = (f"{k}={shlex.quote(v)}" for k, v in environment.items())
   print(*variables, shlex.join(command))
-
-
-def _check_client(name):
-  if shutil.which(name) is None:
-    raise LaunchError(f"{name} is not installed: {_INSTALL[name]}")
 
 
 def parser(module: str, description: str) -> argparse.ArgumentParser:
