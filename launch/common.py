@@ -6,7 +6,6 @@ same command again.
 """
 
 import argparse
-import os
 import pathlib
 import re
 import shlex
@@ -208,8 +207,3 @@ def restart_test(variable: str) -> str:
     f"[ ${variable} -eq {PREEMPTED} ] || "
     f"{{ [ ${variable} -gt 128 ] && [ ${variable} -ne {INTERRUPTED} ]; }}"
   )
-
-
-def source_root() -> str:
-  """The folder that holds aoarm_jax, launch and configs."""
-  return os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

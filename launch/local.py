@@ -13,6 +13,7 @@ and SIGTERM ask all processes to save and stop; a second Ctrl-C kills them.
 """
 
 import argparse
+import contextlib
 import os
 import signal
 import socket
@@ -148,11 +149,9 @@ class Group:
   def kill(self):
     """Ends all processes and theirs at once."""
     for process in self._processes:
-      try:
-        # Also where it is gone: its children may not be.
+      # Also where it is gone: its children may not be.
+      with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-      except ProcessLookupError:
-        pass
       process.wait()
     self._join_readers()
 

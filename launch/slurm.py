@@ -86,7 +86,9 @@ def make_parser() -> argparse.ArgumentParser:
   submit.add_argument("--account", default="", help="as of sbatch")
   status = verbs.add_parser("status", help="the job in the queue")
   logs = verbs.add_parser("logs", help="follow the output of all processes")
-  cancel = verbs.add_parser("cancel", help="end the job, without a save")
+  cancel = verbs.add_parser(
+    "cancel", help="end the job; it saves if KillWait is enough"
+  )
   for verb in (submit, status, logs, cancel):
     verb.add_argument("--name", required=True, help="of the job")
     common.add_dry_run(verb)

@@ -10,38 +10,46 @@
   python -m launch.tpu_pod delete --name=pod --zone=us-east5-a
 
 create asks for the slice as a queued resource and waits for it. install copies
-the last commit of this repository and makes an environment. run starts the
-command on every host and returns; each host starts it again after exit code 75
-(preempted, saved) and after a crash, at most --max-restarts times. resume,
-with the flags of create and the command of run, does what is still to be done
-after the slice was taken away: create it anew, install, run. gcloud's current
-project is used.
+the last commit of the repository in the current folder to all hosts and makes
+an environment there. run starts the command on every host and returns; each
+host starts it again after exit code 75 (preempted, saved) and after a crash, at
+most --max-restarts times. resume, with the flags of create and the command of
+run, does what is to be done after the slice was taken away: create it anew,
+install, run. gcloud's current project is used.
 """
 
 import argparse
-import os
 import re
 import shlex
 import sys
-import tempfile
 import time
 
 from launch import common
 
-# Accelerator type: runtime version, what its number counts, most, and the sizes
-# that are no whole number of hosts of 4 chips.
+# Accelerator type: runtime version, its sizes (in cores, or in chips).
+_CHIPS = (1, *(2**n for n in range(2, 9)))
 _TPUS = {
-  "v4": ("tpu-ubuntu2204-base", "cores", 8192, ()),
-  "v5litepod": ("v2-alpha-tpuv5-lite", "chips", 256, (1,)),
-  "v5p": ("v2-alpha-tpuv5", "cores", 12288, ()),
-  "v6e": ("v2-alpha-tpuv6e", "chips", 256, (1,)),
+  "v4": ("tpu-ubuntu2204-base", range(8, 8193, 8)),
+  "v5litepod": ("v2-alpha-tpuv5-lite", _CHIPS),
+  "v5p": ("v2-alpha-tpuv5", range(8, 12289, 8)),
+  "v6e": ("v2-alpha-tpuv6e", _CHIPS),
 }
 _POLL_SECONDS = 30
 # States of a queued resource that waiting does not change.
 _LOST = ("FAILED", "SUSPENDED", "SUSPENDING", "DELETING")
 
+_IDLE = """\
+if ! flock --nonblock run.lock true; then
+  echo "$(hostname): a command is running; see logs, or stop it first"
+  exit 1
+fi
+"""
+
 # The system's Python is older than jax wants.
-_INSTALL = """\
+_INSTALL = (
+  "#!/bin/bash\n"
+  + _IDLE
+  + """\
 set -e
 rm -rf aoarm_jax
 mkdir aoarm_jax
@@ -50,32 +58,38 @@ python3 -m pip install --quiet --user uv
 export PATH="$HOME/.local/bin:$PATH"
 uv venv --quiet --allow-existing --python 3.12 venv
 uv pip install --quiet --python venv/bin/python -e 'aoarm_jax[tpu]'
-venv/bin/python -c 'import aoarm_jax, jax; print("installed jax", jax.__version__)'
+venv/bin/python -c 'import jax; print("installed: jax", jax.__version__)'
 """
+)
 
+# The lock is held by whoever has file 9 open: the loop and what it starts.
+_START = (
+  "#!/bin/bash\n"
+  + _IDLE
+  + """\
+mv next.sh run.sh
+rm -f run.stop
+setsid bash run.sh 9> run.lock >> run.log 2>&1 < /dev/null &
+"""
+)
 _RUN = """\
-cd ~/aoarm_jax
-cat > ~/run.sh <<'END'
+#!/bin/bash
+flock --nonblock 9 || exit 1
 export PATH="$HOME/venv/bin:$PATH" AOARM_DISTRIBUTED=1 PYTHONUNBUFFERED=1
+cd aoarm_jax
 for restart in $(seq 0 {max_restarts}); do
-  echo "start $restart on $(hostname)"
-  {command}
+  echo "$(hostname): start $restart"
+  {command} &
+  echo $! > ~/run.pid
+  wait $!
   code=$?
-  echo "exit code $code"
-  if ! {{ {again}; }}; then
+  echo "$(hostname): exit code $code"
+  if [ -e ~/run.stop ] || ! {{ {again}; }}; then
     break
   fi
 done
-exit $code
-END
-flock --nonblock ~/run.lock true || {{
-  echo "already running on $(hostname): see logs, or stop it"
-  exit 1
-}}
-setsid flock ~/run.lock bash ~/run.sh >> ~/run.log 2>&1 < /dev/null &
 """
-# Python saves on SIGTERM; the loop around it must not start it again.
-_STOP = "pkill --full ~/run.sh; pkill --full aoarm_jax.main"
+_STOP = "touch run.stop; kill $(cat run.pid)"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -171,8 +185,7 @@ class _Pod:
       if state in _LOST or time.monotonic() > deadline:
         raise common.LaunchError(
           f"{self._flags.name}: the slice is {state}, not ACTIVE"
-          + f" after {minutes} minutes (--wait-minutes)"
-          * (state not in _LOST),
+          + f" after {minutes} minutes (--wait-minutes)" * (state not in _LOST),
           1,
         )
       if state != before:
@@ -180,31 +193,35 @@ class _Pod:
       before = state
       time.sleep(_POLL_SECONDS)
 
+  def _copy(self, *paths):
+    self._shell.run(
+      "gcloud", "compute", "tpus", "tpu-vm", "scp", *paths,
+      f"{self._flags.name}:", self._zone, "--worker=all",
+    )  # fmt: skip
+
   def install(self):
-    with tempfile.TemporaryDirectory() as folder:
-      shown = "/tmp" if self._flags.dry_run else folder
-      archive = os.path.join(shown, "aoarm_jax.tar.gz")
-      self._shell.run(
-        "git", "-C", common.source_root(), "archive", "--format=tar.gz",
-        f"--output={archive}", "HEAD",
-      )  # fmt: skip
-      self._shell.run(
-        "gcloud", "compute", "tpus", "tpu-vm", "scp", archive,
-        f"{self._flags.name}:", self._zone, "--worker=all",
-      )  # fmt: skip
-    self._ssh(_INSTALL)
+    archive, script = "tpu_pod/aoarm_jax.tar.gz", "tpu_pod/install.sh"
+    self._shell.write(script, _INSTALL)
+    self._shell.run(
+      "git", "archive", "--format=tar.gz", f"--output={archive}", "HEAD"
+    )
+    self._copy(archive, script)
+    self._ssh("bash install.sh")
 
   def run(self):
-    self._ssh(
-      _RUN.format(
-        max_restarts=self._flags.max_restarts,
-        command=shlex.join(self._flags.command),
-        again=common.restart_test("code"),
-      )
+    loop, script = "tpu_pod/next.sh", "tpu_pod/start.sh"
+    content = _RUN.format(
+      max_restarts=self._flags.max_restarts,
+      command=shlex.join(self._flags.command),
+      again=common.restart_test("code"),
     )
+    self._shell.write(loop, content)
+    self._shell.write(script, _START)
+    self._copy(loop, script)
+    self._ssh("bash start.sh")
 
   def logs(self):
-    self._ssh("tail -n +1 -F ~/run.log", self._flags.worker)
+    self._ssh("tail -n +1 -F run.log", self._flags.worker)
 
   def stop(self):
     self._ssh(_STOP)
@@ -243,13 +260,12 @@ def _runtime(accelerator):
       f"--accelerator={accelerator}: write <type>-<size>, the type one of "
       f"{', '.join(_TPUS)}"
     )
-  runtime, unit, most, small = _TPUS[match[1]]
-  size = int(match[2])
-  host = 8 if unit == "cores" else 4
-  if size not in small and (size % host or not 0 < size <= most):
+  runtime, sizes = _TPUS[match[1]]
+  if int(match[2]) not in sizes:
+    listed = ", ".join(map(str, sizes[:5]))
     raise common.LaunchError(
-      f"--accelerator={accelerator}: the size is in {unit}, a multiple of "
-      f"{host} up to {most}"
+      f"--accelerator={accelerator}: {match[1]} has the sizes {listed}, ..., "
+      f"{sizes[-1]}"
     )
   return runtime
 
