@@ -14,6 +14,8 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 
+# Where the files of a launcher go, beside the runs; git passes it over.
+FOLDER = "runs/launch"
 PREEMPTED = 75
 INTERRUPTED = 130
 

@@ -244,7 +244,7 @@ def start(flags: argparse.Namespace) -> int:
   shell = common.Shell(flags.dry_run)
   selector = f"jobset.sigs.k8s.io/jobset-name={flags.name}"
   if flags.verb == "apply":
-    path = f"gke/{flags.name}.yaml"
+    path = f"{common.FOLDER}/{flags.name}.yaml"
     content = to_yaml(job_set(flags)) + "\n"
     shell.require("kubectl")
     shell.write(path, content)

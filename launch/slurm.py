@@ -4,10 +4,10 @@
     --time=24:00:00 -- python -m aoarm_jax.main \\
     --config=configs/two_stream.py:base --workdir=/shared/runs/base
 
-submit writes slurm/<name>.sbatch and submits it from the current folder, which
-all nodes must see, as they must the work directory. Ahead of the time limit
-all processes get SIGTERM: they save, exit with 75, and the job is put into the
-queue again, as it is after a crash, at most --max-restarts times in all.
+submit writes runs/launch/<name>.sbatch and submits it from the current folder,
+which all nodes must see, as they must the work directory. Ahead of the time
+limit all processes get SIGTERM: they save, exit with 75, and the job is put
+into the queue again, as it is after a crash, at most --max-restarts times.
 
 status, logs and cancel go by the name.
 """
@@ -18,8 +18,6 @@ import shlex
 import sys
 
 from launch import common
-
-_LOG = "slurm/{name}.log"
 
 # srun gives the others time to end by themselves when one process has ended,
 # and the highest exit code of all as its own, 128 + n after signal n.
@@ -120,7 +118,7 @@ def script(flags: argparse.Namespace) -> str:
     resources=f"#SBATCH --gpus-per-node={gpus}\n" if gpus else "",
     time=flags.time,
     notice=flags.notice_seconds,
-    log=_LOG.format(name=flags.name),
+    log=_path(flags, "log"),
     options="".join(
       f"#SBATCH --{name}={value}\n" for name, value in options.items() if value
     ),
@@ -129,6 +127,10 @@ def script(flags: argparse.Namespace) -> str:
     again=common.restart_test("code"),
     max_restarts=flags.max_restarts,
   )
+
+
+def _path(flags, suffix):
+  return f"{common.FOLDER}/{flags.name}.{suffix}"
 
 
 def _seconds(time):
@@ -144,9 +146,8 @@ def _seconds(time):
 def start(flags: argparse.Namespace) -> int:
   common.check_name(flags.name)
   shell = common.Shell(flags.dry_run)
-  log = _LOG.format(name=flags.name)
   if flags.verb == "submit":
-    path = f"slurm/{flags.name}.sbatch"
+    path = _path(flags, "sbatch")
     content = script(flags)
     shell.require("sbatch")
     shell.write(path, content)
@@ -156,7 +157,7 @@ def start(flags: argparse.Namespace) -> int:
   if flags.verb == "status":
     shell.run("squeue", "--me", f"--name={flags.name}")
   elif flags.verb == "logs":
-    shell.run("tail", "-n", "+1", "-F", log)
+    shell.run("tail", "-n", "+1", "-F", _path(flags, "log"))
   else:
     shell.run("scancel", "--me", f"--name={flags.name}")
   return 0

@@ -57,7 +57,7 @@ tar -xzf aoarm_jax.tar.gz -C aoarm_jax
 python3 -m pip install --quiet --user uv
 export PATH="$HOME/.local/bin:$PATH"
 uv venv --quiet --allow-existing --python 3.12 venv
-uv pip install --quiet --python venv/bin/python -e 'aoarm_jax[tpu]'
+uv pip install --quiet --python venv/bin/python -e 'aoarm_jax[tpu,gcs]'
 venv/bin/python -c 'import jax; print("installed: jax", jax.__version__)'
 """
 )
@@ -200,7 +200,8 @@ class _Pod:
     )  # fmt: skip
 
   def install(self):
-    archive, script = "tpu_pod/aoarm_jax.tar.gz", "tpu_pod/install.sh"
+    archive = f"{common.FOLDER}/aoarm_jax.tar.gz"
+    script = f"{common.FOLDER}/install.sh"
     self._shell.write(script, _INSTALL)
     self._shell.run(
       "git", "archive", "--format=tar.gz", f"--output={archive}", "HEAD"
@@ -209,7 +210,7 @@ class _Pod:
     self._ssh("bash install.sh")
 
   def run(self):
-    loop, script = "tpu_pod/next.sh", "tpu_pod/start.sh"
+    loop, script = f"{common.FOLDER}/next.sh", f"{common.FOLDER}/start.sh"
     content = _RUN.format(
       max_restarts=self._flags.max_restarts,
       command=shlex.join(self._flags.command),

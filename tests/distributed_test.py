@@ -27,6 +27,8 @@ PLACE = {
   "AOARM_PROCESS_ID": "2",
 }
 CHANGES = {
+  "model.T": 8,
+  "model.L": 1,
   "train.steps": 12,
   "optimizer.schedule": "constant",
   "telemetry.log_every": 1,

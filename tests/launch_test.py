@@ -199,8 +199,7 @@ class GkeTest(LaunchTest):
   def manifest(self, *flags):
     code, out, err = launch("gke", *APPLY, *flags, "--dry-run")
     self.assertEqual((code, err), (0, ""))
-    self.assertEqual(out.splitlines()[-1],
-                     "kubectl apply --filename=gke/run.yaml")  # fmt: skip
+    self.assertEndsWith(out, "kubectl apply --filename=runs/launch/run.yaml\n")
     return yaml.safe_load(out.rsplit("\n", 2)[0])
 
   @parameterized.parameters(
@@ -263,8 +262,10 @@ class GkeTest(LaunchTest):
     path = f"{self.folder}/bin:{os.environ['PATH']}"
     self.assertEqual(launch("gke", *APPLY, "--tpu=v5e:4x4", path=path)[0], 0)
     called = (self.folder / "called").read_text()
-    self.assertEqual(called, "apply --filename=gke/run.yaml\n")
-    applied = yaml.safe_load((self.folder / "gke" / "run.yaml").read_text())
+    self.assertEqual(called, "apply --filename=runs/launch/run.yaml\n")
+    applied = yaml.safe_load(
+      (self.folder / common.FOLDER / "run.yaml").read_text()
+    )
     self.assertEqual(applied, self.manifest("--tpu=v5e:4x4"))
 
 
@@ -374,7 +375,7 @@ class TpuPodTest(LaunchTest):
     launch("tpu_pod", "run", *POD, *flags, command=command, path=path)
     home = self.folder / "home"
     (home / "aoarm_jax").mkdir(parents=True)
-    for script in (self.folder / "tpu_pod").iterdir():
+    for script in (self.folder / common.FOLDER).iterdir():
       script.rename(home / script.name)
     return home
 
