@@ -14,6 +14,7 @@ and SIGTERM ask all processes to save and stop; a second Ctrl-C kills them.
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import signal
 import socket
@@ -78,6 +79,21 @@ def environment(flags: argparse.Namespace, index: int, port: int):
   return own | {"CUDA_VISIBLE_DEVICES": str(index)}
 
 
+@dataclasses.dataclass(frozen=True)
+class Failure:
+  """How one start ended.
+
+  Attributes:
+    index: of the process that failed first.
+    code: its return code, as of subprocess.
+    silent: the processes that did not end by themselves and were killed.
+  """
+
+  index: int
+  code: int
+  silent: list[int]
+
+
 class Group:
   """The processes of one start."""
 
@@ -113,17 +129,12 @@ class Group:
     reader.start()
     self._readers.append(reader)
 
-  def wait(self) -> tuple[int, int] | None:
-    """Waits until all are done, or one failed and the others are ended.
-
-    Returns:
-      None, or (index, return code) of the process that failed first.
-    """
+  def wait(self) -> Failure | None:
+    """Waits until all are done (None), or one failed and the rest are ended."""
     while True:
       codes = self._codes()
       if any(codes):
-        self._end()
-        return _culprit(self._codes_at_failure)
+        return Failure(*_culprit(self._codes_at_failure), self._end())
       if None not in codes:
         self._join_readers()
         return None
@@ -138,13 +149,15 @@ class Group:
     return codes
 
   def _end(self):
-    """Lets the others end by themselves for a while, then kills them."""
+    """Lets the others end by themselves for a while; kills and lists the rest."""
     deadline = time.monotonic() + self._grace_seconds
     while time.monotonic() < deadline and any(
       process.poll() is None for process in self._processes
     ):
       time.sleep(_POLL_SECONDS)
+    silent = [i for i, p in enumerate(self._processes) if p.poll() is None]
     self.kill()
+    return silent
 
   def kill(self):
     """Ends all processes and theirs at once."""
@@ -238,13 +251,13 @@ def _start_again_and_again(flags, stop):
     try:
       if stop.received:  # It came before there was a group to tell.
         stop.group.terminate()
-      failed = stop.group.wait()
+      failure = stop.group.wait()
     finally:
       stop.group.kill()
-    if failed is None:
+    if failure is None:
       return 0
-    code = failed[1] if failed[1] > 0 else 128 - failed[1]
-    _say(_what_happened(*failed, flags.processes))
+    code = failure.code if failure.code > 0 else 128 - failure.code
+    _say(_what_happened(failure, flags))
     if stop.received:
       return common.INTERRUPTED if stop.received == signal.SIGINT else code
     if code != common.PREEMPTED and not common.died_by_signal(code):
@@ -258,14 +271,17 @@ def _start_again_and_again(flags, stop):
   return code
 
 
-def _what_happened(index, code, count):
-  others = ", the others were ended" if count > 1 else ""
-  if code == common.PREEMPTED:
-    return "the run was preempted and saved"
-  if code < 0:
-    name = signal.Signals(-code).name
-    return f"process {index} of {count} was lost: {name}{others}"
-  return f"process {index} of {count} failed with exit code {code}{others}"
+def _what_happened(failure, flags):
+  who = f"process {failure.index} of {flags.processes}"
+  if failure.code == common.PREEMPTED:
+    text = "the run was preempted and saved"
+  elif failure.code < 0:
+    text = f"{who} was lost: {signal.Signals(-failure.code).name}"
+  else:
+    text = f"{who} failed with exit code {failure.code}"
+  for index in failure.silent:
+    text += f"; process {index} hung for {flags.grace_seconds:g} s more: killed"
+  return text
 
 
 if __name__ == "__main__":
