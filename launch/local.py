@@ -149,7 +149,7 @@ class Group:
     return codes
 
   def _end(self):
-    """Lets the others end by themselves for a while; kills and lists the rest."""
+    """Waits for the others to end by themselves; kills and returns the rest."""
     deadline = time.monotonic() + self._grace_seconds
     while time.monotonic() < deadline and any(
       process.poll() is None for process in self._processes
