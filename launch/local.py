@@ -280,7 +280,8 @@ def _what_happened(failure, flags):
   else:
     text = f"{who} failed with exit code {failure.code}"
   for index in failure.silent:
-    text += f"; process {index} hung for {flags.grace_seconds:g} s more: killed"
+    seconds = f"{flags.grace_seconds:g}"
+    text += f"; process {index} did not end within {seconds} s: killed"
   return text
 
 
