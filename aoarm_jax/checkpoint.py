@@ -27,7 +27,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1
 
-from aoarm_jax import manifest
+from aoarm_jax import distributed, manifest
 
 FORMAT_VERSION = manifest.FORMAT_VERSION
 CheckpointError = manifest.CheckpointError
@@ -106,7 +106,7 @@ class Checkpoints:
       CheckpointError: this save cannot start, or the one before failed.
     """
     self.wait()
-    if _process_0_says(lambda: self._stands(step, metric)):
+    if distributed.process_0_says(lambda: self._stands(step, metric)):
       return
     leaves = _leaves_by_name(state)
     # dumps and loads: the caller may go on changing its dict.
@@ -321,14 +321,6 @@ def _passes(record):
     record.levelno > logging.converter.STANDARD_INFO
     and "_SignalingThread.run() raised" not in str(record.msg)
   )
-
-
-def _process_0_says(decide):
-  """The verdict of process 0, which alone may change files, on all."""
-  if jax.process_count() == 1:
-    return decide()
-  verdict = decide() if jax.process_index() == 0 else False
-  return bool(multihost_utils.broadcast_one_to_all(verdict))
 
 
 def _leaves_by_name(tree):

@@ -421,6 +421,30 @@ class Mesh:
 
 
 @dataclasses.dataclass(frozen=True)
+class Distributed:
+  """Several processes as one run (aoarm_jax/distributed.py).
+
+  Launchers set the first four by the environment, which goes before: see
+  distributed.VARIABLES.
+  """
+
+  enabled: bool = _field(False, "join other processes; never guessed")
+  coordinator_address: str = _field(
+    "", "host:port of process 0; '': Cloud TPU, Slurm or Kubernetes tell"
+  )
+  process_count: int = _field(0, "0: found with the address", low=0)
+  process_id: int = _field(
+    -1, "0 to process_count - 1; -1: found with the address", low=-1
+  )
+  heartbeat_timeout_seconds: int = _field(
+    100, "silence of a process after which the others stop", low=1
+  )
+  initialization_timeout_seconds: int = _field(
+    300, "wait for all processes to start", low=1
+  )
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
   """One experiment."""
 
@@ -439,6 +463,7 @@ class Config:
   checkpoint: Checkpoint = Checkpoint()
   telemetry: Telemetry = Telemetry()
   mesh: Mesh = Mesh()
+  distributed: Distributed = Distributed()
 
   @property
   def eval_batch_size(self) -> int:

@@ -20,6 +20,7 @@ import pallas_kernels
 from aoarm_jax import (
   checkpoint,
   config_rules,
+  distributed,
   evaluate,
   generate,
   matching,
@@ -152,6 +153,7 @@ def run(flag_values: flags.FlagValues, argv: list[str]) -> None:
   if flag_values.prompt and flag_values.mode != "sample":
     raise flags.Error("--prompt needs --mode=sample")
   run_dir.check_tensorboard(config.telemetry.tensorboard)
+  distributed.start(config.distributed)
   match flag_values.mode:
     case "train":
       train.train(config, workdir, argv)
@@ -174,6 +176,7 @@ def _cache_compilations():
   jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
+@distributed.failing_at_once()
 def main(argv: list[str]) -> None:
   del argv  # Without flags nothing is left; the whole command is sys.argv.
   telemetry.setup_logging()

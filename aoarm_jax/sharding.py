@@ -59,10 +59,12 @@ def put(mesh: jax.sharding.Mesh, tree):
 
 def put_batch(mesh: jax.sharding.Mesh, tree):
   """This process's rows of a global batch to the devices along the batch."""
-  return jax.tree.map(
-    lambda x: jax.make_array_from_process_local_data(named(mesh, "batch"), x),
-    tree,
-  )
+  # With several processes JAX does not count it as an explicit transfer.
+  with jax.transfer_guard("allow"):
+    return jax.tree.map(
+      lambda x: jax.make_array_from_process_local_data(named(mesh, "batch"), x),
+      tree,
+    )
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -12,9 +12,11 @@ import numpy as np
 import optax
 from absl import logging
 from etils import epath
+from jax.experimental import multihost_utils
 
 from aoarm_jax import (
   checkpoint,
+  distributed,
   evaluate,
   figures,
   generate,
@@ -117,17 +119,23 @@ def make_step(
   return step
 
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
 class _Signals:
-  """Remembers the first SIGTERM or SIGINT until the step is done."""
+  """Remembers the first SIGTERM or SIGINT until the step is done.
+
+  Several processes must stop at the same step: there JAX catches the SIGTERM
+  of any of them and tells the others, and all see it in the same poll.
+  """
 
   def __init__(self):
     self.received = 0
+    self._polls = 0
 
   def __enter__(self):
-    self._former = {
-      number: signal.signal(number, self._note)
-      for number in (signal.SIGTERM, signal.SIGINT)
-    }
+    own = () if jax.distributed.is_initialized() else _SIGNALS
+    self._former = {n: signal.signal(n, self._note) for n in own}
     return self
 
   def __exit__(self, *_):
@@ -139,6 +147,14 @@ class _Signals:
       raise KeyboardInterrupt
     self.received = number
     logging.warning("%s: stopping after this step", signal.Signals(number).name)
+
+  def poll(self) -> int:
+    """The signal received, or 0; all processes poll equally often."""
+    if jax.distributed.is_initialized() and not self.received:
+      self._polls += 1
+      if multihost_utils.reached_preemption_sync_point(self._polls):
+        self._note(signal.SIGTERM, None)
+    return self.received
 
 
 def train(config: config_lib.Config, workdir: epath.Path, argv: list[str]):
@@ -163,11 +179,14 @@ def train(config: config_lib.Config, workdir: epath.Path, argv: list[str]):
     saved = checkpoints.newest()
     if saved:
       restore.check_resume(saved, config)
-      if _is_finished(config, workdir, saved.step):
+      step = saved.step
+      if distributed.process_0_says(
+        lambda: _is_finished(config, workdir, step)
+      ):
         logging.info(
           "finished: %s holds step %s of %s; raise --config.train.steps or "
           "choose another --workdir to train more",
-          workdir, f"{saved.step:,}", f"{config.train.steps:,}",
+          workdir, f"{step:,}", f"{config.train.steps:,}",
         )  # fmt: skip
         return
     tokenizer = tokenizers.get(config.data.tokenizer)
@@ -300,7 +319,7 @@ class _Run:
       contextlib.closing(self.batches),
     ):
       for step in range(start, c.train.steps + 1):
-        if signals.received or self._any_due(step):
+        if signals.poll() or self._any_due(step):
           self._settle(step, sums)
           sums = None
           with self.progress.pause(state):
@@ -392,13 +411,15 @@ class _Run:
     it left is. A signal ends an evaluation, so that the save is not late.
     """
     c, metric = self.config, None
-    if self._due(step, c.eval.every) and not self._is_evaluated(step):
+    if self._due(step, c.eval.every) and not distributed.process_0_says(
+      lambda: self._is_evaluated(step)
+    ):
       estimate = self.evaluator.estimate(
         state.read_out_params,
         self.eval_batches,
         c.eval.estimators[0],
         step,
-        is_stopped=lambda: signals.received,
+        is_stopped=signals.poll,
       )
       if estimate is None:
         return
@@ -414,7 +435,9 @@ class _Run:
     if self._due(step, c.checkpoint.every):
       self._save(step, state, metric)
     path = _samples_path(self.workdir, step)
-    if self._due(step, c.sample.every) and not path.exists():
+    if self._due(step, c.sample.every) and not distributed.process_0_says(
+      path.exists
+    ):
       texts = self.sampler.sample(state.read_out_params)
       logging.info("sample: %s", texts[0].text)
       if self.primary:

@@ -12,6 +12,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Room: what it may import besides itself. Rows only point to rows below. All
 # may import the leaves, and the leaves import each other only.
 ARROWS = {
+  "launch": "",
   "configs": "experiments",
   "experiments": "",
   "aoarm_jax": "evaluate generate restore",
@@ -46,6 +47,7 @@ LEAVES = (
   "config",
   "config_rules",
   "mechanisms",
+  "distributed",
   "sharding",
   "telemetry",
   "run_dir",
@@ -63,7 +65,7 @@ KEPT_IN = {
   r"tensorboardX": ("run_dir",),
   r"tensorflow|torch|clu": (),
 }
-OWN = ("aoarm_jax", "pallas_kernels", "configs")
+OWN = ("aoarm_jax", "pallas_kernels", "configs", "launch")
 
 
 def imports(source: str) -> list[str]:

@@ -1,12 +1,17 @@
 """The README says what is there: commands, files, fields."""
 
+import contextlib
+import importlib
+import io
 import pathlib
 import re
+import shlex
 
 from absl import flags
 from absl.testing import absltest
 
 from aoarm_jax import main
+from launch import common
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -53,6 +58,17 @@ class ReadmeTest(absltest.TestCase):
         flag_values = flags.FlagValues()
         main.define_flags(flag_values, argv)
         main.parse(argv, flag_values)
+
+  def test_every_launcher_takes_its_command(self):
+    commands = re.findall(r"python -m launch\.(\w+) ([^\n`]*)", README)
+    self.assertNotEmpty(commands)
+    for name, text in commands:
+      module = importlib.import_module(f"launch.{name}")
+      with self.subTest(name), contextlib.redirect_stdout(io.StringIO()):
+        code = common.main(
+          module.make_parser, module.start, ["--dry-run", *shlex.split(text)]
+        )
+        self.assertEqual(code, 0)
 
 
 if __name__ == "__main__":

@@ -74,6 +74,9 @@ def setUpModule():
 
 def tearDownModule():
   _contexts.close()
+  # A worker may come back to this module, with another folder.
+  base.cache_clear()
+  short.cache_clear()
 
 
 def arguments(workdir, changes, *more, **kwargs):

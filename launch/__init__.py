@@ -1,0 +1,1 @@
+"""Starts the training command on several processes, hosts or pods."""

@@ -1,0 +1,545 @@
+"""Launchers: what they print, refuse and write, and processes that are lost."""
+
+import contextlib
+import importlib.util
+import io
+import os
+import pathlib
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+import yaml
+from absl.testing import absltest, parameterized
+
+from launch import common, gke, local, slurm, tpu_pod
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+LAUNCHERS = {"gke": gke, "local": local, "slurm": slurm, "tpu_pod": tpu_pod}
+TRAIN = [
+  "python",
+  "-m",
+  "aoarm_jax.main",
+  "--config=c.py",
+  "--workdir=gs://b/r",
+]
+POD = ["--name=pod", "--zone=us-east5-a"]
+SLICE = [*POD, "--accelerator=v5p-256"]
+APPLY = ["apply", "--name=run", "--image=i:1"]
+
+
+def launch(launcher, *argv, command=TRAIN, path=""):
+  """(exit code, stdout, stderr) of a launcher, where PATH has no client."""
+  out, err = io.StringIO(), io.StringIO()
+  module = LAUNCHERS[launcher]
+  words = [*argv, "--", *command] if command else argv
+  with (
+    contextlib.redirect_stdout(out),
+    contextlib.redirect_stderr(err),
+    absltest.mock.patch.dict(os.environ, {"PATH": path}),
+  ):
+    code = common.main(module.make_parser, module.start, words)
+  return code, out.getvalue(), err.getvalue()
+
+
+class LaunchTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+    self.enterContext(contextlib.chdir(self.folder))
+
+  def client(self, name, script):
+    """Puts a client of ours into the folder bin."""
+    path = self.folder / "bin" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/bash\n{script}\n")
+    path.chmod(0o755)
+
+  def refused(self, *argv, **kwargs):
+    """The one line of a command that cannot be."""
+    code, out, err = launch(*argv, **kwargs)
+    self.assertEqual((code, out), (2, ""), err)
+    self.assertLen(err.splitlines(), 1)
+    self.assertEmpty(os.listdir(self.folder))
+    return err
+
+
+class CommandsTest(LaunchTest):
+  @parameterized.parameters(*LAUNCHERS)
+  def test_help(self, launcher):
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), self.assertRaises(SystemExit) as stop:
+      LAUNCHERS[launcher].make_parser().parse_args(["--help"])
+    self.assertEqual(stop.exception.code, 0)
+    self.assertIn(f"usage: python -m launch.{launcher}", out.getvalue())
+
+  @parameterized.parameters(
+    ("gcloud", "tpu_pod", "create", *SLICE),
+    ("gcloud", "tpu_pod", "delete", *POD),
+    ("kubectl", "gke", *APPLY, "--tpu=v5e:4x4"),
+    ("kubectl", "gke", "delete", "--name=run"),
+    ("sbatch", "slurm", "submit", "--name=run", "--nodes=1"),
+    ("scancel", "slurm", "cancel", "--name=run"),
+  )
+  def test_a_client_that_is_not_there(self, client, launcher, verb, *flags):
+    starts = verb in ("apply", "submit")
+    line = self.refused(launcher, verb, *flags, command=TRAIN * starts)
+    self.assertRegex(line, rf"^launch.{launcher}: error: {client} is not inst")
+
+  @parameterized.parameters(
+    ("tpu_pod", ["run", *POD], [], "no command: end with -- python -m"),
+    ("tpu_pod", ["run", *POD], TRAIN[:-1], r"--workdir=\(none\).*gs://bucket"),
+    ("tpu_pod", ["run", *POD], [*TRAIN[:-1], "--workdir", "/tmp/r"],
+     "--workdir=/tmp/r.*gs://bucket"),
+    ("tpu_pod", ["logs", *POD], TRAIN, "logs takes no command.*drop 'python'"),
+    ("tpu_pod", ["create", *POD, "--accelerator=v5"], [], "write <type>-<s"),
+    ("tpu_pod", ["create", *POD, "--accelerator=v9-8"], [], "one of v4, v5"),
+    ("tpu_pod", ["create", *POD, "--accelerator=v5p-0"], [],
+     "v5p has the sizes 8, 16, .*12288"),
+    ("tpu_pod", ["create", *POD, "--accelerator=v6e-12"], [], "sizes 1, 4, 8"),
+    ("tpu_pod", ["create", *SLICE, "--wait-minutes=0"], [],
+     "--wait-minutes=0: must be at least 1"),
+    ("tpu_pod", ["create", *SLICE, "--name=My_pod"], [], "--name=My_pod: use"),
+    ("tpu_pod", ["create", *SLICE, "--zone=east"], [], "--zone=east: write as"),
+    ("gke", [*APPLY, "--tpu=v5:4x4"], TRAIN, "'v5' is not one of v4, v5e, v5p"),
+    ("gke", [*APPLY, "--tpu=v5p:4x4"], TRAIN, "v5p slice has 3 axes.*4x4x8"),
+    ("gke", [*APPLY, "--tpu=v5e:4x3"], TRAIN, "v5e slice has 2 axes"),
+    ("gke", [*APPLY, "--tpu=v5e:32x16"], TRAIN, "at most 256 chips"),
+    ("gke", [*APPLY, "--gpu=x", "--nodes=0"], TRAIN, "--nodes=0: must be at"),
+    ("gke", [*APPLY, "--tpu=v5e:4x4"], TRAIN[:-1], r"\(none\).*gs://bucket"),
+    ("gke", ["status", "--name=run"], TRAIN, "status takes no command"),
+    ("slurm", ["submit", "--name=r", "--nodes=0"], TRAIN, "--nodes=0: must"),
+    ("slurm", ["submit", "--name=r", "--nodes=1", "--time=5"], TRAIN,
+     "--time=5: write .*24:00:00"),
+    ("slurm", ["submit", "--name=r", "--nodes=1", "--time=0:05:00"], TRAIN,
+     "--notice-seconds=300: must be below --time=0:05:00"),
+    ("slurm", ["submit", "--name=r", "--nodes=1"], [], "no command"),
+    ("local", ["--processes=0"], TRAIN, "--processes=0: must be at least 1"),
+    ("local", ["--processes=2"], [], "no command"),
+    ("local", ["--processes=2"], ["/absent"], "/absent: cannot be started: No"),
+  )  # fmt: skip
+  def test_what_cannot_be(self, launcher, flags, command, message):
+    self.assertRegex(self.refused(launcher, *flags, command=command), message)
+    if "/absent" not in command:  # A dry run refuses the same.
+      self.refused(launcher, *flags, "--dry-run", command=command)
+
+  def test_the_pages_show_what_is_printed(self):
+    """Every dry run in docs/launching.md, word for word, without a client."""
+    page = (ROOT / "docs" / "launching.md").read_text()
+    runs = re.findall(
+      r"^```console\n\$ (.*?[^\\])\n(.*?)^```$", page, re.DOTALL | re.MULTILINE
+    )
+    seen = set()
+    for text, output in runs:
+      words = shlex.split(text.replace("\\\n", " "))
+      self.assertEqual(words[:2], ["python", "-m"])
+      split = words.index("--") if "--" in words else len(words)
+      launcher = words[2].removeprefix("launch.")
+      with self.subTest(text):
+        self.assertIn("--dry-run", words[:split])
+        code, out, err = launch(
+          launcher, *words[3:split], command=words[split + 1 :]
+        )
+        self.assertEqual((code, err), (0, ""))
+        self.assertEqual(out.rstrip(), output.rstrip())
+        self.assertEmpty(os.listdir(self.folder))
+      seen.add((launcher, words[3] if launcher != "local" else ""))
+    verbs = {"gke": "apply status logs delete", "local": "",
+             "slurm": "submit status logs cancel",
+             "tpu_pod": "create install run logs resume stop delete",
+             }  # fmt: skip
+    every = {(k, v) for k, vs in verbs.items() for v in vs.split() or [""]}
+    self.assertEqual(seen, every)
+    linked = (ROOT / "README.md").read_text()
+    self.assertIn("docs/launching.md", linked)
+
+
+# The fields of API jobset.x-k8s.io/v1alpha2 that are JobSet's own and that we
+# use, as its definition has them; a Job's fields are Kubernetes'.
+JOB_SET = {
+  "apiVersion": "jobset.x-k8s.io/v1alpha2",
+  "kind": "JobSet",
+  "metadata": {"name": str},
+  "spec": {
+    "failurePolicy": {
+      "maxRestarts": int,
+      "rules": [
+        {"name": str, "action": "RestartJobSetAndIgnoreMaxRestarts",
+         "onJobFailureReasons": ["PodFailurePolicy"]}
+      ],
+    },
+    "replicatedJobs": [
+      {"name": str, "replicas": int, "template": {"spec": dict}}
+    ],
+  },
+}  # fmt: skip
+
+
+def check_fields(tree, schema):
+  """Raises AssertionError unless `tree` has the schema's fields exactly."""
+  if isinstance(schema, type):
+    assert type(tree) is schema, (tree, schema)
+  elif isinstance(schema, dict):
+    assert set(tree) == set(schema), (set(tree), set(schema))
+    for name, part in schema.items():
+      check_fields(tree[name], part)
+  elif isinstance(schema, list):
+    assert isinstance(tree, list)
+    for item in tree:
+      check_fields(item, schema[0])
+  else:
+    assert tree == schema, (tree, schema)
+
+
+class GkeTest(LaunchTest):
+  def manifest(self, *flags):
+    code, out, err = launch("gke", *APPLY, *flags, "--dry-run")
+    self.assertEqual((code, err), (0, ""))
+    self.assertEndsWith(out, "kubectl apply --filename=runs/launch/run.yaml\n")
+    return yaml.safe_load(out.rsplit("\n", 2)[0])
+
+  @parameterized.parameters(
+    ("v5e:2x2", 1, 4), ("v5e:2x4", 1, 8), ("v5e:4x4", 4, 4),
+    ("v6e:16x16", 64, 4), ("v4:2x2x1", 1, 4), ("v5p:4x4x8", 32, 4),
+    ("v6e:1x1", 1, 1),
+  )  # fmt: skip
+  def test_tpu_slices(self, tpu, hosts, chips):
+    spec = self.manifest(f"--tpu={tpu}")["spec"]
+    job = spec["replicatedJobs"][0]["template"]["spec"]
+    self.assertEqual((job["parallelism"], job["completions"]), (hosts, hosts))
+    pod = job["template"]["spec"]
+    limits = pod["containers"][0]["resources"]["limits"]
+    self.assertEqual(limits, {"google.com/tpu": chips})
+    self.assertNotIn("tolerations", pod)
+
+  @parameterized.parameters(
+    ["--tpu=v5p:4x4x8", "--spot"],
+    ["--gpu=nvidia-h100-80gb", "--nodes=3", "--service-account=me"],
+  )
+  def test_the_manifest_is_of_the_api(self, *flags):
+    tree = self.manifest(*flags)
+    check_fields(tree, JOB_SET)
+    (jobs,) = tree["spec"]["replicatedJobs"]
+    self.assertEqual(jobs["name"], "hosts")
+    job = jobs["template"]["spec"]
+    self.assertEqual(
+      job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"], [75]
+    )
+    if importlib.util.find_spec("kubernetes_validate") is None:
+      self.skipTest("kubernetes-validate is not installed (extra test)")
+    import kubernetes_validate
+
+    whole = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {},
+             "spec": job}  # fmt: skip
+    kubernetes_validate.validate(whole, "1.31", strict=True)
+    job["template"]["spec"]["containers"][0]["imagePolicy"] = "Always"
+    with self.assertRaises(kubernetes_validate.ValidationError):
+      kubernetes_validate.validate(whole, "1.31", strict=True)
+
+  def test_gpu_processes_find_each_other(self):
+    tree = self.manifest("--gpu=nvidia-h100-80gb", "--nodes=3")
+    pod = tree["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
+    env = {e.pop("name"): e for e in pod["spec"]["containers"][0]["env"]}
+    self.assertEqual(
+      env["AOARM_COORDINATOR_ADDRESS"]["value"], "run-hosts-0-0.run:8476"
+    )
+    self.assertEqual(env["AOARM_PROCESS_COUNT"]["value"], "3")
+    self.assertIn("completion-index", str(env["AOARM_PROCESS_ID"]["valueFrom"]))
+
+  def test_yaml_of_odd_strings(self):
+    tree = {
+      "a": {"b": ["yes", "1", "é\n'\"", "# no: comment"], "c": []},
+      "d": [{"e": 1, "f": [{"g": "null"}]}, {"e": 2, "f": []}],
+    }
+    self.assertEqual(yaml.safe_load(gke.to_yaml(tree)), tree)
+
+  def test_apply(self):
+    self.client("kubectl", 'echo "$@" > called')
+    path = f"{self.folder}/bin:{os.environ['PATH']}"
+    self.assertEqual(launch("gke", *APPLY, "--tpu=v5e:4x4", path=path)[0], 0)
+    called = (self.folder / "called").read_text()
+    self.assertEqual(called, "apply --filename=runs/launch/run.yaml\n")
+    applied = yaml.safe_load(
+      (self.folder / common.FOLDER / "run.yaml").read_text()
+    )
+    self.assertEqual(applied, self.manifest("--tpu=v5e:4x4"))
+
+
+class SlurmTest(LaunchTest):
+  @parameterized.parameters(
+    # Exit code of srun, restarts before: exit code of the job, queued again.
+    (0, 0, 0, False),
+    (1, 0, 1, False),
+    (2, 0, 2, False),
+    (130, 0, 130, False),
+    (75, 0, 0, True),
+    (75, 3, 0, True),
+    (75, 4, 75, False),
+    (134, 0, 0, True),
+    (137, 4, 137, False),
+  )
+  def test_what_is_queued_again(self, code, restarts, job_code, is_again):
+    self.client("sbatch", "cp $1 submitted")
+    self.client("srun", f'echo "srun $@" $AOARM_DISTRIBUTED; exit {code}')
+    self.client("scontrol", 'echo "$@" > scontrol')
+    path = f"{self.folder}/bin:{os.environ['PATH']}"
+    self.assertEqual(
+      launch("slurm", "submit", "--name=run", "--nodes=2", "--gpus-per-node=4",
+             "--max-restarts=4", path=path),
+      (0, "", ""),
+    )  # fmt: skip
+    done = subprocess.run(
+      ["bash", "submitted"],
+      env={"PATH": path, "SLURM_RESTART_COUNT": str(restarts),
+           "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]"},
+      capture_output=True,
+      text=True,
+    )  # fmt: skip
+    self.assertEqual((done.returncode, done.stderr), (job_code, ""))
+    self.assertIn(f"--label --wait=120 {shlex.join(TRAIN)} 1", done.stdout)
+    asked = self.folder / "scontrol"
+    self.assertEqual(asked.exists(), is_again)
+    if is_again:
+      self.assertEqual(asked.read_text(), "requeue 7\n")
+
+
+class TpuPodTest(LaunchTest):
+  def gcloud(self, *states):
+    """A gcloud that notes its calls and describes one state after another."""
+    (self.folder / "states").write_text("".join(f"{s}\n" for s in states))
+    self.client(
+      "gcloud",
+      'echo "$@" >> calls\n'
+      '[ "$4" = describe ] || exit 0\n'
+      "state=$(head -n 1 states)\n"
+      "sed -i 1d states\n"
+      '[ "$state" = none ] && exit 1\n'
+      'echo "$state"',
+    )
+    self.client("git", 'echo git "$@" >> calls')
+    self.enterContext(absltest.mock.patch.object(tpu_pod, "_POLL_SECONDS", 0))
+    return f"{self.folder}/bin:{os.environ['PATH']}"
+
+  def calls(self):
+    lines = (self.folder / "calls").read_text().splitlines()
+    return [
+      "git" if line.startswith("git") else line.split()[3] for line in lines
+    ]
+
+  def test_create_waits(self):
+    path = self.gcloud("WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE")
+    code, out, _ = launch(
+      "tpu_pod", "create", *SLICE, "--spot", command=[], path=path
+    )
+    self.assertEqual(code, 0)
+    self.assertEqual(out, "pod: WAITING_FOR_RESOURCES\npod: PROVISIONING\n")
+    self.assertEqual(self.calls(), ["create"] + ["describe"] * 3)
+
+  def test_create_that_fails(self):
+    code, _, err = launch(
+      "tpu_pod", "create", *SLICE, command=[], path=self.gcloud("FAILED")
+    )
+    self.assertEqual(code, 1)
+    self.assertIn("pod: the slice is FAILED, not ACTIVE\n", err)
+
+  def test_a_client_that_fails(self):
+    self.client("gcloud", "exit 3")
+    code, _, err = launch(
+      "tpu_pod", "stop", *POD, command=[], path=f"{self.folder}/bin"
+    )
+    self.assertEqual(code, 1)
+    self.assertIn(
+      "gcloud compute tpus tpu-vm ssh ... failed with exit cod", err
+    )
+
+  @parameterized.parameters(
+    (["SUSPENDED", "ACTIVE"],
+     "describe delete create describe git scp ssh scp ssh"),
+    (["none", "ACTIVE"], "describe create describe git scp ssh scp ssh"),
+    (["PROVISIONING", "ACTIVE"], "describe describe git scp ssh scp ssh"),
+    (["ACTIVE"], "describe scp ssh"),
+  )  # fmt: skip
+  def test_resume_does_what_is_left(self, states, calls):
+    path = self.gcloud(*states)
+    code, _, err = launch("tpu_pod", "resume", *SLICE, path=path)
+    self.assertEqual((code, err), (0, ""))
+    self.assertEqual(" ".join(self.calls()), calls)
+
+  def scripts(self, command, *flags):
+    """Writes what run sends to a host into a host's home folder."""
+    path = self.gcloud()
+    launch("tpu_pod", "run", *POD, *flags, command=command, path=path)
+    home = self.folder / "home"
+    (home / "aoarm_jax").mkdir(parents=True)
+    for script in (self.folder / common.FOLDER).iterdir():
+      script.rename(home / script.name)
+    return home
+
+  def on_host(self, home, line):
+    return subprocess.run(
+      ["bash", "-c", line], cwd=home, env=os.environ | {"HOME": str(home)},
+      capture_output=True, text=True,
+    )  # fmt: skip
+
+  def wait_for(self, home, text):
+    deadline = time.monotonic() + 10
+    log = home / "run.log"
+    while not log.exists() or text not in log.read_text():
+      self.assertLess(time.monotonic(), deadline, text)
+      time.sleep(0.05)
+    return log.read_text()
+
+  def test_a_host_starts_the_command_again(self):
+    toy = "n=$(cat n); echo $((n + 1)) > n; echo n $n; exit $((n ? 2 : 75))"
+    home = self.scripts(["bash", "-c", toy])
+    (home / "aoarm_jax" / "n").write_text("0")
+    self.assertEqual(self.on_host(home, "bash start.sh").returncode, 0)
+    log = self.wait_for(home, "exit code 2")
+    self.assertRegex(
+      log, r"start 0\nn 0\n.*exit code 75\n.*start 1\nn 1\n.*exit code 2\n$"
+    )
+
+  def test_a_host_runs_one_command_and_stops_it(self):
+    toy = "trap 'exit 75' TERM; echo up; while :; do sleep 0.05; done"
+    home = self.scripts(["bash", "-c", toy])
+    self.on_host(home, "bash start.sh")
+    self.wait_for(home, "up")
+    (home / "next.sh").write_text("")
+    second = self.on_host(home, "bash start.sh")
+    self.assertEqual(second.returncode, 1)
+    self.assertIn("a command is running", second.stdout)
+    self.on_host(home, tpu_pod._STOP)
+    self.assertNotIn("start 1", self.wait_for(home, "exit code 75"))
+
+
+class LocalTest(LaunchTest):
+  def start(self, code, *flags):
+    """launch.local of two processes that run this Python code."""
+    return subprocess.Popen(
+      [sys.executable, "-m", "launch.local", "--processes=2", *flags, "--",
+       sys.executable, "-c", "import os, signal, sys, time\n"
+       "me = os.environ['AOARM_PROCESS_ID']\n" + code],
+      env=os.environ | {"PYTHONPATH": str(ROOT)},
+      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+  def finished(self, process, timeout=15):
+    out, err = process.communicate(timeout=timeout)
+    return process.returncode, out, err
+
+  def test_every_process_knows_its_place(self):
+    code, out, err = self.finished(
+      self.start(
+        "e = os.environ\n"
+        "print(e['AOARM_DISTRIBUTED'], e['AOARM_COORDINATOR_ADDRESS'],"
+        " e['AOARM_PROCESS_COUNT'], me, e['JAX_NUM_CPU_DEVICES'])\n"
+        "print('to stderr', file=sys.stderr)",
+        "--devices=3",
+      )
+    )
+    self.assertEqual((code, err), (0, ""))
+    lines = sorted(out.splitlines())
+    port = re.search(r"127.0.0.1:(\d+)", out)[1]
+    self.assertEqual(lines, [
+      line for i in "01" for line in
+      (f"[{i}] 1 127.0.0.1:{port} 2 {i} 3", f"[{i}] to stderr")
+    ])  # fmt: skip
+
+  def test_gpus_are_given_one_each(self):
+    out = launch("local", "--processes=2", "--platform=gpu", "--dry-run")[1]
+    self.assertRegex(out, r"ID=0 .*CUDA_VISIBLE_DEVICES=0 python.*\n.*ID=1 .*"
+                     r"CUDA_VISIBLE_DEVICES=1 python.*\n$")  # fmt: skip
+    self.assertNotIn("JAX_PLATFORMS", out)
+
+  def test_a_lost_process_ends_the_others(self):
+    """Within a bounded time, and also those that a process has started."""
+    process = self.start(
+      "if me == '1':\n"
+      "  os.kill(os.getpid(), signal.SIGKILL)\n"
+      "child = os.fork()\n"
+      "print(f'pid {os.getpid()}', flush=True)\n"
+      "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+      "time.sleep(60)",
+      "--grace-seconds=0.5", "--max-restarts=0",
+    )  # fmt: skip
+    code, out, err = self.finished(process, 10)
+    self.assertEqual(code, 137)
+    self.assertIn(
+      "process 1 of 2 was lost: SIGKILL; process 0 did not end", err
+    )
+    self.assertIn("gave up after 0 restarts", err)
+    pids = re.findall(r"pid (\d+)", out)
+    self.assertLen(pids, 2)
+    for pid in map(int, pids):
+      state = pathlib.Path(f"/proc/{pid}/stat")
+      alive = state.exists() and state.read_text().split()[2] != "Z"
+      self.assertFalse(alive, pid)
+
+  def test_a_stopped_process_is_ended_too(self):
+    process = self.start(
+      "if me == '0': os.kill(os.getpid(), signal.SIGSTOP)\n"
+      "time.sleep(0.2)\n"
+      "sys.exit(3)",
+      "--grace-seconds=0.5",
+    )  # fmt: skip
+    code, _, err = self.finished(process, 10)
+    self.assertEqual(code, 3)
+    self.assertIn(
+      "process 1 of 2 failed with exit code 3; process 0 did not end", err
+    )
+    self.assertNotIn("restart", err)
+
+  @parameterized.parameters(
+    ("sys.exit(75)", "the run was preempted and saved"),
+    ("os.abort()", "was lost: SIGABRT"),
+  )
+  def test_started_again_until_it_is_done(self, end, message):
+    process = self.start(
+      "name = f'starts{me}'\n"
+      "open(name, 'a').write('x')\n"
+      f"if len(open(name).read()) < 3: {end}",
+      "--grace-seconds=5",
+    )
+    code, _, err = self.finished(process)
+    self.assertEqual(code, 0, err)
+    self.assertEqual(err.count(message), 2)
+    self.assertIn("restart 2 of 3: the run goes on from its last check", err)
+    for name in ("starts0", "starts1"):
+      self.assertEqual((self.folder / name).read_text(), "xxx")
+
+  @parameterized.parameters((signal.SIGTERM, 75), (signal.SIGINT, 130))
+  def test_a_signal_reaches_all_and_ends_it(self, number, exit_code):
+    process = self.start(
+      "def save(*_):\n"
+      "  print('saved', flush=True)\n"
+      "  sys.exit(75)\n"
+      "signal.signal(signal.SIGTERM, save)\n"
+      "print('up', flush=True)\n"
+      "time.sleep(60)"
+    )
+    self.assertRegex(process.stdout.readline(), "up")
+    self.assertRegex(process.stdout.readline(), "up")
+    process.send_signal(number)
+    code, out, err = self.finished(process, 10)
+    self.assertEqual(code, exit_code, err)
+    self.assertEqual(sorted(out.splitlines()), ["[0] saved", "[1] saved"])
+    self.assertNotIn("restart", err)
+
+  @parameterized.parameters(
+    ([0, -9], (1, -9)),
+    ([1, -11], (1, -11)),
+    ([-6, 1], (1, 1)),
+    ([-6, None], (0, -6)),
+    ([None, 75], (1, 75)),
+    ([1, -6, -9], (2, -9)),
+  )
+  def test_who_failed(self, codes, culprit):
+    self.assertEqual(local._culprit(codes), culprit)
+
+
+if __name__ == "__main__":
+  absltest.main()
