@@ -1,0 +1,288 @@
+"""Decoding: laws by enumeration, drafts, targets chosen on the way."""
+
+import functools
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tiny
+from absl.testing import absltest, parameterized
+
+from aoarm_jax import decode, mechanisms, objective, orders, sampling
+from aoarm_jax.model import transformer
+
+_T, _V, _MANY = 4, 3, 200_000
+_LAW = sampling.Sampling(np.float32(1), np.int32(0), np.float32(1))
+_GREEDY = _LAW._replace(temperature=np.float32(0))
+# The thirteen tests of laws against samples below; each fails by chance once
+# in 10,000, were the seed not fixed.
+_LEAST_P = 1e-4
+_CASES = (("two_stream", 1), ("two_stream", 2), ("decoupled_rope", 1),
+          ("ao_gpt", 2))  # fmt: skip
+
+
+@functools.cache
+def _network(mechanism, s):
+  made = tiny.bind(mechanism, s, T=_T, V=_V, D=8, N=2)
+  return made, tiny.sharp(made)
+
+
+def _prompts(B=_MANY):
+  """In turn nothing known, and positions 2 and 3; in different orders."""
+  order = np.tile(np.array([[3, 1, 4, 2], [4, 3, 1, 2]], np.int32), (B, 1))
+  known = np.tile([[False] * 4, [False, True, True, False]], (B, 1))
+  tokens = np.tile(np.array([[1, 1, 1, 1], [1, 0, 2, 1]], np.int32), (B, 1))
+  return tokens[:B], known[:B], order[:B]
+
+
+_USED = ((3, 1, 4, 2), (2, 3, 4, 1))  # Known ones first.
+_KNOWN = ({}, {2: 0, 3: 2})
+
+
+@functools.cache
+def _drawn(case, plan, law=_LAW, B=_MANY):
+  made, params = _network(*case)
+  run = tiny.quick_jit(
+    lambda params, key, *args: decode.generate(
+      made(params), key, *args, law, plan=plan
+    )
+  )
+  out = run(params, jax.random.key(1), *_prompts(B))
+  return jax.tree.map(np.asarray, out)
+
+
+@functools.cache
+def _nats(case, order):
+  """float64 [81, T]: -log p of every text's ranks in this order, uncached."""
+  made, params = _network(*case)
+  texts = tiny.all_sequences(_V, _T)
+  run = tiny.quick_jit(
+    lambda params, order: objective.order_nll(
+      made(params), texts, order, sentinels=case[1], vocabulary=_V
+    )
+  )
+  tiled = np.tile(np.array(order, np.int32), (len(texts), 1))
+  return np.asarray(run(params, tiled), np.float64)
+
+
+def _law(case, which, width):
+  """p [81] where `width` ranks at a time are independent of each other."""
+  order, known = _USED[which], _KNOWN[which]
+  texts = tiny.all_sequences(_V, _T)
+  p = np.ones(len(texts))
+  for position, token in known.items():
+    p *= texts[:, position - 1] == token
+  for first in range(len(known), _T, width):
+    for rank in range(first, min(first + width, _T)):
+      # As if it came next.
+      ahead = [*order[:first], order[rank]]
+      rest = [position for position in order if position not in ahead]
+      p *= np.exp(-_nats(case, (*ahead, *rest))[:, first])
+  np.testing.assert_allclose(p.sum(), 1.0, atol=1e-5)
+  return p
+
+
+def _p_values(case, out, width):
+  ids = out.tokens @ (_V ** np.arange(_T - 1, -1, -1))
+  return [
+    tiny.p_value(
+      np.bincount(ids[which::2], minlength=_V**_T), _law(case, which, width)
+    )
+    for which in (0, 1)
+  ]
+
+
+class LawTest(parameterized.TestCase):
+  @parameterized.product(case=_CASES, width=(2, 4))
+  def test_speculative_is_exact(self, case, width):
+    out = _drawn(case, decode.Plan("speculative", width))
+    self.assertGreater(min(_p_values(case, out, 1)), _LEAST_P)
+    for which in (0, 1):
+      self.assertTrue((out.order[which::2] == _USED[which]).all())
+    # The drafts alone have another law.
+    self.assertLess(_p_values(case, out, width)[0], _LEAST_P)
+
+  def test_a_slightly_wrong_acceptance_is_noticed(self):
+    """2 percent more often than p / q."""
+    right = decode._kept
+
+    def generous(keys, at, log_p, log_q, drafts):
+      return right(keys, at, log_p + 0.02, log_q, drafts)
+
+    with mock.patch.object(decode, "_kept", generous):
+      out = _drawn(("two_stream", 1), decode.Plan("speculative", 3))
+    self.assertLess(min(_p_values(("two_stream", 1), out, 1)), _LEAST_P)
+
+  @parameterized.product(case=_CASES[1:], width=(2, 3))
+  def test_parallel_is_that_of_independent_draws(self, case, width):
+    """So drafts, of which single streams make copies, are marginals."""
+    out = _drawn(case, decode.Plan("parallel", width))
+    self.assertGreater(min(_p_values(case, out, width)), _LEAST_P)
+    self.assertLess(_p_values(case, out, 1)[0], _LEAST_P)
+
+  @parameterized.parameters(*_CASES)
+  def test_one_at_a_time_is_sequential(self, *case):
+    """Text by text: a rank's draw depends on row and slot alone."""
+    want = _drawn(case, decode.Plan(), B=50)
+    got = _drawn(case, decode.Plan("parallel", 1), B=50)
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    # And a speculation that always agrees; here with greedy draws.
+    want = _drawn(case, decode.Plan(), _GREEDY, B=50)
+    got = _drawn(case, decode.Plan("speculative", 3), _GREEDY, B=50)
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+
+  @parameterized.parameters(*_CASES)
+  def test_log_probability_of_what_was_drawn(self, *case):
+    """Of the blanks, in the order that was used, without a cache."""
+    for plan in (decode.Plan(), decode.Plan("speculative", 3)):
+      out = _drawn(case, plan, B=50)
+      for which, known in enumerate(_KNOWN):
+        nats = _nats(case, _USED[which])[:, len(known) :].sum(axis=1)
+        ids = out.tokens[which::2] @ (_V ** np.arange(_T - 1, -1, -1))
+        np.testing.assert_allclose(out.log_p[which::2], -nats[ids], atol=1e-4)
+
+  @parameterized.parameters(
+    decode.Plan("speculative", 3), decode.Plan("parallel", 3),
+    decode.Plan("adaptive", 2),
+  )  # fmt: skip
+  def test_rows_stand_alone(self, plan):
+    many = _drawn(("two_stream", 1), plan, B=50)
+    few = _drawn(("two_stream", 1), plan, B=6)
+    for got, want in zip(few, many):
+      np.testing.assert_allclose(got, want[:6], atol=1e-5)
+
+
+class CallsTest(parameterized.TestCase):
+  def test_sequential_and_parallel(self):
+    """One pass for the prompt, and one a step."""
+    case = ("two_stream", 1)
+    out = _drawn(case, decode.Plan(), B=50)
+    self.assertTrue((out.calls[::2] == 1 + 4).all())
+    self.assertTrue((out.calls[1::2] == 1 + 2).all())
+    out = _drawn(case, decode.Plan("parallel", 3), B=50)
+    self.assertTrue((out.calls[::2] == 1 + 2).all())
+    self.assertTrue((out.calls[1::2] == 1 + 1).all())
+
+  @parameterized.product(schedule=("linear", "cosine"), steps=(1, 2, 3, 4))
+  def test_in_so_many_steps(self, schedule, steps):
+    """Of the larger prompt; the smaller one may take fewer."""
+    plan = decode.Plan("parallel", steps=steps, schedule=schedule)
+    out = _drawn(("decoupled_rope", 1), plan, B=50)
+    self.assertTrue((out.calls[::2] == 1 + steps).all())
+    self.assertTrue((out.calls[1::2] <= 1 + min(steps, 2)).all())
+    self.assertTrue((np.sort(out.order) == [1, 2, 3, 4]).all())
+
+  def test_speculative_takes_no_more_calls_than_tokens(self):
+    """Two calls decide at least two tokens: the first draft is always kept."""
+    for case in _CASES:
+      out = _drawn(case, decode.Plan("speculative", 4), B=2000)
+      self.assertTrue((out.calls[::2] <= 1 + 4).all())
+      self.assertTrue((out.calls[1::2] <= 1 + 2).all())
+      self.assertLess(out.calls[::2].mean(), 1 + 3.9)
+
+
+class PredictTest(parameterized.TestCase):
+  @parameterized.parameters(*tiny.CASES)
+  def test_equals_each_target_next(self, mechanism, s):
+    """Ragged: 3 slots are cached, or 1; 1, 2 or 3 more come, junk behind."""
+    T, B, V = 7, 3, 5
+    made = tiny.bind(mechanism, s)
+    params = tiny.sharp(made)
+    tokens, order = tiny.tokens(B, T, V), tiny.orders_of(mechanism, B, T)
+    slots = jax.tree.map(np.asarray, orders.to_slots(tokens, order, s, V))
+    start, count = np.array([3, 1, 2], np.int32), np.array([1, 3, 2], np.int32)
+    S = T + s - 1
+    at = start[:, None] + np.arange(3)
+    rank = start + count - s  # Of the first target.
+    targets = np.stack([o[r : r + 3] for o, r in zip(order, rank)])
+
+    def window(x):
+      return np.take_along_axis(x, at, axis=1)
+
+    junk = np.where(np.arange(3) < count[:, None], window(slots.tokens), 0)
+    part = orders.Slots(
+      junk, window(slots.position), window(slots.target_position)
+    )
+
+    @tiny.quick_jit
+    def predict(params):
+      network = made(params)
+      cache = transformer.empty_cache(network.model, network.compute, B, S)
+      _, cache = network.extend(slots, cache, jnp.zeros(B, jnp.int32))
+      after = jnp.arange(S)[:, None, None] >= start[:, None, None, None]
+      cache = jax.tree.map(lambda x: jnp.where(after, 1e3, x), cache)
+      return network.predict(part, cache, start, count, targets)[0]
+
+    got = predict(params)
+    uncached = tiny.quick_jit(lambda params, slots: made(params)(slots))
+    for q in range(3):
+      if mechanisms.MECHANISMS[mechanism].left_to_right and q:
+        continue  # Its rows do not know what they predict.
+      swapped = order.copy()
+      for b, r in enumerate(rank):
+        swapped[b, [r, r + q]] = order[b, [r + q, r]]
+      logits = np.asarray(
+        uncached(params, orders.to_slots(tokens, swapped, s, V))
+      )
+      want = logits[np.arange(B), rank + s - 1]
+      np.testing.assert_allclose(got[:, q], want, atol=1e-4)
+
+
+class AdaptiveTest(parameterized.TestCase):
+  @parameterized.product(
+    mechanism=("two_stream", "sigma_gpt"),
+    score=("confidence", "entropy", "margin"),
+    width=(1, 2),
+  )
+  def test_takes_the_surest_next(self, mechanism, score, width):
+    """Followed by hand, greedily, with uncached passes."""
+    made, params = _network(mechanism, 1)
+    out = _drawn(
+      (mechanism, 1), decode.Plan("adaptive", width, score=score), _GREEDY, B=2
+    )
+    network = tiny.quick_jit(lambda params, slots: made(params)(slots))
+    for b in range(2):
+      text = np.ones(_T, np.int32)
+      done = list(_KNOWN[b])
+      for position, token in _KNOWN[b].items():
+        text[position - 1] = token
+      while len(done) < _T:
+        left = [p for p in range(1, _T + 1) if p not in done]
+        laws = {}
+        for target in left:
+          rest = [p for p in left if p != target]
+          slots = orders.to_slots(
+            text[None], np.array([[*done, target, *rest]]), 1, _V
+          )
+          logits = np.asarray(network(params, slots), np.float64)
+          law = np.exp(logits[0, len(done)])
+          laws[target] = law / law.sum()
+
+        def sure(target, laws=laws):
+          law = np.sort(laws[target])
+          return {
+            "confidence": law[-1],
+            "entropy": (law * np.log(law)).sum(),
+            "margin": law[-1] - law[-2],
+          }[score]
+
+        chosen = sorted(left, key=sure, reverse=True)[:width]
+        for target in chosen:
+          text[target - 1] = laws[target].argmax()
+        done += chosen
+      self.assertEqual(out.order[b].tolist(), done)
+      self.assertEqual(out.tokens[b].tolist(), text.tolist())
+
+  def test_more_targets_than_a_chunk(self):
+    with mock.patch.object(decode, "_CHUNK", 3):
+      got = _drawn(
+        ("two_stream", 2), decode.Plan("adaptive", 1, 1), _GREEDY, B=20
+      )
+    want = _drawn(("two_stream", 2), decode.Plan("adaptive"), _GREEDY, B=20)
+    np.testing.assert_array_equal(got.order, want.order)
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+
+
+if __name__ == "__main__":
+  absltest.main()
