@@ -19,59 +19,71 @@ def any_order_attention(
   v: jax.Array,
   visible: jax.Array | None = None,
   *,
+  key_rank: jax.Array | None = None,
   scale: float | None = None,
+  return_lse: bool = False,
   implementation: str | None = None,
-) -> jax.Array:
-  """Grouped-query attention in which row i sees a prefix of the slots.
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+  """Grouped-query attention in which each row sees the lowest-ranked slots.
 
-  Sequences are in generation order, so the any-order mask is a prefix. Two
-  streams over shared keys and values are two query heads of one group: query
-  head n * (Nq / N) + g belongs to key head n.
+  Sequences are usually in generation order, so that the any-order mask is a
+  prefix and a slot's rank is its index. Two streams over shared keys and values
+  are two query heads of one group: query head n * (Nq / N) + g belongs to key
+  head n.
 
   Args:
     q: [B, T, Nq, H] queries; bfloat16, float16 or float32 (float64 in
       `reference`).
     k: [B, S, N, H] keys, Nq a multiple of N, same dtype.
     v: [B, S, N, H] values, same dtype.
-    visible: int32 [B, T], how many leading slots each row sees; a row that
-      sees none gives 0. None is causal: row i sees min(i + 1, S).
+    visible: int32 [B, T], or [B, T, Nq / N] where the heads of a group (the
+      streams) differ: the row sees the slots whose rank is below this. A row
+      that sees none gives 0. None is causal: row i sees min(i + 1, S) slots.
+    key_rank: int32 [B, S], the ranks of the slots, for sequences that are not
+      in generation order; needs `visible`. None is 0 to S - 1: then row i sees
+      the first visible[b, i] slots.
     scale: of the scores; None is H ** -0.5.
+    return_lse: whether to return the log-sum-exp of each row's scores too.
     implementation: a name of IMPLEMENTATIONS, which means this one or an
       error; None chooses the fastest that supports the call.
 
   Returns:
-    [B, T, Nq, H], dtype of v.
+    [B, T, Nq, H], dtype of v; with `return_lse` also the log-sum-exp of the
+    scaled scores, float32 [B, T, Nq], nats, -inf for a row that sees nothing.
+    Both are differentiable: attention over a set of slots can be put together
+    from attentions over its parts.
 
   Raises:
     ValueError: shapes or dtypes that do not fit together, an unknown name.
     UnsupportedError: the named implementation does not support the call;
       the message says what it lacks.
   """
-  _check(q, k, v, visible)
+  _check(q, k, v, visible, key_rank)
   scale = q.shape[-1] ** -0.5 if scale is None else scale
+  lacks = _cudnn_lacks(q, k, visible, return_lse)
   if implementation is None:
     platform = jax.default_backend()
-    implementation = "xla"
-    if platform == "gpu" and not _cudnn_lacks(q, k, visible):
-      implementation = "cudnn"
+    implementation = "cudnn" if platform == "gpu" and not lacks else "xla"
   match implementation:
     case "reference":
-      return reference.attention(q, k, v, visible, scale)
+      out, lse = reference.attention(q, k, v, visible, key_rank, scale)
     case "xla":
-      return _xla(q, k, v, visible, scale)
+      out, lse = _xla(q, k, v, visible, key_rank, scale, return_lse)
     case "cudnn":
-      if lacks := _cudnn_lacks(q, k, visible):
+      if lacks:
         raise UnsupportedError(f"attention 'cudnn' does not support {lacks}")
       return jax.nn.dot_product_attention(
         q, k, v, scale=scale, is_causal=True, implementation="cudnn"
       )
-  raise ValueError(
-    f"unknown attention implementation {implementation!r}; there are: "
-    + ", ".join(IMPLEMENTATIONS)
-  )
+    case _:
+      raise ValueError(
+        f"unknown attention implementation {implementation!r}; there are: "
+        + ", ".join(IMPLEMENTATIONS)
+      )
+  return (out, lse) if return_lse else out
 
 
-def _check(q, k, v, visible):
+def _check(q, k, v, visible, key_rank):
   if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
     raise ValueError(
       f"attention wants q [B, T, Nq, H], k and v [B, S, N, H]; got {q.shape}, "
@@ -88,31 +100,50 @@ def _check(q, k, v, visible):
       f"attention: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; give them one "
       "dtype"
     )
-  if visible is not None and visible.shape != q.shape[:2]:
+  rows = q.shape[:2]
+  group = q.shape[2] // k.shape[2]
+  if visible is not None and visible.shape not in (rows, (*rows, group)):
     raise ValueError(
-      f"attention: visible {visible.shape} must be [B, T] = {q.shape[:2]}"
+      f"attention: visible {visible.shape} must be [B, T] = {rows} or "
+      f"[B, T, Nq / N] = {(*rows, group)}"
+    )
+  if key_rank is None:
+    return
+  if visible is None:
+    raise ValueError("attention: key_rank needs visible")
+  if key_rank.shape != k.shape[:2]:
+    raise ValueError(
+      f"attention: key_rank {key_rank.shape} must be [B, S] = {k.shape[:2]}"
     )
 
 
-def _xla(q, k, v, visible, scale):
-  if visible is None:
-    if q.shape[1] <= k.shape[1]:
-      return jax.nn.dot_product_attention(
-        q, k, v, scale=scale, is_causal=True, implementation="xla"
-      )
-    visible = jnp.minimum(jnp.arange(1, q.shape[1] + 1), k.shape[1])[None]
-  mask = jnp.arange(k.shape[1]) < visible[..., None]
+def _xla(q, k, v, visible, key_rank, scale, return_lse):
+  if return_lse:
+    # That of jax.nn is in the keys' dtype and has no gradient.
+    return reference.attention(q, k, v, visible, key_rank, scale)
+  T, S = q.shape[1], k.shape[1]
+  if visible is None and T <= S:
+    out = jax.nn.dot_product_attention(
+      q, k, v, scale=scale, is_causal=True, implementation="xla"
+    )
+    return out, None
+  seen = reference.mask(T, S, visible, key_rank)
+  if seen.shape[1] > 1:
+    seen = jnp.tile(seen, (1, k.shape[2], 1, 1))
   out = jax.nn.dot_product_attention(
-    q, k, v, scale=scale, mask=mask[:, None], implementation="xla"
+    q, k, v, scale=scale, mask=seen, implementation="xla"
   )
   # A row without keys is the mean of v there; here it is 0.
-  return jnp.where(visible[..., None, None] > 0, out, 0)
+  some = jnp.moveaxis(seen.any(axis=-1), 1, 2)
+  return jnp.where(some[..., None], out, 0), None
 
 
-def _cudnn_lacks(q, k, visible) -> str:
+def _cudnn_lacks(q, k, visible, return_lse) -> str:
   """What of this call cuDNN's fused attention cannot do, or ""."""
   if visible is not None:
     return "`visible` (causal only)"
+  if return_lse:
+    return "`return_lse`"
   if q.shape[1] != k.shape[1]:
     return f"T={q.shape[1]} rows over S={k.shape[1]} slots (T = S only)"
   if q.dtype not in (jnp.bfloat16, jnp.float16):

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,10 +31,74 @@ def _ragged(T, S):
 
 
 @functools.cache
-def _attend(name, scale=None):
+def _attend(name, scale=None, return_lse=False):
   return jax.jit(
     functools.partial(
-      pallas_kernels.any_order_attention, implementation=name, scale=scale
+      pallas_kernels.any_order_attention,
+      implementation=name,
+      scale=scale,
+      return_lse=return_lse,
+    )
+  )
+
+
+@functools.cache
+def _pull(name):
+  """Jitted gradients of sum(out * weight) for q, k and v."""
+
+  def loss(qkv, visible, weight):
+    return (_attend(name)(*qkv, visible) * weight).sum()
+
+  return jax.jit(jax.grad(loss))
+
+
+def _slow(q, k, v, visible=None, scale=None, key_rank=None):
+  """(out, lse) row by row in float64."""
+  q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+  B, T, Nq, H = q.shape
+  S, N = k.shape[1:3]
+  if visible is None:
+    visible = np.tile(np.minimum(np.arange(1, T + 1), S), (B, 1))
+  if visible.ndim == 2:
+    visible = np.repeat(visible[..., None], Nq // N, axis=2)
+  if key_rank is None:
+    key_rank = np.tile(np.arange(S), (B, 1))
+  out, lse = np.zeros((B, T, Nq, H)), np.full((B, T, Nq), -np.inf)
+  for b, i, n in np.ndindex(B, T, Nq):
+    head, stream = divmod(n, Nq // N)
+    seen = key_rank[b] < visible[b, i, stream]
+    if not seen.any():
+      continue
+    score = k[b, seen, head] @ q[b, i, n] * (scale or H**-0.5)
+    weight = np.exp(score - score.max())
+    out[b, i, n] = weight / weight.sum() @ v[b, seen, head]
+    lse[b, i, n] = score.max() + np.log(weight.sum())
+  return out, lse
+
+
+def _inputs(T, S, seed=0, dtype=np.float32, N=_N, group=_GROUP, H=_H):
+  generator = np.random.default_rng(seed)
+  return tuple(
+    generator.normal(size=shape).astype(dtype)
+    for shape in ((_B, T, N * group, H), (_B, S, N, H), (_B, S, N, H))
+  )
+
+
+def _ragged(T, S):
+  """Visible counts of all kinds: 0, 1, some, S and more than S."""
+  visible = np.random.default_rng(0).integers(0, S + 1, (_B, T), np.int32)
+  visible[0, 0], visible[1, 0], visible[2, 0] = 0, S, S + 2
+  return visible
+
+
+@functools.cache
+def _attend(name, scale=None, return_lse=False):
+  return jax.jit(
+    functools.partial(
+      pallas_kernels.any_order_attention,
+      implementation=name,
+      scale=scale,
+      return_lse=return_lse,
     )
   )
 
@@ -70,18 +135,67 @@ class AttentionTest(parameterized.TestCase):
   def test_causal_is_aligned_to_the_first_slot(self, shape, name):
     q, k, v = _inputs(*shape)
     out = _attend(name)(q, k, v)
-    np.testing.assert_allclose(out, _slow(q, k, v), atol=1e-5)
+    np.testing.assert_allclose(out, _slow(q, k, v)[0], atol=1e-5)
     # The last slot aligned to the last row is another function: seen here.
     if shape == (5, 7):
       visible = np.tile(np.arange(3, 8), (_B, 1))
-      self.assertGreater(np.abs(out - _slow(q, k, v, visible)).max(), 0.1)
+      self.assertGreater(np.abs(out - _slow(q, k, v, visible)[0]).max(), 0.1)
 
   @parameterized.product(shape=_SHAPES, name=_ON_CPU)
   def test_visible_prefixes(self, shape, name):
     q, k, v = _inputs(*shape)
     visible = _ragged(*shape)
     out = _attend(name, 0.3)(q, k, v, visible)
-    np.testing.assert_allclose(out, _slow(q, k, v, visible, 0.3), atol=1e-5)
+    np.testing.assert_allclose(out, _slow(q, k, v, visible, 0.3)[0], atol=1e-5)
+
+  @parameterized.product(shape=_SHAPES, name=_ON_CPU, lse=(False, True))
+  def test_streams_that_see_differently(self, shape, name, lse):
+    """Heads of one group with prefixes of their own; also with an lse."""
+    q, k, v = _inputs(*shape)
+    visible = np.stack([_ragged(*shape), _ragged(*shape)[::-1]], axis=-1)
+    got = _attend(name, return_lse=lse)(q, k, v, visible)
+    want = _slow(q, k, v, visible)
+    chex.assert_trees_all_close(got, want if lse else want[0], atol=1e-5)
+
+  @parameterized.product(shape=_SHAPES, name=_ON_CPU, per_stream=(False, True))
+  def test_ranks(self, shape, name, per_stream):
+    """Slots in natural order, seen by rank: ties and gaps too."""
+    q, k, v = _inputs(*shape)
+    visible = _ragged(*shape)
+    if per_stream:
+      visible = np.stack([visible, visible[::-1]], axis=-1)
+    rank = np.random.default_rng(3).integers(0, 9, k.shape[:2], np.int32)
+    got = _attend(name, return_lse=True)(q, k, v, visible, key_rank=rank)
+    want = _slow(q, k, v, visible, key_rank=rank)
+    chex.assert_trees_all_close(got, want, atol=1e-5)
+    out = _attend(name)(q, k, v, visible, key_rank=rank)
+    np.testing.assert_allclose(out, want[0], atol=1e-5)
+
+  @parameterized.parameters(*_ON_CPU)
+  def test_parts_make_the_whole(self, name):
+    """Merged by log-sum-exp: values and gradients of one attention."""
+    qkv = _inputs(5, 7)
+    visible = _ragged(5, 7)
+    weight = np.random.default_rng(9).normal(size=qkv[0].shape)
+    attend = _attend(name, return_lse=True)
+
+    def merged(q, k, v):
+      parts = [
+        attend(q, k[:, :3], v[:, :3], visible),
+        attend(q, k[:, 3:], v[:, 3:], visible - 3),
+      ]
+      outs, lses = (jnp.stack(x) for x in zip(*parts))
+      # Empty rows weigh nothing, and a difference of infinities has no slope.
+      lses = jnp.where(jnp.isfinite(lses), lses, -1e30)
+      share = jax.nn.softmax(lses, axis=0)
+      return (outs * share[..., None]).sum(0)
+
+    def loss(qkv):
+      return (merged(*qkv) * weight).sum()
+
+    np.testing.assert_allclose(merged(*qkv), _slow(*qkv, visible)[0], atol=1e-5)
+    want = _pull("reference")(qkv, visible, weight)
+    chex.assert_trees_all_close(jax.grad(loss)(qkv), want, atol=1e-5)
 
   @parameterized.parameters(*_ON_CPU)
   def test_an_empty_row_is_zero_and_has_no_gradient(self, name):
@@ -146,7 +260,7 @@ class AttentionTest(parameterized.TestCase):
         for step in (1e-5, -1e-5):
           moved = [np.array(x, np.float64) for x in arrays]
           moved[which][index] += step
-          ends.append((_slow(*moved, visible) * weight).sum())
+          ends.append((_slow(*moved, visible)[0] * weight).sum())
         slope = (ends[0] - ends[1]) / 2e-5
         self.assertAlmostEqual(float(gradient[index]), slope, delta=1e-4)
 
@@ -170,7 +284,7 @@ class AttentionTest(parameterized.TestCase):
     out = _attend(name)(q, k, v, visible)
     self.assertEqual(out.dtype, jnp.bfloat16)
     np.testing.assert_allclose(
-      np.asarray(out, np.float64), _slow(q, k, v, visible), atol=0.03
+      np.asarray(out, np.float64), _slow(q, k, v, visible)[0], atol=0.03
     )
 
   def test_float64_in_the_reference(self):
@@ -178,7 +292,7 @@ class AttentionTest(parameterized.TestCase):
       q, k, v = _inputs(5, 7, dtype=np.float64)
       out = _attend("reference")(q, k, v)
       self.assertEqual(out.dtype, jnp.float64)
-      np.testing.assert_allclose(out, _slow(q, k, v), atol=1e-12)
+      np.testing.assert_allclose(out, _slow(q, k, v)[0], atol=1e-12)
 
 
 class ChooserTest(parameterized.TestCase):
@@ -206,6 +320,7 @@ class ChooserTest(parameterized.TestCase):
 
   @parameterized.named_parameters(
     ("visible", dict(), True, r"`visible` \(causal only\)"),
+    ("lse", dict(), None, "`return_lse`"),
     ("rows", dict(T=5), False, r"T=5 rows over S=7 slots \(T = S only\)"),
     ("dtype", dict(), False, r"float32 \(bfloat16 and float16 only\)"),
     ("head", dict(dtype=jnp.bfloat16), False, r"H=6 \(multiples of 8 up to"),
@@ -219,11 +334,12 @@ class ChooserTest(parameterized.TestCase):
   )
   def test_cudnn_says_what_it_lacks(self, options, visible, message):
     q, k, v = _inputs(**dict(T=7, S=7) | options)
+    lse = visible is None
     visible = np.ones(q.shape[:2], np.int32) if visible else None
     message = "attention 'cudnn' does not support " + message
     with self.assertRaisesRegex(pallas_kernels.UnsupportedError, message):
       pallas_kernels.any_order_attention(
-        q, k, v, visible, implementation="cudnn"
+        q, k, v, visible, return_lse=lse, implementation="cudnn"
       )
 
   def test_an_unknown_name_lists_the_known(self):
@@ -247,11 +363,19 @@ class ChooserTest(parameterized.TestCase):
 
   @parameterized.parameters(((_B, 7),), ((5,),), ((_B, 5, 1),), ((1, 5),))
   def test_visible_must_be_one_count_a_row(self, shape):
-    message = r"visible .* must be \[B, T\] = \(3, 5\)"
+    message = r"visible .* must be \[B, T\] = \(3, 5\) or .* \(3, 5, 2\)"
     with self.assertRaisesRegex(ValueError, message):
       pallas_kernels.any_order_attention(
         *_inputs(5, 7), np.ones(shape, np.int32)
       )
+
+  def test_ranks_need_visible_and_one_rank_a_slot(self):
+    q, k, v = _inputs(5, 7)
+    visible, rank = np.ones((_B, 5), np.int32), np.ones((_B, 7), np.int32)
+    with self.assertRaisesRegex(ValueError, "key_rank needs visible"):
+      pallas_kernels.any_order_attention(q, k, v, key_rank=rank)
+    with self.assertRaisesRegex(ValueError, r"must be \[B, S\] = \(3, 7\)"):
+      pallas_kernels.any_order_attention(q, k, v, visible, key_rank=visible)
 
 
 if __name__ == "__main__":
