@@ -76,60 +76,6 @@ def _slow(q, k, v, visible=None, scale=None, key_rank=None):
   return out, lse
 
 
-def _inputs(T, S, seed=0, dtype=np.float32, N=_N, group=_GROUP, H=_H):
-  generator = np.random.default_rng(seed)
-  return tuple(
-    generator.normal(size=shape).astype(dtype)
-    for shape in ((_B, T, N * group, H), (_B, S, N, H), (_B, S, N, H))
-  )
-
-
-def _ragged(T, S):
-  """Visible counts of all kinds: 0, 1, some, S and more than S."""
-  visible = np.random.default_rng(0).integers(0, S + 1, (_B, T), np.int32)
-  visible[0, 0], visible[1, 0], visible[2, 0] = 0, S, S + 2
-  return visible
-
-
-@functools.cache
-def _attend(name, scale=None, return_lse=False):
-  return jax.jit(
-    functools.partial(
-      pallas_kernels.any_order_attention,
-      implementation=name,
-      scale=scale,
-      return_lse=return_lse,
-    )
-  )
-
-
-@functools.cache
-def _pull(name):
-  """Jitted gradients of sum(out * weight) for q, k and v."""
-
-  def loss(qkv, visible, weight):
-    return (_attend(name)(*qkv, visible) * weight).sum()
-
-  return jax.jit(jax.grad(loss))
-
-
-def _slow(q, k, v, visible=None, scale=None):
-  """Row by row in float64."""
-  q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-  B, T, Nq, H = q.shape
-  S, N = k.shape[1:3]
-  out = np.zeros((B, T, Nq, H))
-  for b, i, n in np.ndindex(B, T, Nq):
-    seen = min(i + 1, S) if visible is None else min(int(visible[b, i]), S)
-    if seen == 0:
-      continue
-    head = n // (Nq // N)
-    score = k[b, :seen, head] @ q[b, i, n] * (scale or H**-0.5)
-    weight = np.exp(score - score.max())
-    out[b, i, n] = weight / weight.sum() @ v[b, :seen, head]
-  return out
-
-
 class AttentionTest(parameterized.TestCase):
   @parameterized.product(shape=_SHAPES, name=_ON_CPU)
   def test_causal_is_aligned_to_the_first_slot(self, shape, name):
