@@ -1,0 +1,353 @@
+"""The TPU kernels: forward, and one backward for dq, dk and dv.
+
+Arrays are feature-major: [B, N, H, rows] and [B, N, H, slots], rows being all
+query heads (streams) of a row tile's positions side by side. So scores are
+[slots, rows]: the softmax reduces over sublanes, one register after another,
+and what belongs to a row (prefix, maximum, log-sum-exp) is one vector of lanes;
+no array is padded to 128 lanes where H is 64; and one load of a key tile serves
+all streams. The grid's last axis walks the work list of tiles.py, so tiles in
+which nothing is visible are neither loaded nor visited.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import context, tiles, tuning
+
+_LOG2E = math.log2(math.e)
+# Below every score, and finite: a difference of infinities is not a number.
+_LOWEST = -1e30
+# Of the 64 MiB that the smallest of v5e, v5p and v6e has.
+VMEM_BYTES = 48 * 2**20
+
+
+def forward(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  visible: jax.Array,
+  key_rank: jax.Array | None,
+  work: tiles.Worklist,
+  tiling: tuning.TpuTiles,
+  scale: float,
+) -> tuple[jax.Array, jax.Array]:
+  """Flash attention (arXiv 2205.14135) over the pairs of `work`.
+
+  Args:
+    q: [B, N, H, row tiles * rows].
+    k: [B, N, H, S], v too.
+    visible: int32 [B or 1, 1, row tiles * rows].
+    key_rank: int32 [B, 1, S], or None.
+    work: row-major.
+    tiling: the sizes.
+    scale: of the scores.
+
+  Returns:
+    out, as q, and lse [B, N, 1, row tiles * rows], float32, in base 2, -inf
+    for a row that sees nothing.
+  """
+  spec = _Specs(q, k, visible, key_rank, work, tiling)
+  heads, H, rows = tiling.heads, q.shape[2], tiling.rows
+  kernel = functools.partial(
+    _forward_kernel, scale=scale, ranked=key_rank is not None
+  )
+  inputs = [visible, *spec.ranks, q, k, v]
+  return spec.call(
+    kernel,
+    inputs,
+    in_specs=[*spec.masks, spec.row(H), spec.key(H), spec.key(H)],
+    out_specs=[spec.row(H), spec.row(1)],
+    out_shape=[
+      _like(q, q.shape, q.dtype),
+      _like(q, (*q.shape[:2], 1, q.shape[3]), jnp.float32),
+    ],
+    scratch_shapes=[
+      pltpu.VMEM((heads, 1, rows), jnp.float32),
+      pltpu.VMEM((heads, 1, rows), jnp.float32),
+      pltpu.VMEM((heads, H, rows), jnp.float32),
+    ],
+    name="any_order_attention_forward",
+  )
+
+
+def backward(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  d_out: jax.Array,
+  lse: jax.Array,
+  delta: jax.Array,
+  visible: jax.Array,
+  key_rank: jax.Array | None,
+  work: tiles.Worklist,
+  tiling: tuning.TpuTiles,
+  scale: float,
+  sum_dtype: jnp.dtype,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """(dq, dk, dv), as q, k and v, in one pass over the pairs of `work`.
+
+  Scores are computed once for all three gradients, since the dq of all rows
+  of the heads at work stays in VMEM.
+
+  Args:
+    q: as for `forward`; k, v, visible, key_rank, tiling and scale too.
+    d_out: as q.
+    lse: float32 [B, N, 1, row tiles * rows], in base 2, +inf for a row that
+      sees nothing.
+    delta: as lse: what is subtracted from the slope of each weight.
+    work: key-major.
+    sum_dtype: of dk and dv.
+  """
+  spec = _Specs(q, k, visible, key_rank, work, tiling)
+  heads, H, rows, slots = tiling.heads, q.shape[2], tiling.rows, tiling.slots
+  kernel = functools.partial(
+    _backward_kernel, scale=scale, ranked=key_rank is not None
+  )
+  row, key, line = spec.row(H), spec.key(H), spec.row(1)
+  inputs = [visible, *spec.ranks, q, k, v, d_out, lse, delta]
+  return spec.call(
+    kernel,
+    inputs,
+    in_specs=[*spec.masks, row, key, key, row, line, line],
+    out_specs=[spec.all_rows(H), key, key],
+    out_shape=[
+      _like(q, q.shape, q.dtype),
+      _like(k, k.shape, sum_dtype),
+      _like(v, v.shape, sum_dtype),
+    ],
+    scratch_shapes=[
+      pltpu.VMEM((tiling.row_tiles, heads, H, rows), jnp.float32),
+      pltpu.VMEM((heads, H, slots), jnp.float32),
+      pltpu.VMEM((heads, H, slots), jnp.float32),
+    ],
+    name="any_order_attention_backward",
+  )
+
+
+def backward_row_tiles(q: jax.Array, tiling: tuning.TpuTiles) -> int:
+  """How many row tiles' dq can be in VMEM at once; at least 1.
+
+  q [B, N, H, row tiles * rows]. It is there in float32 while it is summed, and
+  twice in the output's pipeline.
+  """
+  tile = tiling.heads * q.shape[2] * tiling.rows
+  return max(VMEM_BYTES // 2 // (tile * (4 + 2 * q.dtype.itemsize)), 1)
+
+
+class _Specs:
+  """The grid, and the blocks that a pair of the work list needs."""
+
+  def __init__(self, q, k, visible, key_rank, work, tiling):
+    B, N = q.shape[:2]
+    # A list that all sequences share is walked once for each.
+    shared = visible.shape[0] < B or B == 1
+    self.grid = (B if shared else 1, N // tiling.heads, work.count)
+    self.work = work
+    self.tiling = tiling
+    self.all = q.shape[3]
+    tile = pl.BlockSpec(
+      (1, 1, tiling.rows), lambda b, n, s, seq, row, *_: (seq[s], 0, row[s])
+    )
+    self.masks, self.ranks = [tile], []
+    if key_rank is not None:
+      self.masks.append(
+        pl.BlockSpec(
+          (1, 1, tiling.slots),
+          lambda b, n, s, seq, row, key, _: (b + seq[s], 0, key[s]),
+        )
+      )
+      self.ranks.append(key_rank)
+
+  def row(self, height):
+    return pl.BlockSpec(
+      (1, self.tiling.heads, height, self.tiling.rows),
+      lambda b, n, s, seq, row, *_: (b + seq[s], n, 0, row[s]),
+    )
+
+  def all_rows(self, height):
+    return pl.BlockSpec(
+      (1, self.tiling.heads, height, self.all),
+      lambda b, n, s, seq, *_: (b + seq[s], n, 0, 0),
+    )
+
+  def key(self, height):
+    return pl.BlockSpec(
+      (1, self.tiling.heads, height, self.tiling.slots),
+      lambda b, n, s, seq, row, key, _: (b + seq[s], n, 0, key[s]),
+    )
+
+  def call(
+    self,
+    kernel,
+    inputs,
+    *,
+    in_specs,
+    out_specs,
+    out_shape,
+    scratch_shapes,
+    name,
+  ):
+    return pl.pallas_call(
+      kernel,
+      grid_spec=pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=4,
+        grid=self.grid,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        scratch_shapes=scratch_shapes,
+      ),
+      out_shape=out_shape,
+      compiler_params=pltpu.CompilerParams(
+        dimension_semantics=("parallel", "parallel", "arbitrary"),
+        vmem_limit_bytes=VMEM_BYTES,
+      ),
+      interpret=context.interpret.value or False,
+      name=name,
+    )(*self.work[:4], *inputs)
+
+
+def _like(x, shape, dtype):
+  """Under shard_map what is returned varies over the mesh as x does."""
+  return jax.ShapeDtypeStruct(
+    shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type
+  )
+
+
+def _dot(a, b, axis_a, axis_b):
+  """Contracts an axis of matrix a with one of b, in float32."""
+  exact = a.dtype == jnp.float32
+  return jax.lax.dot_general(
+    a,
+    b,
+    (((axis_a,), (axis_b,)), ((), ())),
+    preferred_element_type=jnp.float32,
+    precision=jax.lax.Precision.HIGHEST if exact else None,
+  )
+
+
+def _at(bit, flags):
+  """Runs the decorated block where the pair's flags have the bit."""
+  return pl.when(flags & bit != 0)
+
+
+def _seen(visible_ref, rank_ref, key, slots):
+  """Which scores of the pair count: bool [slots, rows]."""
+  visible = visible_ref[0]
+  shape = (slots, visible.shape[1])
+  if rank_ref is None:
+    index = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    return index < visible - key * slots
+  # The ranks come as lanes and are wanted as sublanes.
+  rank = jnp.broadcast_to(rank_ref[0], (tuning.LANES, slots)).T
+  return jnp.tile(rank, (1, shape[1] // tuning.LANES)) < visible
+
+
+def _forward_kernel(
+  sequence_ref, row_ref, key_ref, flags_ref, visible_ref, *refs, scale, ranked
+):
+  del sequence_ref, row_ref  # Read by the blocks' index maps.
+  rank_ref, refs = (refs[0], refs[1:]) if ranked else (None, refs)
+  q_ref, k_ref, v_ref, out_ref, lse_ref, most_ref, total_ref, sum_ref = refs
+  step = pl.program_id(2)
+  flags = flags_ref[step]
+  heads, _, slots = k_ref.shape[1:]
+
+  @_at(tiles.FIRST, flags)
+  def start():
+    most_ref[...] = jnp.full_like(most_ref, _LOWEST)
+    total_ref[...] = jnp.zeros_like(total_ref)
+    sum_ref[...] = jnp.zeros_like(sum_ref)
+
+  def accumulate(n, seen):
+    # In base 2, which is what the hardware computes.
+    score = _dot(k_ref[0, n], q_ref[0, n], 0, 0) * (scale * _LOG2E)
+    if seen is not None:
+      score = jnp.where(seen, score, -jnp.inf)
+    before = most_ref[n]
+    most = jnp.maximum(before, score.max(axis=0, keepdims=True))
+    weight = jnp.exp2(score - most)
+    shrink = jnp.exp2(before - most)
+    most_ref[n] = most
+    total_ref[n] = shrink * total_ref[n] + weight.sum(axis=0, keepdims=True)
+    values = _dot(v_ref[0, n], weight.astype(v_ref.dtype), 1, 0)
+    sum_ref[n] = shrink * sum_ref[n] + values
+
+  @_at(tiles.ALL, flags)
+  def unmasked():
+    for n in range(heads):
+      accumulate(n, None)
+
+  @_at(tiles.SOME, flags)
+  def masked():
+    seen = _seen(visible_ref, rank_ref, key_ref[step], slots)
+    for n in range(heads):
+      accumulate(n, seen)
+
+  @_at(tiles.LAST, flags)
+  def finish():
+    total = total_ref[...]
+    some = jnp.where(total > 0, total, 1.0)
+    out_ref[0] = (sum_ref[...] / some).astype(out_ref.dtype)
+    lse = most_ref[...] + jnp.log2(some)
+    lse_ref[0] = jnp.where(total > 0, lse, -jnp.inf)
+
+
+def _backward_kernel(
+  sequence_ref, row_ref, key_ref, flags_ref, visible_ref, *refs, scale, ranked
+):
+  del sequence_ref
+  rank_ref, refs = (refs[0], refs[1:]) if ranked else (None, refs)
+  q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref, *refs = refs
+  dq_ref, dk_ref, dv_ref, dq_sum_ref, dk_sum_ref, dv_sum_ref = refs
+  step = pl.program_id(2)
+  flags, row = flags_ref[step], row_ref[step]
+  heads, _, slots = k_ref.shape[1:]
+  row_tiles, rows = dq_sum_ref.shape[0], q_ref.shape[3]
+
+  @_at(tiles.OPENS, flags)
+  def start():
+    dq_sum_ref[...] = jnp.zeros_like(dq_sum_ref)
+
+  @_at(tiles.FIRST, flags)
+  def start_slots():
+    dk_sum_ref[...] = jnp.zeros_like(dk_sum_ref)
+    dv_sum_ref[...] = jnp.zeros_like(dv_sum_ref)
+
+  def accumulate(n, seen):
+    q, k, d_out = q_ref[0, n], k_ref[0, n], d_out_ref[0, n]
+    score = _dot(k, q, 0, 0) * (scale * _LOG2E) - lse_ref[0, n]
+    if seen is not None:
+      score = jnp.where(seen, score, -jnp.inf)
+    weight = jnp.exp2(score)
+    dv_sum_ref[n] += _dot(d_out, weight.astype(d_out.dtype), 1, 1)
+    slope = _dot(v_ref[0, n], d_out, 0, 0)
+    slope = (weight * (slope - delta_ref[0, n])).astype(q.dtype)
+    dk_sum_ref[n] += _dot(q, slope, 1, 1)
+    dq_sum_ref[row, n] += _dot(k, slope, 1, 0)
+
+  @_at(tiles.ALL, flags)
+  def unmasked():
+    for n in range(heads):
+      accumulate(n, None)
+
+  @_at(tiles.SOME, flags)
+  def masked():
+    seen = _seen(visible_ref, rank_ref, key_ref[step], slots)
+    for n in range(heads):
+      accumulate(n, seen)
+
+  @_at(tiles.LAST, flags)
+  def finish_slots():
+    dk_ref[0] = (dk_sum_ref[...] * scale).astype(dk_ref.dtype)
+    dv_ref[0] = dv_sum_ref[...].astype(dv_ref.dtype)
+
+  @_at(tiles.CLOSES, flags)
+  def finish():
+    for i in range(row_tiles):
+      dq = dq_sum_ref[i] * scale
+      dq_ref[0, :, :, i * rows : (i + 1) * rows] = dq.astype(dq_ref.dtype)
