@@ -14,6 +14,7 @@ import jax.numpy as jnp
 FIRST, LAST = 1, 2  # The pair starts, ends the work on its stationary tile.
 OPENS, CLOSES = 4, 8  # It starts, ends the work on its sequence.
 SOME, ALL = 16, 32  # What is visible; neither bit: nothing.
+_FLAGS = 64
 
 
 class Bounds(NamedTuple):
@@ -43,6 +44,9 @@ def key_bounds(key_rank: jax.Array | None, S: int, size: int) -> Bounds:
 class Worklist(NamedTuple):
   """Pairs of tiles in the order in which a sequential grid visits them.
 
+  All pairs of a stationary tile follow each other. It has at least one, in
+  which nothing may be visible: its output must be written all the same.
+
   Attributes:
     sequence: int32 [n], of the pair, in 0 to B - 1, or 0 for a list that all
       sequences share.
@@ -59,67 +63,71 @@ class Worklist(NamedTuple):
   count: int | jax.Array
 
 
-def worklist(
-  rows: Bounds, keys: Bounds, *, key_major: bool, count: int | None = None
-) -> Worklist:
-  """The pairs in which something is visible, and one of every tile.
+def worklist(rows: Bounds, keys: Bounds, *, key_major: bool) -> Worklist:
+  """The pairs in which something is visible.
 
   Args:
     rows: of `visible`.
     keys: of the ranks.
-    key_major: whether the key tile is stationary, and not the row tile: all
-      pairs of a stationary tile follow each other, and it has at least one,
-      since its output must be written even if it sees nothing.
-    count: the number of pairs where it is known before tracing.
+    key_major: whether the key tile is stationary, and not the row tile.
   """
   some = keys.low[:, None, :] < rows.high[:, :, None]
   every = keys.high[:, None, :] < rows.low[:, :, None]
   if key_major:
     some, every = some.swapaxes(1, 2), every.swapaxes(1, 2)
-  alone = jnp.arange(some.shape[2]) == 0
-  visited = some | (alone & ~some.any(axis=2, keepdims=True))
-  size = visited.size if count is None else count
-  total = visited.sum(dtype=jnp.int32) if count is None else count
-  (flat,) = jnp.nonzero(visited.ravel(), size=size, fill_value=visited.size)
-  flat = flat.astype(jnp.int32)
-  stationary, moving = jnp.divmod(flat, some.shape[2])
-  sequence, stationary = jnp.divmod(stationary, some.shape[1])
-  opens, closes = _ends(sequence)
-  first, last = _ends(flat // some.shape[2])
-  some, every = (
-    x.ravel().at[flat].get(mode="fill", fill_value=False) for x in (some, every)
-  )
+  _, outer, inner = some.shape
+  stationary, moving = (jnp.arange(n) for n in (outer, inner))
+  visited = some | ((moving == 0) & ~some.any(axis=2, keepdims=True))
+  first = moving == visited.argmax(axis=2, keepdims=True)
+  last = moving == inner - 1 - visited[..., ::-1].argmax(axis=2, keepdims=True)
   flags = (
     first * FIRST
     + last * LAST
-    + opens * OPENS
-    + closes * CLOSES
+    + (first & (stationary == 0)[:, None]) * OPENS
+    + (last & (stationary == outer - 1)[:, None]) * CLOSES
     + jnp.where(every, ALL, some * SOME)
   )
+  # One sort of packed numbers, and a few operations around it: this is done
+  # for every call, and on a TPU each operation costs microseconds.
+  index = jnp.arange(visited.size).reshape(visited.shape)
+  packed = jnp.where(visited, index * _FLAGS + flags, jnp.iinfo(jnp.int32).max)
+  packed = jnp.sort(packed.ravel().astype(jnp.int32))
+  index, flags = packed // _FLAGS, packed % _FLAGS
+  moving, index = index % inner, index // inner
+  stationary, sequence = index % outer, index // outer
   row, key = (moving, stationary) if key_major else (stationary, moving)
-  return Worklist(sequence, row, key, flags.astype(jnp.int32), total)
+  return Worklist(sequence, row, key, flags, visited.sum(dtype=jnp.int32))
 
 
-def _ends(group):
-  """Whether each is the first, the last of its run of equal values."""
-  change = group[1:] != group[:-1]
-  end = jnp.ones(1, bool)
-  return jnp.append(end, change), jnp.append(change, end)
-
-
-def causal_count(
-  T: int, S: int, rows: int, slots: int, *, key_major: bool
-) -> int:
-  """The length of the work list where row i sees min(i + 1, S) slots.
+def causal_worklist(
+  positions: range, S: int, rows: int, slots: int, *, key_major: bool
+) -> Worklist:
+  """The same where position i sees min(i + 1, S) slots, without an operation.
 
   Args:
-    T: positions.
+    positions: of the rows, from a tile's first on.
     S: slots.
     rows: positions of a row tile.
     slots: slots of a key tile.
     key_major: as for `worklist`.
   """
-  ends = [min(end, T, S) for end in range(rows, T + rows, rows)]
-  pairs = sum(-(-end // slots) for end in ends)
-  unseen = -(-S // slots) - -(-ends[-1] // slots)
-  return pairs + key_major * unseen
+  pairs = []
+  for row, tile in enumerate(positions[i : i + rows] for i in positions[::rows]):
+    low, high = min(tile[0] + 1, S), min(tile[-1] + 1, S)
+    for key, start in enumerate(range(0, high, slots)):
+      pairs.append((row, key, ALL if start + slots <= low else SOME))
+  if key_major:
+    seen = {key for _, key, _ in pairs}
+    unseen = set(range(-(-S // slots))) - seen
+    pairs += [(0, key, 0) for key in unseen]
+    pairs.sort(key=lambda pair: (pair[1], pair[0]))
+  stationary = [None, *(pair[key_major] for pair in pairs), None]
+  flags = [pair[2] for pair in pairs]
+  for i, (before, own, after) in enumerate(
+    zip(stationary, stationary[1:], stationary[2:])
+  ):
+    flags[i] += FIRST * (before != own) + LAST * (after != own)
+  flags[0] += OPENS
+  flags[-1] += CLOSES
+  columns = [0] * len(pairs), *list(zip(*pairs))[:2], flags
+  return Worklist(*(jnp.array(c, jnp.int32) for c in columns), len(pairs))

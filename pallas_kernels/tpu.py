@@ -1,7 +1,6 @@
 """Any-order attention on TPUs: layouts, tiles and gradients."""
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -83,44 +82,59 @@ class _Call(NamedTuple):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _attention(q, k, v, visible, key_rank, call):
   """As `attention`; visible [B or 1, 1, rows], key_rank [B, 1, S], padded."""
-  return _forward(q, k, v, visible, key_rank, call)[0]
+  return _forward(q, k, v, visible, key_rank, call, low=False)[0]
 
 
-def _forward(q, k, v, visible, key_rank, call):
+def _forward(q, k, v, visible, key_rank, call, low=True):
   Nq, H = q.shape[2:]
   t = call.tiling
   q = _to_rows(_pad_features(q), k.shape[2], t)
   k, v = _to_slots(k, t), _to_slots(v, t)
-  work = _worklist(visible, key_rank, call, key_major=False)
-  out, lse = tpu_kernels.forward(
-    q, k, v, visible, key_rank, work, t, call.scale
+  every = range(t.row_tiles)
+  work = _worklist(visible, key_rank, call, every, key_major=False)
+  # Gradients need the sum of p dp over the slots, which is d_out . out, and
+  # where p is near 0 or 1 they are as wrong as out is. So where the backward
+  # pass does not see all slots at once, out's rounding error is kept with it.
+  low = low and t.key_tiles > 1 and v.dtype == jnp.bfloat16
+  out, most, total, *low = tpu_kernels.forward(
+    q, k, v, visible, key_rank, work, t, call.scale, low
   )
-  out = _from_rows(out, call.T, Nq, t)[..., :H]
-  nats = math.log(2) * _from_rows(lse, call.T, Nq, t)[..., 0]
-  return (out, nats), (q, k, v, visible, key_rank, out, lse)
+  out, *low = (_from_rows(x, call.T, Nq, t)[..., :H] for x in (out, *low))
+  lse = jnp.where(total > 0, call.scale * most + jnp.log(total), -jnp.inf)
+  lse = _from_rows(lse, call.T, Nq, t)[..., 0]
+  return (out, lse), (q, k, v, visible, key_rank, out, low, most, total)
 
 
 def _backward(call, residuals, cotangents):
-  q, k, v, visible, key_rank, out, lse = residuals
+  q, k, v, visible, key_rank, out, low, most, total = residuals
   d_out, d_lse = cotangents
   Nq, H = out.shape[2:]
   t = call.tiling
-  # The softmax's slope is p (dp - sum of p dp), and p dlse is added.
-  delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - d_lse
+  # What the slope of every weight of a row has too much.
+  delta = -d_lse
+  if t.key_tiles > 1:
+    exact = sum((x.astype(jnp.float32) for x in low), out.astype(jnp.float32))
+    delta += (d_out.astype(jnp.float32) * exact).sum(axis=-1)
   rows = (
     q,
     _to_rows(_pad_features(d_out), k.shape[1], t),
-    jnp.where(jnp.isneginf(lse), jnp.inf, lse),
+    most,
+    jnp.where(total > 0, jnp.log2(total), jnp.inf),
     _to_rows(delta[..., None], k.shape[1], t),
     visible,
   )
-  parts = []
-  most = tpu_kernels.backward_row_tiles(q, t)
-  for first in range(0, t.row_tiles, most):
-    part = slice(first * t.rows, (first + most) * t.rows)
-    parts.append(
-      _backward_part(*(x[..., part] for x in rows), k, v, key_rank, call)
+  at_once = tpu_kernels.backward_row_tiles(q, t)
+  parts = [
+    _backward_part(
+      range(first, min(first + at_once, t.row_tiles)),
+      rows,
+      k,
+      v,
+      key_rank,
+      call,
     )
+    for first in range(0, t.row_tiles, at_once)
+  ]
   dqs, dks, dvs = zip(*parts)
   dq = _from_rows(jnp.concatenate(dqs, axis=-1), call.T, Nq, t)[..., :H]
   dk, dv = (
@@ -133,41 +147,41 @@ def _backward(call, residuals, cotangents):
 _attention.defvjp(_forward, _backward)
 
 
-def _backward_part(q, d_out, lse, delta, visible, k, v, key_rank, call):
-  """(dq, dk, dv) of some row tiles."""
+def _backward_part(row_tiles, rows, k, v, key_rank, call):
+  """(dq, dk, dv) of a range of row tiles."""
   t = call.tiling
-  part = t._replace(T=q.shape[3] // t.rows * t.positions)
-  whole = part == t
-  work = _worklist(visible, key_rank, call, key_major=True, whole=whole)
+  part = slice(row_tiles.start * t.rows, row_tiles.stop * t.rows)
+  q, d_out, most, log2_total, delta, visible = (x[..., part] for x in rows)
+  work = _worklist(visible, key_rank, call, row_tiles, key_major=True)
+  part = t._replace(T=len(row_tiles) * t.positions)
   return tpu_kernels.backward(
     q,
     k,
     v,
     d_out,
-    lse,
+    most,
+    log2_total,
     delta,
     visible,
     key_rank,
     work,
     part,
     call.scale,
-    k.dtype if whole else jnp.float32,
+    k.dtype if part == t else jnp.float32,
   )
 
 
-def _worklist(visible, key_rank, call, *, key_major, whole=True):
+def _worklist(visible, key_rank, call, row_tiles, *, key_major):
   t = call.tiling
-  count = None
-  if call.causal and whole:
-    count = tiles.causal_count(
-      call.T, call.S, t.positions, t.slots, key_major=key_major
-    )
-  return tiles.worklist(
-    tiles.row_bounds(visible.reshape(visible.shape[0], -1, t.rows)),
-    tiles.key_bounds(key_rank, t.S, t.slots),
-    key_major=key_major,
-    count=count,
-  )
+  if call.causal:
+    first, last = (i * t.positions for i in (row_tiles.start, row_tiles.stop))
+    return tiles.causal_worklist(
+      range(call.T)[first:last], call.S, t.positions, t.slots,
+      key_major=key_major,
+    )  # fmt: skip
+  rows = tiles.row_bounds(visible.reshape(visible.shape[0], -1, t.rows))
+  keys = tiles.key_bounds(key_rank, t.S, t.slots)
+  return tiles.worklist(rows, keys, key_major=key_major)
 
 
 def _pad(x, axis, size, **how):

@@ -35,7 +35,8 @@ def forward(
   work: tiles.Worklist,
   tiling: tuning.TpuTiles,
   scale: float,
-) -> tuple[jax.Array, jax.Array]:
+  low: bool,
+) -> list[jax.Array]:
   """Flash attention (arXiv 2205.14135) over the pairs of `work`.
 
   Args:
@@ -46,10 +47,12 @@ def forward(
     work: row-major.
     tiling: the sizes.
     scale: of the scores.
+    low: whether to return what rounding took from out.
 
   Returns:
-    out, as q, and lse [B, N, 1, row tiles * rows], float32, in base 2, -inf
-    for a row that sees nothing.
+    out, as q; float32 [B, N, 1, row tiles * rows] the largest unscaled score
+    of each row, and its sum of exp(scaled score - largest), 0 for a row that
+    sees nothing; if `low`, the exact out minus out, as q.
   """
   spec = _Specs(q, k, visible, key_rank, work, tiling)
   heads, H, rows = tiling.heads, q.shape[2], tiling.rows
@@ -61,10 +64,11 @@ def forward(
     kernel,
     inputs,
     in_specs=[*spec.masks, spec.row(H), spec.key(H), spec.key(H)],
-    out_specs=[spec.row(H), spec.row(1)],
+    out_specs=[spec.row(H), spec.row(1), spec.row(1), *[spec.row(H)] * low],
     out_shape=[
       _like(q, q.shape, q.dtype),
-      _like(q, (*q.shape[:2], 1, q.shape[3]), jnp.float32),
+      *[_like(q, (*q.shape[:2], 1, q.shape[3]), jnp.float32)] * 2,
+      *[_like(q, q.shape, q.dtype)] * low,
     ],
     scratch_shapes=[
       pltpu.VMEM((heads, 1, rows), jnp.float32),
@@ -80,7 +84,8 @@ def backward(
   k: jax.Array,
   v: jax.Array,
   d_out: jax.Array,
-  lse: jax.Array,
+  most: jax.Array,
+  log2_total: jax.Array,
   delta: jax.Array,
   visible: jax.Array,
   key_rank: jax.Array | None,
@@ -97,23 +102,27 @@ def backward(
   Args:
     q: as for `forward`; k, v, visible, key_rank, tiling and scale too.
     d_out: as q.
-    lse: float32 [B, N, 1, row tiles * rows], in base 2, +inf for a row that
-      sees nothing.
-    delta: as lse: what is subtracted from the slope of each weight.
+    most: float32 [B, N, 1, row tiles * rows], of `forward`.
+    log2_total: as most, of `forward`'s sum, +inf for a row that sees nothing.
+    delta: as most: what is subtracted from the slope of each weight, besides
+      the row's sum of p dp where one key tile holds all slots.
     work: key-major.
     sum_dtype: of dk and dv.
   """
   spec = _Specs(q, k, visible, key_rank, work, tiling)
   heads, H, rows, slots = tiling.heads, q.shape[2], tiling.rows, tiling.slots
   kernel = functools.partial(
-    _backward_kernel, scale=scale, ranked=key_rank is not None
+    _backward_kernel,
+    scale=scale,
+    ranked=key_rank is not None,
+    whole=tiling.key_tiles == 1,
   )
   row, key, line = spec.row(H), spec.key(H), spec.row(1)
-  inputs = [visible, *spec.ranks, q, k, v, d_out, lse, delta]
+  inputs = [visible, *spec.ranks, q, k, v, d_out, most, log2_total, delta]
   return spec.call(
     kernel,
     inputs,
-    in_specs=[*spec.masks, row, key, key, row, line, line],
+    in_specs=[*spec.masks, row, key, key, row, line, line, line],
     out_specs=[spec.all_rows(H), key, key],
     out_shape=[
       _like(q, q.shape, q.dtype),
@@ -252,7 +261,8 @@ def _forward_kernel(
 ):
   del sequence_ref, row_ref  # Read by the blocks' index maps.
   rank_ref, refs = (refs[0], refs[1:]) if ranked else (None, refs)
-  q_ref, k_ref, v_ref, out_ref, lse_ref, most_ref, total_ref, sum_ref = refs
+  q_ref, k_ref, v_ref, out_ref, most_out_ref, total_out_ref, *low_ref = refs[:-3]
+  most_ref, total_ref, sum_ref = refs[-3:]
   step = pl.program_id(2)
   flags = flags_ref[step]
   heads, _, slots = k_ref.shape[1:]
@@ -264,14 +274,15 @@ def _forward_kernel(
     sum_ref[...] = jnp.zeros_like(sum_ref)
 
   def accumulate(n, seen):
-    # In base 2, which is what the hardware computes.
-    score = _dot(k_ref[0, n], q_ref[0, n], 0, 0) * (scale * _LOG2E)
+    score = _dot(k_ref[0, n], q_ref[0, n], 0, 0)
     if seen is not None:
       score = jnp.where(seen, score, -jnp.inf)
     before = most_ref[n]
     most = jnp.maximum(before, score.max(axis=0, keepdims=True))
-    weight = jnp.exp2(score - most)
-    shrink = jnp.exp2(before - most)
+    # The difference comes first: it is exact where it matters. In base 2, which
+    # is what the hardware computes.
+    weight = jnp.exp2((score - most) * (scale * _LOG2E))
+    shrink = jnp.exp2((before - most) * (scale * _LOG2E))
     most_ref[n] = most
     total_ref[n] = shrink * total_ref[n] + weight.sum(axis=0, keepdims=True)
     values = _dot(v_ref[0, n], weight.astype(v_ref.dtype), 1, 0)
@@ -292,17 +303,29 @@ def _forward_kernel(
   def finish():
     total = total_ref[...]
     some = jnp.where(total > 0, total, 1.0)
-    out_ref[0] = (sum_ref[...] / some).astype(out_ref.dtype)
-    lse = most_ref[...] + jnp.log2(some)
-    lse_ref[0] = jnp.where(total > 0, lse, -jnp.inf)
+    exact = sum_ref[...] / some
+    out = exact.astype(out_ref.dtype)
+    out_ref[0] = out
+    for ref in low_ref:
+      ref[0] = (exact - out.astype(jnp.float32)).astype(ref.dtype)
+    most_out_ref[0] = most_ref[...]
+    total_out_ref[0] = total
 
 
 def _backward_kernel(
-  sequence_ref, row_ref, key_ref, flags_ref, visible_ref, *refs, scale, ranked
+  sequence_ref,
+  row_ref,
+  key_ref,
+  flags_ref,
+  visible_ref,
+  *refs,
+  scale,
+  ranked,
+  whole,
 ):
   del sequence_ref
   rank_ref, refs = (refs[0], refs[1:]) if ranked else (None, refs)
-  q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref, *refs = refs
+  q_ref, k_ref, v_ref, d_out_ref, most_ref, log_ref, delta_ref, *refs = refs
   dq_ref, dk_ref, dv_ref, dq_sum_ref, dk_sum_ref, dv_sum_ref = refs
   step = pl.program_id(2)
   flags, row = flags_ref[step], row_ref[step]
@@ -320,13 +343,16 @@ def _backward_kernel(
 
   def accumulate(n, seen):
     q, k, d_out = q_ref[0, n], k_ref[0, n], d_out_ref[0, n]
-    score = _dot(k, q, 0, 0) * (scale * _LOG2E) - lse_ref[0, n]
+    score = (_dot(k, q, 0, 0) - most_ref[0, n]) * (scale * _LOG2E)
     if seen is not None:
       score = jnp.where(seen, score, -jnp.inf)
-    weight = jnp.exp2(score)
+    weight = jnp.exp2(score - log_ref[0, n])
     dv_sum_ref[n] += _dot(d_out, weight.astype(d_out.dtype), 1, 1)
     slope = _dot(v_ref[0, n], d_out, 0, 0)
-    slope = (weight * (slope - delta_ref[0, n])).astype(q.dtype)
+    delta = delta_ref[0, n]
+    if whole:
+      delta += (weight * slope).sum(axis=0, keepdims=True)
+    slope = (weight * (slope - delta)).astype(q.dtype)
     dk_sum_ref[n] += _dot(q, slope, 1, 1)
     dq_sum_ref[row, n] += _dot(k, slope, 1, 0)
 

@@ -37,7 +37,7 @@ class TpuTiles(NamedTuple):
 # A grid step costs about 0.35 us whatever it does (the Pallas documentation's
 # figure), as much as 100,000 scores; larger tiles compute more masked scores.
 # Not tuned on a TPU: none was at hand.
-_ROWS, _SLOTS = 1024, 512
+TPU_ROWS, TPU_SLOTS = 1024, 512
 
 
 def tpu_tiles(T: int, S: int, N: int, group: int) -> TpuTiles:
@@ -45,13 +45,13 @@ def tpu_tiles(T: int, S: int, N: int, group: int) -> TpuTiles:
 
   Short sequences are one tile, and several heads share a grid step.
   """
-  most = max(_ROWS // group // LANES, 1) * LANES
+  most = max(TPU_ROWS // group // LANES, 1) * LANES
   positions = T if T <= most else most
   rows = _round_up(positions * group, LANES)
-  slots = min(_round_up(S, LANES), _SLOTS)
+  slots = min(_round_up(S, LANES), TPU_SLOTS)
   heads = max(
     n for n in range(1, N + 1)
-    if N % n == 0 and (n == 1 or n * rows * slots <= _ROWS * _SLOTS)
+    if N % n == 0 and (n == 1 or n * rows * slots <= TPU_ROWS * TPU_SLOTS)
   )  # fmt: skip
   return TpuTiles(
     positions, rows, slots, heads, _round_up(T, positions), _round_up(S, slots)
