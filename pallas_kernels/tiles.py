@@ -76,15 +76,17 @@ def worklist(rows: Bounds, keys: Bounds, *, key_major: bool) -> Worklist:
   if key_major:
     some, every = some.swapaxes(1, 2), every.swapaxes(1, 2)
   _, outer, inner = some.shape
-  stationary, moving = (jnp.arange(n) for n in (outer, inner))
+  stationary, moving = (
+    jax.lax.broadcasted_iota(jnp.int32, some.shape, axis) for axis in (1, 2)
+  )
   visited = some | ((moving == 0) & ~some.any(axis=2, keepdims=True))
   first = moving == visited.argmax(axis=2, keepdims=True)
   last = moving == inner - 1 - visited[..., ::-1].argmax(axis=2, keepdims=True)
   flags = (
     first * FIRST
     + last * LAST
-    + (first & (stationary == 0)[:, None]) * OPENS
-    + (last & (stationary == outer - 1)[:, None]) * CLOSES
+    + (first & (stationary == 0)) * OPENS
+    + (last & (stationary == outer - 1)) * CLOSES
     + jnp.where(every, ALL, some * SOME)
   )
   # One sort of packed numbers, and a few operations around it: this is done
@@ -112,10 +114,11 @@ def causal_worklist(
     key_major: as for `worklist`.
   """
   pairs = []
-  for row, tile in enumerate(positions[i : i + rows] for i in positions[::rows]):
+  for row, start in enumerate(range(0, len(positions), rows)):
+    tile = positions[start : start + rows]
     low, high = min(tile[0] + 1, S), min(tile[-1] + 1, S)
-    for key, start in enumerate(range(0, high, slots)):
-      pairs.append((row, key, ALL if start + slots <= low else SOME))
+    for key, end in enumerate(range(slots, high + slots, slots)):
+      pairs.append((row, key, ALL if end <= low else SOME))
   if key_major:
     seen = {key for _, key, _ in pairs}
     unseen = set(range(-(-S // slots))) - seen

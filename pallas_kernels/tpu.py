@@ -31,6 +31,9 @@ def lacks(
     pairs = q.shape[0] * t.row_tiles * t.key_tiles
     if pairs > _MOST_PAIRS:
       return f"`visible` with {pairs} pairs of tiles ({_MOST_PAIRS} at most)"
+  mesh = jax.sharding.get_abstract_mesh()
+  if any(mesh.shape[axis] > 1 for axis in mesh.auto_axes):
+    return f"mesh {dict(mesh.shape)} outside jax.shard_map"
   platform = jax.default_backend()
   if platform != "tpu" and context.interpret.value is None:
     return f"platform {platform!r} (tpu, or see pallas_kernels.interpret)"
