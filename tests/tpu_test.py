@@ -109,12 +109,10 @@ class TpuTest(parameterized.TestCase):
 
   def test_a_long_sequence_in_parts(self):
     """Where dq does not fit into VMEM, the rows come in several calls."""
-    case = Case(200, 200, mask="empty", dtype="float32")
-    for mask in ("causal", "empty"):
-      case = case._replace(mask=mask)
-      with small_tiles(), mock.patch.object(tpu_kernels, "VMEM_BYTES", 1):
-        got = attention_cases.run(tpu.attention, case)
-      attention_cases.check(got, case)
+    case = Case(200, 200, dtype="float32")
+    with small_tiles(), mock.patch.object(tpu_kernels, "VMEM_BYTES", 1):
+      got = attention_cases.run(tpu.attention, case)
+    attention_cases.check(got, case)
 
   def test_on_a_simulated_tpu(self):
     """Copies between memories and a race detector; nothing depends on them."""
@@ -154,11 +152,13 @@ class TpuTest(parameterized.TestCase):
     poisoned = q, k, v, visible, key_rank
     cotangent = np.ones_like(q)
     with small_tiles():
-      want = jax.jit(kernel)(*full), _gradients(kernel, full, cotangent)
-      got = jax.jit(kernel)(*poisoned), _gradients(kernel, poisoned, cotangent)
-    chex.assert_tree_all_finite(got)
+      want, got = (
+        (*jax.jit(kernel)(*arrays), *_gradients(kernel, arrays, cotangent))
+        for arrays in (full, poisoned)
+      )
+    self.assertFalse(any(np.isnan(x).any() for x in got))
     chex.assert_trees_all_equal(got, want)
-    for gradient in got[1][1:]:
+    for gradient in got[3:]:
       np.testing.assert_array_equal(gradient[:, hidden], 0.0)
 
   @parameterized.parameters("causal", "groups", "ranks_tied")
@@ -192,6 +192,12 @@ class TpuTest(parameterized.TestCase):
       want = jax.jit(both)(*arrays)
       one = jax.tree.map(lambda x, i=i: x[i], got)
       chex.assert_trees_all_close(one, want, atol=1e-6)
+
+  @parameterized.parameters("causal", "groups", "ranks_random")
+  def test_no_rank_is_promoted(self, mask):
+    kernel, arrays = _call(Case(7, 9, mask=mask, dtype="float32"))
+    with tiny.rank_promotion_raises():
+      jax.eval_shape(lambda *x: _gradients(kernel, x, 1.0), *arrays)
 
   def test_checkpoint(self):
     """Recomputed in the backward pass: the same gradients."""
@@ -228,8 +234,6 @@ class TpuTest(parameterized.TestCase):
       params = tiny.sharp(bind)
       grad = jax.grad(loss, has_aux=True)
       results.append(jax.jit(grad)(params))
-    with tiny.rank_promotion_raises():
-      jax.eval_shape(grad, params)
     chex.assert_trees_all_close(*results, atol=2e-4)
 
 
@@ -246,7 +250,7 @@ class LacksTest(parameterized.TestCase):
   @parameterized.parameters(
     (dict(dtype=jnp.float16), r"float16 \(bfloat16 and float32 only\)"),
     (dict(H=272), r"H=272 \(up to 256\)"),
-    (dict(T=200_000), r"`visible` with 76246 pairs of tiles \(32768 at most"),
+    (dict(T=200_000), r"`visible` with 76636 pairs of tiles \(32768 at most"),
     (dict(), ""),
   )
   def test_what_else(self, changes, message):
@@ -274,8 +278,14 @@ def on_four_devices():
   ):
     kernel, arrays = _call(case)
     rows = [None if x is None else jax.P("data") for x in arrays[3:]]
+    # Not every step of the interpreter says over what it varies; tests/
+    # tpu_compiler_test.py compiles the kernel with that check.
     sharded = jax.shard_map(
-      kernel, mesh=mesh, in_specs=(heads,) * 3 + tuple(rows), out_specs=heads
+      kernel,
+      mesh=mesh,
+      in_specs=(heads,) * 3 + tuple(rows),
+      out_specs=heads,
+      check_vma=False,
     )
     both = [
       (jax.jit(f)(*arrays), _gradients(f, arrays, 1.0))
