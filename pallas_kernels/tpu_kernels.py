@@ -261,7 +261,9 @@ def _forward_kernel(
 ):
   del sequence_ref, row_ref  # Read by the blocks' index maps.
   rank_ref, refs = (refs[0], refs[1:]) if ranked else (None, refs)
-  q_ref, k_ref, v_ref, out_ref, most_out_ref, total_out_ref, *low_ref = refs[:-3]
+  q_ref, k_ref, v_ref, out_ref, most_out_ref, total_out_ref, *low_ref = refs[
+    :-3
+  ]
   most_ref, total_ref, sum_ref = refs[-3:]
   step = pl.program_id(2)
   flags = flags_ref[step]

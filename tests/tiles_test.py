@@ -70,7 +70,9 @@ class TilesTest(parameterized.TestCase):
     want = _brute((j <= i)[None], True)
     self.assertEqual(list(_pairs(work).items()), list(want.items()))
 
-  @parameterized.product(seed=(0, 1, 2), key_major=(False, True), rank=(0, 1, 2))
+  @parameterized.product(
+    seed=(0, 1, 2), key_major=(False, True), rank=(0, 1, 2)
+  )
   def test_visible(self, seed, key_major, rank):
     """No ranks, ranks at random, and ranks in random runs."""
     generator = np.random.default_rng(seed)

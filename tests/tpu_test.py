@@ -181,7 +181,9 @@ class TpuTest(parameterized.TestCase):
     """A vmapped call and its gradients equal the calls one by one."""
     kernel, first = _call(Case(7, 9, mask=mask, dtype="float32"))
     _, second = _call(Case(7, 9, mask=mask, dtype="float32", seed=1))
-    stacked = [x if x is None else np.stack([x, y]) for x, y in zip(first, second)]
+    stacked = [
+      x if x is None else np.stack([x, y]) for x, y in zip(first, second)
+    ]
     axes = tuple(x if x is None else 0 for x in stacked)
 
     def both(*arrays):
