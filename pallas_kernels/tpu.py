@@ -53,8 +53,11 @@ def attention(
   Scores, softmax, lse and sums are float32; weights are rounded to the inputs'
   dtype before they are multiplied with values or gradients.
   """
-  B, T, Nq, _ = q.shape
+  T, Nq = q.shape[1:3]
   S, N = k.shape[1:3]
+  if scale <= 0:
+    # The kernels look for the largest score before they scale it.
+    q, scale = q * (-1 if scale < 0 else 0), -scale or 1.0
   t = tuning.tpu_tiles(T, S, N, Nq // N)
   call = _Call(T, S, scale, visible is None, t)
   if visible is None:

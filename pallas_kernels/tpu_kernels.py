@@ -17,13 +17,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import context, tiles, tuning
+from pallas_kernels import tiles, tpu_blocks, tuning
 
 _LOG2E = math.log2(math.e)
 # Below every score, and finite: a difference of infinities is not a number.
 _LOWEST = -1e30
-# Of the 64 MiB that the smallest of v5e, v5p and v6e has.
-VMEM_BYTES = 48 * 2**20
 
 
 def forward(
@@ -54,7 +52,7 @@ def forward(
     of each row, and its sum of exp(scaled score - largest), 0 for a row that
     sees nothing; if `low`, the exact out minus out, as q.
   """
-  spec = _Specs(q, k, visible, key_rank, work, tiling)
+  spec = tpu_blocks.Blocks(q, k, visible, key_rank, work, tiling)
   heads, H, rows = tiling.heads, q.shape[2], tiling.rows
   kernel = functools.partial(
     _forward_kernel, scale=scale, ranked=key_rank is not None
@@ -66,9 +64,9 @@ def forward(
     in_specs=[*spec.masks, spec.row(H), spec.key(H), spec.key(H)],
     out_specs=[spec.row(H), spec.row(1), spec.row(1), *[spec.row(H)] * low],
     out_shape=[
-      _like(q, q.shape, q.dtype),
-      *[_like(q, (*q.shape[:2], 1, q.shape[3]), jnp.float32)] * 2,
-      *[_like(q, q.shape, q.dtype)] * low,
+      tpu_blocks.like(q, q.shape, q.dtype),
+      *[tpu_blocks.like(q, (*q.shape[:2], 1, q.shape[3]), jnp.float32)] * 2,
+      *[tpu_blocks.like(q, q.shape, q.dtype)] * low,
     ],
     scratch_shapes=[
       pltpu.VMEM((heads, 1, rows), jnp.float32),
@@ -109,7 +107,7 @@ def backward(
     work: key-major.
     sum_dtype: of dk and dv.
   """
-  spec = _Specs(q, k, visible, key_rank, work, tiling)
+  spec = tpu_blocks.Blocks(q, k, visible, key_rank, work, tiling)
   heads, H, rows, slots = tiling.heads, q.shape[2], tiling.rows, tiling.slots
   kernel = functools.partial(
     _backward_kernel,
@@ -125,9 +123,9 @@ def backward(
     in_specs=[*spec.masks, row, key, key, row, line, line, line],
     out_specs=[spec.all_rows(H), key, key],
     out_shape=[
-      _like(q, q.shape, q.dtype),
-      _like(k, k.shape, sum_dtype),
-      _like(v, v.shape, sum_dtype),
+      tpu_blocks.like(q, q.shape, q.dtype),
+      tpu_blocks.like(k, k.shape, sum_dtype),
+      tpu_blocks.like(v, v.shape, sum_dtype),
     ],
     scratch_shapes=[
       pltpu.VMEM((tiling.row_tiles, heads, H, rows), jnp.float32),
@@ -144,116 +142,9 @@ def backward_row_tiles(q: jax.Array, tiling: tuning.TpuTiles) -> int:
   q [B, N, H, row tiles * rows]. It is there in float32 while it is summed, and
   twice in the output's pipeline.
   """
-  tile = tiling.heads * q.shape[2] * tiling.rows
-  return max(VMEM_BYTES // 2 // (tile * (4 + 2 * q.dtype.itemsize)), 1)
-
-
-class _Specs:
-  """The grid, and the blocks that a pair of the work list needs."""
-
-  def __init__(self, q, k, visible, key_rank, work, tiling):
-    B, N = q.shape[:2]
-    # A list that all sequences share is walked once for each.
-    shared = visible.shape[0] < B or B == 1
-    self.grid = (B if shared else 1, N // tiling.heads, work.count)
-    self.work = work
-    self.tiling = tiling
-    self.all = q.shape[3]
-    tile = pl.BlockSpec(
-      (1, 1, tiling.rows), lambda b, n, s, seq, row, *_: (seq[s], 0, row[s])
-    )
-    self.masks, self.ranks = [tile], []
-    if key_rank is not None:
-      self.masks.append(
-        pl.BlockSpec(
-          (1, 1, tiling.slots),
-          lambda b, n, s, seq, row, key, _: (b + seq[s], 0, key[s]),
-        )
-      )
-      self.ranks.append(key_rank)
-
-  def row(self, height):
-    return pl.BlockSpec(
-      (1, self.tiling.heads, height, self.tiling.rows),
-      lambda b, n, s, seq, row, *_: (b + seq[s], n, 0, row[s]),
-    )
-
-  def all_rows(self, height):
-    return pl.BlockSpec(
-      (1, self.tiling.heads, height, self.all),
-      lambda b, n, s, seq, *_: (b + seq[s], n, 0, 0),
-    )
-
-  def key(self, height):
-    return pl.BlockSpec(
-      (1, self.tiling.heads, height, self.tiling.slots),
-      lambda b, n, s, seq, row, key, _: (b + seq[s], n, 0, key[s]),
-    )
-
-  def call(
-    self,
-    kernel,
-    inputs,
-    *,
-    in_specs,
-    out_specs,
-    out_shape,
-    scratch_shapes,
-    name,
-  ):
-    return pl.pallas_call(
-      kernel,
-      grid_spec=pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=4,
-        grid=self.grid,
-        in_specs=in_specs,
-        out_specs=out_specs,
-        scratch_shapes=scratch_shapes,
-      ),
-      out_shape=out_shape,
-      compiler_params=pltpu.CompilerParams(
-        dimension_semantics=("parallel", "parallel", "arbitrary"),
-        vmem_limit_bytes=VMEM_BYTES,
-      ),
-      interpret=context.interpret.value or False,
-      name=name,
-    )(*self.work[:4], *inputs)
-
-
-def _like(x, shape, dtype):
-  """Under shard_map what is returned varies over the mesh as x does."""
-  return jax.ShapeDtypeStruct(
-    shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type
-  )
-
-
-def _dot(a, b, axis_a, axis_b):
-  """Contracts an axis of matrix a with one of b, in float32."""
-  exact = a.dtype == jnp.float32
-  return jax.lax.dot_general(
-    a,
-    b,
-    (((axis_a,), (axis_b,)), ((), ())),
-    preferred_element_type=jnp.float32,
-    precision=jax.lax.Precision.HIGHEST if exact else None,
-  )
-
-
-def _at(bit, flags):
-  """Runs the decorated block where the pair's flags have the bit."""
-  return pl.when(flags & bit != 0)
-
-
-def _seen(visible_ref, rank_ref, key, slots):
-  """Which scores of the pair count: bool [slots, rows]."""
-  visible = visible_ref[0]
-  shape = (slots, visible.shape[1])
-  if rank_ref is None:
-    index = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-    return index < visible - key * slots
-  # The ranks come as lanes and are wanted as sublanes.
-  rank = jnp.broadcast_to(rank_ref[0], (tuning.LANES, slots)).T
-  return jnp.tile(rank, (1, shape[1] // tuning.LANES)) < visible
+  scalars = tiling.heads * q.shape[2] * tiling.rows
+  tile = scalars * (4 + 2 * q.dtype.itemsize)
+  return max(tpu_blocks.VMEM_BYTES // 2 // tile, 1)
 
 
 def _forward_kernel(
@@ -261,22 +152,19 @@ def _forward_kernel(
 ):
   del sequence_ref, row_ref  # Read by the blocks' index maps.
   rank_ref, refs = (refs[0], refs[1:]) if ranked else (None, refs)
-  q_ref, k_ref, v_ref, out_ref, most_out_ref, total_out_ref, *low_ref = refs[
-    :-3
-  ]
-  most_ref, total_ref, sum_ref = refs[-3:]
+  *refs, most_ref, total_ref, sum_ref = refs
+  q_ref, k_ref, v_ref, out_ref, most_out_ref, total_out_ref, *low_ref = refs
   step = pl.program_id(2)
   flags = flags_ref[step]
-  heads, _, slots = k_ref.shape[1:]
 
-  @_at(tiles.FIRST, flags)
+  @tpu_blocks.at(tiles.FIRST, flags)
   def start():
     most_ref[...] = jnp.full_like(most_ref, _LOWEST)
     total_ref[...] = jnp.zeros_like(total_ref)
     sum_ref[...] = jnp.zeros_like(sum_ref)
 
   def accumulate(n, seen):
-    score = _dot(k_ref[0, n], q_ref[0, n], 0, 0)
+    score = tpu_blocks.dot(k_ref[0, n], q_ref[0, n], 0, 0)
     if seen is not None:
       score = jnp.where(seen, score, -jnp.inf)
     before = most_ref[n]
@@ -287,21 +175,14 @@ def _forward_kernel(
     shrink = jnp.exp2((before - most) * (scale * _LOG2E))
     most_ref[n] = most
     total_ref[n] = shrink * total_ref[n] + weight.sum(axis=0, keepdims=True)
-    values = _dot(v_ref[0, n], weight.astype(v_ref.dtype), 1, 0)
+    values = tpu_blocks.dot(v_ref[0, n], weight.astype(v_ref.dtype), 1, 0)
     sum_ref[n] = shrink * sum_ref[n] + values
 
-  @_at(tiles.ALL, flags)
-  def unmasked():
-    for n in range(heads):
-      accumulate(n, None)
+  tpu_blocks.for_each_head(
+    flags, accumulate, key_ref[step], visible_ref, rank_ref, k_ref
+  )
 
-  @_at(tiles.SOME, flags)
-  def masked():
-    seen = _seen(visible_ref, rank_ref, key_ref[step], slots)
-    for n in range(heads):
-      accumulate(n, seen)
-
-  @_at(tiles.LAST, flags)
+  @tpu_blocks.at(tiles.LAST, flags)
   def finish():
     total = total_ref[...]
     some = jnp.where(total > 0, total, 1.0)
@@ -331,50 +212,42 @@ def _backward_kernel(
   dq_ref, dk_ref, dv_ref, dq_sum_ref, dk_sum_ref, dv_sum_ref = refs
   step = pl.program_id(2)
   flags, row = flags_ref[step], row_ref[step]
-  heads, _, slots = k_ref.shape[1:]
   row_tiles, rows = dq_sum_ref.shape[0], q_ref.shape[3]
 
-  @_at(tiles.OPENS, flags)
+  @tpu_blocks.at(tiles.OPENS, flags)
   def start():
     dq_sum_ref[...] = jnp.zeros_like(dq_sum_ref)
 
-  @_at(tiles.FIRST, flags)
+  @tpu_blocks.at(tiles.FIRST, flags)
   def start_slots():
     dk_sum_ref[...] = jnp.zeros_like(dk_sum_ref)
     dv_sum_ref[...] = jnp.zeros_like(dv_sum_ref)
 
   def accumulate(n, seen):
     q, k, d_out = q_ref[0, n], k_ref[0, n], d_out_ref[0, n]
-    score = (_dot(k, q, 0, 0) - most_ref[0, n]) * (scale * _LOG2E)
+    score = (tpu_blocks.dot(k, q, 0, 0) - most_ref[0, n]) * (scale * _LOG2E)
     if seen is not None:
       score = jnp.where(seen, score, -jnp.inf)
     weight = jnp.exp2(score - log_ref[0, n])
-    dv_sum_ref[n] += _dot(d_out, weight.astype(d_out.dtype), 1, 1)
-    slope = _dot(v_ref[0, n], d_out, 0, 0)
+    dv_sum_ref[n] += tpu_blocks.dot(d_out, weight.astype(d_out.dtype), 1, 1)
+    slope = tpu_blocks.dot(v_ref[0, n], d_out, 0, 0)
     delta = delta_ref[0, n]
     if whole:
       delta += (weight * slope).sum(axis=0, keepdims=True)
     slope = (weight * (slope - delta)).astype(q.dtype)
-    dk_sum_ref[n] += _dot(q, slope, 1, 1)
-    dq_sum_ref[row, n] += _dot(k, slope, 1, 0)
+    dk_sum_ref[n] += tpu_blocks.dot(q, slope, 1, 1)
+    dq_sum_ref[row, n] += tpu_blocks.dot(k, slope, 1, 0)
 
-  @_at(tiles.ALL, flags)
-  def unmasked():
-    for n in range(heads):
-      accumulate(n, None)
+  tpu_blocks.for_each_head(
+    flags, accumulate, key_ref[step], visible_ref, rank_ref, k_ref
+  )
 
-  @_at(tiles.SOME, flags)
-  def masked():
-    seen = _seen(visible_ref, rank_ref, key_ref[step], slots)
-    for n in range(heads):
-      accumulate(n, seen)
-
-  @_at(tiles.LAST, flags)
+  @tpu_blocks.at(tiles.LAST, flags)
   def finish_slots():
     dk_ref[0] = (dk_sum_ref[...] * scale).astype(dk_ref.dtype)
     dv_ref[0] = dv_sum_ref[...].astype(dv_ref.dtype)
 
-  @_at(tiles.CLOSES, flags)
+  @tpu_blocks.at(tiles.CLOSES, flags)
   def finish():
     for i in range(row_tiles):
       dq = dq_sum_ref[i] * scale

@@ -33,7 +33,7 @@ class Count(NamedTuple):
     steps: of the grid.
     scores: that are computed, masked ones included.
     moved: bytes between HBM and VMEM.
-    vmem: bytes of two buffers a block, and of scratch.
+    vmem: bytes of two buffers a block, and of scratch; not the scores at work.
   """
 
   steps: int
@@ -160,10 +160,12 @@ def splash_attention(T: int, H: int, *, fused: bool) -> list[Count]:
 
 
 def main():
-  print(
-    "| T | H | kernel | pass | grid steps | scores computed / needed | MiB moved "
-    "| VMEM, MiB |\n|---|---|---|---|---|---|---|---|"
-  )
+  titles = (
+    "T", "H", "kernel", "pass", "grid steps", "scores computed / needed",
+    "MiB moved", "VMEM, MiB",
+  )  # fmt: skip
+  print("|", " | ".join(titles), "|")
+  print("|---" * len(titles) + "|")
   for T, H in itertools.product((128, 1024, 8192), (64, 128)):
     needed = _STREAMS * T * (T + 1) / 2
     for name, counts in (

@@ -46,7 +46,7 @@ def tpu_tiles(T: int, S: int, N: int, group: int) -> TpuTiles:
   Short sequences are one tile, and several heads share a grid step.
   """
   most = max(TPU_ROWS // group // LANES, 1) * LANES
-  positions = T if T <= most else most
+  positions = min(T, most)
   rows = _round_up(positions * group, LANES)
   slots = min(_round_up(S, LANES), TPU_SLOTS)
   heads = max(
