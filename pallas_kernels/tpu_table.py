@@ -78,7 +78,8 @@ def _visit(grid_spec, operands, outputs, flag) -> Count:
         moved += _bytes(spec.block_shape, dtype)
         last[i] = at
   vmem = sum(2 * _bytes(spec.block_shape, dtype) for spec, dtype in blocks)
-  vmem += sum(_bytes(x.shape, x.dtype) for x in grid_spec.scratch_shapes)
+  scratch = filter(None, grid_spec.scratch_shapes)
+  vmem += sum(_bytes(x.shape, x.dtype) for x in scratch)
   return Count(steps, scores, moved, vmem)
 
 

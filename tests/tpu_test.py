@@ -246,6 +246,17 @@ class TpuTest(parameterized.TestCase):
 
 
 class LacksTest(parameterized.TestCase):
+  def test_none_is_this_kernel_on_a_tpu(self):
+    q = jax.ShapeDtypeStruct((1, 4, 2, 8), jnp.float32)
+    half = jax.ShapeDtypeStruct(q.shape, jnp.float16)
+
+    def program(x):
+      return str(jax.make_jaxpr(pallas_kernels.any_order_attention)(x, x, x))
+
+    with mock.patch.object(jax, "default_backend", return_value="tpu"):
+      self.assertIn("any_order_attention_forward", program(q))
+      self.assertNotIn("any_order_attention_forward", program(half))
+
   def test_the_platform(self):
     q, k, v = (np.ones((1, 4, 2, 8), np.float32) for _ in range(3))
     message = "'mosaic_tpu' does not support platform 'cpu' .tpu, or see"
