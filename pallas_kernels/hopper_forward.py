@@ -113,16 +113,51 @@ def seen(prefix, b, g, start, first, shape):
   return slot < mosaic.along_rows(visible, shape)
 
 
+class Block:
+  """The units of one thread block, on the axis "item" of the grid.
+
+  Args:
+    T: rows.
+    S: slots.
+    N: key heads.
+    G: query heads of a key head.
+    C: units of a block.
+    prefix: None or the references of a hopper.Prefix.
+  """
+
+  def __init__(self, T, S, N, G, C, prefix):
+    blocks = pl.cdiv(pl.cdiv(T, ROWS) * G, C)
+    item = lax.axis_index("item")
+    # The longest first, so that the short ones fill the end.
+    self._first = (blocks - 1 - item % blocks) * C
+    self.n, self.b = item // blocks % N, item // blocks // N
+    self._T, self._S, self._G, self._C, self._prefix = T, S, G, C, prefix
+
+  def unit(self, w):
+    """First row, head in group, if there is such a unit, its span."""
+    u = self._first + w
+    start, g = u // self._G * ROWS, u % self._G
+    inside = start < self._T
+    start = jnp.where(inside, start, 0)
+    least, most = span(self._prefix, self.b, g, start, self._S)
+    return start, g, inside, least, jnp.where(inside, most, 0)
+
+  def most(self):
+    """Slots that some row of the block sees."""
+    spans = [self.unit(w)[-1] for w in range(self._C)]
+    return functools.reduce(jnp.maximum, spans)
+
+
 def _scores(q, k, size, wait=None):
   """q @ k.T of references, in registers."""
 
-  def multiply(accumulator):
-    plgpu.wgmma(accumulator, q, mosaic.transposed(k))
+  def multiply(score):
+    mosaic.product(score, q, mosaic.transposed(k))
     if wait is not None:
       wait()
-    return plgpu.wgmma_accumulator_load(accumulator)
+    return mosaic.value(score)
 
-  return pl.run_scoped(multiply, plgpu.ACC((ROWS, size), jnp.float32))
+  return mosaic.scoped(multiply, (ROWS, size))
 
 
 def _finish(accumulator, largest, total, out, lse):
@@ -177,8 +212,8 @@ def _short(q, k, v, *refs, factor):
       plgpu.barrier_wait(kv_full.at[1])
     (result,) = mosaic.accumulate(
       (mosaic.full((ROWS, H), 0, mosaic.TILE),),
-      lambda refs, weight=weight, size=size: mosaic.product(
-        refs[0], weight, v_smem.at[pl.ds(0, size)]
+      lambda result, weight=weight, size=size: mosaic.product(
+        result, weight, v_smem.at[pl.ds(0, size)]
       ),
     )
     _finish(result, largest, total, q_smem.at[u], lse_smem.at[u])
@@ -199,25 +234,10 @@ def _long(q, k, v, *refs, factor, config):
   S, N = k.shape[1:3]
   G = Nq // N
   C, L, size = config.consumers, config.stages, config.keys
-  tiles = pl.cdiv(T, ROWS)
-  blocks = pl.cdiv(tiles * G, C)
-  item = lax.axis_index("item")
-  # The longest first, so that the short ones fill the end.
-  block = blocks - 1 - item % blocks
-  n, b = item // blocks % N, item // blocks // N
+  block = Block(T, S, N, G, C, prefix)
+  b, n = block.b, block.n
+  steps = pl.cdiv(block.most(), size)
   warpgroup = lax.axis_index("warpgroup")
-
-  def unit(w):
-    """First row, query head, and slots that some row of it sees."""
-    u = block * C + w
-    start, g = u // G * ROWS, u % G
-    inside = start < T
-    start = jnp.where(inside, start, 0)
-    least, most = span(prefix, b, g, start, S)
-    return start, g, inside, least, jnp.where(inside, most, 0)
-
-  steps = pl.cdiv(functools.reduce(jnp.maximum, [unit(w)[4] for w in range(C)]),
-                  size)  # fmt: skip
 
   def take_turn():
     if config.pingpong and C == 2:
@@ -228,7 +248,7 @@ def _long(q, k, v, *refs, factor, config):
   def _():
     if C > 1:
       plgpu.set_max_registers(232 if C == 2 else 160, action="increase")
-    start, g, inside, least, most = unit(warpgroup)
+    start, g, inside, least, most = block.unit(warpgroup)
     head = n * G + g
     mine, lse_mine = q_smem.at[warpgroup], lse_smem.at[warpgroup]
     plgpu.copy_gmem_to_smem(
@@ -268,9 +288,9 @@ def _long(q, k, v, *refs, factor, config):
       if config.pingpong and C == 2:
         plgpu.barrier_wait(turn)
       (accumulator,) = mosaic.accumulate(
-        (accumulator,), lambda refs: mosaic.product(refs[0], weight,
-                                                    v_smem.at[slot])
-      )  # fmt: skip
+        (accumulator,),
+        lambda result: mosaic.product(result, weight, v_smem.at[slot]),
+      )
       plgpu.barrier_arrive(v_free.at[slot])
       return accumulator, largest, total
 

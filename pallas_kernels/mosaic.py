@@ -32,7 +32,9 @@ def tiles(shape: tuple[int, ...], dtype) -> plgpu.SMEM:
 
 
 def transposed(ref):
-  """The matrix that is the transpose of a reference's."""
+  """The right operand of a product that is the transpose of a reference."""
+  if _interpreted:
+    return ref[...].T
   if _OLD:
     return plgpu.transpose_ref(ref, (1, 0))
   return ref.transpose((1, 0))
@@ -87,10 +89,19 @@ class _Sum:
 def accumulate(values, body):
   """values + what body, a function of as many accumulators, adds to them."""
   if not _interpreted:
-    return pl.run_state(body)(tuple(plgpu.ACC.init(x) for x in values))
+    return pl.run_state(lambda refs: body(*refs))(
+      tuple(plgpu.ACC.init(x) for x in values)
+    )
   sums = tuple(_Sum(x) for x in values)
-  body(sums)
+  body(*sums)
   return tuple(x.value for x in sums)
+
+
+def scoped(body, *shapes):
+  """body(accumulators), which start at zero."""
+  if not _interpreted:
+    return pl.run_scoped(body, *(plgpu.ACC(x, jnp.float32) for x in shapes))
+  return body(*(_Sum(jnp.zeros(x, jnp.float32)) for x in shapes))
 
 
 def product(accumulator, a, b):
@@ -102,6 +113,13 @@ def product(accumulator, a, b):
   # wgmma reads as TMA writes do; these reads need a fence between.
   plgpu.commit_smem()
   accumulator.value += jnp.dot(a, b, preferred_element_type=jnp.float32)
+
+
+def value(accumulator, pending: int = 0) -> jax.Array:
+  """The sum, once at most `pending` of the products issued are unfinished."""
+  if not _interpreted:
+    return plgpu.wgmma_accumulator_load(accumulator, wait_n=pending)
+  return accumulator.value
 
 
 def kernel(body, **options):
