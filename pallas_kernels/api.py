@@ -3,14 +3,14 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import reference
+from pallas_kernels import hopper, reference
 
 
 class UnsupportedError(NotImplementedError):
   """The named implementation cannot do this call; says what it lacks."""
 
 
-IMPLEMENTATIONS = ("reference", "xla", "cudnn")
+IMPLEMENTATIONS = ("reference", "xla", "cudnn", "mosaic_gpu")
 
 
 def any_order_attention(
@@ -75,6 +75,12 @@ def any_order_attention(
       return jax.nn.dot_product_attention(
         q, k, v, scale=scale, is_causal=True, implementation="cudnn"
       )
+    case "mosaic_gpu":
+      if lacks := hopper.lacks(q, k, visible, key_rank):
+        raise UnsupportedError(
+          f"attention 'mosaic_gpu' does not support {lacks}"
+        )
+      out, lse = hopper.attention(q, k, v, visible, key_rank, scale)
     case _:
       raise ValueError(
         f"unknown attention implementation {implementation!r}; there are: "

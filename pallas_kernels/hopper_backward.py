@@ -7,7 +7,6 @@ too, and every array is read once. Otherwise `by_rows` makes dq.
 """
 
 import functools
-import math
 
 import jax
 import jax.experimental.pallas as pl
@@ -18,7 +17,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import hopper_forward, mosaic, tuning
 
 ROWS = hopper_forward.ROWS
-_LN2 = math.log(2)
 
 
 def backward(q, k, v, prefix, d_out, lse, delta, scale, config: tuning.Hopper):
@@ -171,7 +169,7 @@ def _by_keys(q, k, v, d_out, lse, delta, *refs, scale, grid, config, fused):
         mosaic.product(d_weight, values, mosaic.transposed(d_rows))
         shape = (ROWS, ROWS)
         numbers = mosaic.load(lse_ring.at[slot], mosaic.COLUMNS)
-        exponent = mosaic.value(score, pending=1) * (scale / _LN2)
+        exponent = mosaic.value(score, pending=1) * (scale / hopper_forward.LN2)
         exponent -= mosaic.along_columns(numbers, shape)
         weight = jnp.exp2(mask(exponent))
         mosaic.product(d_values, weight.astype(q.dtype), d_rows)
@@ -372,7 +370,7 @@ def _by_rows(q, k, v, d_out, lse, delta, *refs, scale, config):
       def products(sum_, score, d_weight):
         mosaic.product(score, rows, mosaic.transposed(k_ring.at[slot]))
         mosaic.product(d_weight, d_rows, mosaic.transposed(v_ring.at[slot]))
-        exponent = mosaic.value(score, pending=1) * (scale / _LN2)
+        exponent = mosaic.value(score, pending=1) * (scale / hopper_forward.LN2)
         exponent -= mosaic.along_rows(log_sum, shape)
         if masked:
           visible = hopper_forward.seen(prefix, b, g, start, i * size, shape)

@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import mosaic, tuning
 
 ROWS = 64
-_LN2 = math.log(2)
+LN2 = math.log(2)
 
 
 def forward(q, k, v, prefix, scale: float, config: tuning.Hopper):
@@ -43,7 +43,7 @@ def forward(q, k, v, prefix, scale: float, config: tuning.Hopper):
     jax.ShapeDtypeStruct(q.shape, q.dtype),
     jax.ShapeDtypeStruct((B, Nq, tiles * ROWS), jnp.float32),
   )
-  factor = scale / _LN2
+  factor = scale / LN2
   if max(T, S) <= config.short and tiles * G <= 4:
     slots = pl.cdiv(S, ROWS) * ROWS
     return mosaic.kernel(
@@ -166,7 +166,7 @@ def _finish(accumulator, largest, total, out, lse):
   inverse = jnp.where(some, 1 / jnp.where(some, total, 1.0), 0.0)
   accumulator *= mosaic.along_rows(inverse, accumulator.shape)
   out[...] = accumulator.astype(out.dtype)
-  logarithm = jnp.log(jnp.where(some, total, 1.0)) / _LN2
+  logarithm = jnp.log(jnp.where(some, total, 1.0)) / LN2
   lse[...] = jnp.where(some, largest + logarithm, jnp.inf)
 
 
@@ -174,8 +174,8 @@ def _short(q, k, v, *refs, factor):
   """One warpgroup, one key head: all of it in shared memory, no loop."""
   *prefix, out, lse, q_smem, k_smem, v_smem, lse_smem, q_full, kv_full = refs
   prefix = tuple(prefix) or None
-  B, T, Nq, H = q.shape
-  S, N = k.shape[1:3]
+  T, Nq, H = q.shape[1:]
+  N = k.shape[2]
   G = Nq // N
   slots = k_smem.shape[0]
   item = lax.axis_index("item")
@@ -230,7 +230,7 @@ def _long(q, k, v, *refs, factor, config):
   *prefix, out, lse, q_smem, k_smem, v_smem, lse_smem = refs[:-6]
   q_full, k_full, v_full, k_free, v_free, turn = refs[-6:]
   prefix = tuple(prefix) or None
-  B, T, Nq, H = q.shape
+  T, Nq, H = q.shape[1:]
   S, N = k.shape[1:3]
   G = Nq // N
   C, L, size = config.consumers, config.stages, config.keys
@@ -266,8 +266,9 @@ def _long(q, k, v, *refs, factor, config):
       if masked:
         visible = seen(prefix, b, g, start, i * size, shape)
         score = jnp.where(visible, score, -jnp.inf)
-      before, largest = largest, jnp.maximum(
-        largest, score.max(axis=1) * factor
+      before, largest = (
+        largest,
+        jnp.maximum(largest, score.max(axis=1) * factor),
       )
       finite = largest
       if masked:
@@ -311,8 +312,12 @@ def _long(q, k, v, *refs, factor, config):
     whole = jnp.where(inside, least // size, 0)
     end = pl.cdiv(most, size)
     pl.when(warpgroup == 1)(take_turn)
-    carry = lax.fori_loop(0, whole, functools.partial(step, masked=False), carry)
-    carry = lax.fori_loop(whole, end, functools.partial(step, masked=True), carry)
+    carry = lax.fori_loop(
+      0, whole, functools.partial(step, masked=False), carry
+    )
+    carry = lax.fori_loop(
+      whole, end, functools.partial(step, masked=True), carry
+    )
     lax.fori_loop(end, steps, drain, None)
     pl.when(warpgroup == 0)(take_turn)
 
