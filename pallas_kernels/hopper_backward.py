@@ -239,7 +239,7 @@ def _by_keys(q, k, v, d_out, lse, delta, *refs, scale, grid, config, fused):
 
   @pl.when(warpgroup < C)
   def _():
-    plgpu.set_max_registers(232 if C == 2 else 160, action="increase")
+    plgpu.set_max_registers(240 if C == 2 else 160, action="increase")
     lax.fori_loop(0, rounds, work, jnp.int32(0))
 
   def fetch(j, passed):
@@ -271,7 +271,7 @@ def _by_keys(q, k, v, d_out, lse, delta, *refs, scale, grid, config, fused):
 
   @pl.when(warpgroup == C)
   def _():
-    plgpu.set_max_registers(40 if C == 2 else 32, action="decrease")
+    plgpu.set_max_registers(24 if C == 2 else 32, action="decrease")
     passed = lax.fori_loop(0, rounds, fetch, jnp.int32(0))
     # Memory is in use until all is free.
     _settle(free, passed, L)
@@ -347,7 +347,7 @@ def _by_rows(q, k, v, d_out, lse, delta, *refs, scale, config):
 
   @pl.when(warpgroup < C)
   def _():
-    plgpu.set_max_registers(232 if C == 2 else 160, action="increase")
+    plgpu.set_max_registers(240 if C == 2 else 160, action="increase")
     start, g, inside, least, most = block.unit(warpgroup)
     head = n * G + g
     rows, d_rows = q_smem.at[warpgroup], d_smem.at[warpgroup]
@@ -411,7 +411,7 @@ def _by_rows(q, k, v, d_out, lse, delta, *refs, scale, config):
 
   @pl.when(warpgroup == C)
   def _():
-    plgpu.set_max_registers(40 if C == 2 else 32, action="decrease")
+    plgpu.set_max_registers(24 if C == 2 else 32, action="decrease")
 
     def fill(i, _):
       slot = lax.rem(i, L)

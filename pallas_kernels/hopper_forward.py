@@ -247,7 +247,7 @@ def _long(q, k, v, *refs, factor, config):
   @pl.when(warpgroup < C)
   def _():
     if C > 1:
-      plgpu.set_max_registers(232 if C == 2 else 160, action="increase")
+      plgpu.set_max_registers(240 if C == 2 else 160, action="increase")
     start, g, inside, least, most = block.unit(warpgroup)
     head = n * G + g
     mine, lse_mine = q_smem.at[warpgroup], lse_smem.at[warpgroup]
@@ -332,7 +332,7 @@ def _long(q, k, v, *refs, factor, config):
   @pl.when(warpgroup == C)
   def _():
     if C > 1:
-      plgpu.set_max_registers(40 if C == 2 else 32, action="decrease")
+      plgpu.set_max_registers(24 if C == 2 else 32, action="decrease")
 
     def fill(i, _):
       slot = lax.rem(i, L)
