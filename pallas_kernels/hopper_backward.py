@@ -101,7 +101,9 @@ def by_keys(
     ]
   masks = ()
   if prefix is not None:
-    masks = (*prefix, *active(prefix, S, C * ROWS, Nq // N))
+    # dq of rows that see nothing must be written too.
+    lists = () if fused else active(prefix, S, C * ROWS, Nq // N)
+    masks = (*prefix, *lists)
   return mosaic.kernel(
     functools.partial(
       _by_keys, scale=scale, grid=grid, config=config, fused=fused
@@ -123,7 +125,7 @@ def _by_keys(q, k, v, d_out, lse, delta, *refs, scale, grid, config, fused):
     refs[-own - parts : -own],
     refs[-own:],
   )
-  prefix, order = (masks[:3], masks[3:]) if masks else (None, None)
+  prefix, order = masks[:3] or None, masks[3:] or None
   q_ring, d_ring, lse_ring, delta_ring, k_smem, v_smem = scratch[:6]
   full, free, keys_full, keys_free = scratch[6:10]
   if fused:
