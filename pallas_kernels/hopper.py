@@ -6,7 +6,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import hopper_backward, hopper_forward, tuning
+from pallas_kernels import (
+  hopper_backward,
+  hopper_forward,
+  hopper_fused,
+  tuning,
+)
 
 ROWS = hopper_forward.ROWS
 
@@ -121,22 +126,29 @@ def _attention(q, k, v, counts, scale, config):
 
 
 def _attention_forward(q, k, v, counts, scale, config):
-  out, lse = _attention(q, k, v, counts, scale, config)
-  return (out, lse), (q, k, v, counts, out, lse)
+  rest = None
+  if k.shape[1] <= config.fused:
+    out, lse = _attention(q, k, v, counts, scale, config)
+  else:
+    out, lse, rest = hopper_forward.forward(
+      q, k, v, counts, scale, config, with_rest=True
+    )
+  return (out, lse), (q, k, v, counts, out, rest, lse)
 
 
 def _attention_backward(scale, config, residuals, cotangents):
-  q, k, v, counts, out, lse = residuals
+  q, k, v, counts, out, rest, lse = residuals
   d_out, d_lse = cotangents
-  delta = jnp.einsum(
-    "btnh,btnh->bnt", out, d_out, preferred_element_type=jnp.float32
-  )
+  # The cotangent is that of the logarithm in base 2.
+  d_lse = jnp.where(jnp.isfinite(lse), d_lse / hopper_forward.LN2, 0)
+  arguments = (q, k, v, counts, d_out, lse)
+  if rest is None:
+    gradients = hopper_fused.backward(*arguments, d_lse, scale, config)
+    return *gradients, None
+  accurate = out.astype(jnp.float32) + rest
+  delta = jnp.moveaxis((accurate * d_out).sum(axis=-1), 1, 2)
   delta = jnp.pad(delta, ((0, 0), (0, 0), (0, lse.shape[2] - delta.shape[2])))
-  # d_lse is that of the logarithm in base 2.
-  delta = jnp.where(jnp.isfinite(lse), delta - d_lse / hopper_forward.LN2, 0)
-  gradients = hopper_backward.backward(
-    q, k, v, counts, d_out, lse, delta, scale, config
-  )
+  gradients = hopper_backward.backward(*arguments, delta - d_lse, scale, config)
   return *gradients, None
 
 

@@ -2,8 +2,7 @@
 
 Units of 64 rows are numbered as in hopper_forward. `by_keys` keeps tiles of 64
 slots in place, one a warpgroup, and passes the units that see them: dk and dv
-of all streams in one pass. Where its thread block holds all slots, it makes dq
-too, and every array is read once. Otherwise `by_rows` makes dq.
+of all streams in one pass. `by_rows` keeps units in place: dq.
 """
 
 import functools
@@ -33,11 +32,8 @@ def backward(q, k, v, prefix, d_out, lse, delta, scale, config: tuning.Hopper):
     scale: of the scores.
     config: tile sizes.
   """
-  arrays = (q, k, v, d_out, lse, delta)
-  if k.shape[1] <= config.fused:
-    return by_keys(*arrays, prefix, scale, config, fused=True)
-  dk, dv = by_keys(*arrays, prefix, scale, config, fused=False)
-  return by_rows(*arrays, prefix, scale, config), dk, dv
+  arguments = (q, k, v, d_out, lse, delta, prefix, scale, config)
+  return by_rows(*arguments), *by_keys(*arguments)
 
 
 def active(prefix, S: int, slots: int, G: int) -> tuple[jax.Array, jax.Array]:
@@ -61,128 +57,87 @@ def active(prefix, S: int, slots: int, G: int) -> tuple[jax.Array, jax.Array]:
   return order, jnp.sum(~idle, axis=-1, dtype=jnp.int32)
 
 
-def by_keys(
-  q, k, v, d_out, lse, delta, prefix, scale, config: tuning.Hopper, fused: bool
-):
-  """(dk, dv), or with `fused` (dq, dk, dv); arguments as in `backward`."""
+def by_keys(q, k, v, d_out, lse, delta, prefix, scale, config: tuning.Hopper):
+  """(dk, dv); arguments as in `backward`."""
   B, _, Nq, H = q.shape
   S, N = k.shape[1:3]
   C, L = config.key_consumers, config.key_stages
-  blocks = pl.cdiv(S, C * ROWS)
-  if fused and blocks > 1:
-    raise ValueError(f"S={S} slots do not fit {C} tiles of {ROWS}")
-  items = B * N * blocks
-  grid = min(items, config.blocks) if fused else items
-  # Two buffers: the next key head is loaded while this one is worked on.
-  depth = 2 if grid < items else 1
   row_ring = mosaic.tiles((L, ROWS, H), q.dtype)
-  key_tiles = mosaic.tiles((depth, C, ROWS, H), q.dtype)
   number_ring = plgpu.SMEM((L, ROWS), jnp.float32)
-  scratch = [
-    row_ring,
-    row_ring,
-    number_ring,
-    number_ring,
-    key_tiles,
-    key_tiles,
-    plgpu.Barrier(num_barriers=L, num_arrivals=4),
-    plgpu.Barrier(num_barriers=L, num_arrivals=C),
-    plgpu.Barrier(num_barriers=depth, num_arrivals=2 * C),
-    plgpu.Barrier(num_barriers=depth, num_arrivals=C),
-  ]
-  outs = [jax.ShapeDtypeStruct(k.shape, k.dtype)] * 2
-  if fused:
-    outs.insert(0, jax.ShapeDtypeStruct(q.shape, q.dtype))
-    scratch += [
-      mosaic.tiles((C, C, ROWS, ROWS), q.dtype),
-      mosaic.tiles((C, ROWS, H), q.dtype),
-      plgpu.Barrier(num_barriers=C, num_arrivals=C),
-      plgpu.Barrier(num_barriers=C),
-    ]
+  key_tiles = mosaic.tiles((C, ROWS, H), q.dtype)
   masks = ()
   if prefix is not None:
-    # dq of rows that see nothing must be written too.
-    lists = () if fused else active(prefix, S, C * ROWS, Nq // N)
-    masks = (*prefix, *lists)
+    masks = (*prefix, *active(prefix, S, C * ROWS, Nq // N))
   return mosaic.kernel(
-    functools.partial(
-      _by_keys, scale=scale, grid=grid, config=config, fused=fused
-    ),
-    out_type=tuple(outs),
-    grid=(grid,),
-    grid_names=("block",),
+    functools.partial(_by_keys, scale=scale),
+    out_type=(jax.ShapeDtypeStruct(k.shape, k.dtype),) * 2,
+    grid=(B * N * pl.cdiv(S, C * ROWS),),
+    grid_names=("item",),
     num_threads=C + 1,
     thread_name="warpgroup",
-    scratch_types=scratch,
+    scratch_types=[
+      (row_ring, row_ring, number_ring, number_ring),
+      (key_tiles, key_tiles),
+      plgpu.Barrier(num_barriers=L, num_arrivals=4),
+      plgpu.Barrier(num_barriers=L, num_arrivals=C),
+      plgpu.Barrier(num_barriers=C, num_arrivals=2),
+    ],
   )(q, k, v, d_out, lse, delta, *masks)
 
 
-def _by_keys(q, k, v, d_out, lse, delta, *refs, scale, grid, config, fused):
-  parts = 3 if fused else 2
-  own = 14 if fused else 10
-  masks, outs, scratch = (
-    refs[: -own - parts],
-    refs[-own - parts : -own],
-    refs[-own:],
-  )
-  prefix, order = masks[:3] or None, masks[3:] or None
-  q_ring, d_ring, lse_ring, delta_ring, k_smem, v_smem = scratch[:6]
-  full, free, keys_full, keys_free = scratch[6:10]
-  if fused:
-    shared, dq_smem, shared_full, shared_free = scratch[10:]
-  B, T, Nq, H = q.shape
+def _by_keys(q, k, v, d_out, lse, delta, *refs, scale):
+  *masks, dk, dv, rings, keys, full, free, keys_full = refs
+  prefix, order = tuple(masks[:3]) or None, masks[3:]
+  T, Nq, H = q.shape[1:]
   S, N = k.shape[1:3]
   G = Nq // N
-  C, L, depth = config.key_consumers, config.key_stages, k_smem.shape[0]
-  blocks = pl.cdiv(S, C * ROWS)
-  units = pl.cdiv(T, ROWS) * G
-  first_item = lax.axis_index("block")
-  rounds = pl.cdiv(B * N * blocks - first_item, grid)
+  L, C = rings[0].shape[0], keys[0].shape[0]
+  blocks, units = pl.cdiv(S, C * ROWS), pl.cdiv(T, ROWS) * G
+  item = lax.axis_index("item")
+  # The first slots, which most rows see, first.
+  block = item % blocks
+  n, b = item // blocks % N, item // blocks // N
+  skipped = jnp.minimum(block * C * G, units)
+  count = order[1][b, block] if order else units - skipped
   warpgroup = lax.axis_index("warpgroup")
 
-  def item(j):
-    """Sequence, key head, block of slots, and the units that see it."""
-    i = first_item + j * grid
-    # The first slots are seen by the most rows.
-    block = i % blocks
-    n, b = i // blocks % N, i // blocks // N
-    if order is None:
-      skipped = jnp.minimum(block * C * G, units)
-      return b, n, block, units - skipped, lambda i: skipped + i
-    return b, n, block, order[1][b, block], lambda i: order[0][b, block, i]
+  def unit(i):
+    """First row and head in the group of the i-th unit that sees the block."""
+    u = order[0][b, block, i] if order else skipped + i
+    return u // G * ROWS, u % G
 
-  def work(j, passed):
-    b, n, block, count, unit = item(j)
-    place = lax.rem(j, depth)
-    keys, values = k_smem.at[place, warpgroup], v_smem.at[place, warpgroup]
+  @pl.when(warpgroup < C)
+  def _():
+    mosaic.take_registers(C)
+    own_k, own_v = (x.at[warpgroup] for x in keys)
     first = (block * C + warpgroup) * ROWS
-    plgpu.barrier_wait(keys_full.at[place])
+    slots = pl.ds(first, ROWS)
+    for source, tile in ((k, own_k), (v, own_v)):
+      plgpu.copy_gmem_to_smem(
+        source.at[b, slots, n], tile, keys_full.at[warpgroup]
+      )
+    plgpu.barrier_wait(keys_full.at[warpgroup])
 
     def step(i, sums):
-      u = unit(i)
-      start, g = u // G * ROWS, u % G
-      slot = lax.rem(passed + i, L)
-      rows, d_rows = q_ring.at[slot], d_ring.at[slot]
+      start, g = unit(i)
+      slot = lax.rem(i, L)
+      rows, d_rows, log_sums, means = (x.at[slot] for x in rings)
       plgpu.barrier_wait(full.at[slot])
-      mask = functools.partial(_mask, prefix, b, g, start, first, S)
 
       def products(d_keys, d_values, score, d_weight):
-        mosaic.product(score, keys, mosaic.transposed(rows))
-        mosaic.product(d_weight, values, mosaic.transposed(d_rows))
+        mosaic.product(score, own_k, mosaic.transposed(rows))
+        mosaic.product(d_weight, own_v, mosaic.transposed(d_rows))
         shape = (ROWS, ROWS)
-        numbers = mosaic.load(lse_ring.at[slot], mosaic.COLUMNS)
+        log_sum = mosaic.load(log_sums, mosaic.COLUMNS)
         exponent = mosaic.value(score, pending=1) * (scale / hopper_forward.LN2)
-        exponent -= mosaic.along_columns(numbers, shape)
-        weight = jnp.exp2(mask(exponent))
+        exponent -= mosaic.along_columns(log_sum, shape)
+        weight = jnp.exp2(_masked(prefix, b, g, start, first, exponent))
         mosaic.product(d_values, weight.astype(q.dtype), d_rows)
-        numbers = mosaic.load(delta_ring.at[slot], mosaic.COLUMNS)
+        mean = mosaic.load(means, mosaic.COLUMNS)
         # The product just issued goes on meanwhile.
         d_score = mosaic.value(d_weight, pending=1)
-        d_score = weight * (d_score - mosaic.along_columns(numbers, shape))
-        d_score = d_score.astype(q.dtype)
-        mosaic.product(d_keys, d_score, rows)
-        if fused:
-          share(i, d_score)
+        d_score = weight * (d_score - mosaic.along_columns(mean, shape))
+        mosaic.product(d_keys, d_score.astype(q.dtype), rows)
 
       sums = mosaic.accumulate(
         sums,
@@ -190,110 +145,45 @@ def _by_keys(q, k, v, d_out, lse, delta, *refs, scale, grid, config, fused):
           functools.partial(products, *sums), (ROWS, ROWS), (ROWS, ROWS)
         ),
       )
-      # Numbers were read otherwise than by wgmma.
+      # The numbers were read by ordinary loads, the next are written by TMA.
       plgpu.commit_smem()
       plgpu.barrier_arrive(free.at[slot])
-      if fused:
-        make_dq(i, outs[0].at[b, pl.ds(start, ROWS), n * G + g])
       return sums
 
-    def share(i, d_score):
-      """Puts a tile where the warpgroup that makes the unit's dq finds it."""
-      slot = lax.rem(i, C)
-      pl.when(i >= C)(lambda: plgpu.barrier_wait(shared_free.at[slot]))
-      shared.at[slot, warpgroup][...] = d_score
-      plgpu.commit_smem()
-      plgpu.barrier_arrive(shared_full.at[slot])
-
-    def make_dq(i, out):
-      @pl.when(lax.rem(i, C) == warpgroup)
-      def _():
-        plgpu.barrier_wait(shared_full.at[warpgroup])
-
-        def multiply(sum_):
-          for w in range(C):
-            # The tile is [slots, rows].
-            tile = mosaic.transposed(shared.at[warpgroup, w])
-            mosaic.product(sum_, tile, k_smem.at[place, w])
-          return mosaic.value(sum_)
-
-        dq = mosaic.scoped(multiply, (ROWS, H)) * scale
-        plgpu.barrier_arrive(shared_free.at[warpgroup])
-        mine = dq_smem.at[warpgroup]
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        mine[...] = dq.astype(q.dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(mine, out)
-
     zero = mosaic.full((ROWS, H), 0, mosaic.TILE)
-    dk, dv = lax.fori_loop(0, count, step, (zero, zero))
-    if fused:
-      # Nobody reads the keys any more when all shared tiles are free again.
-      _settle(shared_free, count, C)
-    keys[...] = (dk * scale).astype(k.dtype)
-    values[...] = dv.astype(v.dtype)
+    d_keys, d_values = lax.fori_loop(0, count, step, (zero, zero))
+    own_k[...] = (d_keys * scale).astype(k.dtype)
+    own_v[...] = d_values.astype(v.dtype)
     plgpu.commit_smem()
-    for tile, out in zip((keys, values), outs[-2:]):
-      plgpu.copy_smem_to_gmem(tile, out.at[b, pl.ds(first, ROWS), n])
+    for tile, out in ((own_k, dk), (own_v, dv)):
+      plgpu.copy_smem_to_gmem(tile, out.at[b, slots, n])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    plgpu.barrier_arrive(keys_free.at[place])
-    return passed + count
-
-  @pl.when(warpgroup < C)
-  def _():
-    plgpu.set_max_registers(240 if C == 2 else 160, action="increase")
-    lax.fori_loop(0, rounds, work, jnp.int32(0))
-
-  def fetch(j, passed):
-    b, n, block, count, unit = item(j)
-    place = lax.rem(j, depth)
-    pl.when(j >= depth)(lambda: plgpu.barrier_wait(keys_free.at[place]))
-    for w in range(C):
-      slots = pl.ds((block * C + w) * ROWS, ROWS)
-      for source, target in ((k, k_smem), (v, v_smem)):
-        plgpu.copy_gmem_to_smem(
-          source.at[b, slots, n], target.at[place, w], keys_full.at[place]
-        )
-
-    def fill(i, _):
-      slot = lax.rem(passed + i, L)
-      pl.when(passed + i >= L)(lambda: plgpu.barrier_wait(free.at[slot]))
-      u = unit(i)
-      rows, head = pl.ds(u // G * ROWS, ROWS), n * G + u % G
-      for source, target in (
-        (q.at[b, rows, head], q_ring),
-        (d_out.at[b, rows, head], d_ring),
-        (lse.at[b, head, rows], lse_ring),
-        (delta.at[b, head, rows], delta_ring),
-      ):
-        plgpu.copy_gmem_to_smem(source, target.at[slot], full.at[slot])
-
-    lax.fori_loop(0, count, fill, None)
-    return passed + count
 
   @pl.when(warpgroup == C)
   def _():
-    plgpu.set_max_registers(24 if C == 2 else 32, action="decrease")
-    passed = lax.fori_loop(0, rounds, fetch, jnp.int32(0))
-    # Memory is in use until all is free.
-    _settle(free, passed, L)
-    _settle(keys_free, rounds, depth)
+    mosaic.leave_registers(C)
+
+    def fill(i, _):
+      slot = lax.rem(i, L)
+      pl.when(i >= L)(lambda: plgpu.barrier_wait(free.at[slot]))
+      start, g = unit(i)
+      rows, head = pl.ds(start, ROWS), n * G + g
+      sources = (
+        *(x.at[b, rows, head] for x in (q, d_out)),
+        *(x.at[b, head, rows] for x in (lse, delta)),
+      )
+      for source, ring in zip(sources, rings):
+        plgpu.copy_gmem_to_smem(source, ring.at[slot], full.at[slot])
+
+    lax.fori_loop(0, count, fill, None)
+    mosaic.settle(free, count, L)
 
 
-def _settle(free, used, size: int):
-  """Waits for what `used` rounds over a ring of barriers have not seen yet."""
-
-  def wait(i, _):
-    pl.when(i >= size)(lambda: plgpu.barrier_wait(free.at[lax.rem(i, size)]))
-
-  lax.fori_loop(used, used + size, wait, None)
-
-
-def _mask(prefix, b, g, start, first, S, exponent):
+def _masked(prefix, b, g, start, first, exponent):
   """-inf where a row (axis 1) does not see a slot (axis 0)."""
   shape = exponent.shape
 
-  def masked(exponent):
+  def hide(exponent):
     slot = mosaic.iota(shape, 0) + first
     if prefix is None:
       visible = slot <= mosaic.iota(shape, 1) + start
@@ -304,9 +194,9 @@ def _mask(prefix, b, g, start, first, S, exponent):
       visible = slot < mosaic.along_columns(counts, shape)
     return jnp.where(visible, exponent, -jnp.inf)
 
-  least, _ = hopper_forward.span(prefix, b, g, start, S)
+  least, _ = hopper_forward.span(prefix, b, g, start)
   whole = first + ROWS <= least
-  return lax.cond(whole, lambda exponent: exponent, masked, exponent)
+  return lax.cond(whole, lambda exponent: exponent, hide, exponent)
 
 
 def by_rows(q, k, v, d_out, lse, delta, prefix, scale, config: tuning.Hopper):
@@ -339,17 +229,17 @@ def _by_rows(q, k, v, d_out, lse, delta, *refs, scale, config):
   *prefix, dq, q_smem, d_smem, k_ring, v_ring, rows_full, full, free = refs
   prefix = tuple(prefix) or None
   T, Nq, H = q.shape[1:]
-  S, N = k.shape[1:3]
+  N = k.shape[2]
   G = Nq // N
   C, L, size = config.query_consumers, config.query_stages, config.query_keys
-  block = hopper_forward.Block(T, S, N, G, C, prefix)
+  block = hopper_forward.Block(T, N, G, C, prefix)
   b, n = block.b, block.n
   steps = pl.cdiv(block.most(), size)
   warpgroup = lax.axis_index("warpgroup")
 
   @pl.when(warpgroup < C)
   def _():
-    plgpu.set_max_registers(240 if C == 2 else 160, action="increase")
+    mosaic.take_registers(C)
     start, g, inside, least, most = block.unit(warpgroup)
     head = n * G + g
     rows, d_rows = q_smem.at[warpgroup], d_smem.at[warpgroup]
@@ -413,7 +303,7 @@ def _by_rows(q, k, v, d_out, lse, delta, *refs, scale, config):
 
   @pl.when(warpgroup == C)
   def _():
-    plgpu.set_max_registers(24 if C == 2 else 32, action="decrease")
+    mosaic.leave_registers(C)
 
     def fill(i, _):
       slot = lax.rem(i, L)
@@ -425,4 +315,4 @@ def _by_rows(q, k, v, d_out, lse, delta, *refs, scale, config):
         )
 
     lax.fori_loop(0, steps, fill, None)
-    _settle(free, steps, L)
+    mosaic.settle(free, steps, L)

@@ -20,7 +20,9 @@ ROWS = 64
 LN2 = math.log(2)
 
 
-def forward(q, k, v, prefix, scale: float, config: tuning.Hopper):
+def forward(
+  q, k, v, prefix, scale: float, config: tuning.Hopper, with_rest: bool = False
+):
   """(out, lse) of attention.
 
   Args:
@@ -30,10 +32,11 @@ def forward(q, k, v, prefix, scale: float, config: tuning.Hopper):
     prefix: None for causal, or the Prefix of hopper.prefix.
     scale: of the scores.
     config: tile sizes.
+    with_rest: whether to return what `out` lost by rounding, too.
 
   Returns:
-    out [B, T, Nq, H], and lse float32 [B, Nq, T rounded up to 64] in base 2,
-    +inf for a row that sees nothing.
+    out [B, T, Nq, H]; lse float32 [B, Nq, T rounded up to 64] in base 2, +inf
+    for a row that sees nothing; the rest, like out.
   """
   B, T, Nq, H = q.shape
   S, N = k.shape[1:3]
@@ -44,7 +47,7 @@ def forward(q, k, v, prefix, scale: float, config: tuning.Hopper):
     jax.ShapeDtypeStruct((B, Nq, tiles * ROWS), jnp.float32),
   )
   factor = scale / LN2
-  if max(T, S) <= config.short and tiles * G <= 4:
+  if max(T, S) <= config.short and tiles * G <= 4 and not with_rest:
     slots = pl.cdiv(S, ROWS) * ROWS
     return mosaic.kernel(
       functools.partial(_short, factor=factor),
@@ -60,6 +63,8 @@ def forward(q, k, v, prefix, scale: float, config: tuning.Hopper):
         plgpu.Barrier(num_barriers=2),
       ],
     )(q, k, v, *(prefix or ()))
+  if with_rest:
+    outs += outs[:1]
   C, L = config.consumers, config.stages
   return mosaic.kernel(
     functools.partial(_long, factor=factor, config=config),
@@ -83,7 +88,7 @@ def forward(q, k, v, prefix, scale: float, config: tuning.Hopper):
   )(q, k, v, *(prefix or ()))
 
 
-def span(prefix, b, g, start, S: int):
+def span(prefix, b, g, start):
   """(least, most) slots seen by the 64 rows from `start`; scalars.
 
   Args:
@@ -91,10 +96,9 @@ def span(prefix, b, g, start, S: int):
     b: sequence.
     g: query head in its group.
     start: first row.
-    S: slots.
   """
   if prefix is None:
-    return jnp.minimum(start + 1, S), jnp.minimum(start + ROWS, S)
+    return start + 1, start + ROWS
   _, least, most = prefix
   index = (b, jnp.minimum(g, least.shape[1] - 1), start // ROWS)
   return least[index], most[index]
@@ -118,20 +122,19 @@ class Block:
 
   Args:
     T: rows.
-    S: slots.
     N: key heads.
     G: query heads of a key head.
     C: units of a block.
     prefix: None or the references of a hopper.Prefix.
   """
 
-  def __init__(self, T, S, N, G, C, prefix):
+  def __init__(self, T, N, G, C, prefix):
     blocks = pl.cdiv(pl.cdiv(T, ROWS) * G, C)
     item = lax.axis_index("item")
     # The longest first, so that the short ones fill the end.
     self._first = (blocks - 1 - item % blocks) * C
     self.n, self.b = item // blocks % N, item // blocks // N
-    self._T, self._S, self._G, self._C, self._prefix = T, S, G, C, prefix
+    self._T, self._G, self._C, self._prefix = T, G, C, prefix
 
   def unit(self, w):
     """First row, head in group, if there is such a unit, its span."""
@@ -139,13 +142,25 @@ class Block:
     start, g = u // self._G * ROWS, u % self._G
     inside = start < self._T
     start = jnp.where(inside, start, 0)
-    least, most = span(self._prefix, self.b, g, start, self._S)
+    least, most = span(self._prefix, self.b, g, start)
     return start, g, inside, least, jnp.where(inside, most, 0)
 
   def most(self):
     """Slots that some row of the block sees."""
     spans = [self.unit(w)[-1] for w in range(self._C)]
     return functools.reduce(jnp.maximum, spans)
+
+
+def masked(prefix, b, g, start, first, exponent):
+  """-inf where a row does not see a slot; nothing where all see all."""
+
+  def hide(exponent):
+    visible = seen(prefix, b, g, start, first, exponent.shape)
+    return jnp.where(visible, exponent, -jnp.inf)
+
+  least, _ = span(prefix, b, g, start)
+  whole = first + exponent.shape[1] <= least
+  return lax.cond(whole, lambda exponent: exponent, hide, exponent)
 
 
 def _scores(q, k, size, wait=None):
@@ -161,13 +176,14 @@ def _scores(q, k, size, wait=None):
 
 
 def _finish(accumulator, largest, total, out, lse):
-  """Writes a unit's output and log-sum-exp (base 2) to shared memory."""
+  """Writes a unit's output and log-sum-exp to shared memory; the output."""
   some = total > 0
   inverse = jnp.where(some, 1 / jnp.where(some, total, 1.0), 0.0)
   accumulator *= mosaic.along_rows(inverse, accumulator.shape)
   out[...] = accumulator.astype(out.dtype)
   logarithm = jnp.log(jnp.where(some, total, 1.0)) / LN2
   lse[...] = jnp.where(some, largest + logarithm, jnp.inf)
+  return accumulator
 
 
 def _short(q, k, v, *refs, factor):
@@ -227,14 +243,15 @@ def _short(q, k, v, *refs, factor):
 
 def _long(q, k, v, *refs, factor, config):
   """Warpgroups of 64 rows each share a ring of key tiles that one fills."""
-  *prefix, out, lse, q_smem, k_smem, v_smem, lse_smem = refs[:-6]
+  q_smem, k_smem, v_smem, lse_smem = refs[-10:-6]
   q_full, k_full, v_full, k_free, v_free, turn = refs[-6:]
-  prefix = tuple(prefix) or None
+  prefix = refs[:3] if len(refs) > 13 else None
+  out, lse, *rest = refs[3 if prefix else 0 : -10]
   T, Nq, H = q.shape[1:]
-  S, N = k.shape[1:3]
+  N = k.shape[2]
   G = Nq // N
   C, L, size = config.consumers, config.stages, config.keys
-  block = Block(T, S, N, G, C, prefix)
+  block = Block(T, N, G, C, prefix)
   b, n = block.b, block.n
   steps = pl.cdiv(block.most(), size)
   warpgroup = lax.axis_index("warpgroup")
@@ -246,8 +263,7 @@ def _long(q, k, v, *refs, factor, config):
 
   @pl.when(warpgroup < C)
   def _():
-    if C > 1:
-      plgpu.set_max_registers(240 if C == 2 else 160, action="increase")
+    mosaic.take_registers(C)
     start, g, inside, least, most = block.unit(warpgroup)
     head = n * G + g
     mine, lse_mine = q_smem.at[warpgroup], lse_smem.at[warpgroup]
@@ -323,16 +339,22 @@ def _long(q, k, v, *refs, factor, config):
 
     @pl.when(inside)
     def _():
-      _finish(*carry, mine, lse_mine)
+      rows = pl.ds(start, ROWS)
+      result = _finish(*carry, mine, lse_mine)
       plgpu.commit_smem()
-      plgpu.copy_smem_to_gmem(mine, out.at[b, pl.ds(start, ROWS), head])
-      plgpu.copy_smem_to_gmem(lse_mine, lse.at[b, head, pl.ds(start, ROWS)])
+      plgpu.copy_smem_to_gmem(mine, out.at[b, rows, head])
+      plgpu.copy_smem_to_gmem(lse_mine, lse.at[b, head, rows])
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+      if rest:
+        rounded = result.astype(q.dtype).astype(jnp.float32)
+        mine[...] = (result - rounded).astype(q.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(mine, rest[0].at[b, rows, head])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
   @pl.when(warpgroup == C)
   def _():
-    if C > 1:
-      plgpu.set_max_registers(24 if C == 2 else 32, action="decrease")
+    mosaic.leave_registers(C)
 
     def fill(i, _):
       slot = lax.rem(i, L)

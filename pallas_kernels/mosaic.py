@@ -122,6 +122,27 @@ def value(accumulator, pending: int = 0) -> jax.Array:
   return accumulator.value
 
 
+def settle(free, used, size: int):
+  """Waits for what `used` rounds over a ring of barriers have not seen yet."""
+
+  def wait(i, _):
+    pl.when(i >= size)(lambda: plgpu.barrier_wait(free.at[lax.rem(i, size)]))
+
+  lax.fori_loop(used, used + size, wait, None)
+
+
+def take_registers(warpgroups: int):
+  """For one of the warpgroups that compute; one more only loads."""
+  if warpgroups > 1:
+    plgpu.set_max_registers({2: 240, 3: 160}[warpgroups], action="increase")
+
+
+def leave_registers(warpgroups: int):
+  """For the warpgroup that only loads."""
+  if warpgroups > 1:
+    plgpu.set_max_registers({2: 24, 3: 32}[warpgroups], action="decrease")
+
+
 def kernel(body, **options):
   """plgpu.kernel in lane semantics, with fast exponentials."""
   parameters = plgpu.CompilerParams(
