@@ -1,6 +1,6 @@
 """Backward kernels for Hopper; no atomics, so the same bits every time.
 
-Units of 64 rows are numbered as in hopper_forward. `by_keys` keeps tiles of 64
+Units of 64 rows are numbered as in hopper_masks. `by_keys` keeps tiles of 64
 slots in place, one a warpgroup, and passes the units that see them: dk and dv
 of all streams in one pass. `by_rows` keeps units in place: dq.
 """
@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import hopper_forward, mosaic, tuning
+from pallas_kernels import hopper_forward, hopper_masks, mosaic, tuning
 
-ROWS = hopper_forward.ROWS
+ROWS = hopper_masks.ROWS
 
 
 def backward(q, k, v, prefix, d_out, lse, delta, scale, config: tuning.Hopper):
@@ -25,7 +25,7 @@ def backward(q, k, v, prefix, d_out, lse, delta, scale, config: tuning.Hopper):
     q: [B, T, Nq, H], T at least 64.
     k: [B, S, N, H], S at least 64.
     v: [B, S, N, H].
-    prefix: None for causal, or the Prefix of hopper.prefix.
+    prefix: None for causal, or the Prefix of hopper_masks.prefix.
     d_out: [B, T, Nq, H], cotangent of the output.
     lse: float32 [B, Nq, T rounded up to 64], as the forward kernel's.
     delta: of that shape, sum(out * d_out) less the cotangent of lse in nats.
@@ -36,27 +36,6 @@ def backward(q, k, v, prefix, d_out, lse, delta, scale, config: tuning.Hopper):
   return by_rows(*arguments), *by_keys(*arguments)
 
 
-def active(prefix, S: int, slots: int, G: int) -> tuple[jax.Array, jax.Array]:
-  """Which units see something of each block of slots.
-
-  Args:
-    prefix: of hopper.prefix.
-    S: slots.
-    slots: of a block.
-    G: query heads of a key head.
-
-  Returns:
-    int32 [B, blocks, units], the units that see the block, in order, then the
-    others; int32 [B, blocks], how many do.
-  """
-  most = jnp.moveaxis(prefix.most, 1, 2)
-  most = jnp.broadcast_to(most, (*most.shape[:2], G)).reshape(len(most), 1, -1)
-  first = jnp.arange(pl.cdiv(S, slots))[:, None] * slots
-  idle = most <= first
-  order = jnp.argsort(idle, axis=-1, stable=True).astype(jnp.int32)
-  return order, jnp.sum(~idle, axis=-1, dtype=jnp.int32)
-
-
 def by_keys(q, k, v, d_out, lse, delta, prefix, scale, config: tuning.Hopper):
   """(dk, dv); arguments as in `backward`."""
   B, _, Nq, H = q.shape
@@ -65,9 +44,10 @@ def by_keys(q, k, v, d_out, lse, delta, prefix, scale, config: tuning.Hopper):
   row_ring = mosaic.tiles((L, ROWS, H), q.dtype)
   number_ring = plgpu.SMEM((L, ROWS), jnp.float32)
   key_tiles = mosaic.tiles((C, ROWS, H), q.dtype)
-  masks = ()
+  masks, rings = (), (row_ring, row_ring, number_ring, number_ring)
   if prefix is not None:
-    masks = (*prefix, *active(prefix, S, C * ROWS, Nq // N))
+    rings += (plgpu.SMEM((L, ROWS), jnp.int32),)
+    masks = (*prefix, *hopper_masks.active(prefix, S, C * ROWS, Nq // N))
   return mosaic.kernel(
     functools.partial(_by_keys, scale=scale),
     out_type=(jax.ShapeDtypeStruct(k.shape, k.dtype),) * 2,
@@ -76,9 +56,9 @@ def by_keys(q, k, v, d_out, lse, delta, prefix, scale, config: tuning.Hopper):
     num_threads=C + 1,
     thread_name="warpgroup",
     scratch_types=[
-      (row_ring, row_ring, number_ring, number_ring),
+      rings,
       (key_tiles, key_tiles),
-      plgpu.Barrier(num_barriers=L, num_arrivals=4),
+      plgpu.Barrier(num_barriers=L, num_arrivals=len(rings)),
       plgpu.Barrier(num_barriers=L, num_arrivals=C),
       plgpu.Barrier(num_barriers=C, num_arrivals=2),
     ],
@@ -121,7 +101,7 @@ def _by_keys(q, k, v, d_out, lse, delta, *refs, scale):
     def step(i, sums):
       start, g = unit(i)
       slot = lax.rem(i, L)
-      rows, d_rows, log_sums, means = (x.at[slot] for x in rings)
+      rows, d_rows, log_sums, means, *visible = (x.at[slot] for x in rings)
       plgpu.barrier_wait(full.at[slot])
 
       def products(d_keys, d_values, score, d_weight):
@@ -131,7 +111,13 @@ def _by_keys(q, k, v, d_out, lse, delta, *refs, scale):
         log_sum = mosaic.load(log_sums, mosaic.COLUMNS)
         exponent = mosaic.value(score, pending=1) * (scale / hopper_forward.LN2)
         exponent -= mosaic.along_columns(log_sum, shape)
-        weight = jnp.exp2(_masked(prefix, b, g, start, first, exponent))
+        counts = None
+        if prefix:
+          counts = mosaic.load(visible[0], mosaic.COLUMNS)
+        least, _ = hopper_masks.span(prefix, b, g, start)
+        weight = jnp.exp2(
+          hopper_masks.masked(counts, start, first, least, exponent, rows=1)
+        )
         mosaic.product(d_values, weight.astype(q.dtype), d_rows)
         mean = mosaic.load(means, mosaic.COLUMNS)
         # The product just issued goes on meanwhile.
@@ -168,35 +154,15 @@ def _by_keys(q, k, v, d_out, lse, delta, *refs, scale):
       pl.when(i >= L)(lambda: plgpu.barrier_wait(free.at[slot]))
       start, g = unit(i)
       rows, head = pl.ds(start, ROWS), n * G + g
-      sources = (
-        *(x.at[b, rows, head] for x in (q, d_out)),
-        *(x.at[b, head, rows] for x in (lse, delta)),
-      )
+      sources = [x.at[b, rows, head] for x in (q, d_out)]
+      sources += [x.at[b, head, rows] for x in (lse, delta)]
+      if prefix:
+        sources.append(hopper_masks.counts(prefix, b, g, start))
       for source, ring in zip(sources, rings):
         plgpu.copy_gmem_to_smem(source, ring.at[slot], full.at[slot])
 
     lax.fori_loop(0, count, fill, None)
     mosaic.settle(free, count, L)
-
-
-def _masked(prefix, b, g, start, first, exponent):
-  """-inf where a row (axis 1) does not see a slot (axis 0)."""
-  shape = exponent.shape
-
-  def hide(exponent):
-    slot = mosaic.iota(shape, 0) + first
-    if prefix is None:
-      visible = slot <= mosaic.iota(shape, 1) + start
-    else:
-      head = jnp.minimum(g, prefix[0].shape[1] - 1)
-      rows = prefix[0].at[b, head, pl.ds(start, ROWS)]
-      counts = mosaic.load(rows, mosaic.COLUMNS, optimized=False)
-      visible = slot < mosaic.along_columns(counts, shape)
-    return jnp.where(visible, exponent, -jnp.inf)
-
-  least, _ = hopper_forward.span(prefix, b, g, start)
-  whole = first + ROWS <= least
-  return lax.cond(whole, lambda exponent: exponent, hide, exponent)
 
 
 def by_rows(q, k, v, d_out, lse, delta, prefix, scale, config: tuning.Hopper):
@@ -232,7 +198,7 @@ def _by_rows(q, k, v, d_out, lse, delta, *refs, scale, config):
   N = k.shape[2]
   G = Nq // N
   C, L, size = config.query_consumers, config.query_stages, config.query_keys
-  block = hopper_forward.Block(T, N, G, C, prefix)
+  block = hopper_masks.Block(T, N, G, C, prefix)
   b, n = block.b, block.n
   steps = pl.cdiv(block.most(), size)
   warpgroup = lax.axis_index("warpgroup")
@@ -253,6 +219,7 @@ def _by_rows(q, k, v, d_out, lse, delta, *refs, scale, config):
       mosaic.load(x.at[b, head, span], mosaic.ROWS, optimized=False)
       for x in (lse, delta)
     )
+    visible = block.visible(start, g)
     plgpu.barrier_wait(rows_full.at[warpgroup])
 
     def step(i, sums, masked):
@@ -265,8 +232,8 @@ def _by_rows(q, k, v, d_out, lse, delta, *refs, scale, config):
         exponent = mosaic.value(score, pending=1) * (scale / hopper_forward.LN2)
         exponent -= mosaic.along_rows(log_sum, shape)
         if masked:
-          visible = hopper_forward.seen(prefix, b, g, start, i * size, shape)
-          exponent = jnp.where(visible, exponent, -jnp.inf)
+          mask = hopper_masks.seen(visible, start, i * size, shape)
+          exponent = jnp.where(mask, exponent, -jnp.inf)
         weight = jnp.exp2(exponent)
         d_score = mosaic.value(d_weight) - mosaic.along_rows(mean, shape)
         d_score = (weight * d_score).astype(q.dtype)

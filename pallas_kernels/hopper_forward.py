@@ -1,8 +1,6 @@
 """Forward kernels for Hopper: attention over prefixes of shared keys.
 
-A unit is 64 rows of one query head. The units of a key head are numbered with
-the streams fastest: unit u holds rows from 64 * (u // G), query head g = u % G
-of the group. So the streams of a position share the key tiles that are loaded.
+hopper_masks says what a unit is.
 """
 
 import functools
@@ -14,9 +12,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import mosaic, tuning
+from pallas_kernels import hopper_masks, mosaic, tuning
 
-ROWS = 64
+ROWS = hopper_masks.ROWS
 LN2 = math.log(2)
 
 
@@ -29,7 +27,7 @@ def forward(
     q: [B, T, Nq, H], T at least 64.
     k: [B, S, N, H], S at least 64.
     v: [B, S, N, H].
-    prefix: None for causal, or the Prefix of hopper.prefix.
+    prefix: None for causal, or the Prefix of hopper_masks.prefix.
     scale: of the scores.
     config: tile sizes.
     with_rest: whether to return what `out` lost by rounding, too.
@@ -88,81 +86,6 @@ def forward(
   )(q, k, v, *(prefix or ()))
 
 
-def span(prefix, b, g, start):
-  """(least, most) slots seen by the 64 rows from `start`; scalars.
-
-  Args:
-    prefix: None or the references of a hopper.Prefix.
-    b: sequence.
-    g: query head in its group.
-    start: first row.
-  """
-  if prefix is None:
-    return start + 1, start + ROWS
-  _, least, most = prefix
-  index = (b, jnp.minimum(g, least.shape[1] - 1), start // ROWS)
-  return least[index], most[index]
-
-
-def seen(prefix, b, g, start, first, shape):
-  """Whether rows from `start` (axis 0) see slots from `first` (axis 1)."""
-  slot = mosaic.iota(shape, 1) + first
-  if prefix is None:
-    return slot <= mosaic.iota(shape, 0) + start
-  visible = prefix[0]
-  rows = visible.at[
-    b, jnp.minimum(g, visible.shape[1] - 1), pl.ds(start, shape[0])
-  ]
-  visible = mosaic.load(rows, mosaic.ROWS, optimized=False)
-  return slot < mosaic.along_rows(visible, shape)
-
-
-class Block:
-  """The units of one thread block, on the axis "item" of the grid.
-
-  Args:
-    T: rows.
-    N: key heads.
-    G: query heads of a key head.
-    C: units of a block.
-    prefix: None or the references of a hopper.Prefix.
-  """
-
-  def __init__(self, T, N, G, C, prefix):
-    blocks = pl.cdiv(pl.cdiv(T, ROWS) * G, C)
-    item = lax.axis_index("item")
-    # The longest first, so that the short ones fill the end.
-    self._first = (blocks - 1 - item % blocks) * C
-    self.n, self.b = item // blocks % N, item // blocks // N
-    self._T, self._G, self._C, self._prefix = T, G, C, prefix
-
-  def unit(self, w):
-    """First row, head in group, if there is such a unit, its span."""
-    u = self._first + w
-    start, g = u // self._G * ROWS, u % self._G
-    inside = start < self._T
-    start = jnp.where(inside, start, 0)
-    least, most = span(self._prefix, self.b, g, start)
-    return start, g, inside, least, jnp.where(inside, most, 0)
-
-  def most(self):
-    """Slots that some row of the block sees."""
-    spans = [self.unit(w)[-1] for w in range(self._C)]
-    return functools.reduce(jnp.maximum, spans)
-
-
-def masked(prefix, b, g, start, first, exponent):
-  """-inf where a row does not see a slot; nothing where all see all."""
-
-  def hide(exponent):
-    visible = seen(prefix, b, g, start, first, exponent.shape)
-    return jnp.where(visible, exponent, -jnp.inf)
-
-  least, _ = span(prefix, b, g, start)
-  whole = first + exponent.shape[1] <= least
-  return lax.cond(whole, lambda exponent: exponent, hide, exponent)
-
-
 def _scores(q, k, size, wait=None):
   """q @ k.T of references, in registers."""
 
@@ -211,6 +134,14 @@ def _short(q, k, v, *refs, factor):
       plgpu.copy_gmem_to_smem(
         v.at[b, pl.ds(zero, slots), n], v_smem, kv_full.at[1]
       )
+  visible = [None] * len(units)
+  if prefix:
+    visible = [
+      mosaic.load(
+        hopper_masks.counts(prefix, b, g, start), mosaic.ROWS, optimized=False
+      )
+      for start, g, _ in units
+    ]
   plgpu.barrier_wait(kv_full.at[0])
   for start, g, u in units:
     # Causal rows see no slot past their own tile.
@@ -218,7 +149,8 @@ def _short(q, k, v, *refs, factor):
     plgpu.barrier_wait(q_full.at[u])
     score = _scores(q_smem.at[u], k_smem.at[pl.ds(0, size)], size)
     shape = score.shape
-    score = jnp.where(seen(prefix, b, g, start, 0, shape), score, -jnp.inf)
+    mask = hopper_masks.seen(visible[u], start, 0, shape)
+    score = jnp.where(mask, score, -jnp.inf)
     largest = score.max(axis=1) * factor
     finite = jnp.where(largest == -jnp.inf, 0.0, largest)
     weight = jnp.exp2(score * factor - mosaic.along_rows(finite, shape))
@@ -251,7 +183,7 @@ def _long(q, k, v, *refs, factor, config):
   N = k.shape[2]
   G = Nq // N
   C, L, size = config.consumers, config.stages, config.keys
-  block = Block(T, N, G, C, prefix)
+  block = hopper_masks.Block(T, N, G, C, prefix)
   b, n = block.b, block.n
   steps = pl.cdiv(block.most(), size)
   warpgroup = lax.axis_index("warpgroup")
@@ -270,6 +202,7 @@ def _long(q, k, v, *refs, factor, config):
     plgpu.copy_gmem_to_smem(
       q.at[b, pl.ds(start, ROWS), head], mine, q_full.at[warpgroup]
     )
+    visible = block.visible(start, g)
     plgpu.barrier_wait(q_full.at[warpgroup])
 
     def step(i, carry, masked):
@@ -280,8 +213,8 @@ def _long(q, k, v, *refs, factor, config):
       plgpu.barrier_arrive(k_free.at[slot])
       shape = score.shape
       if masked:
-        visible = seen(prefix, b, g, start, i * size, shape)
-        score = jnp.where(visible, score, -jnp.inf)
+        mask = hopper_masks.seen(visible, start, i * size, shape)
+        score = jnp.where(mask, score, -jnp.inf)
       before, largest = (
         largest,
         jnp.maximum(largest, score.max(axis=1) * factor),

@@ -1,7 +1,7 @@
 """All gradients in one kernel, for short sequences of keys on Hopper.
 
 A thread block holds all slots of a key head, 64 a warpgroup, and passes the
-units of its streams once (hopper_forward numbers them): every array is read
+units of its streams once (hopper_masks numbers them): every array is read
 and written once. It also makes the sums sum_j p_ij dp_ij itself, in float32,
 where sum_h out_ih d_out_ih would need `out` and suffer from its rounding.
 """
@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import hopper_forward, mosaic, tuning
+from pallas_kernels import hopper_forward, hopper_masks, mosaic, tuning
 
-ROWS = hopper_forward.ROWS
+ROWS = hopper_masks.ROWS
 
 
 def backward(q, k, v, prefix, d_out, lse, d_lse, scale, config: tuning.Hopper):
@@ -26,7 +26,7 @@ def backward(q, k, v, prefix, d_out, lse, d_lse, scale, config: tuning.Hopper):
     q: [B, T, Nq, H], T at least 64.
     k: [B, S, N, H], S at least 64.
     v: [B, S, N, H].
-    prefix: None for causal, or the Prefix of hopper.prefix.
+    prefix: None for causal, or the Prefix of hopper_masks.prefix.
     d_out: [B, T, Nq, H], cotangent of the output.
     lse: float32 [B, Nq, T rounded up to 64], as the forward kernel's.
     d_lse: of that shape, its cotangent in nats; 0 where lse is infinite.
@@ -41,6 +41,9 @@ def backward(q, k, v, prefix, d_out, lse, d_lse, scale, config: tuning.Hopper):
   row_ring = mosaic.tiles((L, ROWS, H), q.dtype)
   number_ring = plgpu.SMEM((L, ROWS), jnp.float32)
   key_tiles = mosaic.tiles((depth, C, ROWS, H), q.dtype)
+  rings = (row_ring, row_ring, number_ring, number_ring)
+  if prefix is not None:
+    rings += (plgpu.SMEM((L, ROWS), jnp.int32),)
   outs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
   return mosaic.kernel(
     functools.partial(_kernel, scale=scale, grid=grid),
@@ -51,9 +54,9 @@ def backward(q, k, v, prefix, d_out, lse, d_lse, scale, config: tuning.Hopper):
     thread_name="warpgroup",
     scratch_types=[
       # What the loading warpgroup fills, and its barriers.
-      (row_ring, row_ring, number_ring, number_ring),
+      rings,
       (key_tiles, key_tiles),
-      plgpu.Barrier(num_barriers=L, num_arrivals=4),
+      plgpu.Barrier(num_barriers=L, num_arrivals=len(rings)),
       plgpu.Barrier(num_barriers=L, num_arrivals=C),
       plgpu.Barrier(num_barriers=depth, num_arrivals=2 * C),
       plgpu.Barrier(num_barriers=depth, num_arrivals=C),
@@ -93,11 +96,13 @@ def _kernel(q, k, v, d_out, lse, d_lse, *refs, scale, grid):
     def step(i, sums):
       start, g = i // G * ROWS, i % G
       slot = lax.rem(j * count + i, L)
-      rows, d_rows, numbers, d_numbers = (x.at[slot] for x in rings)
+      rows, d_rows, numbers, d_numbers, *visible = (x.at[slot] for x in rings)
       plgpu.barrier_wait(full.at[slot])
       mine = (rows, d_rows, k_tiles.at[warpgroup], v_tiles.at[warpgroup])
+      counts = mosaic.load(visible[0], mosaic.ROWS) if prefix else None
+      least, _ = hopper_masks.span(prefix, b, g, start)
       mask = functools.partial(
-        hopper_forward.masked, prefix, b, g, start, warpgroup * ROWS
+        hopper_masks.masked, counts, start, warpgroup * ROWS, least
       )
       weight, d_weight = _weights(*mine, numbers, mask, scale)
       part = parts.at[lax.rem(i, 2)]
@@ -176,10 +181,11 @@ def _kernel(q, k, v, d_out, lse, d_lse, *refs, scale, grid):
       slot = lax.rem(passed, L)
       pl.when(passed >= L)(lambda: plgpu.barrier_wait(free.at[slot]))
       rows, head = pl.ds(i // G * ROWS, ROWS), n * G + i % G
-      sources = (
-        *(x.at[b, rows, head] for x in (q, d_out)),
-        *(x.at[b, head, rows] for x in (lse, d_lse)),
-      )
+      sources = [x.at[b, rows, head] for x in (q, d_out)]
+      sources += [x.at[b, head, rows] for x in (lse, d_lse)]
+      if prefix:
+        start, g = i // G * ROWS, i % G
+        sources.append(hopper_masks.counts(prefix, b, g, start))
       for source, ring in zip(sources, rings):
         plgpu.copy_gmem_to_smem(source, ring.at[slot], full.at[slot])
 

@@ -18,7 +18,7 @@ import pytest
 from absl.testing import absltest, parameterized
 
 import pallas_kernels
-from pallas_kernels import hopper, hopper_backward, mosaic, tuning
+from pallas_kernels import hopper, hopper_masks, mosaic, tuning
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 _Case = attention_cases.Case
@@ -167,8 +167,8 @@ class ActiveTest(absltest.TestCase):
   def test_units_that_see_a_block_come_first(self):
     visible = np.zeros((1, 256), np.int32)
     visible[0, 70], visible[0, 200] = 129, 5
-    prefix = hopper.prefix(jnp.asarray(visible), 200)
-    order, count = hopper_backward.active(prefix, 200, 128, 2)
+    prefix = hopper_masks.prefix(jnp.asarray(visible), 200)
+    order, count = hopper_masks.active(prefix, 200, 128, 2)
     self.assertEqual(count.tolist(), [[4, 2]])
     self.assertEqual(order[0, 0, :4].tolist(), [2, 3, 6, 7])
     self.assertEqual(order[0, 1, :2].tolist(), [2, 3])
