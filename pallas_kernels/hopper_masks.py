@@ -96,7 +96,8 @@ def seen(visible, start, first, shape, rows: int = 0) -> jax.Array:
   """
   slot = mosaic.iota(shape, 1 - rows) + first
   if visible is None:
-    return slot <= mosaic.iota(shape, rows) + start
+    layout = mosaic.COLUMNS if rows else mosaic.ROWS
+    visible = mosaic.vector_iota(ROWS, layout) + (start + 1)
   along = mosaic.along_columns if rows else mosaic.along_rows
   return slot < along(visible, shape)
 

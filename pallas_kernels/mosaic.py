@@ -122,6 +122,10 @@ def value(accumulator, pending: int = 0) -> jax.Array:
   return accumulator.value
 
 
+def vector_iota(size: int, layout) -> jax.Array:
+  return plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=layout)
+
+
 def settle(free, used, size: int):
   """Waits for what `used` rounds over a ring of barriers have not seen yet."""
 
