@@ -100,11 +100,17 @@ def _kernel(q, k, v, d_out, lse, d_lse, *refs, scale, grid):
       plgpu.barrier_wait(full.at[slot])
       mine = (rows, d_rows, k_tiles.at[warpgroup], v_tiles.at[warpgroup])
       counts = mosaic.load(visible[0], mosaic.ROWS) if prefix else None
-      least, _ = hopper_masks.span(prefix, b, g, start)
+      least, most = hopper_masks.span(prefix, b, g, start)
+      useful = warpgroup * ROWS < most
       mask = functools.partial(
         hopper_masks.masked, counts, start, warpgroup * ROWS, least
       )
-      weight, d_weight = _weights(*mine, numbers, mask, scale)
+      nothing = (mosaic.full((ROWS, ROWS), 0, mosaic.TILE),) * 2
+      weight, d_weight = lax.cond(
+        useful,
+        lambda: _weights(*mine, numbers, mask, scale),
+        lambda: nothing,
+      )
       part = parts.at[lax.rem(i, 2)]
       part.at[warpgroup][...] = (weight * d_weight).sum(axis=1)
       plgpu.barrier_arrive(added)
@@ -126,7 +132,12 @@ def _kernel(q, k, v, d_out, lse, d_lse, *refs, scale, grid):
         mosaic.product(d_values, weight, d_rows)
         mosaic.product(d_keys, mosaic.transposed(tile), rows)
 
-      sums = mosaic.accumulate(sums, products)
+      sums = lax.cond(
+        useful,
+        lambda sums: tuple(mosaic.accumulate(sums, products)),
+        lambda sums: sums,
+        sums,
+      )
       plgpu.barrier_arrive(free.at[slot])
       pl.when(turn == warpgroup)(
         lambda: make_dq(dq.at[b, pl.ds(start, ROWS), n * G + g])
