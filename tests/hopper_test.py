@@ -114,15 +114,6 @@ class LoweringTest(parameterized.TestCase):
     checkpointed = jax.grad(jax.checkpoint(_loss), (0, 1, 2))
     self.assertEqual(_kernels(checkpointed, *shapes), 2)
 
-  def test_an_lse_that_is_not_used_costs_nothing_in_the_backward_pass(self):
-    """Delta is as with a cotangent of zero."""
-
-    def loss(q, k, v):
-      out = hopper.attention(q, k, v, None, None, 0.1)[0]
-      return out.astype(jnp.float32).sum()
-
-    self.assertEqual(_kernels(jax.grad(loss), *_shapes(128, 128)), 2)
-
   def test_shard_map(self):
     """Over batch and heads."""
     kind = (jax.sharding.AxisType.Auto,) * 2
@@ -182,7 +173,8 @@ class InterpretedTest(parameterized.TestCase):
   def test_numbers_and_races(self, name):
     """All results and gradients, with memory poisoned; no race is found."""
     output = _child(name)
-    self.assertIn(f"{len(_INTERPRETED[name])} cases", output)
+    ending = f"{len(_INTERPRETED[name])} cases\n"
+    self.assertTrue(output.endswith(ending), output[-4000:])
     self.assertNotIn("RACE DETECTED", output)
 
   def test_a_missing_fence_is_found(self):
@@ -190,18 +182,19 @@ class InterpretedTest(parameterized.TestCase):
 
 
 def _child(*arguments) -> str:
+  """Output and errors of this file as a program; JAX 0.12 raises at a race."""
   environment = dict(
     os.environ, JAX_PLATFORMS="cpu", NPROC="8", PYTHONPATH=str(_ROOT)
   )
   run = subprocess.run(
     [sys.executable, __file__, *arguments],
     env=environment,
-    capture_output=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
     text=True,
     timeout=500,
     check=False,
   )
-  assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
   return run.stdout
 
 
