@@ -5,14 +5,14 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import reference, tpu
+from pallas_kernels import hopper, reference, tpu
 
 
 class UnsupportedError(NotImplementedError):
   """The named implementation cannot do this call; says what it lacks."""
 
 
-IMPLEMENTATIONS = ("reference", "xla", "cudnn", "mosaic_tpu")
+IMPLEMENTATIONS = ("reference", "xla", "cudnn", "mosaic_gpu", "mosaic_tpu")
 
 
 def any_order_attention(
@@ -69,6 +69,7 @@ def any_order_attention(
     rows = jnp.full(q.shape[:2], visible, jnp.int32)
   lacks = {
     "cudnn": functools.partial(_cudnn_lacks, q, k, visible, return_lse),
+    "mosaic_gpu": functools.partial(hopper.lacks, q, k, rows, key_rank),
     "mosaic_tpu": functools.partial(tpu.lacks, q, k, rows, key_rank),
   }
   if implementation is None:
@@ -95,6 +96,8 @@ def any_order_attention(
         is_causal=visible is None,
         implementation="cudnn",
       )
+    case "mosaic_gpu":
+      out, lse = hopper.attention(q, k, v, rows, key_rank, scale)
     case "mosaic_tpu":
       out, lse = tpu.attention(q, k, v, rows, key_rank, scale)
     case _:
