@@ -382,7 +382,14 @@ class Compute:
     "auto",
     "implementation in pallas_kernels for whole sequences; auto: the fastest "
     "that is supported, as cached generation always takes",
-    choices=("auto", "reference", "xla", "cudnn"),
+    choices=(
+      "auto",
+      "reference",
+      "xla",
+      "cudnn",
+      "mosaic_gpu",
+      "mosaic_tpu",
+    ),
   )
   scan_layers: bool = _field(False, "one compiled layer, looped over")
   remat: bool = _field(False, "recompute activations in the backward pass")

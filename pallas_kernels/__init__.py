@@ -5,5 +5,11 @@ from pallas_kernels.api import (
   UnsupportedError,
   any_order_attention,
 )
+from pallas_kernels.context import interpret
 
-__all__ = ["IMPLEMENTATIONS", "UnsupportedError", "any_order_attention"]
+__all__ = [
+  "IMPLEMENTATIONS",
+  "UnsupportedError",
+  "any_order_attention",
+  "interpret",
+]

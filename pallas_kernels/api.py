@@ -1,16 +1,18 @@
 """The one entrance: checks shapes, chooses an implementation, calls it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import reference
+from pallas_kernels import hopper, reference, tpu
 
 
 class UnsupportedError(NotImplementedError):
   """The named implementation cannot do this call; says what it lacks."""
 
 
-IMPLEMENTATIONS = ("reference", "xla", "cudnn")
+IMPLEMENTATIONS = ("reference", "xla", "cudnn", "mosaic_gpu", "mosaic_tpu")
 
 
 def any_order_attention(
@@ -61,18 +63,29 @@ def any_order_attention(
   """
   _check(q, k, v, visible, key_rank)
   scale = q.shape[-1] ** -0.5 if scale is None else scale
-  lacks = _cudnn_lacks(q, k, visible, return_lse)
+  # Our own kernels know prefixes by row.
+  rows = visible
+  if isinstance(visible, int):
+    rows = jnp.full(q.shape[:2], visible, jnp.int32)
+  lacks = {
+    "cudnn": functools.partial(_cudnn_lacks, q, k, visible, return_lse),
+    "mosaic_gpu": functools.partial(hopper.lacks, q, k, rows, key_rank),
+    "mosaic_tpu": functools.partial(tpu.lacks, q, k, rows, key_rank),
+  }
   if implementation is None:
-    platform = jax.default_backend()
-    implementation = "cudnn" if platform == "gpu" and not lacks else "xla"
+    fastest = {"gpu": "cudnn", "tpu": "mosaic_tpu"}.get(jax.default_backend())
+    supported = fastest is not None and not lacks[fastest]()
+    implementation = fastest if supported else "xla"
+  elif implementation in lacks and (missing := lacks[implementation]()):
+    raise UnsupportedError(
+      f"attention {implementation!r} does not support {missing}"
+    )
   match implementation:
     case "reference":
       out, lse = reference.attention(q, k, v, visible, key_rank, scale)
     case "xla":
       out, lse = _xla(q, k, v, visible, key_rank, scale, return_lse)
     case "cudnn":
-      if lacks:
-        raise UnsupportedError(f"attention 'cudnn' does not support {lacks}")
       if visible is not None:
         k, v = k[:, :visible], v[:, :visible]
       return jax.nn.dot_product_attention(
@@ -83,6 +96,10 @@ def any_order_attention(
         is_causal=visible is None,
         implementation="cudnn",
       )
+    case "mosaic_gpu":
+      out, lse = hopper.attention(q, k, v, rows, key_rank, scale)
+    case "mosaic_tpu":
+      out, lse = tpu.attention(q, k, v, rows, key_rank, scale)
     case _:
       raise ValueError(
         f"unknown attention implementation {implementation!r}; there are: "

@@ -1,0 +1,131 @@
+"""Fused any-order attention on Hopper: the project's own kernels."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import (
+  hopper_backward,
+  hopper_forward,
+  hopper_fused,
+  hopper_masks,
+  tuning,
+)
+
+ROWS = hopper_masks.ROWS
+
+
+def lacks(
+  q: jax.Array,
+  k: jax.Array,
+  visible: jax.Array | None,
+  key_rank: jax.Array | None,
+) -> str:
+  """What of this call the kernels cannot do, or "". Arguments as of the api."""
+  del k, visible
+  if key_rank is not None:
+    return "`key_rank` (slots in generation order only)"
+  if q.dtype not in (jnp.bfloat16, jnp.float16):
+    return f"{q.dtype} (bfloat16 and float16 only)"
+  if q.shape[-1] > 128:
+    return f"H={q.shape[-1]} (up to 128)"
+  device = jax.local_devices()[0]
+  if getattr(device, "compute_capability", "") != "9.0":
+    return f"device {device.device_kind!r} (NVIDIA Hopper only)"
+  return ""
+
+
+def attention(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  visible: jax.Array | None,
+  key_rank: None,
+  scale: float,
+  config: tuning.Hopper | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """(out, lse) of softmax attention over prefixes of the slots; see api.
+
+  Sums are float32; weights and their cotangents are rounded to q's dtype
+  before they are multiplied. The gradient does not depend on timing.
+
+  Args:
+    q: [B, T, Nq, H], H up to 128; bfloat16 or float16.
+    k: [B, S, N, H].
+    v: [B, S, N, H].
+    visible: int32 [B, T] or [B, T, Nq / N], or None for causal.
+    key_rank: must be None.
+    scale: of the scores.
+    config: tile sizes; None is those of `tuning` for the shape.
+
+  Raises:
+    ValueError: key_rank is given.
+  """
+  if key_rank is not None:
+    raise ValueError("hopper.attention: key_rank must be None; see `lacks`")
+  T, Nq, H = q.shape[1:]
+  S = k.shape[1]
+  if scale <= 0:
+    # The kernels take the largest score before they scale.
+    q, scale = (-q, -scale) if scale else (q * 0, 1.0)
+  if visible is None and T > S:
+    visible = jnp.minimum(jnp.arange(1, T + 1), S)[None]
+    visible = jnp.broadcast_to(visible, q.shape[:2])
+  if config is None:
+    config = tuning.hopper(T, _padded(H))
+  q, k, v = (_pad(x) for x in (q, k, v))
+  counts = None if visible is None else hopper_masks.prefix(visible, S)
+  out, lse = _attention(q, k, v, counts, scale, config)
+  # Rows that fill up the last tile are past T here.
+  lse = jnp.swapaxes(lse[:, :Nq, :T], 1, 2)
+  lse = jnp.where(jnp.isfinite(lse), lse * hopper_forward.LN2, -jnp.inf)
+  return out[:, :T, :, :H], lse
+
+
+def _padded(H: int) -> int:
+  return 64 if H <= 64 else 128
+
+
+def _pad(x):
+  """With a tile of rows and a multiple of 8, as TMA asks; H of 64 or 128."""
+  rows = max(ROWS - x.shape[1], -x.shape[1] % 8)
+  H = _padded(x.shape[3]) - x.shape[3]
+  if not rows and not H:
+    return x
+  return jnp.pad(x, ((0, 0), (0, rows), (0, 0), (0, H)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attention(q, k, v, counts, scale, config):
+  return hopper_forward.forward(q, k, v, counts, scale, config)
+
+
+def _attention_forward(q, k, v, counts, scale, config):
+  rest = None
+  if k.shape[1] <= config.fused:
+    out, lse = _attention(q, k, v, counts, scale, config)
+  else:
+    out, lse, rest = hopper_forward.forward(
+      q, k, v, counts, scale, config, with_rest=True
+    )
+  return (out, lse), (q, k, v, counts, out, rest, lse)
+
+
+def _attention_backward(scale, config, residuals, cotangents):
+  q, k, v, counts, out, rest, lse = residuals
+  d_out, d_lse = cotangents
+  # The cotangent is that of the logarithm in base 2.
+  d_lse = jnp.where(jnp.isfinite(lse), d_lse / hopper_forward.LN2, 0)
+  arguments = (q, k, v, counts, d_out, lse)
+  if rest is None:
+    gradients = hopper_fused.backward(*arguments, d_lse, scale, config)
+    return *gradients, None
+  accurate = out.astype(jnp.float32) + rest
+  delta = jnp.moveaxis((accurate * d_out).sum(axis=-1), 1, 2)
+  delta = jnp.pad(delta, ((0, 0), (0, 0), (0, lse.shape[2] - delta.shape[2])))
+  gradients = hopper_backward.backward(*arguments, delta - d_lse, scale, config)
+  return *gradients, None
+
+
+_attention.defvjp(_attention_forward, _attention_backward)

@@ -1,0 +1,166 @@
+"""Which slots the rows of a tile see, for the Hopper kernels.
+
+A unit is 64 rows of one query head. The units of a key head are numbered with
+the streams fastest: unit u holds rows from 64 * (u // G), query head g = u % G
+of the group. So the streams of a position share the key tiles that are loaded.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import mosaic
+
+ROWS = 64
+
+
+class Prefix(NamedTuple):
+  """How many leading slots rows see; G' is G, or 1 where heads agree.
+
+  Attributes:
+    visible: int32 [B, G', T rounded up to 64]; 0 in the rows that fill up.
+    least: int32 [B, G', tiles], the smallest of each 64 rows.
+    most: int32 [B, G', tiles], the largest.
+  """
+
+  visible: jax.Array
+  least: jax.Array
+  most: jax.Array
+
+
+def prefix(visible: jax.Array, S: int) -> Prefix:
+  """The Prefix of `visible` int32 [B, T] or [B, T, G]."""
+  if visible.ndim == 2:
+    visible = visible[..., None]
+  visible = jnp.moveaxis(jnp.clip(visible, 0, S), 2, 1).astype(jnp.int32)
+  visible = jnp.pad(visible, ((0, 0), (0, 0), (0, -visible.shape[2] % ROWS)))
+  tiled = visible.reshape(*visible.shape[:2], -1, ROWS)
+  return Prefix(visible, tiled.min(axis=-1), tiled.max(axis=-1))
+
+
+def active(prefix: Prefix, S: int, slots: int, G: int):
+  """Which units see something of each block of slots.
+
+  Args:
+    prefix: of `prefix`.
+    S: slots.
+    slots: of a block.
+    G: query heads of a key head.
+
+  Returns:
+    int32 [B, blocks, units], the units that see the block, in order, then the
+    others; int32 [B, blocks], how many do.
+  """
+  most = jnp.moveaxis(prefix.most, 1, 2)
+  most = jnp.broadcast_to(most, (*most.shape[:2], G)).reshape(len(most), 1, -1)
+  first = jnp.arange(pl.cdiv(S, slots))[:, None] * slots
+  idle = most <= first
+  order = jnp.argsort(idle, axis=-1, stable=True).astype(jnp.int32)
+  return order, jnp.sum(~idle, axis=-1, dtype=jnp.int32)
+
+
+def span(prefix, b, g, start):
+  """(least, most) slots seen by the 64 rows from `start`; scalars.
+
+  Args:
+    prefix: None for causal, or the references of a Prefix.
+    b: sequence.
+    g: query head in its group.
+    start: first row.
+  """
+  if prefix is None:
+    return start + 1, start + ROWS
+  _, least, most = prefix
+  index = (b, jnp.minimum(g, least.shape[1] - 1), start // ROWS)
+  return least[index], most[index]
+
+
+def counts(prefix, b, g, start):
+  """The reference of the numbers of slots that 64 rows from `start` see."""
+  visible = prefix[0]
+  return visible.at[b, jnp.minimum(g, visible.shape[1] - 1), pl.ds(start, ROWS)]
+
+
+def seen(visible, start, first, shape, rows: int = 0) -> jax.Array:
+  """Whether rows from `start` see slots from `first`.
+
+  Args:
+    visible: how many slots each row sees; None for causal.
+    start: first row.
+    first: first slot.
+    shape: of the result.
+    rows: its axis of rows, 0 or 1.
+  """
+  slot = mosaic.iota(shape, 1 - rows) + first
+  if visible is None:
+    layout = mosaic.COLUMNS if rows else mosaic.ROWS
+    visible = mosaic.vector_iota(ROWS, layout) + (start + 1)
+  along = mosaic.along_columns if rows else mosaic.along_rows
+  return slot < along(visible, shape)
+
+
+def masked(visible, start, first, least, score, rows: int = 0) -> jax.Array:
+  """`score`, -inf where a row does not see a slot; free where all see all.
+
+  Args:
+    visible: as of `seen`, and start, first, rows.
+    start: first row.
+    first: first slot.
+    least: slots that every row sees.
+    score: one number a row and slot.
+    rows: its axis of rows, 0 or 1.
+  """
+
+  def hide(score):
+    return jnp.where(
+      seen(visible, start, first, score.shape, rows), score, -jnp.inf
+    )
+
+  whole = first + score.shape[1 - rows] <= least
+  return lax.cond(whole, lambda score: score, hide, score)
+
+
+class Block:
+  """The units of one thread block, on the axis "item" of the grid.
+
+  Args:
+    T: rows.
+    N: key heads.
+    G: query heads of a key head.
+    C: units of a block.
+    prefix: None or the references of a Prefix.
+  """
+
+  def __init__(self, T, N, G, C, prefix):
+    blocks = pl.cdiv(pl.cdiv(T, ROWS) * G, C)
+    item = lax.axis_index("item")
+    # The longest first, so that the short ones fill the end.
+    self._first = (blocks - 1 - item % blocks) * C
+    self.n, self.b = item // blocks % N, item // blocks // N
+    self._T, self._G, self._C, self._prefix = T, G, C, prefix
+
+  def unit(self, w):
+    """First row, head in group, if there is such a unit, its span."""
+    u = self._first + w
+    start, g = u // self._G * ROWS, u % self._G
+    inside = start < self._T
+    start = jnp.where(inside, start, 0)
+    least, most = span(self._prefix, self.b, g, start)
+    return start, g, inside, least, jnp.where(inside, most, 0)
+
+  def visible(self, start, g):
+    """How many slots each row of a unit sees; None for causal."""
+    if self._prefix is None:
+      return None
+    rows = counts(self._prefix, self.b, g, start)
+    return mosaic.load(rows, mosaic.ROWS, optimized=False)
+
+  def most(self):
+    """Slots that some row of the block sees."""
+    most = self.unit(0)[-1]
+    for w in range(1, self._C):
+      most = jnp.maximum(most, self.unit(w)[-1])
+    return most

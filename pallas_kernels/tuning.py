@@ -1,0 +1,110 @@
+"""Tile sizes and depths of our own kernels, by shape."""
+
+import dataclasses
+from typing import NamedTuple
+
+LANES = 128  # Of a TPU's vector registers: tiles are multiples of it.
+
+
+class TpuTiles(NamedTuple):
+  """How the TPU kernel divides a call.
+
+  Attributes:
+    positions: of the T in a row tile.
+    rows: of a row tile: the positions times the query heads of a key head,
+      padded to whole lanes.
+    slots: of a key tile.
+    heads: key heads that one grid step computes.
+    T: padded to whole row tiles.
+    S: padded to whole key tiles.
+  """
+
+  positions: int
+  rows: int
+  slots: int
+  heads: int
+  T: int
+  S: int
+
+  @property
+  def row_tiles(self) -> int:
+    return self.T // self.positions
+
+  @property
+  def key_tiles(self) -> int:
+    return self.S // self.slots
+
+
+# A grid step costs about 0.35 us whatever it does (the Pallas documentation's
+# figure), as much as 100,000 scores; larger tiles compute more masked scores.
+# Not tuned on a TPU: none was at hand.
+TPU_ROWS, TPU_SLOTS = 1024, 512
+
+
+def tpu_tiles(T: int, S: int, N: int, group: int) -> TpuTiles:
+  """The tiles for T positions, S slots, N key heads, `group` rows a position.
+
+  Short sequences are one tile, and several heads share a grid step.
+  """
+  most = max(TPU_ROWS // group // LANES, 1) * LANES
+  positions = min(T, most)
+  rows = _round_up(positions * group, LANES)
+  slots = min(_round_up(S, LANES), TPU_SLOTS)
+  heads = max(
+    n for n in range(1, N + 1)
+    if N % n == 0 and (n == 1 or n * rows * slots <= TPU_ROWS * TPU_SLOTS)
+  )  # fmt: skip
+  return TpuTiles(
+    positions, rows, slots, heads, _round_up(T, positions), _round_up(S, slots)
+  )
+
+
+def _round_up(size: int, multiple: int) -> int:
+  return -(-size // multiple) * multiple
+
+
+@dataclasses.dataclass(frozen=True)
+class Hopper:
+  """One choice for the Hopper kernels; sizes in rows or slots.
+
+  Attributes:
+    short: longest T and S for which one warpgroup takes a whole sequence of a
+      key head, forward; at most 128.
+    fused: longest S for which one kernel makes all gradients; at most 128.
+    consumers: warpgroups that compute, 64 rows each, forward.
+    keys: slots of a key tile, forward.
+    stages: key tiles in shared memory, forward.
+    pingpong: whether one of two warpgroups exponentiates while the other
+      multiplies, forward.
+    fused_stages: row tiles in shared memory there.
+    fused_depth: key heads there; with 2, the next is loaded during the work.
+    blocks: thread blocks there; one a multiprocessor.
+    key_consumers: warpgroups that compute, 64 slots each, in the kernel of dk
+      and dv.
+    key_stages: row tiles in shared memory there.
+    query_consumers: warpgroups that compute, 64 rows each, in that of dq.
+    query_keys: slots of a key tile there.
+    query_stages: key tiles in shared memory there.
+  """
+
+  short: int = 128
+  fused: int = 128
+  consumers: int = 2
+  keys: int = 128
+  stages: int = 2
+  pingpong: bool = True
+  fused_stages: int = 4
+  fused_depth: int = 2
+  blocks: int = 132
+  key_consumers: int = 2
+  key_stages: int = 3
+  query_consumers: int = 2
+  query_keys: int = 64
+  query_stages: int = 3
+
+
+def hopper(T: int, H: int) -> Hopper:
+  """The choice for sequences of T rows and heads of H; none is measured yet."""
+  if H == 64:
+    return Hopper(keys=128 if T <= 2048 else 256, query_keys=128)
+  return Hopper(fused_stages=2, fused_depth=1, key_stages=2)

@@ -1,0 +1,262 @@
+"""Hopper kernels: lowering anywhere, numbers in the interpreter or on a GPU.
+
+The interpreter of Mosaic GPU (JAX 0.11 and newer) runs the threads of a block
+on the threads of JAX's CPU client, and needs as many: a process of its own.
+"""
+
+import os
+import pathlib
+import subprocess
+import sys
+from unittest import mock
+
+import attention_cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl.testing import absltest, parameterized
+
+import pallas_kernels
+from pallas_kernels import hopper, hopper_masks, mosaic, tuning
+
+_ROOT = pathlib.Path(__file__).resolve().parents[1]
+_Case = attention_cases.Case
+_MASKS = ("causal", "prompt", "groups", "ragged", "empty")
+_INTERPRETED = {
+  # Both kinds of kernels; the rest takes minutes.
+  "some": [
+    _Case(65, 65, B=1, mask="groups", lse_cotangent=True),
+    _Case(150, 140, B=1, mask="empty"),
+  ],
+  # One warpgroup forward; one kernel backward.
+  "short": [
+    *(_Case(128, 128, mask=mask) for mask in _MASKS),
+    _Case(64, 64, group=1, lse_cotangent=True),
+    _Case(65, 65, N=3),
+    _Case(100, 128, mask="empty", lse_cotangent=True),
+    _Case(1, 63, group=4),
+    _Case(97, 40, H=32),
+    _Case(128, 128, logits=100.0),
+    _Case(128, 128, constant_v=True),
+  ],
+  # Rings of tiles; two kernels backward.
+  "long": [
+    *(_Case(200, 200, mask=mask) for mask in _MASKS),
+    _Case(200, 200, N=3, group=1),
+    _Case(520, 520, B=1, mask="groups", lse_cotangent=True),
+    _Case(200, 328, group=4, mask="prompt"),
+    _Case(200, 129),
+  ],
+  "wide": [
+    _Case(65, 65, H=128),
+    _Case(200, 200, H=128, mask="empty", lse_cotangent=True),
+    _Case(200, 200, H=128, constant_v=True),
+    _Case(330, 330, H=128, B=1, group=3),
+  ],
+}
+_ON_GPU = [
+  *(
+    _Case(T, T, N=N, group=group, H=H)
+    for T in (1, 2, 63, 64, 65, 97, 128, 200, 1000, 1024)
+    for N, group, H in ((1, 2, 64), (3, 1, 128), (1, 4, 32), (3, 2, 128))
+  ),
+  *(
+    _Case(T, S, mask=mask, H=H, lse_cotangent=True)
+    for T, S in ((128, 128), (200, 200), (1000, 1024), (65, 1), (1, 1000))
+    for mask in _MASKS
+    for H in (64, 128)
+  ),
+  *(_Case(T, T, logits=100.0) for T in (128, 1024)),
+  *(_Case(T, T, constant_v=True) for T in (128, 1024)),
+]
+
+
+def _shapes(T, S, N=2, group=2, H=64, dtype=jnp.bfloat16, B=2):
+  return (
+    jax.ShapeDtypeStruct((B, T, N * group, H), dtype),
+    jax.ShapeDtypeStruct((B, S, N, H), dtype),
+    jax.ShapeDtypeStruct((B, S, N, H), dtype),
+  )
+
+
+def _loss(q, k, v, visible=None, config=None):
+  out, lse = hopper.attention(q, k, v, visible, None, 0.1, config)
+  return out.astype(jnp.float32).sum() + lse.sum()
+
+
+def _kernels(function, *shapes) -> int:
+  """How many Mosaic GPU kernels the function has when lowered for CUDA."""
+  lowered = jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",))
+  return lowered.as_text().count("custom_call @mosaic_gpu")
+
+
+class LoweringTest(parameterized.TestCase):
+  @parameterized.parameters(
+    (128, 128, 64), (128, 128, 128), (1024, 1024, 64), (1024, 1024, 128),
+    (65, 65, 64), (200, 300, 128), (5, 7, 32), (1, 1000, 64),
+  )  # fmt: skip
+  def test_every_mask(self, T, S, H):
+    """Forward and backward: 2 kernels where one makes all gradients, or 3."""
+    shapes = _shapes(T, S, H=H)
+    gradient = jax.grad(_loss, (0, 1, 2))
+    number = 2 if S in (7, 65, 128) else 3
+    for rows in (None, (2, T), (2, T, 2)):
+      visible = rows and jax.ShapeDtypeStruct(rows, jnp.int32)
+      self.assertEqual(_kernels(gradient, *shapes, visible), number)
+
+  @parameterized.parameters(1, 3, 4)
+  def test_groups(self, group):
+    gradient = jax.grad(_loss, (0, 1, 2))
+    self.assertEqual(_kernels(gradient, *_shapes(128, 128, group=group)), 2)
+
+  def test_transformations(self):
+    """vmap adds to the grid; a checkpoint runs the forward kernel again."""
+    gradient = jax.grad(_loss, (0, 1, 2))
+    shapes = _shapes(128, 128)
+    stacked = [jax.ShapeDtypeStruct((3, *x.shape), x.dtype) for x in shapes]
+    self.assertEqual(_kernels(jax.vmap(gradient), *stacked), 2)
+    checkpointed = jax.grad(jax.checkpoint(_loss), (0, 1, 2))
+    self.assertEqual(_kernels(checkpointed, *shapes), 2)
+
+  def test_shard_map(self):
+    """Over batch and heads."""
+    kind = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.sharding.AbstractMesh((2, 2), ("data", "model"), kind)
+    spec = jax.sharding.PartitionSpec("data", None, "model")
+
+    def attend(q, k, v):
+      return hopper.attention(q, k, v, None, None, 0.1)[0]
+
+    sharded = jax.shard_map(
+      attend, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec
+    )
+    self.assertEqual(_kernels(sharded, *_shapes(128, 128)), 1)
+
+
+class LacksTest(parameterized.TestCase):
+  @parameterized.named_parameters(
+    ("rank", dict(dtype=jnp.bfloat16), True, "`key_rank`"),
+    ("dtype", dict(dtype=jnp.float32), False, "float32 .bfloat16 and float16"),
+    ("head", dict(H=136), False, r"H=136 \(up to 128\)"),
+    ("platform", dict(), False, r"device 'cpu' \(NVIDIA Hopper only\)"),
+  )
+  def test_it_says_what_it_lacks(self, options, ranks, message):
+    q, k, v = (jnp.zeros(x.shape, x.dtype) for x in _shapes(7, 7, **options))
+    visible, key_rank = None, None
+    if ranks:
+      visible, key_rank = (np.ones(q.shape[:2], np.int32) for _ in range(2))
+    message = "attention 'mosaic_gpu' does not support " + message
+    with self.assertRaisesRegex(pallas_kernels.UnsupportedError, message):
+      pallas_kernels.any_order_attention(
+        q, k, v, visible, key_rank=key_rank, implementation="mosaic_gpu"
+      )
+
+  def test_a_hopper_is_supported(self):
+    device = mock.Mock(compute_capability="9.0")
+    with mock.patch.object(jax, "local_devices", return_value=[device]):
+      q, k, _ = _shapes(128, 128)
+      self.assertEqual(hopper.lacks(q, k, None, None), "")
+
+
+class ActiveTest(absltest.TestCase):
+  def test_units_that_see_a_block_come_first(self):
+    visible = np.zeros((1, 256), np.int32)
+    visible[0, 70], visible[0, 200] = 129, 5
+    prefix = hopper_masks.prefix(jnp.asarray(visible), 200)
+    order, count = hopper_masks.active(prefix, 200, 128, 2)
+    self.assertEqual(count.tolist(), [[4, 2]])
+    self.assertEqual(order[0, 0, :4].tolist(), [2, 3, 6, 7])
+    self.assertEqual(order[0, 1, :2].tolist(), [2, 3])
+
+
+@pytest.mark.skipif(
+  not hasattr(mosaic.plgpu, "InterpretGPUParams"), reason="no interpreter"
+)
+class InterpretedTest(parameterized.TestCase):
+  def test_numbers_and_races(self):
+    self.check_numbers_and_races("some")
+
+  @parameterized.parameters("short", "long", "wide")
+  @pytest.mark.slow
+  def test_more_numbers_and_races(self, name):
+    self.check_numbers_and_races(name)
+
+  def check_numbers_and_races(self, name):
+    """All results and gradients, with memory poisoned; no race is found."""
+    output = _child(name)
+    ending = f"{len(_INTERPRETED[name])} cases\n"
+    self.assertTrue(output.endswith(ending), output[-4000:])
+    self.assertNotIn("RACE DETECTED", output)
+
+  def test_a_missing_fence_is_found(self):
+    self.assertIn("RACE DETECTED", _child("long", "unfenced"))
+
+
+def _child(*arguments) -> str:
+  """Output and errors of this file as a program; JAX 0.12 raises at a race."""
+  environment = dict(
+    os.environ, JAX_PLATFORMS="cpu", NPROC="8", PYTHONPATH=str(_ROOT)
+  )
+  run = subprocess.run(
+    [sys.executable, __file__, *arguments],
+    env=environment,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+    timeout=500,
+    check=False,
+  )
+  return run.stdout
+
+
+def _interpret(name, unfenced=False):
+  """Checks the cases of a name in this process; prints how many."""
+  config = tuning.Hopper(keys=64, query_keys=64, blocks=2, fused_stages=3)
+
+  def kernel(*arguments):
+    return hopper.attention(*arguments, config)
+
+  cases = _INTERPRETED[name][:1] if unfenced else _INTERPRETED[name]
+  with mosaic.interpreted(detect_races=True):
+    for case in cases:
+      attention_cases.check(attention_cases.run(kernel, case), case)
+  print(f"{len(cases)} cases")
+
+
+@pytest.mark.gpu
+class GpuTest(parameterized.TestCase):
+  @parameterized.named_parameters((str(case), case) for case in _ON_GPU)
+  def test_numbers(self, case):
+    got = attention_cases.run(hopper.attention, case)
+    attention_cases.check(got, case)
+
+  @parameterized.parameters(128, 1024)
+  def test_a_hundred_times_the_same_bits(self, T):
+    case = _Case(T, T, N=3, mask="groups", lse_cotangent=True)
+    first = attention_cases.run(hopper.attention, case)
+    for _ in range(99):
+      again = attention_cases.run(hopper.attention, case)
+      for name in first._fields:
+        np.testing.assert_array_equal(
+          getattr(first, name), getattr(again, name), name
+        )
+
+  @parameterized.parameters(100, 200)
+  def test_vmap(self, T):
+    case = _Case(T, T, B=6)
+    given = attention_cases.inputs(case)
+    out = hopper.attention(given.q, given.k, given.v, None, None, 0.1)[0]
+    q, k, v = (x.reshape(3, 2, *x.shape[1:]) for x in given[:3])
+    stacked = jax.vmap(
+      lambda q, k, v: hopper.attention(q, k, v, None, None, 0.1)[0]
+    )(q, k, v)
+    np.testing.assert_array_equal(stacked.reshape(out.shape), out)
+
+
+if __name__ == "__main__":
+  if len(sys.argv) > 2:
+    with mock.patch.object(mosaic.plgpu, "commit_smem"):
+      _interpret(sys.argv[1], unfenced=True)
+  else:
+    _interpret(sys.argv[1])
