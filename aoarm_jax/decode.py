@@ -267,7 +267,8 @@ def _predict(network, state, R, targets):
 
 def _adaptive(network, law, plan, blanks):
   """The surest `width` of all targets that are left."""
-  draw, calls = _parallel(network, law, plan._replace(steps=0), blanks)
+  plan = plan._replace(steps=0)
+  draw, calls = _parallel(network, law, plan, blanks)
   width = _width(plan, network.model.T)
 
   def advance(i, state):

@@ -391,16 +391,21 @@ class SamplerTest(parameterized.TestCase):
   def test_texts_are_written_as_json_lines(self):
     directory = self.enterContext(tempfile.TemporaryDirectory())
     path = epath.Path(directory) / "samples" / "x.jsonl"
-    texts = [generate.Text("a b", [2, 1, 3]), generate.Text("c", [1])]
+    texts = [
+      generate.Text("a b", [2, 1, 3], -1.5, 4),
+      generate.Text("c", [1], 0.0, 1),
+    ]
     generate.write(path, texts, 7, prompt="a_b")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     self.assertEqual(
       lines,
       [
-        {"step": 7, "prompt": "a_b", "text": "a b", "order": [2, 1, 3]},
-        {"step": 7, "prompt": "a_b", "text": "c", "order": [1]},
+        {"step": 7, "prompt": "a_b", "text": "a b", "order": [2, 1, 3],
+         "log_p": -1.5, "calls": 4},
+        {"step": 7, "prompt": "a_b", "text": "c", "order": [1], "log_p": 0.0,
+         "calls": 1},
       ],
-    )
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Rotation(NamedTuple):
@@ -25,7 +26,7 @@ def rotation(position: jax.Array, H: int, base: float) -> Rotation:
     Rotation of arrays [..., 1, H / 2].
   """
   frequency = base ** (-jnp.arange(0, H, 2, dtype=jnp.float32) / H)
-  position = position[..., jnp.arange(H // 2) % position.shape[-1]]
+  position = position[..., np.arange(H // 2) % position.shape[-1]]
   angle = position[..., None, :].astype(jnp.float32) * frequency
   return Rotation(jnp.cos(angle), jnp.sin(angle))
 
