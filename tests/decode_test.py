@@ -12,7 +12,7 @@ from absl.testing import absltest, parameterized
 from aoarm_jax import decode, mechanisms, objective, orders, sampling
 from aoarm_jax.model import transformer
 
-_T, _V, _MANY = 4, 3, 200_000
+_T, _V, _MANY = 4, 3, 40_000
 _LAW = sampling.Sampling(np.float32(1), np.int32(0), np.float32(1))
 _GREEDY = _LAW._replace(temperature=np.float32(0))
 # The thirteen tests of laws against samples below; each fails by chance once
