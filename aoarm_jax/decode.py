@@ -6,9 +6,9 @@ speculative  exact, the same law: several tokens are drafted at once, each from
              what is known alone, checked by one pass of the chain rule, and
              kept as far as they pass (ASSD, arXiv 2504.20456).
 parallel     NOT exact: several tokens a step, drawn independently.
-adaptive     the next target is chosen by how sure the model is of it (two
-             streams only). Exact given the order that came out, but the order
-             depends on the text: the texts' law is not that of any order.
+adaptive     NOT exact: the next target is chosen by how sure the model is of
+             it, so the order depends on the text, and the texts' law is not
+             that of any order.
 
 Known tokens come first, by position, and are prefilled in one pass, causally
 among themselves, so the density stays that of the chain rule.
@@ -162,35 +162,29 @@ def _start(network, key, tokens, known, order, prefill):
 
 def _window(network, state, start, R):
   """The R slots from `start` on; after the last slot anything."""
-  B = len(state.order)
-  s = network.model.sentinels
-  end = network.model.T + 1
+  s, end = network.model.sentinels, network.model.T + 1
   at = start[:, None] + jnp.arange(R)
-  ends = jnp.broadcast_to(jnp.array([[0, end][:s]], jnp.int32), (B, s))
-  position = jnp.concatenate([ends, state.order], axis=1)
-  target = jnp.pad(state.order, ((0, 0), (s - 1, 0)))
-
-  def take(x):
-    return jnp.take_along_axis(x, jnp.minimum(at, x.shape[1] - 1), axis=1)
-
-  return orders.Slots(take(state.content), take(position), take(target))
+  rank = start - s  # Of the first slot's content; its target is the next one.
+  return orders.Slots(
+    jnp.take_along_axis(
+      state.content, jnp.minimum(at, state.content.shape[1] - 1), axis=1
+    ),
+    # Slot 0 is BOS, at 0; slot 1, with two sentinels, EOS.
+    jnp.where(at < s, at * end, _ranks(state.order, rank, R)),
+    jnp.where(at < s - 1, 0, _ranks(state.order, rank + 1, R)),
+  )
 
 
 def _ranks(order, first, count):
-  """Positions of the ranks first.. of every row; after the last anything."""
-  at = jnp.minimum(first[:, None] + jnp.arange(count), order.shape[1] - 1)
-  return jnp.take_along_axis(order, at, axis=1)
+  """Positions of the ranks first.. of every row; of no rank anything."""
+  at = first[:, None] + jnp.arange(count)
+  return jnp.take_along_axis(order, jnp.clip(at, 0, order.shape[1] - 1), axis=1)
 
 
 def _draw(keys, slots, log_p):
   """A token for every slot [B, Q] of laws [B, Q, V], by keys [B]."""
   fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))
   return jax.vmap(jax.vmap(jax.random.categorical))(fold(keys, slots), log_p)
-
-
-def _at(log_p, tokens):
-  """log_p [B, Q, V] of tokens [B, Q]."""
-  return jnp.take_along_axis(log_p, tokens[..., None], axis=-1)[..., 0]
 
 
 def _commit(state, s, tokens, log_p, count):
@@ -228,7 +222,7 @@ def _parallel(network, law, plan, blanks):
     log_p = sampling.log_law(logits, law)
     at = state.done[:, None] + s + jnp.arange(width)
     tokens = _draw(state.keys, at, log_p)
-    return _commit(state, s, tokens, _at(log_p, tokens), count)
+    return _commit(state, s, tokens, sampling.log_p_of(log_p, tokens), count)
 
   return advance, 1
 
@@ -349,7 +343,7 @@ def _speculative(network, law, plan, blanks):
     again = _draw(state.keys, at + _AGAIN, residual)
     tokens = jnp.where(jnp.arange(width) < kept[:, None], drafts, again)
     count = jnp.minimum(jnp.minimum(kept + 1, width), T - state.done)
-    state = _commit(state, s, tokens, _at(log_p, tokens), count)
+    state = _commit(state, s, tokens, sampling.log_p_of(log_p, tokens), count)
     return state._replace(filled=state.done + s - 1)
 
   return advance, 1 + (width > 1)
@@ -359,7 +353,10 @@ def _kept(keys, at, log_p, log_q, drafts):
   """How many leading drafts are accepted, each with min(1, p / q): [B]."""
   fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))
   coins = jax.vmap(jax.vmap(jax.random.uniform))(fold(keys, at + _COIN))
-  accepted = jnp.log(coins) < _at(log_p, drafts) - _at(log_q, drafts)
+  log_ratio = sampling.log_p_of(log_p, drafts) - sampling.log_p_of(
+    log_q, drafts
+  )
+  accepted = jnp.log(coins) < log_ratio
   # The first is drawn from the very law that it is checked by.
   accepted = accepted.at[:, 0].set(True)
   return jnp.cumprod(accepted, axis=1).sum(axis=1)

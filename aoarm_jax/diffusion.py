@@ -76,14 +76,14 @@ def generate(
       case "sequential":
         chosen = rank_of == next_rank + i
       case "ancestral":
-        coins = jax.vmap(lambda k: jax.random.uniform(k, (T,)))(coin_keys)
+        coins = objective.uniform(coin_keys, T)
         chosen = masked & (coins * (count - i) < 1)
       case "confidence":
         left = masked.sum(axis=1, keepdims=True)
         chosen = _surest(log_p, drawn, masked) < -(-left // (count - i))
       case _:
         raise ValueError(f"unknown method {method!r}")
-    nats = jnp.take_along_axis(log_p, drawn[..., None], axis=-1)[..., 0]
+    nats = sampling.log_p_of(log_p, drawn)
     return (
       jnp.where(chosen, drawn, tokens),
       jnp.where(chosen, i, step_of),
@@ -103,7 +103,6 @@ def generate(
 
 def _surest(log_p, drawn, masked):
   """The place of each masked position, the surest draw first; others last."""
-  sure = jnp.take_along_axis(log_p, drawn[..., None], axis=-1)[..., 0]
-  sure = jnp.where(masked, sure, -jnp.inf)
+  sure = jnp.where(masked, sampling.log_p_of(log_p, drawn), -jnp.inf)
   place = functools.partial(jnp.argsort, axis=1, stable=True)
   return jnp.where(masked, place(place(-sure)), sure.shape[1])

@@ -65,8 +65,8 @@ class Estimate:
   standard_error_nats: float
   sequences: int
   slot_curve_nats: tuple[float, ...]
-  by_distance: tuple["Bin", ...] = ()
-  by_recency: tuple["Bin", ...] = ()
+  by_distance: tuple[Bin, ...] = ()
+  by_recency: tuple[Bin, ...] = ()
 
   @property
   def bits_per_char(self) -> float:

@@ -142,6 +142,7 @@ def run(flag_values: flags.FlagValues, argv: list[str]) -> None:
   config = config_rules.validate(
     config_lib.from_config_dict(flag_values.config)
   )
+  distributed.start(config.distributed)  # Before any look at a device.
   vocabulary = tokenizers.get(config.data.tokenizer).V
   config_file = config_flags.get_config_filename(flag_values["config"])
   config = config_rules.validate(
@@ -153,7 +154,6 @@ def run(flag_values: flags.FlagValues, argv: list[str]) -> None:
   if flag_values.prompt and flag_values.mode != "sample":
     raise flags.Error("--prompt needs --mode=sample")
   run_dir.check_tensorboard(config.telemetry.tensorboard)
-  distributed.start(config.distributed)
   match flag_values.mode:
     case "train":
       train.train(config, workdir, argv)

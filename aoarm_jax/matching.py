@@ -13,7 +13,7 @@ from aoarm_jax.model import cost
 
 # Head dims stay multiples of 8, which fused attention wants; so does F.
 _MULTIPLE = 8
-_LARGEST = 1 << 16
+_LARGEST = 1 << 26  # Steps, layers, widths in units.
 
 
 def parameters(model: config_lib.Model, vocabulary: int) -> int:
@@ -30,9 +30,8 @@ def training_flops(config: config_lib.Config, vocabulary: int) -> float:
     config.train.batch_size,
     config.train.query_fraction,
   )
-  return (
-    per_token * config.model.T * config.train.batch_size * (config.train.steps)
-  )
+  tokens = config.model.T * config.train.batch_size * config.train.steps
+  return per_token * tokens
 
 
 _MEASURES = {
@@ -66,18 +65,17 @@ def match(
   )
 
   def with_value(count):
-    section = "train" if change == "steps" else "model"
     part = dataclasses.replace(
-      getattr(config, section), **{change: count * unit}
+      getattr(config, _section(change)), **{change: count * unit}
     )
-    return dataclasses.replace(config, **{section: part})
+    return dataclasses.replace(config, **{_section(change): part})
 
   def size(count):
     return measure(with_value(count), vocabulary)
 
   # The largest count below the target; one of it and the next is the nearest.
   low, high = 1, 2
-  while size(high) < target and high < _LARGEST * 1024:
+  while size(high) < target and high < _LARGEST:
     low, high = high, 2 * high
   while high - low > 1:
     middle = (low + high) // 2
@@ -90,6 +88,16 @@ def match(
       f"{by} of {config.match.to}; the nearest has {share:.2f} of them"
     )
   return with_value(count)
+
+
+def _section(change):
+  return "train" if change == "steps" else "model"
+
+
+def _changed(config):
+  """The value that was matched, readable."""
+  change = config.match.change
+  return f"{getattr(getattr(config, _section(change)), change):,}"
 
 
 def resolve(
@@ -121,11 +129,10 @@ def resolve(
     other = dataclasses.replace(other, train=train)
   matched = match(config, other, vocabulary)
   measure = _MEASURES[wanted.by]
-  section = matched.train if wanted.change == "steps" else matched.model
   logging.info(
     "match: %s=%s has %.4f of the %s of %s",
     wanted.change,
-    f"{getattr(section, wanted.change):,}",
+    _changed(matched),
     measure(matched, vocabulary) / measure(other, vocabulary),
     wanted.by.replace("_", " "),
     wanted.to,
@@ -183,7 +190,4 @@ def _matched(own, config, vocabulary, by, change):
   own = dataclasses.replace(
     own, match=config_lib.Match(config.model.mechanism, by, change)
   )
-  found = match(own, config, vocabulary)
-  return (
-    f"{getattr(found.train if change == 'steps' else found.model, change):,}"
-  )
+  return _changed(match(own, config, vocabulary))

@@ -166,7 +166,7 @@ def context_ensembled_nll(
 
   def of_draw(rank_and_draw):
     rank, draw = rank_and_draw
-    noise = _uniform(fold_rows(keys, rank * contexts + draw), T)
+    noise = uniform(fold_rows(keys, rank * contexts + draw), T)
     place = jnp.where(at < rank, noise, 1.0 + at)
     shuffled = jnp.take_along_axis(order, jnp.argsort(place, axis=1), axis=1)
     nats = order_nll(
@@ -218,8 +218,8 @@ def draw(
     return Draws(order, time=time, masked=masked)
   ranks = None
   if train.query_fraction < 1:
-    R = max(1, round(train.query_fraction * T))
-    noise = _uniform(row_keys(fold(_RANKS), batch), T)
+    R = orders.query_count(T, train.query_fraction)
+    noise = uniform(row_keys(fold(_RANKS), batch), T)
     ranks = jnp.sort(jnp.argsort(noise, axis=1)[:, :R], axis=1)
   groups = orders.draw_groups(fold(_GROUPS), batch, T, options)
   return Draws(order, group_start=groups, ranks=ranks)
@@ -247,7 +247,7 @@ def draw_masked(
   Returns:
     bool [B, T], by position.
   """
-  coins = _uniform(keys, order.shape[1]) < time[:, None]
+  coins = uniform(keys, order.shape[1]) < time[:, None]
   count = coins.sum(axis=1, keepdims=True)
   return jnp.argsort(order, axis=1) >= order.shape[1] - count
 
@@ -265,7 +265,8 @@ def fold_rows(keys: jax.Array, data: jax.Array | int) -> jax.Array:
   return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, data)
 
 
-def _uniform(keys, count):
+def uniform(keys: jax.Array, count: int) -> jax.Array:
+  """Numbers in [0, 1) of keys [B]: float32 [B, count]."""
   return jax.vmap(lambda key: jax.random.uniform(key, (count,)))(keys)
 
 

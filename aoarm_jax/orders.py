@@ -269,6 +269,11 @@ def draw_groups(
   return jnp.broadcast_to(start[None], (batch, T))
 
 
+def query_count(T: int, query_fraction: float) -> int:
+  """How many of T ranks are predicted where a fraction of them is."""
+  return max(1, round(query_fraction * T))
+
+
 class Nearest(NamedTuple):
   """The nearest known token of every target; see `nearest`."""
 

@@ -38,6 +38,11 @@ class Generation(NamedTuple):
   calls: jax.Array
 
 
+def log_p_of(log_p: jax.Array, tokens: jax.Array) -> jax.Array:
+  """Of laws [..., V], the log-probability of a token each: [...]."""
+  return jnp.take_along_axis(log_p, tokens[..., None], axis=-1)[..., 0]
+
+
 def log_law(logits: jax.Array, law: Sampling) -> jax.Array:
   """The sampling law of a conditional.
 

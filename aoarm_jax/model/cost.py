@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 
 from aoarm_jax import config as config_lib
+from aoarm_jax import orders
 
 
 def forward_flops(
@@ -32,7 +33,7 @@ def forward_flops(
   row = 2 * (2 * D * D + 2 * D * F) + 4 * D * seen
   read_out = S
   if query_fraction < 1:
-    read_out = max(1, round(query_fraction * T))
+    read_out = orders.query_count(T, query_fraction)
   # The last layer computes the rows that are read out and no others.
   rows = (L - 1) * S + read_out
   if kind.streams == 2:

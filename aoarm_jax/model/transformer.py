@@ -112,8 +112,9 @@ class Transformer(nnx.Module):
       start: int32 [B].
 
     Returns:
-      float32 [B, R, V] logits, equal to those of `__call__` on all slots, and
-      the cache with slots up to start + R - 1 filled.
+      float32 [B, R, V] logits, equal to those of `__call__` on all slots (at
+      `slots.queries` where they are given, [B, Q, V]), and the cache with slots
+      up to start + R - 1 filled.
     """
     R = slots.tokens.shape[1]
     at = start[:, None] + jnp.arange(R)
