@@ -149,20 +149,16 @@ def _by_keys(q, k, v, d_out, lse, delta, *refs, scale):
   def _():
     mosaic.leave_registers(C)
 
-    def fill(i, _):
-      slot = lax.rem(i, L)
-      pl.when(i >= L)(lambda: plgpu.barrier_wait(free.at[slot]))
+    def sources(i):
       start, g = unit(i)
       rows, head = pl.ds(start, ROWS), n * G + g
-      sources = [x.at[b, rows, head] for x in (q, d_out)]
-      sources += [x.at[b, head, rows] for x in (lse, delta)]
+      found = [x.at[b, rows, head] for x in (q, d_out)]
+      found += [x.at[b, head, rows] for x in (lse, delta)]
       if prefix:
-        sources.append(hopper_masks.counts(prefix, b, g, start))
-      for source, ring in zip(sources, rings):
-        plgpu.copy_gmem_to_smem(source, ring.at[slot], full.at[slot])
+        found.append(hopper_masks.counts(prefix, b, g, start))
+      return found
 
-    lax.fori_loop(0, count, fill, None)
-    mosaic.settle(free, count, L)
+    mosaic.fill(count, sources, rings, full, free)
 
 
 def by_rows(q, k, v, d_out, lse, delta, prefix, scale, config: tuning.Hopper):
@@ -272,14 +268,7 @@ def _by_rows(q, k, v, d_out, lse, delta, *refs, scale, config):
   def _():
     mosaic.leave_registers(C)
 
-    def fill(i, _):
-      slot = lax.rem(i, L)
-      pl.when(i >= L)(lambda: plgpu.barrier_wait(free.at[slot]))
-      slots = pl.ds(i * size, size)
-      for source, ring in ((k, k_ring), (v, v_ring)):
-        plgpu.copy_gmem_to_smem(
-          source.at[b, slots, n], ring.at[slot], full.at[slot]
-        )
+    def sources(i):
+      return [x.at[b, pl.ds(i * size, size), n] for x in (k, v)]
 
-    lax.fori_loop(0, steps, fill, None)
-    mosaic.settle(free, steps, L)
+    mosaic.fill(steps, sources, (k_ring, v_ring), full, free)

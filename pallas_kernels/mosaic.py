@@ -135,6 +135,28 @@ def settle(free, used, size: int):
   lax.fori_loop(used, used + size, wait, None)
 
 
+def fill(count, sources, rings, full, free):
+  """For the warpgroup that only loads: passes tiles through rings of them.
+
+  Args:
+    count: of rounds.
+    sources: round -> references in global memory, one a ring.
+    rings: references in shared memory, [slots, ...].
+    full: barriers, one a slot, at which its copies arrive.
+    free: barriers, one a slot, at which those arrive that have read it.
+  """
+  size = rings[0].shape[0]
+
+  def load_round(i, _):
+    slot = lax.rem(i, size)
+    pl.when(i >= size)(lambda: plgpu.barrier_wait(free.at[slot]))
+    for source, ring in zip(sources(i), rings):
+      plgpu.copy_gmem_to_smem(source, ring.at[slot], full.at[slot])
+
+  lax.fori_loop(0, count, load_round, None)
+  settle(free, count, size)
+
+
 def take_registers(warpgroups: int):
   """For one of the warpgroups that compute; one more only loads."""
   if warpgroups > 1:

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import tempfile
+from unittest import mock
 
 import helpers
 from absl import flags
@@ -18,6 +19,22 @@ from aoarm_jax import experiments
 def get_config(variant="default"):
   return experiments.experiment("new", variant, {changes})
 """
+
+
+class StartTest(absltest.TestCase):
+  def test_processes_are_joined_before_any_look_at_a_device(self):
+    """To count parameters, as a match does, starts JAX's backend."""
+    calls = mock.Mock()
+    calls.resolve.side_effect = lambda config, *_: config
+    calls.table.return_value = ""
+    with (
+      mock.patch.object(main.distributed, "start", calls.start),
+      mock.patch.object(main.matching, "resolve", calls.resolve),
+      mock.patch.object(main.matching, "table", calls.table),
+    ):
+      helpers.run([f"--config={helpers.TINY}", "--mode=count"])
+    order = [call[0] for call in calls.method_calls]
+    self.assertEqual(order, ["start", "resolve", "table"])
 
 
 class ParseTest(parameterized.TestCase):

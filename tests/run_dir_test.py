@@ -178,7 +178,6 @@ class MetricsTest(_FolderTest):
     self.assertNotIn("\n", message)
 
   def test_tensorboard_events(self):
-    pytest.importorskip("tensorboardX", reason="an extra")
     self._run(0, 3, tensorboard=True)
     self._run(2, 3, tensorboard=True)
     events = list((self.workdir / "tensorboard").iterdir())
