@@ -72,15 +72,38 @@ def attention(
   if visible is None and T > S:
     visible = jnp.minimum(jnp.arange(1, T + 1), S)[None]
     visible = jnp.broadcast_to(visible, q.shape[:2])
+  G = Nq // k.shape[2]
+  packed = visible is not None and G > 1 and T * G <= ROWS
+  if packed:
+    # Of few rows, the whole group is one tile: keys are multiplied once.
+    if visible.ndim == 2:
+      visible = jnp.repeat(visible, G, axis=1)
+    visible = visible.reshape(len(visible), T * G)
+    q = _pack(q, G)
   if config is None:
-    config = tuning.hopper(T, _padded(H))
+    config = tuning.hopper(q.shape[1], S, _padded(H))
+  rows = q.shape[1]
   q, k, v = (_pad(x) for x in (q, k, v))
   counts = None if visible is None else hopper_masks.prefix(visible, S)
   out, lse = _attention(q, k, v, counts, scale, config)
   # Rows that fill up the last tile are past T here.
-  lse = jnp.swapaxes(lse[:, :Nq, :T], 1, 2)
+  out, lse = out[:, :rows, :, :H], jnp.swapaxes(lse[:, :, :rows], 1, 2)
   lse = jnp.where(jnp.isfinite(lse), lse * hopper_forward.LN2, -jnp.inf)
-  return out[:, :T, :, :H], lse
+  return (_unpack(out, G), _unpack(lse, G)) if packed else (out, lse)
+
+
+def _pack(x, G: int):
+  """[B, T, N * G, ...] -> [B, T * G, N, ...]."""
+  B, T, heads, *rest = x.shape
+  x = jnp.swapaxes(x.reshape(B, T, heads // G, G, *rest), 2, 3)
+  return x.reshape(B, T * G, heads // G, *rest)
+
+
+def _unpack(x, G: int):
+  """[B, T * G, N, ...] -> [B, T, N * G, ...]."""
+  B, rows, N, *rest = x.shape
+  x = jnp.swapaxes(x.reshape(B, rows // G, G, N, *rest), 2, 3)
+  return x.reshape(B, rows // G, N * G, *rest)
 
 
 def _padded(H: int) -> int:
@@ -98,7 +121,34 @@ def _pad(x):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _attention(q, k, v, counts, scale, config):
-  return hopper_forward.forward(q, k, v, counts, scale, config)
+  (B, T, Nq, _), (S, N) = q.shape, k.shape[1:3]
+  splits = 1
+  if T == ROWS and Nq == N:
+    splits = tuning.hopper_splits(B * N, S, config)
+  found = hopper_forward.forward(q, k, v, counts, scale, config, splits=splits)
+  return found if splits == 1 else _merge(*found, splits)
+
+
+def _merge(out, lse, splits: int):
+  """Attention to all slots, from that to parts of them.
+
+  Args:
+    out: [B * splits, T, N, H].
+    lse: float32 [B * splits, N, T], base 2, +inf where a row sees nothing.
+    splits: parts.
+  """
+  out, lse = (x.reshape(-1, splits, *x.shape[1:]) for x in (out, lse))
+  lse = jnp.where(jnp.isfinite(lse), lse, -jnp.inf)
+  largest = lse.max(axis=1)
+  finite = jnp.where(jnp.isfinite(largest), largest, 0.0)
+  share = jnp.exp2(lse - finite[:, None])
+  total = share.sum(axis=1)
+  some = total > 0
+  share /= jnp.where(some, total, 1.0)[:, None]
+  share = jnp.swapaxes(share, 2, 3)[..., None]
+  merged = (out.astype(jnp.float32) * share).sum(axis=1)
+  lse = jnp.where(some, finite + jnp.log2(jnp.where(some, total, 1)), jnp.inf)
+  return merged.astype(out.dtype), lse
 
 
 def _attention_forward(q, k, v, counts, scale, config):

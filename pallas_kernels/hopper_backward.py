@@ -41,72 +41,69 @@ def by_keys(q, k, v, d_out, lse, delta, prefix, scale, config: tuning.Hopper):
   B, _, Nq, H = q.shape
   S, N = k.shape[1:3]
   C, L = config.key_consumers, config.key_stages
-  row_ring = mosaic.tiles((L, ROWS, H), q.dtype)
-  number_ring = plgpu.SMEM((L, ROWS), jnp.float32)
-  key_tiles = mosaic.tiles((C, ROWS, H), q.dtype)
-  masks, rings = (), (row_ring, row_ring, number_ring, number_ring)
+  rows = mosaic.tiles((L, ROWS, H), q.dtype)
+  numbers = plgpu.SMEM((L, ROWS), jnp.float32)
+  keys = mosaic.tiles((config.key_places, C, ROWS, H), q.dtype)
+  masks, rings = (), [rows, rows, numbers, numbers]
   if prefix is not None:
-    rings += (plgpu.SMEM((L, ROWS), jnp.int32),)
+    rings.append(plgpu.SMEM((L, ROWS), jnp.int32))
     masks = (*prefix, *hopper_masks.active(prefix, S, C * ROWS, Nq // N))
+  share = mosaic.share(B * N * pl.cdiv(S, C * ROWS), config.blocks)
   return mosaic.kernel(
-    functools.partial(_by_keys, scale=scale),
+    functools.partial(_by_keys, scale=scale, share=share, hold=config.key_hold),
     out_type=(jax.ShapeDtypeStruct(k.shape, k.dtype),) * 2,
-    grid=(B * N * pl.cdiv(S, C * ROWS),),
-    grid_names=("item",),
+    grid=(share.blocks,),
+    grid_names=("block",),
     num_threads=C + 1,
     thread_name="warpgroup",
     scratch_types=[
-      rings,
-      (key_tiles, key_tiles),
-      plgpu.Barrier(num_barriers=L, num_arrivals=len(rings)),
-      plgpu.Barrier(num_barriers=L, num_arrivals=C),
-      plgpu.Barrier(num_barriers=C, num_arrivals=2),
+      mosaic.ring(*rings, readers=C),
+      mosaic.ring(keys, keys, readers=C, parts=C),
+      mosaic.tiles((2, C, ROWS, H), q.dtype),
     ],
   )(q, k, v, d_out, lse, delta, *masks)
 
 
-def _by_keys(q, k, v, d_out, lse, delta, *refs, scale):
-  *masks, dk, dv, rings, keys, full, free, keys_full = refs
+def _by_keys(q, k, v, d_out, lse, delta, *refs, scale, share, hold):
+  *masks, dk, dv, rows, keys, staging = refs
   prefix, order = tuple(masks[:3]) or None, masks[3:]
   T, Nq, H = q.shape[1:]
   S, N = k.shape[1:3]
-  G = Nq // N
-  L, C = rings[0].shape[0], keys[0].shape[0]
+  G, C = Nq // N, keys.tiles[0].shape[1]
   blocks, units = pl.cdiv(S, C * ROWS), pl.cdiv(T, ROWS) * G
-  item = lax.axis_index("item")
-  # The first slots, which most rows see, first.
-  block = item % blocks
-  n, b = item // blocks % N, item // blocks // N
-  skipped = jnp.minimum(block * C * G, units)
-  count = order[1][b, block] if order else units - skipped
+  rounds = share.rounds()
   warpgroup = lax.axis_index("warpgroup")
 
-  def unit(i):
-    """First row and head in the group of the i-th unit that sees the block."""
-    u = order[0][b, block, i] if order else skipped + i
-    return u // G * ROWS, u % G
+  def take(r):
+    """Sequence, key head, first slot of a round; units; the i-th of these."""
+    item = share.item(r)
+    # The first slots, which most rows see, first.
+    block = item % blocks
+    n, b = item // blocks % N, item // blocks // N
+    skipped = jnp.minimum(block * C * G, units)
+    count = order[1][b, block] if order else units - skipped
 
-  @pl.when(warpgroup < C)
-  def _():
-    mosaic.take_registers(C)
-    own_k, own_v = (x.at[warpgroup] for x in keys)
-    first = (block * C + warpgroup) * ROWS
-    slots = pl.ds(first, ROWS)
-    for source, tile in ((k, own_k), (v, own_v)):
-      plgpu.copy_gmem_to_smem(
-        source.at[b, slots, n], tile, keys_full.at[warpgroup]
-      )
-    plgpu.barrier_wait(keys_full.at[warpgroup])
+    def unit(i):
+      """First row and head in its group, of the i-th that sees the block."""
+      u = order[0][b, block, i] if order else skipped + i
+      return u // G * ROWS, u % G
+
+    return b, n, block * C * ROWS, count, unit
+
+  def work(r, passed):
+    b, n, first, count, unit = take(r)
+    first += warpgroup * ROWS
+    own_k, own_v = (x.at[warpgroup] for x in keys.wait(r))
+    if hold:
+      own_k, own_v = (mosaic.load(x, mosaic.TILE) for x in (own_k, own_v))
 
     def step(i, sums):
       start, g = unit(i)
-      slot = lax.rem(i, L)
-      rows, d_rows, log_sums, means, *visible = (x.at[slot] for x in rings)
-      plgpu.barrier_wait(full.at[slot])
+      mine, d_mine, log_sums, means, *visible = rows.wait(passed + i)
 
       def products(d_keys, d_values, score, d_weight):
-        mosaic.product(score, own_k, mosaic.transposed(rows))
-        mosaic.product(d_weight, own_v, mosaic.transposed(d_rows))
+        mosaic.product(score, own_k, mosaic.transposed(mine))
+        mosaic.product(d_weight, own_v, mosaic.transposed(d_mine))
         shape = (ROWS, ROWS)
         log_sum = mosaic.load(log_sums, mosaic.COLUMNS)
         exponent = mosaic.value(score, pending=1) * (scale / hopper_forward.LN2)
@@ -118,12 +115,12 @@ def _by_keys(q, k, v, d_out, lse, delta, *refs, scale):
         weight = jnp.exp2(
           hopper_masks.masked(counts, start, first, least, exponent, rows=1)
         )
-        mosaic.product(d_values, weight.astype(q.dtype), d_rows)
+        mosaic.product(d_values, weight.astype(q.dtype), d_mine)
         mean = mosaic.load(means, mosaic.COLUMNS)
         # The product just issued goes on meanwhile.
         d_score = mosaic.value(d_weight, pending=1)
         d_score = weight * (d_score - mosaic.along_columns(mean, shape))
-        mosaic.product(d_keys, d_score.astype(q.dtype), rows)
+        mosaic.product(d_keys, d_score.astype(q.dtype), mine)
 
       sums = mosaic.accumulate(
         sums,
@@ -133,32 +130,52 @@ def _by_keys(q, k, v, d_out, lse, delta, *refs, scale):
       )
       # The numbers were read by ordinary loads, the next are written by TMA.
       plgpu.commit_smem()
-      plgpu.barrier_arrive(free.at[slot])
+      rows.release(passed + i)
       return sums
 
     zero = mosaic.full((ROWS, H), 0, mosaic.TILE)
     d_keys, d_values = lax.fori_loop(0, count, step, (zero, zero))
-    own_k[...] = (d_keys * scale).astype(k.dtype)
-    own_v[...] = d_values.astype(v.dtype)
+    if hold:
+      # Read by ordinary loads, too.
+      plgpu.commit_smem()
+    keys.release(r)
+    # What was stored before has left.
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    mine_k, mine_v = staging.at[0, warpgroup], staging.at[1, warpgroup]
+    mine_k[...] = (d_keys * scale).astype(k.dtype)
+    mine_v[...] = d_values.astype(v.dtype)
     plgpu.commit_smem()
-    for tile, out in ((own_k, dk), (own_v, dv)):
-      plgpu.copy_smem_to_gmem(tile, out.at[b, slots, n])
+    for tile, out in ((mine_k, dk), (mine_v, dv)):
+      plgpu.copy_smem_to_gmem(tile, out.at[b, pl.ds(first, ROWS), n])
+    return passed + count
+
+  def fetch(r, passed):
+    b, n, first, count, unit = take(r)
+    slots = [pl.ds(first + w * ROWS, ROWS) for w in range(C)]
+    keys.put(r, [[x.at[b, at, n] for at in slots] for x in (k, v)])
+
+    def fill(i, _):
+      start, g = unit(i)
+      sources = hopper_masks.rows_of(
+        (q, d_out), (lse, delta), prefix, b, n * G + g, g, start
+      )
+      rows.put(passed + i, sources)
+
+    lax.fori_loop(0, count, fill, None)
+    return passed + count
+
+  @pl.when(warpgroup < C)
+  def _():
+    mosaic.take_registers(C)
+    lax.fori_loop(0, rounds, work, jnp.int32(0))
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
   @pl.when(warpgroup == C)
   def _():
     mosaic.leave_registers(C)
-
-    def sources(i):
-      start, g = unit(i)
-      rows, head = pl.ds(start, ROWS), n * G + g
-      found = [x.at[b, rows, head] for x in (q, d_out)]
-      found += [x.at[b, head, rows] for x in (lse, delta)]
-      if prefix:
-        found.append(hopper_masks.counts(prefix, b, g, start))
-      return found
-
-    mosaic.fill(count, sources, rings, full, free)
+    passed = lax.fori_loop(0, rounds, fetch, jnp.int32(0))
+    rows.settle(passed)
+    keys.settle(rounds)
 
 
 def by_rows(q, k, v, d_out, lse, delta, prefix, scale, config: tuning.Hopper):
@@ -166,65 +183,60 @@ def by_rows(q, k, v, d_out, lse, delta, prefix, scale, config: tuning.Hopper):
   B, T, Nq, H = q.shape
   N = k.shape[2]
   C, L = config.query_consumers, config.query_stages
-  ring = mosaic.tiles((L, config.query_keys, H), q.dtype)
-  own = mosaic.tiles((C, ROWS, H), q.dtype)
+  keys = mosaic.tiles((L, config.query_keys, H), q.dtype)
+  shape = (config.query_places, C, ROWS)
+  rows = mosaic.tiles((*shape, H), q.dtype)
+  numbers = plgpu.SMEM(shape, jnp.float32)
+  own = [rows, rows, numbers, numbers]
+  if prefix is not None:
+    own.append(plgpu.SMEM(shape, jnp.int32))
+  share = mosaic.share(
+    hopper_masks.Block.items(B, T, N, Nq // N, C), config.blocks
+  )
   return mosaic.kernel(
-    functools.partial(_by_rows, scale=scale, config=config),
+    functools.partial(_by_rows, scale=scale, config=config, share=share),
     out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
-    grid=(B * N * pl.cdiv(pl.cdiv(T, ROWS) * (Nq // N), C),),
-    grid_names=("item",),
+    grid=(share.blocks,),
+    grid_names=("block",),
     num_threads=C + 1,
     thread_name="warpgroup",
     scratch_types=[
-      own,
-      own,
-      ring,
-      ring,
-      plgpu.Barrier(num_barriers=C, num_arrivals=2),
-      plgpu.Barrier(num_barriers=L, num_arrivals=2),
-      plgpu.Barrier(num_barriers=L, num_arrivals=C),
+      mosaic.ring(*own, readers=C, parts=C),
+      mosaic.ring(keys, keys, readers=C),
+      mosaic.tiles((C, ROWS, H), q.dtype),
     ],
   )(q, k, v, d_out, lse, delta, *(prefix or ()))
 
 
-def _by_rows(q, k, v, d_out, lse, delta, *refs, scale, config):
-  *prefix, dq, q_smem, d_smem, k_ring, v_ring, rows_full, full, free = refs
+def _by_rows(q, k, v, d_out, lse, delta, *refs, scale, config, share):
+  *prefix, dq, own, keys, staging = refs
   prefix = tuple(prefix) or None
   T, Nq, H = q.shape[1:]
   N = k.shape[2]
   G = Nq // N
-  C, L, size = config.query_consumers, config.query_stages, config.query_keys
-  block = hopper_masks.Block(T, N, G, C, prefix)
-  b, n = block.b, block.n
-  steps = pl.cdiv(block.most(), size)
+  C, size = config.query_consumers, config.query_keys
+  rounds = share.rounds()
   warpgroup = lax.axis_index("warpgroup")
 
-  @pl.when(warpgroup < C)
-  def _():
-    mosaic.take_registers(C)
+  def take(r):
+    """The block of a round, and how many key tiles it passes."""
+    block = hopper_masks.Block(share.item(r), T, N, G, C, prefix)
+    return block, pl.cdiv(block.most(), size)
+
+  def work(r, passed):
+    block, steps = take(r)
     start, g, inside, least, most = block.unit(warpgroup)
-    head = n * G + g
-    rows, d_rows = q_smem.at[warpgroup], d_smem.at[warpgroup]
-    span = pl.ds(start, ROWS)
-    for source, target in ((q, rows), (d_out, d_rows)):
-      plgpu.copy_gmem_to_smem(
-        source.at[b, span, head], target, rows_full.at[warpgroup]
-      )
+    rows, d_rows, *numbers = (x.at[warpgroup] for x in own.wait(r))
     shape = (ROWS, size)
-    log_sum, mean = (
-      mosaic.load(x.at[b, head, span], mosaic.ROWS, optimized=False)
-      for x in (lse, delta)
-    )
-    visible = block.visible(start, g)
-    plgpu.barrier_wait(rows_full.at[warpgroup])
+    log_sum, mean, *visible = (mosaic.load(x, mosaic.ROWS) for x in numbers)
+    visible = visible[0] if prefix else None
 
     def step(i, sums, masked):
-      slot = lax.rem(i, L)
-      plgpu.barrier_wait(full.at[slot])
+      k_tile, v_tile = keys.wait(passed + i)
 
       def products(sum_, score, d_weight):
-        mosaic.product(score, rows, mosaic.transposed(k_ring.at[slot]))
-        mosaic.product(d_weight, d_rows, mosaic.transposed(v_ring.at[slot]))
+        mosaic.product(score, rows, mosaic.transposed(k_tile))
+        mosaic.product(d_weight, d_rows, mosaic.transposed(v_tile))
         exponent = mosaic.value(score, pending=1) * (scale / hopper_forward.LN2)
         exponent -= mosaic.along_rows(log_sum, shape)
         if masked:
@@ -233,7 +245,7 @@ def _by_rows(q, k, v, d_out, lse, delta, *refs, scale, config):
         weight = jnp.exp2(exponent)
         d_score = mosaic.value(d_weight) - mosaic.along_rows(mean, shape)
         d_score = (weight * d_score).astype(q.dtype)
-        mosaic.product(sum_, d_score, k_ring.at[slot])
+        mosaic.product(sum_, d_score, k_tile)
 
       sums = mosaic.accumulate(
         sums,
@@ -241,13 +253,12 @@ def _by_rows(q, k, v, d_out, lse, delta, *refs, scale, config):
           functools.partial(products, sum_), shape, shape
         ),
       )
-      plgpu.barrier_arrive(free.at[slot])
+      keys.release(passed + i)
       return sums
 
     def drain(i, _):
-      slot = lax.rem(i, L)
-      plgpu.barrier_wait(full.at[slot])
-      plgpu.barrier_arrive(free.at[slot])
+      keys.wait(passed + i)
+      keys.release(passed + i)
 
     sums = (mosaic.full((ROWS, H), 0, mosaic.TILE),)
     whole, end = jnp.where(inside, least // size, 0), pl.cdiv(most, size)
@@ -256,19 +267,42 @@ def _by_rows(q, k, v, d_out, lse, delta, *refs, scale, config):
         low, high, functools.partial(step, masked=masked), sums
       )
     lax.fori_loop(end, steps, drain, None)
+    # The numbers were read by ordinary loads, the next are written by TMA.
+    plgpu.commit_smem()
+    own.release(r)
 
     @pl.when(inside)
     def _():
-      rows[...] = (sums[0] * scale).astype(q.dtype)
-      plgpu.commit_smem()
-      plgpu.copy_smem_to_gmem(rows, dq.at[b, span, head])
+      tile = staging.at[warpgroup]
+      # What was stored before has left.
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+      tile[...] = (sums[0] * scale).astype(q.dtype)
+      plgpu.commit_smem()
+      head = block.n * G + g
+      plgpu.copy_smem_to_gmem(tile, dq.at[block.b, pl.ds(start, ROWS), head])
+
+    return passed + steps
+
+  def fetch(r, passed):
+    block, steps = take(r)
+    block.load(own, r, (q, d_out), (lse, delta))
+
+    def fill(i, _):
+      slots = pl.ds(i * size, size)
+      keys.put(passed + i, [x.at[block.b, slots, block.n] for x in (k, v)])
+
+    lax.fori_loop(0, steps, fill, None)
+    return passed + steps
+
+  @pl.when(warpgroup < C)
+  def _():
+    mosaic.take_registers(C)
+    lax.fori_loop(0, rounds, work, jnp.int32(0))
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
   @pl.when(warpgroup == C)
   def _():
     mosaic.leave_registers(C)
-
-    def sources(i):
-      return [x.at[b, pl.ds(i * size, size), n] for x in (k, v)]
-
-    mosaic.fill(steps, sources, (k_ring, v_ring), full, free)
+    passed = lax.fori_loop(0, rounds, fetch, jnp.int32(0))
+    keys.settle(passed)
+    own.settle(rounds)

@@ -19,7 +19,14 @@ LN2 = math.log(2)
 
 
 def forward(
-  q, k, v, prefix, scale: float, config: tuning.Hopper, with_rest: bool = False
+  q,
+  k,
+  v,
+  prefix,
+  scale: float,
+  config: tuning.Hopper,
+  with_rest: bool = False,
+  splits: int = 1,
 ):
   """(out, lse) of attention.
 
@@ -31,10 +38,11 @@ def forward(
     scale: of the scores.
     config: tile sizes.
     with_rest: whether to return what `out` lost by rounding, too.
+    splits: parts of the slots to attend to apart, for few rows and many slots.
 
   Returns:
-    out [B, T, Nq, H]; lse float32 [B, Nq, T rounded up to 64] in base 2, +inf
-    for a row that sees nothing; the rest, like out.
+    out [B * splits, T, Nq, H]; lse float32 [B * splits, Nq, T rounded up to 64]
+    in base 2, +inf for a row that sees nothing; the rest, like out.
   """
   B, T, Nq, H = q.shape
   S, N = k.shape[1:3]
@@ -45,7 +53,8 @@ def forward(
     jax.ShapeDtypeStruct((B, Nq, tiles * ROWS), jnp.float32),
   )
   factor = scale / LN2
-  if max(T, S) <= config.short and tiles * G <= 4 and not with_rest:
+  alone = splits == 1 and not with_rest
+  if max(T, S) <= config.short and tiles * G <= 4 and alone:
     slots = pl.cdiv(S, ROWS) * ROWS
     return mosaic.kernel(
       functools.partial(_short, factor=factor),
@@ -61,26 +70,35 @@ def forward(
         plgpu.Barrier(num_barriers=2),
       ],
     )(q, k, v, *(prefix or ()))
+  outs = [
+    jax.ShapeDtypeStruct((B * splits, *x.shape[1:]), x.dtype) for x in outs
+  ]
   if with_rest:
     outs += outs[:1]
   C, L = config.consumers, config.stages
+  share = mosaic.share(
+    hopper_masks.Block.items(B, T, N, G, C, splits), config.blocks
+  )
+  places = config.row_places
+  own = [mosaic.tiles((places, C, ROWS, H), q.dtype)]
+  if prefix is not None:
+    own.append(plgpu.SMEM((places, C, ROWS), jnp.int32))
+  keys = mosaic.tiles((L, config.keys, H), q.dtype)
   return mosaic.kernel(
-    functools.partial(_long, factor=factor, config=config),
-    out_type=outs,
-    grid=(B * N * pl.cdiv(tiles * G, C),),
-    grid_names=("item",),
+    functools.partial(
+      _long, factor=factor, config=config, share=share, splits=splits
+    ),
+    out_type=tuple(outs),
+    grid=(share.blocks,),
+    grid_names=("block",),
     num_threads=C + 1,
     thread_name="warpgroup",
     scratch_types=[
+      mosaic.ring(*own, readers=C, parts=C),
+      mosaic.ring(keys, readers=C),
+      mosaic.ring(keys, readers=C),
       mosaic.tiles((C, ROWS, H), q.dtype),
-      mosaic.tiles((L, config.keys, H), q.dtype),
-      mosaic.tiles((L, config.keys, H), q.dtype),
       plgpu.SMEM((C, ROWS), jnp.float32),
-      plgpu.Barrier(num_barriers=C),
-      plgpu.Barrier(num_barriers=L),
-      plgpu.Barrier(num_barriers=L),
-      plgpu.Barrier(num_barriers=L, num_arrivals=C),
-      plgpu.Barrier(num_barriers=L, num_arrivals=C),
       plgpu.Barrier(num_arrivals=C),
     ],
   )(q, k, v, *(prefix or ()))
@@ -173,47 +191,47 @@ def _short(q, k, v, *refs, factor):
   plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _long(q, k, v, *refs, factor, config):
-  """Warpgroups of 64 rows each share a ring of key tiles that one fills."""
-  q_smem, k_smem, v_smem, lse_smem = refs[-10:-6]
-  q_full, k_full, v_full, k_free, v_free, turn = refs[-6:]
-  prefix = refs[:3] if len(refs) > 13 else None
-  out, lse, *rest = refs[3 if prefix else 0 : -10]
+def _long(q, k, v, *refs, factor, config, share, splits):
+  """Warpgroups of 64 rows each share rings of key tiles that one fills."""
+  *refs, own, keys, values, out_smem, lse_smem, turn = refs
+  prefix = tuple(refs[:3]) if len(refs) > 3 else None
+  out, lse, *rest = refs[3 if prefix else 0 :]
   T, Nq, H = q.shape[1:]
-  N = k.shape[2]
+  S, N = k.shape[1:3]
   G = Nq // N
-  C, L, size = config.consumers, config.stages, config.keys
-  block = hopper_masks.Block(T, N, G, C, prefix)
-  b, n = block.b, block.n
-  steps = pl.cdiv(block.most(), size)
+  C, size = config.consumers, config.keys
+  tiles = pl.cdiv(pl.cdiv(S, size), splits)
+  rounds = share.rounds()
   warpgroup = lax.axis_index("warpgroup")
+
+  def take(r):
+    """The block of a round; its first key tile, and how many it passes."""
+    block = hopper_masks.Block(share.item(r), T, N, G, C, prefix, splits)
+    first = block.split * tiles
+    steps = jnp.clip(pl.cdiv(block.most(), size) - first, 0, tiles)
+    return block, first, steps
 
   def take_turn():
     if config.pingpong and C == 2:
       plgpu.barrier_arrive(turn)
       plgpu.barrier_wait(turn)
 
-  @pl.when(warpgroup < C)
-  def _():
-    mosaic.take_registers(C)
+  def work(r, passed):
+    block, first, steps = take(r)
     start, g, inside, least, most = block.unit(warpgroup)
-    head = n * G + g
-    mine, lse_mine = q_smem.at[warpgroup], lse_smem.at[warpgroup]
-    plgpu.copy_gmem_to_smem(
-      q.at[b, pl.ds(start, ROWS), head], mine, q_full.at[warpgroup]
-    )
-    visible = block.visible(start, g)
-    plgpu.barrier_wait(q_full.at[warpgroup])
+    mine, *visible = (x.at[warpgroup] for x in own.wait(r))
+    visible = mosaic.load(visible[0], mosaic.ROWS) if prefix else None
+    if config.row_hold:
+      mine = mosaic.load(mine, mosaic.TILE)
 
     def step(i, carry, masked):
       accumulator, largest, total = carry
-      slot = lax.rem(i, L)
-      plgpu.barrier_wait(k_full.at[slot])
-      score = _scores(mine, k_smem.at[slot], size, take_turn)
-      plgpu.barrier_arrive(k_free.at[slot])
+      (k_tile,) = keys.wait(passed + i)
+      score = _scores(mine, k_tile, size, take_turn)
+      keys.release(passed + i)
       shape = score.shape
       if masked:
-        mask = hopper_masks.seen(visible, start, i * size, shape)
+        mask = hopper_masks.seen(visible, start, (first + i) * size, shape)
         score = jnp.where(mask, score, -jnp.inf)
       before, largest = (
         largest,
@@ -234,22 +252,20 @@ def _long(q, k, v, *refs, factor, config):
       )
       if config.pingpong and C == 2:
         plgpu.barrier_arrive(turn)
-      plgpu.barrier_wait(v_full.at[slot])
+      (v_tile,) = values.wait(passed + i)
       if config.pingpong and C == 2:
         plgpu.barrier_wait(turn)
       (accumulator,) = mosaic.accumulate(
         (accumulator,),
-        lambda result: mosaic.product(result, weight, v_smem.at[slot]),
+        lambda result: mosaic.product(result, weight, v_tile),
       )
-      plgpu.barrier_arrive(v_free.at[slot])
+      values.release(passed + i)
       return accumulator, largest, total
 
     def drain(i, _):
-      slot = lax.rem(i, L)
-      plgpu.barrier_wait(k_full.at[slot])
-      plgpu.barrier_arrive(k_free.at[slot])
-      plgpu.barrier_wait(v_full.at[slot])
-      plgpu.barrier_arrive(v_free.at[slot])
+      for ring in (keys, values):
+        ring.wait(passed + i)
+        ring.release(passed + i)
       take_turn()
       take_turn()
 
@@ -258,50 +274,59 @@ def _long(q, k, v, *refs, factor, config):
       mosaic.full((ROWS,), -jnp.inf, mosaic.ROWS),
       mosaic.full((ROWS,), 0, mosaic.ROWS),
     )
-    whole = jnp.where(inside, least // size, 0)
-    end = pl.cdiv(most, size)
-    pl.when(warpgroup == 1)(take_turn)
-    carry = lax.fori_loop(
-      0, whole, functools.partial(step, masked=False), carry
-    )
-    carry = lax.fori_loop(
-      whole, end, functools.partial(step, masked=True), carry
-    )
+    whole = jnp.clip(jnp.where(inside, least // size, 0) - first, 0, steps)
+    end = jnp.clip(pl.cdiv(most, size) - first, 0, steps)
+    for low, high, masked in ((0, whole, False), (whole, end, True)):
+      carry = lax.fori_loop(
+        low, high, functools.partial(step, masked=masked), carry
+      )
     lax.fori_loop(end, steps, drain, None)
-    pl.when(warpgroup == 0)(take_turn)
-
-    @pl.when(inside)
-    def _():
-      rows = pl.ds(start, ROWS)
-      result = _finish(*carry, mine, lse_mine)
+    if prefix or config.row_hold:
+      # This was read by ordinary loads, the next is written by TMA.
       plgpu.commit_smem()
-      plgpu.copy_smem_to_gmem(mine, out.at[b, rows, head])
-      plgpu.copy_smem_to_gmem(lse_mine, lse.at[b, head, rows])
+    own.release(r)
+    index = block.b * splits + block.split, block.n * G + g, pl.ds(start, ROWS)
+    pl.when(inside)(lambda: store(carry, *index))
+    return passed + steps
+
+  def store(carry, b, head, rows):
+    staging, lse_mine = out_smem.at[warpgroup], lse_smem.at[warpgroup]
+    # What was stored before has left.
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    result = _finish(*carry, staging, lse_mine)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(staging, out.at[b, rows, head])
+    plgpu.copy_smem_to_gmem(lse_mine, lse.at[b, head, rows])
+    if rest:
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-      if rest:
-        rounded = result.astype(q.dtype).astype(jnp.float32)
-        mine[...] = (result - rounded).astype(q.dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(mine, rest[0].at[b, rows, head])
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+      rounded = result.astype(q.dtype).astype(jnp.float32)
+      staging[...] = (result - rounded).astype(q.dtype)
+      plgpu.commit_smem()
+      plgpu.copy_smem_to_gmem(staging, rest[0].at[b, rows, head])
+
+  def fetch(r, passed):
+    block, first, steps = take(r)
+    block.load(own, r, (q,))
+
+    def fill(i, _):
+      slots = pl.ds((first + i) * size, size)
+      for ring, source in ((keys, k), (values, v)):
+        ring.put(passed + i, [source.at[block.b, slots, block.n]])
+
+    lax.fori_loop(0, steps, fill, None)
+    return passed + steps
+
+  @pl.when(warpgroup < C)
+  def _():
+    mosaic.take_registers(C)
+    pl.when(warpgroup == 1)(take_turn)
+    lax.fori_loop(0, rounds, work, jnp.int32(0))
+    pl.when(warpgroup == 0)(take_turn)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
   @pl.when(warpgroup == C)
   def _():
     mosaic.leave_registers(C)
-
-    def fill(i, _):
-      slot = lax.rem(i, L)
-      for ring, source, full, free in (
-        (k_smem, k, k_full, k_free),
-        (v_smem, v, v_full, v_free),
-      ):
-        pl.when(i >= L)(functools.partial(plgpu.barrier_wait, free.at[slot]))
-
-        @pl.when(i < steps)
-        def _(ring=ring, source=source, full=full):
-          plgpu.copy_gmem_to_smem(
-            source.at[b, pl.ds(i * size, size), n], ring.at[slot], full.at[slot]
-          )
-
-    # Past the last tile it waits until every slot is free.
-    lax.fori_loop(0, steps + L, fill, None)
+    passed = lax.fori_loop(0, rounds, fetch, jnp.int32(0))
+    for ring, uses in ((keys, passed), (values, passed), (own, rounds)):
+      ring.settle(uses)

@@ -36,30 +36,25 @@ def backward(q, k, v, prefix, d_out, lse, d_lse, scale, config: tuning.Hopper):
   B, H = q.shape[0], q.shape[3]
   S, N = k.shape[1:3]
   C, L = pl.cdiv(S, ROWS), config.fused_stages
-  grid = min(B * N, config.blocks)
-  depth = min(config.fused_depth, pl.cdiv(B * N, grid))
-  row_ring = mosaic.tiles((L, ROWS, H), q.dtype)
-  number_ring = plgpu.SMEM((L, ROWS), jnp.float32)
-  key_tiles = mosaic.tiles((depth, C, ROWS, H), q.dtype)
-  rings = (row_ring, row_ring, number_ring, number_ring)
+  share = mosaic.share(B * N, config.blocks)
+  depth = min(config.fused_depth, pl.cdiv(share.items, share.blocks))
+  rows = mosaic.tiles((L, ROWS, H), q.dtype)
+  numbers = plgpu.SMEM((L, ROWS), jnp.float32)
+  keys = mosaic.tiles((depth, C, ROWS, H), q.dtype)
+  rings = [rows, rows, numbers, numbers]
   if prefix is not None:
-    rings += (plgpu.SMEM((L, ROWS), jnp.int32),)
+    rings.append(plgpu.SMEM((L, ROWS), jnp.int32))
   outs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
   return mosaic.kernel(
-    functools.partial(_kernel, scale=scale, grid=grid),
+    functools.partial(_kernel, scale=scale, share=share),
     out_type=tuple(outs),
-    grid=(grid,),
+    grid=(share.blocks,),
     grid_names=("block",),
     num_threads=C + 1,
     thread_name="warpgroup",
     scratch_types=[
-      # What the loading warpgroup fills, and its barriers.
-      rings,
-      (key_tiles, key_tiles),
-      plgpu.Barrier(num_barriers=L, num_arrivals=len(rings)),
-      plgpu.Barrier(num_barriers=L, num_arrivals=C),
-      plgpu.Barrier(num_barriers=depth, num_arrivals=2 * C),
-      plgpu.Barrier(num_barriers=depth, num_arrivals=C),
+      mosaic.ring(*rings, readers=C),
+      mosaic.ring(keys, keys, readers=C, parts=C),
       # Weights; their cotangents, for the warpgroup that makes dq; dq; sums.
       mosaic.tiles((C, ROWS, ROWS), q.dtype),
       mosaic.tiles((C, C, ROWS, ROWS), q.dtype),
@@ -72,32 +67,28 @@ def backward(q, k, v, prefix, d_out, lse, d_lse, scale, config: tuning.Hopper):
   )(q, k, v, d_out, lse, d_lse, *(prefix or ()))
 
 
-def _kernel(q, k, v, d_out, lse, d_lse, *refs, scale, grid):
-  *prefix, dq, dk, dv, rings, keys, full, free, keys_full, keys_free = refs[:-7]
+def _kernel(q, k, v, d_out, lse, d_lse, *refs, scale, share):
+  *prefix, dq, dk, dv, rows_ring, keys = refs[:-7]
   weights, shared, dq_smem, parts, shared_full, shared_free, added = refs[-7:]
   prefix = tuple(prefix) or None
-  B, T, Nq, H = q.shape
+  T, Nq, H = q.shape[1:]
   N = k.shape[2]
   G = Nq // N
-  L, (depth, C) = rings[0].shape[0], keys[0].shape[:2]
+  C = keys.tiles[0].shape[1]
   count = pl.cdiv(T, ROWS) * G
-  rounds = pl.cdiv(B * N - lax.axis_index("block"), grid)
+  rounds = share.rounds()
   warpgroup = lax.axis_index("warpgroup")
 
   def item(j):
-    return divmod(lax.axis_index("block") + j * grid, N)
+    return divmod(share.item(j), N)
 
   def work(j, _):
     b, n = item(j)
-    place = lax.rem(j, depth)
-    k_tiles, v_tiles = (x.at[place] for x in keys)
-    plgpu.barrier_wait(keys_full.at[place])
+    k_tiles, v_tiles = keys.wait(j)
 
     def step(i, sums):
       start, g = i // G * ROWS, i % G
-      slot = lax.rem(j * count + i, L)
-      rows, d_rows, numbers, d_numbers, *visible = (x.at[slot] for x in rings)
-      plgpu.barrier_wait(full.at[slot])
+      rows, d_rows, numbers, d_numbers, *visible = rows_ring.wait(j * count + i)
       mine = (rows, d_rows, k_tiles.at[warpgroup], v_tiles.at[warpgroup])
       counts = mosaic.load(visible[0], mosaic.ROWS) if prefix else None
       least, most = hopper_masks.span(prefix, b, g, start)
@@ -138,7 +129,7 @@ def _kernel(q, k, v, d_out, lse, d_lse, *refs, scale, grid):
         lambda sums: sums,
         sums,
       )
-      plgpu.barrier_arrive(free.at[slot])
+      rows_ring.release(j * count + i)
       pl.when(turn == warpgroup)(
         lambda: make_dq(dq.at[b, pl.ds(start, ROWS), n * G + g])
       )
@@ -174,31 +165,19 @@ def _kernel(q, k, v, d_out, lse, d_lse, *refs, scale, grid):
       plgpu.commit_smem()
       plgpu.copy_smem_to_gmem(tile, out.at[b, slots, n])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    plgpu.barrier_arrive(keys_free.at[place])
+    keys.release(j)
 
   def fetch(j, _):
     b, n = item(j)
-    place = lax.rem(j, depth)
-    pl.when(j >= depth)(lambda: plgpu.barrier_wait(keys_free.at[place]))
-    for w in range(C):
-      for source, tiles in zip((k, v), keys):
-        slots = pl.ds(w * ROWS + j * 0, ROWS)
-        plgpu.copy_gmem_to_smem(
-          source.at[b, slots, n], tiles.at[place, w], keys_full.at[place]
-        )
+    slots = [pl.ds(w * ROWS + j * 0, ROWS) for w in range(C)]
+    keys.put(j, [[x.at[b, at, n] for at in slots] for x in (k, v)])
 
     def fill(i, _):
-      passed = j * count + i
-      slot = lax.rem(passed, L)
-      pl.when(passed >= L)(lambda: plgpu.barrier_wait(free.at[slot]))
-      rows, head = pl.ds(i // G * ROWS, ROWS), n * G + i % G
-      sources = [x.at[b, rows, head] for x in (q, d_out)]
-      sources += [x.at[b, head, rows] for x in (lse, d_lse)]
-      if prefix:
-        start, g = i // G * ROWS, i % G
-        sources.append(hopper_masks.counts(prefix, b, g, start))
-      for source, ring in zip(sources, rings):
-        plgpu.copy_gmem_to_smem(source, ring.at[slot], full.at[slot])
+      start, g = i // G * ROWS, i % G
+      sources = hopper_masks.rows_of(
+        (q, d_out), (lse, d_lse), prefix, b, n * G + g, g, start
+      )
+      rows_ring.put(j * count + i, sources)
 
     lax.fori_loop(0, count, fill, None)
 
@@ -211,9 +190,8 @@ def _kernel(q, k, v, d_out, lse, d_lse, *refs, scale, grid):
   def _():
     mosaic.leave_registers(C)
     lax.fori_loop(0, rounds, fetch, None)
-    # Memory is in use until all is free.
-    mosaic.settle(free, rounds * count, L)
-    mosaic.settle(keys_free, rounds, depth)
+    rows_ring.settle(rounds * count)
+    keys.settle(rounds)
 
 
 def _weights(rows, d_rows, keys, values, numbers, mask, scale):

@@ -124,23 +124,30 @@ def masked(visible, start, first, least, score, rows: int = 0) -> jax.Array:
 
 
 class Block:
-  """The units of one thread block, on the axis "item" of the grid.
+  """The units that a thread block passes together: one item of its share.
 
   Args:
+    item: its number.
     T: rows.
     N: key heads.
     G: query heads of a key head.
     C: units of a block.
     prefix: None or the references of a Prefix.
+    splits: parts of the slots, each an item of its own.
   """
 
-  def __init__(self, T, N, G, C, prefix):
+  def __init__(self, item, T, N, G, C, prefix, splits=1):
     blocks = pl.cdiv(pl.cdiv(T, ROWS) * G, C)
-    item = lax.axis_index("item")
+    self.split, item = item % splits, item // splits
     # The longest first, so that the short ones fill the end.
     self._first = (blocks - 1 - item % blocks) * C
     self.n, self.b = item // blocks % N, item // blocks // N
     self._T, self._G, self._C, self._prefix = T, G, C, prefix
+
+  @staticmethod
+  def items(B, T, N, G, C, splits=1) -> int:
+    """How many there are."""
+    return B * N * pl.cdiv(pl.cdiv(T, ROWS) * G, C) * splits
 
   def unit(self, w):
     """First row, head in group, if there is such a unit, its span."""
@@ -151,16 +158,49 @@ class Block:
     least, most = span(self._prefix, self.b, g, start)
     return start, g, inside, least, jnp.where(inside, most, 0)
 
-  def visible(self, start, g):
-    """How many slots each row of a unit sees; None for causal."""
-    if self._prefix is None:
-      return None
-    rows = counts(self._prefix, self.b, g, start)
-    return mosaic.load(rows, mosaic.ROWS, optimized=False)
-
   def most(self):
     """Slots that some row of the block sees."""
     most = self.unit(0)[-1]
     for w in range(1, self._C):
       most = jnp.maximum(most, self.unit(w)[-1])
     return most
+
+  def load(self, ring, r, arrays, numbers=()) -> None:
+    """Puts the rows of every unit into a ring, as its use r.
+
+    Args:
+      ring: of tiles [places, units, ROWS, ...]; the last one is for what rows
+        see, unless the mask is causal.
+      r: the use.
+      arrays: references [B, T, heads, H].
+      numbers: references [B, heads, T], one number a row.
+    """
+    parts = []
+    for w in range(self._C):
+      start, g, *_ = self.unit(w)
+      parts.append(
+        rows_of(
+          arrays, numbers, self._prefix, self.b, self.n * self._G + g, g, start
+        )
+      )
+    ring.put(r, [list(x) for x in zip(*parts)])
+
+
+def rows_of(arrays, numbers, prefix, b, head, g, start):
+  """The references of what belongs to the 64 rows of a unit.
+
+  Args:
+    arrays: references [B, T, heads, H].
+    numbers: references [B, heads, T].
+    prefix: None, or a Prefix: then what the rows see is the last.
+    b: sequence.
+    head: query head.
+    g: the same, in its group.
+    start: first row.
+  """
+  rows = pl.ds(start, ROWS)
+  found = [x.at[b, rows, head] for x in arrays]
+  found += [x.at[b, head, rows] for x in numbers]
+  if prefix:
+    found.append(counts(prefix, b, g, start))
+  return found

@@ -7,6 +7,7 @@ one. Barriers, copies and loops are the same.
 """
 
 import contextlib
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -126,6 +127,70 @@ def vector_iota(size: int, layout) -> jax.Array:
   return plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=layout)
 
 
+class Ring(NamedTuple):
+  """Places in shared memory that one warpgroup fills and others read.
+
+  Uses are counted from 0 over the whole life of a thread block: use i has the
+  place i % size, which is filled again once all readers have released it. So
+  loads run ahead of the work, from one item to the next too.
+
+  Attributes:
+    tiles: references [size, ...] or, of one tile a reader, [size, parts, ...].
+    full: barriers at which the copies arrive.
+    free: barriers at which the readers arrive.
+  """
+
+  tiles: tuple
+  full: Any
+  free: Any
+
+  @property
+  def size(self) -> int:
+    return self.tiles[0].shape[0]
+
+  def put(self, use, sources) -> None:
+    """Loads what use `use` holds.
+
+    Args:
+      use: its number.
+      sources: for each of the tiles a reference in global memory, or a list of
+        one for each part.
+    """
+    place = lax.rem(use, self.size)
+    pl.when(use >= self.size)(lambda: plgpu.barrier_wait(self.free.at[place]))
+    for source, tile in zip(sources, self.tiles):
+      target = tile.at[place]
+      pairs = [(source, target)]
+      if isinstance(source, list):
+        pairs = [(x, target.at[part]) for part, x in enumerate(source)]
+      for pair in pairs:
+        plgpu.copy_gmem_to_smem(*pair, self.full.at[place])
+
+  def wait(self, use) -> list:
+    """The references of a use, once it is filled."""
+    place = lax.rem(use, self.size)
+    plgpu.barrier_wait(self.full.at[place])
+    return [tile.at[place] for tile in self.tiles]
+
+  def release(self, use) -> None:
+    """One reader is done with a use."""
+    plgpu.barrier_arrive(self.free.at[lax.rem(use, self.size)])
+
+  def settle(self, uses) -> None:
+    """Waits until all `uses` are released: memory is in use until then."""
+    settle(self.free, uses, self.size)
+
+
+def ring(*tiles, readers: int, parts: int = 1) -> Ring:
+  """The scratch types of a Ring; `parts` copies fill a place of each tile."""
+  size = tiles[0].shape[0]
+  return Ring(
+    tiles,
+    plgpu.Barrier(num_barriers=size, num_arrivals=len(tiles) * parts),
+    plgpu.Barrier(num_barriers=size, num_arrivals=readers),
+  )
+
+
 def settle(free, used, size: int):
   """Waits for what `used` rounds over a ring of barriers have not seen yet."""
 
@@ -135,38 +200,53 @@ def settle(free, used, size: int):
   lax.fori_loop(used, used + size, wait, None)
 
 
-def fill(count, sources, rings, full, free):
-  """For the warpgroup that only loads: passes tiles through rings of them.
+class Share(NamedTuple):
+  """The items of a thread block, where all blocks stay and share the work.
 
-  Args:
-    count: of rounds.
-    sources: round -> references in global memory, one a ring.
-    rings: references in shared memory, [slots, ...].
-    full: barriers, one a slot, at which its copies arrive.
-    free: barriers, one a slot, at which those arrive that have read it.
+  Blocks take items in turn, and every other time in the opposite order, so that
+  whoever had the longer items of one round has the shorter ones of the next.
+
+  Attributes:
+    items: of all.
+    blocks: how many share them; on the axis "block" of the grid.
   """
-  size = rings[0].shape[0]
 
-  def load_round(i, _):
-    slot = lax.rem(i, size)
-    pl.when(i >= size)(lambda: plgpu.barrier_wait(free.at[slot]))
-    for source, ring in zip(sources(i), rings):
-      plgpu.copy_gmem_to_smem(source, ring.at[slot], full.at[slot])
+  items: int
+  blocks: int
 
-  lax.fori_loop(0, count, load_round, None)
-  settle(free, count, size)
+  def rounds(self):
+    """How many items this block has."""
+    full, rest = divmod(self.items, self.blocks)
+    there, back = self._places()
+    return full + jnp.where((back if full % 2 else there) < rest, 1, 0)
+
+  def item(self, r):
+    there, back = self._places()
+    return r * self.blocks + jnp.where(lax.rem(r, 2) == 0, there, back)
+
+  def _places(self):
+    block = lax.axis_index("block")
+    return block, self.blocks - 1 - block
+
+
+def share(items: int, blocks: int) -> Share:
+  return Share(items, min(items, blocks))
 
 
 def take_registers(warpgroups: int):
   """For one of the warpgroups that compute; one more only loads."""
   if warpgroups > 1:
-    plgpu.set_max_registers({2: 240, 3: 160}[warpgroups], action="increase")
+    plgpu.set_max_registers(
+      {2: 240, 3: 160, 4: 120}[warpgroups], action="increase"
+    )
 
 
 def leave_registers(warpgroups: int):
   """For the warpgroup that only loads."""
   if warpgroups > 1:
-    plgpu.set_max_registers({2: 24, 3: 32}[warpgroups], action="decrease")
+    plgpu.set_max_registers(
+      {2: 24, 3: 32, 4: 24}[warpgroups], action="decrease"
+    )
 
 
 def kernel(body, **options):

@@ -74,6 +74,9 @@ class Hopper:
     consumers: warpgroups that compute, 64 rows each, forward.
     keys: slots of a key tile, forward.
     stages: key tiles in shared memory, forward.
+    row_places: for the rows of an item, forward; with 2, the next are loaded
+      during the work.
+    row_hold: whether these are multiplied from registers.
     pingpong: whether one of two warpgroups exponentiates while the other
       multiplies, forward.
     fused_stages: row tiles in shared memory there.
@@ -81,8 +84,11 @@ class Hopper:
     blocks: thread blocks there; one a multiprocessor.
     key_consumers: warpgroups that compute, 64 slots each, in the kernel of dk
       and dv.
+    key_places: for the keys of an item, as row_places.
+    key_hold: whether these are multiplied from registers.
     key_stages: row tiles in shared memory there.
     query_consumers: warpgroups that compute, 64 rows each, in that of dq.
+    query_places: for the rows of an item, as row_places.
     query_keys: slots of a key tile there.
     query_stages: key tiles in shared memory there.
   """
@@ -92,19 +98,51 @@ class Hopper:
   consumers: int = 2
   keys: int = 128
   stages: int = 2
+  row_places: int = 2
+  row_hold: bool = False
   pingpong: bool = True
   fused_stages: int = 4
   fused_depth: int = 2
   blocks: int = 132
   key_consumers: int = 2
+  key_places: int = 2
+  key_hold: bool = False
   key_stages: int = 3
   query_consumers: int = 2
+  query_places: int = 2
   query_keys: int = 64
   query_stages: int = 3
 
 
-def hopper(T: int, H: int) -> Hopper:
-  """The choice for sequences of T rows and heads of H; none is measured yet."""
+def hopper(T: int, S: int, H: int) -> Hopper:
+  """The choice for T rows, S slots and heads of H, 64 or 128."""
   if H == 64:
-    return Hopper(keys=128 if T <= 2048 else 256, query_keys=128)
-  return Hopper(fused_stages=2, fused_depth=1, key_stages=2)
+    choice = Hopper(keys=128 if T <= 2048 else 256, query_keys=128)
+  else:
+    choice = Hopper(
+      row_places=1,
+      fused_stages=2,
+      fused_depth=1,
+      key_places=1,
+      key_stages=2,
+      query_places=1,
+    )
+  if T <= 64 < S:
+    # Few rows: bound by the traffic of the keys, of which more are under way.
+    keys = 128 if H == 64 else 64
+    choice = dataclasses.replace(
+      choice, consumers=1, keys=keys, stages=5, pingpong=False
+    )
+  return choice
+
+
+def hopper_splits(heads: int, S: int, config: Hopper) -> int:
+  """Parts of the slots for few rows: enough items, none of under 4 tiles.
+
+  Args:
+    heads: key heads of all sequences.
+    S: slots.
+    config: tile sizes.
+  """
+  tiles = -(-S // config.keys)
+  return min(max(-(-8 * config.blocks // heads), 1), max(tiles // 4, 1))
