@@ -221,9 +221,9 @@ def _program(attend, backward: bool, chain: int = 1):
 
   def forward(q, k, v, cotangent):
     del cotangent
-    for _ in range(chain):
-      q = attend(q, k, v)
-    return (q,)
+    if chain == 1:
+      return (attend(q, k, v),)
+    return (jax.lax.fori_loop(0, chain, lambda _, q: attend(q, k, v), q),)
 
   return jax.jit(both if backward else forward)
 

@@ -96,6 +96,9 @@ def _by_keys(q, k, v, d_out, lse, delta, *refs, scale, share, hold):
     own_k, own_v = (x.at[warpgroup] for x in keys.wait(r))
     if hold:
       own_k, own_v = (mosaic.load(x, mosaic.TILE) for x in (own_k, own_v))
+      # They were read by ordinary loads, the next are written by TMA.
+      plgpu.commit_smem()
+      keys.release(r)
 
     def step(i, sums):
       start, g = unit(i)
@@ -135,10 +138,8 @@ def _by_keys(q, k, v, d_out, lse, delta, *refs, scale, share, hold):
 
     zero = mosaic.full((ROWS, H), 0, mosaic.TILE)
     d_keys, d_values = lax.fori_loop(0, count, step, (zero, zero))
-    if hold:
-      # Read by ordinary loads, too.
-      plgpu.commit_smem()
-    keys.release(r)
+    if not hold:
+      keys.release(r)
     # What was stored before has left.
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     mine_k, mine_v = staging.at[0, warpgroup], staging.at[1, warpgroup]

@@ -233,20 +233,21 @@ def share(items: int, blocks: int) -> Share:
   return Share(items, min(items, blocks))
 
 
+# Registers a thread by warpgroups that compute. Together they may not be more
+# than the block starts with, in eights: 168, 128 and 96 a thread.
+_REGISTERS = {2: (240, 24), 3: (160, 32), 4: (112, 32)}
+
+
 def take_registers(warpgroups: int):
   """For one of the warpgroups that compute; one more only loads."""
   if warpgroups > 1:
-    plgpu.set_max_registers(
-      {2: 240, 3: 160, 4: 120}[warpgroups], action="increase"
-    )
+    plgpu.set_max_registers(_REGISTERS[warpgroups][0], action="increase")
 
 
 def leave_registers(warpgroups: int):
   """For the warpgroup that only loads."""
   if warpgroups > 1:
-    plgpu.set_max_registers(
-      {2: 24, 3: 32, 4: 24}[warpgroups], action="decrease"
-    )
+    plgpu.set_max_registers(_REGISTERS[warpgroups][1], action="decrease")
 
 
 def kernel(body, **options):

@@ -74,9 +74,10 @@ class Hopper:
     consumers: warpgroups that compute, 64 rows each, forward.
     keys: slots of a key tile, forward.
     stages: key tiles in shared memory, forward.
-    row_places: for the rows of an item, forward; with 2, the next are loaded
-      during the work.
-    row_hold: whether these are multiplied from registers.
+    row_hold: whether the rows of an item are multiplied from registers, in the
+      forward kernel.
+    row_places: in shared memory for these; with 2, the next are loaded during
+      the work. Those that are held need 1.
     pingpong: whether one of two warpgroups exponentiates while the other
       multiplies, forward.
     fused_stages: row tiles in shared memory there.
@@ -84,8 +85,8 @@ class Hopper:
     blocks: thread blocks there; one a multiprocessor.
     key_consumers: warpgroups that compute, 64 slots each, in the kernel of dk
       and dv.
-    key_places: for the keys of an item, as row_places.
-    key_hold: whether these are multiplied from registers.
+    key_hold: as row_hold, for the keys of an item.
+    key_places: as row_places.
     key_stages: row tiles in shared memory there.
     query_consumers: warpgroups that compute, 64 rows each, in that of dq.
     query_places: for the rows of an item, as row_places.
@@ -120,6 +121,7 @@ def hopper(T: int, S: int, H: int) -> Hopper:
     choice = Hopper(keys=128 if T <= 2048 else 256, query_keys=128)
   else:
     choice = Hopper(
+      row_hold=True,
       row_places=1,
       fused_stages=2,
       fused_depth=1,
