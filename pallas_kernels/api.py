@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import hopper, reference, tpu
+from pallas_kernels import hopper, reference, tpu, tuning
 
 
 class UnsupportedError(NotImplementedError):
@@ -73,9 +73,8 @@ def any_order_attention(
     "mosaic_tpu": functools.partial(tpu.lacks, q, k, rows, key_rank),
   }
   if implementation is None:
-    fastest = {"gpu": "cudnn", "tpu": "mosaic_tpu"}.get(jax.default_backend())
-    supported = fastest is not None and not lacks[fastest]()
-    implementation = fastest if supported else "xla"
+    faster = tuning.FASTEST.get(jax.default_backend(), ())
+    implementation = next((x for x in faster if not lacks[x]()), "xla")
   elif implementation in lacks and (missing := lacks[implementation]()):
     raise UnsupportedError(
       f"attention {implementation!r} does not support {missing}"

@@ -47,8 +47,8 @@ class Row:
   """One line of a table: B sequences, T rows, N key heads of size H.
 
   Attributes:
-    mask: "causal", "prompt" (of T / 4 slots) or "groups" (of 16 slots), or
-      "ragged" (T rows at the ends of prefixes of S slots and less).
+    mask: "causal", "all", "prompt" (of T / 4 slots) or "groups" (of 16 slots),
+      or "ragged" (T rows at the ends of prefixes of S slots and less).
     S: slots; 0 is T.
     group: query heads of a key head.
   """
@@ -63,7 +63,8 @@ class Row:
 
   def __str__(self):
     slots = f"@{self.S}" if self.S else ""
-    return f"{self.mask} {self.B}x{self.T}{slots}x{self.N}x{self.H}"
+    single = " one stream" if self.group == 1 else ""
+    return f"{self.mask} {self.B}x{self.T}{slots}x{self.N}x{self.H}{single}"
 
   @property
   def slots(self) -> int:
@@ -75,6 +76,8 @@ class Row:
     match self.mask:
       case "causal":
         return None
+      case "all":
+        counts = jnp.full(self.T, self.slots, jnp.int32)
       case "prompt":
         counts = jnp.maximum(i + 1, self.T // 4)
       case "groups":
@@ -117,6 +120,11 @@ _TRAINING = (
   Row(8, 4096, 16, 128),
   Row(8, 8192, 12, 64),
 )
+_ONE_STREAM = tuple(
+  Row(B, T, N, 64, mask, group=1)
+  for B, T, N in ((512, 128, 8), (64, 1024, 12))
+  for mask in ("causal", "all")
+)
 _MASKED = tuple(
   Row(B, T, N, 64, mask)
   for B, T, N in ((512, 128, 8), (64, 1024, 12), (16, 4096, 12))
@@ -151,8 +159,8 @@ def _cudnn(row, q, k, v):
   attend = functools.partial(
     jax.nn.dot_product_attention, implementation="cudnn"
   )
-  if row.mask == "causal":
-    return attend(q, k, v, is_causal=True)
+  if row.mask in ("causal", "all"):
+    return attend(q, k, v, is_causal=row.mask == "causal")
   if row.mask == "ragged":
     lengths = row.visible().max(axis=1)
     rows = jnp.full(row.B, row.T, jnp.int32)
@@ -198,7 +206,7 @@ def _candidates(row: Row, config) -> dict[str, Callable]:
   if scores <= _MOST_SCORES:
     found["xla"] = _xla
   found["cudnn"] = _cudnn
-  if row.mask == "causal":
+  if row.mask == "causal" and row.group > 1:
     found["cudnn x2"] = _cudnn_twice
   found["ours"] = functools.partial(_ours, config=config)
   return {
@@ -358,7 +366,7 @@ def main(arguments=None) -> None:
   options = parser.parse_args(arguments)
   device = jax.devices()[0]
   print(f"jax {jax.__version__}, {device.device_kind}, bfloat16")
-  rows = (*_TRAINING, *_MASKED, *_DECODING)
+  rows = (*_TRAINING, *_ONE_STREAM, *_MASKED, *_DECODING)
   if options.quick:
     rows = (_TRAINING[0], _TRAINING[3], _MASKED[0], _DECODING[4])
   changes = {

@@ -43,7 +43,7 @@ def by_keys(q, k, v, d_out, lse, delta, prefix, scale, config: tuning.Hopper):
   C, L = config.key_consumers, config.key_stages
   rows = mosaic.tiles((L, ROWS, H), q.dtype)
   numbers = plgpu.SMEM((L, ROWS), jnp.float32)
-  keys = mosaic.tiles((config.key_places, C, ROWS, H), q.dtype)
+  keys = mosaic.tiles((1, C, ROWS, H), q.dtype)
   masks, rings = (), [rows, rows, numbers, numbers]
   if prefix is not None:
     rings.append(plgpu.SMEM((L, ROWS), jnp.int32))

@@ -79,12 +79,9 @@ def forward(
   share = mosaic.share(
     hopper_masks.Block.items(B, T, N, G, C, splits), config.blocks
   )
-  places = config.row_places
-  # Warpgroups that take turns end an item in the next one's first turn.
-  assert places > 1 or config.row_hold, config
-  own = [mosaic.tiles((places, C, ROWS, H), q.dtype)]
+  own = [mosaic.tiles((1, C, ROWS, H), q.dtype)]
   if prefix is not None:
-    own.append(plgpu.SMEM((places, C, ROWS), jnp.int32))
+    own.append(plgpu.SMEM((1, C, ROWS), jnp.int32))
   keys = mosaic.tiles((L, config.keys, H), q.dtype)
   return mosaic.kernel(
     functools.partial(
@@ -223,9 +220,10 @@ def _long(q, k, v, *refs, factor, config, share, splits):
     start, g, inside, least, most = block.unit(warpgroup)
     mine, *visible = (x.at[warpgroup] for x in own.wait(r))
     visible = mosaic.load(visible[0], mosaic.ROWS) if prefix else None
-    if config.row_hold:
-      mine = mosaic.load(mine, mosaic.TILE)
-      release(r)
+    mine = mosaic.load(mine, mosaic.TILE)
+    # That was read by ordinary loads, the next is written by TMA.
+    plgpu.commit_smem()
+    own.release(r)
 
     def step(i, carry, masked):
       accumulator, largest, total = carry
@@ -284,17 +282,9 @@ def _long(q, k, v, *refs, factor, config, share, splits):
         low, high, functools.partial(step, masked=masked), carry
       )
     lax.fori_loop(end, steps, drain, None)
-    if not config.row_hold:
-      release(r)
     index = block.b * splits + block.split, block.n * G + g, pl.ds(start, ROWS)
     pl.when(inside)(lambda: store(carry, *index))
     return passed + steps
-
-  def release(r):
-    if prefix or config.row_hold:
-      # This was read by ordinary loads, the next is written by TMA.
-      plgpu.commit_smem()
-    own.release(r)
 
   def store(carry, b, head, rows):
     staging, lse_mine = out_smem.at[warpgroup], lse_smem.at[warpgroup]

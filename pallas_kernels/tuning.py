@@ -3,6 +3,9 @@
 import dataclasses
 from typing import NamedTuple
 
+# By platform, the implementations that beat `xla`, the fastest first.
+FASTEST = {"gpu": ("mosaic_gpu", "cudnn"), "tpu": ("mosaic_tpu",)}
+
 LANES = 128  # Of a TPU's vector registers: tiles are multiples of it.
 
 
@@ -74,10 +77,6 @@ class Hopper:
     consumers: warpgroups that compute, 64 rows each, forward.
     keys: slots of a key tile, forward.
     stages: key tiles in shared memory, forward.
-    row_hold: whether the rows of an item are multiplied from registers, in the
-      forward kernel.
-    row_places: in shared memory for these; with 2, the next are loaded during
-      the work. Those that are held need 1.
     pingpong: whether one of two warpgroups exponentiates while the other
       multiplies, forward.
     fused_stages: row tiles in shared memory there.
@@ -85,11 +84,11 @@ class Hopper:
     blocks: thread blocks there; one a multiprocessor.
     key_consumers: warpgroups that compute, 64 slots each, in the kernel of dk
       and dv.
-    key_hold: as row_hold, for the keys of an item.
-    key_places: as row_places.
+    key_hold: whether these are multiplied from registers.
     key_stages: row tiles in shared memory there.
     query_consumers: warpgroups that compute, 64 rows each, in that of dq.
-    query_places: for the rows of an item, as row_places.
+    query_places: for these in shared memory; with 2, the next are loaded during
+      the work.
     query_keys: slots of a key tile there.
     query_stages: key tiles in shared memory there.
   """
@@ -99,14 +98,11 @@ class Hopper:
   consumers: int = 2
   keys: int = 128
   stages: int = 2
-  row_places: int = 2
-  row_hold: bool = False
   pingpong: bool = True
   fused_stages: int = 4
   fused_depth: int = 2
   blocks: int = 132
   key_consumers: int = 2
-  key_places: int = 2
   key_hold: bool = False
   key_stages: int = 3
   query_consumers: int = 2
@@ -118,17 +114,17 @@ class Hopper:
 def hopper(T: int, S: int, H: int) -> Hopper:
   """The choice for T rows, S slots and heads of H, 64 or 128."""
   if H == 64:
-    choice = Hopper(keys=128 if T <= 2048 else 256, query_keys=128)
-  else:
     choice = Hopper(
-      row_hold=True,
-      row_places=1,
-      fused_stages=2,
-      fused_depth=1,
-      key_places=1,
-      key_stages=2,
-      query_places=1,
+      consumers=4,
+      keys=64,
+      stages=4,
+      pingpong=False,
+      key_hold=True,
+      key_stages=5,
+      query_keys=64 if T <= 512 else 128,
     )
+  else:
+    choice = Hopper(fused_stages=2, fused_depth=1, key_stages=2, query_places=1)
   if T <= 64 < S:
     # Few rows: bound by the traffic of the keys, of which more are under way.
     keys = 128 if H == 64 else 64
