@@ -43,14 +43,14 @@ def by_keys(q, k, v, d_out, lse, delta, prefix, scale, config: tuning.Hopper):
   C, L = config.key_consumers, config.key_stages
   rows = mosaic.tiles((L, ROWS, H), q.dtype)
   numbers = plgpu.SMEM((L, ROWS), jnp.float32)
-  keys = mosaic.tiles((1, C, ROWS, H), q.dtype)
+  keys = mosaic.tiles((config.key_places, C, ROWS, H), q.dtype)
   masks, rings = (), [rows, rows, numbers, numbers]
   if prefix is not None:
     rings.append(plgpu.SMEM((L, ROWS), jnp.int32))
     masks = (*prefix, *hopper_masks.active(prefix, S, C * ROWS, Nq // N))
   share = mosaic.share(B * N * pl.cdiv(S, C * ROWS), config.blocks)
   return mosaic.kernel(
-    functools.partial(_by_keys, scale=scale, share=share, hold=config.key_hold),
+    functools.partial(_by_keys, scale=scale, share=share),
     out_type=(jax.ShapeDtypeStruct(k.shape, k.dtype),) * 2,
     grid=(share.blocks,),
     grid_names=("block",),
@@ -64,7 +64,7 @@ def by_keys(q, k, v, d_out, lse, delta, prefix, scale, config: tuning.Hopper):
   )(q, k, v, d_out, lse, delta, *masks)
 
 
-def _by_keys(q, k, v, d_out, lse, delta, *refs, scale, share, hold):
+def _by_keys(q, k, v, d_out, lse, delta, *refs, scale, share):
   *masks, dk, dv, rows, keys, staging = refs
   prefix, order = tuple(masks[:3]) or None, masks[3:]
   T, Nq, H = q.shape[1:]
@@ -94,11 +94,6 @@ def _by_keys(q, k, v, d_out, lse, delta, *refs, scale, share, hold):
     b, n, first, count, unit = take(r)
     first += warpgroup * ROWS
     own_k, own_v = (x.at[warpgroup] for x in keys.wait(r))
-    if hold:
-      own_k, own_v = (mosaic.load(x, mosaic.TILE) for x in (own_k, own_v))
-      # They were read by ordinary loads, the next are written by TMA.
-      plgpu.commit_smem()
-      keys.release(r)
 
     def step(i, sums):
       start, g = unit(i)
@@ -138,8 +133,7 @@ def _by_keys(q, k, v, d_out, lse, delta, *refs, scale, share, hold):
 
     zero = mosaic.full((ROWS, H), 0, mosaic.TILE)
     d_keys, d_values = lax.fori_loop(0, count, step, (zero, zero))
-    if not hold:
-      keys.release(r)
+    keys.release(r)
     # What was stored before has left.
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     mine_k, mine_v = staging.at[0, warpgroup], staging.at[1, warpgroup]

@@ -4,7 +4,7 @@ import dataclasses
 from typing import NamedTuple
 
 # By platform, the implementations that beat `xla`, the fastest first.
-FASTEST = {"gpu": ("mosaic_gpu", "cudnn"), "tpu": ("mosaic_tpu",)}
+FASTEST = {"gpu": ("cudnn",), "tpu": ("mosaic_tpu",)}
 
 LANES = 128  # Of a TPU's vector registers: tiles are multiples of it.
 
@@ -84,11 +84,11 @@ class Hopper:
     blocks: thread blocks there; one a multiprocessor.
     key_consumers: warpgroups that compute, 64 slots each, in the kernel of dk
       and dv.
-    key_hold: whether these are multiplied from registers.
+    key_places: for these in shared memory; with 2, the next are loaded during
+      the work.
     key_stages: row tiles in shared memory there.
     query_consumers: warpgroups that compute, 64 rows each, in that of dq.
-    query_places: for these in shared memory; with 2, the next are loaded during
-      the work.
+    query_places: as key_places, for these.
     query_keys: slots of a key tile there.
     query_stages: key tiles in shared memory there.
   """
@@ -103,7 +103,7 @@ class Hopper:
   fused_depth: int = 2
   blocks: int = 132
   key_consumers: int = 2
-  key_hold: bool = False
+  key_places: int = 2
   key_stages: int = 3
   query_consumers: int = 2
   query_places: int = 2
@@ -114,17 +114,11 @@ class Hopper:
 def hopper(T: int, S: int, H: int) -> Hopper:
   """The choice for T rows, S slots and heads of H, 64 or 128."""
   if H == 64:
-    choice = Hopper(
-      consumers=4,
-      keys=64,
-      stages=4,
-      pingpong=False,
-      key_hold=True,
-      key_stages=5,
-      query_keys=64 if T <= 512 else 128,
-    )
+    choice = Hopper(query_keys=64 if T <= 512 else 128)
   else:
-    choice = Hopper(fused_stages=2, fused_depth=1, key_stages=2, query_places=1)
+    choice = Hopper(
+      fused_stages=2, fused_depth=1, key_places=1, key_stages=2, query_places=1
+    )
   if T <= 64 < S:
     # Few rows: bound by the traffic of the keys, of which more are under way.
     keys = 128 if H == 64 else 64
