@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from aoarm_jax import objective, orders, sampling
-from aoarm_jax.model import transformer
+from aoarm_jax.model import cached, transformer
 
 # Set the keys of a row apart: those of draws are numbered by slot.
 _COIN, _AGAIN = 2**29, 2**30
@@ -49,7 +49,7 @@ class State(NamedTuple):
   order: jax.Array
   done: jax.Array
   filled: jax.Array
-  cache: transformer.Cache
+  cache: cached.Cache
   log_p: jax.Array
   calls: jax.Array
   keys: jax.Array
@@ -85,6 +85,7 @@ def generate(
   *,
   plan: Plan | None = None,
   prefill: bool = True,
+  most_blanks: int | None = None,
 ) -> sampling.Generation:
   """Fills the blanks of every text.
 
@@ -101,6 +102,7 @@ def generate(
     law: of every draw.
     plan: how to go through the blanks; None is one by one.
     prefill: may be False where nothing is known and there is one sentinel.
+    most_blanks: no row has more blanks, which bounds the steps; None is T.
 
   Returns:
     The texts, the orders used, and what was counted on the way.
@@ -108,24 +110,29 @@ def generate(
   chex.assert_equal_shape([tokens, known, order])
   B, T = tokens.shape
   s = network.model.sentinels
+  network = cached.Cached(network)
   state = _start(network, key, tokens, known, order, prefill)
   plan = plan or Plan()
   if plan.method == "sequential":
     plan = plan._replace(steps=0, width=1)
-  blanks = T - state.done
-  advance, calls = _METHODS[plan.method](network, law, plan, blanks)
+  if plan.method == "adaptive":
+    plan = plan._replace(steps=0)
+  advance, calls = _METHODS[plan.method](network, law, plan, T - state.done)
 
-  def unfinished(carry):
-    return jnp.any(carry[1].done < T)
-
-  def step(carry):
-    i, state = carry
+  def step(i, state):
     running = state.done < T
     after = advance(i, state)
-    after = after._replace(calls=state.calls + running * calls)
-    return i + 1, after
+    return after._replace(calls=state.calls + running * calls)
 
-  _, state = jax.lax.while_loop(unfinished, step, (0, state))
+  if plan.method == "speculative":
+    state = jax.lax.while_loop(
+      lambda state: jnp.any(state.done < T), lambda state: step(0, state), state
+    )
+  else:
+    # A known number of steps: the host need not wait for each to end.
+    most = T if most_blanks is None else most_blanks
+    steps = plan.steps or -(-most // _width(plan, T))
+    state = jax.lax.fori_loop(0, min(steps, most), step, state)
   by_position = jnp.zeros((B, T), jnp.int32)
   by_position = by_position.at[jnp.arange(B)[:, None], state.order - 1].set(
     state.content[:, s:]
@@ -140,11 +147,11 @@ def _start(network, key, tokens, known, order, prefill):
   slots = orders.to_slots(
     tokens, order, s, network.vocabulary, end=network.model.T + 1
   )
-  cache = transformer.empty_cache(network.model, network.compute, B, T + s - 1)
+  cache = network.empty_cache(B, T + s - 1)
   if prefill:
     # One pass over all slots keeps shapes static. Slots of blanks hold anything
     # so far: no known slot sees them, and each is written anew when it comes.
-    _, cache = network.extend(slots, cache, jnp.zeros(B, jnp.int32))
+    cache = network.prefill(slots, cache)
   # Slot i + 1 receives what slot i predicts; the last one is never content.
   last = jnp.take_along_axis(tokens, order[:, -1:] - 1, axis=1)
   done = known.sum(axis=1)
@@ -261,7 +268,6 @@ def _predict(network, state, R, targets):
 
 def _adaptive(network, law, plan, blanks):
   """The surest `width` of all targets that are left."""
-  plan = plan._replace(steps=0)
   draw, calls = _parallel(network, law, plan, blanks)
   width = _width(plan, network.model.T)
 

@@ -118,11 +118,7 @@ class Sampler:
     if prompt is None:
       prompt = Prompt(np.zeros(model.T, np.int32), np.zeros(model.T, bool))
     self._check(prompt)
-    law = sampling.Sampling(
-      temperature=np.float32(sample.temperature),
-      top_k=np.int32(sample.top_k),
-      top_p=np.float32(sample.top_p),
-    )
+    law = sampling.make_law(sample.temperature, sample.top_k, sample.top_p)
     tokens, order, log_p, calls = jax.device_get(
       self._jitted(
         params,

@@ -10,7 +10,7 @@ import tiny
 from absl.testing import absltest, parameterized
 
 from aoarm_jax import decode, mechanisms, objective, orders, sampling
-from aoarm_jax.model import transformer
+from aoarm_jax.model import cached
 
 _T, _V, _MANY = 4, 3, 200_000
 _LAW = sampling.Sampling(np.float32(1), np.int32(0), np.float32(1))
@@ -209,10 +209,9 @@ class PredictTest(parameterized.TestCase):
 
     @tiny.quick_jit
     def predict(params, slots, part, start, count, targets):
-      network = made(params)
-      cache = transformer.empty_cache(network.model, network.compute, B, S)
-      _, cache = network.extend(slots, cache, jnp.zeros(B, jnp.int32))
-      after = jnp.arange(S)[:, None, None] >= start[:, None, None, None]
+      network = cached.Cached(made(params))
+      cache = network.prefill(slots, network.empty_cache(B, S))
+      after = jnp.arange(S)[:, None] >= start[:, None, None, None]
       cache = jax.tree.map(lambda x: jnp.where(after, 1e3, x), cache)
       return network.predict(part, cache, start, count, targets)[0]
 
