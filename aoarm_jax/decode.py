@@ -27,7 +27,7 @@ from aoarm_jax.model import cached, transformer
 # Set the keys of a row apart: those of draws are numbered by slot.
 _COIN, _AGAIN = 2**29, 2**30
 # Rows scored at once where the next target is chosen.
-_CHUNK = 64
+CHUNK = 64
 
 
 class State(NamedTuple):
@@ -273,7 +273,7 @@ def _adaptive(network, law, plan, blanks):
 
   def advance(i, state):
     T = state.order.shape[1]
-    chunk = min(_CHUNK, T)
+    chunk = min(CHUNK, T)
     first = _ranks(state.order, state.done, 1)
 
     def score(c, scores):

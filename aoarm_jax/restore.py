@@ -29,6 +29,24 @@ class Restored:
   tokenizer: tokenizers.Tokenizer
 
 
+def read_config(workdir: epath.Path) -> config_lib.Config:
+  """The configuration of a run, as it was last started.
+
+  Raises:
+    CheckpointError: there is no run.
+    ConfigError: its config.json cannot be read.
+  """
+  path = workdir / "config.json"
+  try:
+    return config_lib.from_json(path.read_text())
+  except FileNotFoundError:
+    raise checkpoint.CheckpointError(
+      f"{path}: no such file; {workdir} is not the directory of a run"
+    ) from None
+  except ValueError as error:
+    raise config_lib.ConfigError(f"{path}: {error}") from error
+
+
 def restore(
   config: config_lib.Config, workdir: epath.Path, mesh: jax.sharding.Mesh
 ) -> Restored:

@@ -277,7 +277,7 @@ class AdaptiveTest(parameterized.TestCase):
       self.assertEqual(out.tokens[b].tolist(), text.tolist())
 
   def test_more_targets_than_a_chunk(self):
-    with mock.patch.object(decode, "_CHUNK", 3):
+    with mock.patch.object(decode, "CHUNK", 3):
       got = _drawn(
         ("two_stream", 2),
         decode.Plan("adaptive", schedule="cosine"),

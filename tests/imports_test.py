@@ -18,6 +18,8 @@ ARROWS = {
   "aoarm_jax": "evaluate generate restore",
   "main": "study matching train evaluate generate export checkpoint data "
   "pallas_kernels",
+  "decode_benchmark": "decode diffusion sampling restore train_state model "
+  "orders figures",
   "study": "train evaluate generate restore checkpoint data objective "
   "train_state model optimizer orders figures",
   "export": "restore checkpoint data train_state model",
