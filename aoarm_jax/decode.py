@@ -28,6 +28,9 @@ from aoarm_jax.model import cached, transformer
 _COIN, _AGAIN = 2**29, 2**30
 # Rows scored at once where the next target is chosen.
 CHUNK = 64
+# A cache of so many bytes grows in so many stages, each a compiled loop of its
+# own: a shorter one is read in less time, which a small one does not repay.
+_LARGE, _STAGES = 2**28, 4
 
 
 class State(NamedTuple):
@@ -85,7 +88,7 @@ def generate(
   *,
   plan: Plan | None = None,
   prefill: bool = True,
-  most_blanks: int | None = None,
+  blanks: tuple[int, int] | None = None,
 ) -> sampling.Generation:
   """Fills the blanks of every text.
 
@@ -102,7 +105,8 @@ def generate(
     law: of every draw.
     plan: how to go through the blanks; None is one by one.
     prefill: may be False where nothing is known and there is one sentinel.
-    most_blanks: no row has more blanks, which bounds the steps; None is T.
+    blanks: the least and the most that a row has, which bound slots and steps;
+      None is 0 and T.
 
   Returns:
     The texts, the orders used, and what was counted on the way.
@@ -124,15 +128,26 @@ def generate(
     after = advance(i, state)
     return after._replace(calls=state.calls + running * calls)
 
-  if plan.method == "speculative":
-    state = jax.lax.while_loop(
-      lambda state: jnp.any(state.done < T), lambda state: step(0, state), state
-    )
-  else:
+  least, most = blanks or (0, T)
+  width = _width(plan, T)
+  steps = min(plan.steps or -(-most // width), most)
+  # Slots that a row may have filled by the end of step i: first + i * width.
+  first, done = T - least + s, 0
+  for slots in _lengths(state.cache, first, plan):
+    state = state._replace(cache=cached.resized(state.cache, slots))
+    if plan.method == "speculative":
+      state = jax.lax.while_loop(
+        lambda state, slots=slots: _fits(state, s + width, slots),
+        lambda state: step(0, state),
+        state,
+      )
+      continue
     # A known number of steps: the host need not wait for each to end.
-    most = T if most_blanks is None else most_blanks
-    steps = plan.steps or -(-most // _width(plan, T))
-    state = jax.lax.fori_loop(0, min(steps, most), step, state)
+    until = steps
+    if slots < T + s - 1:
+      until = min(steps, (slots - first) // width + 1)
+    state = jax.lax.fori_loop(done, until, step, state)
+    done = until
   by_position = jnp.zeros((B, T), jnp.int32)
   by_position = by_position.at[jnp.arange(B)[:, None], state.order - 1].set(
     state.content[:, s:]
@@ -165,6 +180,23 @@ def _start(network, key, tokens, known, order, prefill):
     calls=jnp.full(B, int(prefill), jnp.int32),
     keys=objective.row_keys(key, B),
   )
+
+
+def _lengths(cache, first, plan):
+  """Lengths of the cache, one after the other: every step reads all of it."""
+  S = cache.k[0].shape[2]
+  if plan.steps or sum(x.nbytes for x in jax.tree.leaves(cache)) < _LARGE:
+    return [S]
+  part = max(1, -(-(S - first) // _STAGES))
+  return [*range(min(S, first + part), S, part), S]
+
+
+def _fits(state, more, slots):
+  """Whether a row is unfinished, and a round of `more` slots fits into all."""
+  S = state.content.shape[1] - 1
+  running = state.done < state.order.shape[1]
+  most = jnp.max(jnp.where(running, state.done, 0)) + more
+  return jnp.any(running) & (most <= slots if slots < S else True)
 
 
 def _window(network, state, start, R):
@@ -276,23 +308,29 @@ def _adaptive(network, law, plan, blanks):
     chunk = min(CHUNK, T)
     first = _ranks(state.order, state.done, 1)
 
-    def score(c, scores):
+    def score(c, carry):
+      scores, cache = carry
       ranks = jnp.full_like(state.done, c * chunk)
       # A single stream's last slot has the next target, whatever is scored.
       targets = jnp.concatenate(
         [first, _ranks(state.order, ranks, chunk)], axis=1
       )
-      logits, _ = _predict(network, state, width, targets)
+      logits, after = _predict(
+        network, state._replace(cache=cache), width, targets
+      )
       found = _score(jax.nn.softmax(logits[:, 1:]), plan.score)
       at = jnp.minimum(ranks[:, None] + jnp.arange(chunk), T)
-      return scores.at[jnp.arange(len(at))[:, None], at].set(found, mode="drop")
+      rows = jnp.arange(len(at))[:, None]
+      # The pending slots are written again by every chunk, in place.
+      return scores.at[rows, at].set(found, mode="drop"), after.cache
 
-    scores = jax.lax.fori_loop(
+    scores, cache = jax.lax.fori_loop(
       jnp.min(state.done) // chunk,
       -(-T // chunk),
       score,
-      jnp.full(state.order.shape, -jnp.inf),
+      (jnp.full(state.order.shape, -jnp.inf), state.cache),
     )
+    state = state._replace(cache=cache)
     rank = jnp.arange(T)[None]
     decided = rank < state.done[:, None]
     place = jnp.argsort(

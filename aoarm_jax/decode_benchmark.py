@@ -172,8 +172,10 @@ class Benchmark:
     most = {"adaptive": 8}.get(method, self._options.steps)
     blanks = T if self._options.whole else min(T, most * cell.width)
     in_rounds = method == "speculative"
-    # Steps in the middle; but rounds go on until a text ends.
-    first = T - blanks if in_rounds else (T - blanks) // 2
+    # Where the cache is as long as on average; but rounds go on to the end.
+    first = T - blanks
+    if not in_rounds:
+      first = min(first, max(0, T * 5 // 8 - blanks))
     plan = decode.Plan(method, cell.width)
 
     def generate(params, key):
@@ -182,7 +184,7 @@ class Benchmark:
       known = jnp.argsort(order, axis=1) < first
       return decode.generate(
         bind(params), key, jnp.zeros((B, T), jnp.int32), known, order,
-        self._law, plan=plan, prefill=False, most_blanks=blanks,
+        self._law, plan=plan, prefill=False, blanks=(blanks, blanks),
       )  # fmt: skip
 
     seconds, out, launches = _time(generate, params, jax.random.key(0))

@@ -154,6 +154,34 @@ class LawTest(parameterized.TestCase):
       np.testing.assert_allclose(got, want[:6], atol=1e-5)
 
 
+class StagesTest(parameterized.TestCase):
+  @parameterized.parameters(
+    (("two_stream", 2), decode.Plan()),
+    (("decoupled_rope", 1), decode.Plan("parallel", 2)),
+    (("two_stream", 1), decode.Plan("speculative", 3)),
+    (("two_stream", 2), decode.Plan("adaptive", 1)),
+  )
+  def test_a_growing_cache_changes_nothing(self, case, plan):
+    """Of rows with 8 or 6 blanks: caches of 4, 6, 8, or 5, 7, 8 slots."""
+    B, T = 6, 8
+    made = tiny.bind(*case, T=T, V=_V, D=8, N=2)
+    known = np.tile(np.arange(T) < 2, (B, 1)) & (np.arange(B) % 2 == 1)[:, None]
+    inputs = tiny.tokens(B, T, _V), known, tiny.orders_of(case[0], B, T)
+
+    def run(blanks):
+      return tiny.quick_jit(
+        lambda params, key, *args: decode.generate(
+          made(params), key, *args, _LAW, plan=plan, blanks=blanks
+        )
+      )(tiny.sharp(made), jax.random.key(1), *inputs)
+
+    want = run(None)
+    with mock.patch.object(decode, "_LARGE", 0):
+      got = run((6, 8))
+    for a, b in zip(got, want):
+      np.testing.assert_allclose(a, b, atol=1e-4)
+
+
 class CallsTest(parameterized.TestCase):
   def test_sequential_and_parallel(self):
     """One pass for the prompt, and one a step."""

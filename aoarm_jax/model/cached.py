@@ -38,6 +38,16 @@ def empty_cache(
   return Cache(k=(zeros,) * model.L, v=(zeros,) * model.L)
 
 
+def resized(cache: Cache, S: int) -> Cache:
+  """With S slots: the first ones, or those there are and empty ones."""
+
+  def resize(x):
+    more = max(0, S - x.shape[2])
+    return jnp.pad(x[:, :, :S], ((0, 0), (0, 0), (0, more), (0, 0)))
+
+  return jax.tree.map(resize, cache)
+
+
 class Cached:
   """A network that predicts from a cache; made inside jit, before any loop.
 
