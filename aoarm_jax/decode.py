@@ -40,6 +40,7 @@ class State(NamedTuple):
     content: int32 [B, S + 1], tokens by slot; slot s + r holds rank r.
     order: int32 [B, T], known positions first.
     done: int32 [B], ranks that are decided.
+    end: int32 [B], ranks to be decided.
     filled: int32 [B], leading slots in the cache; those up to done + s - 1 are
       decided but may not be in it yet.
     cache: of S slots.
@@ -51,6 +52,7 @@ class State(NamedTuple):
   content: jax.Array
   order: jax.Array
   done: jax.Array
+  end: jax.Array
   filled: jax.Array
   cache: cached.Cache
   log_p: jax.Array
@@ -88,12 +90,15 @@ def generate(
   *,
   plan: Plan | None = None,
   prefill: bool = True,
-  blanks: tuple[int, int] | None = None,
+  most_known: int | None = None,
+  most_blanks: int | None = None,
+  rows: jax.Array | None = None,
+  length: jax.Array | None = None,
 ) -> sampling.Generation:
   """Fills the blanks of every text.
 
-  Row b's draws depend on (key, b) alone, not on the batch. Rows may have
-  different numbers of known tokens.
+  A row's draws depend on the key and its index alone, not on the batch. Rows
+  may have different lengths and numbers of known tokens.
 
   Args:
     network: of T_max >= T positions.
@@ -105,34 +110,45 @@ def generate(
     law: of every draw.
     plan: how to go through the blanks; None is one by one.
     prefill: may be False where nothing is known and there is one sentinel.
-    blanks: the least and the most that a row has, which bound slots and steps;
-      None is 0 and T.
+    most_known: no row has more known tokens; None is T. With few of them, a
+      large cache grows in stages.
+    most_blanks: no row has more blanks, which bounds the steps; None is T.
+    rows: int32 [B], the rows' indices; None is 0 to B - 1.
+    length: int32 [B], 1 to T: the positions of each row; nothing beyond is
+      generated. None is T.
 
   Returns:
-    The texts, the orders used, and what was counted on the way.
+    The texts, the orders used (of a shorter row its positions come first), and
+    what was counted on the way.
   """
   chex.assert_equal_shape([tokens, known, order])
   B, T = tokens.shape
   s = network.model.sentinels
   network = cached.Cached(network)
-  state = _start(network, key, tokens, known, order, prefill)
+  rows = jnp.arange(B) if rows is None else rows
+  length = jnp.full(B, T) if length is None else length
+  order = orders.known_first(order, known, length)
+  keys = objective.keys_of(key, rows)
+  state = _start(network, keys, tokens, known, order, length, prefill)
   plan = plan or Plan()
   if plan.method == "sequential":
     plan = plan._replace(steps=0, width=1)
   if plan.method == "adaptive":
     plan = plan._replace(steps=0)
-  advance, calls = _METHODS[plan.method](network, law, plan, T - state.done)
+  advance, calls = _METHODS[plan.method](
+    network, law, plan, state.end - state.done
+  )
 
   def step(i, state):
-    running = state.done < T
+    running = state.done < state.end
     after = advance(i, state)
     return after._replace(calls=state.calls + running * calls)
 
-  least, most = blanks or (0, T)
+  most = T if most_blanks is None else most_blanks
   width = _width(plan, T)
   steps = min(plan.steps or -(-most // width), most)
   # Slots that a row may have filled by the end of step i: first + i * width.
-  first, done = T - least + s, 0
+  first, done = (T if most_known is None else most_known) + s, 0
   for slots in _lengths(state.cache, first, plan):
     state = state._replace(cache=cached.resized(state.cache, slots))
     if plan.method == "speculative":
@@ -155,10 +171,9 @@ def generate(
   return sampling.Generation(by_position, state.order, state.log_p, state.calls)
 
 
-def _start(network, key, tokens, known, order, prefill):
+def _start(network, keys, tokens, known, order, length, prefill):
   B, T = tokens.shape
   s = network.model.sentinels
-  order = orders.known_first(order, known)
   slots = orders.to_slots(
     tokens, order, s, network.vocabulary, end=network.model.T + 1
   )
@@ -174,11 +189,12 @@ def _start(network, key, tokens, known, order, prefill):
     content=jnp.concatenate([slots.tokens, last.astype(jnp.int32)], axis=1),
     order=order,
     done=done,
+    end=length.astype(done.dtype),
     filled=done + s - 1,
     cache=cache,
     log_p=jnp.zeros(B),
     calls=jnp.full(B, int(prefill), jnp.int32),
-    keys=objective.row_keys(key, B),
+    keys=keys,
   )
 
 
@@ -194,7 +210,7 @@ def _lengths(cache, first, plan):
 def _fits(state, more, slots):
   """Whether a row is unfinished, and a round of `more` slots fits into all."""
   S = state.content.shape[1] - 1
-  running = state.done < state.order.shape[1]
+  running = state.done < state.end
   most = jnp.max(jnp.where(running, state.done, 0)) + more
   return jnp.any(running) & (most <= slots if slots < S else True)
 
@@ -248,13 +264,12 @@ def _parallel(network, law, plan, blanks):
   width = _width(plan, network.model.T)
 
   def advance(i, state):
-    T = state.order.shape[1]
     count = width
     if plan.steps:
       left = blanks * _share_left((i + 1) / plan.steps, plan.schedule)
-      count = T - jnp.ceil(left - 1e-4).astype(jnp.int32) - state.done
+      count = state.end - jnp.ceil(left - 1e-4).astype(jnp.int32) - state.done
     # At least one, so that it ends, and none once it has ended.
-    count = jnp.minimum(jnp.clip(count, 1, width), T - state.done)
+    count = jnp.minimum(jnp.clip(count, 1, width), state.end - state.done)
     logits, state = _predict(
       network, state, width, _ranks(state.order, state.done, width)
     )
@@ -332,9 +347,10 @@ def _adaptive(network, law, plan, blanks):
     )
     state = state._replace(cache=cache)
     rank = jnp.arange(T)[None]
-    decided = rank < state.done[:, None]
+    decided, beyond = rank < state.done[:, None], rank >= state.end[:, None]
+    place = jnp.where(beyond, jnp.inf, -scores)
     place = jnp.argsort(
-      jnp.where(decided, -jnp.inf, -scores), axis=1, stable=True
+      jnp.where(decided, -jnp.inf, place), axis=1, stable=True
     )
     order = jnp.take_along_axis(state.order, place, axis=1)
     return draw(i, state._replace(order=order))
@@ -362,7 +378,7 @@ def _speculative(network, law, plan, blanks):
 
   def advance(i, state):
     del i
-    rows, T = jnp.arange(len(state.done))[:, None], state.order.shape[1]
+    rows = jnp.arange(len(state.done))[:, None]
     targets = _ranks(state.order, state.done, width)
     logits, state = _predict(network, state, 1, targets)
     at = state.done[:, None] + s + jnp.arange(width)
@@ -386,7 +402,7 @@ def _speculative(network, law, plan, blanks):
     residual = jnp.log(jnp.maximum(jnp.exp(log_p) - jnp.exp(log_q), 0.0))
     again = _draw(state.keys, at + _AGAIN, residual)
     tokens = jnp.where(jnp.arange(width) < kept[:, None], drafts, again)
-    count = jnp.minimum(jnp.minimum(kept + 1, width), T - state.done)
+    count = jnp.minimum(jnp.minimum(kept + 1, width), state.end - state.done)
     state = _commit(state, s, tokens, sampling.log_p_of(log_p, tokens), count)
     return state._replace(filled=state.done + s - 1)
 

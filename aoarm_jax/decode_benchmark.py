@@ -184,7 +184,8 @@ class Benchmark:
       known = jnp.argsort(order, axis=1) < first
       return decode.generate(
         bind(params), key, jnp.zeros((B, T), jnp.int32), known, order,
-        self._law, plan=plan, prefill=False, blanks=(blanks, blanks),
+        self._law, plan=plan, prefill=False, most_known=first,
+        most_blanks=blanks,
       )  # fmt: skip
 
     seconds, out, launches = _time(generate, params, jax.random.key(0))

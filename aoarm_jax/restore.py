@@ -1,6 +1,7 @@
 """What an earlier run left: whether it can be resumed, and its parameters."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -45,6 +46,30 @@ def read_config(workdir: epath.Path) -> config_lib.Config:
     ) from None
   except ValueError as error:
     raise config_lib.ConfigError(f"{path}: {error}") from error
+
+
+def as_trained(
+  config: config_lib.Config, workdir: epath.Path, overridden: Iterable[str]
+) -> config_lib.Config:
+  """The config, but of the model that the run in `workdir` has.
+
+  Args:
+    config: of the command line.
+    workdir: of the run; without a config.json `config` is returned as it is.
+    overridden: paths as "model.T" that the command line set, which stay; if
+      they do not fit, `restore` says so.
+  """
+  if not (workdir / "config.json").exists():
+    return config
+  run, kept = read_config(workdir), set(overridden)
+  for path, field, value in config_lib.leaves(run):
+    section, _, name = path.removeprefix("config.").partition(".")
+    if (
+      field.metadata.get("binds") == "model" and f"{section}.{name}" not in kept
+    ):
+      part = dataclasses.replace(getattr(config, section), **{name: value})
+      config = dataclasses.replace(config, **{section: part})
+  return config
 
 
 def restore(

@@ -15,9 +15,10 @@ ARROWS = {
   "launch": "",
   "configs": "experiments",
   "experiments": "",
-  "aoarm_jax": "evaluate generate restore",
-  "main": "study matching train evaluate generate export checkpoint data "
-  "pallas_kernels",
+  "aoarm_jax": "api",
+  "api": "generate score prompts restore data",
+  "main": "study matching train evaluate generate score prompts restore export "
+  "checkpoint data pallas_kernels",
   "decode_benchmark": "decode diffusion sampling restore train_state model "
   "orders figures",
   "study": "train evaluate generate restore checkpoint data objective "
@@ -27,8 +28,10 @@ ARROWS = {
   "model optimizer orders figures",
   "evaluate": "estimators restore checkpoint data train_state figures",
   "estimators": "objective train_state orders",
-  "generate": "decode diffusion sampling restore checkpoint data train_state "
-  "model orders",
+  "generate": "prompts decode diffusion sampling restore checkpoint data "
+  "train_state model orders",
+  "score": "prompts objective restore data train_state orders",
+  "prompts": "data",
   "decode": "sampling objective model orders",
   "diffusion": "sampling objective model orders",
   "sampling": "",

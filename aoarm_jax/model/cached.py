@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 import pallas_kernels
 from aoarm_jax import config as config_lib
-from aoarm_jax import orders
+from aoarm_jax import orders, sharding
 from aoarm_jax.model import transformer
 
 # Parameters that are used in float32, by name: of norms and modulations, and
@@ -35,6 +35,7 @@ def empty_cache(
   model: config_lib.Model, compute: config_lib.Compute, B: int, S: int
 ) -> Cache:
   zeros = jnp.zeros((B, model.N, S, model.H), compute.dtype)
+  zeros = sharding.constrain(zeros, "batch", None, "slots", None)
   return Cache(k=(zeros,) * model.L, v=(zeros,) * model.L)
 
 
