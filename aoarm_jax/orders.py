@@ -334,7 +334,7 @@ def known_first(
   T = order.shape[1]
   kinds = jnp.where(known, 0, 1)
   if length is not None:
-    kinds = jnp.where(jnp.arange(T) < length[:, None], kinds, 2)
+    kinds = jnp.where(jnp.arange(T)[None] < length[:, None], kinds, 2)
   return by_class(order, kinds)
 
 
@@ -350,7 +350,7 @@ def by_class(order: jax.Array, kinds: jax.Array) -> jax.Array:
   """
   T = order.shape[1]
   kind = jnp.take_along_axis(kinds, order - 1, axis=1)
-  place = jnp.where(kind == 0, order, (T + 1) * kind + jnp.arange(T))
+  place = jnp.where(kind == 0, order, (T + 1) * kind + jnp.arange(T)[None])
   return jnp.take_along_axis(order, jnp.argsort(place, axis=1), axis=1)
 
 

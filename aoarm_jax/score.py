@@ -85,8 +85,8 @@ class Scorer:
   ) -> list[Score]:
     """Scores every text, as config.score says.
 
-    Text i's orders depend on the seed, i and its length alone: not on the other
-    texts, config.score.batch_size or the devices.
+    Texts of about the same length are scored in the same orders, which depend
+    on the seed: they can be compared, and the average is a law of texts too.
 
     Args:
       params: as the Bind's; on the mesh.
@@ -125,14 +125,12 @@ class Scorer:
       kinds[b, :n] = np.where(
         text.known, _KNOWN, np.where(text.scored, _SCORED, _UNKNOWN)
       )
-    index = np.zeros(B, np.int32)
-    index[: len(rows)] = rows
     counts = (kinds == _SCORED).sum(axis=1)
     key = jax.random.fold_in(jax.random.key(options.seed), _SCORING)
     out = self._jitted(
       params,
       sharding.put(self._mesh, key),
-      *sharding.put_rows(self._mesh, (tokens, kinds, index)),
+      *sharding.put_rows(self._mesh, (tokens, kinds)),
       family=options.order,
       given=tuple(p for p in config.orders.given if p <= T),
       count=options.orders if options.order == "uniform" else 1,
@@ -144,9 +142,7 @@ class Scorer:
       for b, (row, n) in enumerate(zip(rows, counts))
     }
 
-  def _nats(
-    self, params, key, tokens, kinds, index, *, family, given, count, most
-  ):
+  def _nats(self, params, key, tokens, kinds, *, family, given, count, most):
     """(nats float32 [K, B, R], positions int32 [K, B, R]) of scored ranks."""
     B, T = tokens.shape
     network, model = self._bind(params), self._config.model
@@ -166,7 +162,8 @@ class Scorer:
     can_pick = model.kind.masked or model.kind.streams == 2
 
     def of_order(k):
-      order = orders.draw(jax.random.fold_in(key, k), B, T, options, rows=index)
+      order = orders.draw(jax.random.fold_in(key, k), 1, T, options)
+      order = jnp.broadcast_to(order, (B, T))
       order = orders.by_class(order, kinds)
       positions = jnp.take_along_axis(order, ranks, axis=1)
       if can_pick:
