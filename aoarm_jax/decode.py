@@ -184,12 +184,12 @@ def _start(network, keys, tokens, known, order, length, prefill):
     cache = network.prefill(slots, cache)
   # Slot i + 1 receives what slot i predicts; the last one is never content.
   last = jnp.take_along_axis(tokens, order[:, -1:] - 1, axis=1)
-  done = known.sum(axis=1)
+  done = jnp.sum(known, axis=1)
   return State(
     content=jnp.concatenate([slots.tokens, last.astype(jnp.int32)], axis=1),
     order=order,
     done=done,
-    end=length.astype(done.dtype),
+    end=length,
     filled=done + s - 1,
     cache=cache,
     log_p=jnp.zeros(B),

@@ -34,10 +34,12 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from aoarm_jax import config as config_lib
 from aoarm_jax import (
+  checkpoint,
   decode,
   diffusion,
+  figures,
+  mechanisms,
   orders,
   restore,
   run_dir,
@@ -45,6 +47,7 @@ from aoarm_jax import (
   sharding,
   train_state,
 )
+from aoarm_jax import config as config_lib
 from aoarm_jax.model import cost
 
 _SIZES = {"8m": dict(D=256, L=10, N=4), "base": dict(D=768, L=12, N=12)}
@@ -97,6 +100,7 @@ class Result:
     launches: kernels a step; 0 where the program does not tell.
     tokens_per_step: of one sequence.
     timed: which part of the texts.
+    best: whether B is the best batch that was tried.
   """
 
   size: str
@@ -109,6 +113,7 @@ class Result:
   launches: int
   tokens_per_step: float
   timed: str
+  best: bool = False
 
   def __str__(self):
     return (
@@ -295,7 +300,7 @@ class Benchmark:
       if found and fastest < 1.05 * found[0].tokens_per_second:
         break
       found = results
-    return found
+    return [dataclasses.replace(result, best=True) for result in found]
 
 
 def _weight_bytes(params, dtype):
@@ -368,12 +373,20 @@ def cells(options: argparse.Namespace, run, config) -> Iterator[Cell]:
     models = [(config.name, config.model)]
   for size, model in models:
     for B in options.batches:
-      for method in _METHODS:
+      for method in options.methods:
         one = Cell(size, model, B, method)
         if re.search(
           options.only or (_QUICK if options.quick else ""), str(one)
         ):
           yield one
+
+
+def _method(name):
+  if re.fullmatch(r"sequential|adaptive|uncached|mdlm", name):
+    return name
+  if re.fullmatch(r"(parallel|speculative)-[1-9]\d*", name):
+    return name
+  raise argparse.ArgumentTypeError(f"{name!r} is not one of {_METHODS}")
 
 
 def _parser():
@@ -384,29 +397,34 @@ def _parser():
   add("--only", default="", help="regular expression of cells' names")
   add("--quick", action="store_true", help="four cells")
   add("--sizes", nargs="*", default=list(_SIZES), choices=_SIZES)
+  add("--methods", nargs="*", default=list(_METHODS), type=_method)
   add("--T", nargs="*", type=int, default=[128, 1024, 4096])
   add("--batches", nargs="*", type=int, default=[1, 64, 0], help="0: the best")
-  add("--mechanism", default="two_stream")
+  chain = [name for name, m in mechanisms.MECHANISMS.items() if not m.masked]
+  add("--mechanism", default="two_stream", choices=chain)
   add("--attention", default="auto", help="of uncached and mdlm passes")
   add("--steps", type=int, default=128, help="steps timed a cell")
   add("--whole", action="store_true", help="time whole texts")
   add("--bandwidth", type=float, default=4.3e12, help="bytes/s, for the floor")
   add("--workdir", default="", help="a run, instead of random weights")
   add("--out", default="", help="CSV file")
+  add("--plot", default="", help="draw this CSV file beside it, and no more")
   return parser
 
 
 def main(arguments=None) -> None:
   """Prints a line a cell as it is measured, and writes the CSV file."""
   options = _parser().parse_args(arguments)
+  if options.plot:
+    return _plot(epath.Path(options.plot))
   device = jax.devices()[0].device_kind
   print(f"jax {jax.__version__}, {device}\n{_HEADER}")
   run = config = None
   if options.workdir:
-    workdir = epath.Path(options.workdir)
-    config = restore.read_config(workdir)
-    mesh = sharding.make_mesh(config_lib.Mesh(data=1))
-    run = restore.restore(config, workdir, mesh)
+    try:
+      config, run = _restore(epath.Path(options.workdir))
+    except (config_lib.ConfigError, checkpoint.CheckpointError) as error:
+      sys.exit(f"aoarm_jax: error: {error}")
   benchmark, results = Benchmark(options, run), []
   for cell in cells(options, run, config):
     for result in (benchmark.measure if cell.B else benchmark.best)(cell):
@@ -416,6 +434,19 @@ def main(arguments=None) -> None:
       _write(options.out, results, device)
   if not results:
     sys.exit(f"no cell has a name with {options.only!r}")
+
+
+def _restore(workdir):
+  config = restore.read_config(workdir)
+  mesh = sharding.make_mesh(config_lib.Mesh(data=1))
+  return config, restore.restore(config, workdir, mesh)
+
+
+def _plot(path):
+  rows = list(csv.DictReader(io.StringIO(path.read_text())))
+  title = f"speed of generation, {rows[0]['device']}" if rows else ""
+  figures.decode_speed(rows, path.with_suffix(".png"), title=title)
+  print(path.with_suffix(".png"))
 
 
 def _write(path, results, device):

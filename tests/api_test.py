@@ -15,7 +15,7 @@ import jax
 from absl.testing import absltest, parameterized
 
 import aoarm_jax
-from aoarm_jax import config, prompts
+from aoarm_jax import config, prompts, strip
 
 _README = (helpers.ROOT / "README.md").read_text()
 _contexts = contextlib.ExitStack()
@@ -177,6 +177,14 @@ class CommandTest(parameterized.TestCase):
     for line, score in zip(lines, want):
       self.assertAlmostEqual(line["log_p"], score.log_p, delta=1e-4)
       self.assertEqual(line["positions"], score.positions)
+
+  def test_a_strip(self):
+    path = _folder / "strip.png"
+    with contextlib.redirect_stdout(io.StringIO()):
+      strip.main([f"--workdir={_folder / 'run'}", f"--out={path}"])
+    self.assertStartsWith(path.read_bytes(), b"\x89PNG")
+    with self.assertRaisesRegex(SystemExit, "absent/config.json: no such file"):
+      strip.main([f"--workdir={_folder / 'absent'}", f"--out={path}"])
 
   def test_the_score_of_a_text(self):
     (line,) = _run(

@@ -15,12 +15,13 @@ ARROWS = {
   "launch": "",
   "configs": "experiments",
   "experiments": "",
+  "strip": "aoarm_jax checkpoint figures",
   "aoarm_jax": "api",
   "api": "generate score prompts restore data",
   "main": "study matching train evaluate generate score prompts restore export "
   "checkpoint data pallas_kernels",
-  "decode_benchmark": "decode diffusion sampling restore train_state model "
-  "orders figures",
+  "decode_benchmark": "decode diffusion sampling restore checkpoint "
+  "train_state model orders figures",
   "study": "train evaluate generate restore checkpoint data objective "
   "train_state model optimizer orders figures",
   "export": "restore checkpoint data train_state model",
