@@ -30,7 +30,8 @@ _COIN, _AGAIN = 2**29, 2**30
 CHUNK = 64
 # A cache of so many bytes grows in so many stages, each a compiled loop of its
 # own: a shorter one is read in less time, which a small one does not repay.
-_LARGE, _STAGES = 2**28, 4
+# Rounds of speculation are a larger program.
+_LARGE, _STAGES, _STAGES_OF_ROUNDS = 2**28, 4, 2
 
 
 class State(NamedTuple):
@@ -130,7 +131,24 @@ def generate(
   order = orders.known_first(order, known, length)
   keys = objective.keys_of(key, rows)
   state = _start(network, keys, tokens, known, order, length, prefill)
-  plan = plan or Plan()
+  state = _run(
+    network,
+    state,
+    law,
+    plan or Plan(),
+    T if most_known is None else most_known,
+    T if most_blanks is None else most_blanks,
+  )
+  by_position = jnp.zeros((B, T), jnp.int32)
+  by_position = by_position.at[jnp.arange(B)[:, None], state.order - 1].set(
+    state.content[:, s:]
+  )
+  return sampling.Generation(by_position, state.order, state.log_p, state.calls)
+
+
+def _run(network, state, law, plan, most_known, most_blanks):
+  """Decides all ranks, in one loop or, where the cache grows, several."""
+  s, T = network.model.sentinels, state.order.shape[1]
   if plan.method == "sequential":
     plan = plan._replace(steps=0, width=1)
   if plan.method == "adaptive":
@@ -144,11 +162,10 @@ def generate(
     after = advance(i, state)
     return after._replace(calls=state.calls + running * calls)
 
-  most = T if most_blanks is None else most_blanks
   width = _width(plan, T)
-  steps = min(plan.steps or -(-most // width), most)
+  steps = min(plan.steps or -(-most_blanks // width), most_blanks)
   # Slots that a row may have filled by the end of step i: first + i * width.
-  first, done = (T if most_known is None else most_known) + s, 0
+  first, done = most_known + s, 0
   for slots in _lengths(state.cache, first, plan):
     state = state._replace(cache=cached.resized(state.cache, slots))
     if plan.method == "speculative":
@@ -164,11 +181,9 @@ def generate(
       until = min(steps, (slots - first) // width + 1)
     state = jax.lax.fori_loop(done, until, step, state)
     done = until
-  by_position = jnp.zeros((B, T), jnp.int32)
-  by_position = by_position.at[jnp.arange(B)[:, None], state.order - 1].set(
-    state.content[:, s:]
-  )
-  return sampling.Generation(by_position, state.order, state.log_p, state.calls)
+    if done == steps:
+      break
+  return state
 
 
 def _start(network, keys, tokens, known, order, length, prefill):
@@ -203,7 +218,9 @@ def _lengths(cache, first, plan):
   S = cache.k[0].shape[2]
   if plan.steps or sum(x.nbytes for x in jax.tree.leaves(cache)) < _LARGE:
     return [S]
-  part = max(1, -(-(S - first) // _STAGES))
+  in_rounds = plan.method == "speculative"
+  stages = _STAGES_OF_ROUNDS if in_rounds else _STAGES
+  part = max(1, -(-(S - first) // stages))
   return [*range(min(S, first + part), S, part), S]
 
 
