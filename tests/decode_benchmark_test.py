@@ -11,7 +11,7 @@ from unittest import mock
 import helpers
 from absl.testing import absltest
 
-from aoarm_jax import decode_benchmark
+from aoarm_jax import decode_benchmark, decode_timing
 
 _PROGRAM = """
 HloModule x
@@ -87,8 +87,8 @@ class BenchmarkTest(absltest.TestCase):
 
   def test_launches_of_a_loop(self):
     """A fusion, a copy, and two in what is called."""
-    self.assertEqual(decode_benchmark.launches(_PROGRAM), 4)
-    self.assertEqual(decode_benchmark.launches("HloModule x"), 0)
+    self.assertEqual(decode_timing.launches(_PROGRAM), 4)
+    self.assertEqual(decode_timing.launches("HloModule x"), 0)
 
   def test_what_cannot_be(self):
     for arguments, message in (

@@ -9,7 +9,14 @@ import numpy as np
 import tiny
 from absl.testing import absltest, parameterized
 
-from aoarm_jax import decode, mechanisms, objective, orders, sampling
+from aoarm_jax import (
+  decode,
+  decode_steps,
+  mechanisms,
+  objective,
+  orders,
+  sampling,
+)
 from aoarm_jax.model import cached
 
 _T, _V, _MANY = 4, 3, 200_000
@@ -105,12 +112,12 @@ class LawTest(parameterized.TestCase):
 
   def test_a_slightly_wrong_acceptance_is_noticed(self):
     """2 percent more often than p / q."""
-    right = decode._kept
+    right = decode_steps._kept
 
     def generous(keys, at, log_p, log_q, drafts):
       return right(keys, at, log_p + 0.02, log_q, drafts)
 
-    with mock.patch.object(decode, "_kept", generous):
+    with mock.patch.object(decode_steps, "_kept", generous):
       out = _drawn(("two_stream", 1), decode.Plan("speculative", 3))
     self.assertLess(min(_p_values(("two_stream", 1), out, 1)), _LEAST_P)
 
@@ -305,7 +312,7 @@ class AdaptiveTest(parameterized.TestCase):
       self.assertEqual(out.tokens[b].tolist(), text.tolist())
 
   def test_more_targets_than_a_chunk(self):
-    with mock.patch.object(decode, "CHUNK", 3):
+    with mock.patch.object(decode_steps, "CHUNK", 3):
       got = _drawn(
         ("two_stream", 2),
         decode.Plan("adaptive", schedule="cosine"),

@@ -20,8 +20,9 @@ ARROWS = {
   "api": "generate score prompts restore data",
   "main": "study matching train evaluate generate score prompts restore export "
   "checkpoint data pallas_kernels",
-  "decode_benchmark": "decode diffusion sampling restore checkpoint "
-  "train_state model orders figures",
+  "decode_benchmark": "decode_timing restore checkpoint figures",
+  "decode_timing": "decode decode_steps diffusion sampling restore train_state "
+  "model orders",
   "study": "train evaluate generate restore checkpoint data objective "
   "train_state model optimizer orders figures",
   "export": "restore checkpoint data train_state model",
@@ -33,7 +34,8 @@ ARROWS = {
   "train_state model orders",
   "score": "prompts objective restore data train_state orders",
   "prompts": "data",
-  "decode": "sampling objective model orders",
+  "decode": "decode_steps sampling objective model orders",
+  "decode_steps": "sampling orders",
   "diffusion": "sampling objective model orders",
   "sampling": "",
   "matching": "train_state model",
