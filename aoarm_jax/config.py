@@ -311,7 +311,10 @@ class Eval:
 class Sample:
   """Generation (aoarm_jax/generate.py)."""
 
-  count: int = _field(4, "texts", low=1)
+  count: int = _field(4, "texts, for each prompt", low=1)
+  batch_size: int = _field(
+    256, "texts at once, at most, over all devices", low=1
+  )
   temperature: float = _field(1.0, "logits / temperature; 0: argmax", low=0.0)
   top_k: int = _field(0, "keep the k likeliest tokens; 0: all", low=0)
   top_p: float = _field(
@@ -369,6 +372,27 @@ class Sample:
     500, "steps between samples in training; 0: at the end", low=0
   )
   seed: int = _field(0, "of orders and draws", low=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+  """Log-probabilities of given texts (aoarm_jax/score.py)."""
+
+  order: str = _field(
+    "left_to_right",
+    "order of the scored positions; uniform: averaged over `orders` of them",
+    choices=("left_to_right", "right_to_left", "uniform", "given"),
+  )
+  orders: int = _field(
+    8, "uniform: orders K whose probabilities are averaged", low=1
+  )
+  marks: str = _field(
+    "[]", "the two characters around a part to score; '': none"
+  )
+  batch_size: int = _field(
+    64, "texts at once, at most, over all devices", low=1
+  )
+  seed: int = _field(0, "of uniform orders", low=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -466,6 +490,7 @@ class Config:
   match: Match = Match()
   eval: Eval = Eval()
   sample: Sample = Sample()
+  score: Score = Score()
   compute: Compute = Compute()
   checkpoint: Checkpoint = Checkpoint()
   telemetry: Telemetry = Telemetry()

@@ -66,6 +66,11 @@ def _relations(config):
     f"mechanism {m.mechanism} generates left to right only",
   )  # fmt: skip
   yield (
+    "config.score.order", config.score.order,
+    not one_way or config.score.order == "left_to_right",
+    f"mechanism {m.mechanism} generates left to right only",
+  )  # fmt: skip
+  yield (
     "config.eval.estimators", config.eval.estimators,
     len(config.eval.estimators) > 0, "name at least one estimator",
   )  # fmt: skip
@@ -76,7 +81,7 @@ def _relations(config):
   )  # fmt: skip
   needs_given = (
     o.family == "given"
-    or config.sample.order == "given"
+    or "given" in (config.sample.order, config.score.order)
     or "given_order" in config.eval.estimators
   )
   yield (
@@ -152,6 +157,13 @@ def _relations(config):
   yield (
     "config.sample.blank", config.sample.blank, len(config.sample.blank) == 1,
     "must be one character",
+  )  # fmt: skip
+  marks = config.score.marks
+  yield (
+    "config.score.marks", marks,
+    not marks or (len(marks) == len({*marks, config.sample.blank}) - 1 == 2),
+    "must be two characters that differ from each other and from "
+    f"config.sample.blank={config.sample.blank!r}, or ''",
   )  # fmt: skip
 
 

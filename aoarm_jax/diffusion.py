@@ -29,10 +29,13 @@ def generate(
   *,
   method: str,
   steps: int,
+  rows: jax.Array | None = None,
+  length: jax.Array | None = None,
+  most_blanks: int | None = None,
 ) -> sampling.Generation:
   """Fills the blanks of every text.
 
-  Row b's draws depend on (key, b) alone, not on the batch.
+  A row's draws depend on the key and its index alone, not on the batch.
 
   Args:
     network: of a masked mechanism with T_max >= T positions; those after T
@@ -44,17 +47,26 @@ def generate(
     law: of every draw.
     method: sequential, ancestral or confidence.
     steps: of ancestral and confidence; 0 is T.
+    rows: int32 [B], the rows' indices; None is 0 to B - 1.
+    length: int32 [B], 1 to T: the positions of each row; those beyond stay
+      masked. None is T.
+    most_blanks: no row has more, which bounds the steps of sequential; None is
+      T.
 
   Returns:
     The texts, and the orders in which tokens came: known ones first, those of
-    one step by position.
+    one step by position, those beyond a row's length last.
   """
   chex.assert_equal_shape([tokens, known, order])
   B, T = tokens.shape
   s, V, T_max = network.model.sentinels, network.vocabulary, network.model.T
-  count = T if method == "sequential" else steps or T
-  keys = objective.row_keys(key, B)
-  order = orders.known_first(order, known)
+  count = steps or T
+  if method == "sequential":
+    count = T if most_blanks is None else most_blanks
+  keys = objective.keys_of(key, jnp.arange(B) if rows is None else rows)
+  length = jnp.full(B, T) if length is None else length
+  beyond = jnp.arange(T) >= length[:, None]
+  order = orders.known_first(order, known, length)
   next_rank = known.sum(axis=1, keepdims=True)
   rank_of = jnp.argsort(order, axis=1)
 
@@ -74,13 +86,14 @@ def generate(
     drawn = jax.vmap(jax.random.categorical)(token_keys, log_p)
     match method:
       case "sequential":
-        chosen = rank_of == next_rank + i
+        chosen = (rank_of == next_rank + i) & ~beyond
       case "ancestral":
         coins = objective.uniform(coin_keys, T)
-        chosen = masked & (coins * (count - i) < 1)
+        chosen = masked & ~beyond & (coins * (count - i) < 1)
       case "confidence":
-        left = masked.sum(axis=1, keepdims=True)
-        chosen = _surest(log_p, drawn, masked) < -(-left // (count - i))
+        open_ = masked & ~beyond
+        left = open_.sum(axis=1, keepdims=True)
+        chosen = _surest(log_p, drawn, open_) < -(-left // (count - i))
       case _:
         raise ValueError(f"unknown method {method!r}")
     nats = sampling.log_p_of(log_p, drawn)

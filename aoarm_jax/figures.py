@@ -155,19 +155,107 @@ def nearness(
     axes.set_ylabel("bits per character")
 
 
+def decode_speed(
+  rows: Sequence[Mapping[str, Any]], path: epath.PathLike, *, title: str
+):
+  """Draws tokens a second over T, a line for each method and batch.
+
+  Args:
+    rows: of decode_benchmark's CSV file: size, T, B, best, method,
+      tokens_per_second.
+    path: of the PNG file.
+    title: of the picture.
+  """
+  lines: dict[tuple[str, ...], list[tuple[int, float]]] = {}
+  for row in rows:
+    is_best = str(row.get("best")) == "True"
+    batch = "best batch" if is_best else f"batch {row['B']}"
+    name = (str(row["method"]), f"{row['size']}, {batch}")
+    point = int(row["T"]), float(row["tokens_per_second"])
+    lines.setdefault(name, []).append(point)
+  groups = list(dict.fromkeys(group for _, group in lines))
+  methods = list(dict.fromkeys(method for method, _ in lines))
+  with _axes(path, title, max(1, len(groups))) as all_axes:
+    for axes, group in zip(all_axes, groups):
+      axes.set_title(group)
+      for i, method in enumerate(methods):
+        points = sorted(lines.get((method, group), ()))
+        if points:
+          axes.plot(
+            *zip(*points), color=_COLOURS[i % 6], marker=_MARKERS[i % 6],
+            ls="-" if i < 6 else "--", lw=1.6, ms=6, label=_words(method),
+          )  # fmt: skip
+      axes.set_xscale("log", base=2)
+      axes.xaxis.set_major_formatter("{x:g}")
+      axes.set_yscale("log")
+      axes.set_xlabel("length T")
+    if lines:
+      all_axes[0].set_ylabel("tokens per second")
+      all_axes[-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    else:
+      _say_empty(all_axes[0])
+
+
+def generation_strip(
+  panels: Mapping[str, tuple[str, Sequence[int]]],
+  path: epath.PathLike,
+  *,
+  title: str,
+  frames: int = 7,
+):
+  """Draws how texts come about, a panel each, from top to bottom.
+
+  Args:
+    panels: label to (text, the order of its positions 1..n), all of one length.
+    path: of the PNG file.
+    title: of the picture.
+    frames: moments shown of each, evenly spread; the last one is the end.
+  """
+  from matplotlib import colors
+
+  n = max(len(text) for text, _ in panels.values())
+  shades = colors.ListedColormap(["white", "#ececec", "#ffd9b8"])
+  inches = (0.125 * n + 0.9, len(panels) * (0.21 * frames + 0.5) + 0.3)
+  with _axes(path, title, len(panels), stacked=True, inches=inches) as all_axes:
+    for axes, (label, (text, order)) in zip(all_axes, panels.items()):
+      rank = np.argsort(np.asarray(order))
+      ends = np.linspace(0, n, frames + 1).round()[:, None]
+      kinds = (rank < ends[1:]) * 1 + ((rank < ends[1:]) & (rank >= ends[:-1]))
+      axes.imshow(kinds, cmap=shades, vmin=0, vmax=2, aspect="auto")
+      for (frame, at), kind in np.ndenumerate(kinds):
+        axes.text(
+          at, frame, text[at] if kind else "·", ha="center", va="center",
+          family="monospace", fontsize=8.5, parse_math=False,
+          color=("#b5b5b5", "#333333", "#a34700")[kind],
+        )  # fmt: skip
+      axes.set_title(label)
+      axes.set_yticks(range(frames), [f"{int(end)}" for end in ends[1:, 0]])
+      axes.set_xticks([])
+      axes.grid(False)
+      axes.tick_params(length=0)
+      for side in axes.spines.values():
+        side.set_visible(False)
+      axes.set_ylabel("tokens known")
+
+
 @contextlib.contextmanager
-def _axes(path, title):
-  """One pair of axes, saved to `path` where the block ends well."""
+def _axes(path, title, count=0, *, stacked=False, inches=_INCHES):
+  """One pair of axes, or `count`, saved to `path` where the block ends well."""
   import matplotlib
   from matplotlib import figure
   from matplotlib.backends import backend_agg
 
   with matplotlib.rc_context(_STYLE):
-    picture = figure.Figure(_INCHES, _DPI, layout="constrained")
+    picture = figure.Figure(inches, _DPI, layout="constrained")
     backend_agg.FigureCanvasAgg(picture)
-    axes = picture.add_subplot()
-    axes.set_title(title, parse_math=False)
-    yield axes
+    if count:
+      picture.suptitle(title, parse_math=False)
+      shape = (count, 1) if stacked else (1, count)
+      yield picture.subplots(*shape, sharey=not stacked, squeeze=False).ravel()
+    else:
+      axes = picture.add_subplot()
+      axes.set_title(title, parse_math=False)
+      yield axes
     data = io.BytesIO()
     picture.savefig(data, format="png", dpi=_DPI)
     run_dir.write_atomically(path, data.getvalue())

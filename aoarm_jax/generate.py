@@ -1,4 +1,4 @@
-"""Texts from a checkpoint: prompts with blanks, and --mode=sample.
+"""Texts from a checkpoint: filling prompts, and --mode=sample.
 
 decode.py and diffusion.py generate; each method's exactness is said there.
 """
@@ -6,6 +6,7 @@ decode.py and diffusion.py generate; each method's exactness is said there.
 import dataclasses
 import datetime
 import json
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from aoarm_jax import (
   decode,
   diffusion,
   orders,
+  prompts,
   restore,
   run_dir,
   sampling,
@@ -27,10 +29,6 @@ from aoarm_jax import (
 from aoarm_jax.data import tokenizers
 
 _GENERATION = 102  # Sets these keys apart from training's of the same seed.
-
-
-class PromptError(ValueError):
-  """A prompt that cannot be: one line that names what and where."""
 
 
 class Text(NamedTuple):
@@ -51,41 +49,8 @@ class Text(NamedTuple):
   calls: int
 
 
-class Prompt(NamedTuple):
-  """A text with blanks: tokens int32 [n], known bool [n]."""
-
-  tokens: np.ndarray
-  known: np.ndarray
-
-
-def parse_prompt(
-  text: str, tokenizer: tokenizers.Tokenizer, blank: str
-) -> Prompt:
-  """Reads a text in which every `blank` is one token to generate.
-
-  Raises:
-    PromptError: no blank in it, or a character that is not in the vocabulary.
-  """
-  if blank not in text:
-    raise PromptError(
-      f"--prompt={text!r} has no blank {blank!r}: there is nothing to generate"
-    )
-  # Blanks are encoded as some known symbol, and never read. The whole text
-  # goes first, so that a complaint counts from its start.
-  filler = tokenizer.decode([0])
-  try:
-    tokens = tokenizer.encode(text.replace(blank, filler)).astype(np.int32)
-  except tokenizers.TokenizerError as error:
-    raise PromptError(f"--prompt: {error}") from error
-  known = []
-  for part in text.split(blank):
-    known += [True] * len(tokenizer.encode(part)) + [False]
-  known = np.array(known[:-1])
-  return Prompt(tokens, known)
-
-
 class Sampler:
-  """Draws texts as config.sample says; compiled once a prompt length."""
+  """Draws texts; compiled once for every shape and method."""
 
   def __init__(
     self,
@@ -98,86 +63,158 @@ class Sampler:
     self._bind = bind
     self._jitted = jax.jit(
       self._draw,
-      static_argnames="prefill",
+      static_argnames=("options", "given", "prefill", "most_known", "most"),
       out_shardings=sharding.replicated(mesh),
     )
 
-  def sample(self, params, prompt: Prompt | None = None) -> list[Text]:
-    """Draws config.sample.count texts; the same call gives the same texts.
+  def sample(self, params, prompt: prompts.Prompt | None = None) -> list[Text]:
+    """Draws config.sample.count texts, as `fill` does.
 
     Args:
       params: as the Bind's; on the mesh.
-      prompt: of n <= T tokens: positions 1..n are generated, nothing beyond.
-        None generates all T.
+      prompt: None generates all T tokens.
+    """
+    if prompt is None:
+      T = self._config.model.T
+      prompt = prompts.Prompt(np.zeros(T, np.int32), np.zeros(T, bool))
+    return self.fill(params, [prompt])[0]
+
+  def fill(
+    self,
+    params,
+    texts: Sequence[prompts.Prompt],
+    config: config_lib.Config | None = None,
+  ) -> list[list[Text]]:
+    """Draws config.sample.count texts for every prompt.
+
+    The j-th text of prompt i depends on the seed, i * count + j and the prompt
+    alone: not on config.sample.batch_size, the devices or the other prompts.
+
+    Args:
+      params: as the Bind's; on the mesh.
+      texts: the prompts, each of n <= T tokens: positions 1..n are generated,
+        nothing beyond.
+      config: its sample and orders.given, instead of the Sampler's own.
+
+    Returns:
+      For every prompt its texts.
 
     Raises:
       PromptError: a prompt that this model cannot fill.
     """
-    model, sample = self._config.model, self._config.sample
-    prefill = prompt is not None or model.sentinels > 1
-    if prompt is None:
-      prompt = Prompt(np.zeros(model.T, np.int32), np.zeros(model.T, bool))
-    self._check(prompt)
-    law = sampling.Sampling(
-      temperature=np.float32(sample.temperature),
-      top_k=np.int32(sample.top_k),
-      top_p=np.float32(sample.top_p),
-    )
-    tokens, order, log_p, calls = jax.device_get(
-      self._jitted(
-        params,
-        *sharding.put(
-          self._mesh,
-          (
-            jax.random.fold_in(jax.random.key(sample.seed), _GENERATION),
-            np.tile(prompt.tokens, (sample.count, 1)),
-            np.tile(prompt.known, (sample.count, 1)),
-            law,
-          ),
-        ),
-        prefill=prefill,
-      )
-    )
+    config, model = config or self._config, self._config.model
+    count = config.sample.count
+    shapes: dict[tuple[int, bool], list[int]] = {}
+    for i, prompt in enumerate(texts):
+      _check(prompt, model)
+      T = prompts.padded_length(len(prompt.tokens), model.T)
+      prefill = bool(prompt.known.any()) or model.sentinels > 1
+      rows = range(i * count, (i + 1) * count)
+      shapes.setdefault((T, prefill), []).extend(rows)
+    found: dict[int, Text] = {}
+    for (T, prefill), rows in shapes.items():
+      B = sharding.batch_size(self._mesh, config.sample.batch_size, len(rows))
+      for first in range(0, len(rows), B):
+        batch = rows[first : first + B]
+        found |= self._batch(params, texts, config, T, prefill, batch, B)
     return [
-      Text(self._tokenizer.decode(row), by.tolist(), float(nats), int(passes))
-      for row, by, nats, passes in zip(tokens, order, log_p, calls)
+      [found[i * count + j] for j in range(count)] for i in range(len(texts))
     ]
 
-  def _check(self, prompt):
-    model = self._config.model
-    if len(prompt.tokens) > model.T:
-      raise PromptError(
-        f"--prompt has {len(prompt.tokens)} tokens; the model generates at "
-        f"most {model.T} (config.model.T)"
+  def _batch(self, params, texts, config, T, prefill, rows, B):
+    """The texts of these rows by index, in one batch of B."""
+    sample = config.sample
+    tokens, known = np.zeros((B, T), np.int32), np.zeros((B, T), bool)
+    length, index = np.ones(B, np.int32), np.zeros(B, np.int32)
+    for b, row in enumerate(rows):
+      prompt = texts[row // sample.count]
+      n = len(prompt.tokens)
+      tokens[b, :n], known[b, :n] = prompt.tokens, prompt.known
+      length[b], index[b] = n, row
+    blanks = int((length - known.sum(axis=1)).max())
+    everywhere = sharding.put(
+      self._mesh,
+      (
+        jax.random.fold_in(jax.random.key(sample.seed), _GENERATION),
+        sampling.make_law(sample.temperature, sample.top_k, sample.top_p),
+      ),
+    )
+    drawn = self._jitted(
+      params,
+      *everywhere,
+      *sharding.put_rows(self._mesh, (tokens, known, length, index)),
+      options=_static(sample),
+      given=tuple(p for p in config.orders.given if p <= T),
+      prefill=prefill,
+      most_known=T if known.any() else 0,
+      most=prompts.padded_length(blanks, T),
+    )
+    return {
+      row: Text(
+        self._tokenizer.decode(text[:n]),
+        by[:n].tolist(),
+        float(nats),
+        int(calls),
       )
-    blanks = np.flatnonzero(~prompt.known)
-    if model.kind.left_to_right and prompt.known[blanks[0] :].any():
-      raise PromptError(
-        f"--prompt: the blank at position {blanks[0] + 1} stands before known "
-        f"text, but mechanism {model.mechanism} generates left to right only"
+      for row, n, text, by, nats, calls in zip(
+        rows, length.tolist(), *jax.device_get(drawn)
       )
+    }
 
-  def _draw(self, params, key, tokens, known, law, prefill):
-    sample, options = self._config.sample, self._config.orders
+  def _draw(
+    self, params, key, law, tokens, known, length, index,
+    *, options, given, prefill, most_known, most,
+  ):  # fmt: skip
     order_key, draw_key = jax.random.split(key)
     B, T = tokens.shape
-    options = dataclasses.replace(
-      options,
-      family=sample.order,
-      given=tuple(p for p in options.given if p <= T),
+    family = dataclasses.replace(
+      self._config.orders, family=options.order, given=given
     )
-    order = orders.draw(order_key, B, T, options)
+    order = orders.draw(order_key, B, T, family, rows=index)
     network = self._bind(params)
+    shared = dict(rows=index, length=length)
     if network.model.kind.masked:
       return diffusion.generate(
-        network, draw_key, tokens, known, order, law,
-        method=sample.method, steps=sample.steps,
+        network, draw_key, tokens, known, order, law, most_blanks=most,
+        method=options.method, steps=options.steps, **shared,
       )  # fmt: skip
     plan = decode.Plan(
-      sample.method, sample.width, sample.steps, sample.schedule, sample.score
+      options.method,
+      options.width,
+      options.steps,
+      options.schedule,
+      options.score,
     )
     return decode.generate(
-      network, draw_key, tokens, known, order, law, plan=plan, prefill=prefill
+      network, draw_key, tokens, known, order, law, plan=plan,
+      prefill=prefill, most_known=most_known, most_blanks=most, **shared,
+    )  # fmt: skip
+
+
+def _static(sample):
+  """What of the options a compiled program depends on."""
+  default = config_lib.Sample()
+  traced = (
+    "count", "batch_size", "temperature", "top_k", "top_p", "blank", "every",
+    "seed",
+  )  # fmt: skip
+  return dataclasses.replace(
+    sample, **{name: getattr(default, name) for name in traced}
+  )
+
+
+def _check(prompt, model):
+  if len(prompt.tokens) > model.T:
+    raise prompts.PromptError(
+      f"{prompt.name} has {len(prompt.tokens)} tokens; the model generates at "
+      f"most {model.T} (config.model.T)"
+    )
+  blanks = np.flatnonzero(~prompt.known)
+  if model.kind.left_to_right and prompt.known[blanks[0] :].any():
+    raise prompts.PromptError(
+      f"{prompt.name}: the blank at position {blanks[0] + 1} stands before "
+      f"known text, but mechanism {model.mechanism} generates left to right "
+      "only"
     )
 
 
@@ -190,30 +227,48 @@ def write(path: epath.Path, texts: list[Text], step: int, **facts) -> None:
   run_dir.write_atomically(path, "".join(line + "\n" for line in lines))
 
 
-def sample(config: config_lib.Config, workdir: epath.Path, prompt: str) -> None:
+def sample(
+  config: config_lib.Config,
+  workdir: epath.Path,
+  prompt: str = "",
+  input_file: str = "",
+) -> None:
   """--mode=sample: prints texts and writes them with their orders.
 
-  Needs nothing but the checkpoint. Texts go to standard output, one a line,
-  and with their orders to samples/ in the run directory.
+  Needs nothing but the checkpoint. Texts go to standard output: one a line, or
+  as JSON lines where prompts come from a file; without a file they are also
+  written, with their orders, to samples/ in the run directory.
 
   Raises:
     CheckpointError, ConfigError: see restore.restore.
     PromptError: a prompt that this model cannot fill.
   """
   tokenizer = tokenizers.get(config.data.tokenizer)
-  parsed = (
-    parse_prompt(prompt, tokenizer, config.sample.blank) if prompt else None
-  )
+  blank = config.sample.blank
+  lines = prompts.read_lines(input_file) if input_file else []
+  if prompt:
+    lines = [("--prompt", prompt)]
+  parsed = [
+    prompts.parse_prompt(line, tokenizer, blank, name) for name, line in lines
+  ]
   mesh = sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
     run = restore.restore(config, workdir, mesh)
-    texts = Sampler(config, run.bind, tokenizer, mesh).sample(
-      run.params, parsed
-    )
-  if jax.process_index() == 0:
-    now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S.%f")
-    path = workdir / "samples" / f"{now}.jsonl"
-    write(path, texts, run.saved.step, prompt=prompt, seed=config.sample.seed)
-    logging.info("written with their orders: %s", path)
-    for text in texts:
-      print(text.text)
+    sampler = Sampler(config, run.bind, tokenizer, mesh)
+    if parsed:
+      found = sampler.fill(run.params, parsed)
+    else:
+      found = [sampler.sample(run.params)]
+  if jax.process_index() != 0:
+    return
+  if input_file:
+    for (_, line), texts in zip(lines, found):
+      for text in texts:
+        print(json.dumps({"prompt": line, **text._asdict()}))
+    return
+  now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S.%f")
+  path = workdir / "samples" / f"{now}.jsonl"
+  write(path, found[0], run.saved.step, prompt=prompt, seed=config.sample.seed)
+  logging.info("written with their orders: %s", path)
+  for text in found[0]:
+    print(text.text)

@@ -24,21 +24,24 @@ from aoarm_jax import (
   evaluate,
   generate,
   matching,
+  prompts,
+  restore,
   run_dir,
+  score,
   telemetry,
   train,
 )
 from aoarm_jax import config as config_lib
 from aoarm_jax.data import corpora, docstrings, tokenizers
 
-MODES = ("train", "eval", "sample", "count")
+MODES = ("train", "eval", "sample", "score", "count")
 _NO_CONFIG = (
   "--config is missing: name an experiment, as in "
   "--config=configs/two_stream.py"
 )
 
 # What a user can mend: shown as one line.
-COMMAND_ERRORS = (config_lib.ConfigError, generate.PromptError, flags.Error)
+COMMAND_ERRORS = (config_lib.ConfigError, prompts.PromptError, flags.Error)
 RUN_ERRORS = (
   checkpoint.CheckpointError,
   corpora.DataError,
@@ -65,6 +68,15 @@ def define_flags(flag_values: flags.FlagValues, argv: list[str] | None = None):
   )  # fmt: skip
   flags.DEFINE_string(
     "prompt", "", "sample: text with blanks, as in 'the qu___ of en_land'",
+    flag_values=flag_values,
+  )  # fmt: skip
+  flags.DEFINE_string(
+    "text", "", "score: text, in which a part may be marked: 'the [qu]ick'",
+    flag_values=flag_values,
+  )  # fmt: skip
+  flags.DEFINE_string(
+    "input", "", "sample, score: file of prompts or texts, one a line; "
+    "'-' is standard input. JSON lines come out",
     flag_values=flag_values,
   )  # fmt: skip
 
@@ -139,20 +151,22 @@ def _last_line(error: Exception) -> str:
 
 def run(flag_values: flags.FlagValues, argv: list[str]) -> None:
   """Runs one mode. Raises COMMAND_ERRORS, RUN_ERRORS or Preempted."""
-  config = config_rules.validate(
-    config_lib.from_config_dict(flag_values.config)
+  workdir = epath.Path(
+    flag_values.workdir
+    or f"runs/{flag_values.config.name}-{flag_values.config.variant}"
   )
+  config = config_lib.from_config_dict(flag_values.config)
+  if flag_values.mode in ("eval", "sample", "score"):
+    overridden = config_flags.get_override_values(flag_values["config"])
+    config = restore.as_trained(config, workdir, overridden)
+  config = config_rules.validate(config)
+  _check_texts(flag_values)
   distributed.start(config.distributed)  # Before any look at a device.
   vocabulary = tokenizers.get(config.data.tokenizer).V
   config_file = config_flags.get_config_filename(flag_values["config"])
   config = config_rules.validate(
     matching.resolve(config, config_file, vocabulary)
   )
-  workdir = epath.Path(
-    flag_values.workdir or f"runs/{config.name}-{config.variant}"
-  )
-  if flag_values.prompt and flag_values.mode != "sample":
-    raise flags.Error("--prompt needs --mode=sample")
   run_dir.check_tensorboard(config.telemetry.tensorboard)
   match flag_values.mode:
     case "train":
@@ -160,9 +174,32 @@ def run(flag_values: flags.FlagValues, argv: list[str]) -> None:
     case "eval":
       evaluate.evaluate(config, workdir)
     case "sample":
-      generate.sample(config, workdir, flag_values.prompt)
+      generate.sample(config, workdir, flag_values.prompt, flag_values.input)
+    case "score":
+      score.score(config, workdir, flag_values.text, flag_values.input)
     case "count":
       print(matching.table(config, vocabulary))
+
+
+def _check_texts(flag_values):
+  """Refuses flags of texts that the mode does not read, or has too few of."""
+  mode = flag_values.mode
+  for name, modes in (
+    ("prompt", ("sample",)),
+    ("text", ("score",)),
+    ("input", ("sample", "score")),
+  ):
+    if flag_values[name].value and mode not in modes:
+      needs = " or ".join(f"--mode={mode}" for mode in modes)
+      raise flags.Error(f"--{name} needs {needs}")
+  one = flag_values.text or flag_values.prompt
+  if one and flag_values.input:
+    raise flags.Error("--input goes without --prompt and --text")
+  if mode == "score" and not (one or flag_values.input):
+    raise flags.Error(
+      "--mode=score needs --text='the [qu]ick fox', or --input=FILE with one "
+      "text a line ('-' is standard input)"
+    )
 
 
 def _cache_compilations():

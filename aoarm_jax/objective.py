@@ -32,6 +32,7 @@ def order_nll(
   masked: bool = False,
   group_start: jax.Array | None = None,
   ranks: jax.Array | None = None,
+  end: int | None = None,
 ) -> jax.Array:
   """-log p(x_sigma(r) | x_sigma(<r), sigma), by rank.
 
@@ -46,7 +47,10 @@ def order_nll(
     group_start: bool [B, T], see orders.to_slots: then each rank is conditioned
       on the groups before its own, and a row's sum is the log-probability of
       generating whole groups at once.
-    ranks: int32 [B, R], the only ranks to compute; None is all.
+    ranks: int32 [B, R], the only ranks to compute, of two streams or a masked
+      mechanism; None is all.
+    end: position of EOS; None is T + 1. It is larger where only the first T
+      positions of a longer window are scored.
 
   Returns:
     float32 [B, T] nats; column r is rank r ([B, R] where `ranks` are given). A
@@ -54,7 +58,9 @@ def order_nll(
   """
   chex.assert_equal_shape([tokens, order])
   if masked:
-    return _masked_chain_nll(network, tokens, order, sentinels, vocabulary)
+    return _masked_chain_nll(
+      network, tokens, order, sentinels, vocabulary, ranks, end
+    )
   slots = orders.to_slots(
     tokens,
     order,
@@ -62,6 +68,7 @@ def order_nll(
     vocabulary,
     group_start=group_start,
     ranks=ranks,
+    end=end,
   )
   logits = network(slots)
   targets = jnp.take_along_axis(tokens.astype(jnp.int32), order - 1, axis=1)
@@ -80,18 +87,27 @@ def _nll(logits, tokens):
   return -jnp.sum(log_p * chosen, axis=-1)
 
 
-def _masked_chain_nll(network, tokens, order, sentinels, vocabulary):
+def _masked_chain_nll(
+  network, tokens, order, sentinels, vocabulary, ranks, end
+):
   rank_of = jnp.argsort(order, axis=1)
+  if ranks is None:
+    ranks = jnp.broadcast_to(jnp.arange(order.shape[1])[None], order.shape)
+  if end is not None:
+    # The rest of the window is there, and masked.
+    window = ((0, 0), (0, end - 1 - order.shape[1]))
+    tokens = jnp.pad(tokens, window)
+    rank_of = jnp.pad(rank_of, window, constant_values=end)
 
   def of_rank(rank):
     by_position = masked_nll(
-      network, tokens, rank_of >= rank, sentinels=sentinels,
+      network, tokens, rank_of >= rank[:, None], sentinels=sentinels,
       vocabulary=vocabulary,
     )  # fmt: skip
-    at = jax.lax.dynamic_slice_in_dim(order, rank, 1, axis=1) - 1
+    at = jnp.take_along_axis(order, rank[:, None], axis=1) - 1
     return jnp.take_along_axis(by_position, at, axis=1)[:, 0]
 
-  return jax.lax.map(of_rank, jnp.arange(order.shape[1])).T
+  return jax.lax.map(of_rank, ranks.T).T
 
 
 def masked_nll(
@@ -256,7 +272,11 @@ def row_keys(
   key: jax.Array, batch: int, first_row: jax.Array | int = 0
 ) -> jax.Array:
   """A key for every row, of (key, first_row + b) alone: typed keys [B]."""
-  rows = first_row + jnp.arange(batch)
+  return keys_of(key, first_row + jnp.arange(batch))
+
+
+def keys_of(key: jax.Array, rows: jax.Array) -> jax.Array:
+  """A key for every row of indices int32 [B]: typed keys [B]."""
   return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
 
 

@@ -161,10 +161,11 @@ def draw(
   *,
   step: jax.Array | int = 0,
   first_row: jax.Array | int = 0,
+  rows: jax.Array | None = None,
 ) -> jax.Array:
   """Draws one order a sequence.
 
-  Row b depends on (key, first_row + b) alone, so neither the batch size nor
+  A row depends on the key and its index alone, so neither the batch size nor
   the number of devices changes it.
 
   Args:
@@ -180,6 +181,7 @@ def draw(
       left to right inside; the last window may be shorter. given: `given`.
     step: training step, for the curriculum.
     first_row: index of row 0 in a larger batch.
+    rows: int32 [B], the rows' indices; None is first_row and those after it.
 
   Returns:
     int32 [B, T], permutations of 1..T.
@@ -218,7 +220,8 @@ def draw(
         return natural[jnp.argsort(place[window], stable=True)]
     raise ValueError(f"unknown order family {options.family!r}")
 
-  return jax.vmap(draw_one)(first_row + jnp.arange(batch))
+  rows = first_row + jnp.arange(batch) if rows is None else rows
+  return jax.vmap(draw_one)(rows)
 
 
 def draw_groups(
@@ -315,20 +318,40 @@ def nearest(order: jax.Array) -> Nearest:
   )
 
 
-def known_first(order: jax.Array, known: jax.Array) -> jax.Array:
-  """Moves known positions to the front, by position; blanks keep their order.
+def known_first(
+  order: jax.Array, known: jax.Array, length: jax.Array | None = None
+) -> jax.Array:
+  """Moves known positions to the front, by position; others keep their order.
 
   Args:
     order: int32 [B, T], permutations of 1..T.
     known: bool [B, T], by position: known[:, p - 1].
+    length: int32 [B]; positions beyond it are moved to the end. None is T.
 
   Returns:
     int32 [B, T].
   """
   T = order.shape[1]
-  at = jnp.take_along_axis(known, order - 1, axis=1)
-  rank = jnp.where(at, order, T + 1 + jnp.arange(T))
-  return jnp.take_along_axis(order, jnp.argsort(rank, axis=1), axis=1)
+  kinds = jnp.where(known, 0, 1)
+  if length is not None:
+    kinds = jnp.where(jnp.arange(T)[None] < length[:, None], kinds, 2)
+  return by_class(order, kinds)
+
+
+def by_class(order: jax.Array, kinds: jax.Array) -> jax.Array:
+  """Sorts positions by class; those of class 0 by position among themselves.
+
+  Args:
+    order: int32 [B, T], permutations of 1..T; kept within the other classes.
+    kinds: int32 [B, T], the class of every position: kinds[:, p - 1].
+
+  Returns:
+    int32 [B, T].
+  """
+  T = order.shape[1]
+  kind = jnp.take_along_axis(kinds, order - 1, axis=1)
+  place = jnp.where(kind == 0, order, (T + 1) * kind + jnp.arange(T)[None])
+  return jnp.take_along_axis(order, jnp.argsort(place, axis=1), axis=1)
 
 
 def alignment(order: jax.Array) -> jax.Array:

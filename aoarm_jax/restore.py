@@ -1,6 +1,7 @@
 """What an earlier run left: whether it can be resumed, and its parameters."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -27,6 +28,48 @@ class Restored:
   bind: train_state.Bind
   params: Any
   tokenizer: tokenizers.Tokenizer
+
+
+def read_config(workdir: epath.Path) -> config_lib.Config:
+  """The configuration of a run, as it was last started.
+
+  Raises:
+    CheckpointError: there is no run.
+    ConfigError: its config.json cannot be read.
+  """
+  path = workdir / "config.json"
+  try:
+    return config_lib.from_json(path.read_text())
+  except FileNotFoundError:
+    raise checkpoint.CheckpointError(
+      f"{path}: no such file; {workdir} is not the directory of a run"
+    ) from None
+  except ValueError as error:
+    raise config_lib.ConfigError(f"{path}: {error}") from error
+
+
+def as_trained(
+  config: config_lib.Config, workdir: epath.Path, overridden: Iterable[str]
+) -> config_lib.Config:
+  """The config, but of the model that the run in `workdir` has.
+
+  Args:
+    config: of the command line.
+    workdir: of the run; without a config.json `config` is returned as it is.
+    overridden: paths as "model.T" that the command line set, which stay; if
+      they do not fit, `restore` says so.
+  """
+  if not (workdir / "config.json").exists():
+    return config
+  run, kept = read_config(workdir), set(overridden)
+  for path, field, value in config_lib.leaves(run):
+    section, _, name = path.removeprefix("config.").partition(".")
+    if (
+      field.metadata.get("binds") == "model" and f"{section}.{name}" not in kept
+    ):
+      part = dataclasses.replace(getattr(config, section), **{name: value})
+      config = dataclasses.replace(config, **{section: part})
+  return config
 
 
 def restore(

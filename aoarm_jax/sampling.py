@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Sampling(NamedTuple):
@@ -13,12 +14,22 @@ class Sampling(NamedTuple):
     temperature: float32 [], logits are divided by it; 0 takes the likeliest.
     top_k: int32 [], keeps the k likeliest tokens; 0 keeps all.
     top_p: float32 [], then keeps the fewest likeliest tokens whose total
-      probability reaches top_p.
+      probability reaches top_p. Where both are None nothing is cut, and no
+      draw sorts.
   """
 
   temperature: jax.Array
-  top_k: jax.Array
-  top_p: jax.Array
+  top_k: jax.Array | None = None
+  top_p: jax.Array | None = None
+
+
+def make_law(
+  temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+) -> Sampling:
+  """The law of plain numbers."""
+  if top_k == 0 and top_p >= 1:
+    return Sampling(np.float32(temperature))
+  return Sampling(np.float32(temperature), np.int32(top_k), np.float32(top_p))
 
 
 class Generation(NamedTuple):
@@ -59,9 +70,13 @@ def log_law(logits: jax.Array, law: Sampling) -> jax.Array:
   # The largest first, so that a small temperature cannot overflow.
   logits = logits - logits.max(axis=-1, keepdims=True)
   logits = logits / jnp.where(greedy, 1.0, law.temperature)
+  likeliest = jax.nn.one_hot(jnp.argmax(logits, axis=-1), V, dtype=bool)
+  logits = jnp.where(greedy & ~likeliest, -jnp.inf, logits)
+  if law.top_k is None and law.top_p is None:
+    return jax.nn.log_softmax(logits)
   by_size = jnp.argsort(-logits, axis=-1, stable=True)
   place = jnp.argsort(by_size, axis=-1)
-  k = jnp.where(greedy, 1, jnp.where(law.top_k == 0, V, law.top_k))
+  k = jnp.where(law.top_k == 0, V, law.top_k)
   logits = jnp.where(place < k, logits, -jnp.inf)
   probability = jax.nn.softmax(logits)
   sorted_p = jnp.take_along_axis(probability, by_size, axis=-1)

@@ -67,6 +67,27 @@ def put_batch(mesh: jax.sharding.Mesh, tree):
     )
 
 
+def put_rows(mesh: jax.sharding.Mesh, tree):
+  """A global batch, which every process holds, to the devices along the batch.
+
+  With several processes each gives its own devices' rows.
+  """
+  where = named(mesh, "batch")
+  with jax.transfer_guard("allow"):
+    return jax.tree.map(
+      lambda x: jax.make_array_from_callback(
+        x.shape, where, lambda index: x[index]
+      ),
+      tree,
+    )
+
+
+def batch_size(mesh: jax.sharding.Mesh, most: int, rows: int) -> int:
+  """Rows a batch for so many in all: a multiple of the devices along it."""
+  devices = mesh.shape["data"]
+  return -(-min(most, rows) // devices) * devices
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   """Pins an activation's sharding; nothing happens where no mesh is set."""
   if jax.sharding.get_abstract_mesh().empty:

@@ -9,8 +9,15 @@ import numpy as np
 import tiny
 from absl.testing import absltest, parameterized
 
-from aoarm_jax import decode, mechanisms, objective, orders, sampling
-from aoarm_jax.model import transformer
+from aoarm_jax import (
+  decode,
+  decode_steps,
+  mechanisms,
+  objective,
+  orders,
+  sampling,
+)
+from aoarm_jax.model import cached
 
 _T, _V, _MANY = 4, 3, 200_000
 _LAW = sampling.Sampling(np.float32(1), np.int32(0), np.float32(1))
@@ -105,12 +112,12 @@ class LawTest(parameterized.TestCase):
 
   def test_a_slightly_wrong_acceptance_is_noticed(self):
     """2 percent more often than p / q."""
-    right = decode._kept
+    right = decode_steps._kept
 
     def generous(keys, at, log_p, log_q, drafts):
       return right(keys, at, log_p + 0.02, log_q, drafts)
 
-    with mock.patch.object(decode, "_kept", generous):
+    with mock.patch.object(decode_steps, "_kept", generous):
       out = _drawn(("two_stream", 1), decode.Plan("speculative", 3))
     self.assertLess(min(_p_values(("two_stream", 1), out, 1)), _LEAST_P)
 
@@ -152,6 +159,34 @@ class LawTest(parameterized.TestCase):
     few = _drawn(("two_stream", 1), plan, B=6)
     for got, want in zip(few, many):
       np.testing.assert_allclose(got, want[:6], atol=1e-5)
+
+
+class StagesTest(parameterized.TestCase):
+  @parameterized.parameters(
+    (("two_stream", 2), decode.Plan()),
+    (("decoupled_rope", 1), decode.Plan("parallel", 2)),
+    (("two_stream", 1), decode.Plan("speculative", 3)),
+    (("two_stream", 2), decode.Plan("adaptive", 1)),
+  )
+  def test_a_growing_cache_changes_nothing(self, case, plan):
+    """Of rows with 8 or 6 blanks: caches of 4, 6, 8, or 5, 7, 8 slots."""
+    B, T = 6, 8
+    made = tiny.bind(*case, T=T, V=_V, D=8, N=2)
+    known = np.tile(np.arange(T) < 2, (B, 1)) & (np.arange(B) % 2 == 1)[:, None]
+    inputs = tiny.tokens(B, T, _V), known, tiny.orders_of(case[0], B, T)
+
+    def run(most_known):
+      return tiny.quick_jit(
+        lambda params, key, *args: decode.generate(
+          made(params), key, *args, _LAW, plan=plan, most_known=most_known
+        )
+      )(tiny.sharp(made), jax.random.key(1), *inputs)
+
+    want = run(None)
+    with mock.patch.object(decode, "_LARGE", 0):
+      got = run(2)
+    for a, b in zip(got, want):
+      np.testing.assert_allclose(a, b, atol=1e-4)
 
 
 class CallsTest(parameterized.TestCase):
@@ -209,10 +244,9 @@ class PredictTest(parameterized.TestCase):
 
     @tiny.quick_jit
     def predict(params, slots, part, start, count, targets):
-      network = made(params)
-      cache = transformer.empty_cache(network.model, network.compute, B, S)
-      _, cache = network.extend(slots, cache, jnp.zeros(B, jnp.int32))
-      after = jnp.arange(S)[:, None, None] >= start[:, None, None, None]
+      network = cached.Cached(made(params))
+      cache = network.prefill(slots, network.empty_cache(B, S))
+      after = jnp.arange(S)[:, None] >= start[:, None, None, None]
       cache = jax.tree.map(lambda x: jnp.where(after, 1e3, x), cache)
       return network.predict(part, cache, start, count, targets)[0]
 
@@ -278,7 +312,7 @@ class AdaptiveTest(parameterized.TestCase):
       self.assertEqual(out.tokens[b].tolist(), text.tolist())
 
   def test_more_targets_than_a_chunk(self):
-    with mock.patch.object(decode, "_CHUNK", 3):
+    with mock.patch.object(decode_steps, "CHUNK", 3):
       got = _drawn(
         ("two_stream", 2),
         decode.Plan("adaptive", schedule="cosine"),

@@ -70,13 +70,13 @@ class FiguresTest(parameterized.TestCase):
       / "a.png"
     )
 
-  def check(self):
+  def check(self, *, low=(1300, 550), high=(1500, 700)):
     data = self.path.read_bytes()
     self.assertStartsWith(data, b"\x89PNG\r\n\x1a\n")
     self.assertEqual(data[-8:-4], b"IEND")
     width, height = struct.unpack(">II", data[16:24])
-    self.assertBetween(width, 1300, 1500)
-    self.assertBetween(height, 550, 700)
+    self.assertBetween(width, low[0], high[0])
+    self.assertBetween(height, low[1], high[1])
     self.assertLen(list(self.path.parent.iterdir()), 1)  # no temporary file
 
   @parameterized.named_parameters(*_LOSS.items())
@@ -93,6 +93,22 @@ class FiguresTest(parameterized.TestCase):
   def test_nearness(self, reports):
     figures.nearness(reports, self.path, title="a")
     self.check()
+
+  @parameterized.parameters(0, 1, 5)
+  def test_decode_speed(self, count):
+    """Rows as a CSV file has them; more methods than colours."""
+    rows = [
+      dict(size="8m", T=str(T), B="64", method=f"parallel-{m}", best=best,
+           tokens_per_second=str(1e3 * (m + 1) / T))
+      for m in range(count) for T in (1024, 128) for best in ("True", "False")
+    ]  # fmt: skip
+    figures.decode_speed(rows * 2, self.path, title="$x")
+    self.check()
+
+  def test_generation_strip(self):
+    panels = {"one": ("$a b", [3, 1, 2, 4]), "two": ("^c_d", [1, 2, 3, 4])}
+    figures.generation_strip(panels, self.path, title="_$", frames=3)
+    self.check(low=(150, 200), high=(400, 600))
 
   @parameterized.parameters((1, 3), (9, 2), (50, 7))
   def test_running_mean_keeps_lines_straight(self, size, width):

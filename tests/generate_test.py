@@ -17,6 +17,7 @@ from aoarm_jax import (
   generate,
   mechanisms,
   orders,
+  prompts,
   sampling,
   sharding,
 )
@@ -308,7 +309,7 @@ class PromptTest(parameterized.TestCase):
   )
   def test_blanks_are_one_token_each(self, text, name, blank, known):
     tokenizer = tokenizers.get(name)
-    prompt = generate.parse_prompt(text, tokenizer, blank)
+    prompt = prompts.parse_prompt(text, tokenizer, blank)
     self.assertEqual(prompt.known.tolist(), [bool(k) for k in known])
     self.assertEqual(prompt.known.dtype, bool)
     self.assertEqual(prompt.tokens.shape, prompt.known.shape)
@@ -320,16 +321,16 @@ class PromptTest(parameterized.TestCase):
   @parameterized.parameters("", "abc")
   def test_without_a_blank(self, text):
     with self.assertRaisesRegex(
-      generate.PromptError, f"--prompt='{text}' has no blank '_'"
+      prompts.PromptError, f"--prompt='{text}' has no blank '_'"
     ):
-      generate.parse_prompt(text, _CHAR27, "_")
+      prompts.parse_prompt(text, _CHAR27, "_")
 
   def test_a_wrong_character_is_found_where_it_stands(self):
     """The offset counts from the start of the prompt, over blanks."""
     with self.assertRaisesRegex(
-      generate.PromptError, r"^--prompt: .* character 'X' at offset 5 "
+      prompts.PromptError, r"^--prompt: .* character 'X' at offset 5 "
     ):
-      generate.parse_prompt("ab_c_X", _CHAR27, "_")
+      prompts.parse_prompt("ab_c_X", _CHAR27, "_")
 
 
 def _sampler(mechanism="two_stream", **sample):
@@ -345,7 +346,7 @@ def _sampler(mechanism="two_stream", **sample):
   params = sharding.put(mesh, tiny.sharp(made))
 
   def draw(text=None):
-    prompt = text and generate.parse_prompt(
+    prompt = text and prompts.parse_prompt(
       text, _CHAR27, sample.get("blank", "_")
     )
     with jax.set_mesh(mesh):
@@ -380,7 +381,7 @@ class SamplerTest(parameterized.TestCase):
     ("causal", "_b", "blank at position 1 "),
   )  # fmt: skip
   def test_prompts_that_cannot_be_filled(self, mechanism, text, message):
-    with self.assertRaisesRegex(generate.PromptError, message):
+    with self.assertRaisesRegex(prompts.PromptError, message):
       _sampler(mechanism, order="left_to_right")(text)
 
   def test_a_causal_prompt_ends_in_blanks(self):

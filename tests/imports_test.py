@@ -15,9 +15,14 @@ ARROWS = {
   "launch": "",
   "configs": "experiments",
   "experiments": "",
-  "aoarm_jax": "evaluate generate restore",
-  "main": "study matching train evaluate generate export checkpoint data "
-  "pallas_kernels",
+  "strip": "aoarm_jax checkpoint figures",
+  "aoarm_jax": "api",
+  "api": "generate score prompts restore data",
+  "main": "study matching train evaluate generate score prompts restore export "
+  "checkpoint data pallas_kernels",
+  "decode_benchmark": "decode_timing restore checkpoint figures",
+  "decode_timing": "decode decode_steps diffusion sampling restore train_state "
+  "model orders",
   "study": "train evaluate generate restore checkpoint data objective "
   "train_state model optimizer orders figures",
   "export": "restore checkpoint data train_state model",
@@ -25,9 +30,12 @@ ARROWS = {
   "model optimizer orders figures",
   "evaluate": "estimators restore checkpoint data train_state figures",
   "estimators": "objective train_state orders",
-  "generate": "decode diffusion sampling restore checkpoint data train_state "
-  "model orders",
-  "decode": "sampling objective model orders",
+  "generate": "prompts decode diffusion sampling restore checkpoint data "
+  "train_state model orders",
+  "score": "prompts objective restore data train_state orders",
+  "prompts": "data",
+  "decode": "decode_steps sampling objective model orders",
+  "decode_steps": "sampling orders",
   "diffusion": "sampling objective model orders",
   "sampling": "",
   "matching": "train_state model",

@@ -16,7 +16,7 @@ from absl.testing import absltest, parameterized
 
 import pallas_kernels
 from aoarm_jax import config, mechanisms, objective, orders
-from aoarm_jax.model import cost, layers, transformer
+from aoarm_jax.model import cached, cost, layers
 
 _B, _T, _V = 3, 7, 5
 
@@ -397,7 +397,7 @@ class WrittenTest(parameterized.TestCase):
 def _extend(mechanism, s):
   made = tiny.bind(mechanism, s)
   return tiny.quick_jit(
-    lambda params, slots, cache, start: made(params).extend(slots, cache, start)
+    lambda params, *args: cached.Cached(made(params)).extend(*args)
   )
 
 
@@ -411,7 +411,7 @@ class CacheTest(parameterized.TestCase):
     model, params, network = tiny.network(mechanism, s)
     order = tiny.orders_of(mechanism, _B, _T)
     slots = _slots(self.tokens, order, s)
-    cache = transformer.empty_cache(
+    cache = cached.empty_cache(
       model, config.Compute(dtype="float32"), _B, _T + s - 1
     )
     extend = functools.partial(_extend(mechanism, s), params)

@@ -52,7 +52,7 @@ class ReadmeTest(absltest.TestCase):
     for text in commands + [
       f"--config=configs/causal.py {o}" for o in overrides
     ]:
-      argv = ["main", *re.sub(r' ?--prompt="[^"]*"', "", text).split()]
+      argv = ["main", *re.sub(r' ?--(prompt|text)="[^"]*"', "", text).split()]
       argv = [re.sub("^--config=", f"--config={ROOT}/", a) for a in argv]
       with self.subTest(text):
         flag_values = flags.FlagValues()

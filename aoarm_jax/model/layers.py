@@ -140,8 +140,13 @@ class Modulation(nnx.Module):
     """`count` arrays [G, B, R, D].
 
     A target is one of few positions, so the projection is done once for each
-    position and looked up.
+    position and looked up; but where there are fewer rows, for each row.
     """
+    if setting.target.size < len(setting.condition):
+      condition = setting.condition[setting.target]
+      rows = jnp.einsum("gbrc,cmd->mgbrd", condition, self.weight[...])
+      bias = self.bias[...][:, None, None, None]
+      return list((rows + bias).astype(dtype))
     tables = jnp.einsum("pc,cmd->mpd", setting.condition, self.weight[...])
     tables = (tables + self.bias[...][:, None]).astype(dtype)
     at = jax.vmap(look_up, in_axes=(None, 0))

@@ -1,0 +1,166 @@
+"""The Python interface: a trained model that generates, infills and scores."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from aoarm_jax import config as config_lib
+from aoarm_jax import config_rules, prompts, restore, sharding
+from aoarm_jax import generate as generate_lib
+from aoarm_jax import score as score_lib
+from aoarm_jax.data import tokenizers
+
+
+class Model:
+  """A trained model; every method may be called any number of times.
+
+  Options are the fields of config.sample (generate, infill) or config.score
+  (score), with the defaults of the run; `order` may also be a permutation of
+  the positions 1..n. The same call gives the same result, on any number of
+  devices, but for rounding.
+
+  Attributes:
+    config: of the run.
+    step: of the checkpoint.
+  """
+
+  def __init__(self, workdir: os.PathLike | str, *, read: str = "newest"):
+    """See aoarm_jax.load."""
+    workdir = epath.Path(workdir)
+    config = restore.read_config(workdir)
+    self.config = config_rules.validate(
+      dataclasses.replace(
+        config,
+        checkpoint=dataclasses.replace(config.checkpoint, read=read),
+        # All devices that are here, not those of the training.
+        mesh=config_lib.Mesh(),
+      )
+    )
+    self._tokenizer = tokenizers.get(config.data.tokenizer)
+    self._mesh = sharding.make_mesh(self.config.mesh)
+    with jax.set_mesh(self._mesh):
+      run = restore.restore(self.config, workdir, self._mesh)
+    self.step, self._params = run.saved.step, run.params
+    common = self.config, run.bind, self._tokenizer, self._mesh
+    self._sampler = generate_lib.Sampler(*common)
+    self._scorer = score_lib.Scorer(*common)
+
+  def generate(self, count: int = 1, **options: Any) -> list[generate_lib.Text]:
+    """Draws `count` texts of T tokens.
+
+    Args:
+      count: how many; several thousand are drawn in batches.
+      **options: fields of config.sample, as temperature, order or method.
+
+    Returns:
+      generate.Text each: text, order, log_p (nats), calls.
+
+    Raises:
+      ConfigError: an option that cannot be.
+    """
+    T = self.config.model.T
+    blank = prompts.Prompt(np.zeros(T, np.int32), np.zeros(T, bool))
+    return self._fill([blank], count, options)[0]
+
+  def infill(
+    self, texts: str | Sequence[str], count: int = 1, **options: Any
+  ) -> list[generate_lib.Text] | list[list[generate_lib.Text]]:
+    """Fills the blanks of texts, `count` times each.
+
+    Args:
+      texts: one text or several, with a `_` (config.sample.blank) for every
+        token to generate.
+      count: texts for each prompt.
+      **options: fields of config.sample, as temperature, order or method.
+
+    Returns:
+      generate.Text each; a list of lists for several prompts. log_p is that of
+      the blanks.
+
+    Raises:
+      PromptError: nothing to fill, a character outside the vocabulary, or more
+        tokens than T.
+      ConfigError: an option that cannot be.
+    """
+    many = [texts] if isinstance(texts, str) else texts
+    blank = options.get("blank", self.config.sample.blank)
+    parsed = [
+      prompts.parse_prompt(text, self._tokenizer, blank, f"text {i}")
+      for i, text in enumerate(many, 1)
+    ]
+    found = self._fill(parsed, count, options)
+    return found[0] if isinstance(texts, str) else found
+
+  def score(
+    self, texts: str | Sequence[str], **options: Any
+  ) -> score_lib.Score | list[score_lib.Score]:
+    """Log-probabilities of texts, or of their marked parts given the rest.
+
+    Args:
+      texts: one text or several, as "the [qu]ick ___": what is in brackets is
+        scored (without brackets all of it), `_` is unknown, the rest is given.
+      **options: fields of config.score, as order or, for an average over K
+        uniform orders, order="uniform", orders=K.
+
+    Returns:
+      score.Score each, in nats and bits.
+
+    Raises:
+      PromptError: nothing to score, marks that do not pair, a character outside
+        the vocabulary, or more tokens than T.
+      ConfigError: an option that cannot be.
+    """
+    many = [texts] if isinstance(texts, str) else texts
+    config = self._with("score", options)
+    parsed = [
+      (
+        text,
+        prompts.parse_marked(
+          text,
+          self._tokenizer,
+          config.sample.blank,
+          config.score.marks,
+          f"text {i}",
+        ),
+      )
+      for i, text in enumerate(many, 1)
+    ]
+    with jax.set_mesh(self._mesh):
+      found = self._scorer.score(self._params, parsed, config)
+    return found[0] if isinstance(texts, str) else found
+
+  def _fill(self, parsed, count, options):
+    config = self._with("sample", {"count": count, **options})
+    with jax.set_mesh(self._mesh):
+      return self._sampler.fill(self._params, parsed, config)
+
+  def _with(self, section, options):
+    """The config with these options; `order` may be a permutation."""
+    config, options = self.config, dict(options)
+    fields = [f.name for f in dataclasses.fields(getattr(config, section))]
+    for name in options:
+      if name not in fields:
+        raise config_lib.ConfigError(
+          f"{name}: no such option; there are: {', '.join(fields)}"
+        )
+    if "order" in options and not isinstance(options["order"], str):
+      given = tuple(int(position) for position in options["order"])
+      n = len(given)
+      if not n or sorted(given) != list(range(1, n + 1)):
+        raise config_lib.ConfigError(
+          f"order={given}: must be a permutation of 1..{n or 'n'}"
+        )
+      rest = tuple(range(n + 1, config.model.T + 1))
+      config = dataclasses.replace(
+        config, orders=dataclasses.replace(config.orders, given=given + rest)
+      )
+      options["order"] = "given"
+    part = config_lib.from_dict({section: options})
+    changed = {name: getattr(getattr(part, section), name) for name in options}
+    part = dataclasses.replace(getattr(config, section), **changed)
+    return config_rules.validate(dataclasses.replace(config, **{section: part}))

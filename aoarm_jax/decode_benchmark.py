@@ -1,0 +1,166 @@
+"""Speed of generation: python -m aoarm_jax.decode_benchmark
+
+One cell is a model size, a length T, a batch B and a method; --only picks cells
+by a regular expression over names such as "8m T1024 B64 sequential". Weights
+are random unless --workdir names a run: then its own model is timed, and what
+speculative decoding accepts is that of a trained model.
+
+sequential    one token a step, one cache (exact)
+parallel-m    m tokens a step (not exact)
+speculative-m m drafts a round of two passes (exact); with random weights nearly
+              all drafts pass: only its time a round means something
+adaptive      the surest of all targets, scored anew in every step, one a step
+uncached      every step computes its visible content rows and one query row
+mdlm          masked diffusion of the same size: T and T / 4 full passes
+
+Cells time --steps steps in the middle of a text (uncached: at four lengths) and
+are scaled to all of it, which the table says; --whole times whole texts.
+`floor` is what one step must read, weights and half of a full cache for each of
+its passes, over --bandwidth; `launches` counts the kernels of a step in the
+compiled program.
+"""
+
+import argparse
+import csv
+import dataclasses
+import io
+import re
+import sys
+from collections.abc import Iterator
+
+import jax
+from etils import epath
+
+from aoarm_jax import (
+  checkpoint,
+  decode_timing,
+  figures,
+  mechanisms,
+  restore,
+  run_dir,
+  sharding,
+)
+from aoarm_jax import config as config_lib
+
+_SIZES = {"8m": dict(D=256, L=10, N=4), "base": dict(D=768, L=12, N=12)}
+_METHODS = (
+  "sequential",
+  "parallel-4",
+  "parallel-16",
+  "speculative-4",
+  "adaptive",
+  "uncached",
+  "mdlm",
+)
+_QUICK = "8m T1024 B64 (sequential|parallel-16|uncached|mdlm)"
+_HEADER = (
+  "size      T     B method              tokens/s    step ms  floor ms  floors "
+  " launches tok/step  timed"
+)
+
+
+def cells(
+  options: argparse.Namespace, run, config
+) -> Iterator[decode_timing.Cell]:
+  """What the options ask for."""
+  models = [
+    (size, config_lib.Model(mechanism=options.mechanism, T=T, **_SIZES[size]))
+    for size in options.sizes
+    for T in options.T
+  ]
+  if run is not None:
+    models = [(config.name, config.model)]
+  for size, model in models:
+    for B in options.batches:
+      for method in options.methods:
+        one = decode_timing.Cell(size, model, B, method)
+        if re.search(
+          options.only or (_QUICK if options.quick else ""), str(one)
+        ):
+          yield one
+
+
+def _method(name):
+  if re.fullmatch(r"sequential|adaptive|uncached|mdlm", name):
+    return name
+  if re.fullmatch(r"(parallel|speculative)-[1-9]\d*", name):
+    return name
+  raise argparse.ArgumentTypeError(f"{name!r} is not one of {_METHODS}")
+
+
+def _parser():
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  add = parser.add_argument
+  add("--only", default="", help="regular expression of cells' names")
+  add("--quick", action="store_true", help="four cells")
+  add("--sizes", nargs="*", default=list(_SIZES), choices=_SIZES)
+  add("--methods", nargs="*", default=list(_METHODS), type=_method)
+  add("--T", nargs="*", type=int, default=[128, 1024, 4096])
+  add("--batches", nargs="*", type=int, default=[1, 64, 0], help="0: the best")
+  chain = [name for name, m in mechanisms.MECHANISMS.items() if not m.masked]
+  add("--mechanism", default="two_stream", choices=chain)
+  add("--attention", default="auto", help="of uncached and mdlm passes")
+  add("--steps", type=int, default=128, help="steps timed a cell")
+  add("--whole", action="store_true", help="time whole texts")
+  add("--bandwidth", type=float, default=4.3e12, help="bytes/s, for the floor")
+  add("--workdir", default="", help="a run, instead of random weights")
+  add("--out", default="", help="CSV file")
+  add("--plot", default="", help="draw this CSV file beside it, and no more")
+  return parser
+
+
+def main(arguments=None) -> None:
+  """Prints a line a cell as it is measured, and writes the CSV file."""
+  options = _parser().parse_args(arguments)
+  if options.plot:
+    return _plot(epath.Path(options.plot))
+  device = jax.devices()[0].device_kind
+  print(f"jax {jax.__version__}, {device}\n{_HEADER}")
+  run = config = None
+  if options.workdir:
+    try:
+      config, run = _restore(epath.Path(options.workdir))
+    except (config_lib.ConfigError, checkpoint.CheckpointError) as error:
+      sys.exit(f"aoarm_jax: error: {error}")
+  how = decode_timing.Options(
+    options.steps, options.whole, options.bandwidth, options.attention
+  )
+  benchmark, results = decode_timing.Benchmark(how, run), []
+  for cell in cells(options, run, config):
+    for result in (benchmark.measure if cell.B else benchmark.best)(cell):
+      print(result, flush=True)
+      results.append(result)
+    if options.out:
+      _write(options.out, results, device)
+  if not results:
+    sys.exit(f"no cell has a name with {options.only!r}")
+
+
+def _restore(workdir):
+  config = restore.read_config(workdir)
+  mesh = sharding.make_mesh(config_lib.Mesh(data=1))
+  return config, restore.restore(config, workdir, mesh)
+
+
+def _plot(path):
+  rows = list(csv.DictReader(io.StringIO(path.read_text())))
+  title = f"speed of generation, {rows[0]['device']}" if rows else ""
+  figures.decode_speed(rows, path.with_suffix(".png"), title=title)
+  print(path.with_suffix(".png"))
+
+
+def _write(path, results, device):
+  text = io.StringIO(newline="")
+  names = [field.name for field in dataclasses.fields(decode_timing.Result)]
+  writer = csv.DictWriter(text, [*names, "device", "jax"], lineterminator="\n")
+  writer.writeheader()
+  for result in results:
+    more = {"device": device, "jax": jax.__version__}
+    writer.writerow(dataclasses.asdict(result) | more)
+  run_dir.write_atomically(epath.Path(path), text.getvalue())
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,333 @@
+"""What decode_benchmark.py measures: one cell of its table at a time."""
+
+import dataclasses
+import re
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from aoarm_jax import config as config_lib
+from aoarm_jax import (
+  decode,
+  decode_steps,
+  diffusion,
+  orders,
+  restore,
+  sampling,
+  train_state,
+)
+from aoarm_jax.model import cost
+
+_BEST = (256, 1024, 4096)  # Batches tried for the best one, which is named 0.
+_VOCABULARY = 27
+_FLOPS_PER_SECOND = 790e12  # Of an H200, bf16, as measured.
+# Instructions of a compiled program that launch nothing.
+_FREE = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+  """One line of the table; B is 0 for the best batch."""
+
+  size: str
+  model: config_lib.Model
+  B: int
+  method: str
+
+  def __str__(self):
+    B = self.B or "best"
+    return f"{self.size} T{self.model.T} B{B} {self.method}"
+
+  @property
+  def width(self) -> int:
+    """Tokens a step, or drafts a round."""
+    number = self.method.rpartition("-")[2]
+    return int(number) if number.isdigit() else 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """What was measured of a cell.
+
+  Attributes:
+    size, T, B, method: the cell.
+    tokens_per_second: of all sequences together.
+    step_ms: of one step; of speculative, a round.
+    floor_ms: of the same: the bytes or FLOPs that it cannot do without.
+    launches: kernels a step; 0 where the program does not tell.
+    tokens_per_step: of one sequence.
+    timed: which part of the texts.
+    best: whether B is the best batch that was tried.
+  """
+
+  size: str
+  T: int
+  B: int
+  method: str
+  tokens_per_second: float
+  step_ms: float
+  floor_ms: float
+  launches: int
+  tokens_per_step: float
+  timed: str
+  best: bool = False
+
+  def __str__(self):
+    return (
+      f"{self.size:5} {self.T:5} {self.B:5} {self.method:14}"
+      f"{self.tokens_per_second:14,.0f} {self.step_ms:10.3f} "
+      f"{self.floor_ms:9.4f} {self.step_ms / self.floor_ms:7.1f} "
+      f"{self.launches or '-':>9} {self.tokens_per_step:9.2f}  {self.timed}"
+    )
+
+
+class Options(NamedTuple):
+  """How to measure.
+
+  Attributes:
+    steps: timed of a cell.
+    whole: whether to time whole texts instead.
+    bandwidth: bytes/s, for the floor.
+    attention: of uncached and mdlm passes.
+  """
+
+  steps: int = 128
+  whole: bool = False
+  bandwidth: float = 4.3e12
+  attention: str = "auto"
+
+
+class Benchmark:
+  """Times cells of one mechanism, or of one run."""
+
+  def __init__(self, options: Options, run: restore.Restored | None):
+    self._options, self._run = options, run
+    self._law = sampling.make_law()
+
+  def measure(self, cell: Cell) -> list[Result]:
+    """Of the cell's method; of mdlm with two numbers of steps."""
+    mechanism = cell.model.mechanism
+    if cell.method == "mdlm" and not cell.model.kind.masked:
+      mechanism = "mdlm"
+    model = dataclasses.replace(cell.model, mechanism=mechanism)
+    if self._run is not None and model == cell.model:
+      bind, params = self._run.bind, self._run.params
+    else:
+      compute = config_lib.Compute(attention=self._options.attention)
+      bind = train_state.Bind(model, compute, _VOCABULARY)
+      params = jax.jit(bind.init)(jax.random.key(0))
+    match cell.method:
+      case "uncached":
+        return [self._uncached(cell, bind, params)]
+      case "mdlm":
+        return self._masked(cell, bind, params)
+    return [self._cached(cell, bind, params)]
+
+  def _result(self, cell, method, seconds, steps, passes, floor, **more):
+    """Of a whole text that takes `seconds` in so many steps."""
+    return Result(
+      size=cell.size,
+      T=cell.model.T,
+      B=cell.B,
+      method=method,
+      tokens_per_second=cell.B * cell.model.T / seconds,
+      step_ms=1e3 * seconds / steps,
+      floor_ms=1e3 * passes * floor,
+      tokens_per_step=cell.model.T / steps,
+      **more,
+    )
+
+  def _cached(self, cell, bind, params):
+    """By decode.generate."""
+    model, B, T = cell.model, cell.B, cell.model.T
+    method = cell.method.partition("-")[0]
+    most = {"adaptive": 8}.get(method, self._options.steps)
+    blanks = T if self._options.whole else min(T, most * cell.width)
+    in_rounds = method == "speculative"
+    # Where the cache is as long as on average; but rounds go on to the end.
+    first = T - blanks
+    if not in_rounds:
+      first = min(first, max(0, T * 5 // 8 - blanks))
+    plan = decode.Plan(method, cell.width)
+
+    def generate(params, key):
+      order = orders.draw(key, B, T, config_lib.Orders())
+      # The cache of what counts as known is empty, which takes as long.
+      known = jnp.argsort(order, axis=1) < first
+      return decode.generate(
+        bind(params), key, jnp.zeros((B, T), jnp.int32), known, order,
+        self._law, plan=plan, prefill=False, most_known=first,
+        most_blanks=blanks,
+      )  # fmt: skip
+
+    seconds, out, launches = _time(generate, params, jax.random.key(0))
+    steps, passes = -(-blanks // cell.width), 1.0
+    if in_rounds:
+      steps, passes = int(out.calls.max()) // 2, 2.0
+    if method == "adaptive":
+      # All that is left is scored, half of the text on average.
+      passes += -(-T // decode_steps.CHUNK) / 2
+    dtype = bind(params).compute.dtype
+    slots = B * model.S / 2
+    moved = slots * cost.cache_bytes_per_token(model, dtype)
+    moved += _weight_bytes(params, dtype)
+    return self._result(
+      cell, cell.method, seconds * T / blanks, steps * T / blanks, passes,
+      moved / self._options.bandwidth, launches=launches,
+      timed="whole" if blanks == T else f"{blanks} tokens",
+    )  # fmt: skip
+
+  def _uncached(self, cell, bind, params):
+    """At two lengths, Gauss's, which give the mean of a cubic exactly.
+
+    Two streams: one query row behind the content rows, or a query row for
+    every slot, which is more work and a mask that faster attention knows.
+    """
+    B, T, steps = cell.B, cell.model.T, 4
+    two = cell.model.kind.streams == 2
+
+    def program(n, one_query):
+      def generate(params, key):
+        order = orders.draw(key, B, T + 1, config_lib.Orders()) - 1
+        target = order[:, 1 : n + 1]
+        queries = orders.Queries(target[:, -1:], jnp.full((B, 1), n, jnp.int32))
+        slots = orders.Slots(
+          jnp.zeros((B, n), jnp.int32), order[:, :n], target,
+          queries=queries if one_query else None,
+        )  # fmt: skip
+
+        def step(i, tokens):
+          logits = bind(params)(slots._replace(tokens=tokens))[:, -1]
+          log_p = sampling.log_law(logits, self._law)
+          drawn = jax.random.categorical(jax.random.fold_in(key, i), log_p)
+          return tokens.at[:, 0].set(drawn)
+
+        return jax.lax.fori_loop(0, steps, step, slots.tokens)
+
+      return generate
+
+    total = 0.0
+    for share in (0.5 - 0.75**0.5 / 3, 0.5 + 0.75**0.5 / 3):
+      n = max(1, round(share * T))
+      times = [
+        _time(program(n, one_query), params, jax.random.key(0))
+        for one_query in ((True, False) if two else (False,))
+      ]
+      total += min(time[0] for time in times) / steps / 2
+    dtype = bind(params).compute.dtype
+    half = dataclasses.replace(cell.model, T=max(1, T // 2))
+    flops = cost.forward_flops(
+      half, _VOCABULARY, B, **({"query_fraction": 1e-9} if two else {})
+    )
+    return self._result(
+      cell, cell.method, total * T, T, 1, self._floor(params, dtype, flops),
+      launches=times[0][2], timed="at 2 lengths",
+    )  # fmt: skip
+
+  def _masked(self, cell, bind, params):
+    """By diffusion.generate, whose steps all cost the same."""
+    B, T = cell.B, cell.model.T
+    steps = min(T, 4)
+
+    def generate(params, key):
+      order = orders.draw(key, B, T, config_lib.Orders())
+      return diffusion.generate(
+        bind(params), key, jnp.zeros((B, T), jnp.int32),
+        jnp.zeros((B, T), bool), order, self._law,
+        method="ancestral", steps=steps,
+      ).tokens  # fmt: skip
+
+    seconds, _, launches = _time(generate, params, jax.random.key(0))
+    network = bind(params)
+    flops = cost.forward_flops(network.model, _VOCABULARY, B)
+    floor = self._floor(params, network.compute.dtype, flops)
+    return [
+      self._result(
+        cell, name, seconds / steps * count, count, 1, floor,
+        launches=launches, timed=f"{steps} steps",
+      )
+      for name, count in (("mdlm T", T), ("mdlm T/4", max(1, T // 4)))
+    ]  # fmt: skip
+
+  def _floor(self, params, dtype, flops):
+    moved = _weight_bytes(params, dtype)
+    return max(moved / self._options.bandwidth, flops / _FLOPS_PER_SECOND)
+
+  def best(self, cell: Cell) -> list[Result]:
+    """Of growing batches, until more does not fit, or is no faster."""
+    found = []
+    for B in _BEST:
+      try:
+        results = self.measure(dataclasses.replace(cell, B=B))
+      except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+          raise
+        break
+      fastest = results[0].tokens_per_second
+      if found and fastest < 1.05 * found[0].tokens_per_second:
+        break
+      found = results
+    return [dataclasses.replace(result, best=True) for result in found]
+
+
+def _weight_bytes(params, dtype):
+  return jnp.dtype(dtype).itemsize * sum(
+    x.size for x in jax.tree.leaves(params)
+  )
+
+
+def _time(program: Callable, *arguments):
+  """(median seconds of a call, its result, kernels a step of its loop)."""
+  compiled = jax.jit(program).lower(*arguments).compile()
+  result = jax.block_until_ready(compiled(*arguments))
+  times: list[float] = []
+  while len(times) < 3 or (sum(times) < 0.3 and len(times) < 20):
+    start = time.perf_counter()
+    jax.block_until_ready(compiled(*arguments))
+    times.append(time.perf_counter() - start)
+    if times[0] > 5:
+      break
+  return statistics.median(times), result, launches(compiled.as_text())
+
+
+def launches(program: str) -> int:
+  """Kernels in one step of the largest loop of a compiled program.
+
+  Args:
+    program: its text, as jax.stages.Compiled.as_text gives it.
+
+  Returns:
+    How many instructions of the loop's body do something; 0 where there is no
+    loop, or another one in it.
+  """
+  lines: dict[str, list[str]] = {}
+  name = ""
+  for line in program.splitlines():
+    if start := re.match(r"(?:ENTRY )?%?([\w.-]+) \(.*\{\s*$", line):
+      name = start[1]
+    elif line.startswith("  ") and name:
+      lines.setdefault(name, []).append(line)
+  bodies = re.findall(r"\bbody=%?([\w.-]+)", program)
+  if not bodies:
+    return 0
+
+  def count(computation):
+    total = 0
+    for line in lines.get(computation, ()):
+      found = re.match(
+        r"\s+(?:ROOT )?%?[\w.-]+ = (?:\(.*?\)|\S+) ([\w-]+)\(", line
+      )
+      if not found or found[1] in _FREE:
+        continue
+      if found[1] == "while":
+        return 0
+      called = re.search(r"to_apply=%?([\w.-]+)", line)
+      is_call = found[1] == "call" and called
+      total += count(called[1]) if is_call else 1
+    return total
+
+  return count(max(bodies, key=lambda body: len(lines.get(body, ()))))

@@ -1,0 +1,50 @@
+"""How a text comes about: python -m aoarm_jax.strip --workdir=RUN --out=x.png
+
+Draws frames of one text each in random, adaptive and left-to-right order, of a
+run whose mechanism generates in any order from a cache.
+"""
+
+import argparse
+import sys
+
+import aoarm_jax
+from aoarm_jax import checkpoint, figures
+from aoarm_jax import config as config_lib
+
+_PANELS = {
+  "random order": dict(order="uniform"),
+  "adaptive order: where the model is surest": dict(method="adaptive", width=1),
+  "left to right": dict(order="left_to_right"),
+}
+
+
+def main(arguments=None) -> None:
+  """Writes the picture."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--workdir", required=True, help="of a run")
+  parser.add_argument("--out", required=True, help="PNG file")
+  parser.add_argument("--temperature", type=float, default=0.7)
+  parser.add_argument("--seed", type=int, default=0)
+  options = parser.parse_args(arguments)
+  law = dict(temperature=options.temperature, seed=options.seed)
+  try:
+    model = aoarm_jax.load(options.workdir)
+    texts = {
+      label: model.generate(**changes, **law)[0]
+      for label, changes in _PANELS.items()
+    }
+  except (config_lib.ConfigError, checkpoint.CheckpointError) as error:
+    sys.exit(f"aoarm_jax: error: {error}")
+  kind = model.config.model.mechanism
+  figures.generation_strip(
+    {label: (text.text, text.order) for label, text in texts.items()},
+    options.out,
+    title=f"{kind}, temperature {options.temperature:g}",
+  )
+  print(options.out)
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,219 @@
+"""A trained run from Python and from the command line; the README's code."""
+
+import contextlib
+import io
+import json
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+from unittest import mock
+
+import helpers
+import jax
+from absl.testing import absltest, parameterized
+
+import aoarm_jax
+from aoarm_jax import config, prompts, strip
+
+_README = (helpers.ROOT / "README.md").read_text()
+_contexts = contextlib.ExitStack()
+_folder: pathlib.Path
+_model = None
+
+
+def setUpModule():
+  """One run, whose model no config file has."""
+  global _folder, _model
+  if jax.default_backend() != "cpu":
+    raise absltest.SkipTest("for the CPU: start with JAX_PLATFORMS=cpu")
+  _contexts.enter_context(helpers.quick_compilation())
+  _folder = pathlib.Path(_contexts.enter_context(tempfile.TemporaryDirectory()))
+  helpers.write_text(_folder / "text")
+  helpers.run(
+    helpers.arguments(
+      _folder / "run",
+      {
+        "model.T": 40,
+        "data.path": _folder / "text",
+        "train.steps": 2,
+        "eval.batches": 1,
+        "sample.count": 1,
+      },
+    )
+  )
+  _model = aoarm_jax.load(_folder / "run")
+
+
+def tearDownModule():
+  _contexts.close()
+
+
+def _run(*command):
+  """What a command prints; its config's model is not the run's."""
+  out = io.StringIO()
+  with contextlib.redirect_stdout(out):
+    helpers.run(
+      [f"--config={helpers.TINY}", f"--workdir={_folder / 'run'}", *command]
+    )
+  return out.getvalue().splitlines()
+
+
+class ModelTest(parameterized.TestCase):
+  def test_import_is_cheap(self):
+    code = (
+      "import aoarm_jax, sys; "
+      "sys.exit(bool({'jax', 'numpy', 'flax'} & {*sys.modules}))"
+    )
+    subprocess.run(
+      [sys.executable, "-c", code], check=True, env=helpers.environment()
+    )
+
+  def test_the_readme_runs(self):
+    (code,) = re.findall(
+      r"```python\n(import aoarm_jax\n.*?)```", _README, re.DOTALL
+    )
+    self.assertIn('"runs/two_stream-tiny"', code)
+    code = code.replace('"runs/two_stream-tiny"', repr(str(_folder / "run")))
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+      exec(code, {})
+    lines = out.getvalue().splitlines()
+    self.assertLen(lines, 3 + 4 + 1 + 2)
+    for line in lines[3:7]:
+      self.assertRegex(line, r"^return the qu... of the arr.. -\d")
+
+  def test_what_was_trained(self):
+    self.assertEqual((_model.step, _model.config.model.T), (2, 40))
+
+  def test_texts_depend_on_seed_and_index_alone(self):
+    """Many in one call, whatever the batches; a short last one too."""
+    few = _model.generate(3, batch_size=8)
+    many = _model.generate(20, batch_size=8)
+    for got in (few, _model.generate(20, batch_size=3)):
+      for text, want in zip(got, many):
+        self.assertEqual(text[:2], want[:2])
+        self.assertAlmostEqual(text.log_p, want.log_p, delta=1e-3)
+    self.assertLen({text.text for text in many}, 20)
+    other = _model.generate(3, seed=1)
+    self.assertNotEqual(other[0].text, few[0].text)
+
+  def test_prompts_of_several_lengths(self):
+    """Each as if it stood alone at its index."""
+    texts = ["ab__", "a_c" * 10, "______"]
+    found = _model.infill(texts, count=3)
+    for text, samples in zip(texts, found):
+      self.assertLen({sample.text for sample in samples}, 3)
+      for sample in samples:
+        self.assertRegex(sample.text, f"^{text.replace('_', '[a-z ]')}$")
+        self.assertEqual(sorted(sample.order), list(range(1, len(text) + 1)))
+    self.assertEqual(_model.infill(texts[0], count=3), found[0])
+
+  @parameterized.parameters("parallel", "speculative", "adaptive")
+  def test_methods_and_given_orders(self, method):
+    (text,) = _model.infill("_b__", method=method, order=[4, 3, 2, 1])
+    self.assertEqual(text.order[0], 2)
+    if method != "adaptive":
+      self.assertEqual(text.order, [2, 4, 3, 1])
+
+  @parameterized.parameters(
+    (lambda m: m.infill("abc"), "text 1='abc' has no blank '_'"),
+    (lambda m: m.infill(["a_", "_X"]), "text 2: char27: character 'X' at off"),
+    (lambda m: m.infill("_" * 41), "text 1 has 41 tokens; the model generates"),
+    (lambda m: m.score("a" * 41), "text 1 has 41 tokens; the model knows at m"),
+    (lambda m: m.score(["a", "[]"]), r"text 2='\[\]': there is nothing to sc"),
+    (lambda m: m.score("ab", order=[1, 1]), r"order=\(1, 1\): must be a perm"),
+    (lambda m: m.generate(order=[]), r"order=\(\): must be a permutation of 1"),
+    (lambda m: m.generate(heat=1.0), "heat: no such option; there are: count"),
+    (lambda m: m.generate(0), "config.sample.count=0: must be at least 1"),
+    (lambda m: m.generate(method="x"), "config.sample.method='x': 'x' is not"),
+  )  # fmt: skip
+  def test_what_cannot_be(self, call, message):
+    errors = (prompts.PromptError, config.ConfigError)
+    with self.assertRaisesRegex(errors, f"^{message}") as caught:
+      call(_model)
+    self.assertLen(str(caught.exception).splitlines(), 1)
+
+  def test_no_run(self):
+    with self.assertRaisesRegex(
+      Exception, "absent/config.json: no such file; .* not the directory"
+    ):
+      aoarm_jax.load(_folder / "absent")
+
+
+class CommandTest(parameterized.TestCase):
+  def test_the_model_is_the_run_s(self):
+    """Its T of 40 is in config.json; that of the config file is 64."""
+    (line,) = _run("--mode=sample", "--config.sample.count=1")
+    self.assertLen(line, 40)
+    _run("--mode=eval", "--config.eval.batches=1",
+         f"--config.data.path={_folder / 'text'}")  # fmt: skip
+    with self.assertRaisesRegex(
+      config.ConfigError, "config.model.T=50: the checkpoint in .* has 40"
+    ):
+      _run("--mode=sample", "--config.model.T=50")
+
+  def test_prompts_of_a_file(self):
+    path = _folder / "prompts.txt"
+    path.write_text("ab__\nc_\n")
+    lines = [
+      json.loads(line)
+      for line in _run(
+        "--mode=sample", f"--input={path}", "--config.sample.count=2"
+      )
+    ]
+    self.assertEqual([x["prompt"] for x in lines], ["ab__"] * 2 + ["c_"] * 2)
+    for line in lines:
+      self.assertLess(line["log_p"], 0)
+    self.assertEqual(lines[0]["text"], _model.infill("ab__", 2)[0].text)
+
+  def test_scores_of_standard_input(self):
+    stdin = mock.Mock(buffer=io.BytesIO(b"ab[c]\nabc\n"))
+    with mock.patch.object(sys, "stdin", stdin):
+      lines = [json.loads(line) for line in _run("--mode=score", "--input=-")]
+    want = _model.score(["ab[c]", "abc"])
+    self.assertEqual([x["text"] for x in lines], ["ab[c]", "abc"])
+    for line, score in zip(lines, want):
+      self.assertAlmostEqual(line["log_p"], score.log_p, delta=1e-4)
+      self.assertEqual(line["positions"], score.positions)
+
+  def test_a_strip(self):
+    path = _folder / "strip.png"
+    with contextlib.redirect_stdout(io.StringIO()):
+      strip.main([f"--workdir={_folder / 'run'}", f"--out={path}"])
+    self.assertStartsWith(path.read_bytes(), b"\x89PNG")
+    with self.assertRaisesRegex(SystemExit, "absent/config.json: no such file"):
+      strip.main([f"--workdir={_folder / 'absent'}", f"--out={path}"])
+
+  def test_the_score_of_a_text(self):
+    (line,) = _run(
+      "--mode=score", "--text=a[b]c", "--config.score.order=uniform"
+    )
+    self.assertLen(json.loads(line)["order_log_p"], 8)
+
+  @parameterized.parameters(
+    (("score",), "--mode=score needs --text="),
+    (("score", "--text=a", "--input=-"), "--input goes without --prompt"),
+    (("sample", "--text=a"), "--text needs --mode=score"),
+    (("eval", "--input=-"), "--input needs --mode=sample or --mode=score"),
+    (("score", "--input=/absent"), "--input=/absent: no such file"),
+    (("score", "--text=a[b"), "--text: '.' at character 2 has no partner"),
+    (("score", "--text=aXb"), "--text: char27: character 'X' at offset 1"),
+    (("score", "--text=a", "--config.score.marks=["), "config.score.marks='.'"),
+    (("sample", "--input={bad}"), "{bad}, line 2='cd' has no blank '_'"),
+    (("score", "--input={none}"), "{none} is empty: one text a line"),
+  )  # fmt: skip
+  def test_commands_that_cannot_be(self, command, message):
+    files = {"bad": str(_folder / "bad"), "none": str(_folder / "none")}
+    (_folder / "bad").write_text("a_\ncd\n")
+    (_folder / "none").write_text("")
+    mode, *rest = (part.format(**files) for part in command)
+    with self.assertRaisesRegex(Exception, message.format(**files)) as caught:
+      _run(f"--mode={mode}", *rest)
+    self.assertLen(str(caught.exception).splitlines(), 1)
+    self.assertIsInstance(caught.exception, helpers.main.COMMAND_ERRORS)
+
+
+if __name__ == "__main__":
+  absltest.main()

@@ -1,0 +1,225 @@
+"""Scores: enumerated laws, those of generation, parts, orders, bad texts."""
+
+import contextlib
+import functools
+import itertools
+import math
+
+import helpers
+import jax
+import numpy as np
+import tiny
+from absl.testing import absltest, parameterized
+
+from aoarm_jax import (
+  config,
+  generate,
+  mechanisms,
+  objective,
+  prompts,
+  score,
+  sharding,
+)
+from aoarm_jax.data import tokenizers
+
+_ABC = tokenizers.Tokenizer("abc", b"abc")
+# One of every kind: what is predicted from where, with and without EOS.
+_CASES = (("two_stream", 2), ("decoupled_rope", 1), ("ao_gpt", 2),
+          ("causal", 1), ("mdlm", 2))  # fmt: skip
+
+
+_contexts = contextlib.ExitStack()
+
+
+def setUpModule():
+  _contexts.enter_context(helpers.quick_compilation())
+
+
+def tearDownModule():
+  _contexts.close()
+
+
+@functools.cache
+def _made(mechanism, s, T=6):
+  """(config, bind, mesh, params on it)."""
+  model = config.Model(mechanism=mechanism, sentinels=s, T=T, D=8, L=2, N=2)
+  compute = config.Compute(dtype="float32", attention="xla")
+  bind = tiny.bind(mechanism, s, T=T, V=_ABC.V, D=8, N=2)
+  mesh = sharding.make_mesh(config.Mesh(data=1))
+  options = config.Config(model=model, compute=compute)
+  return options, bind, mesh, sharding.put(mesh, tiny.sharp(bind))
+
+
+@functools.cache
+def _scorer(mechanism, s):
+  options, bind, mesh, params = _made(mechanism, s)
+  return score.Scorer(options, bind, _ABC, mesh), params
+
+
+def _score(case, texts, order="left_to_right", given=(), **options):
+  """Scores of texts; `order` by config.score."""
+  base, _, mesh, _ = _made(*case)
+  scorer, params = _scorer(*case)
+  changed = config.Config(
+    model=base.model,
+    score=config.Score(order=order, **options),
+    orders=config.Orders(given=given),
+  )
+  parsed = [
+    (text, prompts.parse_marked(text, _ABC, "_", "[]", f"text {i}"))
+    for i, text in enumerate(texts, 1)
+  ]
+  with jax.set_mesh(mesh):
+    return scorer.score(params, parsed, changed)
+
+
+def _order_of(mechanism):
+  one_way = mechanisms.MECHANISMS[mechanism].left_to_right
+  return "left_to_right" if one_way else "uniform"
+
+
+class LawTest(parameterized.TestCase):
+  @parameterized.parameters(*_CASES)
+  def test_fillings_of_a_part_sum_to_one(self, *case):
+    """Given what is known; what is unknown is in no law."""
+    order = _order_of(case[0])
+    pattern = "b[{}{}]_" if order == "left_to_right" else "_[{}]b[{}]"
+    texts = [pattern.format(*xy) for xy in itertools.product("abc", repeat=2)]
+    scores = _score(case, texts, order, orders=3)
+    p = np.exp([each.log_p for each in scores])
+    np.testing.assert_allclose(p.sum(), 1.0, atol=1e-5)
+    self.assertGreater(p.max(), 2 * p.min())
+    # What is known matters, and is not just any token.
+    other = _score(case, [text.replace("b", "c", 1) for text in texts], order)
+    self.assertNotAlmostEqual(other[0].log_p, scores[0].log_p, places=3)
+
+  @parameterized.parameters(*_CASES)
+  def test_generation_says_the_same(self, *case):
+    """Cached and uncached: texts of 5 of the model's 6 tokens."""
+    base, bind, mesh, params = _made(*case)
+    order = _order_of(case[0])
+    pattern = "b[{}{}{}]" if order == "left_to_right" else "[{}]b[{}{}]c"
+    prompt = prompts.parse_prompt(
+      pattern.replace("{}", "_").translate({91: None, 93: None}), _ABC, "_"
+    )
+    options = config.Config(
+      model=base.model, sample=config.Sample(count=6, order=order)
+    )
+    sampler = generate.Sampler(options, bind, _ABC, mesh)
+    with jax.set_mesh(mesh):
+      (texts,) = sampler.fill(params, [prompt])
+    for text in texts[:3]:
+      found = [t for t, known in zip(text.text, prompt.known) if not known]
+      rest = [p for p in range(1, 7) if p not in text.order]
+      (scored,) = _score(
+        case, [pattern.format(*found)], "given", (*text.order, *rest)
+      )
+      self.assertAlmostEqual(scored.log_p, text.log_p, delta=1e-4)
+      self.assertEqual(scored.order, text.order[int(prompt.known.sum()) :])
+
+  def test_parts_multiply(self):
+    """The chain rule, of three parts and of tokens."""
+    case = ("two_stream", 2)
+    whole, first, rest = _score(case, ["abcab", "[ab]___", "ab[cab]"])
+    self.assertAlmostEqual(whole.log_p, first.log_p + rest.log_p, delta=1e-4)
+    self.assertAlmostEqual(sum(whole.token_log_p), whole.log_p, delta=1e-4)
+    self.assertAlmostEqual(whole.bits, -whole.log_p / math.log(2))
+    self.assertAlmostEqual(sum(whole.token_bits), whole.bits, delta=1e-4)
+    self.assertEqual(whole.positions, [1, 2, 3, 4, 5])
+    self.assertEqual(rest.order, [3, 4, 5])
+
+  def test_tokens_stand_at_their_positions(self):
+    """Whatever the order; beside a likelihood of the whole text."""
+    case = ("two_stream", 2)
+    (scored,) = _score(case, ["a[bc]a__"], "right_to_left")
+    self.assertEqual((scored.positions, scored.order), ([2, 3], [3, 2]))
+    _, bind, _, params = _made(*case)
+    nats = objective.order_nll(
+      bind(params),
+      np.array([[0, 1, 2, 0, 0, 0]]),
+      np.array([[1, 4, 3, 2, 5, 6]], np.int32),
+      sentinels=2,
+      vocabulary=3,
+    )
+    np.testing.assert_allclose(
+      scored.token_log_p, [-nats[0, 3], -nats[0, 2]], atol=1e-5
+    )
+
+  def test_an_average_over_orders(self):
+    """Of two tokens: both orders come among 16, and nothing else."""
+    case = ("two_stream", 2)
+    (mean,) = _score(case, ["a[bc]"], "uniform", orders=16)
+    single = [
+      _score(case, ["a[bc]"], order)[0].log_p
+      for order in ("left_to_right", "right_to_left")
+    ]
+    self.assertIsNone(mean.order)
+    self.assertLen(mean.order_log_p, 16)
+    away = np.abs(np.subtract.outer(mean.order_log_p, single))
+    self.assertLess(away.min(axis=1).max(), 1e-5)
+    self.assertLess(away.min(axis=0).max(), 1e-5)
+    self.assertAlmostEqual(
+      mean.log_p, np.log(np.exp(mean.order_log_p).mean()), delta=1e-5
+    )
+    self.assertNotAlmostEqual(mean.log_p, np.mean(single), places=3)
+
+
+class BatchTest(parameterized.TestCase):
+  @parameterized.parameters(("two_stream", 2), ("ao_gpt", 1), ("mdlm", 1))
+  def test_a_text_is_scored_alone(self, *case):
+    """Whatever stands beside it, and however many at once."""
+    texts = ["abcabc", "[a]b_", "cc", "a[bca]", "b"]
+    want = [_score(case, [text], "uniform", orders=2)[0] for text in texts]
+    for batch_size in (2, 64):
+      got = _score(case, texts, "uniform", orders=2, batch_size=batch_size)
+      for a, b in zip(got, want):
+        self.assertEqual((a.text, a.positions), (b.text, b.positions))
+        np.testing.assert_allclose(a.order_log_p, b.order_log_p, atol=1e-4)
+
+  @parameterized.parameters(
+    (
+      "two_stream",
+      "abcabca",
+      "text 1 has 7 tokens; .* at most 6 .config.model",
+    ),
+    ("causal", "[a]b", "text 1: mechanism causal .* left to right only"),
+    ("causal", "_[b]", "text 1: mechanism causal .* left to right only"),
+  )
+  def test_texts_that_cannot_be_scored(self, mechanism, text, message):
+    with self.assertRaisesRegex(prompts.PromptError, message):
+      _score((mechanism, 2), [text])
+
+
+class MarksTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ("ab_c", "char27", "11-1", "[]"),
+    ("a[b]_c", "char27", "01-0", "[]"),
+    ("[a]b[cd]", "char27", "1011", "[]"),
+    ("[a_]b", "char27", "1-0", "[]"),
+    ("<a>[b]", "byte", "1000", "<>"),
+    ("[a]_", "byte", "1111", ""),
+    ("é[é]", "byte", "0011", "[]"),
+  )
+  def test_parts(self, text, name, kinds, marks):
+    marked = prompts.parse_marked(
+      text, tokenizers.get(name), "_" if "-" in kinds else "", marks
+    )
+    found = np.where(marked.scored, "1", np.where(marked.known, "0", "-"))
+    self.assertEqual("".join(found), kinds)
+
+  @parameterized.parameters(
+    ("", "--text='': there is nothing to score"),
+    ("a[]b", r"--text='a\[\]b': there is nothing to score"),
+    ("__", "--text='__': there is nothing to score"),
+    ("a[b", "--text: '.' at character 2 has no partner ']'"),
+    ("ab]", "--text: ']' at character 3 has no partner; marks are"),
+    ("[a[b]]", "--text: '.' at character 3 has no partner; marks are"),
+    ("ab[cX]", "--text: char27: character 'X' at offset 4 is not a-z"),
+  )
+  def test_marks_that_cannot_be(self, text, message):
+    with self.assertRaisesRegex(prompts.PromptError, f"^{message}"):
+      prompts.parse_marked(text, tokenizers.get("char27"), "_", "[]")
+
+
+if __name__ == "__main__":
+  absltest.main()
