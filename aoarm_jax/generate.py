@@ -205,6 +205,7 @@ def sample(config: config_lib.Config, workdir: epath.Path, prompt: str) -> None:
     parse_prompt(prompt, tokenizer, config.sample.blank) if prompt else None
   )
   mesh = sharding.make_mesh(config.mesh)
+  sharding.check(mesh, config)
   with jax.set_mesh(mesh):
     run = restore.restore(config, workdir, mesh)
     texts = Sampler(config, run.bind, tokenizer, mesh).sample(

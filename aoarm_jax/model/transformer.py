@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-import pallas_kernels
 from aoarm_jax import config as config_lib
 from aoarm_jax import orders, sharding
-from aoarm_jax.model import layers, rotary
+from aoarm_jax.model import layers, parallel, rotary
 from aoarm_jax.model import rows as rows_lib
 
 
@@ -31,7 +30,11 @@ def empty_cache(
   model: config_lib.Model, compute: config_lib.Compute, B: int, S: int
 ) -> Cache:
   zeros = jnp.zeros((model.L, B, S, model.N, model.H), compute.dtype)
+  zeros = sharding.constrain(zeros, *_CACHE)
   return Cache(k=zeros, v=zeros)
+
+
+_CACHE = ("layers", "batch", None, "heads", "head")
 
 
 class Transformer(nnx.Module):
@@ -54,7 +57,9 @@ class Transformer(nnx.Module):
     self.dtype = jnp.dtype(compute.dtype)
     # More than the vocabulary: BOS, EOS and MASK, which are never predicted.
     symbols = vocabulary + (3 if model.kind.masked else 2)
-    self.embedding = layers.normal(rngs, (symbols, model.D))
+    self.embedding = layers.normal(
+      rngs, (symbols, model.D), ("vocabulary", "embed")
+    )
     self.start = rows_lib.Start(model, rngs=rngs)
     self.blocks = jax.vmap(
       lambda key: layers.Block(model, self.dtype, rngs=nnx.Rngs(key))
@@ -64,7 +69,9 @@ class Transformer(nnx.Module):
       self.modulation = layers.Modulation(
         model.kind.condition, 2, model.D, rngs=rngs
       )
-    self.head = layers.normal(rngs, (model.D, vocabulary))
+    self.head = layers.normal(
+      rngs, (model.D, vocabulary), ("embed", "vocabulary")
+    )
 
   def __call__(self, slots: orders.Slots) -> jax.Array:
     """Logits of every slot that predicts, from all slots at once.
@@ -79,13 +86,14 @@ class Transformer(nnx.Module):
     """
     chex.assert_equal_shape(slots[:3])
     S = slots.tokens.shape[1]
-    x, setting = self._start(slots)
+    ways = parallel.sequence_ways(S)
+    x, setting = self._start(parallel.deal_slots(slots, ways))
     name = self.compute.attention
-
-    def attend(q, k, v, visible):
-      return pallas_kernels.any_order_attention(
-        q, k, v, visible, implementation=None if name == "auto" else name
-      )
+    attend = functools.partial(
+      parallel.attention,
+      ways=ways,
+      implementation=None if name == "auto" else name,
+    )
 
     def body(x, block):
       return block(x, setting, attend, S), None
@@ -99,7 +107,9 @@ class Transformer(nnx.Module):
       jax.tree.map(lambda p: p[: L - 1], self.blocks),
       unroll=1 if self.compute.scan_layers else max(L - 1, 1),
     )
-    return self._read_out(L - 1, x, setting, attend, S)
+    logits = self._read_out(L - 1, x, setting, attend, S)
+    logits = parallel.collect(logits, ways)
+    return sharding.constrain(logits, "batch", "slots", "vocabulary")
 
   def extend(
     self, slots: orders.Slots, cache: Cache, start: jax.Array
@@ -193,12 +203,14 @@ class Transformer(nnx.Module):
       def attend(q, k, v, visible):
         del visible  # That of a whole sequence.
         nonlocal keys, values
-        keys = keys.at[layer, rows, at].set(k[:, :R])
-        values = values.at[layer, rows, at].set(v[:, :R])
+        keys, values = (
+          sharding.constrain(cache.at[layer, rows, at].set(new[:, :R]), *_CACHE)
+          for cache, new in ((keys, k), (values, v))
+        )
         # The last layer has the rows that are read out, which are the last.
         mine = seen[:, -q.shape[1] :]
         attention = functools.partial(
-          pallas_kernels.any_order_attention,
+          parallel.attention,
           q, keys[layer], values[layer], mine,
         )  # fmt: skip
         if W == R:
@@ -214,12 +226,13 @@ class Transformer(nnx.Module):
     return logits, Cache(keys, values)
 
   def _start(self, slots):
-    content = layers.embed(self.embedding[...].astype(self.dtype), slots.tokens)
+    table = layers.used(self.embedding, self.dtype)
+    content = layers.embed(table, slots.tokens)
     rows = self.start(content, slots)
     rotation = functools.partial(
       rotary.rotation, H=self.model.H, base=self.model.rope_base
     )
-    x = sharding.constrain(rows.x, "streams", "batch", "slots", "embed")
+    x = sharding.constrain(rows.x, *layers.ROWS)
     query, key, condition = rows.query_position, rows.key_position, None
     if rows.target is not None:
       condition = jax.nn.silu(self.start.target[...])
@@ -242,13 +255,12 @@ class Transformer(nnx.Module):
     if setting.condition is not None:
       m = self.modulation(setting.read_out(pick), self.dtype)
     x = layers.shifted(self.norm(x), m, 0)[0].astype(self.dtype)
-    logits = jnp.einsum(
+    return jnp.einsum(
       "brd,dv->brv",
       x,
-      self.head[...].astype(self.dtype),
+      layers.used(self.head, self.dtype),
       preferred_element_type=jnp.float32,
     )
-    return sharding.constrain(logits, "batch", "slots", "vocabulary")
 
 
 def _with_self(out, lse, q, k, v, R):
