@@ -9,6 +9,7 @@
 A leaf like config.py.
 """
 
+import functools
 import math
 
 import jax
@@ -242,8 +243,28 @@ def _parameter_spec(mesh, axes, shape, smallest_shard):
 
 
 def gathered(x: jax.Array, *axes: str | None) -> jax.Array:
-  """A parameter where it is used: whole along fsdp."""
+  """A parameter where it is used: whole along fsdp; its gradient is not."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.manual_axes or mesh.shape["fsdp"] == 1:
+    return x
+  return _gathered(x, axes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gathered(x, axes):
   return constrain(x, *("width" if a == "embed" else a for a in axes))
+
+
+def _gathered_forward(x, axes):
+  return _gathered(x, axes), None
+
+
+def _gathered_backward(axes, _, gradient):
+  # Left to itself the gradient would be gathered too, by the constraint's own.
+  return (constrain(gradient, *axes),)
+
+
+_gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

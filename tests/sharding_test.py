@@ -180,7 +180,7 @@ class ShardingTest(parameterized.TestCase):
 
   def test_mesh_of_chosen_devices(self):
     mesh = sharding.make_mesh(config_lib.Mesh(), jax.devices())
-    self.assertEqual(dict(mesh.shape), {"data": 1})
+    self.assertEqual(dict(mesh.shape), dict.fromkeys(sharding.AXES, 1))
     self.assertTrue(sharding.replicated(mesh).is_fully_replicated)
 
   def test_constrain_does_nothing_without_a_mesh(self):

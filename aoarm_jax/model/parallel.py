@@ -73,7 +73,8 @@ def attention(
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.manual_axes or mesh.size == 1:
     return attend(q, k, v, visible)
-  slots = "slots" if ways > 1 else None
+  # An axis of one device is named too, or gradients are summed over it.
+  slots = "slots" if ways == mesh.shape["sequence"] else None
   keys = sharding.spec(mesh, k.shape, "batch", slots, "heads", "head")
   # A group of query heads stays with its keys.
   specs = [keys, keys, keys]
