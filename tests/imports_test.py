@@ -18,6 +18,7 @@ ARROWS = {
   "aoarm_jax": "evaluate generate restore",
   "main": "study matching train evaluate generate export checkpoint data "
   "pallas_kernels",
+  "scaling": "train train_state model pallas_kernels",
   "study": "train evaluate generate restore checkpoint data objective "
   "train_state model optimizer orders figures",
   "export": "restore checkpoint data train_state model",
@@ -50,6 +51,7 @@ LEAVES = (
   "distributed",
   "sharding",
   "telemetry",
+  "hlo",
   "run_dir",
 )
 

@@ -48,7 +48,11 @@ def deal_slots(slots: orders.Slots, ways: int) -> orders.Slots:
   """
   if ways > 1 and slots.queries is not None:
     raise ValueError("slots over several devices: queries are not slots")
-  return jax.tree.map(lambda x: deal(x, ways), slots)
+  if ways == 1:
+    return slots
+  return jax.tree.map(
+    lambda x: sharding.constrain(deal(x, ways), "batch", "slots"), slots
+  )
 
 
 def attention(
