@@ -91,7 +91,7 @@ def describe(mesh: jax.sharding.Mesh) -> str:
 def check(mesh: jax.sharding.Mesh, config: config_lib.Config) -> None:
   """Raises ConfigError if the model does not divide by the mesh."""
   m = config.model
-  slots = f"config.model.T={m.T} makes {m.S} slots"
+  slots = f"the {m.S} slots of config.model.T={m.T}"
   for axis, path, value in (
     ("tensor", f"config.model.N={m.N} heads", m.N),
     ("tensor", f"config.model.mlp_width={m.F} hidden units", m.F),

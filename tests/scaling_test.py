@@ -37,7 +37,7 @@ class ScalingTest(parameterized.TestCase):
     self.assertEqual(rows[0]["efficiency"], "100.0%")
     # The same batch and orders.
     self.assertEqual(rows[1]["nats/token"], rows[2]["nats/token"])
-    self.assertIn("must divide config.model.T=32 makes 33 slots", out[-1])
+    self.assertIn("must divide the 33 slots of config.model.T=32", out[-1])
 
   @parameterized.parameters(
     ([], 0), ([(3, 5), (0, 2)], 4), ([(0, 4), (1, 2), (3, 6), (8, 9)], 7)
