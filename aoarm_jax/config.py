@@ -428,7 +428,10 @@ class Mesh:
     0, "copies of the model, along the batch; 0: all that are left", low=0
   )
   fsdp: int = _field(
-    1, "devices along the batch that share the parameters", low=1
+    1,
+    "devices along the batch that share the parameters; 0: all that are left, "
+    "and data is 1 unless given",
+    low=0,
   )
   tensor: int = _field(1, "devices along heads and hidden units", low=1)
   sequence: int = _field(1, "devices along slots (context parallel)", low=1)

@@ -24,6 +24,7 @@ from aoarm_jax import (
   evaluate,
   generate,
   matching,
+  pod,
   run_dir,
   telemetry,
   train,
@@ -31,7 +32,7 @@ from aoarm_jax import (
 from aoarm_jax import config as config_lib
 from aoarm_jax.data import corpora, docstrings, tokenizers
 
-MODES = ("train", "eval", "sample", "count")
+MODES = ("train", "eval", "sample", "count", "compile")
 _NO_CONFIG = (
   "--config is missing: name an experiment, as in "
   "--config=configs/two_stream.py"
@@ -42,6 +43,7 @@ COMMAND_ERRORS = (config_lib.ConfigError, generate.PromptError, flags.Error)
 RUN_ERRORS = (
   checkpoint.CheckpointError,
   corpora.DataError,
+  pod.PodError,
   telemetry.NonFiniteError,
 )
 
@@ -65,6 +67,10 @@ def define_flags(flag_values: flags.FlagValues, argv: list[str] | None = None):
   )  # fmt: skip
   flags.DEFINE_string(
     "prompt", "", "sample: text with blanks, as in 'the qu___ of en_land'",
+    flag_values=flag_values,
+  )  # fmt: skip
+  flags.DEFINE_string(
+    "topology", "", "compile: the TPU slice, as in v5p:4x4x8",
     flag_values=flag_values,
   )  # fmt: skip
 
@@ -153,6 +159,8 @@ def run(flag_values: flags.FlagValues, argv: list[str]) -> None:
   )
   if flag_values.prompt and flag_values.mode != "sample":
     raise flags.Error("--prompt needs --mode=sample")
+  if bool(flag_values.topology) != (flag_values.mode == "compile"):
+    raise flags.Error("--topology and --mode=compile go together")
   run_dir.check_tensorboard(config.telemetry.tensorboard)
   match flag_values.mode:
     case "train":
@@ -163,6 +171,8 @@ def run(flag_values: flags.FlagValues, argv: list[str]) -> None:
       generate.sample(config, workdir, flag_values.prompt)
     case "count":
       print(matching.table(config, vocabulary))
+    case "compile":
+      print(pod.estimate(config, vocabulary, flag_values.topology))
 
 
 def _cache_compilations():

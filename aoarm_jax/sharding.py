@@ -51,27 +51,28 @@ def make_mesh(mesh: config_lib.Mesh, devices=None) -> jax.sharding.Mesh:
   devices = jax.devices() if devices is None else devices
   count = len(devices)
   kind = f"{count} {devices[0].platform} devices"
-  others = mesh.fsdp * mesh.tensor * mesh.sequence
-  sizes = (mesh.data or count // others, mesh.fsdp, mesh.tensor, mesh.sequence)
+  sizes = [mesh.data, mesh.fsdp, mesh.tensor, mesh.sequence]
+  if not mesh.fsdp:
+    sizes[0] = mesh.data or 1
+  given = math.prod(size for size in sizes if size)
+  asked = " x ".join(f"{a} {n}" for a, n in zip(AXES, sizes) if n)
+  if 0 in sizes:
+    if count % given:
+      raise config_lib.ConfigError(
+        f"config.mesh: {asked} = {given} does not divide the {kind}; choose "
+        "sizes whose product does"
+      )
+    sizes[sizes.index(0)] = count // given
   used = math.prod(sizes)
-  named_sizes = " x ".join(
-    f"{axis} {size}" for axis, size in zip(AXES, sizes) if size > 1
-  )
-  if not mesh.data and (count < others or count % others):
-    raise config_lib.ConfigError(
-      f"config.mesh: fsdp {mesh.fsdp} x tensor {mesh.tensor} x sequence "
-      f"{mesh.sequence} = {others} does not divide the {kind}; choose sizes "
-      "whose product does"
-    )
   if used > count:
     raise config_lib.ConfigError(
-      f"config.mesh.data={mesh.data}: there are {kind}, and {named_sizes} "
-      f"needs {used}; use at most that many, or 0 for what is left"
+      f"config.mesh.data={mesh.data}: there are {kind}, and {asked} needs "
+      f"{used}; use at most that many, or 0 for what is left"
     )
   if used < count and jax.process_count() > 1:
     raise config_lib.ConfigError(
-      f"config.mesh.data={mesh.data}: {named_sizes or 'it'} leaves some of the "
-      f"{kind} idle, and several processes must use all; set it to 0"
+      f"config.mesh.data={mesh.data}: {asked} leaves some of the {kind} idle, "
+      "and several processes must use all; set it to 0"
     )
   return jax.sharding.Mesh(
     mesh_utils.create_device_mesh(

@@ -16,8 +16,9 @@ ARROWS = {
   "configs": "experiments",
   "experiments": "",
   "aoarm_jax": "evaluate generate restore",
-  "main": "study matching train evaluate generate export checkpoint data "
+  "main": "study matching pod train evaluate generate export checkpoint data "
   "pallas_kernels",
+  "pod": "train train_state model pallas_kernels",
   "scaling": "train train_state model pallas_kernels",
   "study": "train evaluate generate restore checkpoint data objective "
   "train_state model optimizer orders figures",

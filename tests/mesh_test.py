@@ -36,8 +36,7 @@ CASES = (
   ("two_stream", "8", {}),
   ("two_stream", "1,1,1,8", {}),
   ("two_stream", "1,8", {}),
-  ("sigma_gpt", "2,2,2", {"accumulate": 2}),
-  ("ao_gpt", "1,4,2", {"remat": True, "scan_layers": True}),
+  ("sigma_gpt", "2,2,2", {"accumulate": 2, "remat": True}),
   ("decoupled_rope", "1,2,2,2", {"attention": "mosaic_tpu"}),
 )
 EVERY_CASE = tuple(
