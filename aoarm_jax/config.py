@@ -465,6 +465,12 @@ class Distributed:
   initialization_timeout_seconds: int = _field(
     300, "wait for all processes to start", low=1
   )
+  step_timeout_seconds: int = _field(
+    3600,
+    "without a step, a batch of an evaluation or a save done, after which a "
+    "stuck process ends itself; longer than any compilation; 0: never",
+    low=0,
+  )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,6 @@ Nothing is run: memory and collectives are the compiler's, FLOPs are counted
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import math
 import os
@@ -185,6 +184,8 @@ def estimate(
 @contextlib.contextmanager
 def _alone():
   """The compiler library refuses a second process: wait for the first."""
+  import fcntl  # Not on Windows, where nothing else here needs it.
+
   path = pathlib.Path(tempfile.gettempdir()) / f"aoarm_jax_pod_{os.getuid()}"
   with open(path, "w") as file:
     fcntl.flock(file, fcntl.LOCK_EX)

@@ -141,9 +141,10 @@ class _Signals:
   of any of them and tells the others, and all see it in the same poll.
   """
 
-  def __init__(self):
+  def __init__(self, watchdog: distributed.Watchdog):
     self.received = 0
     self._polls = 0
+    self._watchdog = watchdog
 
   def __enter__(self):
     own = () if jax.distributed.is_initialized() else _SIGNALS
@@ -160,8 +161,12 @@ class _Signals:
     self.received = number
     logging.warning("%s: stopping after this step", signal.Signals(number).name)
 
-  def poll(self) -> int:
-    """The signal received, or 0; all processes poll equally often."""
+  def poll(self, step: int | None = None) -> int:
+    """The signal received, or 0; all processes poll equally often.
+
+    Whoever asks is alive.
+    """
+    self._watchdog.beat(step)
     if jax.distributed.is_initialized() and not self.received:
       self._polls += 1
       if multihost_utils.reached_preemption_sync_point(self._polls):
@@ -193,7 +198,8 @@ def train(config: config_lib.Config, workdir: epath.Path, argv: list[str]):
     keep_last=config.checkpoint.keep_last,
     keep_best=config.checkpoint.keep_best,
   )
-  with checkpoints, jax.set_mesh(mesh), _Signals() as signals:
+  watchdog = distributed.Watchdog(config.distributed.step_timeout_seconds)
+  with checkpoints, jax.set_mesh(mesh), watchdog, _Signals(watchdog) as signals:
     saved = checkpoints.newest()
     if saved:
       restore.check_resume(saved, config)
@@ -337,7 +343,7 @@ class _Run:
       contextlib.closing(self.batches),
     ):
       for step in range(start, c.train.steps + 1):
-        if signals.poll() or self._any_due(step):
+        if signals.poll(step) or self._any_due(step):
           self._settle(step, sums)
           sums = None
           with self.progress.pause(state):
