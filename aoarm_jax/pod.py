@@ -21,6 +21,7 @@ import tempfile
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from jax.experimental import topologies
 
 import pallas_kernels
@@ -70,7 +71,7 @@ class Report:
     parameter_bytes: of parameters, optimizer and EMA, on a chip.
     memory_bytes: of all that the step needs, on a chip.
     model_flops: of a step, on a chip: forward and backward.
-    flops: the same and what is recomputed.
+    flops: the same and what is recomputed: all of the forward pass, at most.
     sent_bytes: by kind of collective, on a chip.
   """
 
@@ -188,7 +189,11 @@ def _alone():
 
   path = pathlib.Path(tempfile.gettempdir()) / f"aoarm_jax_pod_{os.getuid()}"
   with open(path, "w") as file:
-    fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      logging.info("waiting for another --mode=compile on this machine")
+      fcntl.flock(file, fcntl.LOCK_EX)
     yield
 
 
