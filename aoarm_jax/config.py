@@ -448,7 +448,23 @@ class Telemetry:
 class Mesh:
   """Devices by axis (aoarm_jax/sharding.py)."""
 
-  data: int = _field(0, "devices along the batch; 0: all", low=0)
+  data: int = _field(
+    0, "copies of the model, along the batch; 0: all that are left", low=0
+  )
+  fsdp: int = _field(
+    1,
+    "devices along the batch that share the parameters; 0: all that are left, "
+    "and data is 1 unless given",
+    low=0,
+  )
+  tensor: int = _field(1, "devices along heads and hidden units", low=1)
+  sequence: int = _field(1, "devices along slots (context parallel)", low=1)
+  smallest_shard: int = _field(
+    8,
+    "elements: a parameter's dimension is not cut into shorter pieces along "
+    "fsdp, but kept whole",
+    low=1,
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -472,6 +488,12 @@ class Distributed:
   )
   initialization_timeout_seconds: int = _field(
     300, "wait for all processes to start", low=1
+  )
+  step_timeout_seconds: int = _field(
+    3600,
+    "without a step, a batch of an evaluation or a save done, after which a "
+    "stuck process ends itself; longer than any compilation; 0: never",
+    low=0,
   )
 
 

@@ -5,8 +5,11 @@ A leaf like config.py.
 
 import contextlib
 import dataclasses
+import faulthandler
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 
@@ -130,6 +133,60 @@ def start(
   logging.info("process %d of %d", jax.process_index(), jax.process_count())
   if jax.process_index() > 0:  # Process 0 speaks for all.
     logging.set_verbosity(logging.WARNING)
+
+
+class Watchdog:
+  """Ends a process that makes no progress, by SIGALRM, so that it is restarted.
+
+  JAX notices a process that is gone, not one that is stuck, in a collective
+  whose partner hangs, in a disk, in a lock. A thread says what is wrong and
+  shows where every thread stands; where it cannot, because the interpreter's
+  lock is never released, the kernel's timer ends the process a little later.
+  """
+
+  def __init__(self, seconds: float):
+    """Of config.distributed.step_timeout_seconds; 0 never ends anything."""
+    self._seconds = seconds
+    self._sign = threading.Event()
+    self._is_over = False
+    self._step = 0
+
+  def __enter__(self):
+    if self._seconds:
+      self._thread = threading.Thread(target=self._watch, daemon=True)
+      self._thread.start()
+      self.beat(0)
+    return self
+
+  def __exit__(self, *_):
+    if self._seconds:
+      signal.setitimer(signal.ITIMER_REAL, 0)
+      self._is_over = True
+      self._sign.set()
+
+  def beat(self, step: int | None = None):
+    """A sign of life, at `step` or where it was."""
+    if self._seconds:
+      self._step = self._step if step is None else step
+      grace = min(5.0, self._seconds)
+      signal.setitimer(signal.ITIMER_REAL, self._seconds + grace)
+      self._sign.set()
+
+  def _watch(self):
+    while not self._is_over and self._sign.wait(self._seconds):
+      self._sign.clear()
+    if self._is_over:
+      return
+    print(
+      f"aoarm_jax: error: stuck at step {self._step:,}: no progress for "
+      f"{self._seconds:g} s (config.distributed.step_timeout_seconds); start "
+      "the same command again to continue from the last checkpoint. It stands "
+      "at:",
+      file=sys.stderr,
+      flush=True,
+    )
+    faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+    signal.raise_signal(signal.SIGALRM)
 
 
 @contextlib.contextmanager

@@ -204,11 +204,12 @@ def evaluate(config: config_lib.Config, workdir: epath.Path) -> None:
   logging.info("text: %s", corpus.describe(config.eval.split))
   tokens = corpus.split(config.eval.split)
   mesh = sharding.make_mesh(config.mesh)
+  sharding.check(mesh, config)
   sharding.check_batch(mesh, "config.eval.batch_size", config.eval_batch_size)
   with jax.set_mesh(mesh):
     run = restore.restore(config, workdir, mesh)
     restore.warn_other_text(run.saved, corpus, config.eval.split)
-    batches = evaluation_batches(config, tokens)
+    batches = evaluation_batches(config, tokens, mesh)
     # training_order is the family that the checkpoint was trained on.
     trained = config_lib.from_json(run.saved.config_json).orders
     given = config.orders.given or trained.given
@@ -264,7 +265,7 @@ def _write(config, workdir, step, corpus, estimates):
 
 
 def evaluation_batches(
-  config: config_lib.Config, tokens: np.ndarray
+  config: config_lib.Config, tokens: np.ndarray, mesh: jax.sharding.Mesh
 ) -> pipeline.EvalBatches:
   """The windows of the split that every evaluation of this config reads."""
   return pipeline.eval_batches(
@@ -273,6 +274,5 @@ def evaluation_batches(
     batch_size=config.eval_batch_size,
     batches=config.eval.batches,
     seed=config.eval.seed,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    rows=sharding.local_rows(mesh, config.eval_batch_size),
   )

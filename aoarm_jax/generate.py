@@ -252,6 +252,7 @@ def sample(
     prompts.parse_prompt(line, tokenizer, blank, name) for name, line in lines
   ]
   mesh = sharding.make_mesh(config.mesh)
+  sharding.check(mesh, config)
   with jax.set_mesh(mesh):
     run = restore.restore(config, workdir, mesh)
     sampler = Sampler(config, run.bind, tokenizer, mesh)

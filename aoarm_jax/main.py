@@ -24,6 +24,7 @@ from aoarm_jax import (
   evaluate,
   generate,
   matching,
+  pod,
   prompts,
   restore,
   run_dir,
@@ -34,7 +35,7 @@ from aoarm_jax import (
 from aoarm_jax import config as config_lib
 from aoarm_jax.data import corpora, docstrings, tokenizers
 
-MODES = ("train", "eval", "sample", "score", "count")
+MODES = ("train", "eval", "sample", "score", "count", "compile")
 _NO_CONFIG = (
   "--config is missing: name an experiment, as in "
   "--config=configs/two_stream.py"
@@ -45,6 +46,7 @@ COMMAND_ERRORS = (config_lib.ConfigError, prompts.PromptError, flags.Error)
 RUN_ERRORS = (
   checkpoint.CheckpointError,
   corpora.DataError,
+  pod.PodError,
   telemetry.NonFiniteError,
 )
 
@@ -77,6 +79,10 @@ def define_flags(flag_values: flags.FlagValues, argv: list[str] | None = None):
   flags.DEFINE_string(
     "input", "", "sample, score: file of prompts or texts, one a line; "
     "'-' is standard input. JSON lines come out",
+    flag_values=flag_values,
+  )  # fmt: skip
+  flags.DEFINE_string(
+    "topology", "", "compile: the TPU slice, as in v5p:4x4x8",
     flag_values=flag_values,
   )  # fmt: skip
 
@@ -167,6 +173,8 @@ def run(flag_values: flags.FlagValues, argv: list[str]) -> None:
   config = config_rules.validate(
     matching.resolve(config, config_file, vocabulary)
   )
+  if bool(flag_values.topology) != (flag_values.mode == "compile"):
+    raise flags.Error("--topology and --mode=compile go together")
   run_dir.check_tensorboard(config.telemetry.tensorboard)
   match flag_values.mode:
     case "train":
@@ -179,6 +187,8 @@ def run(flag_values: flags.FlagValues, argv: list[str]) -> None:
       score.score(config, workdir, flag_values.text, flag_values.input)
     case "count":
       print(matching.table(config, vocabulary))
+    case "compile":
+      print(pod.estimate(config, vocabulary, flag_values.topology))
 
 
 def _check_texts(flag_values):

@@ -105,7 +105,9 @@ def restore(
   tokenizer = tokenizers.get(config.data.tokenizer)
   bind = train_state.Bind(config.model, config.compute, tokenizer.V)
   field = "ema" if before.optimizer.ema_decay > 0 else "params"
-  abstract = train_state.abstract_on(mesh, bind.abstract_params)
+  abstract = train_state.abstract_on(
+    mesh, bind, bind.abstract_params, config.mesh.smallest_shard
+  )
   params = checkpoints.restore(saved, {field: abstract})[field]
   logging.info(
     "restored step %s of %s%s",

@@ -1,18 +1,44 @@
-"""Meshes, and the one table from logical axes to mesh axes."""
+"""Meshes, and the one table from logical axes to mesh axes.
+
+  data      copies of the model, each with its own rows of a batch
+  fsdp      rows of a batch too; parameters are split along their width and
+            gathered, layer by layer, where they are used (ZeRO 3)
+  tensor    heads and hidden units (Megatron)
+  sequence  slots: keys and values are gathered, see model/parallel.py
+
+A leaf like config.py.
+"""
+
+import functools
+import math
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from aoarm_jax import config as config_lib
 
-# Logical axis of an array -> mesh axis; None is replicated.
+AXES = ("data", "fsdp", "tensor", "sequence")
+
+# Logical axis of an array -> mesh axis, or axes; None is replicated.
 MESH_AXIS = {
-  "batch": "data",
-  "slots": None,
-  "streams": None,
-  "embed": None,
+  "batch": ("data", "fsdp"),
+  "slots": "sequence",
+  "heads": "tensor",
+  "hidden": "tensor",
+  # D of a row, and of a parameter.
+  "width": None,
+  "embed": "fsdp",
+  # Small: symbols, positions, what a mechanism is conditioned on, features of
+  # a head, and vectors such as the scales of norms.
   "vocabulary": None,
+  "positions": None,
+  "condition": None,
+  "head": None,
+  "vector": None,
+  "streams": None,
+  "layers": None,
 }
 
 
@@ -20,32 +46,93 @@ def make_mesh(mesh: config_lib.Mesh, devices=None) -> jax.sharding.Mesh:
   """The mesh that the config asks for, over `devices` (None: all).
 
   Raises:
-    ConfigError: more devices asked for than there are.
+    ConfigError: it does not fit the devices.
   """
   devices = jax.devices() if devices is None else devices
-  data = mesh.data or len(devices)
-  if data > len(devices):
+  count = len(devices)
+  kind = f"{count} {devices[0].platform} devices"
+  sizes = [mesh.data, mesh.fsdp, mesh.tensor, mesh.sequence]
+  if not mesh.fsdp:
+    sizes[0] = mesh.data or 1
+  given = math.prod(size for size in sizes if size)
+  asked = " x ".join(f"{a} {n}" for a, n in zip(AXES, sizes) if n)
+  if 0 in sizes:
+    if count % given:
+      raise config_lib.ConfigError(
+        f"config.mesh: {asked} = {given} does not divide the {kind}; choose "
+        "sizes whose product does"
+      )
+    sizes[sizes.index(0)] = count // given
+  used = math.prod(sizes)
+  if used > count:
     raise config_lib.ConfigError(
-      f"config.mesh.data={data}: there are {len(devices)} "
-      f"{devices[0].platform} devices; use at most that many, or 0 for all"
+      f"config.mesh.data={mesh.data}: there are {kind}, and {asked} needs "
+      f"{used}; use at most that many, or 0 for what is left"
+    )
+  if used < count and jax.process_count() > 1:
+    raise config_lib.ConfigError(
+      f"config.mesh.data={mesh.data}: {asked} leaves some of the {kind} idle, "
+      "and several processes must use all; set it to 0"
     )
   return jax.sharding.Mesh(
-    np.array(devices[:data]), ("data",), axis_types=(AxisType.Auto,)
+    mesh_utils.create_device_mesh(
+      sizes, devices[:used], allow_split_physical_axes=True
+    ),
+    AXES,
+    axis_types=(AxisType.Auto,) * len(AXES),
   )
 
 
-def check_batch(mesh: jax.sharding.Mesh, path: str, batch_size: int) -> None:
-  """Raises ConfigError if a batch of `batch_size` does not divide."""
-  if batch_size % mesh.shape["data"]:
+def describe(mesh: jax.sharding.Mesh) -> str:
+  """As in 'data 2 x tensor 4'."""
+  sizes = [f"{axis} {n}" for axis, n in mesh.shape.items() if n > 1]
+  return " x ".join(sizes) or "one device"
+
+
+def check(mesh: jax.sharding.Mesh, config: config_lib.Config) -> None:
+  """Raises ConfigError if the model does not divide by the mesh."""
+  m = config.model
+  slots = f"the {m.S} slots of config.model.T={m.T}"
+  for axis, path, value in (
+    ("tensor", f"config.model.N={m.N} heads", m.N),
+    ("tensor", f"config.model.mlp_width={m.F} hidden units", m.F),
+    ("sequence", slots, m.S),
+  ):
+    if value % mesh.shape[axis]:
+      raise config_lib.ConfigError(
+        f"config.mesh.{axis}={mesh.shape[axis]}: must divide {path}"
+      )
+  if mesh.shape["sequence"] == 1:
+    return
+  if config.train.query_fraction < 1:
     raise config_lib.ConfigError(
-      f"{path}={batch_size}: must be a multiple of the {mesh.shape['data']} "
-      "devices along the batch (config.mesh.data)"
+      f"config.train.query_fraction={config.train.query_fraction}: must be 1 "
+      "where slots are spread over devices (config.mesh.sequence)"
+    )
+  if config.compute.attention == "cudnn" and not m.kind.masked:
+    raise config_lib.ConfigError(
+      "config.compute.attention='cudnn': sees contiguous slots only, and "
+      f"config.mesh.sequence={mesh.shape['sequence']} interleaves them; use "
+      "auto, xla, mosaic_gpu or mosaic_tpu"
+    )
+
+
+def check_batch(
+  mesh: jax.sharding.Mesh, path: str, batch_size: int, micro_batches: int = 1
+) -> None:
+  """Raises ConfigError if a batch of `batch_size` does not divide."""
+  ways = _batch_ways(mesh)
+  if batch_size % (ways * micro_batches):
+    of = f" in each of {micro_batches} micro-batches" * (micro_batches > 1)
+    raise config_lib.ConfigError(
+      f"{path}={batch_size}: must be a multiple of the {ways} devices along "
+      f"the batch (config.mesh.data and fsdp){of}"
     )
 
 
 def named(mesh: jax.sharding.Mesh, *axes: str | None) -> NamedSharding:
   """The sharding of an array with these logical axes."""
-  return NamedSharding(mesh, _spec(axes))
+  return NamedSharding(mesh, PartitionSpec(*map(_mesh_axis, axes)))
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
@@ -57,14 +144,128 @@ def put(mesh: jax.sharding.Mesh, tree):
   return jax.device_put(tree, replicated(mesh))
 
 
+def local_rows(mesh: jax.sharding.Mesh, batch_size: int) -> np.ndarray:
+  """Which rows of a global batch this process's devices hold: int [rows]."""
+  rows = batch_size // _batch_ways(mesh)
+  first = rows * np.array(_own_parts(mesh))[:, None]
+  return (first + np.arange(rows)).reshape(-1)
+
+
 def put_batch(mesh: jax.sharding.Mesh, tree):
-  """This process's rows of a global batch to the devices along the batch."""
+  """This process's rows of a global batch, as `local_rows` says, to devices."""
+  ways, own = _batch_ways(mesh), _own_parts(mesh)
+  where = named(mesh, "batch")
+
+  def put_one(x):
+    rows = len(x) // len(own)
+
+    def part(index):
+      at = own.index((index[0].start or 0) // rows) * rows
+      return x[at : at + rows]
+
+    return jax.make_array_from_callback(
+      (rows * ways, *x.shape[1:]), where, part
+    )
+
   # With several processes JAX does not count it as an explicit transfer.
   with jax.transfer_guard("allow"):
-    return jax.tree.map(
-      lambda x: jax.make_array_from_process_local_data(named(mesh, "batch"), x),
-      tree,
-    )
+    return jax.tree.map(put_one, tree)
+
+
+def _batch_ways(mesh):
+  return math.prod(mesh.shape[axis] for axis in MESH_AXIS["batch"])
+
+
+def _own_parts(mesh):
+  """Which of the equal parts of a batch lie on devices of this process."""
+  own = jax.process_index()
+  parts = mesh.devices.reshape(_batch_ways(mesh), -1)
+  return [
+    i for i, p in enumerate(parts) if any(d.process_index == own for d in p)
+  ]
+
+
+def parameter(
+  mesh: jax.sharding.Mesh,
+  axes: tuple[str | None, ...],
+  shape: tuple[int, ...],
+  smallest_shard: int,
+) -> NamedSharding:
+  """Where a parameter lies, and what the optimizer keeps about it.
+
+  Args:
+    mesh: of devices.
+    axes: logical, of the last dimensions; those before are layers.
+    shape: of the parameter.
+    smallest_shard: elements; where a dimension would be cut into shorter pieces
+      along fsdp, it is not.
+
+  Raises:
+    ConfigError: a dimension does not divide.
+  """
+  return NamedSharding(mesh, _parameter_spec(mesh, axes, shape, smallest_shard))
+
+
+def constrain_parameters(tree, axes, smallest_shard: int):
+  """Pins a tree like the parameters'; nothing happens without a mesh.
+
+  Args:
+    tree: of arrays.
+    axes: the same tree of logical axes.
+    smallest_shard: see `parameter`.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return tree
+  return jax.tree.map(
+    lambda x, names: jax.lax.with_sharding_constraint(
+      x, _parameter_spec(mesh, names, x.shape, smallest_shard)
+    ),
+    tree,
+    axes,
+  )
+
+
+def _parameter_spec(mesh, axes, shape, smallest_shard):
+  axes = ("layers",) * (len(shape) - len(axes)) + axes
+  spec = []
+  for name, size in zip(axes, shape):
+    axis = _mesh_axis(name)
+    ways = mesh.shape[axis] if axis else 1
+    if axis == "fsdp" and size < ways * smallest_shard:
+      axis = None
+    elif size % ways:
+      raise config_lib.ConfigError(
+        f"config.mesh.{axis}={ways}: must divide the {name} axis of every "
+        f"parameter, and there is one of shape {shape}"
+      )
+    spec.append(axis)
+  return PartitionSpec(*spec)
+
+
+def gathered(x: jax.Array, *axes: str | None) -> jax.Array:
+  """A parameter where it is used: whole along fsdp; its gradient is not."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.manual_axes or mesh.shape["fsdp"] == 1:
+    return x
+  return _gathered(x, axes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gathered(x, axes):
+  return constrain(x, *("width" if a == "embed" else a for a in axes))
+
+
+def _gathered_forward(x, axes):
+  return _gathered(x, axes), None
+
+
+def _gathered_backward(axes, _, gradient):
+  # Left to itself the gradient would be gathered too, by the constraint's own.
+  return (constrain(gradient, *axes),)
+
+
+_gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
 def put_rows(mesh: jax.sharding.Mesh, tree):
@@ -84,16 +285,31 @@ def put_rows(mesh: jax.sharding.Mesh, tree):
 
 def batch_size(mesh: jax.sharding.Mesh, most: int, rows: int) -> int:
   """Rows a batch for so many in all: a multiple of the devices along it."""
-  devices = mesh.shape["data"]
+  devices = _batch_ways(mesh)
   return -(-min(most, rows) // devices) * devices
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-  """Pins an activation's sharding; nothing happens where no mesh is set."""
-  if jax.sharding.get_abstract_mesh().empty:
+  """Pins an activation's sharding; nothing happens where no mesh is set.
+
+  A dimension that does not divide is left whole: texts are generated in
+  batches of any size. Those of training are refused before; see `check`.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.manual_axes:
     return x
-  return jax.lax.with_sharding_constraint(x, _spec(axes))
+  return jax.lax.with_sharding_constraint(x, spec(mesh, x.shape, *axes))
 
 
-def _spec(axes):
-  return PartitionSpec(*(a and MESH_AXIS[a] for a in axes))
+def spec(mesh, shape: tuple[int, ...], *axes: str | None) -> PartitionSpec:
+  """Of an activation; a dimension that does not divide is left whole."""
+  parts = [_mesh_axis(name) for name in axes]
+  for i, axis in enumerate(parts):
+    several = (axis,) if isinstance(axis, str) else axis or ()
+    if shape[i] % math.prod(mesh.shape[a] for a in several):
+      parts[i] = None
+  return PartitionSpec(*parts)
+
+
+def _mesh_axis(name):
+  return name and MESH_AXIS[name]

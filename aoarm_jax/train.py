@@ -60,6 +60,12 @@ def make_step(
   chain = optimizer.make(config.optimizer, config.train.steps)
   schedule = optimizer.schedule(config.optimizer, config.train.steps)
   accumulate = config.compute.accumulate
+  # Like the parameters, and not as the compiler sees fit.
+  pin = functools.partial(
+    sharding.constrain_parameters,
+    axes=bind.axes,
+    smallest_shard=config.mesh.smallest_shard,
+  )
 
   def loss(params, tokens, draws):
     return objective.training_nll(
@@ -72,18 +78,22 @@ def make_step(
 
   def gradient(params, *batch):
     """Summed nats and their gradient, over micro-batches."""
+
+    def one(*batch):
+      nats, grads = jax.value_and_grad(loss)(params, *batch)
+      return nats, pin(grads)
+
     if accumulate == 1:
-      return jax.value_and_grad(loss)(params, *batch)
+      return one(*batch)
 
     # Strided rows: every device keeps its own in every micro-batch.
     def split(x):
       return x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)
 
     def add(total, micro_batch):
-      one = jax.value_and_grad(loss)(params, *micro_batch)
-      return jax.tree.map(jnp.add, total, one), None
+      return jax.tree.map(jnp.add, total, one(*micro_batch)), None
 
-    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    zero = (jnp.zeros(()), pin(jax.tree.map(jnp.zeros_like, params)))
     return jax.lax.scan(add, zero, jax.tree.map(split, batch))[0]
 
   def step(state: train_state.TrainState, tokens: jax.Array):
@@ -96,6 +106,8 @@ def make_step(
       config.model.kind,
       state.step,
     )
+    # Each device draws those of its own rows.
+    draws = jax.tree.map(lambda x: sharding.constrain(x, "batch"), draws)
     nats, grads = gradient(state.params, tokens, draws)
     grads = jax.tree.map(lambda g: g / tokens.size, grads)
     updates, opt_state = chain.update(grads, state.opt_state, state.params)
@@ -129,9 +141,10 @@ class _Signals:
   of any of them and tells the others, and all see it in the same poll.
   """
 
-  def __init__(self):
+  def __init__(self, watchdog: distributed.Watchdog):
     self.received = 0
     self._polls = 0
+    self._watchdog = watchdog
 
   def __enter__(self):
     own = () if jax.distributed.is_initialized() else _SIGNALS
@@ -148,8 +161,12 @@ class _Signals:
     self.received = number
     logging.warning("%s: stopping after this step", signal.Signals(number).name)
 
-  def poll(self) -> int:
-    """The signal received, or 0; all processes poll equally often."""
+  def poll(self, step: int | None = None) -> int:
+    """The signal received, or 0; all processes poll equally often.
+
+    Whoever asks is alive.
+    """
+    self._watchdog.beat(step)
     if jax.distributed.is_initialized() and not self.received:
       self._polls += 1
       if multihost_utils.reached_preemption_sync_point(self._polls):
@@ -168,14 +185,21 @@ def train(config: config_lib.Config, workdir: epath.Path, argv: list[str]):
     Preempted: after SIGTERM or SIGINT, when the state is saved.
   """
   mesh = sharding.make_mesh(config.mesh)
-  sharding.check_batch(mesh, "config.train.batch_size", config.train.batch_size)
+  sharding.check(mesh, config)
+  sharding.check_batch(
+    mesh,
+    "config.train.batch_size",
+    config.train.batch_size,
+    config.compute.accumulate,
+  )
   sharding.check_batch(mesh, "config.eval.batch_size", config.eval_batch_size)
   checkpoints = checkpoint.Checkpoints(
     workdir / "checkpoints",
     keep_last=config.checkpoint.keep_last,
     keep_best=config.checkpoint.keep_best,
   )
-  with checkpoints, jax.set_mesh(mesh), _Signals() as signals:
+  watchdog = distributed.Watchdog(config.distributed.step_timeout_seconds)
+  with checkpoints, jax.set_mesh(mesh), watchdog, _Signals(watchdog) as signals:
     saved = checkpoints.newest()
     if saved:
       restore.check_resume(saved, config)
@@ -232,11 +256,10 @@ class _Run:
       batch_size=config.train.batch_size,
       seed=config.seed,
       workers=config.data.workers,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      rows=sharding.local_rows(mesh, config.train.batch_size),
     )
     valid_tokens = corpus.split(config.eval.split)
-    self.eval_batches = evaluate.evaluation_batches(config, valid_tokens)
+    self.eval_batches = evaluate.evaluation_batches(config, valid_tokens, mesh)
     self.text = {
       "train": corpus.hash("train"),
       config.eval.split: corpus.hash(config.eval.split),
@@ -267,10 +290,11 @@ class _Run:
     c = self.config
     devices = self.mesh.devices.flatten()
     logging.info(
-      "model: %s, %s parameters; %d x %s",
+      "model: %s, %s parameters; %d x %s%s",
       c.model.mechanism,
       f"{run_dir.parameter_count(self.bind.abstract_params):,}",
       len(devices), devices[0].device_kind,
+      f" ({sharding.describe(self.mesh)})" * (len(devices) > 1),
     )  # fmt: skip
     if devices[0].platform == "cpu" and c.variant != "tiny":
       logging.info(
@@ -319,7 +343,7 @@ class _Run:
       contextlib.closing(self.batches),
     ):
       for step in range(start, c.train.steps + 1):
-        if signals.poll() or self._any_due(step):
+        if signals.poll(step) or self._any_due(step):
           self._settle(step, sums)
           sums = None
           with self.progress.pause(state):

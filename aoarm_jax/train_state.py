@@ -65,6 +65,14 @@ class Bind:
     abstract = jax.eval_shape(create, jax.random.key(0))
     self._graphdef, self._abstract = nnx.split(abstract)
     self.abstract_params = nnx.to_pure_dict(self._abstract)
+    # Logical axes of every parameter; layers are not named.
+    self.axes = nnx.to_pure_dict(
+      jax.tree.map(
+        lambda variable: variable.axes,
+        self._abstract,
+        is_leaf=lambda node: isinstance(node, nnx.Variable),
+      )
+    )
 
   def init(self, key: jax.Array):
     """Parameters drawn from `key`: nested dict of float32 arrays."""
@@ -106,15 +114,46 @@ def create(config: config_lib.Config, vocabulary: int, mesh: jax.sharding.Mesh):
   make = functools.partial(
     init, bind, chain, config.seed, config.optimizer.ema_decay > 0
   )
-  abstract = abstract_on(mesh, jax.eval_shape(make))
+  abstract = abstract_on(
+    mesh, bind, jax.eval_shape(make), config.mesh.smallest_shard
+  )
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   return bind, abstract, jax.jit(make, out_shardings=shardings)
 
 
-def abstract_on(mesh: jax.sharding.Mesh, tree):
-  """ShapeDtypeStructs of `tree` with the shardings of parameters."""
-  where = sharding.replicated(mesh)
-  return jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-    tree,
-  )
+def abstract_on(mesh: jax.sharding.Mesh, bind: Bind, tree, smallest_shard: int):
+  """ShapeDtypeStructs of a state, or a part of one, with their shardings.
+
+  A leaf that has a parameter's name and shape lies where the parameter does:
+  its moments in the optimizer, its average. All others are replicated.
+
+  Args:
+    mesh: of devices.
+    bind: knows the parameters.
+    tree: of arrays or their shapes.
+    smallest_shard: see sharding.parameter.
+  """
+  axes = {
+    _names(path): leaf_axes
+    for path, leaf_axes in jax.tree.leaves_with_path(
+      bind.axes, is_leaf=lambda node: isinstance(node, tuple)
+    )
+  }
+
+  def place(path, leaf):
+    where = sharding.replicated(mesh)
+    if names := axes.get(_names(path)):
+      where = sharding.parameter(mesh, names, leaf.shape, smallest_shard)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+  return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def _names(path):
+  """The dict keys at the end of a path: those of a parameter."""
+  keys = []
+  for key in reversed(path):
+    if not isinstance(key, jax.tree_util.DictKey):
+      break
+    keys.append(key.key)
+  return tuple(reversed(keys))

@@ -275,6 +275,8 @@ def _what_happened(failure, flags):
   who = f"process {failure.index} of {flags.processes}"
   if failure.code == common.PREEMPTED:
     text = "the run was preempted and saved"
+  elif failure.code == -signal.SIGALRM:
+    text = f"{who} was stuck and ended itself, or another it waited for was"
   elif failure.code < 0:
     text = f"{who} was lost: {signal.Signals(-failure.code).name}"
   else:

@@ -18,8 +18,10 @@ ARROWS = {
   "strip": "aoarm_jax checkpoint figures",
   "aoarm_jax": "api",
   "api": "generate score prompts restore data",
-  "main": "study matching train evaluate generate score prompts restore export "
-  "checkpoint data pallas_kernels",
+  "main": "study matching pod train evaluate generate score prompts restore "
+  "export checkpoint data pallas_kernels",
+  "pod": "train train_state model pallas_kernels",
+  "scaling": "train train_state model pallas_kernels",
   "decode_benchmark": "decode_timing restore checkpoint figures",
   "decode_timing": "decode decode_steps diffusion sampling restore train_state "
   "model orders",
@@ -58,6 +60,7 @@ LEAVES = (
   "distributed",
   "sharding",
   "telemetry",
+  "hlo",
   "run_dir",
 )
 

@@ -13,6 +13,8 @@ import chex
 import helpers
 import jax
 import numpy as np
+import optax
+import pytest
 from absl.testing import absltest, parameterized
 
 from aoarm_jax import config as config_lib
@@ -31,6 +33,18 @@ CHANGES = {
   "sample.every": 0,
   "sample.count": 3,
 }
+MESH = {"mesh__fsdp": 2, "mesh__tensor": 2, "mesh__smallest_shard": 1}
+# A run is handed on from one to the next: processes, devices of each, sizes.
+EVERY_MESH = (
+  (1, 1, {}),
+  (1, 8, {}),
+  (1, 8, {"data": 2, "fsdp": 2, "tensor": 2, "smallest_shard": 1}),
+  (2, 4, {"fsdp": 0, "smallest_shard": 1}),
+  (1, 8, {"tensor": 8}),
+  (4, 2, {"data": 2, "tensor": 4}),
+  (1, 8, {"sequence": 8}),
+  (2, 1, {"tensor": 2}),
+)
 _contexts = contextlib.ExitStack()
 _folder: pathlib.Path  # Of this module's runs.
 
@@ -59,6 +73,8 @@ def on_four_devices(folder):
   shutil.copytree(folder / "one", folder / "one_to_four")
   helpers.run(arguments(folder, "one_to_four", "--mode=eval"))
   helpers.run(arguments(folder, "one_to_four", train__steps=6))
+  shutil.copytree(folder / "one", folder / "one_to_mesh")
+  helpers.run(arguments(folder, "one_to_mesh", train__steps=6, **MESH))
   mesh = sharding.make_mesh(config_lib.Mesh())
   batch = sharding.put_batch(mesh, np.arange(24, dtype=np.uint8).reshape(8, 3))
   shards = [(s.device.id, s.data.tolist()) for s in batch.addressable_shards]
@@ -156,6 +172,36 @@ class ShardingTest(parameterized.TestCase):
       shutil.copytree(_folder / "four", _folder / "four_to_one")
       helpers.run(arguments(_folder, "four_to_one", train__steps=6))
       self.assert_same_run("four_to_one", "one_to_four", 6)
+    with self.subTest("resumed on 2 x 2 and read on 1"):
+      self.assert_same_run("one_to_mesh", "one_to_four", 6)
+
+  @pytest.mark.slow
+  def test_a_run_moves_over_every_mesh(self):
+    """Also to other numbers of processes; its end is that of one device."""
+
+    def command(name, steps, sizes):
+      sizes = {f"mesh__{axis}": n for axis, n in sizes.items()}
+      changes = {"model__N": 8, "train__batch_size": 16, "eval__batch_size": 16}
+      return arguments(_folder, name, train__steps=steps, **changes, **sizes)
+
+    steps = 3 * len(EVERY_MESH)
+    helpers.run(command("stays", steps, {}))
+    for i, (processes, devices, sizes) in enumerate(EVERY_MESH):
+      with self.subTest(processes=processes, devices=devices, **sizes):
+        subprocess.run(
+          [sys.executable, "-m", "launch.local", f"--processes={processes}",
+           f"--devices={devices}", "--", sys.executable, "-m",
+           "aoarm_jax.main", *command("moves", 3 * (i + 1), sizes)],
+          env=helpers.environment(), check=True, timeout=400,
+        )  # fmt: skip
+    config = helpers.config_of(command("moves", steps, {}))
+    (got, a), (want, b) = (
+      helpers.final_state(_folder / name, config) for name in ("moves", "stays")
+    )
+    self.assertEqual((got.step, want.step), (steps, steps))
+    self.assertEqual(got.data_state["iterator"], want.data_state["iterator"])
+    distance = optax.tree.norm(optax.tree.sub(a.params, b.params))
+    self.assertLess(distance / optax.tree.norm(b.params), 1e-5)
 
   def assert_evaluates(self, evaluated, trained):
     evaluations = _folder / evaluated / "evaluations"
@@ -180,7 +226,7 @@ class ShardingTest(parameterized.TestCase):
 
   def test_mesh_of_chosen_devices(self):
     mesh = sharding.make_mesh(config_lib.Mesh(), jax.devices())
-    self.assertEqual(dict(mesh.shape), {"data": 1})
+    self.assertEqual(dict(mesh.shape), dict.fromkeys(sharding.AXES, 1))
     self.assertTrue(sharding.replicated(mesh).is_fully_replicated)
 
   def test_constrain_does_nothing_without_a_mesh(self):

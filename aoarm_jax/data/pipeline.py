@@ -1,7 +1,7 @@
 """Batches of text, the same for any number of workers and processes.
 
 One grain element is the start indices of one *global* batch, a function of
-(seed, batch index) alone; each process then cuts its own contiguous rows. So
+(seed, batch index) alone; each process then cuts its own rows. So
 neither workers nor processes change the data, any process count may continue
 what another began, and the state of a loader is one number.
 """
@@ -79,28 +79,26 @@ def train_batches(
   batch_size: int,
   seed: int,
   workers: int = 0,
-  process_index: int = 0,
-  process_count: int = 1,
+  rows: np.ndarray | None = None,
 ) -> TrainBatches:
   """Random crops of a text, with replacement, without end.
 
   Args:
     tokens: uint8 [n], n >= T. Every worker process gets a copy.
     T: length of a crop.
-    batch_size: crops of a global batch; a multiple of process_count.
+    batch_size: crops of a global batch.
     seed: of the starts, at least 0.
     workers: loader processes; 0: a thread. Processes need absl's flags parsed
       (grain has flags of its own), as absl.app.run does.
-    process_index: which rows are read here.
-    process_count: processes that share a global batch.
+    rows: int [r], the rows of a global batch that are read here; None: all.
 
   Returns:
-    Iterator of uint8 [batch_size / process_count, T].
+    Iterator of uint8 [r, T].
 
   Raises:
-    DataError: the text is too short, or the batch cannot be shared.
+    DataError: the text is too short.
   """
-  rows = _rows(batch_size, process_index, process_count)
+  rows = np.arange(batch_size) if rows is None else rows
   _check_length(tokens, T)
   starts = _Starts(seed, batch_size, len(tokens) - T + 1)
   return TrainBatches(starts, _Crops(tokens, T, rows), workers)
@@ -139,29 +137,27 @@ def eval_batches(
   batch_size: int,
   batches: int = 0,
   seed: int = 0,
-  process_index: int = 0,
-  process_count: int = 1,
+  rows: np.ndarray | None = None,
 ) -> EvalBatches:
   """Windows of a text that do not overlap; fewer than T at its end are left.
 
   Args:
     tokens: uint8 [n], n >= T.
     T: length of a window.
-    batch_size: rows of a global batch; a multiple of process_count.
+    batch_size: rows of a global batch.
     batches: 0: all windows; k: a random part of k * batch_size of them (all,
       if there are fewer), so that it stands for the whole. In text order.
     seed: of the part, at least 0. A greater k has all windows of a lesser one.
-    process_index: which rows are read here.
-    process_count: processes that share a global batch.
+    rows: int [r], the rows of a global batch that are read here; None: all.
 
   Returns:
-    Sequence of (tokens uint8 [rows, T], real bool [rows]), rows = batch_size /
-    process_count. The last batch is filled with rows that are not real.
+    Sequence of (tokens uint8 [r, T], real bool [r]). The last batch is filled
+    with rows that are not real.
 
   Raises:
-    DataError: the text is too short, or the batch cannot be shared.
+    DataError: the text is too short.
   """
-  rows = _rows(batch_size, process_index, process_count)
+  rows = np.arange(batch_size) if rows is None else rows
   _check_length(tokens, T)
   windows = np.arange(len(tokens) // T)
   if batches:
@@ -186,7 +182,7 @@ class _Starts:
 class _Crops:
   """Start indices of the global batch -> this process's rows, uint8 [., T]."""
 
-  def __init__(self, tokens: np.ndarray, T: int, rows: slice):
+  def __init__(self, tokens: np.ndarray, T: int, rows: np.ndarray):
     self._tokens, self._T, self.rows = tokens, T, rows
 
   def __call__(self, starts: np.ndarray) -> np.ndarray:
@@ -218,17 +214,6 @@ def _random_bits(seed, index, size, *, purpose) -> np.ndarray:
   """
   bits = np.random.Philox(key=[seed, index], counter=[0, 0, 0, purpose])
   return bits.random_raw(size)
-
-
-def _rows(batch_size: int, process_index: int, process_count: int) -> slice:
-  """The rows of the global batch that are this process's."""
-  rows, rest = divmod(batch_size, process_count)
-  if rest or not rows:
-    raise corpora.DataError(
-      f"batch_size={batch_size} must be a multiple of the {process_count} "
-      "processes"
-    )
-  return slice(process_index * rows, (process_index + 1) * rows)
 
 
 def _check_length(tokens: np.ndarray, T: int):

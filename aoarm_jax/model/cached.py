@@ -6,11 +6,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-import pallas_kernels
 from aoarm_jax import config as config_lib
 from aoarm_jax import orders, sharding
-from aoarm_jax.model import transformer
+from aoarm_jax.model import parallel, transformer
 
+_CACHE = ("batch", "heads", None, "head")
 # Parameters that are used in float32, by name: of norms and modulations, and
 # the embedding of targets. All others are cast to the compute dtype.
 _FLOAT32 = ("scale", "weight", "bias", "target")
@@ -35,7 +35,7 @@ def empty_cache(
   model: config_lib.Model, compute: config_lib.Compute, B: int, S: int
 ) -> Cache:
   zeros = jnp.zeros((B, model.N, S, model.H), compute.dtype)
-  zeros = sharding.constrain(zeros, "batch", None, "slots", None)
+  zeros = sharding.constrain(zeros, *_CACHE)
   return Cache(k=(zeros,) * model.L, v=(zeros,) * model.L)
 
 
@@ -178,11 +178,11 @@ class Cached:
         keys[layer] = _written(keys[layer], k[:, :R], at)
         values[layer] = _written(values[layer], v[:, :R], at)
         if seen is None:
-          return pallas_kernels.any_order_attention(q, k, v)
+          return parallel.attention(q, k, v, None)
         # The last layer has the rows that are read out, which are the last.
         mine = seen[:, -q.shape[1] :]
         attention = functools.partial(
-          pallas_kernels.any_order_attention,
+          parallel.attention,
           q,
           jnp.moveaxis(keys[layer], 1, 2),
           jnp.moveaxis(values[layer], 1, 2),
@@ -207,7 +207,8 @@ def _written(cache, new, at):
   """`new` [B, R, N, H] written into a layer's cache at the slots at [B, R]."""
   rows = jnp.arange(len(at))[:, None]
   # Slots beyond the last one are dropped.
-  return cache.at[rows, :, at].set(new, unique_indices=True)
+  cache = cache.at[rows, :, at].set(new, unique_indices=True)
+  return sharding.constrain(cache, *_CACHE)
 
 
 def _with_self(out, lse, q, k, v, R):

@@ -14,6 +14,7 @@ from flax import nnx
 from jax.experimental import layout
 
 from aoarm_jax import config as config_lib
+from aoarm_jax import sharding
 from aoarm_jax.model import rotary
 
 # (q [B, R, N * G, H], k [B, S, N, H], v [B, S, N, H], visible: int32 [B, R] or
@@ -21,10 +22,23 @@ from aoarm_jax.model import rotary
 Attend = Callable[..., jax.Array]
 
 INIT_SCALE = 0.02
+# Logical axes of rows [G, B, R, D].
+ROWS = ("streams", "batch", "slots", "width")
 
 
-def normal(rngs: nnx.Rngs, shape: tuple[int, ...], scale=INIT_SCALE):
-  return nnx.Param(scale * jax.random.normal(rngs.params(), shape))
+def normal(
+  rngs: nnx.Rngs,
+  shape: tuple[int, ...],
+  axes: tuple[str | None, ...],
+  scale: float = INIT_SCALE,
+) -> nnx.Param:
+  """Normal numbers; `axes` are the logical ones, see sharding.py."""
+  return nnx.Param(scale * jax.random.normal(rngs.params(), shape), axes=axes)
+
+
+def used(param: nnx.Param, dtype) -> jax.Array:
+  """A parameter as matmuls take it: in compute dtype, gathered."""
+  return sharding.gathered(param[...].astype(dtype), *param.axes)
 
 
 @jax.custom_vjp
@@ -93,7 +107,7 @@ class RMSNorm(nnx.Module):
   """x / rms(x) * scale over the last axis; float32 out."""
 
   def __init__(self, width: int):
-    self.scale = nnx.Param(jnp.ones(width))
+    self.scale = nnx.Param(jnp.ones(width), axes=("vector",))
 
   def __call__(self, x: jax.Array) -> jax.Array:
     x = x.astype(jnp.float32)
@@ -133,8 +147,8 @@ class Modulation(nnx.Module):
   """adaLN (arXiv 2212.09748): vectors that depend on the row's target."""
 
   def __init__(self, C: int, count: int, D: int, *, rngs: nnx.Rngs):
-    self.weight = normal(rngs, (C, count, D))
-    self.bias = nnx.Param(jnp.zeros((count, D)))
+    self.weight = normal(rngs, (C, count, D), ("condition", None, "embed"))
+    self.bias = nnx.Param(jnp.zeros((count, D)), axes=(None, "vector"))
 
   def __call__(self, setting: Setting, dtype) -> list[jax.Array]:
     """`count` arrays [G, B, R, D].
@@ -142,12 +156,13 @@ class Modulation(nnx.Module):
     A target is one of few positions, so the projection is done once for each
     position and looked up; but where there are fewer rows, for each row.
     """
+    weight = used(self.weight, jnp.float32)
     if setting.target.size < len(setting.condition):
       condition = setting.condition[setting.target]
-      rows = jnp.einsum("gbrc,cmd->mgbrd", condition, self.weight[...])
+      rows = jnp.einsum("gbrc,cmd->mgbrd", condition, weight)
       bias = self.bias[...][:, None, None, None]
       return list((rows + bias).astype(dtype))
-    tables = jnp.einsum("pc,cmd->mpd", setting.condition, self.weight[...])
+    tables = jnp.einsum("pc,cmd->mpd", setting.condition, weight)
     tables = (tables + self.bias[...][:, None]).astype(dtype)
     at = jax.vmap(look_up, in_axes=(None, 0))
     return [at(table, setting.target) for table in tables]
@@ -159,10 +174,16 @@ class Attention(nnx.Module):
   def __init__(self, model: config_lib.Model, dtype, *, rngs: nnx.Rngs):
     D, N, H = model.D, model.N, model.H
     self.dtype = dtype
-    self.query = normal(rngs, (D, N, H))
-    self.key = normal(rngs, (D, N, H))
-    self.value = normal(rngs, (D, N, H))
-    self.out = normal(rngs, (N, H, D), INIT_SCALE / (2 * model.L) ** 0.5)
+    into = ("embed", "heads", "head")
+    self.query = normal(rngs, (D, N, H), into)
+    self.key = normal(rngs, (D, N, H), into)
+    self.value = normal(rngs, (D, N, H), into)
+    self.out = normal(
+      rngs,
+      (N, H, D),
+      ("heads", "head", "embed"),
+      INIT_SCALE / (2 * model.L) ** 0.5,
+    )
     self.query_norm = RMSNorm(H)
     self.key_norm = RMSNorm(H)
 
@@ -174,13 +195,12 @@ class Attention(nnx.Module):
     attend: Attend,
   ) -> jax.Array:
     """Normalised rows [G, B, R, D] and content [B, S, D] -> [G, B, R, D]."""
-
-    def cast(param):
-      return param[...].astype(self.dtype)
-
-    q = jnp.einsum("gbrd,dnh->gbrnh", rows, cast(self.query))
-    k = jnp.einsum("bsd,dnh->bsnh", content, cast(self.key))
-    v = jnp.einsum("bsd,dnh->bsnh", content, cast(self.value))
+    q, k, v = (
+      used(param, self.dtype) for param in (self.query, self.key, self.value)
+    )
+    q = jnp.einsum("gbrd,dnh->gbrnh", rows, q)
+    k = jnp.einsum("bsd,dnh->bsnh", content, k)
+    v = jnp.einsum("bsd,dnh->bsnh", content, v)
     q = rotary.rotate(self.query_norm(q), setting.query_rotation)
     k = rotary.rotate(self.key_norm(k), setting.key_rotation)
     q, k = q.astype(self.dtype), k.astype(self.dtype)
@@ -192,7 +212,7 @@ class Attention(nnx.Module):
       visible = visible[0] if G == 1 else jnp.moveaxis(visible, 0, 2)
     out = attend(q, k, v, visible).reshape(B, R, N, G, H)
     out = jnp.moveaxis(out, 3, 0)
-    return jnp.einsum("gbrnh,nhd->gbrd", out, cast(self.out))
+    return jnp.einsum("gbrnh,nhd->gbrd", out, used(self.out, self.dtype))
 
 
 @jax.checkpoint
@@ -213,15 +233,18 @@ class MLP(nnx.Module):
 
   def __init__(self, model: config_lib.Model, dtype, *, rngs: nnx.Rngs):
     self.dtype = dtype
-    self.up = normal(rngs, (model.D, model.F))
+    self.up = normal(rngs, (model.D, model.F), ("embed", "hidden"))
     self.down = normal(
-      rngs, (model.F, model.D), INIT_SCALE / (2 * model.L) ** 0.5
+      rngs,
+      (model.F, model.D),
+      ("hidden", "embed"),
+      INIT_SCALE / (2 * model.L) ** 0.5,
     )
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    x = jnp.einsum("gbrd,df->gbrf", x, self.up[...].astype(self.dtype))
-    x = _gelu(x)
-    return jnp.einsum("gbrf,fd->gbrd", x, self.down[...].astype(self.dtype))
+    x = jnp.einsum("gbrd,df->gbrf", x, used(self.up, self.dtype))
+    x = _gelu(sharding.constrain(x, *ROWS[:3], "hidden"))
+    return jnp.einsum("gbrf,fd->gbrd", x, used(self.down, self.dtype))
 
 
 class Block(nnx.Module):
@@ -266,7 +289,8 @@ class Block(nnx.Module):
     x = x + (out if m is None else m[2] * out)
     normed = shifted(self.mlp_norm(x), m, 3).astype(self.dtype)
     out = self.mlp(normed)
-    return x + (out if m is None else m[5] * out)
+    x = x + (out if m is None else m[5] * out)
+    return sharding.constrain(x, *ROWS)
 
 
 def shifted(x: jax.Array, m: list[jax.Array] | None, first: int) -> jax.Array:

@@ -51,19 +51,25 @@ class Start(nnx.Module):
     self.kind, D = model.kind, model.D
     positions = model.T + 2  # BOS and EOS have positions of their own.
     if self.kind.streams == 2:
-      self.query_start = layers.normal(rngs, (D,))
+      self.query_start = layers.normal(rngs, (D,), ("vector",))
     if self.kind.added:
       width = D // len(self.kind.added)
-      self.added = layers.normal(rngs, (len(self.kind.added), positions, width))
+      self.added = layers.normal(
+        rngs,
+        (len(self.kind.added), positions, width),
+        (None, "positions", "embed"),
+      )
     if self.kind.condition:
-      self.target = layers.normal(rngs, (positions, self.kind.condition))
+      self.target = layers.normal(
+        rngs, (positions, self.kind.condition), ("positions", "condition")
+      )
 
   def __call__(self, content: jax.Array, slots: orders.Slots) -> Rows:
     """content [B, S, D] in compute dtype -> Rows."""
     kind = self.kind
     places = {"content": slots.position, "target": slots.target_position}
     if kind.added:
-      tables = self.added[...].astype(content.dtype)
+      tables = layers.used(self.added, content.dtype)
       content += jnp.concatenate(
         [
           layers.look_up(table, places[name])

@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-import pallas_kernels
 from aoarm_jax import config as config_lib
 from aoarm_jax import orders, sharding
-from aoarm_jax.model import layers, rotary
+from aoarm_jax.model import layers, parallel, rotary
 from aoarm_jax.model import rows as rows_lib
 
 
@@ -34,7 +33,9 @@ class Transformer(nnx.Module):
     self.dtype = jnp.dtype(compute.dtype)
     # More than the vocabulary: BOS, EOS and MASK, which are never predicted.
     symbols = vocabulary + (3 if model.kind.masked else 2)
-    self.embedding = layers.normal(rngs, (symbols, model.D))
+    self.embedding = layers.normal(
+      rngs, (symbols, model.D), ("vocabulary", "embed")
+    )
     self.start = rows_lib.Start(model, rngs=rngs)
     self.blocks = jax.vmap(
       lambda key: layers.Block(model, self.dtype, rngs=nnx.Rngs(key))
@@ -44,7 +45,9 @@ class Transformer(nnx.Module):
       self.modulation = layers.Modulation(
         model.kind.condition, 2, model.D, rngs=rngs
       )
-    self.head = layers.normal(rngs, (model.D, vocabulary))
+    self.head = layers.normal(
+      rngs, (model.D, vocabulary), ("embed", "vocabulary")
+    )
 
   def __call__(self, slots: orders.Slots) -> jax.Array:
     """Logits of every slot that predicts, from all slots at once.
@@ -59,13 +62,14 @@ class Transformer(nnx.Module):
     """
     chex.assert_equal_shape(slots[:3])
     S = slots.tokens.shape[1]
-    x, setting = self.enter(slots)
+    ways = parallel.sequence_ways(S)
+    x, setting = self.enter(parallel.deal_slots(slots, ways))
     name = self.compute.attention
-
-    def attend(q, k, v, visible):
-      return pallas_kernels.any_order_attention(
-        q, k, v, visible, implementation=None if name == "auto" else name
-      )
+    attend = functools.partial(
+      parallel.attention,
+      ways=ways,
+      implementation=None if name == "auto" else name,
+    )
 
     def body(x, block):
       return block(x, setting, attend, S), None
@@ -79,16 +83,19 @@ class Transformer(nnx.Module):
       jax.tree.map(lambda p: p[: L - 1], self.blocks),
       unroll=1 if self.compute.scan_layers else max(L - 1, 1),
     )
-    return self.read_out(self.layer(L - 1), x, setting, attend, S)
+    logits = self.read_out(self.layer(L - 1), x, setting, attend, S)
+    logits = parallel.collect(logits, ways)
+    return sharding.constrain(logits, "batch", "slots", "vocabulary")
 
   def enter(self, slots: orders.Slots) -> tuple[jax.Array, layers.Setting]:
     """The rows [G, B, R, D] before the first layer, and their setting."""
-    content = layers.embed(self.embedding[...].astype(self.dtype), slots.tokens)
+    table = layers.used(self.embedding, self.dtype)
+    content = layers.embed(table, slots.tokens)
     rows = self.start(content, slots)
     rotation = functools.partial(
       rotary.rotation, H=self.model.H, base=self.model.rope_base
     )
-    x = sharding.constrain(rows.x, "streams", "batch", "slots", "embed")
+    x = sharding.constrain(rows.x, *layers.ROWS)
     query, key, condition = rows.query_position, rows.key_position, None
     if rows.target is not None:
       condition = jax.nn.silu(self.start.target[...])
@@ -118,10 +125,9 @@ class Transformer(nnx.Module):
     if setting.condition is not None:
       m = self.modulation(setting.read_out(pick), self.dtype)
     x = layers.shifted(self.norm(x), m, 0)[0].astype(self.dtype)
-    logits = jnp.einsum(
+    return jnp.einsum(
       "brd,dv->brv",
       x,
-      self.head[...].astype(self.dtype),
+      layers.used(self.head, self.dtype),
       preferred_element_type=jnp.float32,
     )
-    return sharding.constrain(logits, "batch", "slots", "vocabulary")

@@ -1,0 +1,305 @@
+"""How training scales with devices: python -m aoarm_jax.scaling --devices=1,2
+
+Prints one table, a row for every model, mechanism, length, mesh and number of
+devices. weak: as many tokens a device; strong: as many tokens in all. Text and
+orders are random, parameters fresh.
+
+  tokens/s     of all devices, and of each
+  MFU          model FLOPs over the devices' bf16 peak (PaLM, appendix B)
+  memory       arguments and temporaries of the step, by the compiler, a device
+  collectives  share of the time in which they run, on the first device, by a
+               profile; 'alone' where nothing else runs there
+  efficiency   tokens/s a device over that of the first row of its kind
+
+--dry-run takes 8 virtual CPU devices and tiny models. Started by launch.local
+or launch.slurm as several processes it measures all their devices only.
+"""
+
+import argparse
+import dataclasses
+import glob
+import itertools
+import json
+import os
+import sys
+import tempfile
+import time
+
+import jax
+import numpy as np
+
+import pallas_kernels
+from aoarm_jax import config as config_lib
+from aoarm_jax import distributed, sharding, telemetry, train, train_state
+from aoarm_jax.model import cost
+
+_VOCABULARY = 27
+_SCALING = ("weak", "strong")
+MODELS = {
+  "tiny": dict(D=64, L=2, N=4),
+  "base": dict(D=768, L=12, N=12),
+  "350m": dict(D=1024, L=24, N=16),
+}
+# Name -> sizes of the axes of n devices.
+MESHES = {
+  "data": lambda n: dict(data=n),
+  "fsdp": lambda n: dict(data=1, fsdp=n),
+  "tensor": lambda n: dict(data=1, tensor=n),
+  "sequence": lambda n: dict(data=1, sequence=n),
+  "data_fsdp": lambda n: dict(data=max(n // 2, 1), fsdp=min(n, 2)),
+}
+_COLUMNS = (
+  "scaling", "model", "mechanism", "T", "mesh", "devices", "batch",
+  "ms/step", "tokens/s", "a device", "MFU", "GB a device", "collectives",
+  "alone", "efficiency", "nats/token",
+)  # fmt: skip
+
+
+def configuration(
+  flags: argparse.Namespace, scaling, model, mechanism, T, mesh, devices
+) -> config_lib.Config:
+  """One row's config."""
+  tokens = flags.tokens * (devices if scaling == "weak" else 1)
+  return config_lib.Config(
+    model=config_lib.Model(mechanism=mechanism, T=T, **MODELS[model]),
+    train=config_lib.Train(batch_size=max(tokens // T, 1), steps=1000),
+    compute=config_lib.Compute(
+      attention=flags.attention,
+      scan_layers=flags.scan_layers,
+      remat=flags.remat,
+    ),
+    mesh=config_lib.Mesh(**MESHES[mesh](devices)),
+  )
+
+
+def measure(config: config_lib.Config, devices, steps: int) -> dict:
+  """Trains for a few steps.
+
+  Args:
+    config: of the row.
+    devices: those of the mesh.
+    steps: timed, and then profiled, each.
+
+  Returns:
+    {column: number}, without efficiency.
+
+  Raises:
+    ConfigError: the mesh does not divide the model or the batch.
+  """
+  mesh = sharding.make_mesh(config.mesh, devices)
+  sharding.check(mesh, config)
+  B, T = config.train.batch_size, config.model.T
+  sharding.check_batch(mesh, "batch", B)
+  with jax.set_mesh(mesh):
+    bind, abstract, init = train_state.create(config, _VOCABULARY, mesh)
+    state = init()
+    rows = sharding.local_rows(mesh, B)
+    tokens = np.random.default_rng(0).integers(0, _VOCABULARY, (B, T), np.uint8)
+    batch = sharding.put_batch(mesh, tokens[rows])
+    step = (
+      jax.jit(
+        train.make_step(config, bind, _VOCABULARY),
+        donate_argnums=0,
+        out_shardings=(
+          jax.tree.map(lambda leaf: leaf.sharding, abstract),
+          sharding.replicated(mesh),
+        ),
+      )
+      .lower(state, batch)
+      .compile()
+    )
+
+    def run(count):
+      nonlocal state
+      for _ in range(count):
+        state, sums = step(state, batch)
+      return float(sums["nats"] / sums["tokens"])
+
+    run(3)
+    start = time.perf_counter()
+    loss = run(steps)
+    seconds = (time.perf_counter() - start) / steps
+    collectives, alone = _profiled(lambda: run(steps), devices[0])
+  speed = B * T / seconds
+  flops = cost.training_flops_per_token(config.model, _VOCABULARY, B)
+  peak = telemetry.peak_flops(devices[0])
+  memory = step.memory_analysis()
+  kept = memory.argument_size_in_bytes + memory.output_size_in_bytes
+  kept += memory.temp_size_in_bytes - memory.alias_size_in_bytes
+  return {
+    "ms/step": 1e3 * seconds,
+    "tokens/s": speed,
+    "a device": speed / len(devices),
+    "MFU": peak and speed * flops / (len(devices) * peak),
+    "GB a device": kept / 1e9,
+    "collectives": collectives,
+    "alone": alone,
+    "nats/token": loss,
+  }
+
+
+def _profiled(work, device):
+  """(share of the time in collectives, share in them alone), or Nones.
+
+  Of the device's own stream of kernels; a CPU has none.
+  """
+  if device.platform != "gpu":
+    return None, None
+  with tempfile.TemporaryDirectory() as folder:
+    with jax.profiler.trace(folder):
+      start = time.perf_counter()
+      work()
+      seconds = time.perf_counter() - start
+    paths = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
+    if not paths:
+      return None, None
+    profile = jax.profiler.ProfileData.from_file(paths[0])
+  name = f"/device:GPU:{device.local_hardware_id}"
+  plane = next((p for p in profile.planes if p.name == name), None)
+  if plane is None:
+    return None, None
+  network, other = [], []
+  for line in plane.lines:
+    if not line.name.startswith("Stream"):
+      continue
+    for event in line.events:
+      into = network if "nccl" in event.name.lower() else other
+      into.append((event.start_ns, event.start_ns + event.duration_ns))
+  both, rest = _covered(network + other), _covered(other)
+  return _covered(network) / 1e9 / seconds, (both - rest) / 1e9 / seconds
+
+
+def _covered(intervals):
+  """Length of the union of (start, end)."""
+  total, reached = 0.0, -np.inf
+  for start, end in sorted(intervals):
+    total += max(end - max(start, reached), 0)
+    reached = max(reached, end)
+  return total
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+  parser = argparse.ArgumentParser(
+    prog="python -m aoarm_jax.scaling",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+
+  def several(kind, choices=None):
+    def read(text):
+      values = [kind(word) for word in text.split(",")]
+      for value in values:
+        if choices and value not in choices:
+          raise argparse.ArgumentTypeError(
+            f"{value!r} is not one of {', '.join(choices)}"
+          )
+      return values
+
+    return read
+
+  def add(name, default, kind, doc):
+    parser.add_argument(
+      name, type=kind, default=default, help=f"{doc} (default: {default})"
+    )
+
+  add("--devices", None, several(int), "numbers of devices; None: 1, 2, 4 ...")
+  add("--meshes", list(MESHES), several(str, MESHES), "axes that they form")
+  add("--models", ["base", "350m"], several(str, MODELS), "sizes")
+  add("--mechanisms", ["two_stream", "decoupled_rope"], several(str), "names")
+  add("--lengths", [1024, 4096], several(int), "T")
+  add("--scaling", list(_SCALING), several(str, _SCALING), "which is fixed")
+  add("--tokens", 32768, int, "of a step: a device (weak), in all (strong)")
+  add("--steps", 20, int, "timed, and then profiled, a row")
+  add("--attention", "auto", str, "config.compute.attention")
+  add("--json", "", str, "file to which every row is added as a line")
+  for name, doc in (
+    ("--scan-layers", "config.compute.scan_layers: quicker to compile"),
+    ("--remat", "config.compute.remat: less memory"),
+    ("--dry-run", "8 virtual CPU devices and tiny models"),
+  ):
+    parser.add_argument(name, action="store_true", help=doc)
+  return parser.parse_args(argv)
+
+
+def rows(flags: argparse.Namespace):
+  """Yields ({column: value}, config, number of devices) to be measured."""
+  total = jax.device_count()
+  counts = flags.devices or [n for n in (1, 2, 4, 8, 16) if n <= total]
+  if jax.process_count() > 1:
+    counts = [total]
+  for scaling, model, mechanism, T, n in itertools.product(
+    flags.scaling, flags.models, flags.mechanisms, flags.lengths, counts
+  ):
+    for mesh in flags.meshes:
+      # Of one device there is one mesh, and of three no product.
+      if (n == 1 and mesh != flags.meshes[0]) or (
+        mesh == "data_fsdp" and n > 1 and (n < 4 or n % 2)
+      ):
+        continue
+      config = configuration(flags, scaling, model, mechanism, T, mesh, n)
+      row = dict(
+        scaling=scaling, model=model, mechanism=mechanism, T=T, mesh=mesh,
+        devices=n, batch=config.train.batch_size,
+      )  # fmt: skip
+      yield row, config, n
+
+
+def main(argv: list[str]) -> int:
+  flags = parse(argv)
+  if flags.dry_run:
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8)
+    flags.models, flags.lengths = ["tiny"], [32]
+    flags.tokens, flags.steps = 512, 2
+  distributed.start(config_lib.Distributed())
+  devices = jax.devices()
+  speaks = jax.process_index() == 0
+  if speaks:
+    print(f"{len(devices)} x {devices[0].device_kind}, jax {jax.__version__}")
+    _print_row(_COLUMNS)
+    _print_row(["---"] * len(_COLUMNS))
+  first = {}
+  for row, config, n in rows(flags):
+    if n > len(devices):
+      print(f"--devices={n}: there are {len(devices)}", file=sys.stderr)
+      return 2
+    try:
+      row |= measure(config, devices[:n], flags.steps)
+    except (config_lib.ConfigError, pallas_kernels.UnsupportedError) as error:
+      row["failed"] = str(error)
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      row["failed"] = "out of memory"
+    kind = tuple(row[c] for c in ("scaling", "model", "mechanism", "T"))
+    if "failed" not in row:
+      base = first.setdefault(kind, row["a device"])
+      row["efficiency"] = row["a device"] / base
+    if speaks:
+      shown = [_cell(row, column) for column in _COLUMNS if column in row]
+      _print_row(shown + ([row["failed"]] if "failed" in row else []))
+      if flags.json:
+        with open(flags.json, "a") as file:
+          file.write(
+            json.dumps(row | {"config": dataclasses.asdict(config)}) + "\n"
+          )
+  return 0
+
+
+def _print_row(cells):
+  print("|", " | ".join(cells), "|", flush=True)
+
+
+def _cell(row, column):
+  value = row[column]
+  if column in ("MFU", "collectives", "alone", "efficiency"):
+    return "-" if value is None else f"{100 * value:.1f}%"
+  if column in ("tokens/s", "a device"):
+    return telemetry.format_count(value)
+  return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+  sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,365 @@
+"""Eight devices in any mesh compute what one does, and store no more."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+from absl.testing import absltest, parameterized
+
+import pallas_kernels
+from aoarm_jax import config as config_lib
+from aoarm_jax import hlo, sharding, train, train_state
+from aoarm_jax.model import parallel
+
+V, B = 27, 16
+MESHES = {
+  "1": config_lib.Mesh(1),
+  "8": config_lib.Mesh(),
+  "2,2,2": config_lib.Mesh(2, 2, 2, smallest_shard=1),
+  "1,4,2": config_lib.Mesh(1, 4, 2, smallest_shard=1),
+  "1,1,1,8": config_lib.Mesh(1, 1, 1, 8),
+  "1,8": config_lib.Mesh(1, 8, smallest_shard=1),
+  "1,2,2,2": config_lib.Mesh(1, 2, 2, 2, smallest_shard=1),
+}
+# (mechanism, mesh, what else is changed): a few for every day.
+CASES = (
+  ("two_stream", "8", {}),
+  ("two_stream", "1,1,1,8", {}),
+  ("two_stream", "1,8", {}),
+  ("sigma_gpt", "2,2,2", {"accumulate": 2, "remat": True}),
+  ("decoupled_rope", "1,2,2,2", {"attention": "mosaic_tpu"}),
+)
+EVERY_CASE = tuple(
+  (mechanism, mesh, changes)
+  for mechanism in tiny.MECHANISMS
+  for mesh in MESHES
+  if mesh != "1"
+  for changes in (
+    {},
+    {"attention": "mosaic_tpu"},
+    {"remat": True, "scan_layers": True, "accumulate": 2},
+    {"dtype": "bfloat16", "remat": True},
+  )
+  if not changes or mechanism in ("two_stream", "decoupled_rope", "ao_gpt")
+)
+
+
+def configuration(mechanism, mesh, groups="none", sentinels=1, **compute):
+  """B = 16, 16 slots, 4 heads of width 4."""
+  model = config_lib.Model(
+    mechanism=mechanism, sentinels=sentinels, D=16, L=2, N=4
+  )
+  model = dataclasses.replace(model, T=16 - (model.S - model.T))
+  order = "left_to_right" if model.kind.left_to_right else "uniform"
+  return config_lib.Config(
+    model=model,
+    orders=config_lib.Orders(family=order, groups=groups, group_width=3),
+    train=config_lib.Train(batch_size=B, steps=10),
+    # Not clipped: Adam's first moment is a tenth of the gradient.
+    optimizer=config_lib.Optimizer(clip_norm=1e9, ema_decay=0.9),
+    compute=config_lib.Compute(**{"dtype": "float32"} | compute),
+    mesh=mesh,
+  )
+
+
+@dataclasses.dataclass
+class Step:
+  """One training step from the same state on some devices."""
+
+  abstract: train_state.TrainState
+  state: train_state.TrainState
+  loss: float
+  text: str
+
+  def gradient(self):
+    return jax.device_get(self.state.opt_state[1].mu)
+
+
+def take_step(config, devices):
+  mesh = sharding.make_mesh(config.mesh, devices)
+  sharding.check(mesh, config)
+  with jax.set_mesh(mesh), pallas_kernels.interpret(True):
+    bind, abstract, init = train_state.create(config, V, mesh)
+    tokens = np.random.default_rng(0).integers(0, V, (B, config.model.T))
+    step = jax.jit(
+      train.make_step(config, bind, V),
+      out_shardings=(
+        jax.tree.map(lambda leaf: leaf.sharding, abstract),
+        sharding.replicated(mesh),
+      ),
+    )
+    batch = sharding.put_batch(mesh, tokens.astype(np.uint8))
+    compiled = step.lower(abstract, batch).compile()
+    state, sums = compiled(init(), batch)
+  return Step(abstract, state, float(sums["nats"]), compiled.as_text())
+
+
+def difference(got, want):
+  """Relative norm."""
+  return float(
+    optax.tree.norm(jax.tree.map(jnp.subtract, got, want))
+    / optax.tree.norm(want)
+  )
+
+
+_steps = {}
+
+
+def cached_step(mechanism, mesh, changes):
+  """On one device where `mesh` is "1"."""
+  key = json.dumps([mechanism, mesh, changes])
+  if key not in _steps:
+    devices = jax.devices()[:1] if mesh == "1" else None
+    _steps[key] = take_step(
+      configuration(mechanism, MESHES[mesh], **changes), devices
+    )
+  return _steps[key]
+
+
+def compared(mechanism, mesh, changes):
+  """(relative difference of the loss, of the gradient) from one device."""
+  one = cached_step(mechanism, "1", changes)
+  got = cached_step(mechanism, mesh, changes)
+  return (
+    abs(got.loss / one.loss - 1),
+    difference(got.gradient(), one.gradient()),
+  )
+
+
+def placed(tree):
+  """{path: (shape, names of the mesh axes by dimension, shape on a device)}."""
+  return {
+    jax.tree_util.keystr(path): (
+      leaf.shape,
+      tuple(leaf.sharding.spec) if hasattr(leaf.sharding, "spec") else (),
+      leaf.sharding.shard_shape(leaf.shape),
+    )
+    for path, leaf in jax.tree.leaves_with_path(tree)
+  }
+
+
+def on_eight_devices(which):
+  """What the process with eight devices does; prints what it saw."""
+  assert jax.device_count() == 8
+  cases = EVERY_CASE if which == "every" else CASES
+  for mechanism, mesh, changes in cases:
+    try:
+      seen = compared(mechanism, mesh, changes)
+    except pallas_kernels.UnsupportedError as error:
+      seen = str(error)
+    print(json.dumps([mechanism, mesh, changes, seen]), flush=True)
+  if which == "every":
+    for changes in ({"groups": "fixed"}, {"sentinels": 2}):
+      for mesh in ("1,1,1,8", "1,2,2,2"):
+        seen = compared("two_stream", mesh, changes)
+        print(json.dumps(["two_stream", mesh, changes, seen]), flush=True)
+    return
+  seen = {"traffic": {}}
+  for mesh in ("8", "1,8", "1,1,1,8"):
+    step = cached_step("two_stream", mesh, {})
+    seen["traffic"][mesh] = {
+      kind: (one.count, one.sent_bytes)
+      for kind, one in hlo.traffic(step.text).items()
+      if one.count
+    }
+  step = cached_step(*CASES[3])
+  seen["abstract"], seen["stepped"] = placed(step.abstract), placed(step.state)
+  seen["errors"] = errors()
+  print(json.dumps(seen))
+
+
+def errors():
+  """Messages of meshes that cannot be."""
+
+  def message(mesh, batch=B, **changes):
+    try:
+      config = configuration("two_stream", mesh, **changes)
+      made = sharding.make_mesh(mesh)
+      sharding.check(made, config)
+      sharding.check_batch(
+        made, "config.train.batch_size", batch, config.compute.accumulate
+      )
+      train_state.create(config, V, made)
+    except config_lib.ConfigError as error:
+      return str(error)
+    return ""
+
+  return {
+    "left": message(config_lib.Mesh(0, 3)),
+    "many": message(config_lib.Mesh(2, 2, 4)),
+    "heads": message(config_lib.Mesh(1, 1, 8)),
+    "slots": message(config_lib.Mesh(1, 1, 1, 3)),
+    "batch": message(config_lib.Mesh(8), accumulate=4),
+    "width": message(config_lib.Mesh(1, 3, smallest_shard=1), batch=9),
+    "cudnn": message(config_lib.Mesh(1, 1, 1, 8), attention="cudnn"),
+  }
+
+
+def started(which, **environment):
+  out = subprocess.run(
+    [sys.executable, __file__, "--on_eight_devices", which],
+    env=helpers.environment(JAX_NUM_CPU_DEVICES="8", **environment),
+    stdout=subprocess.PIPE,
+    check=True,
+    text=True,
+    timeout=7200,
+  ).stdout
+  return [json.loads(line) for line in out.splitlines()]
+
+
+class MeshTest(parameterized.TestCase):
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    if jax.default_backend() != "cpu":
+      raise absltest.SkipTest("for the CPU: start with JAX_PLATFORMS=cpu")
+    with helpers.quick_compilation():
+      *cls.compared, cls.seen = started("some")
+
+  def assert_equals_one_device(self, compared):
+    for mechanism, mesh, changes, seen in compared:
+      with self.subTest(mechanism, mesh=mesh, **changes):
+        # bfloat16 rounds what is summed in another order.
+        close = 2e-2 if changes.get("dtype") == "bfloat16" else 1e-5
+        self.assertLess(seen[0], close)
+        self.assertLess(seen[1], close)
+
+  def test_loss_and_gradient_are_those_of_one_device(self):
+    self.assertLen(self.compared, len(CASES))
+    self.assert_equals_one_device(self.compared)
+
+  @pytest.mark.slow
+  def test_every_mechanism_on_every_mesh(self):
+    compared = started("every")
+    self.assertLen(compared, len(EVERY_CASE) + 4)
+    self.assert_equals_one_device(compared)
+
+  def test_where_every_parameter_and_moment_lies(self):
+    """As written here, not as the table says: nothing is replicated unseen."""
+    wanted = {
+      "['embedding']": (None, "fsdp"),
+      "['start']['added']": (None, None, "fsdp"),
+      "['head']": ("fsdp", None),
+      "['norm']['scale']": (None,),
+      "['blocks']['attention_norm']['scale']": (None, None),
+      "['blocks']['mlp_norm']['scale']": (None, None),
+      "['blocks']['attention']['query_norm']['scale']": (None, None),
+      "['blocks']['attention']['key_norm']['scale']": (None, None),
+      "['blocks']['attention']['query']": (None, "fsdp", "tensor", None),
+      "['blocks']['attention']['key']": (None, "fsdp", "tensor", None),
+      "['blocks']['attention']['value']": (None, "fsdp", "tensor", None),
+      "['blocks']['attention']['out']": (None, "tensor", None, "fsdp"),
+      "['blocks']['mlp']['up']": (None, "fsdp", "tensor"),
+      "['blocks']['mlp']['down']": (None, "tensor", "fsdp"),
+    }
+    trees = (".params", ".ema", ".opt_state[1].mu", ".opt_state[1].nu")
+    scalars = [".step", ".key", ".opt_state[1].count", ".opt_state[3].count"]
+    leaves = {
+      tree + name: spec for tree in trees for name, spec in wanted.items()
+    }
+    leaves |= dict.fromkeys(scalars, ())
+    for name in ("abstract", "stepped"):
+      seen = self.seen[name]
+      self.assertEqual(sorted(seen), sorted(leaves))
+      for path, (shape, spec, on_device) in seen.items():
+        with self.subTest(name, path=path):
+          full = tuple(spec) + (None,) * (len(shape) - len(spec))
+          self.assertEqual(full, leaves[path])
+          parts = [n // 2 if axis else n for n, axis in zip(shape, full)]
+          self.assertEqual(on_device, parts)
+
+  def test_what_is_sent(self):
+    config = configuration("two_stream", MESHES["8"])
+    bind = train_state.Bind(config.model, config.compute, V)
+    size = 4 * sum(leaf.size for leaf in jax.tree.leaves(bind.abstract_params))
+    matrices = 4 * sum(
+      leaf.size
+      for leaf, axes in zip(
+        jax.tree.leaves(bind.abstract_params),
+        jax.tree.leaves(bind.axes, is_leaf=lambda x: isinstance(x, tuple)),
+      )
+      if "embed" in axes
+    )
+    small = 1000  # Norms, sums.
+    around = 7 / 8
+    with self.subTest("data: gradients once, and nothing else"):
+      traffic = self.seen["traffic"]["8"]
+      self.assertEqual(list(traffic), ["all-reduce"])
+      self.assertBetween(
+        traffic["all-reduce"][1], 2 * around * size, 2 * around * size + small
+      )
+    with self.subTest("fsdp: and parameters twice at most, no activations"):
+      traffic = self.seen["traffic"]["1,8"]
+      self.assertLessEqual(set(traffic), {"all-reduce", "all-gather"})
+      self.assertLess(
+        traffic["all-reduce"][1], 2 * around * size + small
+      )  # The CPU compiler knows no reduce-scatter here.
+      self.assertBetween(
+        traffic["all-gather"][1], around * matrices, 2 * around * matrices
+      )
+    with self.subTest("sequence: keys and values, and back"):
+      traffic = self.seen["traffic"]["1,1,1,8"]
+      keys = 4 * B * config.model.S * config.model.D
+      L = config.model.L
+      self.assertEqual(traffic["reduce-scatter"][0], 2 * L)
+      self.assertAlmostEqual(
+        traffic["reduce-scatter"][1], around * 2 * L * keys, delta=1
+      )
+      logits = 4 * B * config.model.S * V
+      self.assertLess(
+        traffic["all-gather"][1], around * (2 * L * keys + 2 * logits) + small
+      )
+      self.assertLess(traffic["all-reduce"][1], 2 * around * size + small)
+
+  @parameterized.parameters(
+    ("left", "config.mesh: fsdp 3 x tensor 1 x sequence 1 = 3 does not div"),
+    ("many", "config.mesh.data=2: there are 8 cpu devices, and data 2 x fsdp"),
+    ("heads", "config.mesh.tensor=8: must divide config.model.N=4 heads"),
+    ("slots", "config.mesh.sequence=3: must divide the 16 slots of config.m"),
+    ("batch", "config.train.batch_size=16: must be a multiple of the 8 dev"),
+    ("width", "config.mesh.fsdp=3: must divide the embed axis of every"),
+    ("cudnn", "config.compute.attention='cudnn': sees contiguous slots only"),
+  )
+  def test_what_cannot_be(self, name, message):
+    self.assertStartsWith(self.seen["errors"][name], message)
+    self.assertNotIn("\n", self.seen["errors"][name])
+
+  @parameterized.parameters(1, 2, 4)
+  def test_slots_are_dealt_out_in_turn(self, ways):
+    x = np.arange(2 * 8 * 3).reshape(2, 8, 3)
+    dealt = parallel.deal(x, ways)
+    self.assertEqual(
+      dealt[0, :, 0].tolist(),
+      [3 * i for way in range(ways) for i in range(way, 8, ways)],
+    )
+    np.testing.assert_array_equal(parallel.collect(dealt, ways), x)
+
+  def test_short_shards_are_not_made(self):
+    mesh = jax.sharding.AbstractMesh((2, 4, 2, 1), sharding.AXES)
+
+    def spec(smallest_shard):
+      return sharding._parameter_spec(
+        mesh, ("embed", "heads", "head"), (5, 32, 4, 4), smallest_shard
+      )
+
+    self.assertEqual(spec(8), jax.P(None, "fsdp", "tensor", None))
+    self.assertEqual(spec(9), jax.P(None, None, "tensor", None))
+
+
+if __name__ == "__main__":
+  if sys.argv[1:2] == ["--on_eight_devices"]:
+    with contextlib.suppress(BrokenPipeError):
+      on_eight_devices(sys.argv[2])
+    sys.stdout.flush()
+    os._exit(0)
+  absltest.main()

@@ -1,0 +1,145 @@
+"""The TPU compiler's verdict on whole training steps."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import pathlib
+import sys
+import tempfile
+from unittest import mock
+
+import helpers
+import pytest
+from absl.testing import absltest, parameterized
+
+from aoarm_jax import config as config_lib
+from aoarm_jax import pod
+
+_contexts = contextlib.ExitStack()
+
+
+def setUpModule():
+  # Not to wait for others' compilations.
+  folder = _contexts.enter_context(tempfile.TemporaryDirectory())
+  _contexts.enter_context(mock.patch.object(tempfile, "tempdir", folder))
+
+
+def tearDownModule():
+  _contexts.close()
+
+
+REPORT = pod.Report(
+  topology="v5p:2x2x1",
+  chips=4,
+  mesh="fsdp 4",
+  tokens=4000,
+  parameter_bytes=1e9,
+  memory_bytes=9.5e9,
+  model_flops=3 * 459e12,
+  flops=4 * 459e12,
+  sent_bytes={"all-gather": 0.0, "all-reduce": 300e9},
+)
+
+
+def small(**mesh):
+  return config_lib.Config(
+    model=config_lib.Model(T=128, D=256, L=3, N=4),
+    train=config_lib.Train(batch_size=64, steps=10),
+    compute=config_lib.Compute(scan_layers=True, attention="xla"),
+    mesh=config_lib.Mesh(**mesh),
+  )
+
+
+class ReportTest(parameterized.TestCase):
+  def test_bounds(self):
+    self.assertEqual(REPORT.step_seconds, 4)
+    self.assertEqual(REPORT.seconds["collectives"], 0.5)
+    self.assertEqual(REPORT.mfu_bound, 0.75)
+    text = str(REPORT)
+    self.assertIn("compiled, not run", text)
+    self.assertIn("9.50 GB of 95 GB (10%)", text)
+    self.assertIn("all-reduce 300 GB\n", text)
+    self.assertIn("250 tokens/s a chip, MFU 75.0%", text)
+
+  def test_slow_links_bound_the_step(self):
+    slow = dataclasses.replace(REPORT, sent_bytes={"all-to-all": 600e9 * 6})
+    self.assertEqual((slow.step_seconds, slow.mfu_bound), (6, 0.5))
+
+  @parameterized.parameters("", "v5p", "h100:8", "v5e:4by4", "v5e:0x", "4x4")
+  def test_topologies_that_cannot_be(self, topology):
+    with self.assertRaisesRegex(config_lib.ConfigError, "--topology=.* give"):
+      pod.estimate(small(), 27, topology)
+
+  @parameterized.parameters(
+    ("os.kill(os.getpid(), 11)", "the TPU compiler crashed .SIGSEGV. on v5e"),
+    ("raise KeyError('what')", "the process that compiles failed: KeyError"),
+    ('print(\'{"error": "e: no"}\')', "^e: no$"),
+  )
+  def test_a_compiler_that_fails_is_one_line(self, code, message):
+    with tempfile.TemporaryDirectory() as folder:
+      program = pathlib.Path(folder) / "python"
+      program.write_text(f"#!{sys.executable}\nimport os\n{code}\n")
+      program.chmod(0o755)
+      with (
+        mock.patch.object(sys, "executable", str(program)),
+        self.assertRaisesRegex(pod.PodError, message) as caught,
+      ):
+        pod.estimate(small(), 27, "v5e:2x2")
+    self.assertNotIn("\n", str(caught.exception))
+
+  def test_without_the_compiler(self):
+    if importlib.util.find_spec("libtpu") is not None:
+      self.skipTest("libtpu is installed")
+    with self.assertRaisesRegex(config_lib.ConfigError, "pip install -e"):
+      pod.estimate(small(), 27, "v5e:2x2")
+
+  def test_the_command_line(self):
+    for words, message in (
+      (["--mode=compile"], "--topology and --mode=compile go together"),
+      (["--topology=v5e:2x2"], "--topology and --mode=compile go together"),
+    ):
+      with self.assertRaisesRegex(Exception, message):
+        helpers.run(helpers.arguments(pathlib.Path("/nowhere"), {}, *words))
+
+
+@pytest.mark.tpu_compiler
+class CompilerTest(parameterized.TestCase):
+  """Needs libtpu; minutes."""
+
+  def setUp(self):
+    super().setUp()
+    if importlib.util.find_spec("libtpu") is None:
+      self.skipTest("libtpu is not installed: pip install -e '.[tpu]'")
+
+  def test_memory_falls_with_chips_and_what_is_sent(self):
+    few = pod.estimate(small(fsdp=0), 27, "v5e:2x2")
+    many = pod.estimate(small(fsdp=0), 27, "v5e:4x4")
+    alone = pod.estimate(small(), 27, "v5e:4x4")
+    self.assertEqual((few.chips, many.chips), (4, 16))
+    # All but the vectors is sharded.
+    self.assertAlmostEqual(
+      few.parameter_bytes / many.parameter_bytes, 4, delta=0.2
+    )
+    self.assertAlmostEqual(
+      alone.parameter_bytes / many.parameter_bytes, 16, delta=1
+    )
+    self.assertLess(many.memory_bytes, few.memory_bytes)
+    self.assertLess(many.memory_bytes, alone.memory_bytes)
+    # Replicas send gradients once around: 2 (n - 1) / n of bfloat16.
+    gradients = alone.parameter_bytes / 3 / 2
+    self.assertBetween(
+      sum(alone.sent_bytes.values()),
+      2 * 15 / 16 * gradients,
+      1.1 * 2 * 15 / 16 * gradients,
+    )
+    self.assertGreater(many.sent_bytes["all-gather"], 0)
+
+  def test_what_does_not_fit_is_refused(self):
+    train = config_lib.Train(batch_size=2**16, steps=10)
+    large = dataclasses.replace(small(), train=train)
+    with self.assertRaisesRegex(pod.PodError, "v5e:2x2: does not fit: needs"):
+      pod.estimate(large, 27, "v5e:2x2")
+
+
+if __name__ == "__main__":
+  absltest.main()
