@@ -27,6 +27,7 @@ from aoarm_jax.model import cached, transformer
 # own: a shorter one is read in less time, which a small one does not repay.
 # Rounds of speculation are a larger program.
 _LARGE, _STAGES, _STAGES_OF_ROUNDS = 2**28, 4, 2
+_TILE = 128
 
 
 class State(NamedTuple):
@@ -215,8 +216,10 @@ def _lengths(cache, first, plan):
     return [S]
   in_rounds = plan.method == "speculative"
   stages = _STAGES_OF_ROUNDS if in_rounds else _STAGES
-  part = max(1, -(-(S - first) // stages))
-  return [*range(min(S, first + part), S, part), S]
+  ends = [first + (S - first) * (i + 1) // stages for i in range(stages - 1)]
+  # Whole tiles: matmuls of odd sizes are slow.
+  ends = {end // _TILE * _TILE for end in ends}
+  return [*sorted(end for end in ends if first <= end < S), S]
 
 
 def _fits(state, more, slots):

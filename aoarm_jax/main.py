@@ -50,6 +50,15 @@ RUN_ERRORS = (
   telemetry.NonFiniteError,
 )
 
+_LESS_MEMORY = {
+  "train": "lower --config.train.batch_size, raise "
+  "--config.compute.accumulate, or set --config.compute.remat=true",
+  "count": "the model is too large",
+} | {
+  mode: f"lower --config.{mode}.batch_size"
+  for mode in ("eval", "sample", "score")
+}
+
 
 def define_flags(flag_values: flags.FlagValues, argv: list[str] | None = None):
   """Defines this program's flags; `argv` is searched for overrides."""
@@ -254,11 +263,7 @@ def main(argv: list[str]) -> None:
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    _fail(
-      "out of device memory: lower --config.train.batch_size, raise "
-      "--config.compute.accumulate, or set --config.compute.remat=true",
-      1,
-    )
+    _fail(f"out of device memory: {_LESS_MEMORY[flags.FLAGS.mode]}", 1)
 
 
 def _fail(error, code):

@@ -183,7 +183,7 @@ class StagesTest(parameterized.TestCase):
       )(tiny.sharp(made), jax.random.key(1), *inputs)
 
     want = run(None)
-    with mock.patch.object(decode, "_LARGE", 0):
+    with mock.patch.multiple(decode, _LARGE=0, _TILE=1):
       got = run(2)
     for a, b in zip(got, want):
       np.testing.assert_allclose(a, b, atol=1e-4)
