@@ -67,7 +67,7 @@ def make_mesh(mesh: config_lib.Mesh, devices=None) -> jax.sharding.Mesh:
   if used > count:
     raise config_lib.ConfigError(
       f"config.mesh.data={mesh.data}: there are {kind}, and {asked} needs "
-      f"{used}; use at most that many, or 0 for what is left"
+      f"{used}; use at most that many, or 0 for all that are left"
     )
   if used < count and jax.process_count() > 1:
     raise config_lib.ConfigError(

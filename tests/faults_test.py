@@ -163,7 +163,7 @@ class FaultsTest(parameterized.TestCase):
     """SIGSTOP: it cannot end itself, but those who wait for it can."""
     code, out, err = launched(
       "stopped", 2, fault("stopped", "SIGSTOP", process=1),
-      distributed__step_timeout_seconds=20,
+      distributed__step_timeout_seconds=60,
       distributed__heartbeat_timeout_seconds=200,
     )  # fmt: skip
     self.assertEqual(code, 0, out + err)
