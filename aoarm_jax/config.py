@@ -452,6 +452,57 @@ class Distributed:
 
 
 @dataclasses.dataclass(frozen=True)
+class Study:
+  """A sweep over many runs, and what is measured of each (aoarm_jax/study)."""
+
+  sweep: str = _field(
+    "",
+    "products of values, one a line (or after ';'): mechanism=two_stream,mdlm "
+    "T=128,1024 seed=0,1; keys and cell order: aoarm_jax/study/cells.py",
+  )
+  reference: str = _field(
+    "two_stream",
+    "mechanism that budgets are matched to and differences taken from",
+    choices=tuple(mechanisms.MECHANISMS),
+  )
+  tokens_per_step: int = _field(65536, "tokens a step, at any T", low=1)
+  rates: tuple = _field(
+    (1e-3, 2e-3, 4e-3), "peak learning rates tried where rate=tuned", above=0.0
+  )
+  tune_steps: int = _field(500, "steps of each of these trials", low=1)
+  temperature_low: float = _field(0.1, "least temperature", above=0.0)
+  temperature_high: float = _field(2.0, "greatest temperature", above=0.0)
+  temperatures: int = _field(30, "evenly spaced temperatures", low=2)
+  characters: int = _field(
+    16384, "characters generated at each temperature", low=1
+  )
+  vocabulary_split: str = _field(
+    "valid",
+    "split whose words and n-grams generated text is held against",
+    choices=("train", "valid", "test"),
+  )
+  ngram: int = _field(6, "characters of an n-gram", low=1, high=8)
+  profile_sequences: int = _field(
+    32, "windows whose attention is profiled; 0: none", low=0
+  )
+  bootstrap: int = _field(1000, "resamplings behind a band", low=2)
+  cells: str = _field(
+    "", "only the cells whose label holds one of these, as in 'T=128,mdlm'"
+  )
+  share_index: int = _field(0, "which share of the cells is run here", low=0)
+  share_count: int = _field(1, "shares of the cells", low=1)
+  limit_seconds: int = _field(
+    0, "no cell is begun that would end later; 0: no limit", low=0
+  )
+  part: str = _field(
+    "all",
+    "what is done: missing cells and then the report, or one of them",
+    choices=("all", "cells", "report"),
+  )
+  report: str = _field("", "folder of the report; '': report/ in the workdir")
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
   """One experiment."""
 
@@ -466,6 +517,7 @@ class Config:
   match: Match = Match()
   eval: Eval = Eval()
   sample: Sample = Sample()
+  study: Study = Study()
   compute: Compute = Compute()
   checkpoint: Checkpoint = Checkpoint()
   telemetry: Telemetry = Telemetry()

@@ -31,7 +31,8 @@ def _check_range(path, metadata, value):
   choices = metadata.get("choices")
   if isinstance(value, float) and not math.isfinite(value):
     raise config_lib.ConfigError(f"{path}={value!r}: must be finite")
-  for bound, holds, words in bounds:
+  above = metadata.get("above")  # Of a tuple, every item must be.
+  for bound, holds, words in bounds if not isinstance(value, tuple) else ():
     if bound is not None and not holds(value, bound):
       raise config_lib.ConfigError(
         f"{path}={value!r}: must be {words} {bound} ({metadata.get('doc')})"
@@ -41,7 +42,12 @@ def _check_range(path, metadata, value):
       raise config_lib.ConfigError(
         f"{path}={value!r}: {item!r} is not one of {', '.join(choices)}"
       )
-    if isinstance(value, tuple) and not choices and type(item) is not int:
+    if isinstance(value, tuple) and not choices and above is not None:
+      if type(item) not in (int, float) or not above < item < math.inf:
+        raise config_lib.ConfigError(
+          f"{path}={value!r}: {item!r} is not a number above {above}"
+        )
+    elif isinstance(value, tuple) and not choices and type(item) is not int:
       raise config_lib.ConfigError(
         f"{path}={value!r}: {item!r} is not a whole number"
       )
@@ -148,6 +154,21 @@ def _relations(config):
     "config.compute.dtype", config.compute.dtype,
     config.compute.attention != "cudnn" or config.compute.dtype == "bfloat16",
     "config.compute.attention=cudnn computes in bfloat16 only",
+  )  # fmt: skip
+  study = config.study
+  yield (
+    "config.study.share_index", study.share_index,
+    study.share_index < study.share_count,
+    f"must be below config.study.share_count={study.share_count}",
+  )  # fmt: skip
+  yield (
+    "config.study.temperature_low", study.temperature_low,
+    study.temperature_low < study.temperature_high,
+    f"must be below config.study.temperature_high={study.temperature_high}",
+  )  # fmt: skip
+  yield (
+    "config.study.rates", study.rates, len(study.rates) > 0,
+    "name at least one learning rate",
   )  # fmt: skip
   yield (
     "config.sample.blank", config.sample.blank, len(config.sample.blank) == 1,
