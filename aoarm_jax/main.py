@@ -30,8 +30,9 @@ from aoarm_jax import (
 )
 from aoarm_jax import config as config_lib
 from aoarm_jax.data import corpora, docstrings, tokenizers
+from aoarm_jax.study import sweep
 
-MODES = ("train", "eval", "sample", "count")
+MODES = ("train", "eval", "sample", "count", "study")
 _NO_CONFIG = (
   "--config is missing: name an experiment, as in "
   "--config=configs/two_stream.py"
@@ -163,6 +164,8 @@ def run(flag_values: flags.FlagValues, argv: list[str]) -> None:
       generate.sample(config, workdir, flag_values.prompt)
     case "count":
       print(matching.table(config, vocabulary))
+    case "study":
+      sweep.study(config, workdir, argv)
 
 
 def _cache_compilations():

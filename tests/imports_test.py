@@ -18,7 +18,7 @@ ARROWS = {
   "aoarm_jax": "evaluate generate restore",
   "main": "study matching train evaluate generate export checkpoint data "
   "pallas_kernels",
-  "study": "train evaluate generate restore checkpoint data objective "
+  "study": "matching train evaluate estimators decode diffusion sampling data "
   "train_state model optimizer orders figures",
   "export": "restore checkpoint data train_state model",
   "train": "evaluate generate restore checkpoint data objective train_state "
@@ -61,7 +61,7 @@ KEPT_IN = {
   r"orbax": ("checkpoint",),
   r"grain": ("data",),
   r"flax": ("model", "train_state"),
-  r"matplotlib": ("figures",),
+  r"matplotlib": ("figures", "study"),
   r"tensorboardX": ("run_dir",),
   r"tensorflow|torch|clu": (),
 }
