@@ -54,6 +54,7 @@ def _field(
   above=None,
   below=None,
   choices=None,
+  of=int,
   binds="",
 ):
   """A field with its unit or meaning, its range, and what it binds.
@@ -66,6 +67,7 @@ def _field(
     above: lower bound, exclusive.
     below: upper bound, exclusive.
     choices: the values allowed.
+    of: type of a tuple's items, where there are no choices.
     binds: "model" if a checkpoint is unusable under another value, "run" if
       only resuming is, "" if the value may change at any time.
   """
@@ -76,6 +78,7 @@ def _field(
     above=above,
     below=below,
     choices=choices,
+    of=of,
     binds=binds,
   )
   return dataclasses.field(default=default, metadata=metadata)
@@ -467,7 +470,7 @@ class Study:
   )
   tokens_per_step: int = _field(65536, "tokens a step, at any T", low=1)
   rates: tuple = _field(
-    (1e-3, 2e-3, 4e-3), "peak learning rates tried where rate=tuned", above=0.0
+    (1e-3, 2e-3, 4e-3), "peak learning rates tried where rate=tuned", of=float
   )
   tune_steps: int = _field(500, "steps of each of these trials", low=1)
   temperature_low: float = _field(0.1, "least temperature", above=0.0)

@@ -31,8 +31,7 @@ def _check_range(path, metadata, value):
   choices = metadata.get("choices")
   if isinstance(value, float) and not math.isfinite(value):
     raise config_lib.ConfigError(f"{path}={value!r}: must be finite")
-  above = metadata.get("above")  # Of a tuple, every item must be.
-  for bound, holds, words in bounds if not isinstance(value, tuple) else ():
+  for bound, holds, words in bounds:
     if bound is not None and not holds(value, bound):
       raise config_lib.ConfigError(
         f"{path}={value!r}: must be {words} {bound} ({metadata.get('doc')})"
@@ -42,15 +41,10 @@ def _check_range(path, metadata, value):
       raise config_lib.ConfigError(
         f"{path}={value!r}: {item!r} is not one of {', '.join(choices)}"
       )
-    if isinstance(value, tuple) and not choices and above is not None:
-      if type(item) not in (int, float) or not above < item < math.inf:
-        raise config_lib.ConfigError(
-          f"{path}={value!r}: {item!r} is not a number above {above}"
-        )
-    elif isinstance(value, tuple) and not choices and type(item) is not int:
-      raise config_lib.ConfigError(
-        f"{path}={value!r}: {item!r} is not a whole number"
-      )
+    of = metadata.get("of", int)
+    if isinstance(value, tuple) and not choices and type(item) not in (of, int):
+      kind = {int: "a whole number", float: "a number"}[of]
+      raise config_lib.ConfigError(f"{path}={value!r}: {item!r} is not {kind}")
 
 
 def _relations(config):
@@ -167,8 +161,9 @@ def _relations(config):
     f"must be below config.study.temperature_high={study.temperature_high}",
   )  # fmt: skip
   yield (
-    "config.study.rates", study.rates, len(study.rates) > 0,
-    "name at least one learning rate",
+    "config.study.rates", study.rates,
+    len(study.rates) > 0 and all(0 < x < math.inf for x in study.rates),
+    "name at least one learning rate; all above 0",
   )  # fmt: skip
   yield (
     "config.sample.blank", config.sample.blank, len(config.sample.blank) == 1,

@@ -44,7 +44,7 @@ _VARIANTS = {
     "train.steps": 600,
     "optimizer.warmup_steps": 100,
     "study.sweep": _QUICK,
-    "study.characters": 8192,
+    "study.characters": 4096,
   },
   "tiny": {
     "model.D": 32,

@@ -47,7 +47,9 @@ def maps(bind, params, tokens, order):
     k = np.repeat(k, q.shape[2] // k.shape[2], axis=2)
     logits = np.einsum("brnh,bsnh->brsn", q, k) / np.sqrt(q.shape[-1])
     R, S = logits.shape[1:3]
-    logits[:, np.triu_indices(R, 1, S)[0], np.triu_indices(R, 1, S)[1]] = -np.inf
+    logits[
+      :, np.triu_indices(R, 1, S)[0], np.triu_indices(R, 1, S)[1]
+    ] = -np.inf
     p = np.exp(logits - logits.max(2, keepdims=True))
     out.append(p / p.sum(2, keepdims=True))
   return slots, out
@@ -81,9 +83,7 @@ class ProfileTest(parameterized.TestCase):
           w = dense[layer][..., n * G + min(g, G - 1)]
           wanted = [np.zeros(()) for _ in range(4)]
           for b in range(B):
-            one = slow_sums(
-              w[b], places[b], np.asarray(slots.position)[b], s
-            )
+            one = slow_sums(w[b], places[b], np.asarray(slots.position)[b], s)
             wanted = [x + y for x, y in zip(wanted, one)]
           for field, value in zip(profiles.Sums._fields, wanted):
             np.testing.assert_allclose(

@@ -127,7 +127,9 @@ def _of_line(line, config):
   for part in line.split():
     key, _, value = part.partition("=")
     if key not in values or not value:
-      raise _error(line, f"{part!r} is not key=values; keys: {', '.join(values)}")
+      raise _error(
+        line, f"{part!r} is not key=values; keys: {', '.join(values)}"
+      )
     written[key] = value.split(",")
   keys = [*(k for k in values if k not in written), *written]
   for point in itertools.product(*(({**values, **written})[k] for k in keys)):
@@ -198,9 +200,7 @@ def resolve(
       plain = _with(plain, train=dict(steps=value))
     else:
       plain = _with(plain, model=dict(mlp_width=value))
-  plain = _with(
-    plain, optimizer=dict(peak_learning_rate=rate), seed=cell.seed
-  )
+  plain = _with(plain, optimizer=dict(peak_learning_rate=rate), seed=cell.seed)
   return config_rules.validate(plain)
 
 
@@ -239,7 +239,7 @@ def _with(config, seed=None, **sections):
   return dataclasses.replace(config, **changed)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _matched(config, other, budget, vocabulary):
   by, change = ("training_flops", "steps")
   if budget == "parameters":

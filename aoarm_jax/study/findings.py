@@ -114,7 +114,9 @@ def _deficits(rows, reference):
     found = _measured(
       rows, mechanism="decoupled_rope", budget=budget, orders="uniform"
     )
-    question = f"equal {budget}: does decoupled_rope need more bits than {reference}?"
+    question = (
+      f"equal {budget}: does decoupled_rope need more bits than {reference}?"
+    )
     if not found:
       answers.append(Answer(question, OPEN, ""))
       continue
@@ -185,7 +187,7 @@ def _parting(rows):
 def _apart(rows, T, index, sign):
   side = "more" if sign > 0 else "less"
   question = (
-    f"T = {T}: do query rows look {side} {index}ly locally than content rows?"
+    f"T = {T}: have query rows {side} {index} locality than content rows?"
   )
   found = tables.find(rows, index=index, stream="query - content")
   if not found:
@@ -204,9 +206,7 @@ def _between(two, one, T):
     return Answer(question, OPEN, "")
   parts, inside = [], []
   for index in ("semantic", "structural"):
-    values = {
-      r["stream"]: r["locality"] for r in tables.find(two, index=index)
-    }
+    values = {r["stream"]: r["locality"] for r in tables.find(two, index=index)}
     own = tables.find(one, index=index)[0]["locality"]
     low, high = sorted((values["content"], values["query"]))
     inside.append(low <= own <= high)

@@ -25,6 +25,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from aoarm_jax import config as config_lib
 from aoarm_jax import (
   decode,
   diffusion,
@@ -39,7 +40,6 @@ from aoarm_jax import (
   train,
   train_state,
 )
-from aoarm_jax import config as config_lib
 from aoarm_jax.data import corpora, pipeline
 from aoarm_jax.model import cost
 from aoarm_jax.study import cells as cells_lib
@@ -165,15 +165,11 @@ def _sample_program(config, vocabulary, mesh):
     law = sampling.Sampling(
       temperature[:, None, None], jnp.int32(0), jnp.float32(1)
     )
-    order = orders.draw(
-      order_key, rows, model.T, options, first_row=first_row
-    )
+    order = orders.draw(order_key, rows, model.T, options, first_row=first_row)
     key = jax.random.fold_in(key, first_row)
     arguments = network, key, blank, blank > 0, order, law
     if model.kind.masked:
-      return diffusion.generate(
-        *arguments, method="sequential", steps=0
-      ).tokens
+      return diffusion.generate(*arguments, method="sequential", steps=0).tokens
     return decode.generate(*arguments, prefill=model.sentinels > 1).tokens
 
   arguments = (
@@ -231,10 +227,10 @@ class Lab:
     config: config_lib.Config,
     corpus: corpora.Corpus,
     mesh: jax.sharding.Mesh,
+    programs: Programs,
   ):
     self.study, self.corpus, self.mesh = config.study, corpus, mesh
-    self.tokenizer = corpus.tokenizer
-    self.programs = Programs(mesh, self.tokenizer.V)
+    self.tokenizer, self.programs = corpus.tokenizer, programs
     self.text = {
       name: corpus.hash(name) for name in sorted({"train", config.eval.split})
     }

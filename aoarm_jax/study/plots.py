@@ -34,7 +34,7 @@ def _picture(folder: epath.Path, name: str, columns: int, rows=1, **options):
 
   style = figures.STYLE | {"svg.hashsalt": name}  # The same bytes again.
   with matplotlib.rc_context(style):
-    size = options.pop("inches", (4.7 * columns, 4.2 * rows))
+    size = options.pop("inches", (max(7, 4.7 * columns), 4.4 * rows))
     picture = figure.Figure(size, layout="constrained")
     backend_agg.FigureCanvasAgg(picture)
     yield picture, picture.subplots(rows, columns, squeeze=False, **options)
@@ -44,8 +44,9 @@ def _picture(folder: epath.Path, name: str, columns: int, rows=1, **options):
       run_dir.write_atomically(folder / f"{name}.{suffix}", data.getvalue())
 
 
-def _legend(picture, grid, columns=4):
+def _legend(picture, grid):
   """One legend below all axes."""
+  columns = 1 + grid.shape[1]
   found = {}
   for axes in grid.flat:
     handles, labels = axes.get_legend_handles_labels()
@@ -57,7 +58,7 @@ def _legend(picture, grid, columns=4):
     )  # fmt: skip
 
 
-def _name(arm, budgets=True):
+def _name(arm):
   words = arm.mechanism
   if arm.budget != "steps":
     words += f", equal {arm.budget}"
@@ -75,15 +76,20 @@ def coherence_diversity(found, folder: epath.Path, rule: str) -> bool:
   Returns:
     Whether there was anything to draw.
   """
-  chosen = {arm: c for arm, c in found.items() if arm.orders != "block"}
+  chosen = {
+    arm: curve
+    for arm, curve in found.items()
+    if not arm.orders.startswith("block")
+  }
   lengths = sorted({arm.T for arm in chosen})
   if not lengths:
     return False
   x_at = coherence.MEASURES.index("diversity")
   y_at = coherence.MEASURES.index(f"coherence_{rule}")
-  with _picture(
-    folder, f"coherence_diversity_{rule}", len(lengths)
-  ) as (picture, grid):
+  with _picture(folder, f"coherence_diversity_{rule}", len(lengths)) as (
+    picture,
+    grid,
+  ):
     for axes, T in zip(grid[0], lengths):
       for arm, curve in chosen.items():
         if arm.T != T:
@@ -150,7 +156,8 @@ def profiles_picture(found, folder: epath.Path) -> bool:
         axes.set_yticks([0, len(values) - 1])
         axes.set_xlabel(f"{profiles.KINDS[i]} distance, up to", fontsize=9)
       line[0].set_title(
-        f"{arm.mechanism}, {stream} rows, T = {arm.T}, {arm.orders}",
+        f"{arm.mechanism}{'' if stream == 'only' else f', {stream} rows'}, "
+        f"T = {arm.T}, {arm.orders}",
         fontsize=10,
       )
       line[0].set_ylabel("layer")
@@ -168,9 +175,10 @@ def locality_plane(found, folder: epath.Path) -> bool:
   if not panels:
     return False
   marks = {"content": "s", "query": "o", "only": "^"}
-  with _picture(
-    folder, "locality", len(panels), sharex=True, sharey=True
-  ) as (picture, grid):
+  with _picture(folder, "locality", len(panels), sharex=True, sharey=True) as (
+    picture,
+    grid,
+  ):
     for axes, (T, family) in zip(grid[0], panels):
       axes.axhline(0, color="#999999", lw=0.8)
       axes.axvline(0, color="#999999", lw=0.8)
@@ -206,9 +214,10 @@ def differences(rows, folder: epath.Path) -> bool:
   budgets = list(dict.fromkeys(r["budget"] for r in measured))
   if not measured:
     return False
-  with _picture(
-    folder, "differences", len(budgets), sharey=True
-  ) as (picture, grid):
+  with _picture(folder, "differences", len(budgets), sharey=True) as (
+    picture,
+    grid,
+  ):
     for axes, budget in zip(grid[0], budgets):
       axes.axhline(0, color="#777777", lw=1)
       chosen = tables.find(measured, budget=budget)
@@ -265,5 +274,5 @@ def blocks(rows, folder: epath.Path) -> bool:
     axes.set_title(f"T = {T}")
     axes.set_xlabel("width of the blocks (T: uniform orders)")
     axes.set_ylabel("bits per character above the reference")
-    _legend(picture, grid, 2)
+    _legend(picture, grid)
   return True

@@ -5,6 +5,7 @@ It can be written at any time; what was not run is shown empty.
 
 import re
 import shlex
+import textwrap
 
 from absl import logging
 from etils import epath
@@ -100,14 +101,13 @@ def _text(config, cells, results, made, drawn, answers, shown):
     + _markdown(made["bits"], _BITS),
     "## Paired differences\n\nArm - reference on the same windows, orders and "
     "seeds; positive: the arm needs more bits. [differences.csv]"
-    "(differences.csv)\n\n"
-    + _markdown(made["differences"], _DIFFERENCES),
-    "## Dominated area of coherence-diversity\n\n95% bootstrap bands over seeds "
-    "and samples. [areas.csv](areas.csv); all measures at all temperatures, "
+    "(differences.csv)\n\n" + _markdown(made["differences"], _DIFFERENCES),
+    "## Dominated area of coherence-diversity\n\n95% bootstrap bands over "
+    "seeds and samples. [areas.csv](areas.csv); all measures at all temperatures, "
     "those without spelling too: [curves.csv](curves.csv)\n\n"
     + _markdown(made["areas"], _AREAS),
-    "## Locality of attention\n\n1: all on the nearest key, 0: as uniform. Mean "
-    "over heads and all layers but the last. Every head: [locality.csv]"
+    "## Locality of attention\n\n1: all on the nearest key, 0: as uniform. "
+    "Mean over heads and all layers but the last. Every head: [locality.csv]"
     "(locality.csv)\n\n" + _markdown(made["specialisation"], _LOCALITY),
     _figures(drawn, shown),
     _open(made["cells"], answers),
@@ -116,43 +116,61 @@ def _text(config, cells, results, made, drawn, answers, shown):
 
 
 def _hypotheses():
-  return """## Hypotheses
+  return _paragraphs(
+    """## Hypotheses
 
-arXiv 2602.16092 holds that in any-order generation one hidden state must attend
-to what stands near its target (semantic) and to what was generated last
-(structural), that the two compete in one stream, and that two streams can
-specialise. If so: a single stream (`decoupled_rope`) falls behind `mdlm` as
-length grows, and behind `two_stream`, the arm that the paper lacks, at equal
-compute; the deficit grows with length and with order divergence; query rows look
-semantically, content rows structurally, and the single stream sits between."""
+    arXiv 2602.16092 holds that in any-order generation one hidden state must
+    attend to what stands near its target (semantic) and to what was generated
+    last (structural), that the two compete in one stream, and that two streams
+    can specialise. If so: a single stream (`decoupled_rope`) falls behind
+    `mdlm` as length grows, and behind `two_stream`, the arm that the paper
+    lacks, at equal compute; the deficit grows with length and with order
+    divergence; query rows look semantically, content rows structurally, and
+    the single stream sits between."""
+  )
 
 
 def _method(config, first):
-  study, seen = config.study, ""
+  study, split, seen = config.study, config.eval.split, ""
   if first:
     hashes = ", ".join(f"{k} {v[:12]}" for k, v in first["text"].items())
     seen = f" (sha256 {hashes})"
-  return f"""## Method
+  rates = ", ".join(f"{rate:g}" for rate in study.rates)
+  return _paragraphs(
+    f"""## Method
 
-**Text**: training and `{config.eval.split}` split of the folder given by
-`--config.data.path`{seen}; {study.tokens_per_step:,} characters a step at any
-length. **Budgets**, against `{study.reference}`: as many steps; as many FLOPs of
-training, by steps; as many parameters, by the width of the MLP.
-**Learning rate**: as the sweep says; `tuned` is the best of
-{", ".join(f"{r:g}" for r in study.rates)} by bits per character on
-`{config.eval.split}` after {study.tune_steps} steps at seed 0, for every
-mechanism, size, length and order family. **Generation**: exact sequential
-sampling in the family's orders, {study.characters:,} characters (at least 2
-texts) at each of {study.temperatures} temperatures from {study.temperature_low:g}
-to {study.temperature_high:g}. **Coherence**: share of the generated words of
-four letters or more (second rule: of more than one) that stand in the vocabulary
-of the `{study.vocabulary_split}` split. **Diversity**: unique words / words of a
-text. Both are held against windows of real text of another split. **Familiarity**
-and **repetition**: share of {study.ngram}-grams of characters that occur in the
-`{study.vocabulary_split}` split, and that occurred before in the same text.
-**Attention**: exact sums over {study.profile_sequences} windows of
-`{config.eval.split}`, divided by what uniform attention would give; sentinels and
-a row's own slot are left out. The definitions are in `aoarm_jax/study`."""
+    **Text**: training and `{split}` split of what `--config.data.path` names
+    {seen}; {study.tokens_per_step:,} characters a step at any length.
+
+    **Budgets**, against `{study.reference}`: as many steps; as many FLOPs of
+    training, by steps; as many parameters, by the width of the MLP.
+
+    **Learning rate**: as the sweep says; `tuned` is the best of {rates} by bits
+    per character on `{split}` after {study.tune_steps} steps at seed 0, for
+    every mechanism, size, length and order family.
+
+    **Generation**: exact sequential sampling in orders of the cell's family,
+    {study.characters:,} characters (at least 2 texts) at each of
+    {study.temperatures} temperatures from {study.temperature_low:g} to
+    {study.temperature_high:g}. **Coherence**: of the generated words of four
+    letters or more (second rule: of more than one), the share that stands in
+    the vocabulary of the `{study.vocabulary_split}` split. **Diversity**:
+    unique words / words of a text. Both are held against windows of real text
+    of another split. **Familiarity** and **repetition**: share of
+    {study.ngram}-grams of characters that occur in the
+    `{study.vocabulary_split}` split, and that occurred before in the same text.
+
+    **Attention**: exact sums over {study.profile_sequences} windows of
+    `{split}`, divided by what uniform attention would give; sentinels and a
+    row's own slot are left out. Of `mdlm` there is none: its slots have no
+    order of generation. The definitions are in `aoarm_jax/study`."""
+  )
+
+
+def _paragraphs(text):
+  """Indented paragraphs, filled anew."""
+  parts = textwrap.dedent("    " + text).split("\n\n")
+  return "\n\n".join(textwrap.fill(" ".join(p.split()), 80) for p in parts)
 
 
 def _state(rows):
@@ -238,11 +256,13 @@ def _figures(drawn, shown):
 
 def _open(rows, answers):
   missing = sum(not row["done"] for row in rows)
-  unclear = [a.question for a in answers if a.answer in ("unclear", "not measured")]
+  unclear = [
+    a.question for a in answers if a.answer in ("unclear", "not measured")
+  ]
   text = f"## What remains open\n\n{missing} of {len(rows)} cells are not run."
   if unclear:
     text += "\n\n" + "\n".join(f"- {question}" for question in unclear)
   return text + (
-    "\n\nOne text, one backbone and characters only; the validation split chose "
-    "the learning rates where they are tuned, and is what is reported."
+    "\n\nOne text, one backbone and characters only; the validation split "
+    "chose the learning rates where they are tuned, and is what is reported."
   )

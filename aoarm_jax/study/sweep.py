@@ -153,32 +153,31 @@ def _run_cells(config, cells, results):
   )  # fmt: skip
   if not todo:
     return
-  tokenizer = tokenizers.get(config.data.tokenizer)
-  corpus = corpora.load(config.data.corpus, config.data.path, tokenizer)
-  logging.info("text: %s", corpus.describe("train", config.eval.split))
   mesh = sharding.make_mesh(config.mesh)
-  with jax.set_mesh(mesh):
-    lab = measure.Lab(config, corpus, mesh)
-    try:
-      for n, cell in enumerate(todo):
-        left = _seconds_left(clock, todo[n:], results)
-        spent = time.monotonic() - start
-        first = _seconds_left(clock, [cell], results)
-        if study.limit_seconds and spent + (first or 0) > study.limit_seconds:
-          logging.info(
-            "limit of %d s: %d cells are left; start the same command again",
-            study.limit_seconds, len(todo) - n,
-          )  # fmt: skip
-          return
+  tokenizer = tokenizers.get(config.data.tokenizer)
+  programs = measure.Programs(mesh, tokenizer.V)
+  with jax.set_mesh(mesh), contextlib.closing(programs):
+    _prepare(programs, results, todo[:2])  # While the text is read.
+    corpus = corpora.load(config.data.corpus, config.data.path, tokenizer)
+    logging.info("text: %s", corpus.describe("train", config.eval.split))
+    lab = measure.Lab(config, corpus, mesh, programs)
+    for n, cell in enumerate(todo):
+      spent = time.monotonic() - start
+      ends = spent + (_seconds_left(clock, [cell], results) or 0)
+      if study.limit_seconds and ends > study.limit_seconds:
         logging.info(
-          "cell %d/%d  %s  ETA of all %s", len(mine) - len(todo) + n + 1,
-          len(mine), cell.label,
-          "unknown" if left is None else telemetry.format_duration(left),
+          "limit of %d s: %d cells are left; start the same command again",
+          study.limit_seconds, len(todo) - n,
         )  # fmt: skip
-        _prepare(lab, results, todo[n : n + 2])
-        _run_cell(lab, results, cell, clock)
-    finally:
-      lab.programs.close()
+        return
+      left = _seconds_left(clock, todo[n:], results)
+      logging.info(
+        "cell %d/%d  %s  ETA of all %s", len(mine) - len(todo) + n + 1,
+        len(mine), cell.label,
+        "unknown" if left is None else telemetry.format_duration(left),
+      )  # fmt: skip
+      _prepare(programs, results, todo[n : n + 2])
+      _run_cell(lab, results, cell, clock)
 
 
 def _seconds_left(clock, cells, results):
@@ -194,12 +193,12 @@ def _seconds_left(clock, cells, results):
   return clock.estimate(flops)
 
 
-def _prepare(lab, results, cells):
+def _prepare(programs, results, cells):
   """Starts to compile what these cells need."""
   for cell in cells:
     resolved = results.resolved(cell)
     if resolved is not None:
-      lab.programs.of(resolved, cell.trial)
+      programs.of(resolved, cell.trial)
 
 
 def _run_cell(lab, results, cell, clock):
