@@ -19,15 +19,14 @@ def slow_sums(w, place, position, s):
   spread, uniform_spread = np.zeros((2, 2))
   for i in range(len(w)):
     keys = [j for j in range(i + 1) if s <= j < i]
-    for d, far in enumerate(
-      (lambda j: abs(place[i] - position[j]), lambda j: i - j)
-    ):
+    near = [abs(place[i] - position[j]) for j in range(i + 1)]
+    for d, far in enumerate((near, [i - j for j in range(i + 1)])):
       logs = []
       for j in keys:
-        bin_ = next(n for n, edge in enumerate(edges) if far(j) <= edge)
+        bin_ = next(n for n, edge in enumerate(edges) if far[j] <= edge)
         mass[d, bin_] += w[i, j]
         uniform[d, bin_] += 1 / (i + 1)
-        logs.append(np.log(1 + sum(far(other) < far(j) for other in keys)))
+        logs.append(np.log(1 + sum(far[other] < far[j] for other in keys)))
         spread[d] += w[i, j] * logs[-1]
       if keys:
         uniform_spread[d] += w[i, keys].sum() * np.mean(logs)

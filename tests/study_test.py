@@ -14,6 +14,7 @@ from absl.testing import absltest, parameterized
 from etils import epath
 
 from aoarm_jax import config as config_lib
+from aoarm_jax import matching
 from aoarm_jax.study import cells as cells_lib
 from aoarm_jax.study import findings, measure, sweep, tables
 
@@ -64,7 +65,7 @@ class SweepTest(parameterized.TestCase):
     other = dataclasses.replace(cell, mechanism="two_stream")
     reference = cells_lib.resolve(other, config(""), 1e-3, V)
     self.assertEqual(reference.train.steps, 500)
-    ratio = measure.training_flops(got, V) / measure.training_flops(
+    ratio = matching.training_flops(got, V) / matching.training_flops(
       reference, V
     )
     self.assertAlmostEqual(ratio, 1, delta=2e-3)

@@ -10,213 +10,38 @@
 Nothing else is kept of a cell: no parameters.
 """
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import functools
 import io
+import itertools
 import json
 import math
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
 
 from aoarm_jax import config as config_lib
 from aoarm_jax import (
-  decode,
-  diffusion,
   estimators,
   evaluate,
-  optimizer,
-  orders,
+  matching,
   run_dir,
-  sampling,
   sharding,
   telemetry,
-  train,
-  train_state,
 )
 from aoarm_jax.data import corpora, pipeline
-from aoarm_jax.model import cost
 from aoarm_jax.study import cells as cells_lib
 from aoarm_jax.study import coherence, profiles
+from aoarm_jax.study import programs as programs_lib
 
 RESULT = "result.json"
-_ORDERS, _SAMPLES = 103, 104  # Set keys apart from training's.
+_SAMPLES = 104  # Sets these keys apart from training's.
 _TELL_SECONDS = 15.0
 _TEXTS = 2  # Kept of every third temperature.
-# Full passes keep no cache but all scores: fewer rows at once.
-_MASKED_TOKENS = 1 << 17
-
-
-class Programs:
-  """Compiled programs, each made once, in the background.
-
-  While one cell trains, those of the next are compiled. Cells that differ by
-  their seeds alone share them.
-  """
-
-  def __init__(self, mesh: jax.sharding.Mesh, vocabulary: int):
-    self._mesh, self._vocabulary = mesh, vocabulary
-    self._pool = concurrent.futures.ThreadPoolExecutor(4)
-    self._made = {}
-
-  def close(self):
-    self._pool.shutdown(cancel_futures=True)
-
-  def of(self, config: config_lib.Config, trial: bool) -> dict:
-    """Starts to compile what a cell needs: name -> future."""
-    names = ["init", "train", "evaluate"]
-    if not trial:
-      names.append("sample")
-      if config.study.profile_sequences and not config.model.kind.masked:
-        names.append("profile")
-    return {name: self._future(name, config) for name in names}
-
-  def _future(self, name, config):
-    config = dataclasses.replace(config, seed=0)
-    if name not in ("init", "train"):  # Does not depend on how it was trained.
-      ema = config_lib.Optimizer(ema_decay=config.optimizer.ema_decay)
-      train = dataclasses.replace(config.train, steps=1)
-      config = dataclasses.replace(config, optimizer=ema, train=train)
-    key = name, config
-    if key not in self._made:
-      self._made[key] = self._pool.submit(self._compile, name, config)
-    return self._made[key]
-
-  def _compile(self, name, config):
-    with jax.set_mesh(self._mesh):  # That of a thread is its own.
-      function, arguments, options = _PROGRAMS[name](
-        config, self._vocabulary, self._mesh
-      )
-      return jax.jit(function, **options).lower(*arguments).compile()
-
-
-def _abstract(mesh, *shape, dtype=jnp.int32, batch=False):
-  axes = ("batch",) if batch else ()
-  return jax.ShapeDtypeStruct(
-    shape, dtype, sharding=sharding.named(mesh, *axes)
-  )
-
-
-def _init_program(config, vocabulary, mesh):
-  bind, abstract, _ = train_state.create(config, vocabulary, mesh)
-  chain = optimizer.make(config.optimizer, config.train.steps)
-
-  def init(seed):
-    return train_state.init(bind, chain, seed, config.optimizer.ema_decay > 0)
-
-  shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-  return init, (_abstract(mesh),), dict(out_shardings=shardings)
-
-
-def _train_program(config, vocabulary, mesh):
-  bind, abstract, _ = train_state.create(config, vocabulary, mesh)
-  shape = config.train.batch_size, config.model.T
-  tokens = _abstract(mesh, *shape, dtype=jnp.uint8, batch=True)
-  shardings = (
-    jax.tree.map(lambda leaf: leaf.sharding, abstract),
-    sharding.replicated(mesh),
-  )
-  options = dict(donate_argnums=0, out_shardings=shardings)
-  step = train.make_step(config, bind, vocabulary)
-  return step, (abstract, tokens), options
-
-
-def _params(config, vocabulary, mesh):
-  bind, abstract, _ = train_state.create(config, vocabulary, mesh)
-  return bind, abstract.read_out_params
-
-
-def _evaluate_program(config, vocabulary, mesh):
-  bind, params = _params(config, vocabulary, mesh)
-  estimate = functools.partial(
-    estimators.estimate, config.eval.estimators[0], bind, config, vocabulary
-  )
-
-  def program(params, seed, first_row, tokens, real):
-    # The step matters to a curriculum alone, which no cell has.
-    step, key = jnp.int32(0), jax.random.key(seed)
-    return estimate(params, key, step, first_row, tokens, real)
-
-  B, T = config.eval_batch_size, config.model.T
-  arguments = (
-    params, _abstract(mesh), _abstract(mesh),
-    _abstract(mesh, B, T, dtype=jnp.uint8, batch=True),
-    _abstract(mesh, B, dtype=jnp.bool_, batch=True),
-  )  # fmt: skip
-  return program, arguments, dict(out_shardings=sharding.replicated(mesh))
-
-
-def _sample_program(config, vocabulary, mesh):
-  bind, params = _params(config, vocabulary, mesh)
-  model, rows = config.model, _rows_at_once(config)
-  options = dataclasses.replace(config.orders, family=config.sample.order)
-
-  def program(params, seed, first_row, temperature):
-    """Texts of rows first_row.. of all rows: int32 [rows, T]."""
-    order_key, key = jax.random.split(jax.random.key(seed))
-    network, blank = bind(params), jnp.zeros((rows, model.T), jnp.int32)
-    # One law a row, so that all temperatures are one batch.
-    law = sampling.Sampling(
-      temperature[:, None, None], jnp.int32(0), jnp.float32(1)
-    )
-    order = orders.draw(order_key, rows, model.T, options, first_row=first_row)
-    key = jax.random.fold_in(key, first_row)
-    arguments = network, key, blank, blank > 0, order, law
-    if model.kind.masked:
-      return diffusion.generate(*arguments, method="sequential", steps=0).tokens
-    return decode.generate(*arguments, prefill=model.sentinels > 1).tokens
-
-  arguments = (
-    params, _abstract(mesh), _abstract(mesh),
-    _abstract(mesh, rows, dtype=jnp.float32),
-  )  # fmt: skip
-  return program, arguments, dict(out_shardings=sharding.replicated(mesh))
-
-
-def _profile_program(config, vocabulary, mesh):
-  bind, params = _params(config, vocabulary, mesh)
-
-  def program(params, tokens):
-    order = profiles.orders_of(config, _ORDERS)
-    return profiles.profile(bind(params), tokens.astype(jnp.int32), order)
-
-  shape = config.study.profile_sequences, config.model.T
-  arguments = params, _abstract(mesh, *shape, dtype=jnp.uint8)
-  return program, arguments, dict(out_shardings=sharding.replicated(mesh))
-
-
-_PROGRAMS = {
-  "init": _init_program,
-  "train": _train_program,
-  "evaluate": _evaluate_program,
-  "sample": _sample_program,
-  "profile": _profile_program,
-}
-
-
-def samples_per_temperature(config: config_lib.Config) -> int:
-  return max(2, config.study.characters // config.model.T)
-
-
-def temperatures(study: config_lib.Study) -> np.ndarray:
-  """float32 [temperatures]."""
-  return np.linspace(
-    study.temperature_low, study.temperature_high, study.temperatures,
-    dtype=np.float32,
-  )  # fmt: skip
-
-
-def _rows_at_once(config):
-  rows = config.study.temperatures * samples_per_temperature(config)
-  if config.model.kind.masked:
-    rows = min(rows, max(1, _MASKED_TOKENS // config.model.T))
-  return rows
 
 
 class Lab:
@@ -227,7 +52,7 @@ class Lab:
     config: config_lib.Config,
     corpus: corpora.Corpus,
     mesh: jax.sharding.Mesh,
-    programs: Programs,
+    programs: programs_lib.Programs,
   ):
     self.study, self.corpus, self.mesh = config.study, corpus, mesh
     self.tokenizer, self.programs = corpus.tokenizer, programs
@@ -267,7 +92,7 @@ class Lab:
       "cell": dataclasses.asdict(cell),
       "estimate": estimate,
       "parameters": run_dir.parameter_count(params),
-      "training_flops": training_flops(config, self.tokenizer.V),
+      "training_flops": matching.training_flops(config, self.tokenizer.V),
       "tokens_per_second": speed,
       "training_nats_per_token": curve,
       "seconds": {name: round(x, 2) for name, x in clock.items()},
@@ -275,7 +100,8 @@ class Lab:
       "jax": jax.__version__,
       "text": self.text,
       "config": dataclasses.asdict(
-        dataclasses.replace(config, data=dataclasses.replace(config.data, path=""))
+        # Where the text lay is no part of what was run.
+        dataclasses.replace(config, data=config_lib.Data())
       ),
     }  # fmt: skip
     _write_json(folder / RESULT, result)
@@ -313,7 +139,7 @@ class Lab:
     marks = np.linspace(0, len(losses), 51).astype(int)
     curve = [
       round(float(np.mean(losses[a:b])), 4)
-      for a, b in zip(marks, marks[1:])
+      for a, b in itertools.pairwise(marks)
       if b > a
     ]
     return state.read_out_params, curve, round(tokens / seconds)
@@ -348,16 +174,23 @@ class Lab:
       report["bits_by_eighth"] = [float(part.mean()) for part in eighths]
       for name in ("by_distance", "by_recency"):
         sums, tokens = total[name]
+        edges = estimators.bin_edges(len(sums))
         report[name] = [
-          {"up_to": edge, "bits_per_char": float(x / n / math.log(2)), "tokens": int(n)}
-          for edge, x, n in zip(estimators.bin_edges(len(sums)), sums, tokens)
+          {"up_to": edge, "bits_per_char": float(x / n / math.log(2))}
+          for edge, x, n in zip(edges, sums, tokens)
           if n
-        ]  # fmt: skip
+        ]
     return report
 
   def _sample(self, config, programs, params, folder):
-    program, each = programs["sample"].result(), samples_per_temperature(config)
-    at_once, levels = _rows_at_once(config), temperatures(config.study)
+    program, each = (
+      programs["sample"].result(),
+      programs_lib.samples_per_temperature(config),
+    )
+    at_once, levels = (
+      programs_lib.rows_at_once(config),
+      programs_lib.temperatures(config.study),
+    )
     temperature = np.repeat(levels, each)
     pad = -len(temperature) % at_once
     padded = np.append(temperature, np.ones(pad, np.float32))
@@ -417,15 +250,6 @@ class Lab:
     _write_arrays(folder / "profile.npz", **arrays)
 
 
-def training_flops(config: config_lib.Config, vocabulary: int) -> float:
-  """Of a whole run: see cost.training_flops_per_token."""
-  tokens = config.train.batch_size * config.model.T * config.train.steps
-  return tokens * cost.training_flops_per_token(
-    config.model, vocabulary, config.train.batch_size,
-    config.train.query_fraction,
-  )  # fmt: skip
-
-
 @contextlib.contextmanager
 def _timed(clock, name):
   start = time.monotonic()
@@ -436,7 +260,8 @@ def _timed(clock, name):
 
 def _note(losses, sums):
   if sums is not None:
-    loss = float(sums["nats"]) / float(sums["tokens"])
+    sums = jax.device_get(sums)
+    loss = float(sums["nats"] / sums["tokens"])
     telemetry.check_finite(len(losses) + 1, {"loss": loss})
     losses.append(loss)
 

@@ -103,8 +103,8 @@ def _text(config, cells, results, made, drawn, answers, shown):
     "seeds; positive: the arm needs more bits. [differences.csv]"
     "(differences.csv)\n\n" + _markdown(made["differences"], _DIFFERENCES),
     "## Dominated area of coherence-diversity\n\n95% bootstrap bands over "
-    "seeds and samples. [areas.csv](areas.csv); all measures at all temperatures, "
-    "those without spelling too: [curves.csv](curves.csv)\n\n"
+    "seeds and samples. [areas.csv](areas.csv); all measures at all "
+    "temperatures, those without spelling too: [curves.csv](curves.csv)\n\n"
     + _markdown(made["areas"], _AREAS),
     "## Locality of attention\n\n1: all on the nearest key, 0: as uniform. "
     "Mean over heads and all layers but the last. Every head: [locality.csv]"

@@ -17,10 +17,11 @@ from absl import logging
 from etils import epath
 
 from aoarm_jax import config as config_lib
-from aoarm_jax import run_dir, sharding, telemetry
+from aoarm_jax import matching, run_dir, sharding, telemetry
 from aoarm_jax.data import corpora, tokenizers
 from aoarm_jax.study import cells as cells_lib
 from aoarm_jax.study import measure, report
+from aoarm_jax.study import programs as programs_lib
 
 _FOLDER = "cells"
 
@@ -131,14 +132,14 @@ def _chosen(config, cells):
     wanted |= dict.fromkeys([*cells_lib.trials(cell, config), cell])
   if not wanted:
     raise config_lib.ConfigError(
-      f"config.study.cells={study.cells!r}: no cell's label holds any of these; "
-      f"the first one is {cells[0].label!r}"
+      f"config.study.cells={study.cells!r}: no cell's label holds any of "
+      f"these; the first one is {cells[0].label!r}"
     )
   return list(wanted)
 
 
 def _run_cells(config, cells, results):
-  start, study, clock = time.monotonic(), config.study, _Clock()
+  start, clock = time.monotonic(), _Clock()
   mine = _chosen(config, cells)
   todo = []
   for cell in mine:
@@ -155,20 +156,16 @@ def _run_cells(config, cells, results):
     return
   mesh = sharding.make_mesh(config.mesh)
   tokenizer = tokenizers.get(config.data.tokenizer)
-  programs = measure.Programs(mesh, tokenizer.V)
+  programs = programs_lib.Programs(mesh, tokenizer.V)
   with jax.set_mesh(mesh), contextlib.closing(programs):
+    if not _fits(clock, todo, start, results):
+      return
     _prepare(programs, results, todo[:2])  # While the text is read.
     corpus = corpora.load(config.data.corpus, config.data.path, tokenizer)
     logging.info("text: %s", corpus.describe("train", config.eval.split))
     lab = measure.Lab(config, corpus, mesh, programs)
     for n, cell in enumerate(todo):
-      spent = time.monotonic() - start
-      ends = spent + (_seconds_left(clock, [cell], results) or 0)
-      if study.limit_seconds and ends > study.limit_seconds:
-        logging.info(
-          "limit of %d s: %d cells are left; start the same command again",
-          study.limit_seconds, len(todo) - n,
-        )  # fmt: skip
+      if not _fits(clock, todo[n:], start, results):
         return
       left = _seconds_left(clock, todo[n:], results)
       logging.info(
@@ -180,12 +177,25 @@ def _run_cells(config, cells, results):
       _run_cell(lab, results, cell, clock)
 
 
+def _fits(clock, cells, start, results):
+  """Whether the first of these cells would end in time, as far as is known."""
+  limit = results.config.study.limit_seconds
+  seconds = _seconds_left(clock, cells[:1], results) or 0
+  if not limit or time.monotonic() - start + seconds <= limit:
+    return True
+  logging.info(
+    "limit of %d s: %d cells are left; start the same command again",
+    limit, len(cells),
+  )  # fmt: skip
+  return False
+
+
 def _seconds_left(clock, cells, results):
   """What cells will take; of those whose rate is open, at any rate."""
   config, rate = results.config, results.config.optimizer.peak_learning_rate
   vocabulary = tokenizers.get(config.data.tokenizer).V
   flops = sum(
-    measure.training_flops(
+    matching.training_flops(
       cells_lib.resolve(cell, config, rate, vocabulary), vocabulary
     )
     for cell in cells
@@ -225,6 +235,6 @@ def _check_text(results, text):
     other = json.loads(path.read_text())["text"]
     if other != text:
       raise config_lib.ConfigError(
-        f"config.data.path={results.config.data.path!r}: another text than that "
-        f"of {path.parent}; choose another --workdir for it"
+        f"config.data.path={results.config.data.path!r}: another text than "
+        f"that of {path.parent}; choose another --workdir for it"
       )
