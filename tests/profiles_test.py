@@ -1,6 +1,5 @@
 """Attention profiles: against maps written out, and answers that are known."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import tiny
@@ -46,24 +45,21 @@ def maps(bind, params, tokens, order):
     k = np.repeat(k, q.shape[2] // k.shape[2], axis=2)
     logits = np.einsum("brnh,bsnh->brsn", q, k) / np.sqrt(q.shape[-1])
     R, S = logits.shape[1:3]
-    logits[
-      :, np.triu_indices(R, 1, S)[0], np.triu_indices(R, 1, S)[1]
-    ] = -np.inf
+    hidden = np.triu(np.ones((R, S), bool), 1)
+    logits[:, hidden] = -np.inf
     p = np.exp(logits - logits.max(2, keepdims=True))
     out.append(p / p.sum(2, keepdims=True))
   return slots, out
 
 
 class ProfileTest(parameterized.TestCase):
-  @parameterized.parameters(
-    ("two_stream", 1), ("two_stream", 2), ("decoupled_rope", 1), ("ao_gpt", 2)
-  )
+  @parameterized.parameters(("two_stream", 2), ("decoupled_rope", 1))
   def test_is_that_of_the_maps_written_out(self, mechanism, s):
     bind = tiny.bind(mechanism, s, L=3)
     params = tiny.sharp(bind)
     tokens = tiny.tokens(B, T, 5)
     order = tiny.orders_of(mechanism, B, T)
-    sums = jax.jit(
+    sums = tiny.quick_jit(
       lambda params: profiles.profile(bind(params), tokens, order)
     )(params)
     kind = mechanisms.MECHANISMS[mechanism]
@@ -149,8 +145,11 @@ class ProfileTest(parameterized.TestCase):
     params["embedding"] = jnp.ones_like(params["embedding"])
     tokens = tiny.tokens(B, 12, 5)
     order = tiny.orders_of("decoupled_rope", B, 12)
-    sums = profiles.profile(bind(params), tokens, order)
-    arrays = profiles.to_arrays(*sums, bind(params).model.kind)
+    sums = tiny.quick_jit(
+      lambda params: profiles.profile(bind(params), tokens, order)
+    )(params)
+    kind = mechanisms.MECHANISMS["decoupled_rope"]
+    arrays = profiles.to_arrays(*sums, kind)
     index = profiles.locality(arrays, "only")[0, 0]
     self.assertGreater(index[0], 0.99)
     self.assertLess(index[1], 0.7)

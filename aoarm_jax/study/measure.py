@@ -183,14 +183,10 @@ class Lab:
     return report
 
   def _sample(self, config, programs, params, folder):
-    program, each = (
-      programs["sample"].result(),
-      programs_lib.samples_per_temperature(config),
-    )
-    at_once, levels = (
-      programs_lib.rows_at_once(config),
-      programs_lib.temperatures(config.study),
-    )
+    program = programs["sample"].result()
+    each = programs_lib.samples_per_temperature(config)
+    at_once = programs_lib.rows_at_once(config)
+    levels = programs_lib.temperatures(config.study)
     temperature = np.repeat(levels, each)
     pad = -len(temperature) % at_once
     padded = np.append(temperature, np.ones(pad, np.float32))
