@@ -34,7 +34,7 @@ T=128,1024 mechanism=mdlm,ao_gpt
 seed=1 T=128,1024 budget=steps,flops mechanism=two_stream,decoupled_rope
 """
 _TINY = """
-mechanism=two_stream,decoupled_rope,mdlm T=16
+mechanism=two_stream,mdlm,decoupled_rope T=16
 budget=flops mechanism=decoupled_rope T=16
 """
 
@@ -60,7 +60,7 @@ _VARIANTS = {
     "study.temperatures": 4,
     "study.characters": 128,
     "study.profile_sequences": 4,
-    "study.bootstrap": 100,
+    "study.bootstrap": 50,
   },
 }
 

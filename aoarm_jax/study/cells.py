@@ -215,6 +215,8 @@ def _plain(cell, config):
     estimator = "elbo"
   else:
     estimator = "any_order" if family == "uniform" else "training_order"
+  # A full pass's attention is not a fused one: its maps are not all kept.
+  remat = config.compute.remat or (kind.masked and cell.T > 1024)
   batch = max(1, config.study.tokens_per_step // cell.T)
   orders = dict(family=family)
   if width:
@@ -226,6 +228,7 @@ def _plain(cell, config):
     train=dict(batch_size=batch, steps=cell.steps),
     eval=dict(estimators=(estimator,)),
     sample=dict(order=family, method="sequential"),
+    compute=dict(remat=remat),
   )
 
 
