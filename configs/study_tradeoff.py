@@ -4,7 +4,7 @@
 
 Variants, each a sweep of its own (aoarm_jax/study/cells.py says how to read it);
 hardware, time:
-  default  about 3 hours of one H200 in all (estimated, not run); in shares, by
+  default  about 4 hours of one H200 in all (estimated from FLOPs); in shares, by
            --config.study.limit_seconds=500 and started again
   :quick   the most telling cells, short; about 8 minutes of one H200 (estimated)
   :tiny    2 CPU cores, built-in text: a smoke test of the machinery, its numbers
@@ -19,11 +19,12 @@ _SWEEP = f"""
 T=128,1024 budget=steps,flops mechanism=two_stream,decoupled_rope rate=tuned
 T=128,1024 mechanism=mdlm,ao_gpt,causal rate=tuned
 T=128,1024 budget=flops mechanism=mdlm,ao_gpt rate=tuned
-seed=1,2 T=128,1024 budget=steps,flops {_MAIN},causal rate=tuned
-seed=0,1,2 T=128,1024 budget=parameters {_MAIN},causal rate=tuned
+seed=1,2 T=128,1024 budget=steps,flops {_MAIN} rate=tuned
 orders=block1,block16,block128,block1024 T=1024 budget=steps,flops mechanism=two_stream,decoupled_rope rate=tuned
 T=256,512,2048,4096 budget=steps,flops mechanism=two_stream,decoupled_rope rate=tuned
+seed=0,1,2 T=128,1024 budget=parameters {_MAIN} rate=tuned
 T=128,1024 mechanism=decoupled_rope_content rate=tuned
+seed=1,2 T=128,1024 mechanism=causal rate=tuned
 T=128,1024 size=512x10x8 budget=steps,flops mechanism=two_stream,decoupled_rope rate=tuned
 T=256,512,2048,4096 {_MAIN} rate=tuned
 """  # noqa: E501

@@ -197,7 +197,7 @@ class StudyTest(absltest.TestCase):
       helpers.run([*self.command, "--config.study.part=report"])
     again = helpers.contents(report)
     self.assertEqual(set(again), set(first))
-    for name in ("locality.csv", "profiles.svg"):
+    for name in ("locality.csv", "profiles_T16.svg"):
       self.assertEqual(again[name], first[name], name)
     self.assertIn(b"3 of 4 cells", again["README.md"])
     rows = self.table("cells")
@@ -215,7 +215,7 @@ class StudyTest(absltest.TestCase):
     text = (report / "README.md").read_text()
     self.assertIn("4 of 4 cells", text)
     self.assertNotIn(str(self.workdir), text)
-    for name in ("coherence_diversity_from_4", "locality", "profiles"):
+    for name in ("coherence_diversity_from_4", "locality", "profiles_T16"):
       for suffix in ("png", "svg"):
         self.assertGreater((report / f"{name}.{suffix}").stat().st_size, 1000)
       self.assertIn(f"({name}.png)", text)

@@ -37,11 +37,20 @@ def _picture(folder: epath.Path, name: str, columns: int, rows=1, **options):
     size = options.pop("inches", (max(7, 4.7 * columns), 4.4 * rows))
     picture = figure.Figure(size, layout="constrained")
     backend_agg.FigureCanvasAgg(picture)
-    yield picture, picture.subplots(rows, columns, squeeze=False, **options)
+    grid = picture.subplots(rows, columns, squeeze=False, **options)
+    yield picture, grid
+    for axes in grid.flat:
+      axes.set_visible(axes.has_data())
     for suffix, metadata in (("png", {}), ("svg", {"Date": None})):
       data = io.BytesIO()
       picture.savefig(data, format=suffix, dpi=130, metadata=metadata)
       run_dir.write_atomically(folder / f"{name}.{suffix}", data.getvalue())
+
+
+def _shape(count):
+  """(columns, rows) of so many panels."""
+  columns = min(3, count)
+  return columns, -(-count // columns)
 
 
 def _legend(picture, grid):
@@ -56,6 +65,26 @@ def _legend(picture, grid):
       found.values(), found.keys(), loc="outside lower center",
       ncols=min(columns, len(found)),
     )  # fmt: skip
+
+
+def _main(found, budgets=("steps",)):
+  """The arms for pictures over lengths: uniform orders, the first size.
+
+  The reference has the same cells for all budgets, and is shown once.
+  """
+  found = {arm: x for arm, x in found.items() if arm.budget in budgets}
+  size = next((arm.size for arm in found), "")
+  chosen, cells = {}, set()
+  for arm, x in found.items():
+    mark = (arm.mechanism, arm.T, id(x))
+    if (
+      arm.size == size
+      and not arm.orders.startswith("block")
+      and mark not in cells
+    ):
+      cells.add(mark)
+      chosen[arm] = x
+  return chosen
 
 
 def _name(arm):
@@ -76,21 +105,15 @@ def coherence_diversity(found, folder: epath.Path, rule: str) -> bool:
   Returns:
     Whether there was anything to draw.
   """
-  chosen = {
-    arm: curve
-    for arm, curve in found.items()
-    if not arm.orders.startswith("block")
-  }
+  chosen = _main(found, ("steps", "flops"))
   lengths = sorted({arm.T for arm in chosen})
   if not lengths:
     return False
   x_at = coherence.MEASURES.index("diversity")
   y_at = coherence.MEASURES.index(f"coherence_{rule}")
-  with _picture(folder, f"coherence_diversity_{rule}", len(lengths)) as (
-    picture,
-    grid,
-  ):
-    for axes, T in zip(grid[0], lengths):
+  name = f"coherence_diversity_{rule}"
+  with _picture(folder, name, *_shape(len(lengths))) as (picture, grid):
+    for axes, T in zip(grid.flat, lengths):
       for arm, curve in chosen.items():
         if arm.T != T:
           continue
@@ -113,7 +136,8 @@ def coherence_diversity(found, folder: epath.Path, rule: str) -> bool:
       axes.set_title(f"T = {T}")
       axes.set_xlabel("diversity: unique words / words")
     letters = coherence.RULES[rule]
-    grid[0][0].set_ylabel(f"coherence: words of {letters}+ letters known")
+    for axes in grid[:, 0]:
+      axes.set_ylabel(f"coherence: words of {letters}+ letters known")
     _legend(picture, grid)
   return True
 
@@ -123,25 +147,29 @@ def _arms_of(value, low, high):
   return np.maximum([value - low, high - value], 0)
 
 
-def profiles_picture(found, folder: epath.Path) -> bool:
-  """Attention over distance, a row for each arm's stream; seeds averaged."""
-  rows = [
-    (arm, stream)
-    for arm in found
-    if arm.budget == "steps"
-    for stream in tables.streams_of(arm)
-  ]
-  if not rows:
-    return False
-  limit = 4
-  with _picture(
-    folder, "profiles", 2, len(rows), inches=(10, 0.6 + 1.9 * len(rows))
-  ) as (picture, grid):
+def profiles_pictures(found, folder: epath.Path) -> list[str]:
+  """Attention over distance, a picture a length; the names of the pictures."""
+  chosen = _main(found)
+  lengths = sorted({arm.T for arm in chosen})
+  for T in lengths:
+    _profiles(
+      {arm: files for arm, files in chosen.items() if arm.T == T}, folder, T
+    )
+  return [f"profiles_T{T}" for T in lengths]
+
+
+def _profiles(found, folder, T, limit=4):
+  """A row for each stream; seeds and heads averaged."""
+  rows = [(arm, s) for arm in found for s in tables.streams_of(arm)]
+  inches = (10, 0.6 + 1.9 * len(rows))
+  with _picture(folder, f"profiles_T{T}", 2, len(rows), inches=inches) as (
+    picture,
+    grid,
+  ):
     for line, (arm, stream) in zip(grid, rows):
       ratio = np.mean(
         [profiles.relative(file, stream) for file in found[arm]], axis=0
       )
-      edges = profiles.bin_edges(arm.T + 1)
       for i, axes in enumerate(line):
         good = np.isfinite(ratio[:, i]).any(axis=0)
         values = np.log2(np.maximum(ratio[:, i][:, good], 2.0**-limit))
@@ -149,41 +177,40 @@ def profiles_picture(found, folder: epath.Path) -> bool:
           values, aspect="auto", origin="lower", cmap="RdBu_r",
           vmin=-limit, vmax=limit, interpolation="nearest",
         )  # fmt: skip
-        shown = edges[: ratio.shape[2]][good]
+        shown = profiles.bin_edges(T + 1)[: len(good)][good]
         ticks = np.arange(0, len(shown), 3)
         axes.set_xticks(ticks, [f"{shown[t]}" for t in ticks])
         axes.grid(False)
-        axes.set_yticks([0, len(values) - 1])
+        axes.set_yticks(sorted({0, len(values) - 1}))
         axes.set_xlabel(f"{profiles.KINDS[i]} distance, up to", fontsize=9)
-      line[0].set_title(
-        f"{arm.mechanism}{'' if stream == 'only' else f', {stream} rows'}, "
-        f"T = {arm.T}, {arm.orders}",
-        fontsize=10,
-      )
+      rows_of = "" if stream == "only" else f", {stream} rows"
+      line[0].set_title(f"{arm.mechanism}{rows_of}, T = {T}", fontsize=10)
       line[0].set_ylabel("layer")
     picture.colorbar(
       image, ax=grid, label="log2 of attention / uniform attention",
       shrink=min(1.0, 3 / len(rows)),
     )  # fmt: skip
-  return True
 
 
 def locality_plane(found, folder: epath.Path) -> bool:
   """A point for every head: semantic over structural locality."""
-  chosen = {arm: f for arm, f in found.items() if arm.budget == "steps"}
-  panels = sorted({(arm.T, arm.orders) for arm in chosen})
+  chosen = {
+    arm: files
+    for arm, files in _main(found).items()
+    if arm.mechanism != "causal"
+  }
+  panels = sorted({arm.T for arm in chosen})
   if not panels:
     return False
   marks = {"content": "s", "query": "o", "only": "^"}
-  with _picture(folder, "locality", len(panels), sharex=True, sharey=True) as (
-    picture,
-    grid,
-  ):
-    for axes, (T, family) in zip(grid[0], panels):
+  with _picture(
+    folder, "locality", *_shape(len(panels)), sharex=True, sharey=True
+  ) as (picture, grid):
+    for axes, T in zip(grid.flat, panels):
       axes.axhline(0, color="#999999", lw=0.8)
       axes.axvline(0, color="#999999", lw=0.8)
       for arm, files in chosen.items():
-        if (arm.T, arm.orders) != (T, family):
+        if arm.T != T:
           continue
         for stream in tables.streams_of(arm):
           index = np.mean([profiles.locality(f, stream) for f in files], axis=0)
@@ -199,9 +226,10 @@ def locality_plane(found, folder: epath.Path) -> bool:
             color=colour(arm.mechanism), mec="black",
             mfc=colour(arm.mechanism) if filled else "white",
           )  # fmt: skip
-      axes.set_title(f"T = {T}, {family}")
+      axes.set_title(f"T = {T}")
       axes.set_xlabel("structural locality")
-    grid[0][0].set_ylabel("semantic locality")
+    for axes in grid[:, 0]:
+      axes.set_ylabel("semantic locality")
     _legend(picture, grid)
   return True
 
@@ -218,6 +246,7 @@ def differences(rows, folder: epath.Path) -> bool:
     picture,
     grid,
   ):
+    main = measured[0]["size"]
     for axes, budget in zip(grid[0], budgets):
       axes.axhline(0, color="#777777", lw=1)
       chosen = tables.find(measured, budget=budget)
@@ -230,7 +259,8 @@ def differences(rows, folder: epath.Path) -> bool:
         axes.errorbar(
           [r["T"] for r in line], [r["difference_bits"] for r in line],
           yerr=[2 * r["error"] for r in line], marker="o", capsize=3,
-          color=colour(name), label=name,
+          color=colour(name), ls="-" if size == main else ":",
+          label=name if size == main else f"{name}, {size}",
         )  # fmt: skip
       axes.set_xscale("log", base=2)
       axes.xaxis.set_major_formatter("{x:g}")
@@ -251,17 +281,17 @@ def blocks(rows, folder: epath.Path) -> bool:
     return False
 
   def width(row):
-    return int(row["orders"].removeprefix("block") or 0) or row["T"]
+    return int(row["orders"].removeprefix("block"))
 
   T = max(lengths)
   with _picture(folder, "blocks", 1, inches=(6.4, 4.4)) as (picture, grid):
     axes = grid[0][0]
     axes.axhline(0, color="#777777", lw=1)
-    chosen = [r for r in tables.find(measured, T=T)
-              if r["orders"].startswith(("block", "uniform"))]  # fmt: skip
+    chosen = [
+      r for r in tables.find(measured, T=T) if r["orders"].startswith("block")
+    ]
     for key in dict.fromkeys((r["mechanism"], r["budget"]) for r in chosen):
       line = [r for r in chosen if (r["mechanism"], r["budget"]) == key]
-      line = [r | {"orders": r["orders"].replace("uniform", "")} for r in line]
       line.sort(key=width)
       axes.errorbar(
         [width(r) for r in line], [r["difference_bits"] for r in line],
@@ -272,7 +302,7 @@ def blocks(rows, folder: epath.Path) -> bool:
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_title(f"T = {T}")
-    axes.set_xlabel("width of the blocks (T: uniform orders)")
+    axes.set_xlabel("width of the blocks in which orders are random")
     axes.set_ylabel("bits per character above the reference")
     _legend(picture, grid)
   return True

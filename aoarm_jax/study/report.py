@@ -71,12 +71,9 @@ def write(
     "differences": lambda: plots.differences(differences, folder),
     "blocks": lambda: plots.blocks(differences, folder),
     "locality": lambda: plots.locality_plane(profiles, folder),
-    "profiles": lambda: plots.profiles_picture(profiles, folder),
   }
   drawn = [name for name, draw in pictures.items() if draw()]
-  for name in set(pictures) - set(drawn):  # Of an earlier report.
-    for suffix in ("png", "svg"):
-      (folder / f"{name}.{suffix}").unlink(missing_ok=True)
+  drawn += plots.profiles_pictures(profiles, folder)
   answers = findings.all_of(
     differences, made["areas"], made["specialisation"], config.study.reference
   )
@@ -188,11 +185,15 @@ def _state(rows):
 def _answers(answers):
   lines = ["## Answers\n", "| question | answer | numbers |", "|---|---|---|"]
   lines += [f"| {a.question} | **{a.answer}** | {a.numbers} |" for a in answers]
-  against = [a.question for a in answers if a.contradicts]
+  against = [f"- {a.question}" for a in answers if a.contradicts]
   lines.append(
-    "\nThe paper, or its hypothesis, expects yes in every row. Against it: "
-    + (" ".join(against) if against else "nothing so far.")
+    "\nThe paper, or its hypothesis, expects yes in every row. "
+    "`yes` and `no`: larger than twice the standard error, or bands apart; "
+    "level is said where bands overlap, which few samples make likely. Where "
+    "there is one seed, what seeds would change is not known."
   )
+  lines.append("\nAgainst the paper:\n")
+  lines += against or ["- nothing so far"]
   return "\n".join(lines)
 
 
@@ -245,10 +246,11 @@ def _figures(drawn, shown):
   parts = ["## Figures\n"]
   for name in drawn:
     parts.append(
-      f"![{name}]({name}.png)\n\n{_CAPTIONS[name]}. [SVG]({name}.svg). Made by "
-      f"`{shown}`.\n"
+      f"![{name}]({name}.png)\n\n{_CAPTIONS[name.split('_T')[0]]}. "
+      f"[SVG]({name}.svg). Made by `{shown}`.\n"
     )
-  missing = [name for name in _CAPTIONS if name not in drawn]
+  have = {name.split("_T")[0] for name in drawn}
+  missing = [name for name in _CAPTIONS if name not in have]
   if missing:
     parts.append(f"Without data so far: {', '.join(missing)}.")
   return "\n".join(parts)

@@ -101,9 +101,9 @@ def bits_table(cells, results) -> list[Row]:
 def differences_table(cells, results, config) -> list[Row]:
   """Arm - reference, paired: the same windows, orders and seed.
 
-  Positive: the arm needs more bits. `error` is over seeds where there are two
-  or more, else over windows; `error_of` says which. mdlm draws masks in place
-  of orders: there only the windows are the same.
+  Positive: the arm needs more bits. `error` is over windows and, where there
+  are two or more, over seeds, together; `error_of` says which. mdlm draws masks
+  in place of orders: there only the windows are the same.
   """
   rows, budget = [], {"budget": "steps", "mechanism": config.study.reference}
   for arm, members in arms(cells).items():
@@ -124,13 +124,13 @@ def differences_table(cells, results, config) -> list[Row]:
     )
     if means:
       mean, error = mean_and_error(means)
-      over_seeds = len(means) > 1
+      over_seeds, windows = len(means) > 1, float(np.mean(within))
       row |= {
         "reference": config.study.reference,
         "seeds": len(means),
         "difference_bits": mean,
-        "error": error if over_seeds else float(within[0]),
-        "error_of": "seeds" if over_seeds else "windows",
+        "error": math.hypot(error, windows) if over_seeds else windows,
+        "error_of": "seeds and windows" if over_seeds else "windows",
       }
     rows.append(row)
   return rows
@@ -168,15 +168,26 @@ class Curve:
 
 def curves(cells, results, config) -> dict[cells_lib.Cell, Curve]:
   """Of every arm of which a cell is done."""
-  found = {}
+  return _by_folders(
+    cells, results, "samples.npz",
+    lambda files: _curve(files, config.study.bootstrap),
+  )  # fmt: skip
+
+
+def _by_folders(cells, results, name, make):
+  """Arm -> what `make` makes of a file of its seeds; arms of equal cells share
+  it. Arms without such a file are left out."""
+  found, made = {}, {}
   for arm, members in arms(cells).items():
-    files = [
-      measure.read_arrays(results.folder(cell) / "samples.npz")
-      for cell in members
-      if results.result(cell)
-    ]
-    if files:
-      found[arm] = _curve(files, config.study.bootstrap)
+    folders = tuple(
+      results.folder(cell) for cell in members if results.result(cell)
+    )
+    if folders not in made:
+      files = [measure.read_arrays(folder / name) for folder in folders]
+      files = [file for file in files if file]
+      made[folders] = make(files) if files else None
+    if made[folders] is not None:
+      found[arm] = made[folders]
   return found
 
 
@@ -247,17 +258,7 @@ def areas_table(cells, found) -> list[Row]:
 
 def profiles_of(cells, results) -> dict[cells_lib.Cell, list[dict]]:
   """Arm -> profile arrays of its seeds, where there are any."""
-  found = {}
-  for arm, members in arms(cells).items():
-    files = [
-      measure.read_arrays(results.folder(cell) / "profile.npz")
-      for cell in members
-      if results.result(cell)
-    ]
-    files = [file for file in files if file]
-    if files:
-      found[arm] = files
-  return found
+  return _by_folders(cells, results, "profile.npz", list)
 
 
 def locality_table(found) -> list[Row]:
