@@ -174,6 +174,7 @@ class StudyTest(absltest.TestCase):
       ["mdlm", "decoupled_rope", "decoupled_rope"],
     )
     self.assertLen(self.results(), 4)
+    self.check_another_text_is_refused()
     self.assertEqual(self.results(), self.results() | done)
     files = helpers.contents(self.workdir / "cells")
     self.assertLess(sum(map(len, files.values())), 100_000)
@@ -184,6 +185,19 @@ class StudyTest(absltest.TestCase):
   def results(self):
     files = helpers.contents(self.workdir / "cells")
     return {n: x for n, x in files.items() if n.endswith(measure.RESULT)}
+
+  def check_another_text_is_refused(self):
+    helpers.write_text(self.workdir.parent / "other", seed=1, test=False)
+    other = f"--config.data.path={self.workdir.parent}/other"
+    with self.assertRaisesRegex(config_lib.ConfigError, "another text"):
+      helpers.run(
+        [
+          *self.command,
+          other,
+          "--config.seed=1",
+          "--config.study.sweep=mechanism=two_stream T=16 seed=1",
+        ]
+      )
 
   def check_it_can_be_made_again(self):
     """From nothing but the cells' files; what is missing is shown empty."""
@@ -232,6 +246,36 @@ class StudyTest(absltest.TestCase):
       self.assertAlmostEqual(float(row["difference_bits"]), wanted, places=4)
       self.assertGreater(float(row["error"]), 0)
     self.assertLen(self.table("differences"), 3)
+
+
+class SharesTest(absltest.TestCase):
+  def test_shares_are_all_cells_once_with_the_trials_that_they_need(self):
+    study = config("seed=0,1,2 mechanism=two_stream,mdlm rate=tuned")
+    cells = cells_lib.expand(study)
+    seen = []
+    for index in range(4):
+      share = dataclasses.replace(study.study, share_index=index, share_count=4)
+      mine = sweep.chosen(dataclasses.replace(study, study=share), cells)
+      for cell in mine:
+        if cell.trial:
+          continue
+        seen.append(cell)
+        for trial in cells_lib.trials(cell, study):
+          self.assertLess(mine.index(trial), mine.index(cell))
+    self.assertCountEqual(seen, [cell for cell in cells if not cell.trial])
+
+  def test_cells_by_their_label(self):
+    study = config("T=128,1024 mechanism=two_stream,mdlm")
+    cells = cells_lib.expand(study)
+    study = dataclasses.replace(study.study, cells="T=1024,mdlm")
+    mine = sweep.chosen(config_lib.Config(study=study), cells)
+    self.assertEqual(
+      [(cell.T, cell.mechanism) for cell in mine],
+      [(128, "mdlm"), (1024, "two_stream"), (1024, "mdlm")],
+    )
+    study = dataclasses.replace(study, cells="T=9")
+    with self.assertRaisesRegex(config_lib.ConfigError, "no cell's label"):
+      sweep.chosen(config_lib.Config(study=study), cells)
 
 
 class RateTest(absltest.TestCase):

@@ -9,6 +9,8 @@ structural  i - j: slots between the row and the key, that is, how many steps
 The mass at each distance is divided by what uniform attention over the visible
 slots would put there. Sentinels and the row's own slot draw attention for
 reasons of their own: their mass is reported apart and counts in no distance.
+(The own slot holds the token that was generated last before the target. A query
+row, which has no content, sees that token there alone.)
 
 One index sums a profile up. With w the attention and k the rank of a key among
 those of a row (1 the nearest; equally near keys share the better rank),

@@ -117,7 +117,7 @@ def study(
     logging.info("report: %s", folder)
 
 
-def _chosen(config, cells):
+def chosen(config, cells):
   """The cells of this process, trials only where they are needed."""
   study = config.study
   words = [word for word in study.cells.split(",") if word]
@@ -140,17 +140,18 @@ def _chosen(config, cells):
 
 def _run_cells(config, cells, results):
   start, clock = time.monotonic(), _Clock()
-  mine = _chosen(config, cells)
-  todo = []
+  mine = chosen(config, cells)
+  todo = {}  # By folder: equal cells are run once.
   for cell in mine:
     result = results.result(cell)
     if result is None:
-      todo.append(cell)
+      todo.setdefault(results.folder(cell) or cell, cell)
     elif not cell.trial:
       clock.add(result)
+  todo = list(todo.values())
   logging.info(
-    "study: %d cells here, %d done; next: %s",
-    len(mine), len(mine) - len(todo), todo[0].label if todo else "nothing",
+    "study: %d cells here, %d to be run; next: %s",
+    len(mine), len(todo), todo[0].label if todo else "nothing",
   )  # fmt: skip
   if not todo:
     return
@@ -164,13 +165,13 @@ def _run_cells(config, cells, results):
     corpus = corpora.load(config.data.corpus, config.data.path, tokenizer)
     logging.info("text: %s", corpus.describe("train", config.eval.split))
     lab = measure.Lab(config, corpus, mesh, programs)
+    _check_text(results, lab.text)
     for n, cell in enumerate(todo):
       if not _fits(clock, todo[n:], start, results):
         return
       left = _seconds_left(clock, todo[n:], results)
       logging.info(
-        "cell %d/%d  %s  ETA of all %s", len(mine) - len(todo) + n + 1,
-        len(mine), cell.label,
+        "cell %d/%d  %s  ETA of all %s", n + 1, len(todo), cell.label,
         "unknown" if left is None else telemetry.format_duration(left),
       )  # fmt: skip
       _prepare(programs, results, todo[n : n + 2])
@@ -224,7 +225,6 @@ def _run_cell(lab, results, cell, clock):
       return
     # Another process may have done it meanwhile; equal cells share a folder.
     if results.result(cell) is None:
-      _check_text(results, lab.text)
       clock.add(lab.run(cell, results.resolved(cell), folder))
 
 
