@@ -30,10 +30,10 @@ T=256,512,2048,4096 {_MAIN} rate=tuned
 """  # noqa: E501
 _QUICK = """
 T=128,1024 mechanism=two_stream,decoupled_rope
-budget=flops T=128,1024 mechanism=decoupled_rope
+budget=flops,parameters T=128,1024 mechanism=decoupled_rope
 T=128,1024 mechanism=mdlm,ao_gpt
-seed=1 T=128,1024 budget=steps,flops mechanism=two_stream,decoupled_rope
-"""
+seed=1 T=128,1024 budget=steps,flops,parameters mechanism=two_stream,decoupled_rope
+"""  # noqa: E501
 _TINY = """
 mechanism=two_stream,mdlm,decoupled_rope T=16
 budget=flops mechanism=decoupled_rope T=16

@@ -81,6 +81,15 @@ class SweepTest(parameterized.TestCase):
     _, plain = self.resolved("mechanism=ao_gpt")
     self.assertLess(got.model.F, plain.model.F)
 
+  def test_an_arm_that_is_as_large_already_is_not_run_again(self):
+    names = {
+      cells_lib.folder_name(
+        *self.resolved(f"mechanism=decoupled_rope budget={budget}")
+      )
+      for budget in ("steps", "parameters")
+    }
+    self.assertLen(names, 1)
+
   def test_a_folder_is_bound_to_all_that_decides_the_numbers(self):
     cell, got = self.resolved("mechanism=mdlm")
     name = cells_lib.folder_name(cell, got)

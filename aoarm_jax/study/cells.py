@@ -198,7 +198,7 @@ def resolve(
     )
     if cell.budget == "flops":
       plain = _with(plain, train=dict(steps=value))
-    else:
+    elif value != plain.model.F:
       plain = _with(plain, model=dict(mlp_width=value))
   plain = _with(plain, optimizer=dict(peak_learning_rate=rate), seed=cell.seed)
   return config_rules.validate(plain)
