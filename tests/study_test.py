@@ -14,7 +14,8 @@ from absl.testing import absltest, parameterized
 from etils import epath
 
 from aoarm_jax import config as config_lib
-from aoarm_jax import matching
+from aoarm_jax import matching, telemetry
+from aoarm_jax.data import tokenizers
 from aoarm_jax.study import cells as cells_lib
 from aoarm_jax.study import findings, measure, sweep, tables
 
@@ -288,6 +289,24 @@ class SharesTest(absltest.TestCase):
 
 
 class RateTest(absltest.TestCase):
+  def test_a_trial_that_diverges_is_worse_than_any(self):
+    study = config("rate=tuned", rates=(1e-3, 2e-3))
+    first, second, cell = cells_lib.expand(study)
+    folder = epath.Path(self.enter_context(tempfile.TemporaryDirectory()))
+    results = sweep.Results(study, folder, V)
+    corpus = mock.Mock(tokenizer=tokenizers.get("char27"))
+    corpus.hash.return_value = "0"
+    lab = measure.Lab(study, corpus, None, mock.MagicMock())
+    diverged = telemetry.NonFiniteError("the loss is nan")
+    with mock.patch.object(lab, "_train", side_effect=diverged):
+      lab.run(first, results.resolved(first), results.folder(first))
+      with self.assertRaises(telemetry.NonFiniteError):
+        lab.run(cell, results.resolved(second), folder / "cell")
+    path = results.folder(second) / measure.RESULT
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"estimate": {"bits_per_char": 9.0}}))
+    self.assertEqual(results.rate(cell), 2e-3)
+
   def test_the_best_trial_decides_when_all_are_done(self):
     study = config("rate=tuned", rates=(1e-3, 2e-3))
     first, second, cell = cells_lib.expand(study)

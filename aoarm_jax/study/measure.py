@@ -41,6 +41,13 @@ from aoarm_jax.study import programs as programs_lib
 RESULT = "result.json"
 _SAMPLES = 104  # Sets these keys apart from training's.
 _TELL_SECONDS = 15.0
+# Of a trial whose loss is no number.
+_DIVERGED = {
+  "estimator": "",
+  "bits_per_char": math.inf,
+  "standard_error_bits": math.nan,
+  "windows": 0,
+}
 _TEXTS = 2  # Kept of every third temperature.
 
 
@@ -73,14 +80,20 @@ class Lab:
     """Runs one cell and writes its files; returns what result.json holds.
 
     Raises:
-      NonFiniteError: the loss is no number.
+      NonFiniteError: the loss is no number; a trial is then worse than any.
     """
     clock, start = {}, time.monotonic()
     programs = self.programs.of(config, cell.trial)
-    with _timed(clock, "train"):
-      params, curve, speed = self._train(config, programs)
-    with _timed(clock, "evaluate"):
-      estimate = self._evaluate(config, programs, params, folder)
+    try:
+      with _timed(clock, "train"):
+        params, curve, speed = self._train(config, programs)
+      with _timed(clock, "evaluate"):
+        estimate = self._evaluate(config, programs, params, folder)
+    except telemetry.NonFiniteError as error:
+      if not cell.trial:
+        raise
+      logging.warning("a learning rate that is too high: %s", error)
+      curve, speed, estimate = [], 0, _DIVERGED
     if not cell.trial:
       with _timed(clock, "sample"):
         self._sample(config, programs, params, folder)
@@ -91,7 +104,7 @@ class Lab:
     result = {
       "cell": dataclasses.asdict(cell),
       "estimate": estimate,
-      "parameters": run_dir.parameter_count(params),
+      "parameters": matching.parameters(config.model, self.tokenizer.V),
       "training_flops": matching.training_flops(config, self.tokenizer.V),
       "tokens_per_second": speed,
       "training_nats_per_token": curve,
