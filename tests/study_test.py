@@ -10,11 +10,15 @@ import tempfile
 from unittest import mock
 
 import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tiny
 from absl.testing import absltest, parameterized
 from etils import epath
 
 from aoarm_jax import config as config_lib
-from aoarm_jax import matching, telemetry
+from aoarm_jax import decode, diffusion, matching, sampling, telemetry
 from aoarm_jax.data import tokenizers
 from aoarm_jax.study import cells as cells_lib
 from aoarm_jax.study import findings, measure, sweep, tables
@@ -147,6 +151,34 @@ class AnswersTest(absltest.TestCase):
     rows = [self.row(1024, 0.2, 0.01), self.row(128, -0.2, 0.01)]
     self.assertEqual(self.answer(rows, "equal flops: does"), "unclear")
     self.assertEqual(self.answer(rows[:1], "equal flops: does"), "yes")
+
+
+class TemperaturesTest(parameterized.TestCase):
+  @parameterized.parameters("decoupled_rope", "mdlm")
+  def test_a_law_a_row_is_the_law_of_each_row(self, mechanism):
+    """All temperatures in one batch give what one batch for each would."""
+    bind = tiny.bind(mechanism, L=1)
+    params, B, T = tiny.sharp(bind), 4, 7
+    order = tiny.orders_of(mechanism, B, T)
+
+    @tiny.quick_jit
+    def texts(params, temperature):
+      law = sampling.Sampling(temperature, jnp.int32(0), jnp.float32(1))
+      blank = jnp.zeros((B, T), jnp.int32)
+      network, key = bind(params), jax.random.key(0)
+      arguments = network, key, blank, blank > 0, order, law
+      if mechanism == "mdlm":
+        return diffusion.generate(
+          *arguments, method="sequential", steps=0
+        ).tokens
+      return decode.generate(*arguments).tokens
+
+    levels = np.float32([0.1, 3.0, 0.1, 3.0])
+    together = texts(params, levels[:, None, None])
+    cold, hot = (texts(params, levels[i]) for i in (0, 1))
+    self.assertFalse(np.array_equal(cold, hot))
+    for b in range(B):
+      np.testing.assert_array_equal(together[b], (cold, hot)[b % 2][b])
 
 
 class StudyTest(absltest.TestCase):
