@@ -520,12 +520,12 @@ class Config:
   match: Match = Match()
   eval: Eval = Eval()
   sample: Sample = Sample()
-  study: Study = Study()
   compute: Compute = Compute()
   checkpoint: Checkpoint = Checkpoint()
   telemetry: Telemetry = Telemetry()
   mesh: Mesh = Mesh()
   distributed: Distributed = Distributed()
+  study: Study = Study()
 
   @property
   def eval_batch_size(self) -> int:

@@ -19,7 +19,7 @@ ARROWS = {
   "main": "study matching train evaluate generate export checkpoint data "
   "pallas_kernels",
   "study": "matching train evaluate estimators decode diffusion sampling data "
-  "train_state model optimizer orders figures",
+  "train_state model optimizer orders figures pallas_kernels",
   "export": "restore checkpoint data train_state model",
   "train": "evaluate generate restore checkpoint data objective train_state "
   "model optimizer orders figures",

@@ -38,7 +38,9 @@ def maps(bind, params, tokens, order):
   slots = orders.to_slots(
     tokens, order, network.model.sentinels, network.vocabulary
   )
-  earlier, last = network.observe(slots, lambda q, k, v, visible: (q, k))
+  earlier, last = profiles.observe(
+    network, slots, lambda q, k, v, visible: (q, k)
+  )
   out = []
   for q, k in [*zip(*earlier), last]:
     q, k = np.asarray(q, np.float64), np.asarray(k, np.float64)

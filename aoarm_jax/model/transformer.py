@@ -1,7 +1,6 @@
 """The one backbone: slots in generation order -> logits at every slot."""
 
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import chex
@@ -101,38 +100,6 @@ class Transformer(nnx.Module):
       unroll=1 if self.compute.scan_layers else max(L - 1, 1),
     )
     return self._read_out(L - 1, x, setting, attend, S)
-
-  def observe(self, slots: orders.Slots, look: Callable) -> tuple:
-    """What `look` makes of the attention of every layer.
-
-    Args:
-      slots: as of `__call__`.
-      look: (q, k, v, visible) as in layers.Attend -> pytree of arrays.
-
-    Returns:
-      The pytree of the layers before the last, stacked on a leading axis, and
-      that of the last one, whose queries are of the rows that are read out.
-    """
-    S = slots.tokens.shape[1]
-    x, setting = self._start(slots)
-
-    def attend_into(seen):
-      def attend(q, k, v, visible):
-        seen.append(look(q, k, v, visible))
-        return pallas_kernels.any_order_attention(q, k, v, visible)
-
-      return attend
-
-    def body(x, block):
-      seen = []
-      return block(x, setting, attend_into(seen), S), seen[0]
-
-    before, last = self.model.L - 1, []
-    x, earlier = jax.lax.scan(
-      body, x, jax.tree.map(lambda p: p[:before], self.blocks)
-    )
-    self._read_out(before, x, setting, attend_into(last), S)
-    return earlier, last[0]
 
   def extend(
     self, slots: orders.Slots, cache: Cache, start: jax.Array

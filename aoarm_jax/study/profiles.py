@@ -22,12 +22,14 @@ these keys. 1: all goes to the nearest key; 0: as far as uniform attention
 goes; below 0: farther.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+import pallas_kernels
 from aoarm_jax import config as config_lib
 from aoarm_jax import mechanisms, orders
 from aoarm_jax.model import transformer
@@ -186,7 +188,44 @@ def profile(
     )
     return jax.tree.map(lambda x: x.sum(axis=0), sums)
 
-  return network.observe(slots, look)
+  return observe(network, slots, look)
+
+
+def observe(
+  network: transformer.Transformer,
+  slots: orders.Slots,
+  look: Callable[..., Any],
+) -> tuple[Any, Any]:
+  """What `look` makes of the attention of every layer.
+
+  Args:
+    network: the network.
+    slots: int32 [B, S] each.
+    look: (q, k, v, visible) as in layers.Attend -> pytree of arrays.
+
+  Returns:
+    The pytree of the layers before the last, stacked on a leading axis, and
+    that of the last one, whose queries are of the rows that are read out.
+  """
+  S, before, last = slots.tokens.shape[1], network.model.L - 1, []
+  x, setting = network._start(slots)
+
+  def attend_into(seen):
+    def attend(q, k, v, visible):
+      seen.append(look(q, k, v, visible))
+      return pallas_kernels.any_order_attention(q, k, v, visible)
+
+    return attend
+
+  def body(x, block):
+    seen = []
+    return block(x, setting, attend_into(seen), S), seen[0]
+
+  x, earlier = jax.lax.scan(
+    body, x, jax.tree.map(lambda p: p[:before], network.blocks)
+  )
+  network._read_out(before, x, setting, attend_into(last), S)
+  return earlier, last[0]
 
 
 def to_arrays(
