@@ -54,6 +54,7 @@ def _field(
   above=None,
   below=None,
   choices=None,
+  of=int,
   binds="",
 ):
   """A field with its unit or meaning, its range, and what it binds.
@@ -66,6 +67,7 @@ def _field(
     above: lower bound, exclusive.
     below: upper bound, exclusive.
     choices: the values allowed.
+    of: type of a tuple's items, where there are no choices.
     binds: "model" if a checkpoint is unusable under another value, "run" if
       only resuming is, "" if the value may change at any time.
   """
@@ -76,6 +78,7 @@ def _field(
     above=above,
     below=below,
     choices=choices,
+    of=of,
     binds=binds,
   )
   return dataclasses.field(default=default, metadata=metadata)
@@ -498,6 +501,57 @@ class Distributed:
 
 
 @dataclasses.dataclass(frozen=True)
+class Study:
+  """A sweep over many runs, and what is measured of each (aoarm_jax/study)."""
+
+  sweep: str = _field(
+    "",
+    "products of values, one a line (or after ';'): mechanism=two_stream,mdlm "
+    "T=128,1024 seed=0,1; keys and cell order: aoarm_jax/study/cells.py",
+  )
+  reference: str = _field(
+    "two_stream",
+    "mechanism that budgets are matched to and differences taken from",
+    choices=tuple(mechanisms.MECHANISMS),
+  )
+  tokens_per_step: int = _field(65536, "tokens a step, at any T", low=1)
+  rates: tuple = _field(
+    (1e-3, 2e-3, 4e-3), "peak learning rates tried where rate=tuned", of=float
+  )
+  tune_steps: int = _field(500, "steps of each of these trials", low=1)
+  temperature_low: float = _field(0.1, "least temperature", above=0.0)
+  temperature_high: float = _field(2.0, "greatest temperature", above=0.0)
+  temperatures: int = _field(30, "evenly spaced temperatures", low=2)
+  characters: int = _field(
+    16384, "characters generated at each temperature", low=1
+  )
+  vocabulary_split: str = _field(
+    "valid",
+    "split whose words and n-grams generated text is held against",
+    choices=("train", "valid", "test"),
+  )
+  ngram: int = _field(6, "characters of an n-gram", low=1, high=8)
+  profile_sequences: int = _field(
+    32, "windows whose attention is profiled; 0: none", low=0
+  )
+  bootstrap: int = _field(1000, "resamplings behind a band", low=2)
+  cells: str = _field(
+    "", "only the cells whose label holds one of these, as in 'T=128,mdlm'"
+  )
+  share_index: int = _field(0, "which share of the cells is run here", low=0)
+  share_count: int = _field(1, "shares of the cells", low=1)
+  limit_seconds: int = _field(
+    0, "no cell is begun that would end later; 0: no limit", low=0
+  )
+  part: str = _field(
+    "all",
+    "what is done: missing cells and then the report, or one of them",
+    choices=("all", "cells", "report"),
+  )
+  report: str = _field("", "folder of the report; '': report/ in the workdir")
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
   """One experiment."""
 
@@ -518,6 +572,7 @@ class Config:
   telemetry: Telemetry = Telemetry()
   mesh: Mesh = Mesh()
   distributed: Distributed = Distributed()
+  study: Study = Study()
 
   @property
   def eval_batch_size(self) -> int:

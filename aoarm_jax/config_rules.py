@@ -41,10 +41,10 @@ def _check_range(path, metadata, value):
       raise config_lib.ConfigError(
         f"{path}={value!r}: {item!r} is not one of {', '.join(choices)}"
       )
-    if isinstance(value, tuple) and not choices and type(item) is not int:
-      raise config_lib.ConfigError(
-        f"{path}={value!r}: {item!r} is not a whole number"
-      )
+    of = metadata.get("of", int)
+    if isinstance(value, tuple) and not choices and type(item) not in (of, int):
+      kind = {int: "a whole number", float: "a number"}[of]
+      raise config_lib.ConfigError(f"{path}={value!r}: {item!r} is not {kind}")
 
 
 def _relations(config):
@@ -153,6 +153,22 @@ def _relations(config):
     "config.compute.dtype", config.compute.dtype,
     config.compute.attention != "cudnn" or config.compute.dtype == "bfloat16",
     "config.compute.attention=cudnn computes in bfloat16 only",
+  )  # fmt: skip
+  study = config.study
+  yield (
+    "config.study.share_index", study.share_index,
+    study.share_index < study.share_count,
+    f"must be below config.study.share_count={study.share_count}",
+  )  # fmt: skip
+  yield (
+    "config.study.temperature_low", study.temperature_low,
+    study.temperature_low < study.temperature_high,
+    f"must be below config.study.temperature_high={study.temperature_high}",
+  )  # fmt: skip
+  yield (
+    "config.study.rates", study.rates,
+    len(study.rates) > 0 and all(0 < x < math.inf for x in study.rates),
+    "name at least one learning rate; all above 0",
   )  # fmt: skip
   yield (
     "config.sample.blank", config.sample.blank, len(config.sample.blank) == 1,

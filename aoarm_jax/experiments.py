@@ -79,12 +79,15 @@ VARIANTS = {
 }
 
 
-def experiment(name: str, variant: str, **changes) -> ml_collections.ConfigDict:
+def experiment(
+  name: str, variant: str, variants=VARIANTS, **changes
+) -> ml_collections.ConfigDict:
   """Builds the locked ConfigDict of an experiment file.
 
   Args:
     name: of the experiment, usually its file's.
-    variant: a key of VARIANTS; "" is the default.
+    variant: a key of `variants`; "" is the default.
+    variants: name -> {"section.field": value}.
     **changes: section=dict(field=value), applied after the variant's.
 
   Returns:
@@ -94,16 +97,16 @@ def experiment(name: str, variant: str, **changes) -> ml_collections.ConfigDict:
     ConfigError: an unknown variant.
   """
   variant = variant or "default"
-  if variant not in VARIANTS:
+  if variant not in variants:
     raise config_lib.ConfigError(
       f"configs/{name}.py has no variant {variant!r}; it has: "
-      + ", ".join(VARIANTS)
+      + ", ".join(variants)
     )
   config = config_lib.to_config_dict(
     config_lib.Config(name=name, variant=variant)
   )
   with config.ignore_type():
-    for path, value in VARIANTS[variant].items():
+    for path, value in variants[variant].items():
       section, field = path.split(".")
       config[section][field] = value
     for section, fields in changes.items():

@@ -19,10 +19,10 @@ _INCHES = (9.4, 4.2)
 _DPI = 150
 # Okabe and Ito's colours, told apart with every kind of colour vision; black
 # and yellow are left out.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _GREY = "#6b6b6b"
-_STYLE = {
+STYLE = {
   "font.size": 11,
   "axes.titlesize": 12,
   "axes.titlelocation": "left",
@@ -62,14 +62,14 @@ def loss_curve(
     steps, bits = _series(train, "bits_per_char")
     is_empty = not len(steps)
     if len(steps):
-      _draw_noisy(axes, steps, bits, _COLOURS[0], "training")
+      _draw_noisy(axes, steps, bits, COLOURS[0], "training")
     for i, name in enumerate(names):
       chosen = [r for r in valid if r.get("estimator", "") == name]
       points, bits = _series(chosen, "bits_per_char")
       if len(points):
         label = f"validation, {_words(name)}" if name else "validation"
         axes.plot(
-          points, bits, color=_COLOURS[1 + i % 5], lw=1.2, ms=6,
+          points, bits, color=COLOURS[1 + i % 5], lw=1.2, ms=6,
           marker=_MARKERS[i % 6], label=f"{label}: {bits[-1]:.3f}",
         )  # fmt: skip
         steps, is_empty = np.append(steps, points), False
@@ -104,7 +104,7 @@ def slot_curve(
       share = (np.arange(len(bits)) + 1) / len(bits)
       label = f"{_words(label)}: mean {np.nanmean(bits):.3f}"
       good = np.isfinite(bits)
-      _draw_noisy(axes, share[good], bits[good], _COLOURS[i % 6], label)
+      _draw_noisy(axes, share[good], bits[good], COLOURS[i % 6], label)
     if is_empty:
       _say_empty(axes)
     else:
@@ -141,7 +141,7 @@ def nearness(
         axes.plot(
           [math.sqrt(each["low"] * each["high"]) for each in bins],
           [each["bits_per_char"] for each in bins],
-          style, color=_COLOURS[i % 6], marker=_MARKERS[j], ms=6, lw=1.6,
+          style, color=COLOURS[i % 6], marker=_MARKERS[j], ms=6, lw=1.6,
           label=f"{_words(label)}, by {words}",
         )  # fmt: skip
     if is_empty:
@@ -182,7 +182,7 @@ def decode_speed(
         points = sorted(lines.get((method, group), ()))
         if points:
           axes.plot(
-            *zip(*points), color=_COLOURS[i % 6], marker=_MARKERS[i % 6],
+            *zip(*points), color=COLOURS[i % 6], marker=_MARKERS[i % 6],
             ls="-" if i < 6 else "--", lw=1.6, ms=6, label=_words(method),
           )  # fmt: skip
       axes.set_xscale("log", base=2)
@@ -245,7 +245,7 @@ def _axes(path, title, count=0, *, stacked=False, inches=_INCHES):
   from matplotlib import figure
   from matplotlib.backends import backend_agg
 
-  with matplotlib.rc_context(_STYLE):
+  with matplotlib.rc_context(STYLE):
     picture = figure.Figure(inches, _DPI, layout="constrained")
     backend_agg.FigureCanvasAgg(picture)
     if count:

@@ -34,8 +34,9 @@ from aoarm_jax import (
 )
 from aoarm_jax import config as config_lib
 from aoarm_jax.data import corpora, docstrings, tokenizers
+from aoarm_jax.study import sweep
 
-MODES = ("train", "eval", "sample", "score", "count", "compile")
+MODES = ("train", "eval", "sample", "score", "count", "study", "compile")
 _NO_CONFIG = (
   "--config is missing: name an experiment, as in "
   "--config=configs/two_stream.py"
@@ -196,6 +197,8 @@ def run(flag_values: flags.FlagValues, argv: list[str]) -> None:
       score.score(config, workdir, flag_values.text, flag_values.input)
     case "count":
       print(matching.table(config, vocabulary))
+    case "study":
+      sweep.study(config, workdir, argv)
     case "compile":
       print(pod.estimate(config, vocabulary, flag_values.topology))
 

@@ -11,7 +11,8 @@ class Sampling(NamedTuple):
   """The law of a draw; traced, so a sweep compiles once.
 
   Attributes:
-    temperature: float32 [], logits are divided by it; 0 takes the likeliest.
+    temperature: float32 [], or [B, 1, 1] for one a row; logits are divided by
+      it; 0 takes the likeliest.
     top_k: int32 [], keeps the k likeliest tokens; 0 keeps all.
     top_p: float32 [], then keeps the fewest likeliest tokens whose total
       probability reaches top_p. Where both are None nothing is cut, and no

@@ -14,7 +14,12 @@ from aoarm_jax.data import corpora, tokenizers
 
 RANGE = "must be (at least|at most|above|below) "
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
-EXPERIMENTS = sorted(path.stem for path in CONFIGS.glob("*.py"))
+# Of one run each; study_test.py has the studies.
+EXPERIMENTS = sorted(
+  path.stem
+  for path in CONFIGS.glob("*.py")
+  if not path.stem.startswith("study_")
+)
 
 
 def get_config(experiment: str, variant: str):

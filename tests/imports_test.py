@@ -25,8 +25,8 @@ ARROWS = {
   "decode_benchmark": "decode_timing restore checkpoint figures",
   "decode_timing": "decode decode_steps diffusion sampling restore train_state "
   "model orders",
-  "study": "train evaluate generate restore checkpoint data objective "
-  "train_state model optimizer orders figures",
+  "study": "matching train evaluate estimators decode diffusion sampling data "
+  "train_state model optimizer orders figures pallas_kernels",
   "export": "restore checkpoint data train_state model",
   "train": "evaluate generate restore checkpoint data objective train_state "
   "model optimizer orders figures",
@@ -72,7 +72,7 @@ KEPT_IN = {
   r"orbax": ("checkpoint",),
   r"grain": ("data",),
   r"flax": ("model", "train_state"),
-  r"matplotlib": ("figures",),
+  r"matplotlib": ("figures", "study"),
   r"tensorboardX": ("run_dir",),
   r"tensorflow|torch|clu": (),
 }

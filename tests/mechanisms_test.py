@@ -20,7 +20,7 @@ from aoarm_jax import mechanisms, objective, run_dir
 _EXPERIMENTS = sorted(
   path.stem
   for path in (helpers.ROOT / "configs").glob("*.py")
-  if path.stem != "two_stream"
+  if path.stem not in ("two_stream", "study_tradeoff")
 )
 _CHANGES = {
   "model.T": 8,

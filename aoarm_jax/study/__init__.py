@@ -1,0 +1,1 @@
+"""The study of the structural-semantic tradeoff: cells, measures, report."""

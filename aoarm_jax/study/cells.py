@@ -1,0 +1,281 @@
+"""The sweep: lines of text -> cells, and the configuration of each.
+
+A line is a product of values, a cell is one point of it:
+
+  mechanism=two_stream,mdlm T=128,1024 budget=steps,flops seed=0,1
+
+| key       | values                                           | left out     |
+|-----------|--------------------------------------------------|--------------|
+| mechanism | names of mechanisms.MECHANISMS                   | config.model |
+| size      | width x layers x heads, as in 256x10x4           | config.model |
+| T         | positions, at config.study.tokens_per_step       | config.model |
+| orders    | uniform, left_to_right, or block16: windows of   | uniform      |
+|           | that width                                       |              |
+| budget    | steps, flops or parameters, see `resolve`        | steps        |
+| rate      | peak learning rate, or tuned                     | as config    |
+| steps     | of the reference mechanism                       | config.train |
+| seed      | of parameters, batches and orders                | config.seed  |
+
+Cells run line by line, and within a line as nested loops in the order in which
+its keys are written, the last one fastest. What a cell needs (the trials of
+rate=tuned) comes before it. A cell that a line above already has is dropped.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import re
+
+from aoarm_jax import config as config_lib
+from aoarm_jax import config_rules, matching, mechanisms
+
+BUDGETS = ("steps", "flops", "parameters")
+TUNED = "tuned"
+_FAMILY = re.compile(r"(uniform|left_to_right|block)(\d*)$")
+_SIZE = re.compile(r"(\d+)x(\d+)x(\d+)$")
+# What of config.study decides the numbers of a cell.
+_MEASURED_BY = (
+  "temperature_low", "temperature_high", "temperatures", "characters",
+  "vocabulary_split", "ngram", "profile_sequences",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+  """One run of the sweep; the fields are the keys of a line.
+
+  Attributes:
+    trial: whether it only helps to choose a learning rate: trained for
+      config.study.tune_steps and evaluated, no more.
+  """
+
+  mechanism: str
+  size: str
+  T: int
+  orders: str
+  budget: str
+  rate: str
+  steps: int
+  seed: int
+  trial: bool = False
+
+  @property
+  def label(self) -> str:
+    """For people, and for config.study.cells."""
+    what = "trial of" if self.trial else f"equal {self.budget},"
+    return (
+      f"{self.mechanism} {self.size} T={self.T} {self.orders} {what} "
+      f"steps={self.steps} rate={self.rate} seed={self.seed}"
+    )
+
+  @property
+  def arm(self) -> "Cell":
+    """The cell without its seed: cells of one arm differ by it alone."""
+    return dataclasses.replace(self, seed=-1)
+
+
+def expand(config: config_lib.Config) -> list[Cell]:
+  """All cells of config.study.sweep, in the order in which they run.
+
+  Raises:
+    ConfigError: a line that cannot be read; names what and how to mend it.
+  """
+  wanted = {}
+  for line in re.split(r"[\n;]", config.study.sweep):
+    if line.strip():
+      for cell in _of_line(line.strip(), config):
+        wanted |= dict.fromkeys([*trials(cell, config), cell])
+  if not wanted:
+    raise config_lib.ConfigError(
+      "config.study.sweep has no cells: choose --config=configs/"
+      "study_tradeoff.py, or write lines as in mechanism=two_stream T=128,1024"
+    )
+  return list(wanted)
+
+
+def trials(cell: Cell, config: config_lib.Config) -> list[Cell]:
+  """The cells that decide the learning rate of a cell; [] where it is given.
+
+  One for each of config.study.rates, for its mechanism, size, T and orders,
+  at equal steps and seed 0. The best is that of the lowest validation loss.
+  """
+  if cell.rate != TUNED:
+    return []
+  trial = dataclasses.replace(
+    cell, budget="steps", steps=config.study.tune_steps, seed=0, trial=True
+  )
+  return [
+    dataclasses.replace(trial, rate=f"{rate:g}") for rate in config.study.rates
+  ]
+
+
+def _of_line(line, config):
+  model = config.model
+  values = {
+    "mechanism": [model.mechanism],
+    "size": [f"{model.D}x{model.L}x{model.N}"],
+    "T": [str(model.T)],
+    "orders": ["uniform"],
+    "budget": ["steps"],
+    "rate": [f"{config.optimizer.peak_learning_rate:g}"],
+    "steps": [str(config.train.steps)],
+    "seed": [str(config.seed)],
+  }
+  written = {}
+  for part in line.split():
+    key, _, value = part.partition("=")
+    if key not in values or not value:
+      raise _error(
+        line, f"{part!r} is not key=values; keys: {', '.join(values)}"
+      )
+    written[key] = value.split(",")
+  keys = [*(k for k in values if k not in written), *written]
+  for point in itertools.product(*(({**values, **written})[k] for k in keys)):
+    yield _cell(line, dict(zip(keys, point)))
+
+
+def _cell(line, point):
+  name = point["mechanism"]
+  checks = (
+    ("mechanism", name in mechanisms.MECHANISMS),
+    ("size", _SIZE.match(point["size"])),
+    ("orders", _FAMILY.match(point["orders"])),
+    ("budget", point["budget"] in BUDGETS),
+    ("rate", point["rate"] == TUNED or _is_number(point["rate"])),
+    *((key, point[key].isdecimal()) for key in ("T", "steps", "seed")),
+  )
+  for key, good in checks:
+    if not good:
+      raise _error(line, f"{key}={point[key]} cannot be; see study/cells.py")
+  if mechanisms.MECHANISMS[name].left_to_right:
+    point["orders"] = "left_to_right"
+  if point["rate"] != TUNED:
+    point["rate"] = f"{float(point['rate']):g}"
+  numbers = {key: int(point[key]) for key in ("T", "steps", "seed")}
+  return Cell(**{**point, **numbers})
+
+
+def _is_number(text):
+  try:
+    return float(text) > 0
+  except ValueError:
+    return False
+
+
+def _error(line, what):
+  return config_lib.ConfigError(f"config.study.sweep: {line!r}: {what}")
+
+
+def resolve(
+  cell: Cell, config: config_lib.Config, rate: float, vocabulary: int
+) -> config_lib.Config:
+  """The configuration that a cell is trained and measured with.
+
+  Budgets, against config.study.reference at `cell.steps` steps: `steps` as many
+  steps, and so as much text; `flops` as many steps as give the same FLOPs of
+  training; `parameters` as many steps, and an MLP as wide as gives the same
+  number of parameters.
+
+  Args:
+    cell: of `expand`.
+    config: of the study.
+    rate: peak learning rate.
+    vocabulary: V.
+
+  Raises:
+    ConfigError: values that cannot be together.
+  """
+  plain = _plain(cell, config)
+  if cell.budget != "steps" and cell.mechanism != config.study.reference:
+    other = dataclasses.replace(cell, mechanism=config.study.reference)
+    value = _matched(
+      dataclasses.replace(plain, study=config_lib.Study()),
+      dataclasses.replace(_plain(other, config), study=config_lib.Study()),
+      cell.budget,
+      vocabulary,
+    )
+    if cell.budget == "flops":
+      plain = _with(plain, train=dict(steps=value))
+    elif value != plain.model.F:
+      plain = _with(plain, model=dict(mlp_width=value))
+  plain = _with(plain, optimizer=dict(peak_learning_rate=rate), seed=cell.seed)
+  return config_rules.validate(plain)
+
+
+def _plain(cell, config):
+  """At equal steps, whatever the cell's budget; without rate and seed."""
+  D, L, N = map(int, _SIZE.match(cell.size).groups())
+  family, width = _FAMILY.match(cell.orders).groups()
+  kind = mechanisms.MECHANISMS[cell.mechanism]
+  if kind.left_to_right:
+    estimator = "left_to_right"
+  elif kind.masked:
+    estimator = "elbo"
+  else:
+    estimator = "any_order" if family == "uniform" else "training_order"
+  # A full pass's attention is not a fused one: its maps are not all kept.
+  remat = config.compute.remat or (kind.masked and cell.T > 1024)
+  batch = max(1, config.study.tokens_per_step // cell.T)
+  orders = dict(family=family)
+  if width:
+    orders["block_width"] = int(width)
+  return _with(
+    config,
+    model=dict(mechanism=cell.mechanism, T=cell.T, D=D, L=L, N=N),
+    orders=orders,
+    train=dict(batch_size=batch, steps=cell.steps),
+    eval=dict(estimators=(estimator,)),
+    sample=dict(order=family, method="sequential"),
+    compute=dict(remat=remat),
+  )
+
+
+def _with(config, seed=None, **sections):
+  changed = {
+    name: dataclasses.replace(getattr(config, name), **fields)
+    for name, fields in sections.items()
+  }
+  if seed is not None:
+    changed["seed"] = seed
+  return dataclasses.replace(config, **changed)
+
+
+@functools.cache
+def _matched(config, other, budget, vocabulary):
+  by, change = ("training_flops", "steps")
+  if budget == "parameters":
+    by, change = ("parameters", "mlp_width")
+  matched = matching.match(
+    dataclasses.replace(config, match=config_lib.Match("", by, change)),
+    other,
+    vocabulary,
+  )
+  return getattr(matched.train if change == "steps" else matched.model, change)
+
+
+def folder_name(cell: Cell, resolved: config_lib.Config) -> str:
+  """The folder of a cell's files: what it is, and a digest of all that counts.
+
+  Cells whose configurations agree in all that decides their numbers share it:
+  the reference mechanism has one for all three budgets.
+  """
+  counts = {
+    name: dataclasses.asdict(getattr(resolved, name))
+    for name in ("model", "orders", "optimizer", "train", "eval", "sample")
+  }
+  counts["seed"] = resolved.seed
+  counts["tokenizer"] = resolved.data.tokenizer
+  counts["dtype"] = resolved.compute.dtype
+  counts["trial"] = cell.trial
+  if not cell.trial:
+    counts["study"] = {k: getattr(resolved.study, k) for k in _MEASURED_BY}
+  digest = hashlib.sha256(json.dumps(counts, sort_keys=True).encode())
+  parts = (
+    cell.mechanism, cell.size, f"T{cell.T}", cell.orders,
+    f"F{resolved.model.F}", f"steps{resolved.train.steps}",
+    f"rate{resolved.optimizer.peak_learning_rate:g}", f"seed{cell.seed}",
+    *(["trial"] if cell.trial else []), digest.hexdigest()[:8],
+  )  # fmt: skip
+  return "-".join(parts)

@@ -1,0 +1,295 @@
+"""One cell: trained, evaluated, sampled and profiled; the files that it leaves.
+
+  result.json   what was run and its likelihood; written last: without it a
+                cell is not done
+  samples.npz   counts of the generated texts, and of real ones, see coherence
+  windows.npz   nats of every evaluated window
+  profile.npz   sums of attention, see profiles
+  texts.jsonl   a few texts at some temperatures
+
+Nothing else is kept of a cell: no parameters.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import io
+import itertools
+import json
+import math
+import time
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+
+from aoarm_jax import config as config_lib
+from aoarm_jax import (
+  estimators,
+  evaluate,
+  matching,
+  run_dir,
+  sharding,
+  telemetry,
+)
+from aoarm_jax.data import corpora, pipeline
+from aoarm_jax.study import cells as cells_lib
+from aoarm_jax.study import coherence, profiles
+from aoarm_jax.study import programs as programs_lib
+
+RESULT = "result.json"
+_SAMPLES = 104  # Sets these keys apart from training's.
+_TELL_SECONDS = 15.0
+# Of a trial whose loss is no number.
+_DIVERGED = {
+  "estimator": "",
+  "bits_per_char": math.inf,
+  "standard_error_bits": math.nan,
+  "windows": 0,
+}
+_TEXTS = 2  # Kept of every third temperature.
+
+
+class Lab:
+  """The text, read once, and the programs; runs cells one after the other."""
+
+  def __init__(
+    self,
+    config: config_lib.Config,
+    corpus: corpora.Corpus,
+    mesh: jax.sharding.Mesh,
+    programs: programs_lib.Programs,
+  ):
+    self.study, self.corpus, self.mesh = config.study, corpus, mesh
+    self.tokenizer, self.programs = corpus.tokenizer, programs
+    self.text = {
+      name: corpus.hash(name) for name in sorted({"train", config.eval.split})
+    }
+
+  @functools.cached_property
+  def reference(self) -> coherence.Reference:
+    tokens = self.corpus.split(self.study.vocabulary_split)
+    return coherence.reference(
+      tokens, self.tokenizer.to_bytes(tokens), self.study.ngram
+    )
+
+  def run(
+    self, cell: cells_lib.Cell, config: config_lib.Config, folder: epath.Path
+  ) -> dict:
+    """Runs one cell and writes its files; returns what result.json holds.
+
+    Raises:
+      NonFiniteError: the loss is no number; a trial is then worse than any.
+    """
+    clock, start = {}, time.monotonic()
+    programs = self.programs.of(config, cell.trial)
+    try:
+      with _timed(clock, "train"):
+        params, curve, speed = self._train(config, programs)
+      with _timed(clock, "evaluate"):
+        estimate = self._evaluate(config, programs, params, folder)
+    except telemetry.NonFiniteError as error:
+      if not cell.trial:
+        raise
+      logging.warning("a learning rate that is too high: %s", error)
+      curve, speed, estimate = [], 0, _DIVERGED
+    if not cell.trial:
+      with _timed(clock, "sample"):
+        self._sample(config, programs, params, folder)
+    if "profile" in programs:
+      with _timed(clock, "profile"):
+        self._profile(config, programs, params, folder)
+    clock["all"] = time.monotonic() - start
+    result = {
+      "cell": dataclasses.asdict(cell),
+      "estimate": estimate,
+      "parameters": matching.parameters(config.model, self.tokenizer.V),
+      "training_flops": matching.training_flops(config, self.tokenizer.V),
+      "tokens_per_second": speed,
+      "training_nats_per_token": curve,
+      "seconds": {name: round(x, 2) for name, x in clock.items()},
+      "device": jax.devices()[0].device_kind,
+      "jax": jax.__version__,
+      "text": self.text,
+      "config": dataclasses.asdict(
+        # Where the text lay is no part of what was run.
+        dataclasses.replace(config, data=config_lib.Data())
+      ),
+    }  # fmt: skip
+    _write_json(folder / RESULT, result)
+    return result
+
+  def _train(self, config, programs):
+    """(parameters, nats per token along the way, tokens/s without the wait)."""
+    step = programs["train"].result()
+    state = programs["init"].result()(
+      sharding.put(self.mesh, np.int32(config.seed))
+    )
+    batches = pipeline.train_batches(
+      self.corpus.split("train"), T=config.model.T,
+      batch_size=config.train.batch_size, seed=config.seed,
+    )  # fmt: skip
+    losses, former, start = [], None, time.monotonic()
+    told = start
+    with contextlib.closing(batches):
+      for n in range(config.train.steps):
+        if time.monotonic() - told > _TELL_SECONDS:
+          told = time.monotonic()
+          left = (told - start) / n * (config.train.steps - n)
+          logging.info(
+            "  step %d/%d  loss %.4f nats/token  ETA of training %s",
+            n, config.train.steps, losses[-1], telemetry.format_duration(left),
+          )  # fmt: skip
+        batch = sharding.put_batch(self.mesh, next(batches))
+        state, sums = step(state, batch)
+        # Fetched one step late, so the device never waits.
+        _note(losses, former)
+        former = sums
+      _note(losses, former)
+    seconds = time.monotonic() - start
+    tokens = config.train.batch_size * config.model.T * config.train.steps
+    marks = np.linspace(0, len(losses), 51).astype(int)
+    curve = [
+      round(float(np.mean(losses[a:b])), 4)
+      for a, b in itertools.pairwise(marks)
+      if b > a
+    ]
+    return state.read_out_params, curve, round(tokens / seconds)
+
+  def _evaluate(self, config, programs, params, folder):
+    program, split = programs["evaluate"].result(), config.eval.split
+    batches = evaluate.evaluation_batches(
+      config, self.corpus.split(split), self.mesh
+    )
+    seed, row = sharding.put(
+      self.mesh, (np.int32(config.eval.seed), np.int32(0))
+    )
+    all_nats, total = [], None
+    for tokens, real in batches:
+      batch = sharding.put_batch(self.mesh, (tokens, real))
+      nats, sums, real, row = program(params, seed, row, *batch)
+      nats, sums, real = jax.device_get((nats, sums, real))
+      all_nats.append(nats[real])
+      sums = jax.tree.map(np.float64, sums)
+      total = jax.tree.map(np.add, total, sums) if total else sums
+    nats, T = np.concatenate(all_nats), config.model.T
+    _write_arrays(folder / "windows.npz", nats=nats)
+    bits = nats.astype(np.float64) / (T * math.log(2))
+    report = {
+      "estimator": config.eval.estimators[0],
+      "split": split,
+      "bits_per_char": float(bits.mean()),
+      "standard_error_bits": float(bits.std(ddof=1) / math.sqrt(len(bits))),
+      "windows": len(bits),
+    }
+    if total:
+      curve = total["by_rank"] / (len(bits) * math.log(2))
+      eighths = np.array_split(curve, min(8, T))
+      report["bits_by_eighth"] = [float(part.mean()) for part in eighths]
+      for name in ("by_distance", "by_recency"):
+        sums, tokens = total[name]
+        edges = estimators.bin_edges(len(sums))
+        report[name] = [
+          {"up_to": edge, "bits_per_char": float(x / n / math.log(2))}
+          for edge, x, n in zip(edges, sums, tokens)
+          if n
+        ]
+    return report
+
+  def _sample(self, config, programs, params, folder):
+    program = programs["sample"].result()
+    each = programs_lib.samples_per_temperature(config)
+    at_once = programs_lib.rows_at_once(config)
+    levels = programs_lib.temperatures(config.study)
+    temperature = np.repeat(levels, each)
+    pad = -len(temperature) % at_once
+    padded = np.append(temperature, np.ones(pad, np.float32))
+    texts = []
+    for first in range(0, len(padded), at_once):
+      seed, row, laws = sharding.put(
+        self.mesh,
+        (
+          np.int32(_SAMPLES + 1000 * config.seed),
+          np.int32(first),
+          padded[first : first + at_once],
+        ),
+      )
+      texts.append(jax.device_get(program(params, seed, row, laws)))
+    tokens = np.concatenate(texts)[: len(temperature)]
+    tokens = tokens.reshape(len(levels), each, -1).astype(np.uint8)
+    _write_arrays(
+      folder / "samples.npz",
+      temperature=levels,
+      counts=np.array([[self._count(x) for x in row] for row in tokens]),
+      real=np.array([self._count(x) for x in self._real(config, each)]),
+    )
+    lines = (
+      json.dumps(
+        {"temperature": round(float(t), 3), "text": self.tokenizer.decode(x)}
+      )
+      for t, row in list(zip(levels, tokens))[::3]
+      for x in row[:_TEXTS]
+    )
+    run_dir.write_atomically(
+      folder / "texts.jsonl", "".join(line + "\n" for line in lines)
+    )
+
+  def _count(self, tokens):
+    text = self.tokenizer.to_bytes(tokens)
+    return coherence.count(tokens, text, self.reference)
+
+  def _real(self, config, count):
+    """As many windows of real text, of a split that is not the reference."""
+    split = "valid" if self.study.vocabulary_split == "train" else "train"
+    batches = pipeline.eval_batches(
+      self.corpus.split(split), T=config.model.T, batch_size=count,
+      batches=1, seed=config.eval.seed,
+    )  # fmt: skip
+    tokens, real = batches[0]
+    return tokens[real]
+
+  def _profile(self, config, programs, params, folder):
+    batches = pipeline.eval_batches(
+      self.corpus.split(config.eval.split), T=config.model.T,
+      batch_size=config.study.profile_sequences, batches=1,
+      seed=config.eval.seed,
+    )  # fmt: skip
+    tokens = sharding.put(self.mesh, np.ascontiguousarray(batches[0][0]))
+    sums = jax.device_get(programs["profile"].result()(params, tokens))
+    arrays = profiles.to_arrays(*sums, config.model.kind)
+    _write_arrays(folder / "profile.npz", **arrays)
+
+
+@contextlib.contextmanager
+def _timed(clock, name):
+  start = time.monotonic()
+  yield
+  clock[name] = time.monotonic() - start
+  logging.info("  %s: %.1f s", name, clock[name])
+
+
+def _note(losses, sums):
+  if sums is not None:
+    sums = jax.device_get(sums)
+    loss = float(sums["nats"] / sums["tokens"])
+    telemetry.check_finite(len(losses) + 1, {"loss": loss})
+    losses.append(loss)
+
+
+def _write_json(path, value):
+  run_dir.write_atomically(path, json.dumps(value, indent=1) + "\n")
+
+
+def _write_arrays(path, **arrays):
+  data = io.BytesIO()
+  np.savez_compressed(data, **arrays)
+  run_dir.write_atomically(path, data.getvalue())
+
+
+def read_arrays(path: epath.Path) -> dict[str, np.ndarray]:
+  """Of an npz file; {} if there is none."""
+  if not path.exists():
+    return {}
+  with np.load(io.BytesIO(path.read_bytes())) as file:
+    return dict(file)

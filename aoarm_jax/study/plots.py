@@ -1,0 +1,308 @@
+"""The pictures of the report, each as PNG and SVG.
+
+Matplotlib is imported where a picture is drawn, and never through pyplot.
+"""
+
+import contextlib
+import io
+
+import numpy as np
+from etils import epath
+
+from aoarm_jax import figures, run_dir
+from aoarm_jax.study import coherence, profiles, tables
+
+_COLOURS = dict(
+  zip(
+    ("two_stream", "decoupled_rope", "mdlm", "ao_gpt", "sigma_gpt", "causal"),
+    figures.COLOURS,
+  )
+)
+_OTHER = "#444444"
+
+
+def colour(mechanism: str) -> str:
+  return _COLOURS.get(mechanism, _OTHER)
+
+
+@contextlib.contextmanager
+def _picture(folder: epath.Path, name: str, columns: int, rows=1, **options):
+  """A grid of axes [rows, columns], saved where the block ends well."""
+  import matplotlib
+  from matplotlib import figure
+  from matplotlib.backends import backend_agg
+
+  style = figures.STYLE | {"svg.hashsalt": name}  # The same bytes again.
+  with matplotlib.rc_context(style):
+    size = options.pop("inches", (max(7, 4.7 * columns), 4.4 * rows))
+    picture = figure.Figure(size, layout="constrained")
+    backend_agg.FigureCanvasAgg(picture)
+    grid = picture.subplots(rows, columns, squeeze=False, **options)
+    yield picture, grid
+    for axes in grid.flat:
+      axes.set_visible(axes.has_data())
+    for suffix, metadata in (("png", {}), ("svg", {"Date": None})):
+      data = io.BytesIO()
+      picture.savefig(data, format=suffix, dpi=130, metadata=metadata)
+      run_dir.write_atomically(folder / f"{name}.{suffix}", data.getvalue())
+
+
+def _shape(count):
+  """(columns, rows) of so many panels."""
+  columns = min(3, count)
+  return columns, -(-count // columns)
+
+
+def _legend(picture, grid):
+  """One legend below all axes."""
+  columns = 1 + grid.shape[1]
+  found = {}
+  for axes in grid.flat:
+    handles, labels = axes.get_legend_handles_labels()
+    found |= dict(zip(labels, handles))
+  if found:
+    picture.legend(
+      found.values(), found.keys(), loc="outside lower center",
+      ncols=min(columns, len(found)),
+    )  # fmt: skip
+
+
+def _main(found, budgets=("steps",)):
+  """The arms for pictures over lengths: uniform orders, the first size.
+
+  The reference has the same cells for all budgets, and is shown once.
+  """
+  found = {arm: x for arm, x in found.items() if arm.budget in budgets}
+  size = next((arm.size for arm in found), "")
+  chosen, cells = {}, set()
+  for arm, x in found.items():
+    mark = (arm.mechanism, arm.T, id(x))
+    if (
+      arm.size == size
+      and not arm.orders.startswith("block")
+      and mark not in cells
+    ):
+      cells.add(mark)
+      chosen[arm] = x
+  return chosen
+
+
+def _name(arm):
+  words = arm.mechanism
+  if arm.budget != "steps":
+    words += f", equal {arm.budget}"
+  return words
+
+
+def coherence_diversity(found, folder: epath.Path, rule: str) -> bool:
+  """Curves of coherence over diversity, a panel for each length.
+
+  Args:
+    found: arm -> tables.Curve.
+    folder: of the picture.
+    rule: a key of coherence.RULES.
+
+  Returns:
+    Whether there was anything to draw.
+  """
+  chosen = _main(found, ("steps", "flops"))
+  lengths = sorted({arm.T for arm in chosen})
+  if not lengths:
+    return False
+  x_at = coherence.MEASURES.index("diversity")
+  y_at = coherence.MEASURES.index(f"coherence_{rule}")
+  name = f"coherence_diversity_{rule}"
+  with _picture(folder, name, *_shape(len(lengths))) as (picture, grid):
+    for axes, T in zip(grid.flat, lengths):
+      for arm, curve in chosen.items():
+        if arm.T != T:
+          continue
+        x, y = curve.mean[:, x_at], curve.mean[:, y_at]
+        style = {"steps": "-", "flops": "--", "parameters": ":"}[arm.budget]
+        axes.plot(
+          x, y, style, marker=".", ms=5, lw=1.5, color=colour(arm.mechanism),
+          label=_name(arm),
+        )  # fmt: skip
+        axes.errorbar(
+          x, y,
+          xerr=_arms_of(x, curve.low[:, x_at], curve.high[:, x_at]),
+          yerr=_arms_of(y, curve.low[:, y_at], curve.high[:, y_at]),
+          fmt="none", lw=0.7, alpha=0.45, color=colour(arm.mechanism),
+        )  # fmt: skip
+        real = curve.real
+      axes.plot(
+        real[x_at], real[y_at], "*", ms=14, color="black", label="real text"
+      )
+      axes.set_title(f"T = {T}")
+      axes.set_xlabel("diversity: unique words / words")
+    letters = coherence.RULES[rule]
+    for axes in grid[:, 0]:
+      axes.set_ylabel(f"coherence: words of {letters}+ letters known")
+    _legend(picture, grid)
+  return True
+
+
+def _arms_of(value, low, high):
+  """Error bars, [2, n]; never negative, and nan where there is no value."""
+  return np.maximum([value - low, high - value], 0)
+
+
+def profiles_pictures(found, folder: epath.Path) -> list[str]:
+  """Attention over distance, a picture a length; the names of the pictures."""
+  chosen = _main(found)
+  lengths = sorted({arm.T for arm in chosen})
+  for T in lengths:
+    _profiles(
+      {arm: files for arm, files in chosen.items() if arm.T == T}, folder, T
+    )
+  return [f"profiles_T{T}" for T in lengths]
+
+
+def _profiles(found, folder, T, limit=4):
+  """A row for each stream; seeds and heads averaged."""
+  rows = [(arm, s) for arm in found for s in tables.streams_of(arm)]
+  inches = (10, 0.6 + 1.9 * len(rows))
+  with _picture(folder, f"profiles_T{T}", 2, len(rows), inches=inches) as (
+    picture,
+    grid,
+  ):
+    for line, (arm, stream) in zip(grid, rows):
+      ratio = np.mean(
+        [profiles.relative(file, stream) for file in found[arm]], axis=0
+      )
+      for i, axes in enumerate(line):
+        good = np.isfinite(ratio[:, i]).any(axis=0)
+        values = np.log2(np.maximum(ratio[:, i][:, good], 2.0**-limit))
+        image = axes.imshow(
+          values, aspect="auto", origin="lower", cmap="RdBu_r",
+          vmin=-limit, vmax=limit, interpolation="nearest",
+        )  # fmt: skip
+        shown = profiles.bin_edges(T + 1)[: len(good)][good]
+        ticks = np.arange(0, len(shown), 3)
+        axes.set_xticks(ticks, [f"{shown[t]}" for t in ticks])
+        axes.grid(False)
+        axes.set_yticks(sorted({0, len(values) - 1}))
+        axes.set_xlabel(f"{profiles.KINDS[i]} distance, up to", fontsize=9)
+      rows_of = "" if stream == "only" else f", {stream} rows"
+      line[0].set_title(f"{arm.mechanism}{rows_of}, T = {T}", fontsize=10)
+      line[0].set_ylabel("layer")
+    picture.colorbar(
+      image, ax=grid, label="log2 of attention / uniform attention",
+      shrink=min(1.0, 3 / len(rows)),
+    )  # fmt: skip
+
+
+def locality_plane(found, folder: epath.Path) -> bool:
+  """A point for every head: semantic over structural locality."""
+  chosen = {
+    arm: files
+    for arm, files in _main(found).items()
+    if arm.mechanism != "causal"
+  }
+  panels = sorted({arm.T for arm in chosen})
+  if not panels:
+    return False
+  marks = {"content": "s", "query": "o", "only": "^"}
+  with _picture(
+    folder, "locality", *_shape(len(panels)), sharex=True, sharey=True
+  ) as (picture, grid):
+    for axes, T in zip(grid.flat, panels):
+      axes.axhline(0, color="#999999", lw=0.8)
+      axes.axvline(0, color="#999999", lw=0.8)
+      for arm, files in chosen.items():
+        if arm.T != T:
+          continue
+        for stream in tables.streams_of(arm):
+          index = np.mean([profiles.locality(f, stream) for f in files], axis=0)
+          words = arm.mechanism + (f", {stream}" if stream != "only" else "")
+          filled = stream != "content"
+          axes.plot(
+            index[..., 1].ravel(), index[..., 0].ravel(), marks[stream], ms=5,
+            color=colour(arm.mechanism), alpha=0.7, label=words,
+            mfc=colour(arm.mechanism) if filled else "none",
+          )  # fmt: skip
+          axes.plot(
+            *np.nanmean(index, axis=(0, 1))[::-1], marks[stream], ms=13,
+            color=colour(arm.mechanism), mec="black",
+            mfc=colour(arm.mechanism) if filled else "white",
+          )  # fmt: skip
+      axes.set_title(f"T = {T}")
+      axes.set_xlabel("structural locality")
+    for axes in grid[:, 0]:
+      axes.set_ylabel("semantic locality")
+    _legend(picture, grid)
+  return True
+
+
+def differences(rows, folder: epath.Path) -> bool:
+  """Paired differences from the reference over length, a panel a budget."""
+  measured = [
+    r for r in rows if r["difference_bits"] != "" and r["orders"] == "uniform"
+  ]
+  budgets = list(dict.fromkeys(r["budget"] for r in measured))
+  if not measured:
+    return False
+  with _picture(folder, "differences", len(budgets), sharey=True) as (
+    picture,
+    grid,
+  ):
+    main = measured[0]["size"]
+    for axes, budget in zip(grid[0], budgets):
+      axes.axhline(0, color="#777777", lw=1)
+      chosen = tables.find(measured, budget=budget)
+      for name, size in dict.fromkeys(
+        (r["mechanism"], r["size"]) for r in chosen
+      ):
+        line = sorted(
+          tables.find(chosen, mechanism=name, size=size), key=lambda r: r["T"]
+        )
+        axes.errorbar(
+          [r["T"] for r in line], [r["difference_bits"] for r in line],
+          yerr=[2 * r["error"] for r in line], marker="o", capsize=3,
+          color=colour(name), ls="-" if size == main else ":",
+          label=name if size == main else f"{name}, {size}",
+        )  # fmt: skip
+      axes.set_xscale("log", base=2)
+      axes.xaxis.set_major_formatter("{x:g}")
+      axes.set_title(f"equal {budget}")
+      axes.set_xlabel("length T")
+    grid[0][0].set_ylabel(
+      f"bits per character above {measured[0]['reference']}"
+    )
+    _legend(picture, grid)
+  return True
+
+
+def blocks(rows, folder: epath.Path) -> bool:
+  """Paired differences over the width of blocks, at one length."""
+  measured = [r for r in rows if r["difference_bits"] != ""]
+  lengths = [r["T"] for r in measured if r["orders"].startswith("block")]
+  if not lengths:
+    return False
+
+  def width(row):
+    return int(row["orders"].removeprefix("block"))
+
+  T = max(lengths)
+  with _picture(folder, "blocks", 1, inches=(6.4, 4.4)) as (picture, grid):
+    axes = grid[0][0]
+    axes.axhline(0, color="#777777", lw=1)
+    chosen = [
+      r for r in tables.find(measured, T=T) if r["orders"].startswith("block")
+    ]
+    for key in dict.fromkeys((r["mechanism"], r["budget"]) for r in chosen):
+      line = [r for r in chosen if (r["mechanism"], r["budget"]) == key]
+      line.sort(key=width)
+      axes.errorbar(
+        [width(r) for r in line], [r["difference_bits"] for r in line],
+        yerr=[2 * r["error"] for r in line], marker="o", capsize=3,
+        color=colour(key[0]), ls="-" if key[1] == "steps" else "--",
+        label=f"{key[0]}, equal {key[1]}",
+      )  # fmt: skip
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_title(f"T = {T}")
+    axes.set_xlabel("width of the blocks in which orders are random")
+    axes.set_ylabel("bits per character above the reference")
+    _legend(picture, grid)
+  return True

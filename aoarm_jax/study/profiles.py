@@ -1,0 +1,279 @@
+"""Attention profiles: what rows attend to, by distance of two kinds.
+
+semantic    |p - c|: positions between a key's content and the position p that
+            the row is about: its target t or, for content rows of two streams,
+            its own content.
+structural  i - j: slots between the row and the key, that is, how many steps
+            ago the key's token was generated.
+
+The mass at each distance is divided by what uniform attention over the visible
+slots would put there. Sentinels and the row's own slot draw attention for
+reasons of their own: their mass is reported apart and counts in no distance.
+(The own slot holds the token that was generated last before the target. A query
+row, which has no content, sees that token there alone.)
+
+One index sums a profile up. With w the attention and k the rank of a key among
+those of a row (1 the nearest; equally near keys share the better rank),
+
+  locality = 1 - sum(w log k) / sum(m mean(log k)),
+
+sums over rows; m is the mass of a row on the keys that count, the mean is over
+these keys. 1: all goes to the nearest key; 0: as far as uniform attention
+goes; below 0: farther.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import pallas_kernels
+from aoarm_jax import config as config_lib
+from aoarm_jax import mechanisms, orders
+from aoarm_jax.model import transformer
+
+KINDS = ("semantic", "structural")
+
+
+class Sums(NamedTuple):
+  """Of attention weights, over rows; leading axes are [N, G] here.
+
+  Attributes:
+    mass: float32 [..., 2, K], by kind and bin of distance.
+    uniform: float32 [..., 2, K], what uniform attention would give.
+    spread: float32 [..., 2], sum of w log k.
+    uniform_spread: float32 [..., 2], sum of m mean(log k).
+    own: float32 [...], mass on the row's own slot.
+    sentinels: float32 [...], mass on sentinels.
+    rows: float32 [...], how many.
+  """
+
+  mass: jax.Array
+  uniform: jax.Array
+  spread: jax.Array
+  uniform_spread: jax.Array
+  own: jax.Array
+  sentinels: jax.Array
+  rows: jax.Array
+
+
+def bin_edges(T: int) -> np.ndarray:
+  """The highest distances of the bins: 1, 2, 3, 4, 6, 8, 12, 16 and so on."""
+  powers = 2 ** np.arange(1, (max(T, 2) - 1).bit_length() + 1)
+  return np.unique(np.concatenate([[1], powers, powers * 3 // 2]))
+
+
+def streams(kind: mechanisms.Mechanism) -> tuple[str, ...]:
+  """The names of a mechanism's streams."""
+  return ("content", "query") if kind.streams == 2 else ("only",)
+
+
+def weights(q: jax.Array, k: jax.Array) -> jax.Array:
+  """Causal attention weights of one sequence, written out.
+
+  Args:
+    q: [R, N, G, H]; row r is that of slot r, and R = S.
+    k: [S, N, H].
+
+  Returns:
+    float32 [N, G, R, S].
+  """
+  R, S = q.shape[0], k.shape[0]
+  logits = jnp.einsum(
+    "rngh,snh->ngrs", q, k, preferred_element_type=jnp.float32
+  )
+  logits = logits * q.shape[-1] ** -0.5
+  seen = jnp.arange(S)[None] <= jnp.arange(R)[:, None]
+  return jax.nn.softmax(jnp.where(seen, logits, -jnp.inf), axis=-1)
+
+
+def summarise(
+  w: jax.Array, place: jax.Array, position: jax.Array, sentinels: int
+) -> Sums:
+  """Sums over the rows of one sequence.
+
+  Args:
+    w: float32 [N, G, R, S], weights of causal attention, R = S.
+    place: int32 [G, R], p: the position that each row is about.
+    position: int32 [S], c, by slot.
+    sentinels: s; slots before it are left out of all distances.
+
+  Returns:
+    Sums [N, G].
+  """
+  R, S = w.shape[2:]
+  row, slot = jnp.arange(R)[:, None], jnp.arange(S)[None]
+  counts = (slot >= sentinels) & (slot < row)
+  edges = jnp.asarray(bin_edges(S + 1))
+  near = jnp.abs(place[:, :, None] - position)  # [G, R, S]
+  ago = jnp.broadcast_to(row - slot, near.shape)
+  # Of the slots before a row's own, none that counts is between it and these.
+  rank = jnp.stack([_rank(near, counts), ago.astype(jnp.float32)], axis=1)
+  log_rank = jnp.where(counts, jnp.log(jnp.maximum(rank, 1)), 0.0)
+  # Bins hold distances up to their edge. [G, 2, R, S]
+  bins = jnp.searchsorted(edges, jnp.stack([near, ago], axis=1))
+
+  def of_bin(k):
+    inside = ((bins == k) & counts).astype(jnp.float32)
+    uniform = jnp.sum(inside / (row + 1), axis=(2, 3))
+    return jnp.einsum("ngrs,gdrs->ngd", w, inside), uniform
+
+  mass, uniform = jax.lax.map(of_bin, jnp.arange(len(edges)))
+  m = jnp.sum(w * counts, axis=-1)  # [N, G, R]
+  mean = log_rank.sum(-1) / jnp.maximum(counts.sum(-1), 1)  # [G, 2, R]
+  return Sums(
+    mass=jnp.moveaxis(mass, 0, -1),
+    uniform=jnp.broadcast_to(
+      jnp.moveaxis(uniform, 0, -1)[None], (*w.shape[:2], 2, len(edges))
+    ),
+    spread=jnp.einsum("ngrs,gdrs->ngd", w, log_rank),
+    uniform_spread=jnp.einsum("ngr,gdr->ngd", m, mean),
+    own=jnp.trace(w, axis1=2, axis2=3),
+    sentinels=w[..., :sentinels].sum((2, 3)),
+    rows=jnp.full(w.shape[:2], R, jnp.float32),
+  )
+
+
+def _rank(near, counts):
+  """1 + how many keys of the row that count are nearer: float32 [G, R, S]."""
+  size = near.shape[-1] + 2
+  near = jnp.minimum(near, size - 1)
+
+  def of_row(near, counts):
+    here = jnp.zeros(size).at[near].add(counts.astype(jnp.float32))
+    nearer = jnp.cumsum(here) - here
+    return 1 + nearer[near]
+
+  return jax.vmap(jax.vmap(of_row), (0, None))(near, counts)
+
+
+def profile(
+  network: transformer.Transformer, tokens: jax.Array, order: jax.Array
+) -> tuple[Sums, Sums]:
+  """Sums over the rows of all sequences.
+
+  One sequence's map of one layer is in memory at a time.
+
+  Args:
+    network: of a mechanism that is not masked: there the order is no matter of
+      slots.
+    tokens: int [B, T].
+    order: int32 [B, T].
+
+  Returns:
+    Sums [L - 1, N, G] of the layers before the last, and Sums [N, 1] of the
+    last layer: of two streams its query rows.
+  """
+  model = network.model
+  if model.kind.masked:
+    raise ValueError(f"{model.mechanism}: slots have no order of generation")
+  slots = orders.to_slots(tokens, order, model.sentinels, network.vocabulary)
+  places = jnp.stack([slots.position, slots.target_position])  # [2, B, S]
+
+  def look(q, k, v, visible):
+    del v, visible
+    B, R, heads, H = q.shape
+    q = q.reshape(B, R, model.N, heads // model.N, H)
+    G = q.shape[3]
+    place = places if G == 2 else places[1:]
+
+    def of_sequence(sequence):
+      q, k, place, position = sequence
+      return summarise(weights(q, k), place, position, model.sentinels)
+
+    sums = jax.lax.map(
+      of_sequence, (q, k, jnp.moveaxis(place, 1, 0), slots.position)
+    )
+    return jax.tree.map(lambda x: x.sum(axis=0), sums)
+
+  return observe(network, slots, look)
+
+
+def observe(
+  network: transformer.Transformer,
+  slots: orders.Slots,
+  look: Callable[..., Any],
+) -> tuple[Any, Any]:
+  """What `look` makes of the attention of every layer.
+
+  Args:
+    network: the network.
+    slots: int32 [B, S] each.
+    look: (q, k, v, visible) as in layers.Attend -> pytree of arrays.
+
+  Returns:
+    The pytree of the layers before the last, stacked on a leading axis, and
+    that of the last one, whose queries are of the rows that are read out.
+  """
+  S, before, last = slots.tokens.shape[1], network.model.L - 1, []
+  x, setting = network.enter(slots)
+
+  def attend_into(seen):
+    def attend(q, k, v, visible):
+      seen.append(look(q, k, v, visible))
+      return pallas_kernels.any_order_attention(q, k, v, visible)
+
+    return attend
+
+  def body(x, block):
+    seen = []
+    return block(x, setting, attend_into(seen), S), seen[0]
+
+  x, earlier = jax.lax.scan(
+    body, x, jax.tree.map(lambda p: p[:before], network.blocks)
+  )
+  network.read_out(network.layer(before), x, setting, attend_into(last), S)
+  return earlier, last[0]
+
+
+def to_arrays(
+  earlier: Sums, last: Sums, kind: mechanisms.Mechanism
+) -> dict[str, np.ndarray]:
+  """The Sums of all layers by stream, for an npz file.
+
+  Returns:
+    "<stream>/<field>" -> [layers, N, ...]; content of two streams has L - 1.
+  """
+  names = streams(kind)
+  arrays = {}
+  for g, name in enumerate(names):
+    for field in Sums._fields:
+      x = np.asarray(getattr(earlier, field))[:, :, g]
+      if g == len(names) - 1:
+        x = np.concatenate([x, np.asarray(getattr(last, field))[None, :, 0]])
+      arrays[f"{name}/{field}"] = x
+  return arrays
+
+
+def relative(arrays: dict[str, np.ndarray], stream: str) -> np.ndarray:
+  """Mass / uniform expectation, mean over heads: [layers, 2, K]; or nan."""
+  mass = arrays[f"{stream}/mass"].mean(axis=1)
+  uniform = arrays[f"{stream}/uniform"].mean(axis=1)
+  return np.where(uniform > 0, mass / np.maximum(uniform, 1e-30), np.nan)
+
+
+def locality(arrays: dict[str, np.ndarray], stream: str) -> np.ndarray:
+  """The indices: [layers, N, 2], by KINDS; nan where nothing counts."""
+  spread = arrays[f"{stream}/spread"]
+  uniform = arrays[f"{stream}/uniform_spread"]
+  return np.where(uniform > 0, 1 - spread / np.maximum(uniform, 1e-30), np.nan)
+
+
+def shares(arrays: dict[str, np.ndarray], stream: str) -> dict[str, np.ndarray]:
+  """Mass per row on the own slot and on sentinels: [layers, N] each."""
+  rows = arrays[f"{stream}/rows"]
+  return {
+    name: arrays[f"{stream}/{name}"] / rows for name in ("own", "sentinels")
+  }
+
+
+def orders_of(config: config_lib.Config, seed: int) -> jax.Array:
+  """The orders of the profiled windows: the same for every mechanism."""
+  return orders.draw(
+    jax.random.key(seed),
+    config.study.profile_sequences,
+    config.model.T,
+    config.orders,
+  )

@@ -1,0 +1,193 @@
+"""The compiled programs of a cell: init, train, evaluate, sample, profile."""
+
+import concurrent.futures
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from aoarm_jax import config as config_lib
+from aoarm_jax import (
+  decode,
+  diffusion,
+  estimators,
+  optimizer,
+  orders,
+  sampling,
+  sharding,
+  train,
+  train_state,
+)
+from aoarm_jax.study import profiles
+
+_ORDERS = 103  # Sets these keys apart from training's.
+# Full passes keep no cache but all scores: fewer rows at once.
+_MASKED_TOKENS = 1 << 17
+
+
+class Programs:
+  """Compiled programs, each made once, in the background.
+
+  While one cell trains, those of the next are compiled. Cells that differ by
+  their seeds alone share them.
+  """
+
+  def __init__(self, mesh: jax.sharding.Mesh, vocabulary: int):
+    self._mesh, self._vocabulary = mesh, vocabulary
+    self._pool = concurrent.futures.ThreadPoolExecutor(4)
+    self._made = {}
+
+  def close(self):
+    self._pool.shutdown(cancel_futures=True)
+
+  def of(self, config: config_lib.Config, trial: bool) -> dict:
+    """Starts to compile what a cell needs: name -> future."""
+    names = ["init", "train", "evaluate"]
+    if not trial:
+      names.append("sample")
+      if config.study.profile_sequences and not config.model.kind.masked:
+        names.append("profile")
+    return {name: self._future(name, config) for name in names}
+
+  def _future(self, name, config):
+    config = dataclasses.replace(config, seed=0)
+    if name not in ("init", "train"):  # Does not depend on how it was trained.
+      ema = config_lib.Optimizer(ema_decay=config.optimizer.ema_decay)
+      train = dataclasses.replace(config.train, steps=1)
+      config = dataclasses.replace(config, optimizer=ema, train=train)
+    key = name, config
+    if key not in self._made:
+      self._made[key] = self._pool.submit(self._compile, name, config)
+    return self._made[key]
+
+  def _compile(self, name, config):
+    with jax.set_mesh(self._mesh):  # That of a thread is its own.
+      function, arguments, options = _PROGRAMS[name](
+        config, self._vocabulary, self._mesh
+      )
+      return jax.jit(function, **options).lower(*arguments).compile()
+
+
+def _abstract(mesh, *shape, dtype=jnp.int32, batch=False):
+  axes = ("batch",) if batch else ()
+  return jax.ShapeDtypeStruct(
+    shape, dtype, sharding=sharding.named(mesh, *axes)
+  )
+
+
+def _init_program(config, vocabulary, mesh):
+  bind, abstract, _ = train_state.create(config, vocabulary, mesh)
+  chain = optimizer.make(config.optimizer, config.train.steps)
+
+  def init(seed):
+    return train_state.init(bind, chain, seed, config.optimizer.ema_decay > 0)
+
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+  return init, (_abstract(mesh),), dict(out_shardings=shardings)
+
+
+def _train_program(config, vocabulary, mesh):
+  bind, abstract, _ = train_state.create(config, vocabulary, mesh)
+  shape = config.train.batch_size, config.model.T
+  tokens = _abstract(mesh, *shape, dtype=jnp.uint8, batch=True)
+  shardings = (
+    jax.tree.map(lambda leaf: leaf.sharding, abstract),
+    sharding.replicated(mesh),
+  )
+  options = dict(donate_argnums=0, out_shardings=shardings)
+  step = train.make_step(config, bind, vocabulary)
+  return step, (abstract, tokens), options
+
+
+def _params(config, vocabulary, mesh):
+  bind, abstract, _ = train_state.create(config, vocabulary, mesh)
+  return bind, abstract.read_out_params
+
+
+def _evaluate_program(config, vocabulary, mesh):
+  bind, params = _params(config, vocabulary, mesh)
+  estimate = functools.partial(
+    estimators.estimate, config.eval.estimators[0], bind, config, vocabulary
+  )
+
+  def program(params, seed, first_row, tokens, real):
+    # The step matters to a curriculum alone, which no cell has.
+    step, key = jnp.int32(0), jax.random.key(seed)
+    return estimate(params, key, step, first_row, tokens, real)
+
+  B, T = config.eval_batch_size, config.model.T
+  arguments = (
+    params, _abstract(mesh), _abstract(mesh),
+    _abstract(mesh, B, T, dtype=jnp.uint8, batch=True),
+    _abstract(mesh, B, dtype=jnp.bool_, batch=True),
+  )  # fmt: skip
+  return program, arguments, dict(out_shardings=sharding.replicated(mesh))
+
+
+def _sample_program(config, vocabulary, mesh):
+  bind, params = _params(config, vocabulary, mesh)
+  model, rows = config.model, rows_at_once(config)
+  options = dataclasses.replace(config.orders, family=config.sample.order)
+
+  def program(params, seed, first_row, temperature):
+    """Texts of rows first_row.. of all rows: int32 [rows, T]."""
+    order_key, key = jax.random.split(jax.random.key(seed))
+    network, blank = bind(params), jnp.zeros((rows, model.T), jnp.int32)
+    # One law a row, so that all temperatures are one batch.
+    law = sampling.Sampling(
+      temperature[:, None, None], jnp.int32(0), jnp.float32(1)
+    )
+    order = orders.draw(order_key, rows, model.T, options, first_row=first_row)
+    key = jax.random.fold_in(key, first_row)
+    arguments = network, key, blank, blank > 0, order, law
+    if model.kind.masked:
+      return diffusion.generate(*arguments, method="sequential", steps=0).tokens
+    return decode.generate(*arguments, prefill=model.sentinels > 1).tokens
+
+  arguments = (
+    params, _abstract(mesh), _abstract(mesh),
+    _abstract(mesh, rows, dtype=jnp.float32),
+  )  # fmt: skip
+  return program, arguments, dict(out_shardings=sharding.replicated(mesh))
+
+
+def _profile_program(config, vocabulary, mesh):
+  bind, params = _params(config, vocabulary, mesh)
+
+  def program(params, tokens):
+    order = profiles.orders_of(config, _ORDERS)
+    return profiles.profile(bind(params), tokens.astype(jnp.int32), order)
+
+  shape = config.study.profile_sequences, config.model.T
+  arguments = params, _abstract(mesh, *shape, dtype=jnp.uint8)
+  return program, arguments, dict(out_shardings=sharding.replicated(mesh))
+
+
+_PROGRAMS = {
+  "init": _init_program,
+  "train": _train_program,
+  "evaluate": _evaluate_program,
+  "sample": _sample_program,
+  "profile": _profile_program,
+}
+
+
+def samples_per_temperature(config: config_lib.Config) -> int:
+  return max(2, config.study.characters // config.model.T)
+
+
+def temperatures(study: config_lib.Study) -> np.ndarray:
+  """float32 [temperatures]."""
+  return np.linspace(
+    study.temperature_low, study.temperature_high, study.temperatures,
+    dtype=np.float32,
+  )  # fmt: skip
+
+
+def rows_at_once(config):
+  rows = config.study.temperatures * samples_per_temperature(config)
+  if config.model.kind.masked:
+    rows = min(rows, max(1, _MASKED_TOKENS // config.model.T))
+  return rows

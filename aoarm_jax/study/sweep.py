@@ -1,0 +1,240 @@
+"""--mode=study: runs what is missing of a sweep, and writes the report.
+
+  python -m aoarm_jax.main --mode=study --config=configs/study_tradeoff.py
+
+Every cell has a folder under cells/ in the run directory, and is done when it
+has a result.json. A process that is killed loses the cell that it was at. Any
+number of processes may work in one directory: a cell is locked while it runs.
+Directories of several machines are put together by copying cells/.
+"""
+
+import contextlib
+import json
+import time
+
+import jax
+from absl import logging
+from etils import epath
+
+from aoarm_jax import config as config_lib
+from aoarm_jax import matching, run_dir, sharding, telemetry
+from aoarm_jax.data import corpora, tokenizers
+from aoarm_jax.study import cells as cells_lib
+from aoarm_jax.study import measure, report
+from aoarm_jax.study import programs as programs_lib
+
+_FOLDER = "cells"
+
+
+class Results:
+  """What a run directory holds of a sweep."""
+
+  def __init__(
+    self, config: config_lib.Config, workdir: epath.Path, vocabulary: int
+  ):
+    self.config, self.workdir = config, workdir
+    self._vocabulary = vocabulary
+
+  def rate(self, cell: cells_lib.Cell) -> float | None:
+    """The peak learning rate of a cell; None where its trials are not done."""
+    trials = cells_lib.trials(cell, self.config)
+    if not trials:
+      return float(cell.rate)
+    bits = [(self.bits(trial), float(trial.rate)) for trial in trials]
+    return None if None in dict(bits) else min(bits)[1]
+
+  def resolved(self, cell: cells_lib.Cell) -> config_lib.Config | None:
+    """What the cell is run with; None where that is not decided yet."""
+    rate = self.rate(cell)
+    if rate is None:
+      return None
+    return cells_lib.resolve(cell, self.config, rate, self._vocabulary)
+
+  def folder(self, cell: cells_lib.Cell) -> epath.Path | None:
+    resolved = self.resolved(cell)
+    if resolved is None:
+      return None
+    return self.workdir / _FOLDER / cells_lib.folder_name(cell, resolved)
+
+  def result(self, cell: cells_lib.Cell) -> dict | None:
+    """What result.json of the cell holds; None where it is not done."""
+    folder = self.folder(cell)
+    if folder is None or not (folder / measure.RESULT).exists():
+      return None
+    return json.loads((folder / measure.RESULT).read_text())
+
+  def bits(self, cell: cells_lib.Cell) -> float | None:
+    """Bits a character of a cell; None where it is not done."""
+    result = self.result(cell)
+    return result and result["estimate"]["bits_per_char"]
+
+
+class _Clock:
+  """How long cells take: by what was done before."""
+
+  def __init__(self):
+    self._done = []  # (flops, seconds)
+
+  def add(self, result: dict):
+    self._done.append((result["training_flops"], result["seconds"]["all"]))
+
+  def estimate(self, flops: float) -> float | None:
+    """Seconds, in proportion to the FLOPs of all cells done so far."""
+    total = sum(flops for flops, _ in self._done)
+    if not total:
+      return None
+    return flops * sum(seconds for _, seconds in self._done) / total
+
+
+def study(
+  config: config_lib.Config, workdir: epath.Path, argv: list[str]
+) -> None:
+  """Runs the cells that are not done yet, as far as is asked for; reports.
+
+  Raises:
+    ConfigError: a sweep that cannot be, or a text that is not that of the
+      cells that are done.
+    DataError: a text that is missing or wrong.
+    NonFiniteError: of a cell's loss.
+  """
+  if jax.process_count() > 1:
+    raise config_lib.ConfigError(
+      "config.distributed.enabled=True: a study runs in one process; give each "
+      "its share by --config.study.share_index and share_count"
+    )
+  vocabulary = tokenizers.get(config.data.tokenizer).V
+  cells = cells_lib.expand(config)
+  results = Results(config, workdir, vocabulary)
+  for cell in cells:  # Whatever cannot be is said before anything runs.
+    cells_lib.resolve(
+      cell, config, config.optimizer.peak_learning_rate, vocabulary
+    )
+  if config.study.part != "report":
+    _run_cells(config, cells, results)
+  if config.study.part != "cells":
+    folder = epath.Path(config.study.report or workdir / "report")
+    report.write(config, cells, results, folder, argv)
+    logging.info("report: %s", folder)
+
+
+def chosen(config, cells):
+  """The cells of this process, trials only where they are needed."""
+  study = config.study
+  words = [word for word in study.cells.split(",") if word]
+  mine = [
+    cell
+    for cell in cells
+    if not cell.trial and (not words or any(w in cell.label for w in words))
+  ]
+  mine = mine[study.share_index :: study.share_count]
+  wanted = {}
+  for cell in mine:
+    wanted |= dict.fromkeys([*cells_lib.trials(cell, config), cell])
+  if not wanted:
+    raise config_lib.ConfigError(
+      f"config.study.cells={study.cells!r}: no cell's label holds any of "
+      f"these; the first one is {cells[0].label!r}"
+    )
+  return list(wanted)
+
+
+def _run_cells(config, cells, results):
+  start, clock = time.monotonic(), _Clock()
+  mine = chosen(config, cells)
+  todo = {}  # By folder: equal cells are run once.
+  for cell in mine:
+    result = results.result(cell)
+    if result is None:
+      todo.setdefault(results.folder(cell) or cell, cell)
+    elif not cell.trial:
+      clock.add(result)
+  todo = list(todo.values())
+  logging.info(
+    "study: %d cells here, %d to be run; next: %s",
+    len(mine), len(todo), todo[0].label if todo else "nothing",
+  )  # fmt: skip
+  if not todo:
+    return
+  mesh = sharding.make_mesh(config.mesh)
+  tokenizer = tokenizers.get(config.data.tokenizer)
+  programs = programs_lib.Programs(mesh, tokenizer.V)
+  with jax.set_mesh(mesh), contextlib.closing(programs):
+    if not _fits(clock, todo, start, results):
+      return
+    _prepare(programs, results, todo[:2])  # While the text is read.
+    corpus = corpora.load(config.data.corpus, config.data.path, tokenizer)
+    logging.info("text: %s", corpus.describe("train", config.eval.split))
+    lab = measure.Lab(config, corpus, mesh, programs)
+    _check_text(results, lab.text)
+    for n, cell in enumerate(todo):
+      if not _fits(clock, todo[n:], start, results):
+        return
+      left = _seconds_left(clock, todo[n:], results)
+      logging.info(
+        "cell %d/%d  %s  ETA of all %s", n + 1, len(todo), cell.label,
+        "unknown" if left is None else telemetry.format_duration(left),
+      )  # fmt: skip
+      _prepare(programs, results, todo[n : n + 2])
+      _run_cell(lab, results, cell, clock)
+
+
+def _fits(clock, cells, start, results):
+  """Whether the first of these cells would end in time, as far as is known."""
+  limit = results.config.study.limit_seconds
+  seconds = _seconds_left(clock, cells[:1], results) or 0
+  if not limit or time.monotonic() - start + seconds <= limit:
+    return True
+  logging.info(
+    "limit of %d s: %d cells are left; start the same command again",
+    limit, len(cells),
+  )  # fmt: skip
+  return False
+
+
+def _seconds_left(clock, cells, results):
+  """What cells will take; of those whose rate is open, at any rate."""
+  config, rate = results.config, results.config.optimizer.peak_learning_rate
+  vocabulary = tokenizers.get(config.data.tokenizer).V
+  flops = sum(
+    matching.training_flops(
+      cells_lib.resolve(cell, config, rate, vocabulary), vocabulary
+    )
+    for cell in cells
+  )
+  return clock.estimate(flops)
+
+
+def _prepare(programs, results, cells):
+  """Starts to compile what these cells need."""
+  for cell in cells:
+    resolved = results.resolved(cell)
+    if resolved is not None:
+      programs.of(resolved, cell.trial)
+
+
+def _run_cell(lab, results, cell, clock):
+  folder = results.folder(cell)
+  if folder is None:
+    logging.warning("its trials are not done: left for another start")
+    return
+  with contextlib.ExitStack() as stack:
+    try:
+      stack.enter_context(run_dir.lock(folder))
+    except config_lib.ConfigError:
+      logging.warning("another process runs this cell: passed over")
+      return
+    # Another process may have done it meanwhile; equal cells share a folder.
+    if results.result(cell) is None:
+      clock.add(lab.run(cell, results.resolved(cell), folder))
+
+
+def _check_text(results, text):
+  """All cells of a directory are of one text."""
+  folder = results.workdir / _FOLDER
+  for path in sorted(folder.glob(f"*/{measure.RESULT}"))[:1]:
+    other = json.loads(path.read_text())["text"]
+    if other != text:
+      raise config_lib.ConfigError(
+        f"config.data.path={results.config.data.path!r}: another text than "
+        f"that of {path.parent}; choose another --workdir for it"
+      )

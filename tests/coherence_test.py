@@ -1,0 +1,87 @@
+"""Coherence and diversity of text made by hand."""
+
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from aoarm_jax.data import tokenizers
+from aoarm_jax.study import coherence
+
+CHAR27 = tokenizers.get("char27")
+
+
+def reference(text=b"the cat sat on the mat with a hat", n=3):
+  return coherence.reference(CHAR27.encode(text), text, n)
+
+
+def measured(*texts, **kwargs):
+  rows = [
+    coherence.count(CHAR27.encode(text), text, reference(**kwargs))
+    for text in texts
+  ]
+  return dict(zip(coherence.MEASURES, coherence.measures(np.array(rows))))
+
+
+class CoherenceTest(parameterized.TestCase):
+  def test_rules(self):
+    # Two letters or more: the, dog, sat, with, wita. Four: with, wita.
+    got = measured(b"the dog sat a with wita")
+    self.assertAlmostEqual(got["coherence_over_1"], 3 / 5)
+    self.assertAlmostEqual(got["coherence_from_4"], 1 / 2)
+
+  def test_diversity_is_a_mean_over_samples_and_coherence_is_pooled(self):
+    got = measured(b"the the the the", b"xx yy")
+    self.assertAlmostEqual(got["diversity"], (1 / 4 + 1) / 2)
+    self.assertAlmostEqual(got["coherence_over_1"], 4 / 6)
+
+  def test_text_of_the_reference_is_familiar_and_repetition_is_seen(self):
+    got = measured(b"the mat with")
+    self.assertEqual(got["familiarity"], 1)
+    self.assertEqual(got["repetition"], 0)
+    got = measured(b"zzzzzz")  # Four 3-grams, one distinct, none known.
+    self.assertEqual(got["familiarity"], 0)
+    self.assertAlmostEqual(got["repetition"], 3 / 4)
+
+  def test_no_words_at_all(self):
+    got = measured(b"     ")
+    self.assertTrue(np.isnan(got["coherence_from_4"]))
+    self.assertEqual(got["diversity"], 0)
+
+  def test_shorter_than_an_ngram(self):
+    got = measured(b"ab")
+    self.assertTrue(np.isnan(got["familiarity"]))
+
+  @parameterized.parameters(
+    ([1.0], [1.0], 1.0),
+    ([0.5, 1.0], [1.0, 0.5], 0.75),
+    ([0.5, 1.0, 0.4], [1.0, 0.5, 0.4], 0.75),  # The last is dominated.
+    ([np.nan, 0.5], [1.0, 0.5], 0.25),
+    ([], [], 0.0),
+  )
+  def test_dominated_area(self, x, y, area):
+    self.assertAlmostEqual(
+      coherence.dominated_area(np.array(x), np.array(y)), area
+    )
+
+  def test_bootstrap_band_is_that_of_the_binomial(self):
+    """100 samples of one word each, 30 of them known: 0.3 ± 0.046."""
+    row = dict.fromkeys(coherence.COLUMNS, 1)
+    known = [row | {"from_4_known": int(i < 30)} for i in range(100)]
+    counts = np.array([[list(each.values()) for each in known]])
+    drawn = coherence.bootstrap([counts], 2000)
+    self.assertEqual(drawn.shape, (2000, 1, len(coherence.MEASURES)))
+    values = drawn[:, 0, coherence.MEASURES.index("coherence_from_4")]
+    self.assertAlmostEqual(values.mean(), 0.3, delta=0.005)
+    self.assertAlmostEqual(values.std(), 0.0458, delta=0.004)
+
+  def test_bootstrap_resamples_seeds_too(self):
+    counts = np.ones((1, 50, len(coherence.COLUMNS)))
+    other = counts.copy()
+    other[..., coherence.COLUMNS.index("from_4_known")] = 0
+    at = coherence.MEASURES.index("coherence_from_4")
+    drawn = coherence.bootstrap([counts, other], 400)[:, 0, at]
+    self.assertGreater(np.mean(drawn == 0), 0.15)
+    self.assertGreater(np.mean(drawn == 1), 0.15)
+
+
+if __name__ == "__main__":
+  absltest.main()

@@ -1,0 +1,161 @@
+"""Attention profiles: against maps written out, and answers that are known."""
+
+import jax.numpy as jnp
+import numpy as np
+import tiny
+from absl.testing import absltest, parameterized
+
+from aoarm_jax import mechanisms, orders
+from aoarm_jax.study import profiles
+
+B, T = 3, 7
+
+
+def slow_sums(w, place, position, s):
+  """Sums of one head's map [R, S], by loops over rows and keys."""
+  edges = profiles.bin_edges(len(w) + 1)
+  mass, uniform = np.zeros((2, 2, len(edges)))
+  spread, uniform_spread = np.zeros((2, 2))
+  for i in range(len(w)):
+    keys = [j for j in range(i + 1) if s <= j < i]
+    near = [abs(place[i] - position[j]) for j in range(i + 1)]
+    for d, far in enumerate((near, [i - j for j in range(i + 1)])):
+      logs = []
+      for j in keys:
+        bin_ = next(n for n, edge in enumerate(edges) if far[j] <= edge)
+        mass[d, bin_] += w[i, j]
+        uniform[d, bin_] += 1 / (i + 1)
+        logs.append(np.log(1 + sum(far[other] < far[j] for other in keys)))
+        spread[d] += w[i, j] * logs[-1]
+      if keys:
+        uniform_spread[d] += w[i, keys].sum() * np.mean(logs)
+  return mass, uniform, spread, uniform_spread
+
+
+def maps(bind, params, tokens, order):
+  """Softmax maps of every layer [B, R, S, heads], by numpy."""
+  network = bind(params)
+  slots = orders.to_slots(
+    tokens, order, network.model.sentinels, network.vocabulary
+  )
+  earlier, last = profiles.observe(
+    network, slots, lambda q, k, v, visible: (q, k)
+  )
+  out = []
+  for q, k in [*zip(*earlier), last]:
+    q, k = np.asarray(q, np.float64), np.asarray(k, np.float64)
+    k = np.repeat(k, q.shape[2] // k.shape[2], axis=2)
+    logits = np.einsum("brnh,bsnh->brsn", q, k) / np.sqrt(q.shape[-1])
+    R, S = logits.shape[1:3]
+    hidden = np.triu(np.ones((R, S), bool), 1)
+    logits[:, hidden] = -np.inf
+    p = np.exp(logits - logits.max(2, keepdims=True))
+    out.append(p / p.sum(2, keepdims=True))
+  return slots, out
+
+
+class ProfileTest(parameterized.TestCase):
+  @parameterized.parameters(("two_stream", 2), ("decoupled_rope", 1))
+  def test_is_that_of_the_maps_written_out(self, mechanism, s):
+    bind = tiny.bind(mechanism, s, L=3)
+    params = tiny.sharp(bind)
+    tokens = tiny.tokens(B, T, 5)
+    order = tiny.orders_of(mechanism, B, T)
+    sums = tiny.quick_jit(
+      lambda params: profiles.profile(bind(params), tokens, order)
+    )(params)
+    kind = mechanisms.MECHANISMS[mechanism]
+    arrays = profiles.to_arrays(*sums, kind)
+    slots, dense = maps(bind, params, tokens, order)
+    names = profiles.streams(kind)
+    for g, stream in enumerate(names):
+      places = np.asarray(
+        slots.position if stream == "content" else slots.target_position
+      )
+      layers = len(arrays[f"{stream}/own"])
+      self.assertEqual(layers, 2 if stream == "content" else 3)
+      for layer in range(layers):
+        G = dense[layer].shape[3] // 3
+        for n in range(3):
+          w = dense[layer][..., n * G + min(g, G - 1)]
+          wanted = [np.zeros(()) for _ in range(4)]
+          for b in range(B):
+            one = slow_sums(w[b], places[b], np.asarray(slots.position)[b], s)
+            wanted = [x + y for x, y in zip(wanted, one)]
+          for field, value in zip(profiles.Sums._fields, wanted):
+            np.testing.assert_allclose(
+              arrays[f"{stream}/{field}"][layer, n], value, 1e-4, 1e-5,
+              err_msg=f"{stream} {field} of layer {layer}, head {n}",
+            )  # fmt: skip
+          own = np.trace(w, axis1=1, axis2=2).sum()
+          np.testing.assert_allclose(
+            arrays[f"{stream}/own"][layer, n], own, 1e-4
+          )
+          np.testing.assert_allclose(
+            arrays[f"{stream}/sentinels"][layer, n], w[..., :s].sum(), 1e-4
+          )
+
+  def of_weights(self, choose):
+    """Indices [2] where every row attends to the slot that `choose` names."""
+    order = tiny.orders_of("two_stream", 1, 12)
+    slots = orders.to_slots(tiny.tokens(1, 12, 5), order, 1, 5)
+    c, t = np.asarray(slots.position[0]), np.asarray(slots.target_position[0])
+    w = np.zeros((1, 1, 12, 12), np.float32)
+    for i in range(12):
+      keys = range(1, i) if i > 1 else [0]
+      for j in choose(i, c, t, list(keys)):
+        w[0, 0, i, j] += 1 / len(choose(i, c, t, list(keys)))
+    sums = profiles.summarise(
+      jnp.asarray(w), slots.target_position, slots.position[0], 1
+    )
+    arrays = {f"only/{k}": np.asarray(v)[None, :, 0] for k, v in
+              sums._asdict().items()}  # fmt: skip
+    return profiles.locality(arrays, "only")[0, 0], arrays
+
+  def test_last_slot_is_structural_locality_1(self):
+    index, _ = self.of_weights(lambda i, c, t, keys: keys[-1:])
+    self.assertAlmostEqual(index[1], 1.0, 5)
+    self.assertLess(index[0], 0.7)
+
+  def test_nearest_position_is_semantic_locality_1(self):
+    def nearest(i, c, t, keys):
+      return [min(keys, key=lambda j: abs(c[j] - t[i]))]
+
+    index, _ = self.of_weights(nearest)
+    self.assertAlmostEqual(index[0], 1.0, 5)
+    self.assertLess(index[1], 0.7)
+
+  def test_uniform_attention_is_0_and_its_own_expectation(self):
+    index, arrays = self.of_weights(lambda i, c, t, keys: range(i + 1))
+    np.testing.assert_allclose(index, 0, atol=1e-5)
+    np.testing.assert_allclose(
+      arrays["only/mass"], arrays["only/uniform"], atol=1e-5
+    )
+
+  def test_a_network_that_attends_to_the_nearest_position(self):
+    """Queries and keys are one vector, turned slowly by t and by c."""
+    bind = tiny.bind("decoupled_rope", T=12, D=4, L=1, N=1)
+    params = tiny.sharp(bind)
+    attention = params["blocks"]["attention"]
+    for name in ("query", "key"):
+      attention[name] = jnp.zeros_like(attention[name])
+      # The second rotary pair: 0.01 radians a position.
+      attention[name] = attention[name].at[..., 1].set(1.0)
+    norm = jnp.zeros_like(attention["query_norm"]["scale"])
+    attention["query_norm"]["scale"] = norm.at[..., 1].set(3e5)
+    attention["key_norm"]["scale"] = norm.at[..., 1].set(3e1)
+    params["embedding"] = jnp.ones_like(params["embedding"])
+    tokens = tiny.tokens(B, 12, 5)
+    order = tiny.orders_of("decoupled_rope", B, 12)
+    sums = tiny.quick_jit(
+      lambda params: profiles.profile(bind(params), tokens, order)
+    )(params)
+    kind = mechanisms.MECHANISMS["decoupled_rope"]
+    arrays = profiles.to_arrays(*sums, kind)
+    index = profiles.locality(arrays, "only")[0, 0]
+    self.assertGreater(index[0], 0.99)
+    self.assertLess(index[1], 0.7)
+
+
+if __name__ == "__main__":
+  absltest.main()

@@ -1,0 +1,366 @@
+"""The study: its sweep, and a tiny one from end to end, killed on the way."""
+
+import csv
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import tempfile
+from unittest import mock
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tiny
+from absl.testing import absltest, parameterized
+from etils import epath
+
+from aoarm_jax import config as config_lib
+from aoarm_jax import decode, diffusion, matching, sampling, telemetry
+from aoarm_jax.data import tokenizers
+from aoarm_jax.study import cells as cells_lib
+from aoarm_jax.study import findings, measure, sweep, tables
+
+STUDY = str(helpers.ROOT / "configs" / "study_tradeoff.py")
+V = 27
+
+
+def config(sweep, **study):
+  return config_lib.Config(study=config_lib.Study(sweep=sweep, **study))
+
+
+class SweepTest(parameterized.TestCase):
+  def test_order_is_line_by_line_and_the_last_key_fastest(self):
+    cells = cells_lib.expand(
+      config("seed=0,1 mechanism=two_stream,mdlm; mechanism=mdlm,ao_gpt T=128")
+    )
+    self.assertEqual(
+      [(cell.seed, cell.mechanism) for cell in cells],
+      [(0, "two_stream"), (0, "mdlm"), (1, "two_stream"), (1, "mdlm"),
+       (0, "ao_gpt")],
+    )  # fmt: skip
+
+  def test_trials_come_before_what_needs_them_and_once(self):
+    cells = cells_lib.expand(config("seed=0,1 rate=tuned"))
+    self.assertEqual([c.trial for c in cells], [True] * 3 + [False] * 2)
+    self.assertEqual([c.rate for c in cells[:3]], ["0.001", "0.002", "0.004"])
+
+  @parameterized.parameters(
+    ("", "no cells"),
+    ("mechanism=three_stream", "mechanism=three_stream cannot be"),
+    ("mechanisms=mdlm", "'mechanisms=mdlm' is not key=values"),
+    ("T=", "'T=' is not key=values"),
+    ("T=1e3", "T=1e3 cannot be"),
+    ("orders=blocks", "orders=blocks cannot be"),
+    ("rate=fast", "rate=fast cannot be"),
+  )
+  def test_a_line_that_cannot_be(self, sweep, message):
+    with self.assertRaisesRegex(config_lib.ConfigError, message):
+      cells_lib.expand(config(sweep))
+
+  def resolved(self, line, **study):
+    study = config(line, **study)
+    (cell,) = cells_lib.expand(study)
+    return cell, cells_lib.resolve(cell, study, 1e-3, V)
+
+  def test_equal_flops(self):
+    cell, got = self.resolved("mechanism=decoupled_rope budget=flops steps=500")
+    other = dataclasses.replace(cell, mechanism="two_stream")
+    reference = cells_lib.resolve(other, config(""), 1e-3, V)
+    self.assertEqual(reference.train.steps, 500)
+    ratio = matching.training_flops(got, V) / matching.training_flops(
+      reference, V
+    )
+    self.assertAlmostEqual(ratio, 1, delta=2e-3)
+    self.assertGreater(got.train.steps, 800)
+
+  def test_equal_steps_is_equal_text_at_any_length(self):
+    for T in (128, 4096):
+      _, got = self.resolved(f"T={T}")
+      self.assertEqual(got.train.batch_size * T, 65536)
+
+  def test_equal_parameters(self):
+    _, got = self.resolved("mechanism=ao_gpt budget=parameters")
+    _, plain = self.resolved("mechanism=ao_gpt")
+    self.assertLess(got.model.F, plain.model.F)
+
+  def test_an_arm_that_is_as_large_already_is_not_run_again(self):
+    names = {
+      cells_lib.folder_name(
+        *self.resolved(f"mechanism=decoupled_rope budget={budget}")
+      )
+      for budget in ("steps", "parameters")
+    }
+    self.assertLen(names, 1)
+
+  def test_a_folder_is_bound_to_all_that_decides_the_numbers(self):
+    cell, got = self.resolved("mechanism=mdlm")
+    name = cells_lib.folder_name(cell, got)
+    for section, changes in (
+      ("optimizer", {"b1": 0.5}),
+      ("study", {"temperatures": 3}),
+      ("eval", {"batches": 3}),
+    ):
+      part = dataclasses.replace(getattr(got, section), **changes)
+      other = dataclasses.replace(got, **{section: part})
+      self.assertNotEqual(cells_lib.folder_name(cell, other), name, section)
+    moved = dataclasses.replace(
+      got,
+      data=dataclasses.replace(got.data, path="elsewhere"),
+      study=dataclasses.replace(got.study, limit_seconds=3, cells="x"),
+    )
+    self.assertEqual(cells_lib.folder_name(cell, moved), name)
+
+  def test_the_reference_has_one_folder_for_all_budgets(self):
+    names = {
+      cells_lib.folder_name(*self.resolved(f"budget={budget}"))
+      for budget in cells_lib.BUDGETS
+    }
+    self.assertLen(names, 1)
+
+  @parameterized.parameters("", "quick", "tiny")
+  def test_sweeps_of_the_config_can_be(self, variant):
+    got = helpers.config_of([f"--config={STUDY}:{variant}"])
+    for cell in cells_lib.expand(got):
+      if cell.budget == "steps":
+        cells_lib.resolve(cell, got, 1e-3, V)
+
+
+class AnswersTest(absltest.TestCase):
+  def row(self, T, difference, error):
+    return {
+      "mechanism": "decoupled_rope", "T": T, "orders": "uniform",
+      "budget": "flops", "difference_bits": difference, "error": error,
+      "seeds": 2, "error_of": "seeds",
+    }  # fmt: skip
+
+  def answer(self, rows, part):
+    found = findings.all_of(rows, [], [], "two_stream")
+    (one,) = [a for a in found if part in a.question]
+    return one.answer
+
+  def test_growth_with_length(self):
+    for last, wanted in ((0.2, "yes"), (-0.2, "no"), (0.01, "unclear")):
+      rows = [self.row(1024, last, 0.01), self.row(128, 0.0, 0.01)]
+      self.assertEqual(self.answer(rows, "grow with length"), wanted)
+    self.assertEqual(self.answer(rows[:1], "grow with length"), "not measured")
+
+  def test_a_deficit_at_some_lengths_only_is_unclear(self):
+    rows = [self.row(1024, 0.2, 0.01), self.row(128, -0.2, 0.01)]
+    self.assertEqual(self.answer(rows, "equal flops: does"), "unclear")
+    self.assertEqual(self.answer(rows[:1], "equal flops: does"), "yes")
+
+
+class TemperaturesTest(parameterized.TestCase):
+  @parameterized.parameters("decoupled_rope", "mdlm")
+  def test_a_law_a_row_is_the_law_of_each_row(self, mechanism):
+    """All temperatures in one batch give what one batch for each would."""
+    bind = tiny.bind(mechanism, L=1)
+    params, B, T = tiny.sharp(bind), 4, 7
+    order = tiny.orders_of(mechanism, B, T)
+
+    @tiny.quick_jit
+    def texts(params, temperature):
+      law = sampling.Sampling(temperature, jnp.int32(0), jnp.float32(1))
+      blank = jnp.zeros((B, T), jnp.int32)
+      network, key = bind(params), jax.random.key(0)
+      arguments = network, key, blank, blank > 0, order, law
+      if mechanism == "mdlm":
+        return diffusion.generate(
+          *arguments, method="sequential", steps=0
+        ).tokens
+      return decode.generate(*arguments).tokens
+
+    levels = np.float32([0.1, 3.0, 0.1, 3.0])
+    together = texts(params, levels[:, None, None])
+    cold, hot = (texts(params, levels[i]) for i in (0, 1))
+    self.assertFalse(np.array_equal(cold, hot))
+    for b in range(B):
+      np.testing.assert_array_equal(together[b], (cold, hot)[b % 2][b])
+
+
+class StudyTest(absltest.TestCase):
+  def setUp(self):
+    super().setUp()
+    folder = self.enter_context(tempfile.TemporaryDirectory())
+    self.workdir = pathlib.Path(folder) / "run"
+    helpers.write_text(pathlib.Path(folder) / "text", test=False)
+    self.enter_context(helpers.quick_compilation())
+    self.command = [
+      f"--config={STUDY}:tiny", "--mode=study", f"--workdir={self.workdir}",
+      f"--config.data.path={folder}/text",
+    ]  # fmt: skip
+
+  def test_killed_and_started_again(self):
+    process = helpers.start(self.command)
+    helpers.read_until(process, "cell 2/4")
+    os.killpg(process.pid, signal.SIGKILL)
+    helpers.finish(process)
+    before = helpers.contents(self.workdir / "cells")
+    done = {n: x for n, x in before.items() if n.endswith(measure.RESULT)}
+    self.assertLen(done, 1)
+    # No time is left: nothing is begun.
+    helpers.run(
+      [*self.command, "--config.study.limit_seconds=1",
+       "--config.study.part=cells"]
+    )  # fmt: skip
+    self.assertEqual(self.results(), done)
+    with mock.patch.object(
+      measure.Lab, "run", autospec=True, side_effect=measure.Lab.run
+    ) as runs:
+      helpers.run(self.command)
+    self.assertEqual(
+      [call.args[1].mechanism for call in runs.call_args_list],
+      ["mdlm", "decoupled_rope", "decoupled_rope"],
+    )
+    self.assertLen(self.results(), 4)
+    self.check_another_text_is_refused()
+    self.assertEqual(self.results(), self.results() | done)
+    files = helpers.contents(self.workdir / "cells")
+    self.assertLess(sum(map(len, files.values())), 100_000)
+    self.check_report()
+    self.check_differences()
+    self.check_it_can_be_made_again()
+
+  def results(self):
+    files = helpers.contents(self.workdir / "cells")
+    return {n: x for n, x in files.items() if n.endswith(measure.RESULT)}
+
+  def check_another_text_is_refused(self):
+    helpers.write_text(self.workdir.parent / "other", seed=1, test=False)
+    other = f"--config.data.path={self.workdir.parent}/other"
+    with self.assertRaisesRegex(config_lib.ConfigError, "another text"):
+      helpers.run(
+        [
+          *self.command,
+          other,
+          "--config.seed=1",
+          "--config.study.sweep=mechanism=two_stream T=16 seed=1",
+        ]
+      )
+
+  def check_it_can_be_made_again(self):
+    """From nothing but the cells' files; what is missing is shown empty."""
+    report = self.workdir / "report"
+    first = helpers.contents(report)
+    for path in report.iterdir():
+      path.unlink()
+    (gone,) = [name for name in self.results() if name.startswith("mdlm")]
+    (self.workdir / "cells" / gone).unlink()
+    with mock.patch.object(measure, "Lab", side_effect=AssertionError):
+      helpers.run([*self.command, "--config.study.part=report"])
+    again = helpers.contents(report)
+    self.assertEqual(set(again), set(first))
+    for name in ("locality.csv", "profiles_T16.svg"):
+      self.assertEqual(again[name], first[name], name)
+    self.assertIn(b"3 of 4 cells", again["README.md"])
+    rows = self.table("cells")
+    self.assertEqual(
+      [r["done"] for r in rows], ["True", "False"] + 2 * ["True"]
+    )
+    self.assertEqual(rows[1]["bits_per_char"], "")
+
+  def table(self, name):
+    text = (self.workdir / f"report/{name}.csv").read_text()
+    return list(csv.DictReader(text.splitlines()))
+
+  def check_report(self):
+    report = self.workdir / "report"
+    text = (report / "README.md").read_text()
+    self.assertIn("4 of 4 cells", text)
+    self.assertNotIn(str(self.workdir), text)
+    for name in ("coherence_diversity_from_4", "locality", "profiles_T16"):
+      for suffix in ("png", "svg"):
+        self.assertGreater((report / f"{name}.{suffix}").stat().st_size, 1000)
+      self.assertIn(f"({name}.png)", text)
+
+  def check_differences(self):
+    """The mean of paired differences is the difference of the means."""
+    bits = {
+      (row["mechanism"], row["budget"]): row["bits_per_char"]
+      for row in self.table("cells")
+    }
+    for row in self.table("differences"):
+      own = bits[row["mechanism"], row["budget"]]
+      wanted = float(own) - float(bits["two_stream", "steps"])
+      self.assertAlmostEqual(float(row["difference_bits"]), wanted, places=4)
+      self.assertGreater(float(row["error"]), 0)
+    self.assertLen(self.table("differences"), 3)
+
+
+class SharesTest(absltest.TestCase):
+  def test_shares_are_all_cells_once_with_the_trials_that_they_need(self):
+    study = config("seed=0,1,2 mechanism=two_stream,mdlm rate=tuned")
+    cells = cells_lib.expand(study)
+    seen = []
+    for index in range(4):
+      share = dataclasses.replace(study.study, share_index=index, share_count=4)
+      mine = sweep.chosen(dataclasses.replace(study, study=share), cells)
+      for cell in mine:
+        if cell.trial:
+          continue
+        seen.append(cell)
+        for trial in cells_lib.trials(cell, study):
+          self.assertLess(mine.index(trial), mine.index(cell))
+    self.assertCountEqual(seen, [cell for cell in cells if not cell.trial])
+
+  def test_cells_by_their_label(self):
+    study = config("T=128,1024 mechanism=two_stream,mdlm")
+    cells = cells_lib.expand(study)
+    study = dataclasses.replace(study.study, cells="T=1024,mdlm")
+    mine = sweep.chosen(config_lib.Config(study=study), cells)
+    self.assertEqual(
+      [(cell.T, cell.mechanism) for cell in mine],
+      [(128, "mdlm"), (1024, "two_stream"), (1024, "mdlm")],
+    )
+    study = dataclasses.replace(study, cells="T=9")
+    with self.assertRaisesRegex(config_lib.ConfigError, "no cell's label"):
+      sweep.chosen(config_lib.Config(study=study), cells)
+
+
+class RateTest(absltest.TestCase):
+  def test_a_trial_that_diverges_is_worse_than_any(self):
+    study = config("rate=tuned", rates=(1e-3, 2e-3))
+    first, second, cell = cells_lib.expand(study)
+    folder = epath.Path(self.enter_context(tempfile.TemporaryDirectory()))
+    results = sweep.Results(study, folder, V)
+    corpus = mock.Mock(tokenizer=tokenizers.get("char27"))
+    corpus.hash.return_value = "0"
+    lab = measure.Lab(study, corpus, None, mock.MagicMock())
+    diverged = telemetry.NonFiniteError("the loss is nan")
+    with mock.patch.object(lab, "_train", side_effect=diverged):
+      lab.run(first, results.resolved(first), results.folder(first))
+      with self.assertRaises(telemetry.NonFiniteError):
+        lab.run(cell, results.resolved(second), folder / "cell")
+    path = results.folder(second) / measure.RESULT
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"estimate": {"bits_per_char": 9.0}}))
+    self.assertEqual(results.rate(cell), 2e-3)
+
+  def test_the_best_trial_decides_when_all_are_done(self):
+    study = config("rate=tuned", rates=(1e-3, 2e-3))
+    first, second, cell = cells_lib.expand(study)
+    folder = epath.Path(self.enter_context(tempfile.TemporaryDirectory()))
+    results = sweep.Results(study, folder, V)
+    for trial, bits in ((first, 2.5), (second, 2.25)):
+      self.assertIsNone(results.rate(cell))
+      self.assertIsNone(results.result(cell))
+      path = results.folder(trial) / measure.RESULT
+      path.parent.mkdir(parents=True)
+      path.write_text(json.dumps({"estimate": {"bits_per_char": bits}}))
+    self.assertEqual(results.rate(cell), 2e-3)
+    resolved = results.resolved(cell)
+    self.assertEqual(resolved.optimizer.peak_learning_rate, 2e-3)
+
+
+class TablesTest(absltest.TestCase):
+  def test_mean_and_error_over_seeds(self):
+    mean, error = tables.mean_and_error([1.0, 2.0, 3.0])
+    self.assertAlmostEqual(mean, 2.0)
+    self.assertAlmostEqual(error, 1 / 3**0.5)
+
+
+if __name__ == "__main__":
+  absltest.main()
