@@ -129,11 +129,11 @@ class SweepTest(parameterized.TestCase):
 
 
 class AnswersTest(absltest.TestCase):
-  def row(self, T, difference, error):
+  def row(self, T, difference, error, seeds=2):
     return {
       "mechanism": "decoupled_rope", "T": T, "orders": "uniform",
       "budget": "flops", "difference_bits": difference, "error": error,
-      "seeds": 2, "error_of": "seeds",
+      "seeds": seeds, "error_of": "seeds",
     }  # fmt: skip
 
   def answer(self, rows, part):
@@ -146,6 +146,13 @@ class AnswersTest(absltest.TestCase):
       rows = [self.row(1024, last, 0.01), self.row(128, 0.0, 0.01)]
       self.assertEqual(self.answer(rows, "grow with length"), wanted)
     self.assertEqual(self.answer(rows[:1], "grow with length"), "not measured")
+
+  def test_one_seed_cannot_tell(self):
+    rows = [self.row(T, T / 1000, 0.001, seeds=1) for T in (128, 1024)]
+    self.assertEqual(self.answer(rows, "grow with length"), "unclear")
+    self.assertEqual(self.answer(rows, "equal flops: does"), "unclear")
+    rows += [self.row(T, 0.1, 0.01) for T in (256, 512)]
+    self.assertEqual(self.answer(rows, "grow with length"), "unclear")
 
   def test_a_deficit_at_some_lengths_only_is_unclear(self):
     rows = [self.row(1024, 0.2, 0.01), self.row(128, -0.2, 0.01)]

@@ -261,10 +261,13 @@ def folder_name(cell: Cell, resolved: config_lib.Config) -> str:
   Cells whose configurations agree in all that decides their numbers share it:
   the reference mechanism has one for all three budgets.
   """
+  # What has its default is left out, so that a new field of the schema does not
+  # make old cells strangers.
   counts = {
-    name: dataclasses.asdict(getattr(resolved, name))
-    for name in ("model", "orders", "optimizer", "train", "eval", "sample")
+    name: _not_default(getattr(resolved, name))
+    for name in ("model", "orders", "optimizer", "train", "eval")
   }
+  counts["order"] = resolved.sample.order
   counts["seed"] = resolved.seed
   counts["tokenizer"] = resolved.data.tokenizer
   counts["dtype"] = resolved.compute.dtype
@@ -279,3 +282,12 @@ def folder_name(cell: Cell, resolved: config_lib.Config) -> str:
     *(["trial"] if cell.trial else []), digest.hexdigest()[:8],
   )  # fmt: skip
   return "-".join(parts)
+
+
+def _not_default(section):
+  default = type(section)()
+  return {
+    field.name: getattr(section, field.name)
+    for field in dataclasses.fields(section)
+    if getattr(section, field.name) != getattr(default, field.name)
+  }

@@ -1,7 +1,8 @@
 """Tables -> answers: yes, no, unclear or not measured, each with its numbers.
 
 An effect counts where it is larger than twice its standard error, or where 95%
-bands do not overlap.
+bands do not overlap. One seed cannot tell: its difference is unclear, however
+many windows it was measured on.
 """
 
 import math
@@ -80,6 +81,8 @@ def _pair(rows, T, one, other, question, expected):
     return Answer(question, OPEN, "")
   found = _compare(a, b)
   numbers = f"dominated area: {one} {_shown(a)}, {other} {_shown(b)}"
+  if min(a["seeds"], b["seeds"]) < 2:
+    return Answer(question, UNCLEAR, f"{numbers} (one seed)")
   if found == expected:
     return Answer(question, YES, numbers)
   return Answer(question, UNCLEAR if found == 0 else NO, numbers)
@@ -120,10 +123,15 @@ def _deficits(rows, reference):
     if not found:
       answers.append(Answer(question, OPEN, ""))
       continue
-    signs = {_sign(r["difference_bits"], r["error"]) for r in found}
+    signs = {_sign(r["difference_bits"], _error(r)) for r in found}
     answer = signs.pop() if len(signs) == 1 else UNCLEAR
     answers.append(Answer(question, answer, _list(found, "T")))
   return answers
+
+
+def _error(row):
+  """The standard error of a difference; of one seed, nan."""
+  return row["error"] if row["seeds"] > 1 else math.nan
 
 
 def _list(rows, key):
@@ -138,10 +146,17 @@ def _list(rows, key):
 def _growth(question, rows, key):
   if len(rows) < 2:
     return Answer(question, OPEN, _list(rows, key))
-  first, last = rows[0], rows[-1]
+  # From the first to the last that has more than one seed.
+  several = [r for r in rows if r["seeds"] > 1]
+  if len(several) < 2:
+    return Answer(question, UNCLEAR, _list(rows, key))
+  first, last = several[0], several[-1]
   growth = last["difference_bits"] - first["difference_bits"]
   error = math.hypot(first["error"], last["error"])
-  numbers = f"growth {growth:+.4f} ± {error:.4f}; {_list(rows, key)}"
+  numbers = (
+    f"from {key} = {first[key]} to {last[key]}: {growth:+.4f} ± {error:.4f}; "
+    f"{_list(rows, key)}"
+  )
   return Answer(question, _sign(growth, error), numbers)
 
 

@@ -190,8 +190,8 @@ def _answers(answers):
   lines.append(
     "\nThe paper, or its hypothesis, expects yes in every row. "
     "`yes` and `no`: larger than twice the standard error, or bands apart; "
-    "level is said where bands overlap, which few samples make likely. Where "
-    "there is one seed, what seeds would change is not known."
+    "level is said where bands overlap, which few samples make likely. One "
+    "seed cannot tell: `unclear`."
   )
   lines.append("\nAgainst the paper:\n")
   lines += against or ["- nothing so far"]
