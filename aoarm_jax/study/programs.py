@@ -136,15 +136,17 @@ def _sample_program(config, vocabulary, mesh):
     order_key, key = jax.random.split(jax.random.key(seed))
     network, blank = bind(params), jnp.zeros((rows, model.T), jnp.int32)
     # One law a row, so that all temperatures are one batch.
-    law = sampling.Sampling(
-      temperature[:, None, None], jnp.int32(0), jnp.float32(1)
-    )
+    law = sampling.Sampling(temperature[:, None, None])
     order = orders.draw(order_key, rows, model.T, options, first_row=first_row)
-    key = jax.random.fold_in(key, first_row)
     arguments = network, key, blank, blank > 0, order, law
+    index = first_row + jnp.arange(rows)
     if model.kind.masked:
-      return diffusion.generate(*arguments, method="sequential", steps=0).tokens
-    return decode.generate(*arguments, prefill=model.sentinels > 1).tokens
+      return diffusion.generate(
+        *arguments, method="sequential", steps=0, rows=index
+      ).tokens
+    return decode.generate(
+      *arguments, prefill=model.sentinels > 1, rows=index
+    ).tokens
 
   arguments = (
     params, _abstract(mesh), _abstract(mesh),
