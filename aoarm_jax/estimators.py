@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from aoarm_jax import config as config_lib
-from aoarm_jax import objective, orders, train_state
+from aoarm_jax import objective, orders, sharding, train_state
 
 _FAMILIES = {
   "any_order": "uniform",
@@ -76,7 +76,8 @@ def estimate(
 
   def draw(key, family="uniform"):
     options = dataclasses.replace(config.orders, family=family)
-    return orders.draw(key, B, T, options, step=step, first_row=first_row)
+    order = orders.draw(key, B, T, options, step=step, first_row=first_row)
+    return sharding.constrain(order, "batch")
 
   def of_draw(k):
     return draw(jax.random.fold_in(key, k))

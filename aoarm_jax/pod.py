@@ -275,16 +275,30 @@ def _answer(given: dict) -> dict:
   except pallas_kernels.UnsupportedError as error:
     return {"config_error": f"config.compute.attention: {error}"}
   except jax.errors.JaxRuntimeError as error:
-    text = str(error)
-    used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", text)
-    if "RESOURCE_EXHAUSTED" not in text or not used:
+    if "RESOURCE_EXHAUSTED" not in str(error):
       return {"error": f"the TPU compiler failed: {_first_line(error)}"}
-    return {
-      "error": f"{given['topology']}: does not fit: needs {used[1]}iB of the "
-      f"{used[2]}iB of a chip; take more chips, a smaller "
-      "--config.train.batch_size, a larger --config.mesh.fsdp (0: all chips), "
-      "--config.compute.accumulate, or --config.compute.remat=true"
-    }
+    return {"error": f"{given['topology']}: {_does_not_fit(str(error))}"}
+
+
+# The compiler says it in one way or the other, by when it notices.
+_TOO_MUCH = (
+  r"Used (?P<used>[\d.]+\w) of (?P<there>[\d.]+\w) hbm",
+  r"\((?P<used>[\d.]+\w)\) exceeds available HBM \((?P<there>[\d.]+\w)\)",
+)
+
+
+def _does_not_fit(message):
+  found = next(filter(None, (re.search(p, message) for p in _TOO_MUCH)), None)
+  what = (
+    f"needs at least {found['used']}iB of the {found['there']}iB of a chip"
+    if found
+    else _first_line(message)
+  )
+  return (
+    f"does not fit: {what}; take more chips, a smaller "
+    "--config.train.batch_size, a larger --config.mesh.fsdp (0: all chips), "
+    "--config.compute.accumulate, or --config.compute.remat=true"
+  )
 
 
 def _first_line(error):

@@ -87,6 +87,21 @@ class ReportTest(parameterized.TestCase):
         pod.estimate(small(), 27, "v5e:2x2")
     self.assertNotIn("\n", str(caught.exception))
 
+  @parameterized.parameters(
+    (
+      "Ran out of memory on HBM, the total memory required for HLO temporaries "
+      "(17.31G) exceeds available HBM (15.75G). HLO module: jit_step.",
+      "does not fit: needs at least 17.31GiB of the 15.75GiB of a chip; take",
+    ),
+    (
+      "Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm.",
+      "does not fit: needs at least 20.50GiB of the 15.75GiB of a chip; take",
+    ),
+    ("No room\nleft", "does not fit: No room; take"),
+  )
+  def test_the_compilers_words_for_too_much(self, message, wanted):
+    self.assertStartsWith(pod._does_not_fit(message), wanted)
+
   def test_without_the_compiler(self):
     if importlib.util.find_spec("libtpu") is not None:
       self.skipTest("libtpu is installed")
@@ -137,7 +152,9 @@ class CompilerTest(parameterized.TestCase):
   def test_what_does_not_fit_is_refused(self):
     train = config_lib.Train(batch_size=2**16, steps=10)
     large = dataclasses.replace(small(), train=train)
-    with self.assertRaisesRegex(pod.PodError, "v5e:2x2: does not fit: needs"):
+    with self.assertRaisesRegex(
+      pod.PodError, "v5e:2x2: does not fit: needs at least"
+    ):
       pod.estimate(large, 27, "v5e:2x2")
 
 
