@@ -26,7 +26,7 @@ _CALLED = re.compile(
   r"false_computation)=\{?(%?[\w.-]+(?:, *%?[\w.-]+)*)"
 )
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-_CONSTANT = re.compile(r"= s(?:32|64)\[\](?:\{[^}]*\})? constant\((\d+)\)")
+_CONSTANT = re.compile(r"= [su](?:32|64)\[\](?:\{[^}]*\})? constant\((\d+)\)")
 
 
 @dataclasses.dataclass(frozen=True)
