@@ -200,6 +200,7 @@ def _long(q, k, v, *refs, factor, config, share, splits):
   G = Nq // N
   C, size = config.consumers, config.keys
   tiles = pl.cdiv(pl.cdiv(S, size), splits)
+  turns = config.pingpong and C == 2
   rounds = share.rounds()
   warpgroup = lax.axis_index("warpgroup")
 
@@ -207,11 +208,13 @@ def _long(q, k, v, *refs, factor, config, share, splits):
     """The block of a round; its first key tile, and how many it passes."""
     block = hopper_masks.Block(share.item(r), T, N, G, C, prefix, splits)
     first = block.split * tiles
-    steps = jnp.clip(pl.cdiv(block.most(), size) - first, 0, tiles)
+    # The last turn of an item is met by the first one of the next: it has one.
+    least = 1 if turns else 0
+    steps = jnp.clip(pl.cdiv(block.most(), size) - first, least, tiles)
     return block, first, steps
 
   def take_turn():
-    if config.pingpong and C == 2:
+    if turns:
       plgpu.barrier_arrive(turn)
       plgpu.barrier_wait(turn)
 
@@ -251,10 +254,10 @@ def _long(q, k, v, *refs, factor, config, share, splits):
       accumulator, total, largest, weight = lax.optimization_barrier(
         (accumulator, total, largest, weight)
       )
-      if config.pingpong and C == 2:
+      if turns:
         plgpu.barrier_arrive(turn)
       (v_tile,) = values.wait(passed + i)
-      if config.pingpong and C == 2:
+      if turns:
         plgpu.barrier_wait(turn)
       (accumulator,) = mosaic.accumulate(
         (accumulator,),
