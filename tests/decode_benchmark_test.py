@@ -9,6 +9,7 @@ import tempfile
 from unittest import mock
 
 import helpers
+import pytest
 from absl.testing import absltest
 
 from aoarm_jax import decode_benchmark, decode_timing
@@ -47,6 +48,7 @@ ENTRY %main (p: (f32[], s32[])) -> (f32[], s32[]) {
 """
 
 
+@pytest.mark.once
 class BenchmarkTest(absltest.TestCase):
   def test_every_method(self):
     self.enter_context(helpers.quick_compilation())

@@ -170,6 +170,7 @@ class StartTest(parameterized.TestCase):
     self.assertFalse((_folder / "nowhere").exists())
 
 
+@pytest.mark.once
 class RunTest(parameterized.TestCase):
   def signalled(self, name, number, step, processes=2):
     """(stdout, stderr) of a run, one of whose processes got a signal."""

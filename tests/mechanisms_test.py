@@ -10,6 +10,7 @@ from unittest import mock
 import helpers
 import jax
 import numpy as np
+import pytest
 import tiny
 from absl.testing import absltest, parameterized
 
@@ -36,6 +37,7 @@ _CHANGES = {
 }
 
 
+@pytest.mark.once
 class ExperimentTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()

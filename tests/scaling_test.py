@@ -4,11 +4,13 @@ import subprocess
 import sys
 
 import helpers
+import pytest
 from absl.testing import absltest, parameterized
 
 from aoarm_jax import scaling
 
 
+@pytest.mark.once
 class ScalingTest(parameterized.TestCase):
   def test_dry_run(self):
     with helpers.quick_compilation():

@@ -13,6 +13,7 @@ import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import tiny
 from absl.testing import absltest, parameterized
 from etils import epath
@@ -188,6 +189,7 @@ class TemperaturesTest(parameterized.TestCase):
       np.testing.assert_array_equal(together[b], (cold, hot)[b % 2][b])
 
 
+@pytest.mark.once
 class StudyTest(absltest.TestCase):
   def setUp(self):
     super().setUp()

@@ -19,6 +19,7 @@ import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 from etils import epath
 
@@ -152,6 +153,7 @@ class TrainTest(parameterized.TestCase):
     return str(caught.exception)
 
 
+@pytest.mark.once
 class RunTest(TrainTest):
   def test_the_directory_explains_itself(self):
     workdir, _ = base()
@@ -381,6 +383,7 @@ class ReadTest(TrainTest):
     self.assertLen(list((workdir / "samples").iterdir()), 3)
 
 
+@pytest.mark.once
 class StopTest(TrainTest):
   def test_killed_and_stopped_in_every_way_is_uninterrupted(self):
     """One run, stopped four times, ends as if it had never been.
