@@ -4,6 +4,17 @@ import ml_collections
 
 from aoarm_jax import config as config_lib
 
+_LARGE = {
+  "model.T": 1024,
+  "data.corpus": "text8",
+  "optimizer.warmup_steps": 2000,
+  "eval.every": 5000,
+  "sample.every": 5000,
+  "checkpoint.every": 1000,
+  "compute.scan_layers": True,
+  "compute.remat": True,
+  "mesh.fsdp": 0,
+}
 # What a variant changes, for every mechanism alike; an experiment file may
 # change more.
 VARIANTS = {
@@ -27,39 +38,23 @@ VARIANTS = {
     "sample.every": 5000,
     "checkpoint.every": 2500,
   },
-  "1b": {
-    "model.T": 1024,
+  "1b": _LARGE
+  | {
     "model.D": 2048,
     "model.L": 20,
     "model.N": 16,
-    "data.corpus": "text8",
     "train.batch_size": 512,
     "train.steps": 50_000,
     "optimizer.peak_learning_rate": 3e-4,
-    "optimizer.warmup_steps": 2000,
-    "eval.every": 5000,
-    "sample.every": 5000,
-    "checkpoint.every": 1000,
-    "compute.scan_layers": True,
-    "compute.remat": True,
-    "mesh.fsdp": 0,
   },
-  "7b": {
-    "model.T": 1024,
+  "7b": _LARGE
+  | {
     "model.D": 4096,
     "model.L": 32,
     "model.N": 32,
-    "data.corpus": "text8",
     "train.batch_size": 1024,
     "train.steps": 100_000,
     "optimizer.peak_learning_rate": 2e-4,
-    "optimizer.warmup_steps": 2000,
-    "eval.every": 5000,
-    "sample.every": 5000,
-    "checkpoint.every": 1000,
-    "compute.scan_layers": True,
-    "compute.remat": True,
-    "mesh.fsdp": 0,
   },
   "tiny": {
     "model.T": 64,

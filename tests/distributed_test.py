@@ -75,13 +75,9 @@ def arguments(name, *more, **changes):
 @contextlib.contextmanager
 def started(*command, processes):
   """The launcher of processes of the program, joined to one run."""
-  code = SLOW + (
-    "import runpy\n"
-    "runpy.run_module('aoarm_jax.main', run_name='__main__', alter_sys=True)"
-  )
   process = subprocess.Popen(
     [sys.executable, "-m", "launch.local", f"--processes={processes}",
-     "--", sys.executable, "-c", code, *command],
+     "--", *helpers.program(SLOW), *command],
     env=helpers.environment(),
     stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
   )  # fmt: skip

@@ -100,13 +100,9 @@ def fault(name, what, at="step", call=6, delay=0.0, process=0):
 
 def launched(name, processes, environment, grace=5, **changes):
   """(exit code, stdout, stderr) of the launcher of faulty processes."""
-  code = FAULT + (
-    "import runpy\n"
-    "runpy.run_module('aoarm_jax.main', run_name='__main__', alter_sys=True)"
-  )
   done = subprocess.run(
     [sys.executable, "-m", "launch.local", f"--processes={processes}",
-     f"--grace-seconds={grace}", "--", sys.executable, "-c", code,
+     f"--grace-seconds={grace}", "--", *helpers.program(FAULT),
      *arguments(name, **changes)],
     env=helpers.environment(**environment),
     capture_output=True, text=True, timeout=240,

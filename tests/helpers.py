@@ -124,6 +124,17 @@ def environment(**more: str) -> dict[str, str]:
   return os.environ | ours | _environment | more
 
 
+def program(code: str = "") -> list[str]:
+  """The program as a command; `code` is run before it, in its process."""
+  if not code:
+    return [sys.executable, "-m", "aoarm_jax.main"]
+  code += (
+    "\nimport runpy\n"
+    "runpy.run_module('aoarm_jax.main', run_name='__main__', alter_sys=True)"
+  )
+  return [sys.executable, "-c", code]
+
+
 def start(
   command: Sequence[str], *, code: str = "", folder=None, **more: str
 ) -> subprocess.Popen:
@@ -139,15 +150,8 @@ def start(
     The process. Its stderr is a short pipe: it cannot run far ahead of the
     lines that were read.
   """
-  python = [sys.executable, "-m", "aoarm_jax.main"]
-  if code:
-    code += (
-      "\nimport runpy\n"
-      "runpy.run_module('aoarm_jax.main', run_name='__main__', alter_sys=True)"
-    )
-    python = [sys.executable, "-c", code]
   process = subprocess.Popen(
-    [*python, *command],
+    [*program(code), *command],
     cwd=folder,
     env=environment(**more),
     stdout=subprocess.PIPE,
