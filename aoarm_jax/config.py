@@ -408,7 +408,7 @@ class Compute:
   attention: str = _field(
     "auto",
     "implementation in pallas_kernels for whole sequences; auto: the fastest "
-    "that is supported, as cached generation always takes",
+    "that is supported. A cache is read by xla, whatever is asked for",
     choices=(
       "auto",
       "reference",

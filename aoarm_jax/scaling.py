@@ -37,6 +37,7 @@ _VOCABULARY = 27
 _SCALING = ("weak", "strong")
 MODELS = {
   "tiny": dict(D=64, L=2, N=4),
+  "8m": {},
   "base": dict(D=768, L=12, N=12),
   "350m": dict(D=1024, L=24, N=16),
 }

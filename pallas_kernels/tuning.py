@@ -4,7 +4,7 @@ import dataclasses
 from typing import NamedTuple
 
 # By platform, the implementations that beat `xla`, the fastest first.
-FASTEST = {"gpu": ("cudnn",), "tpu": ("mosaic_tpu",)}
+FASTEST = {"gpu": ("mosaic_gpu", "cudnn"), "tpu": ("mosaic_tpu",)}
 
 LANES = 128  # Of a TPU's vector registers: tiles are multiples of it.
 
@@ -114,7 +114,13 @@ class Hopper:
 def hopper(T: int, S: int, H: int) -> Hopper:
   """The choice for T rows, S slots and heads of H, 64 or 128."""
   if H == 64:
-    choice = Hopper(query_keys=64 if T <= 512 else 128)
+    choice = Hopper(
+      consumers=4,
+      keys=64,
+      stages=4,
+      pingpong=False,
+      query_keys=64 if T <= 512 else 128,
+    )
   else:
     choice = Hopper(
       fused_stages=2, fused_depth=1, key_places=1, key_stages=2, query_places=1

@@ -176,10 +176,12 @@ def _ranks(case, generator):
 
 def run(kernel: Callable, case: Case) -> Result:
   """The kernel's results for the case, under jit."""
-  return _run(kernel, inputs(case))
+  return program(kernel, inputs(case))()
 
 
-def _run(kernel, given):
+def program(kernel: Callable, given) -> Callable[[], Result]:
+  """What gives the results for `inputs`, compiled once."""
+
   @functools.partial(jax.jit, static_argnums=0)
   def both(scale, q, k, v, visible, key_rank, cotangents):
     outputs, pull = jax.vjp(
@@ -187,9 +189,12 @@ def _run(kernel, given):
     )
     return *outputs, *pull(cotangents)
 
-  q, k, v, visible, key_rank, scale, *cotangents = given
-  results = both(scale, q, k, v, visible, key_rank, tuple(cotangents))
-  return Result(*(np.asarray(x) for x in results))
+  def results():
+    q, k, v, visible, key_rank, scale, *cotangents = given
+    found = both(scale, q, k, v, visible, key_rank, tuple(cotangents))
+    return Result(*(np.asarray(x) for x in found))
+
+  return results
 
 
 @functools.cache
@@ -201,7 +206,7 @@ def expected(case: Case) -> Result:
     return x.astype(np.float64) if floating else x
 
   with jax.enable_x64(True):
-    return _run(reference.attention, [wide(x) for x in inputs(case)])
+    return program(reference.attention, [wide(x) for x in inputs(case)])()
 
 
 @functools.cache
