@@ -114,6 +114,13 @@ class Model:
     low=1.0,
     binds="model",
   )
+  condition_scale: float = _field(
+    0.02,
+    "adaLN: standard deviation of the target's embedding at the start; AO-GPT's "
+    "0.02 leaves all gates nearly closed",
+    above=0.0,
+    binds="run",
+  )
 
   @property
   def H(self) -> int:

@@ -6,8 +6,10 @@ token (`sample.method=sequential`, exact), or a step (`ancestral`,
 
   python -m aoarm_jax.main --config=configs/mdlm.py
 
-Hardware, time, validation result: not measured yet. `:base` needs text8,
---config.data.path=text8.zip; `:tiny` is for a CPU.
+Hardware, time, validation result (books27, one seed):
+  default  one H100, 2,000 steps: 2.149 bits/char (ELBO), 2.148 (any order)
+  :base    not run yet; needs text8, --config.data.path=text8.zip
+  :tiny    for a CPU
 """
 
 from aoarm_jax import experiments

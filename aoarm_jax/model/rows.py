@@ -61,7 +61,10 @@ class Start(nnx.Module):
       )
     if self.kind.condition:
       self.target = layers.normal(
-        rngs, (positions, self.kind.condition), ("positions", "condition")
+        rngs,
+        (positions, self.kind.condition),
+        ("positions", "condition"),
+        model.condition_scale,
       )
 
   def __call__(self, content: jax.Array, slots: orders.Slots) -> Rows:
