@@ -116,8 +116,8 @@ class Model:
   )
   condition_scale: float = _field(
     0.02,
-    "adaLN: standard deviation of the target's embedding at the start; AO-GPT's "
-    "0.02 leaves all gates nearly closed",
+    "adaLN: standard deviation of the target's embedding at the start; with "
+    "AO-GPT's, 0.02, all gates are nearly closed",
     above=0.0,
     binds="run",
   )

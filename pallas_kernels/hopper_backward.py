@@ -71,7 +71,6 @@ def _by_keys(q, k, v, d_out, lse, delta, *refs, scale, share):
   S, N = k.shape[1:3]
   G, C = Nq // N, keys.tiles[0].shape[1]
   blocks, units = pl.cdiv(S, C * ROWS), pl.cdiv(T, ROWS) * G
-  rounds = share.rounds()
   warpgroup = lax.axis_index("warpgroup")
 
   def take(r):
@@ -159,18 +158,7 @@ def _by_keys(q, k, v, d_out, lse, delta, *refs, scale, share):
     lax.fori_loop(0, count, fill, None)
     return passed + count
 
-  @pl.when(warpgroup < C)
-  def _():
-    mosaic.take_registers(C)
-    lax.fori_loop(0, rounds, work, jnp.int32(0))
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-  @pl.when(warpgroup == C)
-  def _():
-    mosaic.leave_registers(C)
-    passed = lax.fori_loop(0, rounds, fetch, jnp.int32(0))
-    rows.settle(passed)
-    keys.settle(rounds)
+  mosaic.run(C, share.rounds(), work, fetch, [rows], keys)
 
 
 def by_rows(q, k, v, d_out, lse, delta, prefix, scale, config: tuning.Hopper):
@@ -210,7 +198,6 @@ def _by_rows(q, k, v, d_out, lse, delta, *refs, scale, config, share):
   N = k.shape[2]
   G = Nq // N
   C, size = config.query_consumers, config.query_keys
-  rounds = share.rounds()
   warpgroup = lax.axis_index("warpgroup")
 
   def take(r):
@@ -289,15 +276,4 @@ def _by_rows(q, k, v, d_out, lse, delta, *refs, scale, config, share):
     lax.fori_loop(0, steps, fill, None)
     return passed + steps
 
-  @pl.when(warpgroup < C)
-  def _():
-    mosaic.take_registers(C)
-    lax.fori_loop(0, rounds, work, jnp.int32(0))
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-  @pl.when(warpgroup == C)
-  def _():
-    mosaic.leave_registers(C)
-    passed = lax.fori_loop(0, rounds, fetch, jnp.int32(0))
-    keys.settle(passed)
-    own.settle(rounds)
+  mosaic.run(C, share.rounds(), work, fetch, [keys], own)

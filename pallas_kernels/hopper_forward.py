@@ -201,7 +201,6 @@ def _long(q, k, v, *refs, factor, config, share, splits):
   C, size = config.consumers, config.keys
   tiles = pl.cdiv(pl.cdiv(S, size), splits)
   turns = config.pingpong and C == 2
-  rounds = share.rounds()
   warpgroup = lax.axis_index("warpgroup")
 
   def take(r):
@@ -316,17 +315,4 @@ def _long(q, k, v, *refs, factor, config, share, splits):
     lax.fori_loop(0, steps, fill, None)
     return passed + steps
 
-  @pl.when(warpgroup < C)
-  def _():
-    mosaic.take_registers(C)
-    pl.when(warpgroup == 1)(take_turn)
-    lax.fori_loop(0, rounds, work, jnp.int32(0))
-    pl.when(warpgroup == 0)(take_turn)
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-  @pl.when(warpgroup == C)
-  def _():
-    mosaic.leave_registers(C)
-    passed = lax.fori_loop(0, rounds, fetch, jnp.int32(0))
-    for ring, uses in ((keys, passed), (values, passed), (own, rounds)):
-      ring.settle(uses)
+  mosaic.run(C, share.rounds(), work, fetch, [keys, values], own, take_turn)

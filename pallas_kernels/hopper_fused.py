@@ -76,19 +76,18 @@ def _kernel(q, k, v, d_out, lse, d_lse, *refs, scale, share):
   G = Nq // N
   C = keys.tiles[0].shape[1]
   count = pl.cdiv(T, ROWS) * G
-  rounds = share.rounds()
   warpgroup = lax.axis_index("warpgroup")
 
   def item(j):
     return divmod(share.item(j), N)
 
-  def work(j, _):
+  def work(j, passed):
     b, n = item(j)
     k_tiles, v_tiles = keys.wait(j)
 
     def step(i, sums):
       start, g = i // G * ROWS, i % G
-      rows, d_rows, numbers, d_numbers, *visible = rows_ring.wait(j * count + i)
+      rows, d_rows, numbers, d_numbers, *visible = rows_ring.wait(passed + i)
       mine = (rows, d_rows, k_tiles.at[warpgroup], v_tiles.at[warpgroup])
       counts = mosaic.load(visible[0], mosaic.ROWS) if prefix else None
       least, most = hopper_masks.span(prefix, b, g, start)
@@ -129,7 +128,7 @@ def _kernel(q, k, v, d_out, lse, d_lse, *refs, scale, share):
         lambda sums: sums,
         sums,
       )
-      rows_ring.release(j * count + i)
+      rows_ring.release(passed + i)
       pl.when(turn == warpgroup)(
         lambda: make_dq(dq.at[b, pl.ds(start, ROWS), n * G + g])
       )
@@ -166,8 +165,9 @@ def _kernel(q, k, v, d_out, lse, d_lse, *refs, scale, share):
       plgpu.copy_smem_to_gmem(tile, out.at[b, slots, n])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     keys.release(j)
+    return passed + count
 
-  def fetch(j, _):
+  def fetch(j, passed):
     b, n = item(j)
     slots = [pl.ds(w * ROWS + j * 0, ROWS) for w in range(C)]
     keys.put(j, [[x.at[b, at, n] for at in slots] for x in (k, v)])
@@ -177,21 +177,12 @@ def _kernel(q, k, v, d_out, lse, d_lse, *refs, scale, share):
       sources = hopper_masks.rows_of(
         (q, d_out), (lse, d_lse), prefix, b, n * G + g, g, start
       )
-      rows_ring.put(j * count + i, sources)
+      rows_ring.put(passed + i, sources)
 
     lax.fori_loop(0, count, fill, None)
+    return passed + count
 
-  @pl.when(warpgroup < C)
-  def _():
-    mosaic.take_registers(C)
-    lax.fori_loop(0, rounds, work, None)
-
-  @pl.when(warpgroup == C)
-  def _():
-    mosaic.leave_registers(C)
-    lax.fori_loop(0, rounds, fetch, None)
-    rows_ring.settle(rounds * count)
-    keys.settle(rounds)
+  mosaic.run(C, share.rounds(), work, fetch, [rows_ring], keys)
 
 
 def _weights(rows, d_rows, keys, values, numbers, mask, scale):

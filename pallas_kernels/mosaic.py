@@ -238,16 +238,41 @@ def share(items: int, blocks: int) -> Share:
 _REGISTERS = {2: (240, 24), 3: (160, 32), 4: (112, 32)}
 
 
-def take_registers(warpgroups: int):
-  """For one of the warpgroups that compute; one more only loads."""
-  if warpgroups > 1:
-    plgpu.set_max_registers(_REGISTERS[warpgroups][0], action="increase")
+def run(readers: int, rounds, work, fetch, streamed, owned, turn=None) -> None:
+  """The rounds of a thread block: `readers` warpgroups work, one more fetches.
 
+  Args:
+    readers: warpgroups that compute; registers go to them.
+    rounds: items of the block.
+    work: (round, uses of the streamed rings before) -> uses after.
+    fetch: the same, of the warpgroup that only loads.
+    streamed: Rings used as often as that.
+    owned: the Ring used once a round.
+    turn: of two warpgroups that take turns, takes one; or None. The second one
+      lets the first begin.
+  """
+  warpgroup = lax.axis_index("warpgroup")
+  most, least = _REGISTERS.get(readers, (None, None))
 
-def leave_registers(warpgroups: int):
-  """For the warpgroup that only loads."""
-  if warpgroups > 1:
-    plgpu.set_max_registers(_REGISTERS[warpgroups][1], action="decrease")
+  @pl.when(warpgroup < readers)
+  def _():
+    if most:
+      plgpu.set_max_registers(most, action="increase")
+    if turn:
+      pl.when(warpgroup == 1)(turn)
+    lax.fori_loop(0, rounds, work, jnp.int32(0))
+    if turn:
+      pl.when(warpgroup == 0)(turn)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+  @pl.when(warpgroup == readers)
+  def _():
+    if least:
+      plgpu.set_max_registers(least, action="decrease")
+    passed = lax.fori_loop(0, rounds, fetch, jnp.int32(0))
+    for ring in streamed:
+      ring.settle(passed)
+    owned.settle(rounds)
 
 
 def kernel(body, **options):
