@@ -67,4 +67,10 @@ _VARIANTS = {
 
 
 def get_config(variant: str = "default"):
-  return experiments.experiment("study_tradeoff", variant, _VARIANTS)
+  return experiments.experiment(
+    "study_tradeoff",
+    variant,
+    _VARIANTS,
+    # As published, ao_gpt would stay at the unigram law for most of a cell.
+    model={"condition_scale": 1.0},
+  )
