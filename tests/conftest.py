@@ -4,7 +4,7 @@ import os
 import tempfile
 
 # XLA's older emitters for the CPU compile in a third of the time. Processes of
-# ours inherit this; .ci/run ends with a run that has the options of a user.
+# ours inherit this; the quick start, run by .ci/run, has a user's options.
 os.environ["XLA_FLAGS"] = " ".join(
   [
     os.environ.get("XLA_FLAGS", ""),
