@@ -49,29 +49,38 @@ _KNOWN = ({}, {2: 0, 3: 2})
 
 
 @functools.cache
-def _drawn(case, plan, law=_LAW, B=_MANY):
-  made, params = _network(*case)
-  run = tiny.quick_jit(
-    lambda params, key, *args: decode.generate(
+def _sampler(case, plan):
+  made, _ = _network(*case)
+  return tiny.quick_jit(
+    lambda params, key, law, *args: decode.generate(
       made(params), key, *args, law, plan=plan
     )
   )
-  out = run(params, jax.random.key(1), *_prompts(B))
+
+
+@functools.cache
+def _drawn(case, plan, law=_LAW, B=_MANY):
+  run, params = _sampler(case, plan), _network(*case)[1]
+  out = run(params, jax.random.key(1), law, *_prompts(B))
   return jax.tree.map(np.asarray, out)
+
+
+@functools.cache
+def _nll(case):
+  made, _ = _network(*case)
+  texts = tiny.all_sequences(_V, _T)
+  return tiny.quick_jit(
+    lambda params, order: objective.order_nll(
+      made(params), texts, order, sentinels=case[1], vocabulary=_V
+    )
+  )
 
 
 @functools.cache
 def _nats(case, order):
   """float64 [81, T]: -log p of every text's ranks in this order, uncached."""
-  made, params = _network(*case)
-  texts = tiny.all_sequences(_V, _T)
-  run = tiny.quick_jit(
-    lambda params, order: objective.order_nll(
-      made(params), texts, order, sentinels=case[1], vocabulary=_V
-    )
-  )
-  tiled = np.tile(np.array(order, np.int32), (len(texts), 1))
-  return np.asarray(run(params, tiled), np.float64)
+  tiled = np.tile(np.array(order, np.int32), (_V**_T, 1))
+  return np.asarray(_nll(case)(_network(*case)[1], tiled), np.float64)
 
 
 def _law(case, which, width):

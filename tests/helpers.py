@@ -42,7 +42,9 @@ def quick_compilation() -> Iterator[None]:
 
   The same code on both sides, so that results may be compared bit by bit.
   """
-  with tempfile.TemporaryDirectory() as folder:
+  with contextlib.ExitStack() as stack:
+    folder = os.environ.get("AOARM_TEST_COMPILED")  # See conftest.py.
+    folder = folder or stack.enter_context(tempfile.TemporaryDirectory())
     options = {
       "jax_disable_most_optimizations": True,
       "jax_compilation_cache_dir": folder,
