@@ -42,7 +42,7 @@ class Model:
       )
     )
     self._tokenizer = tokenizers.get(config.data.tokenizer)
-    self._mesh = sharding.make_mesh(self.config.mesh)
+    self._mesh = sharding.of_run(self.config)
     with jax.set_mesh(self._mesh):
       run = restore.restore(self.config, workdir, self._mesh)
     self.step, self._params = run.saved.step, run.params

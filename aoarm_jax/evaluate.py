@@ -203,9 +203,7 @@ def evaluate(config: config_lib.Config, workdir: epath.Path) -> None:
   corpus = corpora.load(config.data.corpus, config.data.path, tokenizer)
   logging.info("text: %s", corpus.describe(config.eval.split))
   tokens = corpus.split(config.eval.split)
-  mesh = sharding.make_mesh(config.mesh)
-  sharding.check(mesh, config)
-  sharding.check_batch(mesh, "config.eval.batch_size", config.eval_batch_size)
+  mesh = sharding.of_run(config, "eval")
   with jax.set_mesh(mesh):
     run = restore.restore(config, workdir, mesh)
     restore.warn_other_text(run.saved, corpus, config.eval.split)

@@ -251,8 +251,7 @@ def sample(
   parsed = [
     prompts.parse_prompt(line, tokenizer, blank, name) for name, line in lines
   ]
-  mesh = sharding.make_mesh(config.mesh)
-  sharding.check(mesh, config)
+  mesh = sharding.of_run(config)
   with jax.set_mesh(mesh):
     run = restore.restore(config, workdir, mesh)
     sampler = Sampler(config, run.bind, tokenizer, mesh)

@@ -211,12 +211,8 @@ def _compile(config: config_lib.Config, vocabulary: int, topology: str) -> dict:
   if config.compute.attention == "auto":
     compute = dataclasses.replace(config.compute, attention="mosaic_tpu")
     config = dataclasses.replace(config, compute=compute)
-  mesh = sharding.make_mesh(config.mesh, devices)
-  sharding.check(mesh, config)
+  mesh = sharding.of_run(config, "train", devices=devices)
   B, T = config.train.batch_size, config.model.T
-  sharding.check_batch(
-    mesh, "config.train.batch_size", B, config.compute.accumulate
-  )
   bind, abstract, _ = train_state.create(config, vocabulary, mesh)
   step = jax.jit(
     train.make_step(config, bind, vocabulary),

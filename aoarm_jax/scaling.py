@@ -87,10 +87,8 @@ def measure(config: config_lib.Config, devices, steps: int) -> dict:
   Raises:
     ConfigError: the mesh does not divide the model or the batch.
   """
-  mesh = sharding.make_mesh(config.mesh, devices)
-  sharding.check(mesh, config)
+  mesh = sharding.of_run(config, "train", devices=devices)
   B, T = config.train.batch_size, config.model.T
-  sharding.check_batch(mesh, "batch", B)
   with jax.set_mesh(mesh):
     bind, abstract, init = train_state.create(config, _VOCABULARY, mesh)
     state = init()

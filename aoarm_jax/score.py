@@ -159,7 +159,10 @@ class Scorer:
       masked=model.kind.masked,
       end=model.T + 1,
     )
-    can_pick = model.kind.masked or model.kind.streams == 2
+    # Rows of chosen ranks belong to no slot, and so to no device of a sequence.
+    can_pick = model.kind.masked or (
+      model.kind.streams == 2 and self._mesh.shape["sequence"] == 1
+    )
 
     def of_order(k):
       order = orders.draw(jax.random.fold_in(key, k), 1, T, options)
@@ -234,7 +237,7 @@ def score(
     )
     for name, line in lines
   ]
-  mesh = sharding.make_mesh(config.mesh)
+  mesh = sharding.of_run(config)
   with jax.set_mesh(mesh):
     run = restore.restore(config, workdir, mesh)
     scores = Scorer(config, run.bind, tokenizer, mesh).score(run.params, texts)

@@ -83,6 +83,33 @@ def make_mesh(mesh: config_lib.Mesh, devices=None) -> jax.sharding.Mesh:
   )
 
 
+def of_run(
+  config: config_lib.Config, *batches: str, devices=None
+) -> jax.sharding.Mesh:
+  """The mesh of a run, by which its model and its batches divide.
+
+  Args:
+    config: of the run.
+    *batches: "train", "eval": those that it reads.
+    devices: as of make_mesh.
+
+  Raises:
+    ConfigError: it does not fit the devices, the model or a batch.
+  """
+  mesh = make_mesh(config.mesh, devices)
+  check(mesh, config)
+  if "train" in batches:
+    check_batch(
+      mesh,
+      "config.train.batch_size",
+      config.train.batch_size,
+      config.compute.accumulate,
+    )
+  if "eval" in batches:
+    check_batch(mesh, "config.eval.batch_size", config.eval_batch_size)
+  return mesh
+
+
 def describe(mesh: jax.sharding.Mesh) -> str:
   """As in 'data 2 x tensor 4'."""
   sizes = [f"{axis} {n}" for axis, n in mesh.shape.items() if n > 1]

@@ -184,15 +184,7 @@ def train(config: config_lib.Config, workdir: epath.Path, argv: list[str]):
     NonFiniteError: the loss is no number; the last checkpoint is good.
     Preempted: after SIGTERM or SIGINT, when the state is saved.
   """
-  mesh = sharding.make_mesh(config.mesh)
-  sharding.check(mesh, config)
-  sharding.check_batch(
-    mesh,
-    "config.train.batch_size",
-    config.train.batch_size,
-    config.compute.accumulate,
-  )
-  sharding.check_batch(mesh, "config.eval.batch_size", config.eval_batch_size)
+  mesh = sharding.of_run(config, "train", "eval")
   checkpoints = checkpoint.Checkpoints(
     workdir / "checkpoints",
     keep_last=config.checkpoint.keep_last,

@@ -24,6 +24,10 @@ from typing import Any
 from launch import common
 
 _CONTAINER = "train"
+# Keeps the pods of a slice in one slice, where there are several of its kind.
+_ONE_SLICE = {
+  "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
+}
 _PORT = 8476
 # Generation: value of the node label, axes, chips a host of a slice of several
 # hosts, most chips of a slice of one host, most chips.
@@ -89,7 +93,8 @@ def job_set(flags: argparse.Namespace) -> dict[str, Any]:
   return {
     "apiVersion": "jobset.x-k8s.io/v1alpha2",
     "kind": "JobSet",
-    "metadata": {"name": flags.name},
+    "metadata": {"name": flags.name}
+    | ({"annotations": _ONE_SLICE} if flags.tpu else {}),
     "spec": {
       "failurePolicy": {
         "maxRestarts": flags.max_restarts,

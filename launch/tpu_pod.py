@@ -117,6 +117,14 @@ def make_parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("--spot", action="store_true", help="cheap, preemptible")
     verb.add_argument(
+      "--also",
+      action="append",
+      default=[],
+      metavar="FLAG",
+      help="for gcloud's create, as in --also=--reserved or "
+      "--also=--service-account=...; may be repeated",
+    )
+    verb.add_argument(
       "--wait-minutes",
       type=int,
       default=24 * 60,
@@ -164,6 +172,7 @@ class _Pod:
         f"--accelerator-type={self._flags.accelerator}",
         f"--runtime-version={runtime}",
         *["--spot"] * self._flags.spot,
+        *self._flags.also,
       )
     )
     self._wait()
@@ -183,9 +192,12 @@ class _Pod:
     before = None
     while (state := self._state()) != "ACTIVE":
       if state in _LOST or time.monotonic() > deadline:
+        late = f" after {minutes} minutes (--wait-minutes)"
         raise common.LaunchError(
           f"{self._flags.name}: the slice is {state}, not ACTIVE"
-          + f" after {minutes} minutes (--wait-minutes)" * (state not in _LOST),
+          + late * (state not in _LOST)
+          + f"; why: {shlex.join(self._queued('describe'))}; it stays in the "
+          "queue until delete",
           1,
         )
       if state != before:

@@ -40,14 +40,20 @@ CHANGES = {
   "sample.every": 0,
   "distributed.heartbeat_timeout_seconds": 10,
 }
-# Slow enough for a signal to arrive in the midst of them.
+# Slow enough for a signal to arrive in the midst of them. The tokens trained on
+# are appended to a file of the process, if WATCHED names a folder.
 SLOW = """
-import time
+import os, pathlib, time
 from aoarm_jax import sharding
 put_batch = sharding.put_batch
-def slow(*args):
+folder = os.environ.get("WATCHED")
+def slow(mesh, batch):
   time.sleep(0.1)
-  return put_batch(*args)
+  if folder and hasattr(batch, "tobytes"):
+    path = pathlib.Path(folder, os.environ.get("AOARM_PROCESS_ID", "one"))
+    with path.open("ab") as file:
+      file.write(batch.tobytes())
+  return put_batch(mesh, batch)
 sharding.put_batch = slow
 """
 _contexts = contextlib.ExitStack()
@@ -73,12 +79,12 @@ def arguments(name, *more, **changes):
 
 
 @contextlib.contextmanager
-def started(*command, processes):
+def started(*command, processes, **environment):
   """The launcher of processes of the program, joined to one run."""
   process = subprocess.Popen(
     [sys.executable, "-m", "launch.local", f"--processes={processes}",
      "--", *helpers.program(SLOW), *command],
-    env=helpers.environment(),
+    env=helpers.environment(**environment),
     stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
   )  # fmt: skip
   with process:
@@ -168,12 +174,16 @@ class StartTest(parameterized.TestCase):
 
 @pytest.mark.once
 class RunTest(parameterized.TestCase):
-  def signalled(self, name, number, step, processes=2):
+  def signalled(
+    self, name, number, step, processes=2, environment=(), **changes
+  ):
     """(stdout, stderr) of a run, one of whose processes got a signal."""
-    helpers.run(arguments("one"))
-    with started(*arguments(name), processes=processes) as launcher:
+    command = arguments(name, **changes)
+    with started(
+      *command, processes=processes, **dict(environment)
+    ) as launcher:
       seen = ""
-      while not re.search(rf" {step}/12 ", seen):
+      while not re.search(rf" {step}/\d+ ", seen):
         line = launcher.stdout.readline()
         self.assertNotEqual(line, "", seen)
         seen += line
@@ -191,16 +201,18 @@ class RunTest(parameterized.TestCase):
         return int(pid)
     return self.fail("process 1 is not there")
 
-  def assert_same_run(self, name):
+  def assert_same_run(self, name, one="one"):
     """As the uninterrupted run of one process."""
+    if not (_folder / one).exists():
+      helpers.run(arguments(one))
     for kind in ("train", "valid"):
-      want, got = records("one", kind), records(name, kind)
+      want, got = records(one, kind), records(name, kind)
       self.assertEqual(list(got), list(want))
       np.testing.assert_allclose(
         list(got.values()), list(want.values()), rtol=1e-5
       )
-    (one, a), (two, b) = state("one"), state(name)
-    self.assertEqual(one.data_state["iterator"], two.data_state["iterator"])
+    (want, a), (got, b) = state(one), state(name)
+    self.assertEqual(want.data_state["iterator"], got.data_state["iterator"])
     # Adam divides by small numbers: single entries may differ by more.
     difference = jax.tree.map(jax.numpy.subtract, b.params, a.params)
     norm = optax.tree.norm(difference) / optax.tree.norm(a.params)
@@ -222,6 +234,37 @@ class RunTest(parameterized.TestCase):
       self.assertEmpty(re.findall(r"^\[1\] .* step +\d+/12", out, re.M))
     with self.subTest("the same numbers"):
       self.assert_same_run("two")
+
+  @pytest.mark.slow
+  def test_four_processes_are_one_run_of_fifty_steps(self):
+    """Stopped by a SIGTERM to one of them; the same tokens, bit by bit."""
+    watched = _folder / "watched"
+    watched.mkdir()
+    # Gentle: a larger rate lets the rounding of sums in another order grow.
+    changes = {"train__steps": 50, "optimizer__peak_learning_rate": 1e-3}
+    environment = {"WATCHED": str(watched)}
+    one = helpers.start(
+      arguments("one_of_fifty", **changes), code=SLOW, **environment
+    )
+    code, _, err = helpers.finish(one)
+    self.assertEqual(code, 0, err)
+    out, err = self.signalled(
+      "four_of_fifty", signal.SIGTERM, 20, 4, environment, **changes
+    )
+    self.assertIn("the run was preempted and saved", err)
+    step = re.search(r"^\[0\] resumed from step (\d+)$", out, re.M)[1]
+    self.assertBetween(int(step), 20, 49)
+    B, T = helpers.SMALLEST["train.batch_size"], CHANGES["model.T"]
+    rows = [
+      np.frombuffer(
+        (watched / str(rank)).read_bytes(), np.uint8
+      ).reshape(50, B // 4, T)
+      for rank in range(4)
+    ]  # fmt: skip
+    self.assertEqual(
+      np.concatenate(rows, axis=1).tobytes(), (watched / "one").read_bytes()
+    )
+    self.assert_same_run("four_of_fifty", "one_of_fifty")
 
   @parameterized.parameters(
     (signal.SIGKILL, 5), (signal.SIGKILL, 8), (signal.SIGSTOP, 6)

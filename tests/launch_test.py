@@ -208,7 +208,9 @@ class GkeTest(LaunchTest):
     ("v6e:1x1", 1, 1),
   )  # fmt: skip
   def test_tpu_slices(self, tpu, hosts, chips):
-    spec = self.manifest(f"--tpu={tpu}")["spec"]
+    tree = self.manifest(f"--tpu={tpu}")
+    self.assertIn("exclusive-topology", str(tree["metadata"]["annotations"]))
+    spec = tree["spec"]
     job = spec["replicatedJobs"][0]["template"]["spec"]
     self.assertEqual((job["parallelism"], job["completions"]), (hosts, hosts))
     pod = job["template"]["spec"]
@@ -222,6 +224,8 @@ class GkeTest(LaunchTest):
   )
   def test_the_manifest_is_of_the_api(self, *flags):
     tree = self.manifest(*flags)
+    for name, value in tree["metadata"].pop("annotations", {}).items():
+      self.assertEqual((type(name), type(value)), (str, str))
     check_fields(tree, JOB_SET)
     (jobs,) = tree["spec"]["replicatedJobs"]
     self.assertEqual(jobs["name"], "hosts")
@@ -344,7 +348,14 @@ class TpuPodTest(LaunchTest):
       "tpu_pod", "create", *SLICE, command=[], path=self.gcloud("FAILED")
     )
     self.assertEqual(code, 1)
-    self.assertIn("pod: the slice is FAILED, not ACTIVE\n", err)
+    self.assertIn("pod: the slice is FAILED, not ACTIVE; why: gcloud comp", err)
+
+  def test_create_passes_flags_on(self):
+    flags = ["--also=--reserved", "--also=--network=mine"]
+    _, out, _ = launch(
+      "tpu_pod", "create", *SLICE, *flags, "--dry-run", command=[]
+    )
+    self.assertIn(" --reserved --network=mine\n", out)
 
   def test_a_client_that_fails(self):
     self.client("gcloud", "exit 3")

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import pathlib
+import re
 import sys
 import tempfile
 from unittest import mock
@@ -39,6 +40,15 @@ REPORT = pod.Report(
   flops=4 * 459e12,
   sent_bytes={"all-gather": 0.0, "all-reduce": 300e9},
 )
+
+
+# The lines of the planning table: config, T, slice, chips, batch, mesh, memory,
+# FLOPs, sent, step, MFU.
+TABLE = [
+  [cell.strip(" `") for cell in line.strip("|").split("|")]
+  for line in (helpers.ROOT / "docs/pods.md").read_text().splitlines()
+  if line.startswith("| `")
+]
 
 
 def small(**mesh):
@@ -156,6 +166,42 @@ class CompilerTest(parameterized.TestCase):
       pod.PodError, "v5e:2x2: does not fit: needs at least"
     ):
       pod.estimate(large, 27, "v5e:2x2")
+
+
+class TableTest(parameterized.TestCase):
+  """Needs libtpu; hours."""
+
+  @parameterized.parameters(*TABLE)
+  @pytest.mark.slow
+  def test_a_line_of_docs_pods(
+    self, name, T, topology, chips, batch, mesh, memory, flops, sent, step, mfu
+  ):
+    del sent  # Most likely to differ between compilers.
+    if importlib.util.find_spec("libtpu") is None:
+      self.skipTest("libtpu is not installed: pip install -e '.[tpu]'")
+    changes = {
+      "model.T": T,
+      "train.batch_size": batch,
+      "compute.scan_layers": True,
+      "compute.remat": True,
+      **{f"mesh.{axis}": n for axis, n in map(str.split, mesh.split(" x "))},
+    }
+    command = [f"--config.{path}={value}" for path, value in changes.items()]
+    file, _, variant = name.partition(":")
+    file = helpers.ROOT / "configs" / f"{file}.py"
+    config = helpers.config_of([f"--config={file}:{variant}", *command])
+    if memory.startswith("refused: "):
+      with self.assertRaisesRegex(pod.PodError, memory[len("refused: ") :]):
+        pod.estimate(config, 27, topology)
+      return
+    report = pod.estimate(config, 27, topology)
+    self.assertEqual((report.chips, report.mesh), (int(chips), mesh))
+    used, state = map(float, re.findall(r"[\d.]+", memory)[:2])
+    self.assertAlmostEqual(report.memory_bytes / 1e9, used, delta=0.06)
+    self.assertAlmostEqual(report.parameter_bytes / 1e9, state, delta=0.006)
+    self.assertEqual(f"{report.model_flops * report.chips:.2e}", flops)
+    self.assertEqual(f"{1e3 * report.step_seconds:.3g} ms", step)
+    self.assertEqual(f"{report.mfu_bound:.0%}", mfu)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,31 @@ class ReadmeTest(absltest.TestCase):
         (ROOT / name).exists() or (ROOT / "aoarm_jax" / name).exists(), name
       )
 
+  def test_the_planning_table_is_that_of_docs_pods(self):
+    def table(text):
+      lines = [s for s in text.splitlines() if s.startswith("| ")]
+      return [[c.strip() for c in s.strip("|").split("|")] for s in lines]
+
+    pods = {
+      (name, T, topology): (int(T) * int(batch) // int(chips), memory, step)
+      for name, T, topology, chips, batch, _, memory, _, _, step, _ in table(
+        (ROOT / "docs/pods.md").read_text()
+      )[1:]
+    }
+    text = README.split("**compiled and not run**:")[1].split("\n\n")[1]
+    heading, *lines = table(text)
+    self.assertNotEmpty(lines)
+    for name, T, tokens, *cells in lines:
+      for slice_, cell in zip(heading[3:], cells):
+        if not cell:
+          continue
+        with self.subTest(name, T=T, slice=slice_):
+          a_chip, memory, step = pods[name, T, slice_.split(",")[0]]
+          self.assertEqual(f"{a_chip:,}", tokens)
+          self.assertStartsWith(memory, cell.split()[0].replace("does", "ref"))
+          if cell != "does not fit":
+            self.assertEqual(step, cell.split(", ")[1])
+
   def test_every_link_leads_somewhere(self):
     for target in re.findall(r"\]\(([^)#:]+)\)", README):
       self.assertTrue((ROOT / target).exists(), target)

@@ -155,8 +155,11 @@ def _run_cells(config, cells, results):
   )  # fmt: skip
   if not todo:
     return
-  mesh = sharding.make_mesh(config.mesh)
   tokenizer = tokenizers.get(config.data.tokenizer)
+  rate = config.optimizer.peak_learning_rate  # Whatever: of no matter here.
+  for cell in todo:
+    resolved = cells_lib.resolve(cell, config, rate, tokenizer.V)
+    mesh = sharding.of_run(resolved, "train", "eval")  # The same for all.
   programs = programs_lib.Programs(mesh, tokenizer.V)
   with jax.set_mesh(mesh), contextlib.closing(programs):
     if not _fits(clock, todo, start, results):
