@@ -34,6 +34,8 @@ CheckpointError = manifest.CheckpointError
 Saved = manifest.Saved
 
 _STATE = "state"
+# Said by process 0 instead of a step.
+_NONE, _ERROR = -1, -2
 
 
 class Checkpoints:
@@ -160,21 +162,22 @@ class Checkpoints:
   def newest(self) -> Saved | None:
     """The newest whole step, or None if no checkpoint was ever completed.
 
-    Every file that a restore reads is compared with the manifest. Broken or
-    interrupted steps newer than the returned one are logged as warnings.
+    Every file that a restore reads is compared with the manifest, by process 0,
+    whose step all take. Broken or interrupted steps newer than the returned one
+    are logged as warnings.
 
     Raises:
       CheckpointError: there are checkpoints but none is whole, or the newest
         is of another format version.
     """
-    return self._steps.newest()
+    return self._agreed(self._steps.newest)
 
   def best(self) -> Saved | None:
     """The whole step of lowest metric, or None if none was saved with one.
 
     Warnings and errors as for `newest`.
     """
-    return self._steps.best()
+    return self._agreed(self._steps.best)
 
   def at(self, step: int) -> Saved:
     """One step, verified.
@@ -233,6 +236,37 @@ class Checkpoints:
         "run is training there it may have removed it just now: try again"
       ) from error
     return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
+
+  def _agreed(self, find):
+    """What process 0 finds, on all: a disk may show each another step."""
+    found = error = None
+
+    def step():
+      nonlocal found, error
+      try:
+        found = find()
+      except CheckpointError as problem:
+        error = problem
+        return _ERROR
+      return found.step if found else _NONE
+
+    step = distributed.process_0_says(step)
+    if error:
+      raise error
+    if step == _ERROR:
+      raise CheckpointError(
+        f"process 0 can use no checkpoint in {self._steps.directory}; its "
+        "message says why"
+      )
+    if step == _NONE or found:
+      return found
+    try:
+      return self._steps.unverified(step)
+    except manifest.BrokenError as error:
+      raise CheckpointError(
+        f"checkpoint step {step} in {self._steps.directory}, which process 0 "
+        f"takes, cannot be read here: {error}"
+      ) from error
 
   def _stands(self, step, metric):
     """Whether the step stands whole; removes it if it stands broken."""

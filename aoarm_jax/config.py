@@ -9,7 +9,7 @@ Dimension letters used across the project:
   B batch            T targets (positions to generate)   S slots (keys)
   N heads            H head dim                          D model width
   F hidden width     V vocabulary                        L layers
-  G streams          s sentinels
+  G streams          s sentinels         R rows: slots, and queries apart
 """
 
 import dataclasses
@@ -286,7 +286,7 @@ class Match:
 
 @dataclasses.dataclass(frozen=True)
 class Eval:
-  """Likelihood estimators (aoarm_jax/evaluate.py)."""
+  """Likelihoods of a split (aoarm_jax/estimators.py, evaluate.py)."""
 
   # What decides which checkpoint is best may not change within a run.
   split: str = _field(

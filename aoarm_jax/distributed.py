@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 
 import jax
+import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
@@ -209,9 +210,9 @@ def failing_at_once() -> Iterator[None]:
     os._exit(code)
 
 
-def process_0_says(decide: Callable[[], bool]) -> bool:
+def process_0_says(decide: Callable[[], int]) -> int:
   """The verdict of process 0 on all; for what depends on files it changes."""
   if jax.process_count() == 1:
     return decide()
-  verdict = decide() if jax.process_index() == 0 else False
-  return bool(multihost_utils.broadcast_one_to_all(verdict))
+  verdict = decide() if jax.process_index() == 0 else 0
+  return int(multihost_utils.broadcast_one_to_all(np.int32(verdict)))

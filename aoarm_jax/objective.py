@@ -2,7 +2,7 @@
 
 log p(x | sigma) = sum over ranks r of log p(x_sigma(r) | x_sigma(<r), sigma)
 (arXiv 2602.16092, the chain rule in a given order). What differs between
-estimators is where the orders come from; evaluate.py names them.
+estimators is where the orders come from; estimators.py names them.
 """
 
 from collections.abc import Callable

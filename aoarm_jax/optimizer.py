@@ -6,9 +6,6 @@ import optax
 
 from aoarm_jax import config as config_lib
 
-# Vectors: scales of norms and learned starts are not decayed.
-_NOT_DECAYED = ("scale", "query_start")
-
 
 def schedule(optimizer: config_lib.Optimizer, steps: int) -> optax.Schedule:
   """Learning rate by step: linear warmup, then the named schedule.
@@ -38,21 +35,33 @@ def schedule(optimizer: config_lib.Optimizer, steps: int) -> optax.Schedule:
   return optax.join_schedules([ramp, after], [warmup])
 
 
-def decay_mask(params):
-  """True for matrices, False for norm scales and learned vectors."""
-  return jax.tree_util.tree_map_with_path(
-    lambda path, _: path[-1].key not in _NOT_DECAYED, params
+def decay_mask(axes):
+  """True for matrices, False for vectors: scales, biases, learned starts.
+
+  Args:
+    axes: logical axes of every parameter, as Bind.axes.
+  """
+  return jax.tree.map(
+    lambda names: names[-1] != "vector",
+    axes,
+    is_leaf=lambda node: isinstance(node, tuple),
   )
 
 
 def make(
-  optimizer: config_lib.Optimizer, steps: int
+  optimizer: config_lib.Optimizer, steps: int, axes
 ) -> optax.GradientTransformation:
-  """AdamW with clipping by the global norm (arXiv 1711.05101)."""
+  """AdamW with clipping by the global norm (arXiv 1711.05101).
+
+  Args:
+    optimizer: its numbers.
+    steps: of the whole run.
+    axes: as of `decay_mask`.
+  """
   return optax.chain(
     optax.clip_by_global_norm(optimizer.clip_norm),
     optax.scale_by_adam(optimizer.b1, optimizer.b2, optimizer.eps),
-    optax.add_decayed_weights(optimizer.weight_decay, decay_mask),
+    optax.add_decayed_weights(optimizer.weight_decay, decay_mask(axes)),
     optax.scale_by_learning_rate(schedule(optimizer, steps)),
   )
 

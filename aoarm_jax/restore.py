@@ -48,10 +48,14 @@ def read_config(workdir: epath.Path) -> config_lib.Config:
     raise config_lib.ConfigError(f"{path}: {error}") from error
 
 
+# What an evaluation takes from the run beside its model: the text and the law.
+_EVALUATED = ("data.corpus", "data.path", "train.least_time")
+
+
 def as_trained(
   config: config_lib.Config, workdir: epath.Path, overridden: Iterable[str]
 ) -> config_lib.Config:
-  """The config, but of the model that the run in `workdir` has.
+  """The config, but of the model and the text that the run in `workdir` has.
 
   Args:
     config: of the command line.
@@ -63,10 +67,10 @@ def as_trained(
     return config
   run, kept = read_config(workdir), set(overridden)
   for path, field, value in config_lib.leaves(run):
-    section, _, name = path.removeprefix("config.").partition(".")
-    if (
-      field.metadata.get("binds") == "model" and f"{section}.{name}" not in kept
-    ):
+    path = path.removeprefix("config.")
+    section, _, name = path.partition(".")
+    taken = field.metadata.get("binds") == "model" or path in _EVALUATED
+    if taken and path not in kept:
       part = dataclasses.replace(getattr(config, section), **{name: value})
       config = dataclasses.replace(config, **{section: part})
   return config
@@ -148,7 +152,12 @@ def warn_other_text(saved: checkpoint.Saved, corpus, *splits: str) -> None:
   """Says so where a text is not the one that the checkpoint knows."""
   for split in splits:
     recorded = saved.data_state["text"].get(split)
-    if recorded and recorded != corpus.hash(split):
+    if recorded is None:
+      logging.info(
+        "the checkpoint knows no %s text: whether this one is its run's is not "
+        "checked", split,
+      )  # fmt: skip
+    elif recorded != corpus.hash(split):
       logging.warning(
         "the %s text is not the checkpoint's (sha256 %s now, %s then): numbers "
         "cannot be compared with that run's",

@@ -57,7 +57,7 @@ def make_step(
     (state, tokens uint8 [B, T]) -> (state, sums): `sums` holds float32 scalars
     nats (summed), tokens (counted), gradient_norm, update_norm, learning_rate.
   """
-  chain = optimizer.make(config.optimizer, config.train.steps)
+  chain = optimizer.make(config.optimizer, config.train.steps, bind.axes)
   schedule = optimizer.schedule(config.optimizer, config.train.steps)
   accumulate = config.compute.accumulate
   # Like the parameters, and not as the compiler sees fit.
@@ -200,8 +200,8 @@ def train(config: config_lib.Config, workdir: epath.Path, argv: list[str]):
         lambda: _is_finished(config, workdir, step)
       ):
         logging.info(
-          "finished: %s holds step %s of %s; raise --config.train.steps or "
-          "choose another --workdir to train more",
+          "finished: %s holds step %s of %s; choose another --workdir to train "
+          "another run",
           workdir, f"{step:,}", f"{config.train.steps:,}",
         )  # fmt: skip
         return

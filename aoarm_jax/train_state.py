@@ -110,7 +110,7 @@ def create(config: config_lib.Config, vocabulary: int, mesh: jax.sharding.Mesh):
     (bind, abstract state with shardings, jitted () -> TrainState).
   """
   bind = Bind(config.model, config.compute, vocabulary)
-  chain = optimizer.make(config.optimizer, config.train.steps)
+  chain = optimizer.make(config.optimizer, config.train.steps, bind.axes)
   make = functools.partial(
     init, bind, chain, config.seed, config.optimizer.ema_decay > 0
   )

@@ -76,10 +76,11 @@ class ScheduleTest(parameterized.TestCase):
 class ChainTest(parameterized.TestCase):
   @parameterized.parameters(*tiny.MECHANISMS)
   def test_matrices_decay_and_vectors_do_not(self, mechanism):
-    params = tiny.bind(mechanism).abstract_params
-    mask = optimizer.decay_mask(params)
+    bind = tiny.bind(mechanism)
+    mask = optimizer.decay_mask(bind.axes)
+    jax.tree.map(lambda *_: None, mask, bind.abstract_params)  # One structure.
     for path, decays in jax.tree_util.tree_leaves_with_path(mask):
-      vector = path[-1].key in ("scale", "query_start")
+      vector = path[-1].key in ("scale", "query_start", "bias")
       self.assertEqual(decays, not vector, path)
     self.assertTrue(mask["embedding"] and mask["head"])
     self.assertTrue(mask["blocks"]["attention"]["query"])
@@ -91,7 +92,8 @@ class ChainTest(parameterized.TestCase):
     options = _options(
       clip_norm=clip_norm, b1=0.8, b2=0.9, eps=1e-3, weight_decay=0.3
     )
-    chain = optimizer.make(options, _STEPS)
+    axes = {"w": ("embed", "hidden"), "scale": ("vector",)}
+    chain = optimizer.make(options, _STEPS, axes)
     generator = np.random.default_rng(0)
     params = {"w": generator.normal(size=(3, 5)), "scale": np.ones(5)}
     want = {k: v.copy() for k, v in params.items()}

@@ -79,7 +79,7 @@ def _abstract(mesh, *shape, dtype=jnp.int32, batch=False):
 
 def _init_program(config, vocabulary, mesh):
   bind, abstract, _ = train_state.create(config, vocabulary, mesh)
-  chain = optimizer.make(config.optimizer, config.train.steps)
+  chain = optimizer.make(config.optimizer, config.train.steps, bind.axes)
 
   def init(seed):
     return train_state.init(bind, chain, seed, config.optimizer.ema_decay > 0)
