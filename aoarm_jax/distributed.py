@@ -212,7 +212,8 @@ def failing_at_once() -> Iterator[None]:
 
 def process_0_says(decide: Callable[[], int]) -> int:
   """The verdict of process 0 on all; for what depends on files it changes."""
-  if jax.process_count() == 1:
+  # A lone process need not start a backend to read files.
+  if not jax.distributed.is_initialized() or jax.process_count() == 1:
     return decide()
   verdict = decide() if jax.process_index() == 0 else 0
   return int(multihost_utils.broadcast_one_to_all(np.int32(verdict)))

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from absl.testing import absltest, parameterized
 
-from aoarm_jax import checkpoint, manifest
+from aoarm_jax import checkpoint, distributed, manifest
 
 CONFIG = json.dumps({"model": {"D": 7}, "text": "naïve ☃"})
 
@@ -316,6 +316,26 @@ class StepsTest(CheckpointTest):
     self.assertEqual(checkpoints.newest().step, 50)
     lowest = 20 if 20 in kept else 40 if 40 in kept else 50
     self.assertEqual(checkpoints.best().step, lowest)
+
+  def test_all_processes_take_what_process_0_finds(self):
+    """Here as process 1, which decides nothing."""
+    checkpoints = self.open(9, 0)
+    self.fill(checkpoints, [10, 20], [1.0, 2.0], {"a": jnp.ones(1)})
+
+    def found(step):
+      with absltest.mock.patch.object(
+        distributed, "process_0_says", lambda decide: step
+      ):
+        return checkpoints.newest()
+
+    self.assertEqual((found(10).step, found(10).metric), (10, 1.0))
+    self.assertIsNone(found(-1))
+    for step, message in (
+      (-2, "process 0 can use no"),
+      (30, "step 30 .* here"),
+    ):
+      with self.assertRaisesRegex(checkpoint.CheckpointError, message):
+        found(step)
 
   def test_step_deleted_by_the_run_while_it_is_read(self):
     checkpoints = self.open()

@@ -103,6 +103,38 @@ class MatchTest(parameterized.TestCase):
     self.assertEqual(rows["two_stream"][-1], "800")
     self.assertEqual(rows["mdlm"][4], "0")
 
+  def test_table_where_nothing_comes_near(self):
+    """One layer cannot become fewer."""
+    table = matching.table(_config("two_stream", L=1), _V).splitlines()
+    self.assertLen(table, 2 + len(mechanisms.MECHANISMS))
+    rows = {line.split()[0]: line.split() for line in table[2:]}
+    self.assertEqual(rows["ao_gpt"][5], "-")
+    self.assertEqual(rows["decoupled_rope"][5], "1")
+
+  def test_table_of_a_fraction_of_the_queries(self):
+    """Cheaper training for two streams, and nothing else for one."""
+    whole = _config("two_stream")
+    part = dataclasses.replace(
+      whole, train=dataclasses.replace(whole.train, query_fraction=0.25)
+    )
+    first, second = (
+      {
+        line.split()[0]: line.split()
+        for line in matching.table(x, _V).splitlines()
+      }
+      for x in (whole, part)
+    )
+    self.assertLess(
+      float(second["two_stream"][3]), float(first["two_stream"][3])
+    )
+    for column in (1, 2, 3, 4):
+      self.assertEqual(second["causal"][column], first["causal"][column])
+    # A cheaper run is matched by fewer steps.
+    self.assertLess(
+      int(second["causal"][-1].replace(",", "")),
+      int(first["causal"][-1].replace(",", "")),
+    )
+
 
 class ResolveTest(absltest.TestCase):
   def resolve(self, **match):

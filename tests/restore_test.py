@@ -1,0 +1,55 @@
+"""What is taken from a run's config.json."""
+
+import dataclasses
+import tempfile
+
+from absl.testing import absltest
+from etils import epath
+
+from aoarm_jax import config as config_lib
+from aoarm_jax import restore
+
+
+class AsTrainedTest(absltest.TestCase):
+  def setUp(self):
+    super().setUp()
+    folder = tempfile.TemporaryDirectory()
+    self.addCleanup(folder.cleanup)
+    self.workdir = epath.Path(folder.name)
+    self.run_config = config_lib.Config(
+      model=config_lib.Model(T=32),
+      data=config_lib.Data(corpus="folder", path="books"),
+      train=config_lib.Train(steps=7, least_time=0.5),
+    )
+
+  def as_trained(self, config=None, overridden=()):
+    return restore.as_trained(
+      config or config_lib.Config(), self.workdir, overridden
+    )
+
+  def write(self):
+    text = config_lib.to_json(self.run_config)
+    (self.workdir / "config.json").write_text(text)
+
+  def test_model_and_text_are_the_run_s(self):
+    self.write()
+    got = self.as_trained()
+    self.assertEqual(got.model, self.run_config.model)
+    self.assertEqual((got.data.corpus, got.data.path), ("folder", "books"))
+    self.assertEqual(got.train.least_time, 0.5)
+    # How long it trained is of no matter.
+    self.assertEqual(got.train.steps, config_lib.Train().steps)
+
+  def test_what_the_command_line_names_stays(self):
+    self.write()
+    own = config_lib.Config(data=config_lib.Data(path="other"))
+    got = self.as_trained(own, ["data.path"])
+    self.assertEqual((got.data.corpus, got.data.path), ("folder", "other"))
+
+  def test_without_a_run(self):
+    own = dataclasses.replace(config_lib.Config(), seed=3)
+    self.assertEqual(self.as_trained(own), own)
+
+
+if __name__ == "__main__":
+  absltest.main()
