@@ -192,7 +192,7 @@ def _bins(nats, tokens):
 def evaluate(config: config_lib.Config, workdir: epath.Path) -> None:
   """--mode=eval: every estimator of config.eval on the newest checkpoint.
 
-  Prints them, and writes evaluations/step_<n>_<split>_<time>.json,
+  Logs them, and writes evaluations/step_<n>_<split>_<time>.json,
   slot_curve_<split>.png and nearness_<split>.png to the run directory.
 
   Raises:
