@@ -315,6 +315,17 @@ class SharesTest(absltest.TestCase):
           self.assertLess(mine.index(trial), mine.index(cell))
     self.assertCountEqual(seen, [cell for cell in cells if not cell.trial])
 
+  def test_an_empty_share_is_no_error(self):
+    study = config(
+      "seed=0,1", share_index=2, share_count=3, part="cells", cells="seed"
+    )
+    with (
+      mock.patch.object(measure, "Lab", side_effect=AssertionError),
+      self.assertLogs(level="INFO") as logs,
+    ):
+      sweep.study(study, epath.Path("/absent"), [])
+    self.assertIn("nothing to do in this share", "".join(logs.output))
+
   def test_cells_by_their_label(self):
     study = config("T=128,1024 mechanism=two_stream,mdlm")
     cells = cells_lib.expand(study)

@@ -118,7 +118,10 @@ def study(
 
 
 def chosen(config, cells):
-  """The cells of this process, trials only where they are needed."""
+  """The cells of this process, trials only where they are needed.
+
+  There are none where there are more shares than cells.
+  """
   study = config.study
   words = [word for word in study.cells.split(",") if word]
   mine = [
@@ -126,21 +129,23 @@ def chosen(config, cells):
     for cell in cells
     if not cell.trial and (not words or any(w in cell.label for w in words))
   ]
-  mine = mine[study.share_index :: study.share_count]
-  wanted = {}
-  for cell in mine:
-    wanted |= dict.fromkeys([*cells_lib.trials(cell, config), cell])
-  if not wanted:
+  if not mine:
     raise config_lib.ConfigError(
       f"config.study.cells={study.cells!r}: no cell's label holds any of "
       f"these; the first one is {cells[0].label!r}"
     )
+  wanted = {}
+  for cell in mine[study.share_index :: study.share_count]:
+    wanted |= dict.fromkeys([*cells_lib.trials(cell, config), cell])
   return list(wanted)
 
 
 def _run_cells(config, cells, results):
   start, clock = time.monotonic(), _Clock()
   mine = chosen(config, cells)
+  if not mine:
+    logging.info("study: nothing to do in this share: more shares than cells")
+    return
   todo = {}  # By folder: equal cells are run once.
   for cell in mine:
     result = results.result(cell)
