@@ -48,6 +48,7 @@ RUN_ERRORS = (
   checkpoint.CheckpointError,
   corpora.DataError,
   pod.PodError,
+  sweep.FailedCellsError,
   telemetry.NonFiniteError,
 )
 

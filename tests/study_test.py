@@ -7,6 +7,8 @@ import os
 import pathlib
 import signal
 import tempfile
+import weakref
+from concurrent import futures
 from unittest import mock
 
 import helpers
@@ -340,6 +342,105 @@ class SharesTest(absltest.TestCase):
       sweep.chosen(config_lib.Config(study=study), cells)
 
 
+class FailureTest(absltest.TestCase):
+  """A cell that fails stops no other, and the next start knows it."""
+
+  def setUp(self):
+    super().setUp()
+    self.folder = epath.Path(self.enter_context(tempfile.TemporaryDirectory()))
+    self.config = config("mechanism=two_stream,mdlm,ao_gpt")
+    corpus = mock.Mock(tokenizer=tokenizers.get("char27"))
+    corpus.hash.return_value = "0"
+    self.enter_context(
+      mock.patch.object(sweep.corpora, "load", return_value=corpus)
+    )
+    self.enter_context(mock.patch.object(sweep.programs_lib, "Programs"))
+
+  def start(self, errors):
+    """The mechanisms that were run, and what the study raised, if anything."""
+
+    def run(lab, cell, config, folder):
+      if cell.mechanism in errors:
+        raise errors[cell.mechanism]
+      result = {
+        "text": lab.text, "training_flops": 1, "seconds": {"all": 1},
+        "estimate": {"bits_per_char": 2.0},
+      }  # fmt: skip
+      measure._write_json(folder / measure.RESULT, result)
+      return result
+
+    with (
+      mock.patch.object(measure.Lab, "run", autospec=True) as runs,
+      mock.patch.object(sweep.report, "write") as write,
+    ):
+      runs.side_effect = run
+      try:
+        sweep.study(self.config, self.folder, [])
+        raised = ""
+      except sweep.FailedCellsError as error:
+        raised = str(error)
+      write.assert_called_once()  # Whatever failed.
+    return [call.args[1].mechanism for call in runs.call_args_list], raised
+
+  def test_others_go_on_and_only_memory_is_tried_again(self):
+    try:
+      telemetry.check_finite(3, {"loss": float("nan")})
+    except telemetry.NonFiniteError as error:
+      diverged = error
+    memory = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+    runs, raised = self.start({"two_stream": diverged, "mdlm": memory})
+    self.assertEqual(runs, ["two_stream", "mdlm", "ao_gpt"])
+    self.assertRegex(
+      raised,
+      "^2 of the study's cells failed: two_stream .* seed=0: loss is nan at "
+      r"step 3 \(not tried again unless cells/two_stream-.* is deleted\); mdlm "
+      r".*: out of memory \(the same command tries it again\)$",
+    )
+    self.assertEqual(self.start({"mdlm": memory}), (["mdlm"], raised))
+    runs, raised = self.start({})
+    self.assertEqual(runs, ["mdlm"])
+    self.assertStartsWith(raised, "1 of the study's cells failed: two_stream")
+    (path,) = self.folder.glob("cells/two_stream-*")
+    path.rmtree()
+    self.assertEqual(self.start({}), (["two_stream"], ""))
+
+  def test_the_report_has_an_empty_cell_with_the_reason(self):
+    cells = cells_lib.expand(self.config)
+    results = sweep.Results(self.config, self.folder, V)
+    measure.note_failure(results.folder(cells[1]), "loss is nan", again=False)
+    folder = self.folder / "report"
+    sweep.report.write(self.config, cells, results, folder, [""])
+    rows = csv.DictReader((folder / "cells.csv").read_text().splitlines())
+    self.assertEqual(
+      [(r["done"], r["failed"], r["bits_per_char"]) for r in rows],
+      [("False", "", ""), ("False", "loss is nan", ""), ("False", "", "")],
+    )
+    text = (folder / "README.md").read_text()
+    self.assertIn(f"1 failed:\n\n- {cells[1].label}: loss is nan", text)
+
+  def test_a_program_that_did_not_compile_keeps_no_parameters(self):
+    program = futures.Future()  # Kept for the cells that share it.
+    program.set_exception(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: x"))
+    seen = []
+
+    def run(*_):
+      params = np.ones(3)
+      seen.append(weakref.ref(params))
+      program.result()
+
+    (cell,) = cells_lib.expand(config("seed=0"))
+    results = sweep.Results(self.config, self.folder, V)
+    sweep._run_cell(mock.Mock(run=run), results, cell, sweep._Clock())
+    self.assertTrue(results.failure(cell)["again"])
+    self.assertIsNone(seen[0]())
+
+  def test_an_error_that_is_not_the_cells_own_is_raised(self):
+    lost = jax.errors.JaxRuntimeError("INTERNAL: device lost")
+    with self.assertRaisesRegex(jax.errors.JaxRuntimeError, "device lost"):
+      self.start({"two_stream": lost})
+    self.assertEmpty(list(self.folder.glob("cells/*/*.json")))
+
+
 class RateTest(absltest.TestCase):
   def test_a_trial_that_diverges_is_worse_than_any(self):
     study = config("rate=tuned", rates=(1e-3, 2e-3))
@@ -354,6 +455,15 @@ class RateTest(absltest.TestCase):
       lab.run(first, results.resolved(first), results.folder(first))
       with self.assertRaises(telemetry.NonFiniteError):
         lab.run(cell, results.resolved(second), folder / "cell")
+    # The last step's update shows in the evaluation alone.
+    with (
+      mock.patch.object(lab, "_train", return_value=({}, [2.0], 1)),
+      mock.patch.object(
+        lab, "_evaluate", return_value={"bits_per_char": float("nan")}
+      ),
+      self.assertRaisesRegex(telemetry.NonFiniteError, "bits/char is nan"),
+    ):
+      lab.run(cell, results.resolved(second), folder / "cell")
     path = results.folder(second) / measure.RESULT
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps({"estimate": {"bits_per_char": 9.0}}))

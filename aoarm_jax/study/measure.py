@@ -6,6 +6,7 @@
   windows.npz   nats of every evaluated window
   profile.npz   sums of attention, see profiles
   texts.jsonl   a few texts at some temperatures
+  failed.json   of a cell that failed: why, and whether it is worth another try
 
 Nothing else is kept of a cell: no parameters.
 """
@@ -38,7 +39,7 @@ from aoarm_jax.study import cells as cells_lib
 from aoarm_jax.study import coherence, profiles
 from aoarm_jax.study import programs as programs_lib
 
-RESULT = "result.json"
+RESULT, FAILED = "result.json", "failed.json"
 _SAMPLES = 104  # Sets these keys apart from training's.
 _TELL_SECONDS = 15.0
 # Of a trial whose loss is no number.
@@ -89,6 +90,9 @@ class Lab:
         params, curve, speed = self._train(config, programs)
       with _timed(clock, "evaluate"):
         estimate = self._evaluate(config, programs, params, folder)
+      # What the last step made of the parameters, no loss of training says.
+      bits = {"bits/char": estimate["bits_per_char"]}
+      telemetry.check_finite(config.train.steps, bits)
     except telemetry.NonFiniteError as error:
       if not cell.trial:
         raise
@@ -259,6 +263,11 @@ class Lab:
     sums = jax.device_get(programs["profile"].result()(params, tokens))
     arrays = profiles.to_arrays(*sums, config.model.kind)
     _write_arrays(folder / "profile.npz", **arrays)
+
+
+def note_failure(folder: epath.Path, reason: str, again: bool) -> None:
+  """Writes failed.json: `reason`, and whether another start tries again."""
+  _write_json(folder / FAILED, {"reason": reason, "again": again})
 
 
 @contextlib.contextmanager

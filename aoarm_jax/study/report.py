@@ -91,7 +91,7 @@ def _text(config, cells, results, made, drawn, answers, shown):
     f"```\n{shown}\n```\n",
     _hypotheses(),
     _method(config, first),
-    _state(made["cells"]),
+    _state(made["cells"], results.failures(cells)),
     _answers(answers),
     "## Bits per character\n\nNever compare `causal` (left to right, its only "
     "order) with the others. `elbo` estimates the mean of `any_order`.\n\n"
@@ -171,7 +171,7 @@ def _paragraphs(text):
   return "\n\n".join(textwrap.fill(" ".join(p.split()), 80) for p in parts)
 
 
-def _state(rows):
+def _state(rows, failed):
   done = [row for row in rows if row["done"]]
   seconds = sum(row["seconds"] for row in done)
   devices = sorted({row["device"] for row in done})
@@ -180,6 +180,9 @@ def _state(rows):
     f"all{', on ' + ', '.join(devices) if devices else ''}: "
     "[cells.csv](cells.csv)."
   )
+  if failed:
+    text += f"\n\n{len(failed)} failed:\n\n"
+    text += "\n".join(f"- {line}" for line in failed)
   return text
 
 
@@ -262,7 +265,7 @@ def _open(rows, answers):
   unclear = [
     a.question for a in answers if a.answer in ("unclear", "not measured")
   ]
-  text = f"## What remains open\n\n{missing} of {len(rows)} cells are not run."
+  text = f"## What remains open\n\n{missing} of {len(rows)} cells are not done."
   if unclear:
     text += "\n\n" + "\n".join(f"- {question}" for question in unclear)
   return text + (
