@@ -19,6 +19,7 @@ import pytest
 import tiny
 from absl.testing import absltest, parameterized
 from etils import epath
+from scipy import special
 
 from aoarm_jax import config as config_lib
 from aoarm_jax import decode, diffusion, matching, sampling, telemetry
@@ -139,28 +140,112 @@ class AnswersTest(absltest.TestCase):
       "seeds": seeds, "error_of": "seeds",
     }  # fmt: skip
 
-  def answer(self, rows, part):
-    found = findings.all_of(rows, [], [], "two_stream")
+  def answer(self, rows, part, areas=(), specialisation=()):
+    found = findings.all_of(rows, areas, specialisation, "two_stream")
     (one,) = [a for a in found if part in a.question]
     return one.answer
 
   def test_growth_with_length(self):
-    for last, wanted in ((0.2, "yes"), (-0.2, "no"), (0.01, "unclear")):
+    for last, wanted in ((0.2, "yes"), (-0.2, "no"), (0.1, "unclear")):
       rows = [self.row(1024, last, 0.01), self.row(128, 0.0, 0.01)]
       self.assertEqual(self.answer(rows, "grow with length"), wanted)
     self.assertEqual(self.answer(rows[:1], "grow with length"), "not measured")
 
   def test_one_seed_cannot_tell(self):
     rows = [self.row(T, T / 1000, 0.001, seeds=1) for T in (128, 1024)]
+    one_seed = "unclear (one seed)"
+    self.assertEqual(self.answer(rows, "grow with length"), one_seed)
+    self.assertEqual(self.answer(rows, "equal flops: does"), one_seed)
+    rows += [self.row(T, 0.1, 0.005) for T in (256, 512)]
     self.assertEqual(self.answer(rows, "grow with length"), "unclear")
     self.assertEqual(self.answer(rows, "equal flops: does"), "unclear")
-    rows += [self.row(T, 0.1, 0.01) for T in (256, 512)]
-    self.assertEqual(self.answer(rows, "grow with length"), "unclear")
 
   def test_a_deficit_at_some_lengths_only_is_unclear(self):
     rows = [self.row(1024, 0.2, 0.01), self.row(128, -0.2, 0.01)]
     self.assertEqual(self.answer(rows, "equal flops: does"), "unclear")
     self.assertEqual(self.answer(rows[:1], "equal flops: does"), "yes")
+
+  def test_fewer_seeds_need_a_larger_effect(self):
+    """5 standard errors are few of 2 seeds; 3 suffice of 8."""
+    for seeds, error, wanted in (
+      (2, 0.04, "unclear"), (3, 0.04, "yes"), (3, 0.05, "unclear"),
+      (8, 0.05, "yes"), (30, 0.05, "yes"),
+    ):  # fmt: skip
+      rows = [self.row(128, 0.2, error, seeds)]
+      self.assertEqual(self.answer(rows, "equal flops: does"), wanted)
+
+  def test_quantiles_are_students(self):
+    got = [findings._quantile(seeds) for seeds in range(2, 12)]
+    wanted = special.stdtrit(np.arange(1, 11), 0.975)
+    np.testing.assert_allclose(got, wanted, atol=6e-3)
+
+  def test_a_false_alarm_is_rare_whatever_the_seeds(self):
+    """Where nothing is there, an answer is yes or no in 5% of the studies."""
+    generator = np.random.default_rng(0)
+    for seeds in (2, 3, 5):
+      answers = [
+        findings._sign(*tables.mean_and_error(x), seeds)
+        for x in generator.normal(size=(2000, seeds))
+      ]
+      alarms = np.mean([answer != findings.UNCLEAR for answer in answers])
+      self.assertAlmostEqual(alarms, 0.05, delta=0.02)
+
+  def test_areas(self):
+    def area(mechanism, value, seeds, half=0.01):
+      return {
+        "mechanism": mechanism, "T": 128, "budget": "steps",
+        "orders": "uniform", "seeds": seeds, "area_from_4": value,
+        "area_from_4_low": value - half, "area_from_4_high": value + half,
+      }  # fmt: skip
+
+    for two_stream, mdlm, seeds, ahead, level in (
+      (0.6, 0.6, 3, "yes", "no"),
+      (0.4, 0.4, 3, "no", "no"),
+      (0.51, 0.51, 3, "unclear", "yes"),
+      (0.6, 0.6, 2, "unclear", "unclear"),  # Apart for three, not for two.
+      (0.9, 0.9, 2, "yes", "no"),
+      (0.9, 0.5, 1, "unclear (one seed)", "unclear (one seed)"),
+    ):
+      rows = [
+        area("decoupled_rope", 0.5, seeds),
+        area("two_stream", two_stream, seeds),
+        area("mdlm", mdlm, seeds),
+      ]
+      self.assertEqual(
+        self.answer([], "T = 128: is two_stream ahead", rows), ahead
+      )
+      self.assertEqual(
+        self.answer([], "T = 128: is decoupled_rope level", rows), level
+      )
+
+  def test_streams(self):
+    def locality(mechanism, stream, index, value, seeds):
+      return {
+        "mechanism": mechanism, "T": 16, "budget": "steps",
+        "orders": "uniform", "stream": stream, "index": index,
+        "locality": value, "error": 0.01 if seeds > 1 else "",
+        "seeds": seeds,
+      }  # fmt: skip
+
+    for own, seeds, between, more in (
+      (0.5, 3, "yes", "yes"),
+      (0.45, 3, "unclear", "yes"),  # Inside, but so near to one of them.
+      (0.1, 3, "no", "yes"),
+      (0.5, 2, "unclear", "yes"),
+      (0.5, 1, "unclear (one seed)", "unclear (one seed)"),
+    ):
+      rows = [
+        row
+        for index in ("semantic", "structural")
+        for row in (
+          locality("two_stream", "content", index, 0.4, seeds),
+          locality("two_stream", "query", index, 0.6, seeds),
+          locality("two_stream", "query - content", index, 0.2, seeds),
+          locality("decoupled_rope", "only", index, own, seeds),
+        )
+      ]
+      self.assertEqual(self.answer([], "between", (), rows), between)
+      self.assertEqual(self.answer([], "more semantic", (), rows), more)
 
 
 class TemperaturesTest(parameterized.TestCase):

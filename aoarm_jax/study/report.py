@@ -161,7 +161,14 @@ def _method(config, first):
     `{split}`, divided by what uniform attention would give; sentinels and a
     row's own slot (the token generated last) are left out, and their mass is in
     [locality.csv](locality.csv). Of `mdlm` there is none: its slots have no
-    order of generation. The definitions are in `aoarm_jax/study`."""
+    order of generation. The definitions are in `aoarm_jax/study`.
+
+    **Answers** are about mechanisms, whatever the seed. An effect counts where
+    it is larger than t standard errors, t the 97.5% quantile of Student's
+    distribution of (seeds - 1) degrees of freedom: 12.7 for two seeds, 4.3 for
+    three, 2.8 for five. Bands of areas are widened alike before they count as
+    apart. One seed cannot tell, however many windows it was measured on.
+    Nothing is corrected for the number of questions."""
   )
 
 
@@ -192,9 +199,9 @@ def _answers(answers):
   against = [f"- {a.question}" for a in answers if a.contradicts]
   lines.append(
     "\nThe paper, or its hypothesis, expects yes in every row. "
-    "`yes` and `no`: larger than twice the standard error, or bands apart; "
-    "level is said where bands overlap, which few samples make likely. One "
-    "seed cannot tell: `unclear`."
+    "`yes` and `no`: an effect beyond what chance explains at so few seeds, "
+    "see Method; level is said where bands overlap, which few samples make "
+    "likely."
   )
   lines.append("\nAgainst the paper:\n")
   lines += against or ["- nothing so far"]
@@ -263,7 +270,9 @@ def _figures(drawn, shown):
 def _open(rows, answers):
   missing = sum(not row["done"] for row in rows)
   unclear = [
-    a.question for a in answers if a.answer in ("unclear", "not measured")
+    f"{a.question} {a.answer}"
+    for a in answers
+    if a.answer not in (findings.YES, findings.NO)
   ]
   text = f"## What remains open\n\n{missing} of {len(rows)} cells are not done."
   if unclear:
