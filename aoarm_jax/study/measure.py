@@ -259,8 +259,8 @@ class Lab:
       batch_size=config.study.profile_sequences, batches=1,
       seed=config.eval.seed,
     )  # fmt: skip
-    tokens = sharding.put(self.mesh, np.ascontiguousarray(batches[0][0]))
-    sums = jax.device_get(programs["profile"].result()(params, tokens))
+    batch = sharding.put(self.mesh, batches[0])
+    sums = jax.device_get(programs["profile"].result()(params, *batch))
     arrays = profiles.to_arrays(*sums, config.model.kind)
     _write_arrays(folder / "profile.npz", **arrays)
 

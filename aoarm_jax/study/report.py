@@ -158,7 +158,7 @@ def _method(config, first):
     `{study.vocabulary_split}` split, and that occurred before in the same text.
 
     **Attention**: exact sums over {study.profile_sequences} windows of
-    `{split}`, divided by what uniform attention would give; sentinels and a
+    `{split}` (fewer where it has fewer), divided by what uniform attention would give; sentinels and a
     row's own slot (the token generated last) are left out, and their mass is in
     [locality.csv](locality.csv). Of `mdlm` there is none: its slots have no
     order of generation. The definitions are in `aoarm_jax/study`.
