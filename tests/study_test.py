@@ -22,10 +22,17 @@ from etils import epath
 from scipy import special
 
 from aoarm_jax import config as config_lib
-from aoarm_jax import decode, diffusion, matching, sampling, telemetry
+from aoarm_jax import (
+  decode,
+  diffusion,
+  matching,
+  sampling,
+  sharding,
+  telemetry,
+)
 from aoarm_jax.data import tokenizers
 from aoarm_jax.study import cells as cells_lib
-from aoarm_jax.study import findings, measure, sweep, tables
+from aoarm_jax.study import findings, measure, programs, sweep, tables
 
 STUDY = str(helpers.ROOT / "configs" / "study_tradeoff.py")
 V = 27
@@ -274,6 +281,29 @@ class TemperaturesTest(parameterized.TestCase):
     self.assertFalse(np.array_equal(cold, hot))
     for b in range(B):
       np.testing.assert_array_equal(together[b], (cold, hot)[b % 2][b])
+
+
+class ProgramsTest(parameterized.TestCase):
+  @parameterized.parameters((1, [4, 8, 12, 16]), (2, [5, 9, 13, 17]))
+  def test_a_large_cache_grows_while_texts_are_sampled(self, sentinels, wanted):
+    base = config("T=16 size=16x1x2", characters=32, temperatures=2)
+    base = dataclasses.replace(
+      base, model=dataclasses.replace(base.model, sentinels=sentinels)
+    )
+    (cell,) = cells_lib.expand(base)
+    got = cells_lib.resolve(cell, base, 1e-3, V)
+    mesh = sharding.of_run(got, "train", "eval")
+    with (
+      mock.patch.multiple(decode, _LARGE=0, _TILE=1),
+      mock.patch.object(
+        decode.cached, "resized", side_effect=decode.cached.resized
+      ) as resized,
+    ):
+      program, arguments, _ = programs._sample_program(got, V, mesh)
+      tokens = jax.eval_shape(program, *arguments)
+    self.assertEqual(tokens.shape[1], 16)
+    lengths = [call.args[1] for call in resized.call_args_list]
+    self.assertEqual(lengths, wanted)
 
 
 @pytest.mark.once

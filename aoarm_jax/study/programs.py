@@ -145,7 +145,7 @@ def _sample_program(config, vocabulary, mesh):
         *arguments, method="sequential", steps=0, rows=index
       ).tokens
     return decode.generate(
-      *arguments, prefill=model.sentinels > 1, rows=index
+      *arguments, prefill=model.sentinels > 1, most_known=0, rows=index
     ).tokens
 
   arguments = (
