@@ -158,10 +158,11 @@ def _method(config, first):
     `{study.vocabulary_split}` split, and that occurred before in the same text.
 
     **Attention**: exact sums over {study.profile_sequences} windows of
-    `{split}` (fewer where it has fewer), divided by what uniform attention would give; sentinels and a
-    row's own slot (the token generated last) are left out, and their mass is in
-    [locality.csv](locality.csv). Of `mdlm` there is none: its slots have no
-    order of generation. The definitions are in `aoarm_jax/study`.
+    `{split}` (fewer where it has fewer), divided by what uniform attention
+    would give; sentinels and a row's own slot (the token generated last) are
+    left out, and their mass is in [locality.csv](locality.csv). Of `mdlm` there
+    is none: its slots have no order of generation. The definitions are in
+    `aoarm_jax/study`.
 
     **Answers** are about mechanisms, whatever the seed. An effect counts where
     it is larger than t standard errors, t the 97.5% quantile of Student's
