@@ -148,34 +148,67 @@ class Evaluator:
     key = jax.random.fold_in(
       jax.random.key(self._config.eval.seed), _EVALUATION
     )
-    key, step, first_row = sharding.put(
-      self._mesh, (key, np.int32(step), np.int32(0))
+    key, step = sharding.put(self._mesh, (key, np.int32(step)))
+    found = over_batches(
+      functools.partial(self._jitted[estimator], params, key, step),
+      batches,
+      self._mesh,
+      is_stopped,
     )
-    sequence_nats, total = [], None
-    for tokens, real in batches:
-      if is_stopped():
-        return None
-      batch = sharding.put_batch(self._mesh, (tokens, real))
-      nats, sums, real, first_row = self._jitted[estimator](
-        params, key, step, first_row, *batch
-      )
-      nats, sums, real = jax.device_get((nats, sums, real))
-      sequence_nats.append(nats[real])
-      sums = jax.tree.map(np.float64, sums)
-      total = jax.tree.map(np.add, total, sums) if total else sums
-    nats = np.concatenate(sequence_nats).astype(np.float64)
-    T, count = self._config.model.T, len(nats)
-    spread = nats.std(ddof=1) if count > 1 else math.nan
-    curve = total["by_rank"] / count if total else ()
-    return Estimate(
-      estimator=estimator,
-      nats_per_token=float(nats.mean() / T),
-      standard_error_nats=float(spread / math.sqrt(count) / T),
-      sequences=count,
-      slot_curve_nats=tuple(map(float, curve)),
-      by_distance=_bins(*total["by_distance"]) if total else (),
-      by_recency=_bins(*total["by_recency"]) if total else (),
+    if found is None:
+      return None
+    return mean(estimator, self._config.model.T, *found)
+
+
+def over_batches(
+  estimate: Callable,
+  batches: Iterable,
+  mesh: jax.sharding.Mesh,
+  is_stopped: Callable[[], object] = lambda: False,
+) -> tuple[np.ndarray, dict | None] | None:
+  """What an estimator gives for every real sequence, and its sums over all.
+
+  Args:
+    estimate: (first_row, tokens, real) -> what estimators.estimate gives.
+    batches: of (tokens uint8 [B, T], real bool [B]).
+    mesh: where they go.
+    is_stopped: asked before every batch; ends the evaluation.
+
+  Returns:
+    Nats of the real sequences, float32 [sequences], and the sums, float64; or
+    None if stopped.
+  """
+  first_row = sharding.put(mesh, np.int32(0))
+  sequence_nats, total = [], None
+  for batch in batches:
+    if is_stopped():
+      return None
+    nats, sums, real, first_row = estimate(
+      first_row, *sharding.put_batch(mesh, batch)
     )
+    nats, sums, real = jax.device_get((nats, sums, real))
+    sequence_nats.append(nats[real])
+    sums = jax.tree.map(np.float64, sums)
+    total = jax.tree.map(np.add, total, sums) if total else sums
+  return np.concatenate(sequence_nats), total
+
+
+def mean(
+  estimator: str, T: int, sequence_nats: np.ndarray, total: dict | None
+) -> Estimate:
+  """The Estimate of what `over_batches` gives."""
+  nats, count = sequence_nats.astype(np.float64), len(sequence_nats)
+  spread = nats.std(ddof=1) if count > 1 else math.nan
+  curve = total["by_rank"] / count if total else ()
+  return Estimate(
+    estimator=estimator,
+    nats_per_token=float(nats.mean() / T),
+    standard_error_nats=float(spread / math.sqrt(count) / T),
+    sequences=count,
+    slot_curve_nats=tuple(map(float, curve)),
+    by_distance=_bins(*total["by_distance"]) if total else (),
+    by_recency=_bins(*total["by_recency"]) if total else (),
+  )
 
 
 def _bins(nats, tokens):

@@ -48,13 +48,20 @@ RUN_ERRORS = (
   checkpoint.CheckpointError,
   corpora.DataError,
   pod.PodError,
+  sweep.FailedCellsError,
   telemetry.NonFiniteError,
 )
 
+_LESS_TRAINING = (
+  "lower --config.train.batch_size, raise --config.compute.accumulate, or set "
+  "--config.compute.remat=true"
+)
 _LESS_MEMORY = {
-  "train": "lower --config.train.batch_size, raise "
-  "--config.compute.accumulate, or set --config.compute.remat=true",
+  "train": _LESS_TRAINING,
+  "compile": _LESS_TRAINING,
   "count": "the model is too large",
+  # No part of what a cell is, so that those that are done stay done.
+  "study": "set --config.compute.remat=true",
 } | {
   mode: f"lower --config.{mode}.batch_size"
   for mode in ("eval", "sample", "score")

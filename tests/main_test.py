@@ -1,11 +1,15 @@
 """The command line: every error is one line that names what to mend."""
 
+import contextlib
+import io
 import os
 import pathlib
+import re
 import tempfile
 from unittest import mock
 
 import helpers
+import jax
 from absl import flags
 from absl.testing import absltest, parameterized
 
@@ -225,6 +229,27 @@ class ParseTest(parameterized.TestCase):
       config = helpers.config_of([TINY, f"--config.train.steps={steps}"])
       self.assertEqual(config.train.steps, steps)
     self.assertFalse(flags.FLAGS["config"].present)
+
+
+class MemoryTest(parameterized.TestCase):
+  @parameterized.parameters(*main.MODES)
+  def test_out_of_memory_is_one_line_that_names_fields_there_are(self, mode):
+    error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+    stderr = io.StringIO()
+    with (
+      mock.patch.object(main, "run", side_effect=error),
+      mock.patch.object(main.flags, "FLAGS", mock.Mock(mode=mode)),
+      mock.patch.object(main, "_cache_compilations"),
+      mock.patch.object(main.telemetry, "setup_logging"),
+      contextlib.redirect_stderr(stderr),
+      self.assertRaises(SystemExit) as stop,
+    ):
+      main.main([])
+    self.assertEqual(stop.exception.code, 1)
+    (line,) = stderr.getvalue().splitlines()
+    self.assertStartsWith(line, "aoarm_jax: error: out of device memory: ")
+    for field in re.findall(r"--config\.[\w.]+", line):
+      main._check_override(field)
 
 
 class ProcessTest(parameterized.TestCase):

@@ -9,6 +9,7 @@ from aoarm_jax import mechanisms, orders
 from aoarm_jax.study import profiles
 
 B, T = 3, 7
+REAL = np.array([True, False, True])  # The second one fills the batch.
 
 
 def slow_sums(w, place, position, s):
@@ -62,10 +63,11 @@ class ProfileTest(parameterized.TestCase):
     tokens = tiny.tokens(B, T, 5)
     order = tiny.orders_of(mechanism, B, T)
     sums = tiny.quick_jit(
-      lambda params: profiles.profile(bind(params), tokens, order)
+      lambda params: profiles.profile(bind(params), tokens, order, REAL)
     )(params)
     kind = mechanisms.MECHANISMS[mechanism]
     arrays = profiles.to_arrays(*sums, kind)
+    tokens, order = tokens[REAL], order[REAL]
     slots, dense = maps(bind, params, tokens, order)
     names = profiles.streams(kind)
     for g, stream in enumerate(names):
@@ -79,7 +81,7 @@ class ProfileTest(parameterized.TestCase):
         for n in range(3):
           w = dense[layer][..., n * G + min(g, G - 1)]
           wanted = [np.zeros(()) for _ in range(4)]
-          for b in range(B):
+          for b in range(REAL.sum()):
             one = slow_sums(w[b], places[b], np.asarray(slots.position)[b], s)
             wanted = [x + y for x, y in zip(wanted, one)]
           for field, value in zip(profiles.Sums._fields, wanted):
@@ -148,7 +150,7 @@ class ProfileTest(parameterized.TestCase):
     tokens = tiny.tokens(B, 12, 5)
     order = tiny.orders_of("decoupled_rope", B, 12)
     sums = tiny.quick_jit(
-      lambda params: profiles.profile(bind(params), tokens, order)
+      lambda params: profiles.profile(bind(params), tokens, order, REAL)
     )(params)
     kind = mechanisms.MECHANISMS["decoupled_rope"]
     arrays = profiles.to_arrays(*sums, kind)

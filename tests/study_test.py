@@ -7,6 +7,8 @@ import os
 import pathlib
 import signal
 import tempfile
+import weakref
+from concurrent import futures
 from unittest import mock
 
 import helpers
@@ -17,12 +19,20 @@ import pytest
 import tiny
 from absl.testing import absltest, parameterized
 from etils import epath
+from scipy import special
 
 from aoarm_jax import config as config_lib
-from aoarm_jax import decode, diffusion, matching, sampling, telemetry
+from aoarm_jax import (
+  decode,
+  diffusion,
+  matching,
+  sampling,
+  sharding,
+  telemetry,
+)
 from aoarm_jax.data import tokenizers
 from aoarm_jax.study import cells as cells_lib
-from aoarm_jax.study import findings, measure, sweep, tables
+from aoarm_jax.study import findings, measure, programs, sweep, tables
 
 STUDY = str(helpers.ROOT / "configs" / "study_tradeoff.py")
 V = 27
@@ -137,28 +147,112 @@ class AnswersTest(absltest.TestCase):
       "seeds": seeds, "error_of": "seeds",
     }  # fmt: skip
 
-  def answer(self, rows, part):
-    found = findings.all_of(rows, [], [], "two_stream")
+  def answer(self, rows, part, areas=(), specialisation=()):
+    found = findings.all_of(rows, areas, specialisation, "two_stream")
     (one,) = [a for a in found if part in a.question]
     return one.answer
 
   def test_growth_with_length(self):
-    for last, wanted in ((0.2, "yes"), (-0.2, "no"), (0.01, "unclear")):
+    for last, wanted in ((0.2, "yes"), (-0.2, "no"), (0.1, "unclear")):
       rows = [self.row(1024, last, 0.01), self.row(128, 0.0, 0.01)]
       self.assertEqual(self.answer(rows, "grow with length"), wanted)
     self.assertEqual(self.answer(rows[:1], "grow with length"), "not measured")
 
   def test_one_seed_cannot_tell(self):
     rows = [self.row(T, T / 1000, 0.001, seeds=1) for T in (128, 1024)]
+    one_seed = "unclear (one seed)"
+    self.assertEqual(self.answer(rows, "grow with length"), one_seed)
+    self.assertEqual(self.answer(rows, "equal flops: does"), one_seed)
+    rows += [self.row(T, 0.1, 0.005) for T in (256, 512)]
     self.assertEqual(self.answer(rows, "grow with length"), "unclear")
     self.assertEqual(self.answer(rows, "equal flops: does"), "unclear")
-    rows += [self.row(T, 0.1, 0.01) for T in (256, 512)]
-    self.assertEqual(self.answer(rows, "grow with length"), "unclear")
 
   def test_a_deficit_at_some_lengths_only_is_unclear(self):
     rows = [self.row(1024, 0.2, 0.01), self.row(128, -0.2, 0.01)]
     self.assertEqual(self.answer(rows, "equal flops: does"), "unclear")
     self.assertEqual(self.answer(rows[:1], "equal flops: does"), "yes")
+
+  def test_fewer_seeds_need_a_larger_effect(self):
+    """5 standard errors are few of 2 seeds; 3 suffice of 8."""
+    for seeds, error, wanted in (
+      (2, 0.04, "unclear"), (3, 0.04, "yes"), (3, 0.05, "unclear"),
+      (8, 0.05, "yes"), (30, 0.05, "yes"),
+    ):  # fmt: skip
+      rows = [self.row(128, 0.2, error, seeds)]
+      self.assertEqual(self.answer(rows, "equal flops: does"), wanted)
+
+  def test_quantiles_are_students(self):
+    got = [findings._quantile(seeds) for seeds in range(2, 12)]
+    wanted = special.stdtrit(np.arange(1, 11), 0.975)
+    np.testing.assert_allclose(got, wanted, atol=6e-3)
+
+  def test_a_false_alarm_is_rare_whatever_the_seeds(self):
+    """Where nothing is there, an answer is yes or no in 5% of the studies."""
+    generator = np.random.default_rng(0)
+    for seeds in (2, 3, 5):
+      answers = [
+        findings._sign(*tables.mean_and_error(x), seeds)
+        for x in generator.normal(size=(2000, seeds))
+      ]
+      alarms = np.mean([answer != findings.UNCLEAR for answer in answers])
+      self.assertAlmostEqual(alarms, 0.05, delta=0.02)
+
+  def test_areas(self):
+    def area(mechanism, value, seeds, half=0.01):
+      return {
+        "mechanism": mechanism, "T": 128, "budget": "steps",
+        "orders": "uniform", "seeds": seeds, "area_from_4": value,
+        "area_from_4_low": value - half, "area_from_4_high": value + half,
+      }  # fmt: skip
+
+    for two_stream, mdlm, seeds, ahead, level in (
+      (0.6, 0.6, 3, "yes", "no"),
+      (0.4, 0.4, 3, "no", "no"),
+      (0.51, 0.51, 3, "unclear", "yes"),
+      (0.6, 0.6, 2, "unclear", "unclear"),  # Apart for three, not for two.
+      (0.9, 0.9, 2, "yes", "no"),
+      (0.9, 0.5, 1, "unclear (one seed)", "unclear (one seed)"),
+    ):
+      rows = [
+        area("decoupled_rope", 0.5, seeds),
+        area("two_stream", two_stream, seeds),
+        area("mdlm", mdlm, seeds),
+      ]
+      self.assertEqual(
+        self.answer([], "T = 128: is two_stream ahead", rows), ahead
+      )
+      self.assertEqual(
+        self.answer([], "T = 128: is decoupled_rope level", rows), level
+      )
+
+  def test_streams(self):
+    def locality(mechanism, stream, index, value, seeds):
+      return {
+        "mechanism": mechanism, "T": 16, "budget": "steps",
+        "orders": "uniform", "stream": stream, "index": index,
+        "locality": value, "error": 0.01 if seeds > 1 else "",
+        "seeds": seeds,
+      }  # fmt: skip
+
+    for own, seeds, between, more in (
+      (0.5, 3, "yes", "yes"),
+      (0.45, 3, "unclear", "yes"),  # Inside, but so near to one of them.
+      (0.1, 3, "no", "yes"),
+      (0.5, 2, "unclear", "yes"),
+      (0.5, 1, "unclear (one seed)", "unclear (one seed)"),
+    ):
+      rows = [
+        row
+        for index in ("semantic", "structural")
+        for row in (
+          locality("two_stream", "content", index, 0.4, seeds),
+          locality("two_stream", "query", index, 0.6, seeds),
+          locality("two_stream", "query - content", index, 0.2, seeds),
+          locality("decoupled_rope", "only", index, own, seeds),
+        )
+      ]
+      self.assertEqual(self.answer([], "between", (), rows), between)
+      self.assertEqual(self.answer([], "more semantic", (), rows), more)
 
 
 class TemperaturesTest(parameterized.TestCase):
@@ -187,6 +281,29 @@ class TemperaturesTest(parameterized.TestCase):
     self.assertFalse(np.array_equal(cold, hot))
     for b in range(B):
       np.testing.assert_array_equal(together[b], (cold, hot)[b % 2][b])
+
+
+class ProgramsTest(parameterized.TestCase):
+  @parameterized.parameters((1, [4, 8, 12, 16]), (2, [5, 9, 13, 17]))
+  def test_a_large_cache_grows_while_texts_are_sampled(self, sentinels, wanted):
+    base = config("T=16 size=16x1x2", characters=32, temperatures=2)
+    base = dataclasses.replace(
+      base, model=dataclasses.replace(base.model, sentinels=sentinels)
+    )
+    (cell,) = cells_lib.expand(base)
+    got = cells_lib.resolve(cell, base, 1e-3, V)
+    mesh = sharding.of_run(got, "train", "eval")
+    with (
+      mock.patch.multiple(decode, _LARGE=0, _TILE=1),
+      mock.patch.object(
+        decode.cached, "resized", side_effect=decode.cached.resized
+      ) as resized,
+    ):
+      program, arguments, _ = programs._sample_program(got, V, mesh)
+      tokens = jax.eval_shape(program, *arguments)
+    self.assertEqual(tokens.shape[1], 16)
+    lengths = [call.args[1] for call in resized.call_args_list]
+    self.assertEqual(lengths, wanted)
 
 
 @pytest.mark.once
@@ -315,6 +432,17 @@ class SharesTest(absltest.TestCase):
           self.assertLess(mine.index(trial), mine.index(cell))
     self.assertCountEqual(seen, [cell for cell in cells if not cell.trial])
 
+  def test_an_empty_share_is_no_error(self):
+    study = config(
+      "seed=0,1", share_index=2, share_count=3, part="cells", cells="seed"
+    )
+    with (
+      mock.patch.object(measure, "Lab", side_effect=AssertionError),
+      self.assertLogs(level="INFO") as logs,
+    ):
+      sweep.study(study, epath.Path("/absent"), [])
+    self.assertIn("nothing to do in this share", "".join(logs.output))
+
   def test_cells_by_their_label(self):
     study = config("T=128,1024 mechanism=two_stream,mdlm")
     cells = cells_lib.expand(study)
@@ -327,6 +455,105 @@ class SharesTest(absltest.TestCase):
     study = dataclasses.replace(study, cells="T=9")
     with self.assertRaisesRegex(config_lib.ConfigError, "no cell's label"):
       sweep.chosen(config_lib.Config(study=study), cells)
+
+
+class FailureTest(absltest.TestCase):
+  """A cell that fails stops no other, and the next start knows it."""
+
+  def setUp(self):
+    super().setUp()
+    self.folder = epath.Path(self.enter_context(tempfile.TemporaryDirectory()))
+    self.config = config("mechanism=two_stream,mdlm,ao_gpt")
+    corpus = mock.Mock(tokenizer=tokenizers.get("char27"))
+    corpus.hash.return_value = "0"
+    self.enter_context(
+      mock.patch.object(sweep.corpora, "load", return_value=corpus)
+    )
+    self.enter_context(mock.patch.object(sweep.programs_lib, "Programs"))
+
+  def start(self, errors):
+    """The mechanisms that were run, and what the study raised, if anything."""
+
+    def run(lab, cell, config, folder):
+      if cell.mechanism in errors:
+        raise errors[cell.mechanism]
+      result = {
+        "text": lab.text, "training_flops": 1, "seconds": {"all": 1},
+        "estimate": {"bits_per_char": 2.0},
+      }  # fmt: skip
+      measure._write_json(folder / measure.RESULT, result)
+      return result
+
+    with (
+      mock.patch.object(measure.Lab, "run", autospec=True) as runs,
+      mock.patch.object(sweep.report, "write") as write,
+    ):
+      runs.side_effect = run
+      try:
+        sweep.study(self.config, self.folder, [])
+        raised = ""
+      except sweep.FailedCellsError as error:
+        raised = str(error)
+      write.assert_called_once()  # Whatever failed.
+    return [call.args[1].mechanism for call in runs.call_args_list], raised
+
+  def test_others_go_on_and_only_memory_is_tried_again(self):
+    try:
+      telemetry.check_finite(3, {"loss": float("nan")})
+    except telemetry.NonFiniteError as error:
+      diverged = error
+    memory = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+    runs, raised = self.start({"two_stream": diverged, "mdlm": memory})
+    self.assertEqual(runs, ["two_stream", "mdlm", "ao_gpt"])
+    self.assertRegex(
+      raised,
+      "^2 of the study's cells failed: two_stream .* seed=0: loss is nan at "
+      r"step 3 \(not tried again unless cells/two_stream-.* is deleted\); mdlm "
+      r".*: out of memory \(the same command tries it again\)$",
+    )
+    self.assertEqual(self.start({"mdlm": memory}), (["mdlm"], raised))
+    runs, raised = self.start({})
+    self.assertEqual(runs, ["mdlm"])
+    self.assertStartsWith(raised, "1 of the study's cells failed: two_stream")
+    (path,) = self.folder.glob("cells/two_stream-*")
+    path.rmtree()
+    self.assertEqual(self.start({}), (["two_stream"], ""))
+
+  def test_the_report_has_an_empty_cell_with_the_reason(self):
+    cells = cells_lib.expand(self.config)
+    results = sweep.Results(self.config, self.folder, V)
+    measure.note_failure(results.folder(cells[1]), "loss is nan", again=False)
+    folder = self.folder / "report"
+    sweep.report.write(self.config, cells, results, folder, [""])
+    rows = csv.DictReader((folder / "cells.csv").read_text().splitlines())
+    self.assertEqual(
+      [(r["done"], r["failed"], r["bits_per_char"]) for r in rows],
+      [("False", "", ""), ("False", "loss is nan", ""), ("False", "", "")],
+    )
+    text = (folder / "README.md").read_text()
+    self.assertIn(f"1 failed:\n\n- {cells[1].label}: loss is nan", text)
+
+  def test_a_program_that_did_not_compile_keeps_no_parameters(self):
+    program = futures.Future()  # Kept for the cells that share it.
+    program.set_exception(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: x"))
+    seen = []
+
+    def run(*_):
+      params = np.ones(3)
+      seen.append(weakref.ref(params))
+      program.result()
+
+    (cell,) = cells_lib.expand(config("seed=0"))
+    results = sweep.Results(self.config, self.folder, V)
+    sweep._run_cell(mock.Mock(run=run), results, cell, sweep._Clock())
+    self.assertTrue(results.failure(cell)["again"])
+    self.assertIsNone(seen[0]())
+
+  def test_an_error_that_is_not_the_cells_own_is_raised(self):
+    lost = jax.errors.JaxRuntimeError("INTERNAL: device lost")
+    with self.assertRaisesRegex(jax.errors.JaxRuntimeError, "device lost"):
+      self.start({"two_stream": lost})
+    self.assertEmpty(list(self.folder.glob("cells/*/*.json")))
 
 
 class RateTest(absltest.TestCase):
@@ -343,6 +570,15 @@ class RateTest(absltest.TestCase):
       lab.run(first, results.resolved(first), results.folder(first))
       with self.assertRaises(telemetry.NonFiniteError):
         lab.run(cell, results.resolved(second), folder / "cell")
+    # The last step's update shows in the evaluation alone.
+    with (
+      mock.patch.object(lab, "_train", return_value=({}, [2.0], 1)),
+      mock.patch.object(
+        lab, "_evaluate", return_value={"bits_per_char": float("nan")}
+      ),
+      self.assertRaisesRegex(telemetry.NonFiniteError, "bits/char is nan"),
+    ):
+      lab.run(cell, results.resolved(second), folder / "cell")
     path = results.folder(second) / measure.RESULT
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps({"estimate": {"bits_per_char": 9.0}}))

@@ -1,7 +1,10 @@
 """Tables -> answers: yes, no, unclear or not measured, each with its numbers.
 
-An effect counts where it is larger than twice its standard error, or where 95%
-bands do not overlap. One seed cannot tell: its difference is unclear, however
+The answers are about mechanisms, so what chance leaves open is what other seeds
+could give. An effect counts where it is larger than t times its standard error,
+t the 97.5% quantile of Student's law of (seeds - 1) degrees of freedom.
+Where a part of the error is over windows, or two arms are compared (the fewer
+seeds count), that errs on the side of unclear. One seed cannot tell, however
 many windows it was measured on.
 """
 
@@ -11,6 +14,10 @@ from typing import NamedTuple
 from aoarm_jax.study import tables
 
 YES, NO, UNCLEAR, OPEN = "yes", "no", "unclear", "not measured"
+ONE_SEED = "unclear (one seed)"
+# 97.5% quantiles of Student's t, for 1 degree of freedom and so on.
+_STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+_NORMAL = 1.96
 
 
 class Answer(NamedTuple):
@@ -18,7 +25,7 @@ class Answer(NamedTuple):
 
   Attributes:
     question: with its expected answer (the paper's, or the hypothesis') yes.
-    answer: YES, NO, UNCLEAR or OPEN.
+    answer: YES, NO, UNCLEAR, ONE_SEED or OPEN.
     numbers: what it rests on.
   """
 
@@ -43,11 +50,16 @@ def all_of(differences, areas, specialisation, reference) -> list[Answer]:
   ]
 
 
-def _sign(value: float, error: float) -> str:
-  """Whether a value is above 0, as a finding."""
-  if not math.isfinite(error):
-    return UNCLEAR
-  if abs(value) <= 2 * error:
+def _quantile(seeds: int) -> float:
+  """Of two or more seeds; of very many that of a few, which is larger."""
+  return _STUDENT[min(seeds - 1, len(_STUDENT)) - 1]
+
+
+def _sign(value: float, error: float, seeds: int) -> str:
+  """Whether a value is above 0, as a finding; what is nan is unclear."""
+  if seeds < 2:
+    return ONE_SEED
+  if not abs(value) > _quantile(seeds) * error:
     return UNCLEAR
   return YES if value > 0 else NO
 
@@ -68,22 +80,35 @@ def _shown(row):
   )
 
 
-def _compare(a, b):
-  """Of two areas: 1, -1 or, where their bands overlap, 0."""
-  if a["area_from_4_low"] > b["area_from_4_high"]:
-    return 1
-  return -1 if a["area_from_4_high"] < b["area_from_4_low"] else 0
+def _apart(a, b, stretch):
+  """Of two areas: 1, -1 or, where their bands overlap, 0.
+
+  `stretch` is by how much the bands are made wider about their values.
+  """
+
+  def ends(row):
+    value = row["area_from_4"]
+    for side in ("low", "high"):
+      yield value + stretch * (row[f"area_from_4_{side}"] - value)
+
+  (a_low, a_high), (b_low, b_high) = ends(a), ends(b)
+  return 1 if a_low > b_high else -1 if a_high < b_low else 0
 
 
 def _pair(rows, T, one, other, question, expected):
   a, b = _area(rows, one, T), _area(rows, other, T)
   if a is None or b is None:
     return Answer(question, OPEN, "")
-  found = _compare(a, b)
   numbers = f"dominated area: {one} {_shown(a)}, {other} {_shown(b)}"
-  if min(a["seeds"], b["seeds"]) < 2:
-    return Answer(question, UNCLEAR, f"{numbers} (one seed)")
-  if found == expected:
+  seeds = min(a["seeds"], b["seeds"])
+  if seeds < 2:
+    return Answer(question, ONE_SEED, numbers)
+  # A bootstrap's band of few seeds is a normal law's, not Student's, and of the
+  # spread about their own mean. What is apart has to be so by the wider band,
+  # what is level by the narrower.
+  wider = _quantile(seeds) / _NORMAL * math.sqrt(seeds / (seeds - 1))
+  found = _apart(a, b, wider)
+  if found == expected and found == _apart(a, b, 1):
     return Answer(question, YES, numbers)
   return Answer(question, UNCLEAR if found == 0 else NO, numbers)
 
@@ -123,15 +148,10 @@ def _deficits(rows, reference):
     if not found:
       answers.append(Answer(question, OPEN, ""))
       continue
-    signs = {_sign(r["difference_bits"], _error(r)) for r in found}
+    signs = {_sign(r["difference_bits"], r["error"], r["seeds"]) for r in found}
     answer = signs.pop() if len(signs) == 1 else UNCLEAR
     answers.append(Answer(question, answer, _list(found, "T")))
   return answers
-
-
-def _error(row):
-  """The standard error of a difference; of one seed, nan."""
-  return row["error"] if row["seeds"] > 1 else math.nan
 
 
 def _list(rows, key):
@@ -149,7 +169,7 @@ def _growth(question, rows, key):
   # From the first to the last that has more than one seed.
   several = [r for r in rows if r["seeds"] > 1]
   if len(several) < 2:
-    return Answer(question, UNCLEAR, _list(rows, key))
+    return Answer(question, ONE_SEED, _list(rows, key))
   first, last = several[0], several[-1]
   growth = last["difference_bits"] - first["difference_bits"]
   error = math.hypot(first["error"], last["error"])
@@ -157,7 +177,8 @@ def _growth(question, rows, key):
     f"from {key} = {first[key]} to {last[key]}: {growth:+.4f} ± {error:.4f}; "
     f"{_list(rows, key)}"
   )
-  return Answer(question, _sign(growth, error), numbers)
+  seeds = min(first["seeds"], last["seeds"])
+  return Answer(question, _sign(growth, error, seeds), numbers)
 
 
 def _growth_with_length(rows, reference):
@@ -194,12 +215,15 @@ def _parting(rows):
     mine = tables.find(rows, T=T, budget="steps", orders="uniform")
     two = tables.find(mine, mechanism="two_stream")
     one = tables.find(mine, mechanism="decoupled_rope")
-    answers += [_apart(two, T, "semantic", 1), _apart(two, T, "structural", -1)]
+    answers += [
+      _specialised(two, T, "semantic", 1),
+      _specialised(two, T, "structural", -1),
+    ]
     answers.append(_between(two, one, T))
   return answers
 
 
-def _apart(rows, T, index, sign):
+def _specialised(rows, T, index, sign):
   side = "more" if sign > 0 else "less"
   question = (
     f"T = {T}: have query rows {side} {index} locality than content rows?"
@@ -207,12 +231,16 @@ def _apart(rows, T, index, sign):
   found = tables.find(rows, index=index, stream="query - content")
   if not found:
     return Answer(question, OPEN, "")
-  value, error = found[0]["locality"], found[0]["error"]
-  numbers = f"query - content {value:+.3f}"
-  if error == "":
-    return Answer(question, UNCLEAR, f"{numbers} (one seed: no error)")
-  answer = _sign(sign * value, error)
-  return Answer(question, answer, f"{numbers} ± {error:.3f}")
+  row = found[0]
+  numbers = f"query - content {row['locality']:+.3f}"
+  if row["seeds"] > 1:
+    numbers += f" ± {_error(row):.3f}"
+  answer = _sign(sign * row["locality"], _error(row), row["seeds"])
+  return Answer(question, answer, numbers)
+
+
+def _error(row):
+  return math.nan if row["error"] == "" else row["error"]
 
 
 def _between(two, one, T):
@@ -221,13 +249,25 @@ def _between(two, one, T):
     return Answer(question, OPEN, "")
   parts, inside = [], []
   for index in ("semantic", "structural"):
-    values = {r["stream"]: r["locality"] for r in tables.find(two, index=index)}
-    own = tables.find(one, index=index)[0]["locality"]
-    low, high = sorted((values["content"], values["query"]))
-    inside.append(low <= own <= high)
-    parts.append(
-      f"{index}: content {values['content']:.3f}, query "
-      f"{values['query']:.3f}, decoupled_rope {own:.3f}"
+    rows = {r["stream"]: r for r in tables.find(two, index=index)}
+    own = tables.find(one, index=index)[0]
+    ends = sorted((rows["content"], rows["query"]), key=lambda r: r["locality"])
+    # Above the lower one, and below the higher one.
+    signs = {_difference(own, ends[0]), _difference(ends[1], own)}
+    inside.append(
+      signs.pop() if len(signs) == 1 else NO if NO in signs else UNCLEAR
     )
-  answer = YES if all(inside) else NO if not any(inside) else UNCLEAR
+    parts.append(
+      f"{index}: content {rows['content']['locality']:.3f}, query "
+      f"{rows['query']['locality']:.3f}, decoupled_rope "
+      f"{own['locality']:.3f}"
+    )
+  answer = inside[0] if len(set(inside)) == 1 else UNCLEAR
   return Answer(question, answer, "; ".join(parts))
+
+
+def _difference(a, b):
+  """Whether the locality of one is above that of the other."""
+  seeds = min(a["seeds"], b["seeds"])
+  error = math.hypot(_error(a), _error(b))
+  return _sign(a["locality"] - b["locality"], error, seeds)

@@ -6,6 +6,7 @@
   windows.npz   nats of every evaluated window
   profile.npz   sums of attention, see profiles
   texts.jsonl   a few texts at some temperatures
+  failed.json   of a cell that failed: why, and whether it is worth another try
 
 Nothing else is kept of a cell: no parameters.
 """
@@ -26,7 +27,6 @@ from etils import epath
 
 from aoarm_jax import config as config_lib
 from aoarm_jax import (
-  estimators,
   evaluate,
   matching,
   run_dir,
@@ -38,7 +38,7 @@ from aoarm_jax.study import cells as cells_lib
 from aoarm_jax.study import coherence, profiles
 from aoarm_jax.study import programs as programs_lib
 
-RESULT = "result.json"
+RESULT, FAILED = "result.json", "failed.json"
 _SAMPLES = 104  # Sets these keys apart from training's.
 _TELL_SECONDS = 15.0
 # Of a trial whose loss is no number.
@@ -89,6 +89,9 @@ class Lab:
         params, curve, speed = self._train(config, programs)
       with _timed(clock, "evaluate"):
         estimate = self._evaluate(config, programs, params, folder)
+      # What the last step made of the parameters, no loss of training says.
+      bits = {"bits/char": estimate["bits_per_char"]}
+      telemetry.check_finite(config.train.steps, bits)
     except telemetry.NonFiniteError as error:
       if not cell.trial:
         raise
@@ -162,39 +165,26 @@ class Lab:
     batches = evaluate.evaluation_batches(
       config, self.corpus.split(split), self.mesh
     )
-    seed, row = sharding.put(
-      self.mesh, (np.int32(config.eval.seed), np.int32(0))
+    seed = sharding.put(self.mesh, np.int32(config.eval.seed))
+    nats, sums = evaluate.over_batches(
+      functools.partial(program, params, seed), batches, self.mesh
     )
-    all_nats, total = [], None
-    for tokens, real in batches:
-      batch = sharding.put_batch(self.mesh, (tokens, real))
-      nats, sums, real, row = program(params, seed, row, *batch)
-      nats, sums, real = jax.device_get((nats, sums, real))
-      all_nats.append(nats[real])
-      sums = jax.tree.map(np.float64, sums)
-      total = jax.tree.map(np.add, total, sums) if total else sums
-    nats, T = np.concatenate(all_nats), config.model.T
     _write_arrays(folder / "windows.npz", nats=nats)
-    bits = nats.astype(np.float64) / (T * math.log(2))
+    found = evaluate.mean(
+      config.eval.estimators[0], config.model.T, nats, sums
+    ).report()
     report = {
-      "estimator": config.eval.estimators[0],
+      "estimator": found["estimator"],
       "split": split,
-      "bits_per_char": float(bits.mean()),
-      "standard_error_bits": float(bits.std(ddof=1) / math.sqrt(len(bits))),
-      "windows": len(bits),
+      "bits_per_char": found["bits_per_char"],
+      "standard_error_bits": found["standard_error_bits"],
+      "windows": found["sequences"],
     }
-    if total:
-      curve = total["by_rank"] / (len(bits) * math.log(2))
-      eighths = np.array_split(curve, min(8, T))
+    if sums:
+      curve = found["slot_curve_bits"]
+      eighths = np.array_split(curve, min(8, len(curve)))
       report["bits_by_eighth"] = [float(part.mean()) for part in eighths]
-      for name in ("by_distance", "by_recency"):
-        sums, tokens = total[name]
-        edges = estimators.bin_edges(len(sums))
-        report[name] = [
-          {"up_to": edge, "bits_per_char": float(x / n / math.log(2))}
-          for edge, x, n in zip(edges, sums, tokens)
-          if n
-        ]
+      report |= {name: found[name] for name in ("by_distance", "by_recency")}
     return report
 
   def _sample(self, config, programs, params, folder):
@@ -255,10 +245,15 @@ class Lab:
       batch_size=config.study.profile_sequences, batches=1,
       seed=config.eval.seed,
     )  # fmt: skip
-    tokens = sharding.put(self.mesh, np.ascontiguousarray(batches[0][0]))
-    sums = jax.device_get(programs["profile"].result()(params, tokens))
+    batch = sharding.put(self.mesh, batches[0])
+    sums = jax.device_get(programs["profile"].result()(params, *batch))
     arrays = profiles.to_arrays(*sums, config.model.kind)
     _write_arrays(folder / "profile.npz", **arrays)
+
+
+def note_failure(folder: epath.Path, reason: str, again: bool) -> None:
+  """Writes failed.json: `reason`, and whether another start tries again."""
+  _write_json(folder / FAILED, {"reason": reason, "again": again})
 
 
 @contextlib.contextmanager

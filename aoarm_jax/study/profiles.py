@@ -150,9 +150,12 @@ def _rank(near, counts):
 
 
 def profile(
-  network: transformer.Transformer, tokens: jax.Array, order: jax.Array
+  network: transformer.Transformer,
+  tokens: jax.Array,
+  order: jax.Array,
+  real: jax.Array,
 ) -> tuple[Sums, Sums]:
-  """Sums over the rows of all sequences.
+  """Sums over the rows of all real sequences.
 
   One sequence's map of one layer is in memory at a time.
 
@@ -161,6 +164,7 @@ def profile(
       slots.
     tokens: int [B, T].
     order: int32 [B, T].
+    real: bool [B]; a sequence that is not fills the batch and counts nowhere.
 
   Returns:
     Sums [L - 1, N, G] of the layers before the last, and Sums [N, 1] of the
@@ -186,7 +190,11 @@ def profile(
     sums = jax.lax.map(
       of_sequence, (q, k, jnp.moveaxis(place, 1, 0), slots.position)
     )
-    return jax.tree.map(lambda x: x.sum(axis=0), sums)
+
+    def total(x):
+      return x.sum(axis=0, where=real.reshape(B, *[1] * (x.ndim - 1)))
+
+    return jax.tree.map(total, sums)
 
   return observe(network, slots, look)
 

@@ -145,7 +145,7 @@ def _sample_program(config, vocabulary, mesh):
         *arguments, method="sequential", steps=0, rows=index
       ).tokens
     return decode.generate(
-      *arguments, prefill=model.sentinels > 1, rows=index
+      *arguments, prefill=model.sentinels > 1, most_known=0, rows=index
     ).tokens
 
   arguments = (
@@ -158,12 +158,15 @@ def _sample_program(config, vocabulary, mesh):
 def _profile_program(config, vocabulary, mesh):
   bind, params = _params(config, vocabulary, mesh)
 
-  def program(params, tokens):
+  def program(params, tokens, real):
     order = profiles.orders_of(config, _ORDERS)
-    return profiles.profile(bind(params), tokens.astype(jnp.int32), order)
+    return profiles.profile(bind(params), tokens.astype(jnp.int32), order, real)
 
-  shape = config.study.profile_sequences, config.model.T
-  arguments = params, _abstract(mesh, *shape, dtype=jnp.uint8)
+  B, T = config.study.profile_sequences, config.model.T
+  arguments = (
+    params, _abstract(mesh, B, T, dtype=jnp.uint8),
+    _abstract(mesh, B, dtype=jnp.bool_),
+  )  # fmt: skip
   return program, arguments, dict(out_shardings=sharding.replicated(mesh))
 
 

@@ -91,7 +91,7 @@ def _text(config, cells, results, made, drawn, answers, shown):
     f"```\n{shown}\n```\n",
     _hypotheses(),
     _method(config, first),
-    _state(made["cells"]),
+    _state(made["cells"], results.failures(cells)),
     _answers(answers),
     "## Bits per character\n\nNever compare `causal` (left to right, its only "
     "order) with the others. `elbo` estimates the mean of `any_order`.\n\n"
@@ -158,10 +158,18 @@ def _method(config, first):
     `{study.vocabulary_split}` split, and that occurred before in the same text.
 
     **Attention**: exact sums over {study.profile_sequences} windows of
-    `{split}`, divided by what uniform attention would give; sentinels and a
-    row's own slot (the token generated last) are left out, and their mass is in
-    [locality.csv](locality.csv). Of `mdlm` there is none: its slots have no
-    order of generation. The definitions are in `aoarm_jax/study`."""
+    `{split}` (fewer where it has fewer), divided by what uniform attention
+    would give; sentinels and a row's own slot (the token generated last) are
+    left out, and their mass is in [locality.csv](locality.csv). Of `mdlm` there
+    is none: its slots have no order of generation. The definitions are in
+    `aoarm_jax/study`.
+
+    **Answers** are about mechanisms, whatever the seed. An effect counts where
+    it is larger than t standard errors, t the 97.5% quantile of Student's
+    distribution of (seeds - 1) degrees of freedom: 12.7 for two seeds, 4.3 for
+    three, 2.8 for five. Bands of areas are widened alike before they count as
+    apart. One seed cannot tell, however many windows it was measured on.
+    Nothing is corrected for the number of questions."""
   )
 
 
@@ -171,7 +179,7 @@ def _paragraphs(text):
   return "\n\n".join(textwrap.fill(" ".join(p.split()), 80) for p in parts)
 
 
-def _state(rows):
+def _state(rows, failed):
   done = [row for row in rows if row["done"]]
   seconds = sum(row["seconds"] for row in done)
   devices = sorted({row["device"] for row in done})
@@ -180,6 +188,9 @@ def _state(rows):
     f"all{', on ' + ', '.join(devices) if devices else ''}: "
     "[cells.csv](cells.csv)."
   )
+  if failed:
+    text += f"\n\n{len(failed)} failed:\n\n"
+    text += "\n".join(f"- {line}" for line in failed)
   return text
 
 
@@ -189,9 +200,9 @@ def _answers(answers):
   against = [f"- {a.question}" for a in answers if a.contradicts]
   lines.append(
     "\nThe paper, or its hypothesis, expects yes in every row. "
-    "`yes` and `no`: larger than twice the standard error, or bands apart; "
-    "level is said where bands overlap, which few samples make likely. One "
-    "seed cannot tell: `unclear`."
+    "`yes` and `no`: an effect beyond what chance explains at so few seeds, "
+    "see Method; level is said where bands overlap, which few samples make "
+    "likely."
   )
   lines.append("\nAgainst the paper:\n")
   lines += against or ["- nothing so far"]
@@ -260,9 +271,11 @@ def _figures(drawn, shown):
 def _open(rows, answers):
   missing = sum(not row["done"] for row in rows)
   unclear = [
-    a.question for a in answers if a.answer in ("unclear", "not measured")
+    f"{a.question} {a.answer}"
+    for a in answers
+    if a.answer not in (findings.YES, findings.NO)
   ]
-  text = f"## What remains open\n\n{missing} of {len(rows)} cells are not run."
+  text = f"## What remains open\n\n{missing} of {len(rows)} cells are not done."
   if unclear:
     text += "\n\n" + "\n".join(f"- {question}" for question in unclear)
   return text + (

@@ -6,11 +6,16 @@ Every cell has a folder under cells/ in the run directory, and is done when it
 has a result.json. A process that is killed loses the cell that it was at. Any
 number of processes may work in one directory: a cell is locked while it runs.
 Directories of several machines are put together by copying cells/.
+
+A cell that fails leaves a failed.json, and the others go on. One whose loss is
+no number is not tried again, since it would be none again, unless its folder is
+deleted; one that found too little memory is tried by every start.
 """
 
 import contextlib
 import json
 import time
+import traceback
 
 import jax
 from absl import logging
@@ -24,6 +29,10 @@ from aoarm_jax.study import measure, report
 from aoarm_jax.study import programs as programs_lib
 
 _FOLDER = "cells"
+
+
+class FailedCellsError(RuntimeError):
+  """Cells of a sweep failed; all others were run as far as was asked for."""
 
 
 class Results:
@@ -68,6 +77,36 @@ class Results:
     result = self.result(cell)
     return result and result["estimate"]["bits_per_char"]
 
+  def failure(self, cell: cells_lib.Cell) -> dict | None:
+    """What failed.json of a cell holds; None where it is done or was not run.
+
+    Returns:
+      {"reason": str, "again": bool}, see measure.note_failure.
+    """
+    folder = self.folder(cell)
+    if folder is None or self.result(cell) is not None:
+      return None
+    path = folder / measure.FAILED
+    return json.loads(path.read_text()) if path.exists() else None
+
+  def failures(self, cells: list[cells_lib.Cell]) -> list[str]:
+    """A line for each of these cells that failed: which, why, what to do."""
+    lines = {}  # By folder: equal cells fail once.
+    for cell in cells:
+      failure = self.failure(cell)
+      if failure:
+        folder = self.folder(cell)
+        lines[folder] = f"{cell.label}: {failure['reason']} " + (
+          "(the same command tries it again)" if failure["again"]
+          else f"(not tried again unless {_FOLDER}/{folder.name} is deleted)"
+        )  # fmt: skip
+    return list(lines.values())
+
+  def is_open(self, cell: cells_lib.Cell) -> bool:
+    """Whether it is to be run: not done, nor failed for good."""
+    failure = self.failure(cell)
+    return self.result(cell) is None and (not failure or failure["again"])
+
 
 class _Clock:
   """How long cells take: by what was done before."""
@@ -95,7 +134,7 @@ def study(
     ConfigError: a sweep that cannot be, or a text that is not that of the
       cells that are done.
     DataError: a text that is missing or wrong.
-    NonFiniteError: of a cell's loss.
+    FailedCellsError: at the end, where cells of this process failed.
   """
   if jax.process_count() > 1:
     raise config_lib.ConfigError(
@@ -115,10 +154,19 @@ def study(
     folder = epath.Path(config.study.report or workdir / "report")
     report.write(config, cells, results, folder, argv)
     logging.info("report: %s", folder)
+  if config.study.part != "report":
+    failed = results.failures(chosen(config, cells))
+    if failed:
+      raise FailedCellsError(
+        f"{len(failed)} of the study's cells failed: {'; '.join(failed)}"
+      )
 
 
 def chosen(config, cells):
-  """The cells of this process, trials only where they are needed."""
+  """The cells of this process, trials only where they are needed.
+
+  There are none where there are more shares than cells.
+  """
   study = config.study
   words = [word for word in study.cells.split(",") if word]
   mine = [
@@ -126,27 +174,29 @@ def chosen(config, cells):
     for cell in cells
     if not cell.trial and (not words or any(w in cell.label for w in words))
   ]
-  mine = mine[study.share_index :: study.share_count]
-  wanted = {}
-  for cell in mine:
-    wanted |= dict.fromkeys([*cells_lib.trials(cell, config), cell])
-  if not wanted:
+  if not mine:
     raise config_lib.ConfigError(
       f"config.study.cells={study.cells!r}: no cell's label holds any of "
       f"these; the first one is {cells[0].label!r}"
     )
+  wanted = {}
+  for cell in mine[study.share_index :: study.share_count]:
+    wanted |= dict.fromkeys([*cells_lib.trials(cell, config), cell])
   return list(wanted)
 
 
 def _run_cells(config, cells, results):
   start, clock = time.monotonic(), _Clock()
   mine = chosen(config, cells)
+  if not mine:
+    logging.info("study: nothing to do in this share: more shares than cells")
+    return
   todo = {}  # By folder: equal cells are run once.
   for cell in mine:
     result = results.result(cell)
-    if result is None:
+    if results.is_open(cell):
       todo.setdefault(results.folder(cell) or cell, cell)
-    elif not cell.trial:
+    elif result and not cell.trial:
       clock.add(result)
   todo = list(todo.values())
   logging.info(
@@ -227,8 +277,24 @@ def _run_cell(lab, results, cell, clock):
       logging.warning("another process runs this cell: passed over")
       return
     # Another process may have done it meanwhile; equal cells share a folder.
-    if results.result(cell) is None:
-      clock.add(lab.run(cell, results.resolved(cell), folder))
+    if results.is_open(cell):
+      try:
+        clock.add(lab.run(cell, results.resolved(cell), folder))
+      except (telemetry.NonFiniteError, jax.errors.JaxRuntimeError) as error:
+        _note_failure(error, cell, folder)
+
+
+def _note_failure(error, cell, folder):
+  """Notes why a cell failed; raises what may be no fault of the cell's."""
+  out_of_memory = isinstance(error, jax.errors.JaxRuntimeError)
+  if out_of_memory and "RESOURCE_EXHAUSTED" not in str(error):
+    raise error
+  # Without the advice, which is for a training run that has checkpoints.
+  reason = "out of memory" if out_of_memory else str(error).partition(";")[0]
+  measure.note_failure(folder, reason, again=out_of_memory)
+  logging.warning("cell failed: %s: %s", cell.label, reason)
+  # A program that did not compile keeps its error, and that the parameters.
+  traceback.clear_frames(error.__traceback__)
 
 
 def _check_text(results, text):

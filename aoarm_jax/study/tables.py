@@ -45,12 +45,13 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 
 
 def cells_table(cells, results) -> list[Row]:
-  """One row a cell, run or not."""
+  """One row a cell, run or not; `failed` says why where it failed."""
   rows = []
   for cell in cells:
     row = dataclasses.asdict(cell)
     result = results.result(cell)
     row["done"] = result is not None
+    row["failed"] = (results.failure(cell) or {"reason": ""})["reason"]
     columns = (
       "peak_learning_rate", "cell_steps", "mlp_width", "parameters",
       "training_flops", "estimator", "bits_per_char", "standard_error_bits",
