@@ -5,7 +5,8 @@ import datetime
 import functools
 import json
 import math
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -20,10 +21,12 @@ from aoarm_jax import (
   restore,
   run_dir,
   sharding,
+  telemetry,
   train_state,
 )
 from aoarm_jax.data import corpora, pipeline, tokenizers
 
+_SECONDS_BETWEEN_LINES = 15.0
 _EVALUATION = 101  # Sets these keys apart from training's of the same seed.
 
 
@@ -115,7 +118,7 @@ class Evaluator:
   def estimate(
     self,
     params,
-    batches: Iterable,
+    batches: Sequence,
     estimator: str,
     step: int,
     is_stopped: Callable[[], object] = lambda: False,
@@ -162,11 +165,13 @@ class Evaluator:
 
 def over_batches(
   estimate: Callable,
-  batches: Iterable,
+  batches: Sequence,
   mesh: jax.sharding.Mesh,
   is_stopped: Callable[[], object] = lambda: False,
 ) -> tuple[np.ndarray, dict | None] | None:
   """What an estimator gives for every real sequence, and its sums over all.
+
+  Logs now and then how long it will take.
 
   Args:
     estimate: (first_row, tokens, real) -> what estimators.estimate gives.
@@ -180,7 +185,15 @@ def over_batches(
   """
   first_row = sharding.put(mesh, np.int32(0))
   sequence_nats, total = [], None
-  for batch in batches:
+  begun = said = time.monotonic()
+  for done, batch in enumerate(batches):
+    if done and time.monotonic() - said > _SECONDS_BETWEEN_LINES:
+      said = time.monotonic()
+      left = (said - begun) / done * (len(batches) - done)
+      logging.info(
+        "%d of %d batches  ETA %s", done, len(batches),
+        telemetry.format_duration(left),
+      )  # fmt: skip
     if is_stopped():
       return None
     nats, sums, real, first_row = estimate(

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from unittest import mock
 
 import jax
 import numpy as np
@@ -113,6 +114,15 @@ class EstimateTest(parameterized.TestCase):
       record["standard_error_bits"], error / math.log(2), delta=1e-5
     )
     self.assertIn(f"{bits:.4f} bits/char", str(estimate))
+
+  def test_long_ones_say_how_long(self):
+    with (
+      mock.patch.object(evaluate, "_SECONDS_BETWEEN_LINES", 0.0),
+      self.assertLogs(level="INFO") as logs,
+    ):
+      _estimate("any_order", _batches(3))
+    self.assertLen(logs.output, 2)
+    self.assertRegex(logs.output[0], r"1 of 3 batches  ETA \d+s")
 
   def test_ensembled(self):
     """-log of the mean probability over K orders, which has no curve."""
