@@ -99,6 +99,22 @@ class ModelTest(parameterized.TestCase):
     other = _model.generate(3, seed=1)
     self.assertNotEqual(other[0].text, few[0].text)
 
+  def test_few_numbers_of_texts_compile(self):
+    """Rows fill up to a power of two; config.*.batch_size is the most."""
+    texts = ["ab", "[b]c", "cd", "d", "ef"]
+    scorer, sampler = _model._scorer._jitted, _model._sampler._jitted
+    want = _model.score(texts, batch_size=6)
+    _model.generate(5, temperature=0.7)
+    before = scorer._cache_size(), sampler._cache_size()
+    for count in (5, 6, 7, 8):
+      _model.generate(count, temperature=0.7)
+    got = _model.score([*texts, "g"], batch_size=6)
+    after = scorer._cache_size(), sampler._cache_size()
+    self.assertEqual(after, before)
+    for a, b in zip(got, want):
+      self.assertEqual((a.text, a.order), (b.text, b.order))
+      self.assertAlmostEqual(a.log_p, b.log_p, delta=1e-4)
+
   def test_prompts_of_several_lengths(self):
     """Each as if it stood alone at its index."""
     texts = ["ab__", "a_c" * 10, "______"]
