@@ -20,6 +20,7 @@ def load(workdir, *, read: str = "newest"):
 
   Raises:
     CheckpointError: there is no run, or no whole checkpoint.
+    ConfigError: its config.json cannot be read, or does not fit the devices.
   """
   from aoarm_jax import api
 

@@ -19,10 +19,13 @@ from aoarm_jax.data import tokenizers
 class Model:
   """A trained model; every method may be called any number of times.
 
+  It runs on all devices that are here, with compute.attention="auto", whatever
+  the run was trained on and with.
+
   Options are the fields of config.sample (generate, infill) or config.score
   (score), with the defaults of the run; `order` may also be a permutation of
-  the positions 1..n. The same call gives the same result, on any number of
-  devices, but for rounding.
+  the positions 1..n of every text. The same call gives the same result, on any
+  number of devices, but for rounding.
 
   Attributes:
     config: of the run.
@@ -37,8 +40,9 @@ class Model:
       dataclasses.replace(
         config,
         checkpoint=dataclasses.replace(config.checkpoint, read=read),
-        # All devices that are here, not those of the training.
+        # The devices that are here, and what they can, not those of training.
         mesh=config_lib.Mesh(),
+        compute=dataclasses.replace(config.compute, attention="auto"),
       )
     )
     self._tokenizer = tokenizers.get(config.data.tokenizer)
@@ -64,7 +68,9 @@ class Model:
       ConfigError: an option that cannot be.
     """
     T = self.config.model.T
-    blank = prompts.Prompt(np.zeros(T, np.int32), np.zeros(T, bool))
+    blank = prompts.Prompt(
+      np.zeros(T, np.int32), np.zeros(T, bool), "a generated text"
+    )
     return self._fill([blank], count, options)[0]
 
   def infill(
@@ -88,7 +94,7 @@ class Model:
       ConfigError: an option that cannot be.
     """
     many = [texts] if isinstance(texts, str) else texts
-    blank = options.get("blank", self.config.sample.blank)
+    blank = self._with("sample", options).sample.blank
     parsed = [
       prompts.parse_prompt(text, self._tokenizer, blank, f"text {i}")
       for i, text in enumerate(many, 1)
@@ -97,13 +103,18 @@ class Model:
     return found[0] if isinstance(texts, str) else found
 
   def score(
-    self, texts: str | Sequence[str], **options: Any
+    self,
+    texts: str | Sequence[str],
+    *,
+    blank: str | None = None,
+    **options: Any,
   ) -> score_lib.Score | list[score_lib.Score]:
     """Log-probabilities of texts, or of their marked parts given the rest.
 
     Args:
       texts: one text or several, as "the [qu]ick ___": what is in brackets is
         scored (without brackets all of it), `_` is unknown, the rest is given.
+      blank: the character for an unknown token; None is config.sample.blank.
       **options: fields of config.score, as order or, for an average over K
         uniform orders, order="uniform", orders=K.
 
@@ -116,7 +127,7 @@ class Model:
       ConfigError: an option that cannot be.
     """
     many = [texts] if isinstance(texts, str) else texts
-    config = self._with("score", options)
+    config = self._with("score", options, blank)
     parsed = [
       (
         text,
@@ -130,18 +141,24 @@ class Model:
       )
       for i, text in enumerate(many, 1)
     ]
+    _check_order(options, [marked for _, marked in parsed])
     with jax.set_mesh(self._mesh):
       found = self._scorer.score(self._params, parsed, config)
     return found[0] if isinstance(texts, str) else found
 
   def _fill(self, parsed, count, options):
     config = self._with("sample", {"count": count, **options})
+    _check_order(options, parsed)
     with jax.set_mesh(self._mesh):
       return self._sampler.fill(self._params, parsed, config)
 
-  def _with(self, section, options):
+  def _with(self, section, options, blank=None):
     """The config with these options; `order` may be a permutation."""
     config, options = self.config, dict(options)
+    if blank is not None:
+      config = dataclasses.replace(
+        config, sample=dataclasses.replace(config.sample, blank=blank)
+      )
     fields = [f.name for f in dataclasses.fields(getattr(config, section))]
     for name in options:
       if name not in fields:
@@ -164,3 +181,17 @@ class Model:
     changed = {name: getattr(getattr(part, section), name) for name in options}
     part = dataclasses.replace(getattr(config, section), **changed)
     return config_rules.validate(dataclasses.replace(config, **{section: part}))
+
+
+def _check_order(options, texts):
+  """Refuses an order of positions that is not one of every text's."""
+  order = options.get("order", "")
+  if isinstance(order, str):
+    return
+  for text in texts:
+    if len(text.tokens) != len(order):
+      raise config_lib.ConfigError(
+        f"order={tuple(map(int, order))}: has {len(order)} positions, and "
+        f"{text.name} has {len(text.tokens)} tokens; it must be a permutation "
+        "of all of them"
+      )

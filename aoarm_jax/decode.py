@@ -28,6 +28,9 @@ from aoarm_jax.model import cached, transformer
 # Rounds of speculation are a larger program.
 _LARGE, _STAGES, _STAGES_OF_ROUNDS = 2**28, 4, 2
 _TILE = 128
+# Steps between two looks of the host at how many there are, where that is not
+# known to the compiler: a GPU stands idle while it looks.
+_GROUP = 8
 
 
 class State(NamedTuple):
@@ -42,7 +45,7 @@ class State(NamedTuple):
       decided but may not be in it yet.
     cache: of S slots.
     log_p: float32 [B], nats: log-probability of what was drawn so far.
-    calls: int32 [B], passes of the network while the row was not finished.
+    calls: int32 [B], see sampling.Generation.
     keys: typed PRNG keys [B].
   """
 
@@ -88,7 +91,7 @@ def generate(
   plan: Plan | None = None,
   prefill: bool = True,
   most_known: int | None = None,
-  most_blanks: int | None = None,
+  most_blanks: int | jax.Array | None = None,
   rows: jax.Array | None = None,
   length: jax.Array | None = None,
 ) -> sampling.Generation:
@@ -109,7 +112,9 @@ def generate(
     prefill: may be False where nothing is known and there is one sentinel.
     most_known: no row has more known tokens; None is T. With few of them, a
       large cache grows in stages.
-    most_blanks: no row has more blanks, which bounds the steps; None is T.
+    most_blanks: no row has more blanks, which bounds the steps; None is T. An
+      int is compiled for; an array, int32 [], serves any number, and up to 7
+      steps follow the last one.
     rows: int32 [B], the rows' indices; None is 0 to B - 1.
     length: int32 [B], 1 to T: the positions of each row; nothing beyond is
       generated. None is T.
@@ -149,17 +154,17 @@ def _run(network, state, law, plan, most_known, most_blanks):
     plan = plan._replace(steps=0, width=1)
   if plan.method == "adaptive":
     plan = plan._replace(steps=0)
-  advance, calls = decode_steps.METHODS[plan.method](
-    network, law, plan, state.end - state.done
-  )
+  advance, passes = decode_steps.METHODS[plan.method](network, law, plan, state)
 
   def step(i, state):
     running = state.done < state.end
     after = advance(i, state)
-    return after._replace(calls=state.calls + running * calls)
+    return after._replace(calls=state.calls + running * passes(state))
 
   width = decode_steps.width_of(plan, T)
-  steps = min(plan.steps or -(-most_blanks // width), most_blanks)
+  fixed = isinstance(most_blanks, int)
+  least, group = (min, 1) if fixed else (jnp.minimum, _GROUP)
+  steps = least(plan.steps or -(-most_blanks // width), most_blanks)
   # Slots that a row may have filled by the end of step i: first + i * width.
   first, done = most_known + s, 0
   for slots in _lengths(state.cache, first, plan):
@@ -171,15 +176,31 @@ def _run(network, state, law, plan, most_known, most_blanks):
         state,
       )
       continue
-    # A known number of steps: the host need not wait for each to end.
     until = steps
     if slots < T + s - 1:
-      until = min(steps, (slots - first) // width + 1)
-    state = jax.lax.fori_loop(done, until, step, state)
+      # Whole groups, or the last one would need more slots.
+      fit = (slots - first) // width + 1
+      until = least(steps, done + (fit - done) // group * group)
+    state = _repeat(step, done, until, state)
     done = until
-    if done == steps:
+    if fixed and done == steps:
       break
   return state
+
+
+def _repeat(step, first, until, state):
+  """Steps first.. until, and some more where the number is traced."""
+  if isinstance(until, int):
+    # A known number of steps: the host need not wait for each to end.
+    return jax.lax.fori_loop(first, until, step, state)
+
+  def some(i, state):
+    at = first + i * _GROUP
+    return jax.lax.fori_loop(
+      0, _GROUP, lambda j, state: step(at + j, state), state
+    )
+
+  return jax.lax.fori_loop(0, -(-(until - first) // _GROUP), some, state)
 
 
 def _start(network, keys, tokens, known, order, length, prefill):

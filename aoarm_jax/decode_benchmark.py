@@ -104,7 +104,10 @@ def _parser():
   add("--attention", default="auto", help="of uncached and mdlm passes")
   add("--steps", type=int, default=128, help="steps timed a cell")
   add("--whole", action="store_true", help="time whole texts")
-  add("--bandwidth", type=float, default=4.3e12, help="bytes/s, for the floor")
+  add(
+    "--bandwidth", type=float, default=0.0,
+    help="bytes/s, for the floor; 0: this device's, as measured (H100, H200)",
+  )  # fmt: skip
   add("--workdir", default="", help="a run, instead of random weights")
   add("--out", default="", help="CSV file")
   add("--plot", default="", help="draw this CSV file beside it, and no more")
@@ -117,6 +120,10 @@ def main(arguments=None) -> None:
   if options.plot:
     return _plot(epath.Path(options.plot))
   device = jax.devices()[0].device_kind
+  bandwidth = options.bandwidth or decode_timing.peak_bandwidth(device)
+  if not bandwidth:
+    bandwidth = decode_timing.UNKNOWN_BANDWIDTH
+    print(f"floors are an H200's: that of {device!r} is not known; --bandwidth")
   print(f"jax {jax.__version__}, {device}\n{_HEADER}")
   run = config = None
   if options.workdir:
@@ -125,16 +132,26 @@ def main(arguments=None) -> None:
     except (config_lib.ConfigError, checkpoint.CheckpointError) as error:
       sys.exit(f"aoarm_jax: error: {error}")
   how = decode_timing.Options(
-    options.steps, options.whole, options.bandwidth, options.attention
+    options.steps, options.whole, bandwidth, options.attention
   )
-  benchmark, results = decode_timing.Benchmark(how, run), []
+  benchmark, results, named = decode_timing.Benchmark(how, run), [], False
   for cell in cells(options, run, config):
-    for result in (benchmark.measure if cell.B else benchmark.best)(cell):
+    named = True
+    try:
+      found = (benchmark.measure if cell.B else benchmark.best)(cell)
+    except jax.errors.JaxRuntimeError as error:
+      if not decode_timing.is_out_of_memory(error):
+        raise
+      print(f"{cell}: out of device memory", flush=True)
+      continue
+    if not found:
+      print(f"{cell}: out of device memory at every batch", flush=True)
+    for result in found:
       print(result, flush=True)
       results.append(result)
     if options.out:
       _write(options.out, results, device)
-  if not results:
+  if not named:
     sys.exit(f"no cell has a name with {options.only!r}")
 
 

@@ -1,7 +1,9 @@
 """The steps of generation from a cache: what each method of decode.py does.
 
-A method is (network, law, plan, blanks) -> (advance, passes a step), where
-advance(i, state) -> state is step i. Types: decode.State, decode.Plan.
+A method is (network, law, plan, state) -> (advance, passes), from the state
+before all steps: advance(i, state) -> state is step i, and passes(state) the
+passes of the network that it takes, one number or one a row: those that the row
+would take alone. Types: decode.State, decode.Plan.
 """
 
 import math
@@ -60,10 +62,11 @@ def _commit(state, s, tokens, log_p, count):
   )
 
 
-def _parallel(network, law, plan, blanks):
+def _parallel(network, law, plan, start):
   """`width` ranks a step, or all blanks in `steps`, from their marginals."""
   s = network.model.sentinels
-  width = width_of(plan, network.model.T)
+  width = width_of(plan, start.order.shape[1])
+  blanks = start.end - start.done
 
   def advance(i, state):
     count = width
@@ -80,7 +83,7 @@ def _parallel(network, law, plan, blanks):
     tokens = _draw(state.keys, at, log_p)
     return _commit(state, s, tokens, sampling.log_p_of(log_p, tokens), count)
 
-  return advance, 1
+  return advance, lambda state: 1
 
 
 def _share_left(done, schedule):
@@ -115,14 +118,17 @@ def _predict(network, state, R, targets):
   return logits, state._replace(cache=cache, filled=filled)
 
 
-def _adaptive(network, law, plan, blanks):
+def _adaptive(network, law, plan, start):
   """The surest `width` of all targets that are left."""
-  draw, calls = _parallel(network, law, plan, blanks)
-  width = width_of(plan, network.model.T)
+  draw, _ = _parallel(network, law, plan, start)
+  T = start.order.shape[1]
+  width, chunk = width_of(plan, T), min(CHUNK, T)
+
+  def chunks(state):
+    """The first chunk with a target that is left, and that after the last."""
+    return state.done // chunk, -(-state.end // chunk)
 
   def advance(i, state):
-    T = state.order.shape[1]
-    chunk = min(CHUNK, T)
     first = _ranks(state.order, state.done, 1)
 
     def score(c, carry):
@@ -141,9 +147,12 @@ def _adaptive(network, law, plan, blanks):
       # The pending slots are written again by every chunk, in place.
       return scores.at[rows, at].set(found, mode="drop"), after.cache
 
+    # Of rows that are not finished: those that only fill a batch soon are.
+    running = state.done < state.end
+    lowest, highest = chunks(state)
     scores, cache = jax.lax.fori_loop(
-      jnp.min(state.done) // chunk,
-      -(-T // chunk),
+      jnp.min(jnp.where(running, lowest, T)),
+      jnp.max(jnp.where(running, highest, 0)),
       score,
       (jnp.full(state.order.shape, -jnp.inf), state.cache),
     )
@@ -157,7 +166,11 @@ def _adaptive(network, law, plan, blanks):
     order = jnp.take_along_axis(state.order, place, axis=1)
     return draw(i, state._replace(order=order))
 
-  return advance, 1 + calls
+  def passes(state):
+    lowest, highest = chunks(state)
+    return highest - lowest + 1
+
+  return advance, passes
 
 
 def _score(p, name):
@@ -173,10 +186,9 @@ def _score(p, name):
   raise ValueError(f"unknown score {name!r}")
 
 
-def _speculative(network, law, plan, blanks):
+def _speculative(network, law, plan, start):
   """Drafts `width` tokens from their marginals; keeps what the chain allows."""
-  del blanks
-  s, width = network.model.sentinels, width_of(plan, network.model.T)
+  s, width = network.model.sentinels, width_of(plan, start.order.shape[1])
 
   def advance(i, state):
     del i
@@ -208,7 +220,7 @@ def _speculative(network, law, plan, blanks):
     state = _commit(state, s, tokens, sampling.log_p_of(log_p, tokens), count)
     return state._replace(filled=state.done + s - 1)
 
-  return advance, 1 + (width > 1)
+  return advance, lambda state: 1 + (width > 1)
 
 
 def _kept(keys, at, log_p, log_q, drafts):

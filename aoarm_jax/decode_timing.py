@@ -25,6 +25,17 @@ from aoarm_jax.model import cost
 _BEST = (256, 1024, 4096)  # Batches tried for the best one, which is named 0.
 _VOCABULARY = 27
 _FLOPS_PER_SECOND = 790e12  # Of an H200, bf16, as measured.
+# Bytes/s a device, as measured, by part of jax.Device.device_kind; the first
+# match counts, and a None guards another part against a match further down.
+_PEAK_BANDWIDTH = (
+  ("MIG", None),
+  ("GH200", None),
+  ("H200", 4.3e12),
+  ("H100 NVL", None),
+  ("H100 PCIe", None),
+  ("H100", 3.0e12),
+)
+UNKNOWN_BANDWIDTH = 4.3e12  # An H200's.
 # Instructions of a compiled program that launch nothing.
 _FREE = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant")
 
@@ -97,7 +108,7 @@ class Options(NamedTuple):
 
   steps: int = 128
   whole: bool = False
-  bandwidth: float = 4.3e12
+  bandwidth: float = UNKNOWN_BANDWIDTH
   attention: str = "auto"
 
 
@@ -264,7 +275,7 @@ class Benchmark:
       try:
         results = self.measure(dataclasses.replace(cell, B=B))
       except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not is_out_of_memory(error):
           raise
         break
       fastest = results[0].tokens_per_second
@@ -292,6 +303,18 @@ def _time(program: Callable, *arguments):
     if times[0] > 5:
       break
   return statistics.median(times), result, launches(compiled.as_text())
+
+
+def peak_bandwidth(device_kind: str) -> float | None:
+  """Of a device's memory, bytes/s; None where it was not measured."""
+  for part, peak in _PEAK_BANDWIDTH:
+    if part in device_kind:
+      return peak
+  return None
+
+
+def is_out_of_memory(error: jax.errors.JaxRuntimeError) -> bool:
+  return "RESOURCE_EXHAUSTED" in str(error)
 
 
 def launches(program: str) -> int:

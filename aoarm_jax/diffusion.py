@@ -31,7 +31,6 @@ def generate(
   steps: int,
   rows: jax.Array | None = None,
   length: jax.Array | None = None,
-  most_blanks: int | None = None,
 ) -> sampling.Generation:
   """Fills the blanks of every text.
 
@@ -46,12 +45,10 @@ def generate(
     order: int32 [B, T], permutations of 1..T, followed by `sequential`.
     law: of every draw.
     method: sequential, ancestral or confidence.
-    steps: of ancestral and confidence; 0 is T.
+    steps: of ancestral and confidence, at most; 0 is T.
     rows: int32 [B], the rows' indices; None is 0 to B - 1.
     length: int32 [B], 1 to T: the positions of each row; those beyond stay
       masked. None is T.
-    most_blanks: no row has more, which bounds the steps of sequential; None is
-      T.
 
   Returns:
     The texts, and the orders in which tokens came: known ones first, those of
@@ -60,9 +57,7 @@ def generate(
   chex.assert_equal_shape([tokens, known, order])
   B, T = tokens.shape
   s, V, T_max = network.model.sentinels, network.vocabulary, network.model.T
-  count = steps or T
-  if method == "sequential":
-    count = T if most_blanks is None else most_blanks
+  count = T if method == "sequential" else steps or T
   keys = objective.keys_of(key, jnp.arange(B) if rows is None else rows)
   length = jnp.full(B, T) if length is None else length
   beyond = jnp.arange(T) >= length[:, None]
@@ -70,9 +65,12 @@ def generate(
   next_rank = known.sum(axis=1, keepdims=True)
   rank_of = jnp.argsort(order, axis=1)
 
-  def step(i, state):
-    tokens, step_of, total = state
-    masked = step_of == count
+  def is_open(step_of):
+    return (step_of == count) & ~beyond
+
+  def step(state):
+    i, tokens, step_of, total, calls = state
+    masked, open_ = step_of == count, is_open(step_of)
     window = ((0, 0), (0, T_max - T))
     slots = orders.to_masked_slots(
       jnp.pad(tokens, window),
@@ -86,31 +84,37 @@ def generate(
     drawn = jax.vmap(jax.random.categorical)(token_keys, log_p)
     match method:
       case "sequential":
-        chosen = (rank_of == next_rank + i) & ~beyond
+        chosen = (rank_of == next_rank + i) & open_
       case "ancestral":
         coins = objective.uniform(coin_keys, T)
-        chosen = masked & ~beyond & (coins * (count - i) < 1)
+        chosen = open_ & (coins * (count - i) < 1)
       case "confidence":
-        open_ = masked & ~beyond
         left = open_.sum(axis=1, keepdims=True)
         chosen = _surest(log_p, drawn, open_) < -(-left // (count - i))
       case _:
         raise ValueError(f"unknown method {method!r}")
     nats = sampling.log_p_of(log_p, drawn)
     return (
+      i + 1,
       jnp.where(chosen, drawn, tokens),
       jnp.where(chosen, i, step_of),
       total + jnp.where(chosen, nats, 0.0).sum(axis=1),
+      calls + open_.any(axis=1),
     )
 
   start = (
+    0,
     tokens.astype(jnp.int32),
     jnp.where(known, -1, count),
     jnp.zeros(B),
+    jnp.zeros(B, jnp.int32),
   )
-  tokens, step_of, log_p = jax.lax.fori_loop(0, count, step, start)
+  # Until all is filled: the host waits for every step to end, which is little
+  # beside a full pass.
+  _, tokens, step_of, log_p, calls = jax.lax.while_loop(
+    lambda state: (state[0] < count) & is_open(state[2]).any(), step, start
+  )
   came = jnp.argsort(step_of, axis=1, stable=True) + 1
-  calls = jnp.full(B, count, jnp.int32)
   return sampling.Generation(tokens, came.astype(jnp.int32), log_p, calls)
 
 

@@ -40,7 +40,10 @@ class Text(NamedTuple):
       positions come first.
     log_p: nats: log-probability of what was generated, each token under the law
       that decided it (temperature and cuts included).
-    calls: passes of the network.
+    calls: passes of the network until the text was whole: one for what is known
+      (or two sentinels), then one a step, but for speculative two a round, and
+      for adaptive another for every 64 targets that it scores. As many as it
+      takes alone: those for longer texts of its batch do not count.
   """
 
   text: str
@@ -63,7 +66,7 @@ class Sampler:
     self._bind = bind
     self._jitted = jax.jit(
       self._draw,
-      static_argnames=("options", "given", "prefill", "most_known", "most"),
+      static_argnames=("options", "given", "prefill", "most_known"),
       out_shardings=sharding.replicated(mesh),
     )
 
@@ -131,12 +134,12 @@ class Sampler:
       n = len(prompt.tokens)
       tokens[b, :n], known[b, :n] = prompt.tokens, prompt.known
       length[b], index[b] = n, row
-    blanks = int((length - known.sum(axis=1)).max())
     everywhere = sharding.put(
       self._mesh,
       (
         jax.random.fold_in(jax.random.key(sample.seed), _GENERATION),
         sampling.make_law(sample.temperature, sample.top_k, sample.top_p),
+        np.int32((length - known.sum(axis=1)).max()),
       ),
     )
     drawn = self._jitted(
@@ -147,7 +150,6 @@ class Sampler:
       given=tuple(p for p in config.orders.given if p <= T),
       prefill=prefill,
       most_known=T if known.any() else 0,
-      most=prompts.padded_length(blanks, T),
     )
     return {
       row: Text(
@@ -162,8 +164,8 @@ class Sampler:
     }
 
   def _draw(
-    self, params, key, law, tokens, known, length, index,
-    *, options, given, prefill, most_known, most,
+    self, params, key, law, most_blanks, tokens, known, length, index,
+    *, options, given, prefill, most_known,
   ):  # fmt: skip
     order_key, draw_key = jax.random.split(key)
     B, T = tokens.shape
@@ -175,7 +177,7 @@ class Sampler:
     shared = dict(rows=index, length=length)
     if network.model.kind.masked:
       return diffusion.generate(
-        network, draw_key, tokens, known, order, law, most_blanks=most,
+        network, draw_key, tokens, known, order, law,
         method=options.method, steps=options.steps, **shared,
       )  # fmt: skip
     plan = decode.Plan(
@@ -187,7 +189,7 @@ class Sampler:
     )
     return decode.generate(
       network, draw_key, tokens, known, order, law, plan=plan,
-      prefill=prefill, most_known=most_known, most_blanks=most, **shared,
+      prefill=prefill, most_known=most_known, most_blanks=most_blanks, **shared,
     )  # fmt: skip
 
 

@@ -41,7 +41,8 @@ class Generation(NamedTuple):
     order: int32 [B, T], known positions first.
     log_p: float32 [B], nats: log-probability of all that was drawn, each token
       under the law that decided it.
-    calls: int32 [B], passes of the network.
+    calls: int32 [B], passes of the network until the row was whole: as many as
+      it takes alone. Those after, for other rows of the batch, do not count.
   """
 
   tokens: jax.Array

@@ -159,9 +159,12 @@ class Scorer:
       masked=model.kind.masked,
       end=model.T + 1,
     )
-    # Rows of chosen ranks belong to no slot, and so to no device of a sequence.
+    # Rows of chosen ranks belong to no slot, and so to no device of a sequence;
+    # what each sees is its own, which cuDNN by name does not know.
     can_pick = model.kind.masked or (
-      model.kind.streams == 2 and self._mesh.shape["sequence"] == 1
+      model.kind.streams == 2
+      and self._mesh.shape["sequence"] == 1
+      and self._config.compute.attention != "cudnn"
     )
 
     def of_order(k):

@@ -311,9 +311,14 @@ def put_rows(mesh: jax.sharding.Mesh, tree):
 
 
 def batch_size(mesh: jax.sharding.Mesh, most: int, rows: int) -> int:
-  """Rows a batch for so many in all: a multiple of the devices along it."""
+  """Rows a batch for so many in all, of which few sizes come to be compiled.
+
+  The next power of two, at most `most`; then a multiple of the devices along
+  the batch.
+  """
   devices = _batch_ways(mesh)
-  return -(-min(most, rows) // devices) * devices
+  rows = min(most, 1 << (rows - 1).bit_length())
+  return -(-rows // devices) * devices
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

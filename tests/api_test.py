@@ -5,6 +5,7 @@ import io
 import json
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -99,6 +100,22 @@ class ModelTest(parameterized.TestCase):
     other = _model.generate(3, seed=1)
     self.assertNotEqual(other[0].text, few[0].text)
 
+  def test_few_numbers_of_texts_compile(self):
+    """Rows fill up to a power of two; config.*.batch_size is the most."""
+    texts = ["ab", "[b]c", "cd", "d", "ef"]
+    scorer, sampler = _model._scorer._jitted, _model._sampler._jitted
+    want = _model.score(texts, batch_size=6)
+    _model.generate(5, temperature=0.7)
+    before = scorer._cache_size(), sampler._cache_size()
+    for count in (5, 6, 7, 8):
+      _model.generate(count, temperature=0.7)
+    got = _model.score([*texts, "g"], batch_size=6)
+    after = scorer._cache_size(), sampler._cache_size()
+    self.assertEqual(after, before)
+    for a, b in zip(got, want):
+      self.assertEqual((a.text, a.order), (b.text, b.order))
+      self.assertAlmostEqual(a.log_p, b.log_p, delta=1e-4)
+
   def test_prompts_of_several_lengths(self):
     """Each as if it stood alone at its index."""
     texts = ["ab__", "a_c" * 10, "______"]
@@ -109,6 +126,24 @@ class ModelTest(parameterized.TestCase):
         self.assertRegex(sample.text, f"^{text.replace('_', '[a-z ]')}$")
         self.assertEqual(sorted(sample.order), list(range(1, len(text) + 1)))
     self.assertEqual(_model.infill(texts[0], count=3), found[0])
+
+  def test_another_blank(self):
+    want, got = _model.score("a[b]_"), _model.score("a[b]?", blank="?")
+    self.assertEqual(got[1:], want[1:])
+    want, got = _model.infill("_b"), _model.infill("?b", blank="?")
+    self.assertEqual(got, want)
+
+  def test_a_run_of_another_machine(self):
+    """Its kernel is not here; nor is it asked for."""
+    folder = _folder / "elsewhere"
+    shutil.copytree(_folder / "run", folder)
+    written = json.loads((folder / "config.json").read_text())
+    written["compute"] |= {"attention": "mosaic_gpu", "dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(written))
+    model = aoarm_jax.load(folder)
+    self.assertEqual(model.config.compute.attention, "auto")
+    self.assertLess(model.score("abc").log_p, 0)
+    self.assertLess(model.infill("a_c")[0].log_p, 0)
 
   @parameterized.parameters("parallel", "speculative", "adaptive")
   def test_methods_and_given_orders(self, method):
@@ -125,6 +160,14 @@ class ModelTest(parameterized.TestCase):
     (lambda m: m.score(["a", "[]"]), r"text 2='\[\]': there is nothing to sc"),
     (lambda m: m.score("ab", order=[1, 1]), r"order=\(1, 1\): must be a perm"),
     (lambda m: m.generate(order=[]), r"order=\(\): must be a permutation of 1"),
+    (lambda m: m.score("abcde", order=[2, 1]), r"order=\(2, 1\): has 2 positio"
+     "ns, and text 1 has 5 tokens; it must be a permutation of all of them"),
+    (lambda m: m.infill(["a_", "_bc"], order=[2, 1]), r"order=\(2, 1\): has 2 "
+     "positions, and text 2 has 3 tokens"),
+    (lambda m: m.generate(order=[1]), r"order=\(1,\): has 1 positions, and a ge"
+     "nerated text has 40 tokens"),
+    (lambda m: m.score("a?", blank="??"), r"config.sample.blank='\?\?': must"),
+    (lambda m: m.infill("a?", blank=""), "config.sample.blank='': must be one"),
     (lambda m: m.generate(heat=1.0), "heat: no such option; there are: count"),
     (lambda m: m.generate(0), "config.sample.count=0: must be at least 1"),
     (lambda m: m.generate(method="x"), "config.sample.method='x': 'x' is not"),

@@ -9,6 +9,7 @@ import tempfile
 from unittest import mock
 
 import helpers
+import jax
 import pytest
 from absl.testing import absltest
 
@@ -65,6 +66,7 @@ class BenchmarkTest(absltest.TestCase):
          "speculative-2", "adaptive", "uncached", "mdlm"]
       )  # fmt: skip
       decode_benchmark.main(["--plot", str(folder / "x.csv")])
+    self.assertStartsWith(out.getvalue(), "floors are an H200's: that of 'cpu'")
     self.assertEqual(sorted(os.listdir(folder)), ["x.csv", "x.png"])
     with open(folder / "x.csv") as file:
       rows = list(csv.DictReader(file))
@@ -91,6 +93,46 @@ class BenchmarkTest(absltest.TestCase):
     """A fusion, a copy, and two in what is called."""
     self.assertEqual(decode_timing.launches(_PROGRAM), 4)
     self.assertEqual(decode_timing.launches("HloModule x"), 0)
+
+  def test_what_does_not_fit_is_left_out(self):
+    """One line; the other cells are measured, other errors are not hidden."""
+    fits = decode_timing.Result("8m", 8, 1, "mdlm", 1.0, 1.0, 1.0, 0, 1.0, "x")
+    full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+    other = jax.errors.JaxRuntimeError("INTERNAL: another")
+    command = ["--sizes", "8m", "--T", "8", "--methods", "mdlm", "--batches"]
+    out, folder = (
+      io.StringIO(),
+      self.enter_context(tempfile.TemporaryDirectory()),
+    )
+
+    def main(outcomes, *more):
+      measure = mock.patch.object(
+        decode_timing.Benchmark, "measure", side_effect=outcomes
+      )
+      with measure, contextlib.redirect_stdout(out):
+        decode_benchmark.main([*command, *more])
+
+    path = pathlib.Path(folder) / "x.csv"
+    main([full, [fits], full], "64", "1", "0", "--out", str(path))
+    self.assertEqual(
+      out.getvalue().splitlines()[-3:],
+      ["8m T8 B64 mdlm: out of device memory", str(fits),
+       "8m T8 Bbest mdlm: out of device memory at every batch"],
+    )  # fmt: skip
+    self.assertLen(path.read_text().splitlines(), 2)
+    main([full], "64")  # Not a wrong --only.
+    with self.assertRaisesRegex(jax.errors.JaxRuntimeError, "INTERNAL"):
+      main([other], "64")
+
+  def test_bandwidth_of_a_device(self):
+    for kind, want in (
+      ("NVIDIA H100 80GB HBM3", 3.0e12),
+      ("NVIDIA H200", 4.3e12),
+      ("NVIDIA H100 PCIe", None),
+      ("NVIDIA GH200 480GB", None),
+      ("cpu", None),
+    ):
+      self.assertEqual(decode_timing.peak_bandwidth(kind), want)
 
   def test_what_cannot_be(self):
     for arguments, message in (

@@ -180,15 +180,33 @@ class LawTest(parameterized.TestCase):
       np.testing.assert_allclose(got, want[:6], atol=1e-5)
 
 
+def _steps_seen(method, ran):
+  """A patch: every step that runs appends the slots of its cache to `ran`."""
+  make = decode_steps.METHODS[method]
+
+  def seen(*args):
+    advance, passes = make(*args)
+
+    def step(i, state):
+      slots = state.cache.k[0].shape[2]
+      jax.debug.callback(lambda: ran.append(slots))
+      return advance(i, state)
+
+    return step, passes
+
+  return mock.patch.dict(decode_steps.METHODS, {method: seen})
+
+
 class StagesTest(parameterized.TestCase):
   @parameterized.parameters(
-    (("two_stream", 2), decode.Plan()),
-    (("decoupled_rope", 1), decode.Plan("parallel", 2)),
-    (("two_stream", 1), decode.Plan("speculative", 3)),
-    (("two_stream", 2), decode.Plan("adaptive", 1)),
+    (("two_stream", 2), decode.Plan(), False),
+    (("decoupled_rope", 1), decode.Plan("parallel", 2), True),
+    # A wider round does not fit into the first stage.
+    (("two_stream", 1), decode.Plan("speculative", 2), False),
+    (("two_stream", 2), decode.Plan("adaptive", 1), True),
   )
-  def test_a_growing_cache_changes_nothing(self, case, plan):
-    """Of rows with 8 or 6 blanks: caches of 4, 6, 8, or 5, 7, 8 slots."""
+  def test_a_growing_cache_changes_nothing(self, case, plan, traced):
+    """Of rows with 8 or 6 blanks: 8 or 9 slots, and fewer at first."""
     B, T = 6, 8
     made = tiny.bind(*case, T=T, V=_V, D=8, N=2)
     known = np.tile(np.arange(T) < 2, (B, 1)) & (np.arange(B) % 2 == 1)[:, None]
@@ -196,19 +214,49 @@ class StagesTest(parameterized.TestCase):
 
     def run(most_known):
       return tiny.quick_jit(
-        lambda params, key, *args: decode.generate(
-          made(params), key, *args, _LAW, plan=plan, most_known=most_known
+        lambda params, key, most, *args: decode.generate(
+          made(params), key, *args, _LAW, plan=plan, most_known=most_known,
+          most_blanks=most if traced and most_known else None,
         )
-      )(tiny.sharp(made), jax.random.key(1), *inputs)
+      )(tiny.sharp(made), jax.random.key(1), np.int32(T), *inputs)  # fmt: skip
 
-    want = run(None)
-    with mock.patch.multiple(decode, _LARGE=0, _TILE=1):
+    want, ran = run(None), []
+    with (
+      mock.patch.multiple(decode, _LARGE=0, _TILE=1, _GROUP=2),
+      _steps_seen(plan.method, ran),
+    ):
       got = run(2)
+      jax.effects_barrier()
+    self.assertGreater(len({*ran}), 1)
     for a, b in zip(got, want):
       np.testing.assert_allclose(a, b, atol=1e-4)
 
 
 class CallsTest(parameterized.TestCase):
+  def test_steps_end_with_the_blanks(self):
+    """One program for any number; in groups, here of 2."""
+    made, params = _network("two_stream", 1)
+    run = tiny.quick_jit(
+      lambda params, most, *args: decode.generate(
+        made(params), jax.random.key(1), *args, _LAW, most_blanks=most
+      )
+    )
+    (tokens, _, order), ran = _prompts(20), []
+    with (
+      mock.patch.object(decode, "_GROUP", 2),
+      _steps_seen("sequential", ran),
+    ):
+      for most in (1, 2, 3, 4):
+        known = np.arange(_T)[None] >= np.full((20, 1), most)
+        ran.clear()
+        out = run(params, np.int32(most), tokens, known, order)
+        jax.effects_barrier()
+        self.assertLen(ran, -(-most // 2) * 2)
+        self.assertTrue((out.calls == 1 + most).all())
+        self.assertTrue((out.tokens[known] == tokens[known]).all())
+        self.assertTrue((np.sort(out.order) == np.arange(1, _T + 1)).all())
+    self.assertEqual(run._cache_size(), 1)
+
   def test_sequential_and_parallel(self):
     """One pass for the prompt, and one a step."""
     case = ("two_stream", 1)
@@ -339,6 +387,10 @@ class AdaptiveTest(parameterized.TestCase):
         B=20,
       )
     want = _drawn(("two_stream", 2), decode.Plan("adaptive"), _GREEDY, B=20)
+    # The prompt, and for each token a pass and those of the chunks not done:
+    # of 4 targets 2, 2, 2, 1 chunks, of the last 2 of them 2, 1.
+    self.assertEqual(got.calls[:2].tolist(), [1 + 4 + 7, 1 + 2 + 3])
+    self.assertEqual(want.calls[:2].tolist(), [1 + 4 + 4, 1 + 2 + 2])
     np.testing.assert_array_equal(got.order, want.order)
     np.testing.assert_array_equal(got.tokens, want.tokens)
 

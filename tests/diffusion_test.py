@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+from unittest import mock
 
 import jax
 import numpy as np
@@ -238,26 +239,36 @@ class GenerateTest(parameterized.TestCase):
 
   @parameterized.parameters(1, 2, 3)
   def test_confidence_keeps_the_surest(self, steps):
-    """Followed by hand, at temperature 0."""
-    params, run = _generate(1, "confidence", steps)
-    greedy = _PLAIN._replace(temperature=np.float32(0))
+    """Followed by hand: draws are the likeliest, their laws are not cut."""
+    params, run = _generate.__wrapped__(1, "confidence", steps)
     tokens, known, order = _prompt(3)
     tokens[:, 2] = np.arange(3)
-    out = run(params, jax.random.key(0), tokens, known, order, greedy)
-    network = jax.jit(lambda slots: _bind(1)(params)(slots))
+
+    def likeliest(key, log_p):
+      del key
+      return jax.numpy.argmax(log_p, axis=-1)
+
+    with mock.patch.object(jax.random, "categorical", likeliest):
+      out = run(params, jax.random.key(0), tokens, known, order, _PLAIN)
+    self.assertTrue((out.calls == steps).all())
+    network, jumps = jax.jit(lambda slots: _bind(1)(params)(slots)), 0
     for b in range(3):
       text, masked, came = tokens[b].copy(), ~known[b], [3]
       for step in range(steps):
         slots = orders.to_masked_slots(text[None], masked[None], 1, _V)
         log_p = np.asarray(jax.nn.log_softmax(network(slots)[0, 1:]))
         count = -(-masked.sum() // (steps - step))
-        # Of a greedy law every draw is certain: ties go to the left.
-        chosen = np.flatnonzero(masked)[:count]
+        left = np.flatnonzero(masked)
+        chosen = left[np.argsort(-log_p.max(axis=-1)[left])[:count]]
+        chosen = np.sort(chosen)
+        jumps += (chosen != left[:count]).any()
         text[chosen] = log_p[chosen].argmax(axis=-1)
         masked[chosen] = False
         came += list(chosen + 1)
       self.assertEqual(np.asarray(out.tokens[b]).tolist(), text.tolist())
       self.assertEqual(np.asarray(out.order[b]).tolist(), came)
+    # Not just from left to right.
+    self.assertEqual(jumps > 0, steps > 1)
 
   def test_confidence_is_that_of_the_draw(self):
     """The token that stays is the one drawn with the highest probability."""
@@ -279,7 +290,21 @@ class GenerateTest(parameterized.TestCase):
     self.assertTrue((np.asarray(many.order)[:, 0] == 3).all())
     np.testing.assert_array_equal(many.tokens[:5], few.tokens)
     np.testing.assert_array_equal(many.order[:5], few.order)
+    np.testing.assert_array_equal(many.calls[:5], few.calls)
     self.assertGreater(len(np.unique(many.tokens, axis=0)), 1)
+
+  def test_passes_until_a_row_is_whole(self):
+    """Of 3, 1 and no blanks; in few steps, or in more than there are blanks."""
+    tokens, known, order = _prompt(3)
+    known[1, :3], known[2] = True, True
+    for method, steps, want in (
+      ("sequential", 0, [3, 1, 0]),
+      ("confidence", 2, [2, 1, 0]),
+      ("confidence", 9, [3, 1, 0]),
+    ):
+      params, run = _generate(1, method, steps)
+      out = run(params, jax.random.key(0), tokens, known, order, _PLAIN)
+      self.assertEqual(out.calls.tolist(), want)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import itertools
 import math
+from unittest import mock
 
 import helpers
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 import tiny
 from absl.testing import absltest, parameterized
 
+import pallas_kernels
 from aoarm_jax import (
   config,
   generate,
@@ -19,6 +21,7 @@ from aoarm_jax import (
   prompts,
   score,
   sharding,
+  train_state,
 )
 from aoarm_jax.data import tokenizers
 
@@ -188,6 +191,41 @@ class BatchTest(parameterized.TestCase):
   def test_texts_that_cannot_be_scored(self, mechanism, text, message):
     with self.assertRaisesRegex(prompts.PromptError, message):
       _score((mechanism, 2), [text])
+
+
+class AttentionTest(parameterized.TestCase):
+  def test_a_named_one_is_called_for_what_it_can(self):
+    """Of cuDNN: causal, as many rows as slots; here by what XLA computes."""
+    called = []
+
+    def attention(q, k, v, visible, *, implementation=None, **options):
+      if implementation == "cudnn":
+        self.assertIsNone(visible)
+        self.assertEqual(q.shape[1], k.shape[1])
+        called.append(q.shape[1])
+      return right(q, k, v, visible, implementation="xla", **options)
+
+    right = pallas_kernels.any_order_attention
+    base, _, mesh, params = _made("two_stream", 2)
+    texts = [(t, prompts.parse_marked(t, _ABC, "_", "[]")) for t in ("a[b]c",)]
+    prompt = prompts.parse_prompt("a_c", _ABC, "_")
+    want = _score(("two_stream", 2), ["a[b]c"])
+    for name, count in (("cudnn", base.model.L), ("xla", 0)):
+      compute = config.Compute(dtype="float32", attention=name)
+      options = config.Config(model=base.model, compute=compute)
+      bind = train_state.Bind(base.model, compute, _ABC.V)
+      with (
+        jax.set_mesh(mesh),
+        mock.patch.object(pallas_kernels, "any_order_attention", attention),
+      ):
+        called.clear()
+        made = score.Scorer(options, bind, _ABC, mesh)
+        (got,) = made.score(params, texts)
+        self.assertAlmostEqual(got.log_p, want[0].log_p, delta=1e-5)
+        self.assertLen(called, count)  # Once a layer; and of the prompt.
+        called.clear()
+        generate.Sampler(options, bind, _ABC, mesh).sample(params, prompt)
+        self.assertLen(called, count)
 
 
 class MarksTest(parameterized.TestCase):

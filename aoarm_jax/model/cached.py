@@ -178,7 +178,10 @@ class Cached:
         keys[layer] = _written(keys[layer], k[:, :R], at)
         values[layer] = _written(values[layer], v[:, :R], at)
         if seen is None:
-          return parallel.attention(q, k, v, None)
+          name = self.compute.attention
+          return parallel.attention(
+            q, k, v, None, implementation=None if name == "auto" else name
+          )
         # The last layer has the rows that are read out, which are the last.
         mine = seen[:, -q.shape[1] :]
         attention = functools.partial(
