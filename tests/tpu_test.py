@@ -126,14 +126,21 @@ class TpuTest(parameterized.TestCase):
     )
 
   def test_on_a_simulated_tpu(self):
-    """Copies between memories and a race detector; nothing depends on them."""
+    """Copies between memories and a race detector; nothing depends on them.
+
+    But for the last bit: it is another program to the compiler.
+    """
     case = Case(200, 200, N=3, group=1, H=32, mask="ranks_structured")
     with small_tiles():
       want = attention_cases.run(tpu.attention, case)
       simulated = pltpu.InterpretParams(detect_races=True)
       with pallas_kernels.interpret(simulated):
         got = attention_cases.run(tpu.attention, case)
-    chex.assert_trees_all_equal(got, want)
+    attention_cases.check(got, case)
+    for name, x, y in zip(got._fields, got, want):
+      one = float(jnp.finfo(x.dtype).eps)
+      x, y = (np.asarray(z, np.float64) for z in (x, y))
+      np.testing.assert_allclose(x, y, rtol=2 * one, atol=one / 4, err_msg=name)
 
   def test_wrong_results_are_seen(self):
     """The judge of the cases is not satisfied with a weight that is missing."""
