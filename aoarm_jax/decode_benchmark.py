@@ -13,7 +13,7 @@ adaptive      the surest of all targets, scored anew in every step, one a step
 uncached      every step computes its visible content rows and one query row
 mdlm          masked diffusion of the same size: T and T / 4 full passes
 
-Cells time --steps steps in the middle of a text (uncached: at four lengths) and
+Cells time --steps steps in the middle of a text (uncached: at two lengths) and
 are scaled to all of it, which the table says; --whole times whole texts.
 `floor` is what one step must read, weights and half of a full cache for each of
 its passes, over --bandwidth; `launches` counts the kernels of a step in the
@@ -39,6 +39,7 @@ from aoarm_jax import (
   restore,
   run_dir,
   sharding,
+  telemetry,
 )
 from aoarm_jax import config as config_lib
 
@@ -140,7 +141,7 @@ def main(arguments=None) -> None:
     try:
       found = (benchmark.measure if cell.B else benchmark.best)(cell)
     except jax.errors.JaxRuntimeError as error:
-      if not decode_timing.is_out_of_memory(error):
+      if not telemetry.is_out_of_memory(error):
         raise
       print(f"{cell}: out of device memory", flush=True)
       continue

@@ -18,6 +18,7 @@ from aoarm_jax import (
   orders,
   restore,
   sampling,
+  telemetry,
   train_state,
 )
 from aoarm_jax.model import cost
@@ -275,7 +276,7 @@ class Benchmark:
       try:
         results = self.measure(dataclasses.replace(cell, B=B))
       except jax.errors.JaxRuntimeError as error:
-        if not is_out_of_memory(error):
+        if not telemetry.is_out_of_memory(error):
           raise
         break
       fastest = results[0].tokens_per_second
@@ -307,14 +308,7 @@ def _time(program: Callable, *arguments):
 
 def peak_bandwidth(device_kind: str) -> float | None:
   """Of a device's memory, bytes/s; None where it was not measured."""
-  for part, peak in _PEAK_BANDWIDTH:
-    if part in device_kind:
-      return peak
-  return None
-
-
-def is_out_of_memory(error: jax.errors.JaxRuntimeError) -> bool:
-  return "RESOURCE_EXHAUSTED" in str(error)
+  return telemetry.of_kind(_PEAK_BANDWIDTH, device_kind)
 
 
 def launches(program: str) -> int:

@@ -271,7 +271,7 @@ def main(argv: list[str]) -> None:
       1,
     )
   except jax.errors.JaxRuntimeError as error:
-    if "RESOURCE_EXHAUSTED" not in str(error):
+    if not telemetry.is_out_of_memory(error):
       raise
     _fail(f"out of device memory: {_LESS_MEMORY[flags.FLAGS.mode]}", 1)
 

@@ -26,7 +26,7 @@ from jax.experimental import topologies
 
 import pallas_kernels
 from aoarm_jax import config as config_lib
-from aoarm_jax import hlo, sharding, train, train_state
+from aoarm_jax import hlo, sharding, telemetry, train, train_state
 from aoarm_jax.model import cost
 
 
@@ -271,7 +271,7 @@ def _answer(given: dict) -> dict:
   except pallas_kernels.UnsupportedError as error:
     return {"config_error": f"config.compute.attention: {error}"}
   except jax.errors.JaxRuntimeError as error:
-    if "RESOURCE_EXHAUSTED" not in str(error):
+    if not telemetry.is_out_of_memory(error):
       return {"error": f"the TPU compiler failed: {_first_line(error)}"}
     return {"error": f"{given['topology']}: {_does_not_fit(str(error))}"}
 

@@ -268,7 +268,7 @@ def main(argv: list[str]) -> int:
     except (config_lib.ConfigError, pallas_kernels.UnsupportedError) as error:
       row["failed"] = str(error)
     except jax.errors.JaxRuntimeError as error:
-      if "RESOURCE_EXHAUSTED" not in str(error):
+      if not telemetry.is_out_of_memory(error):
         raise
       row["failed"] = "out of memory"
     kind = tuple(row[c] for c in ("scaling", "model", "mechanism", "T"))

@@ -131,10 +131,19 @@ def setup_logging(*, primary: bool = True):
 
 def peak_flops(device: jax.Device) -> float | None:
   """Dense bf16 peak of one device, FLOP/s; None where it is not known."""
-  for part, peak in _PEAK_FLOPS:
-    if part in device.device_kind:
-      return peak
-  return None
+  return of_kind(_PEAK_FLOPS, device.device_kind)
+
+
+def of_kind(
+  table: Sequence[tuple[str, float | None]], device_kind: str
+) -> float | None:
+  """The number beside the first part of (part, number) that the kind has."""
+  return next((x for part, x in table if part in device_kind), None)
+
+
+def is_out_of_memory(error: jax.errors.JaxRuntimeError) -> bool:
+  """Whether a device had too little memory for a program."""
+  return "RESOURCE_EXHAUSTED" in str(error)
 
 
 class Progress:

@@ -287,7 +287,7 @@ def _run_cell(lab, results, cell, clock):
 def _note_failure(error, cell, folder):
   """Notes why a cell failed; raises what may be no fault of the cell's."""
   out_of_memory = isinstance(error, jax.errors.JaxRuntimeError)
-  if out_of_memory and "RESOURCE_EXHAUSTED" not in str(error):
+  if out_of_memory and not telemetry.is_out_of_memory(error):
     raise error
   # Without the advice, which is for a training run that has checkpoints.
   reason = "out of memory" if out_of_memory else str(error).partition(";")[0]
