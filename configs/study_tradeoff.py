@@ -4,8 +4,8 @@
 
 Variants, each a sweep of its own (aoarm_jax/study/cells.py says how to read it);
 hardware, time:
-  default  about 4 hours of one H200 in all (estimated from FLOPs); in shares, by
-           --config.study.limit_seconds=500 and started again
+  default  66M characters a cell; about 3 hours of one H200 in all (estimated);
+           in shares, by --config.study.limit_seconds=500 and started again
   :quick   the most telling cells, short; about 8 minutes of one H200 (estimated)
   :tiny    2 CPU cores, built-in text: a smoke test of the machinery, its numbers
            say nothing
@@ -40,7 +40,12 @@ budget=flops mechanism=decoupled_rope T=16
 """
 
 _VARIANTS = {
-  "default": {"study.sweep": _SWEEP},
+  "default": {
+    "study.sweep": _SWEEP,
+    "study.tokens_per_step": 32768,
+    "study.tune_steps": 400,
+    "study.characters": 8192,
+  },
   "quick": {
     "train.steps": 600,
     "optimizer.warmup_steps": 100,
