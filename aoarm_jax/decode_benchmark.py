@@ -26,6 +26,7 @@ import dataclasses
 import io
 import re
 import sys
+import time
 from collections.abc import Iterator
 
 import jax
@@ -53,6 +54,7 @@ _METHODS = (
   "uncached",
   "mdlm",
 )
+_TELL_SECONDS = 15
 _QUICK = "8m T1024 B64 (sequential|parallel-16|uncached|mdlm)"
 _HEADER = (
   "size      T     B method              tokens/s    step ms  floor ms  floors "
@@ -125,7 +127,7 @@ def main(arguments=None) -> None:
   if not bandwidth:
     bandwidth = decode_timing.UNKNOWN_BANDWIDTH
     print(f"floors are an H200's: that of {device!r} is not known; --bandwidth")
-  print(f"jax {jax.__version__}, {device}\n{_HEADER}")
+  print(f"jax {jax.__version__}, {device}")
   run = config = None
   if options.workdir:
     try:
@@ -135,9 +137,13 @@ def main(arguments=None) -> None:
   how = decode_timing.Options(
     options.steps, options.whole, bandwidth, options.attention
   )
-  benchmark, results, named = decode_timing.Benchmark(how, run), [], False
-  for cell in cells(options, run, config):
-    named = True
+  benchmark, results = decode_timing.Benchmark(how, run), []
+  chosen = list(cells(options, run, config))
+  if not chosen:
+    sys.exit(f"no cell has a name with {options.only!r}")
+  _compile(benchmark, chosen)
+  print(_HEADER)
+  for cell in chosen:
     try:
       found = (benchmark.measure if cell.B else benchmark.best)(cell)
     except jax.errors.JaxRuntimeError as error:
@@ -152,8 +158,15 @@ def main(arguments=None) -> None:
       results.append(result)
     if options.out:
       _write(options.out, results, device)
-  if not named:
-    sys.exit(f"no cell has a name with {options.only!r}")
+
+
+def _compile(benchmark, chosen):
+  start = told = time.monotonic()
+  for done, count in benchmark.compile(chosen):
+    now = time.monotonic()
+    if now - told > _TELL_SECONDS or done == count:
+      told = now
+      print(f"{done} of {count} programs compiled, {now - start:.0f} s")
 
 
 def _restore(workdir):

@@ -1,11 +1,14 @@
 """What decode_benchmark.py measures: one cell of its table at a time."""
 
+import concurrent.futures
 import dataclasses
+import functools
+import os
 import re
 import statistics
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -113,31 +116,86 @@ class Options(NamedTuple):
   attention: str = "auto"
 
 
+class _Timing(NamedTuple):
+  """Of one program: median seconds, what it returned, kernels a step."""
+
+  seconds: float
+  out: Any
+  launches: int
+
+
+class _Job(NamedTuple):
+  """What a cell needs.
+
+  Attributes:
+    params: () -> those that the programs take.
+    compiled: of every program (params, key) -> any result.
+    results: list of _Timing, one a program -> list of Result.
+  """
+
+  params: Callable
+  compiled: list[concurrent.futures.Future]
+  results: Callable
+
+
 class Benchmark:
   """Times cells of one mechanism, or of one run."""
 
   def __init__(self, options: Options, run: restore.Restored | None):
     self._options, self._run = options, run
     self._law = sampling.make_law()
+    self._jobs: dict[Cell, _Job] = {}
+    self._pool = concurrent.futures.ThreadPoolExecutor(
+      min(16, os.cpu_count() or 1)
+    )
+
+  def compile(self, cells: list[Cell]) -> Iterator[tuple[int, int]]:
+    """Compiles all that these cells need, side by side, before any is timed.
+
+    Args:
+      cells: those that `measure` or `best` will be asked for.
+
+    Yields:
+      (programs compiled so far, of how many), after each.
+    """
+    for cell in cells:
+      sizes = (cell.B,) if cell.B else _BEST
+      for one in (dataclasses.replace(cell, B=B) for B in sizes):
+        self._jobs[one] = self._start(one)
+    programs = [p for job in self._jobs.values() for p in job.compiled]
+    finished = concurrent.futures.as_completed(programs)
+    for n, _ in enumerate(finished):
+      yield n + 1, len(programs)
 
   def measure(self, cell: Cell) -> list[Result]:
     """Of the cell's method; of mdlm with two numbers of steps."""
+    job = self._jobs.pop(cell, None) or self._start(cell)
+    programs = [future.result() for future in job.compiled]
+    params = job.params()
+    return job.results([_time(p, params, _key()) for p in programs])
+
+  def _start(self, cell):
+    """Begins to compile; only shapes are needed for that."""
     mechanism = cell.model.mechanism
     if cell.method == "mdlm" and not cell.model.kind.masked:
       mechanism = "mdlm"
     model = dataclasses.replace(cell.model, mechanism=mechanism)
     if self._run is not None and model == cell.model:
-      bind, params = self._run.bind, self._run.params
+      bind, abstract = self._run.bind, self._run.params
+      params = lambda: self._run.params  # noqa: E731
     else:
       compute = config_lib.Compute(attention=self._options.attention)
-      bind = train_state.Bind(model, compute, _VOCABULARY)
-      params = jax.jit(bind.init)(jax.random.key(0))
-    match cell.method:
-      case "uncached":
-        return [self._uncached(cell, bind, params)]
-      case "mdlm":
-        return self._masked(cell, bind, params)
-    return [self._cached(cell, bind, params)]
+      bind = _bind(model, compute)
+      abstract = bind.abstract_params
+      params = functools.partial(_fresh, bind)
+    make = {"uncached": self._uncached, "mdlm": self._masked}
+    programs, results = make.get(cell.method, self._cached)(
+      cell, bind, abstract
+    )
+    compiled = [
+      self._pool.submit(_compile, program, abstract) for program in programs
+    ]
+    return _Job(params, compiled, results)
 
   def _result(self, cell, method, seconds, steps, passes, floor, **more):
     """Of a whole text that takes `seconds` in so many steps."""
@@ -152,6 +210,8 @@ class Benchmark:
       tokens_per_step=cell.model.T / steps,
       **more,
     )
+
+  # Each returns its programs, and results() of their times.
 
   def _cached(self, cell, bind, params):
     """By decode.generate."""
@@ -176,22 +236,26 @@ class Benchmark:
         most_blanks=blanks,
       )  # fmt: skip
 
-    seconds, out, launches = _time(generate, params, jax.random.key(0))
-    steps, passes = -(-blanks // cell.width), 1.0
-    if in_rounds:
-      steps, passes = int(out.calls.max()) // 2, 2.0
-    if method == "adaptive":
-      # All that is left is scored, half of the text on average.
-      passes += -(-T // decode_steps.CHUNK) / 2
     dtype = bind(params).compute.dtype
     slots = B * model.S / 2
     moved = slots * cost.cache_bytes_per_token(model, dtype)
     moved += _weight_bytes(params, dtype)
-    return self._result(
-      cell, cell.method, seconds * T / blanks, steps * T / blanks, passes,
-      moved / self._options.bandwidth, launches=launches,
-      timed="whole" if blanks == T else f"{blanks} tokens",
-    )  # fmt: skip
+
+    def results(timings):
+      (timing,) = timings
+      steps, passes = -(-blanks // cell.width), 1.0
+      if in_rounds:
+        steps, passes = int(timing.out.calls.max()) // 2, 2.0
+      if method == "adaptive":
+        # All that is left is scored, half of the text on average.
+        passes += -(-T // decode_steps.CHUNK) / 2
+      return [self._result(
+        cell, cell.method, timing.seconds * T / blanks, steps * T / blanks,
+        passes, moved / self._options.bandwidth, launches=timing.launches,
+        timed="whole" if blanks == T else f"{blanks} tokens",
+      )]  # fmt: skip
+
+    return [generate], results
 
   def _uncached(self, cell, bind, params):
     """At two lengths, Gauss's, which give the mean of a cubic exactly.
@@ -222,23 +286,29 @@ class Benchmark:
 
       return generate
 
-    total = 0.0
-    for share in (0.5 - 0.75**0.5 / 3, 0.5 + 0.75**0.5 / 3):
-      n = max(1, round(share * T))
-      times = [
-        _time(program(n, one_query), params, jax.random.key(0))
-        for one_query in ((True, False) if two else (False,))
-      ]
-      total += min(time[0] for time in times) / steps / 2
+    kinds = (True, False) if two else (False,)
+    programs = [
+      program(max(1, round(share * T)), one_query)
+      for share in (0.5 - 0.75**0.5 / 3, 0.5 + 0.75**0.5 / 3)
+      for one_query in kinds
+    ]
     dtype = bind(params).compute.dtype
     half = dataclasses.replace(cell.model, T=max(1, T // 2))
     flops = cost.forward_flops(
       half, _VOCABULARY, B, **({"query_fraction": 1e-9} if two else {})
     )
-    return self._result(
-      cell, cell.method, total * T, T, 1, self._floor(params, dtype, flops),
-      launches=times[0][2], timed="at 2 lengths",
-    )  # fmt: skip
+    floor = self._floor(params, dtype, flops)
+
+    def results(timings):
+      half = len(kinds)
+      lengths = timings[:half], timings[half:]
+      best = [min(x.seconds for x in of_length) for of_length in lengths]
+      return [self._result(
+        cell, cell.method, statistics.mean(best) / steps * T, T, 1, floor,
+        launches=timings[half].launches, timed="at 2 lengths",
+      )]  # fmt: skip
+
+    return programs, results
 
   def _masked(self, cell, bind, params):
     """By diffusion.generate, whose steps all cost the same."""
@@ -253,17 +323,21 @@ class Benchmark:
         method="ancestral", steps=steps,
       ).tokens  # fmt: skip
 
-    seconds, _, launches = _time(generate, params, jax.random.key(0))
     network = bind(params)
     flops = cost.forward_flops(network.model, _VOCABULARY, B)
     floor = self._floor(params, network.compute.dtype, flops)
-    return [
-      self._result(
-        cell, name, seconds / steps * count, count, 1, floor,
-        launches=launches, timed=f"{steps} steps",
-      )
-      for name, count in (("mdlm T", T), ("mdlm T/4", max(1, T // 4)))
-    ]  # fmt: skip
+
+    def results(timings):
+      (timing,) = timings
+      return [
+        self._result(
+          cell, name, timing.seconds / steps * count, count, 1, floor,
+          launches=timing.launches, timed=f"{steps} steps",
+        )
+        for name, count in (("mdlm T", T), ("mdlm T/4", max(1, T // 4)))
+      ]  # fmt: skip
+
+    return [generate], results
 
   def _floor(self, params, dtype, flops):
     moved = _weight_bytes(params, dtype)
@@ -292,10 +366,27 @@ def _weight_bytes(params, dtype):
   )
 
 
-def _time(program: Callable, *arguments):
-  """(median seconds of a call, its result, kernels a step of its loop)."""
-  compiled = jax.jit(program).lower(*arguments).compile()
-  result = jax.block_until_ready(compiled(*arguments))
+def _key():
+  return jax.random.key(0)
+
+
+@functools.cache
+def _bind(model, compute):
+  return train_state.Bind(model, compute, _VOCABULARY)
+
+
+@functools.lru_cache(maxsize=1)
+def _fresh(bind):
+  """Parameters; those of the last cell, where the model is the same."""
+  return jax.jit(bind.init)(_key())
+
+
+def _compile(program, params):
+  return jax.jit(program).lower(params, _key()).compile()
+
+
+def _time(compiled, *arguments) -> _Timing:
+  out = jax.block_until_ready(compiled(*arguments))
   times: list[float] = []
   while len(times) < 3 or (sum(times) < 0.3 and len(times) < 20):
     start = time.perf_counter()
@@ -303,7 +394,7 @@ def _time(program: Callable, *arguments):
     times.append(time.perf_counter() - start)
     if times[0] > 5:
       break
-  return statistics.median(times), result, launches(compiled.as_text())
+  return _Timing(statistics.median(times), out, launches(compiled.as_text()))
 
 
 def peak_bandwidth(device_kind: str) -> float | None:

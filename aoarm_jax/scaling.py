@@ -16,6 +16,7 @@ or launch.slurm as several processes it measures all their devices only.
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
 import glob
 import itertools
@@ -24,6 +25,8 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -73,40 +76,67 @@ def configuration(
   )
 
 
-def measure(config: config_lib.Config, devices, steps: int) -> dict:
-  """Trains for a few steps.
+class Program(NamedTuple):
+  """A row's training step, compiled.
+
+  Attributes:
+    mesh: of its devices.
+    init: () -> state.
+    step: (state, tokens) -> (state, sums).
+  """
+
+  mesh: jax.sharding.Mesh
+  init: Callable
+  step: jax.stages.Compiled
+
+
+def compile_step(config: config_lib.Config, devices) -> Program:
+  """Compiles one row's training step; allocates nothing.
 
   Args:
     config: of the row.
     devices: those of the mesh.
-    steps: timed, and then profiled, each.
-
-  Returns:
-    {column: number}, without efficiency.
 
   Raises:
     ConfigError: the mesh does not divide the model or the batch.
   """
   mesh = sharding.of_run(config, "train", devices=devices)
-  B, T = config.train.batch_size, config.model.T
+  shape = config.train.batch_size, config.model.T
   with jax.set_mesh(mesh):
     bind, abstract, init = train_state.create(config, _VOCABULARY, mesh)
+    shardings = (
+      jax.tree.map(lambda leaf: leaf.sharding, abstract),
+      sharding.replicated(mesh),
+    )
+    step = jax.jit(
+      train.make_step(config, bind, _VOCABULARY),
+      donate_argnums=0, out_shardings=shardings,
+    )  # fmt: skip
+    tokens = jax.ShapeDtypeStruct(
+      shape, np.uint8, sharding=sharding.named(mesh, "batch")
+    )
+    return Program(mesh, init, step.lower(abstract, tokens).compile())
+
+
+def measure(config: config_lib.Config, program: Program, steps: int) -> dict:
+  """Trains for a few steps.
+
+  Args:
+    config: of the row.
+    program: of the row.
+    steps: timed, and then profiled, each.
+
+  Returns:
+    {column: number}, without efficiency.
+  """
+  mesh, init, step = program
+  devices = list(mesh.devices.flat)
+  B, T = config.train.batch_size, config.model.T
+  with jax.set_mesh(mesh):
     state = init()
     rows = sharding.local_rows(mesh, B)
     tokens = np.random.default_rng(0).integers(0, _VOCABULARY, (B, T), np.uint8)
     batch = sharding.put_batch(mesh, tokens[rows])
-    step = (
-      jax.jit(
-        train.make_step(config, bind, _VOCABULARY),
-        donate_argnums=0,
-        out_shardings=(
-          jax.tree.map(lambda leaf: leaf.sharding, abstract),
-          sharding.replicated(mesh),
-        ),
-      )
-      .lower(state, batch)
-      .compile()
-    )
 
     def run(count):
       nonlocal state
@@ -258,13 +288,17 @@ def main(argv: list[str]) -> int:
     print(f"{len(devices)} x {devices[0].device_kind}, jax {jax.__version__}")
     _print_row(_COLUMNS)
     _print_row(["---"] * len(_COLUMNS))
+  chosen = list(rows(flags))
+  most = max(n for _, _, n in chosen)
+  if most > len(devices):
+    print(f"--devices={most}: there are {len(devices)}", file=sys.stderr)
+    return 2
+  if speaks:
+    print(f"compiling {len(chosen)} training steps", file=sys.stderr)
   first = {}
-  for row, config, n in rows(flags):
-    if n > len(devices):
-      print(f"--devices={n}: there are {len(devices)}", file=sys.stderr)
-      return 2
+  for row, config, program in _compiled(chosen, devices):
     try:
-      row |= measure(config, devices[:n], flags.steps)
+      row |= measure(config, program.result(), flags.steps)
     except (config_lib.ConfigError, pallas_kernels.UnsupportedError) as error:
       row["failed"] = str(error)
     except jax.errors.JaxRuntimeError as error:
@@ -284,6 +318,20 @@ def main(argv: list[str]) -> int:
             json.dumps(row | {"config": dataclasses.asdict(config)}) + "\n"
           )
   return 0
+
+
+def _compiled(chosen, devices):
+  """[(row, config, future of its program)], of all rows side by side.
+
+  Nothing is timed while something compiles: choices of kernels are timed then.
+  """
+  # Several processes must compile in one order.
+  threads = 1 if jax.process_count() > 1 else min(16, os.cpu_count() or 1)
+  with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+    return [
+      (row, config, pool.submit(compile_step, config, devices[:n]))
+      for row, config, n in chosen
+    ]
 
 
 def _print_row(cells):

@@ -109,7 +109,10 @@ class BenchmarkTest(absltest.TestCase):
       measure = mock.patch.object(
         decode_timing.Benchmark, "measure", side_effect=outcomes
       )
-      with measure, contextlib.redirect_stdout(out):
+      compiled = mock.patch.object(
+        decode_timing.Benchmark, "compile", return_value=[]
+      )
+      with measure, compiled, contextlib.redirect_stdout(out):
         decode_benchmark.main([*command, *more])
 
     path = pathlib.Path(folder) / "x.csv"

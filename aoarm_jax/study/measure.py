@@ -85,6 +85,9 @@ class Lab:
     clock, start = {}, time.monotonic()
     programs = self.programs.of(config, cell.trial)
     try:
+      with _timed(clock, "compile"):  # Those of evaluation, during training.
+        for name in ("init", "train"):
+          programs[name].result()
       with _timed(clock, "train"):
         params, curve, speed = self._train(config, programs)
       with _timed(clock, "evaluate"):

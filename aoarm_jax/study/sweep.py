@@ -112,17 +112,20 @@ class _Clock:
   """How long cells take: by what was done before."""
 
   def __init__(self):
-    self._done = []  # (flops, seconds)
+    self._done = []  # (flops, seconds of training, other seconds)
 
   def add(self, result: dict):
-    self._done.append((result["training_flops"], result["seconds"]["all"]))
+    seconds = result["seconds"]
+    training = seconds.get("train", 0.0)
+    other = seconds["all"] - training
+    self._done.append((result["training_flops"], training, other))
 
-  def estimate(self, flops: float) -> float | None:
-    """Seconds, in proportion to the FLOPs of all cells done so far."""
-    total = sum(flops for flops, _ in self._done)
+  def estimate(self, flops: float, cells: int) -> float | None:
+    """Seconds: training by FLOPs, all else by the number of cells."""
+    total, training, other = (sum(x) for x in zip((0, 0, 0), *self._done))
     if not total:
       return None
-    return flops * sum(seconds for _, seconds in self._done) / total
+    return flops * training / total + cells * other / len(self._done)
 
 
 def study(
@@ -254,7 +257,7 @@ def _seconds_left(clock, cells, results):
     )
     for cell in cells
   )
-  return clock.estimate(flops)
+  return clock.estimate(flops, len(cells))
 
 
 def _prepare(programs, results, cells):
