@@ -68,12 +68,14 @@ def any_order_attention(
   if isinstance(visible, int):
     rows = jnp.full(q.shape[:2], visible, jnp.int32)
   lacks = {
-    "cudnn": functools.partial(_cudnn_lacks, q, k, visible, return_lse),
+    "cudnn": functools.partial(
+      _cudnn_lacks, q, k, visible, key_rank, return_lse
+    ),
     "mosaic_gpu": functools.partial(hopper.lacks, q, k, rows, key_rank),
     "mosaic_tpu": functools.partial(tpu.lacks, q, k, rows, key_rank),
   }
   if implementation is None:
-    faster = tuning.FASTEST.get(jax.default_backend(), ())
+    faster = tuning.fastest(jax.default_backend(), q.shape[1], k.shape[1])
     implementation = next((x for x in faster if not lacks[x]()), "xla")
   elif implementation in lacks and (missing := lacks[implementation]()):
     raise UnsupportedError(
@@ -85,16 +87,7 @@ def any_order_attention(
     case "xla":
       out, lse = _xla(q, k, v, visible, key_rank, scale, return_lse)
     case "cudnn":
-      if visible is not None:
-        k, v = k[:, :visible], v[:, :visible]
-      return jax.nn.dot_product_attention(
-        q,
-        k,
-        v,
-        scale=scale,
-        is_causal=visible is None,
-        implementation="cudnn",
-      )
+      return _cudnn(q, k, v, visible, scale)
     case "mosaic_gpu":
       out, lse = hopper.attention(q, k, v, rows, key_rank, scale)
     case "mosaic_tpu":
@@ -169,10 +162,31 @@ def _xla(q, k, v, visible, key_rank, scale, return_lse):
   return jnp.where(some[..., None], out, 0), None
 
 
-def _cudnn_lacks(q, k, visible, return_lse) -> str:
+def _cudnn(q, k, v, visible, scale):
+  attend = functools.partial(
+    jax.nn.dot_product_attention, scale=scale, implementation="cudnn"
+  )
+  if visible is None:
+    return attend(q, k, v, is_causal=True)
+  if isinstance(visible, int):
+    return attend(q, k[:, :visible], v[:, :visible])
+  # It has a length a sequence; for one without keys it promises nothing.
+  lengths = jnp.clip(visible[:, 0], 1, k.shape[1])
+  rows = jnp.ones_like(lengths)
+  out = attend(q, k, v, query_seq_lengths=rows, key_value_seq_lengths=lengths)
+  return jnp.where((visible > 0)[:, :, None, None], out, 0)
+
+
+def _cudnn_lacks(q, k, visible, key_rank, return_lse) -> str:
   """What of this call cuDNN's fused attention cannot do, or ""."""
-  if visible is not None and not (isinstance(visible, int) and visible > 0):
-    return "`visible` (None or a positive int only)"
+  if isinstance(visible, int):
+    fits = visible > 0
+  else:
+    fits = visible is None or visible.shape == (q.shape[0], 1)
+  if not fits:
+    return "`visible` (None, a positive int, or [B, 1] only)"
+  if key_rank is not None:
+    return "`key_rank` (slots in generation order only)"
   if return_lse:
     return "`return_lse`"
   if visible is None and q.shape[1] != k.shape[1]:

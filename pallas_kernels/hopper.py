@@ -83,7 +83,7 @@ def attention(
   if config is None:
     config = tuning.hopper(q.shape[1], S, _padded(H))
   rows = q.shape[1]
-  q, k, v = (_pad(x) for x in (q, k, v))
+  q, k, v = _pad(q, 8), _pad(k, ROWS), _pad(v, ROWS)
   counts = None if visible is None else hopper_masks.prefix(visible, S)
   out, lse = _attention(q, k, v, counts, scale, config)
   # Rows that fill up the last tile are past T here.
@@ -110,9 +110,9 @@ def _padded(H: int) -> int:
   return 64 if H <= 64 else 128
 
 
-def _pad(x):
-  """With a tile of rows and a multiple of 8, as TMA asks; H of 64 or 128."""
-  rows = max(ROWS - x.shape[1], -x.shape[1] % 8)
+def _pad(x, least: int):
+  """With `least` rows and a multiple of 8, as TMA asks; H of 64 or 128."""
+  rows = max(least - x.shape[1], -x.shape[1] % 8)
   H = _padded(x.shape[3]) - x.shape[3]
   if not rows and not H:
     return x
@@ -123,7 +123,7 @@ def _pad(x):
 def _attention(q, k, v, counts, scale, config):
   (B, T, Nq, _), (S, N) = q.shape, k.shape[1:3]
   splits = 1
-  if T == ROWS and Nq == N:
+  if T <= ROWS and Nq == N:
     splits = tuning.hopper_splits(B * N, S, config)
   found = hopper_forward.forward(q, k, v, counts, scale, config, splits=splits)
   return found if splits == 1 else _merge(*found, splits)
@@ -134,7 +134,8 @@ def _merge(out, lse, splits: int):
 
   Args:
     out: [B * splits, T, N, H].
-    lse: float32 [B * splits, N, T], base 2, +inf where a row sees nothing.
+    lse: float32 [B * splits, N, T rounded up to 64], base 2, +inf where a row
+      sees nothing.
     splits: parts.
   """
   out, lse = (x.reshape(-1, splits, *x.shape[1:]) for x in (out, lse))
@@ -145,7 +146,7 @@ def _merge(out, lse, splits: int):
   total = share.sum(axis=1)
   some = total > 0
   share /= jnp.where(some, total, 1.0)[:, None]
-  share = jnp.swapaxes(share, 2, 3)[..., None]
+  share = jnp.swapaxes(share, 2, 3)[:, :, : out.shape[2], :, None]
   merged = (out.astype(jnp.float32) * share).sum(axis=1)
   lse = jnp.where(some, finite + jnp.log2(jnp.where(some, total, 1)), jnp.inf)
   return merged.astype(out.dtype), lse

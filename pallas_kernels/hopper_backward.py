@@ -22,8 +22,8 @@ def backward(q, k, v, prefix, d_out, lse, delta, scale, config: tuning.Hopper):
   """(dq, dk, dv).
 
   Args:
-    q: [B, T, Nq, H], T at least 64.
-    k: [B, S, N, H], S at least 64.
+    q: [B, T, Nq, H], T a multiple of 8.
+    k: [B, S, N, H], S a multiple of 8, at least 64.
     v: [B, S, N, H].
     prefix: None for causal, or the Prefix of hopper_masks.prefix.
     d_out: [B, T, Nq, H], cotangent of the output.

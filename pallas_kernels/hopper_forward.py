@@ -31,8 +31,8 @@ def forward(
   """(out, lse) of attention.
 
   Args:
-    q: [B, T, Nq, H], T at least 64.
-    k: [B, S, N, H], S at least 64.
+    q: [B, T, Nq, H], T a multiple of 8.
+    k: [B, S, N, H], S a multiple of 8, at least 64.
     v: [B, S, N, H].
     prefix: None for causal, or the Prefix of hopper_masks.prefix.
     scale: of the scores.

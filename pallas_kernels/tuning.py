@@ -3,10 +3,18 @@
 import dataclasses
 from typing import NamedTuple
 
-# By platform, the implementations that beat `xla`, the fastest first.
-FASTEST = {"gpu": ("mosaic_gpu", "cudnn"), "tpu": ("mosaic_tpu",)}
+# By platform, the implementations that beat `xla`, the fastest first; for one
+# row over a long cache see `fastest`.
+_FASTEST = {"gpu": ("mosaic_gpu", "cudnn"), "tpu": ("mosaic_tpu",)}
 
 LANES = 128  # Of a TPU's vector registers: tiles are multiples of it.
+
+
+def fastest(platform: str, T: int, S: int) -> tuple[str, ...]:
+  """What to try for T rows over S slots, the fastest first; xla comes last."""
+  if platform == "gpu" and T == 1 and S >= 1024:
+    return "cudnn", "mosaic_gpu"
+  return _FASTEST.get(platform, ())
 
 
 class TpuTiles(NamedTuple):
@@ -137,10 +145,14 @@ def hopper(T: int, S: int, H: int) -> Hopper:
 def hopper_splits(heads: int, S: int, config: Hopper) -> int:
   """Parts of the slots for few rows: enough items, none of under 4 tiles.
 
+  Where the heads alone are several items for every block, parts are merged for
+  more than they win unless they are long: none of under 16 tiles there.
+
   Args:
     heads: key heads of all sequences.
     S: slots.
     config: tile sizes.
   """
   tiles = -(-S // config.keys)
-  return min(max(-(-8 * config.blocks // heads), 1), max(tiles // 4, 1))
+  least = 4 if heads < 2 * config.blocks else 16
+  return min(max(-(-8 * config.blocks // heads), 1), max(tiles // least, 1))

@@ -6,9 +6,11 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 import pallas_kernels
+from pallas_kernels import tuning
 
 _B, _N, _GROUP, _H = 3, 2, 2, 6
 _SHAPES = ((7, 7), (5, 7), (7, 5), (1, 7), (7, 1))
@@ -278,7 +280,7 @@ class ChooserTest(parameterized.TestCase):
     )
 
   @parameterized.named_parameters(
-    ("visible", dict(), True, r"`visible` \(None or a positive int"),
+    ("visible", dict(), True, r"`visible` \(None, a positive int, or"),
     ("lse", dict(), None, "`return_lse`"),
     ("rows", dict(T=5), False, r"T=5 rows over S=7 slots \(T = S only\)"),
     ("dtype", dict(), False, r"float32 \(bfloat16 and float16 only\)"),
@@ -299,6 +301,19 @@ class ChooserTest(parameterized.TestCase):
     with self.assertRaisesRegex(pallas_kernels.UnsupportedError, message):
       pallas_kernels.any_order_attention(
         q, k, v, visible, return_lse=lse, implementation="cudnn"
+      )
+
+  def test_one_row_over_a_long_cache(self):
+    """On a GPU cuDNN is faster there, and has lengths but no ranks."""
+    self.assertEqual(tuning.fastest("gpu", 1, 1024)[0], "cudnn")
+    for T, S in ((1, 1023), (2, 4096), (128, 128)):
+      self.assertEqual(tuning.fastest("gpu", T, S)[0], "mosaic_gpu")
+    q, k, v = _inputs(1, 7)
+    visible, rank = np.ones((_B, 1), np.int32), np.ones((_B, 7), np.int32)
+    message = "'cudnn' does not support `key_rank`"
+    with self.assertRaisesRegex(pallas_kernels.UnsupportedError, message):
+      pallas_kernels.any_order_attention(
+        q, k, v, visible, key_rank=rank, implementation="cudnn"
       )
 
   def test_an_unknown_name_lists_the_known(self):
@@ -336,6 +351,40 @@ class ChooserTest(parameterized.TestCase):
       pallas_kernels.any_order_attention(q, k, v, key_rank=rank)
     with self.assertRaisesRegex(ValueError, r"must be \[B, S\] = \(3, 7\)"):
       pallas_kernels.any_order_attention(q, k, v, visible, key_rank=visible)
+
+
+@pytest.mark.gpu
+class OneRowTest(parameterized.TestCase):
+  @parameterized.product(S=(1, 97, 1024, 5000), group=(1, 2), H=(64, 128))
+  def test_cudnn(self, S, group, H):
+    """Lengths a sequence, none of them too; forward and backward."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = (4, 1, 3 * group, H), (4, S, 3, H), (4, S, 3, H)
+    q, k, v = (
+      jax.random.normal(key, shape, jnp.bfloat16)
+      for key, shape in zip(keys, shapes)
+    )
+    visible = jnp.array([[0], [1], [S // 2], [S]], jnp.int32)
+    weight = jax.random.normal(keys[3], q.shape, jnp.float32)
+
+    def loss(name, q, k, v):
+      out = pallas_kernels.any_order_attention(
+        q, k, v, visible, implementation=name
+      )
+      return jnp.sum(out.astype(jnp.float32) * weight), out
+
+    def run(name, *arrays):
+      function = jax.value_and_grad(
+        functools.partial(loss, name), (0, 1, 2), has_aux=True
+      )
+      (_, out), gradients = jax.jit(function)(*arrays)
+      return out, *gradients
+
+    wanted = run("reference", *(x.astype(jnp.float32) for x in (q, k, v)))
+    for got, want in zip(run("cudnn", q, k, v), wanted):
+      error = jnp.linalg.norm((got.astype(jnp.float32) - want).ravel())
+      scale = jnp.linalg.norm(want.ravel())
+      self.assertLess(float(error), 8e-3 * float(scale))
 
 
 if __name__ == "__main__":
