@@ -24,6 +24,7 @@ seed=0,1 orders=block1,block16,block128,block1024 T=1024 budget=steps,flops mech
 T=256,512,2048,4096 budget=steps,flops mechanism=two_stream,decoupled_rope rate=tuned
 seed=0,1,2 T=128,1024 budget=parameters {_MAIN} rate=tuned
 T=128,1024 mechanism=decoupled_rope_content rate=tuned
+T=128,1024 orders=curriculum mechanism=ao_gpt
 seed=1,2 T=128,1024 mechanism=causal rate=tuned
 T=128,1024 size=512x10x8 budget=steps,flops mechanism=two_stream,decoupled_rope rate=tuned
 T=256,512,2048,4096 {_MAIN} rate=tuned

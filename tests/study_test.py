@@ -32,7 +32,14 @@ from aoarm_jax import (
 )
 from aoarm_jax.data import tokenizers
 from aoarm_jax.study import cells as cells_lib
-from aoarm_jax.study import findings, measure, programs, sweep, tables
+from aoarm_jax.study import (
+  findings,
+  measure,
+  profiles,
+  programs,
+  sweep,
+  tables,
+)
 
 STUDY = str(helpers.ROOT / "configs" / "study_tradeoff.py")
 V = 27
@@ -130,6 +137,14 @@ class SweepTest(parameterized.TestCase):
       for budget in cells_lib.BUDGETS
     }
     self.assertLen(names, 1)
+
+  def test_a_curriculum_is_judged_by_uniform_orders(self):
+    _, got = self.resolved("mechanism=ao_gpt orders=curriculum T=16")
+    self.assertEqual(got.orders.family, "curriculum")
+    self.assertEqual(got.sample.order, "uniform")
+    self.assertEqual(got.eval.estimators, ("any_order",))
+    order = profiles.orders_of(got, 0)  # At step 0 it would be sorted.
+    self.assertGreater(np.mean(np.diff(order) < 0), 0.3)
 
   @parameterized.parameters("", "quick", "tiny")
   def test_sweeps_of_the_config_can_be(self, variant):

@@ -9,8 +9,8 @@ A line is a product of values, a cell is one point of it:
 | mechanism | names of mechanisms.MECHANISMS                   | config.model |
 | size      | width x layers x heads, as in 256x10x4           | config.model |
 | T         | positions, at config.study.tokens_per_step       | config.model |
-| orders    | uniform, left_to_right, or block16: windows of   | uniform      |
-|           | that width                                       |              |
+| orders    | uniform, left_to_right, block16: windows of that | uniform      |
+|           | width; curriculum: to uniform from left to right |              |
 | budget    | steps, flops or parameters, see `resolve`        | steps        |
 | rate      | peak learning rate, or tuned                     | as config    |
 | steps     | of the reference mechanism                       | config.train |
@@ -33,7 +33,7 @@ from aoarm_jax import config_rules, matching, mechanisms
 
 BUDGETS = ("steps", "flops", "parameters")
 TUNED = "tuned"
-_FAMILY = re.compile(r"(uniform|left_to_right|block)(\d*)$")
+_FAMILY = re.compile(r"(uniform|left_to_right|curriculum|block)(\d*)$")
 _SIZE = re.compile(r"(\d+)x(\d+)x(\d+)$")
 # What of config.study decides the numbers of a cell.
 _MEASURED_BY = (
@@ -209,12 +209,14 @@ def _plain(cell, config):
   D, L, N = map(int, _SIZE.match(cell.size).groups())
   family, width = _FAMILY.match(cell.orders).groups()
   kind = mechanisms.MECHANISMS[cell.mechanism]
+  # A curriculum ends with uniform orders: it is judged by them.
+  asked = "uniform" if family == "curriculum" else family
   if kind.left_to_right:
     estimator = "left_to_right"
   elif kind.masked:
     estimator = "elbo"
   else:
-    estimator = "any_order" if family == "uniform" else "training_order"
+    estimator = "any_order" if asked == "uniform" else "training_order"
   # A full pass's attention is not a fused one: its maps are not all kept.
   remat = config.compute.remat or (kind.masked and cell.T > 1024)
   batch = max(1, config.study.tokens_per_step // cell.T)
@@ -227,7 +229,7 @@ def _plain(cell, config):
     orders=orders,
     train=dict(batch_size=batch, steps=cell.steps),
     eval=dict(estimators=(estimator,)),
-    sample=dict(order=family, method="sequential"),
+    sample=dict(order=asked, method="sequential"),
     compute=dict(remat=remat),
   )
 

@@ -22,6 +22,7 @@ these keys. 1: all goes to the nearest key; 0: as far as uniform attention
 goes; below 0: farther.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -278,10 +279,10 @@ def shares(arrays: dict[str, np.ndarray], stream: str) -> dict[str, np.ndarray]:
 
 
 def orders_of(config: config_lib.Config, seed: int) -> jax.Array:
-  """The orders of the profiled windows: the same for every mechanism."""
+  """The orders of the profiled windows, as of generated texts."""
   return orders.draw(
     jax.random.key(seed),
     config.study.profile_sequences,
     config.model.T,
-    config.orders,
+    dataclasses.replace(config.orders, family=config.sample.order),
   )

@@ -113,7 +113,7 @@ def _evaluate_program(config, vocabulary, mesh):
   )
 
   def program(params, seed, first_row, tokens, real):
-    # The step matters to a curriculum alone, which no cell has.
+    # The step matters to the law of a curriculum alone, which none asks for.
     step, key = jnp.int32(0), jax.random.key(seed)
     return estimate(params, key, step, first_row, tokens, real)
 
