@@ -19,6 +19,8 @@ _COLOURS = dict(
   )
 )
 _OTHER = "#444444"
+# Larger differences, as of an arm that learned nothing, are said in words.
+_FAR_BITS = 1.0
 
 
 def colour(mechanism: str) -> str:
@@ -226,6 +228,7 @@ def locality_plane(found, folder: epath.Path) -> bool:
             color=colour(arm.mechanism), mec="black",
             mfc=colour(arm.mechanism) if filled else "white",
           )  # fmt: skip
+      axes.locator_params(axis="x", nbins=5)
       axes.set_title(f"T = {T}")
       axes.set_xlabel("structural locality")
     for axes in grid[:, 0]:
@@ -250,12 +253,16 @@ def differences(rows, folder: epath.Path) -> bool:
     for axes, budget in zip(grid[0], budgets):
       axes.axhline(0, color="#777777", lw=1)
       chosen = tables.find(measured, budget=budget)
+      far = [r for r in chosen if abs(r["difference_bits"]) > _FAR_BITS]
       for name, size in dict.fromkeys(
         (r["mechanism"], r["size"]) for r in chosen
       ):
         line = sorted(
           tables.find(chosen, mechanism=name, size=size), key=lambda r: r["T"]
         )
+        line = [r for r in line if r not in far]
+        if not line:
+          continue
         axes.errorbar(
           [r["T"] for r in line], [r["difference_bits"] for r in line],
           yerr=[2 * r["error"] for r in line], marker="o", capsize=3,
@@ -264,8 +271,13 @@ def differences(rows, folder: epath.Path) -> bool:
         )  # fmt: skip
       axes.set_xscale("log", base=2)
       axes.xaxis.set_major_formatter("{x:g}")
+      beyond = [
+        f"{r['mechanism']} at {r['T']}: {r['difference_bits']:+.2f}"
+        for r in far
+      ]
       axes.set_title(f"equal {budget}")
-      axes.set_xlabel("length T")
+      note = "\noff the scale: " + ", ".join(beyond) if beyond else ""
+      axes.set_xlabel("length T" + note)
     grid[0][0].set_ylabel(
       f"bits per character above {measured[0]['reference']}"
     )
