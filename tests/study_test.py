@@ -138,11 +138,21 @@ class SweepTest(parameterized.TestCase):
     }
     self.assertLen(names, 1)
 
+  def test_a_block_as_wide_as_the_text_is_uniform(self):
+    for orders, wanted in (("block15", "block15"), ("block16", "uniform")):
+      cell, _ = self.resolved(f"T=16 orders={orders}")
+      self.assertEqual(cell.orders, wanted)
+
   def test_a_curriculum_is_judged_by_uniform_orders(self):
     _, got = self.resolved("mechanism=ao_gpt orders=curriculum T=16")
     self.assertEqual(got.orders.family, "curriculum")
     self.assertEqual(got.sample.order, "uniform")
     self.assertEqual(got.eval.estimators, ("any_order",))
+    cell, _ = self.resolved("mechanism=ao_gpt orders=curriculum T=16")
+    trials = cells_lib.trials(
+      dataclasses.replace(cell, rate="tuned"), config("")
+    )
+    self.assertEqual({trial.orders for trial in trials}, {"uniform"})
     order = profiles.orders_of(got, 0)  # At step 0 it would be sorted.
     self.assertGreater(np.mean(np.diff(order) < 0), 0.3)
 
@@ -155,15 +165,15 @@ class SweepTest(parameterized.TestCase):
 
 
 class AnswersTest(absltest.TestCase):
-  def row(self, T, difference, error, seeds=2):
+  def row(self, T, difference, error, seeds=2, orders="uniform"):
     return {
-      "mechanism": "decoupled_rope", "T": T, "orders": "uniform",
+      "mechanism": "decoupled_rope", "T": T, "orders": orders, "size": "8x1x1",
       "budget": "flops", "difference_bits": difference, "error": error,
       "seeds": seeds, "error_of": "seeds",
     }  # fmt: skip
 
   def answer(self, rows, part, areas=(), specialisation=()):
-    found = findings.all_of(rows, areas, specialisation, "two_stream")
+    found = findings.all_of(rows, areas, specialisation, "two_stream", "8x1x1")
     (one,) = [a for a in found if part in a.question]
     return one.answer
 
@@ -172,6 +182,24 @@ class AnswersTest(absltest.TestCase):
       rows = [self.row(1024, last, 0.01), self.row(128, 0.0, 0.01)]
       self.assertEqual(self.answer(rows, "grow with length"), wanted)
     self.assertEqual(self.answer(rows[:1], "grow with length"), "not measured")
+
+  def test_growth_with_the_width_of_blocks(self):
+    """Uniform orders are the widest block; narrower first, whatever T."""
+    rows = [
+      self.row(64, 0.2, 0.01),
+      self.row(64, 0.0, 0.01, orders="block16"),
+      self.row(64, 0.3, 0.01, orders="block1", seeds=1),
+      self.row(16, -9.0, 0.01),
+    ]
+    widths = [width for width, _ in tables.by_width(rows[:3])]
+    self.assertEqual(widths, [1, 16, 64])
+    self.assertEqual(self.answer(rows, "order divergence"), "yes")
+    self.assertEqual(self.answer(rows[:1], "order divergence"), "not measured")
+
+  def test_another_size_is_another_question(self):
+    rows = [self.row(128, 0.2, 0.01, seeds=3)]
+    rows.append(self.row(1024, -0.2, 0.01, seeds=3) | {"size": "16x1x1"})
+    self.assertEqual(self.answer(rows, "equal flops: does"), "yes")
 
   def test_one_seed_cannot_tell(self):
     rows = [self.row(T, T / 1000, 0.001, seeds=1) for T in (128, 1024)]
@@ -216,7 +244,8 @@ class AnswersTest(absltest.TestCase):
     def area(mechanism, value, seeds, half=0.01):
       return {
         "mechanism": mechanism, "T": 128, "budget": "steps",
-        "orders": "uniform", "seeds": seeds, "area_from_4": value,
+        "orders": "uniform", "size": "8x1x1", "seeds": seeds,
+        "area_from_4": value,
         "area_from_4_low": value - half, "area_from_4_high": value + half,
       }  # fmt: skip
 
@@ -244,7 +273,7 @@ class AnswersTest(absltest.TestCase):
     def locality(mechanism, stream, index, value, seeds):
       return {
         "mechanism": mechanism, "T": 16, "budget": "steps",
-        "orders": "uniform", "stream": stream, "index": index,
+        "orders": "uniform", "size": "8x1x1", "stream": stream, "index": index,
         "locality": value, "error": 0.01 if seeds > 1 else "",
         "seeds": seeds,
       }  # fmt: skip

@@ -10,7 +10,8 @@ A line is a product of values, a cell is one point of it:
 | size      | width x layers x heads, as in 256x10x4           | config.model |
 | T         | positions, at config.study.tokens_per_step       | config.model |
 | orders    | uniform, left_to_right, block16: windows of that | uniform      |
-|           | width; curriculum: to uniform from left to right |              |
+|           | width (as wide as the text: uniform); curriculum |              |
+|           | from left to right to uniform                    |              |
 | budget    | steps, flops or parameters, see `resolve`        | steps        |
 | rate      | peak learning rate, or tuned                     | as config    |
 | steps     | of the reference mechanism                       | config.train |
@@ -71,6 +72,12 @@ class Cell:
     )
 
   @property
+  def judged(self) -> "Cell":
+    """The cell with the orders that it is evaluated in."""
+    orders = "uniform" if self.orders == "curriculum" else self.orders
+    return dataclasses.replace(self, orders=orders)
+
+  @property
   def arm(self) -> "Cell":
     """The cell without its seed: cells of one arm differ by it alone."""
     return dataclasses.replace(self, seed=-1)
@@ -98,24 +105,31 @@ def expand(config: config_lib.Config) -> list[Cell]:
 def trials(cell: Cell, config: config_lib.Config) -> list[Cell]:
   """The cells that decide the learning rate of a cell; [] where it is given.
 
-  One for each of config.study.rates, for its mechanism, size, T and orders,
-  at equal steps and seed 0. The best is that of the lowest validation loss.
+  One for each of config.study.rates, for its mechanism, size, T and orders (of
+  a curriculum, which is long, uniform ones), at equal steps and seed 0. The
+  best is that of the lowest validation loss.
   """
   if cell.rate != TUNED:
     return []
   trial = dataclasses.replace(
-    cell, budget="steps", steps=config.study.tune_steps, seed=0, trial=True
-  )
+    cell.judged, budget="steps", steps=config.study.tune_steps, seed=0,
+    trial=True,
+  )  # fmt: skip
   return [
     dataclasses.replace(trial, rate=f"{rate:g}") for rate in config.study.rates
   ]
+
+
+def size_of(model: config_lib.Model) -> str:
+  """As a line writes it."""
+  return f"{model.D}x{model.L}x{model.N}"
 
 
 def _of_line(line, config):
   model = config.model
   values = {
     "mechanism": [model.mechanism],
-    "size": [f"{model.D}x{model.L}x{model.N}"],
+    "size": [size_of(model)],
     "T": [str(model.T)],
     "orders": ["uniform"],
     "budget": ["steps"],
@@ -149,8 +163,11 @@ def _cell(line, point):
   for key, good in checks:
     if not good:
       raise _error(line, f"{key}={point[key]} cannot be; see study/cells.py")
+  width = _FAMILY.match(point["orders"])[2]
   if mechanisms.MECHANISMS[name].left_to_right:
     point["orders"] = "left_to_right"
+  elif width and int(width) >= int(point["T"]):
+    point["orders"] = "uniform"
   if point["rate"] != TUNED:
     point["rate"] = f"{float(point['rate']):g}"
   numbers = {key: int(point[key]) for key in ("T", "steps", "seed")}
@@ -209,8 +226,7 @@ def _plain(cell, config):
   D, L, N = map(int, _SIZE.match(cell.size).groups())
   family, width = _FAMILY.match(cell.orders).groups()
   kind = mechanisms.MECHANISMS[cell.mechanism]
-  # A curriculum ends with uniform orders: it is judged by them.
-  asked = "uniform" if family == "curriculum" else family
+  asked = _FAMILY.match(cell.judged.orders)[1]
   if kind.left_to_right:
     estimator = "left_to_right"
   elif kind.masked:

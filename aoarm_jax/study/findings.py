@@ -38,8 +38,12 @@ class Answer(NamedTuple):
     return self.answer == NO
 
 
-def all_of(differences, areas, specialisation, reference) -> list[Answer]:
-  """The answers, from the tables of the same names."""
+def all_of(differences, areas, specialisation, reference, size) -> list[Answer]:
+  """The answers, from the tables of the same names, for models of one size."""
+  differences, areas, specialisation = (
+    tables.find(rows, size=size)
+    for rows in (differences, areas, specialisation)
+  )
   return [
     *_reproduction(areas),
     *_areas_against(areas, reference),
@@ -196,16 +200,14 @@ def _growth_with_length(rows, reference):
 
 
 def _growth_with_width(rows, reference):
-  found = [
-    r for r in _measured(rows, mechanism="decoupled_rope", budget="flops")
-    if r["orders"].startswith("block")
-  ]  # fmt: skip
-  found.sort(key=lambda r: int(r["orders"].removeprefix("block")))
+  found = _measured(rows, mechanism="decoupled_rope", budget="flops")
+  T = max((r["T"] for r in found if r["orders"].startswith("block")), default=0)
+  widths = tables.by_width(tables.find(found, T=T))
   question = (
     f"equal FLOPs: does the deficit against {reference} grow with order "
     "divergence (width of the blocks)?"
   )
-  return _growth(question, found, "orders")
+  return _growth(question, [row | {"width": w} for w, row in widths], "width")
 
 
 def _parting(rows):

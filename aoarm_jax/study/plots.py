@@ -89,8 +89,12 @@ def _main(found, budgets=("steps",)):
   return chosen
 
 
+def _trained(mechanism, orders):
+  return mechanism + ", curriculum" * (orders == "curriculum")
+
+
 def _name(arm):
-  words = arm.mechanism
+  words = _trained(arm.mechanism, arm.orders)
   if arm.budget != "steps":
     words += f", equal {arm.budget}"
   return words
@@ -121,6 +125,8 @@ def coherence_diversity(found, folder: epath.Path, rule: str) -> bool:
           continue
         x, y = curve.mean[:, x_at], curve.mean[:, y_at]
         style = {"steps": "-", "flops": "--", "parameters": ":"}[arm.budget]
+        if arm.orders == "curriculum":
+          style = "-."
         axes.plot(
           x, y, style, marker=".", ms=5, lw=1.5, color=colour(arm.mechanism),
           label=_name(arm),
@@ -186,7 +192,7 @@ def _profiles(found, folder, T, limit=4):
         axes.set_yticks(sorted({0, len(values) - 1}))
         axes.set_xlabel(f"{profiles.KINDS[i]} distance, up to", fontsize=9)
       rows_of = "" if stream == "only" else f", {stream} rows"
-      line[0].set_title(f"{arm.mechanism}{rows_of}, T = {T}", fontsize=10)
+      line[0].set_title(f"{_name(arm)}{rows_of}, T = {T}", fontsize=10)
       line[0].set_ylabel("layer")
     picture.colorbar(
       image, ax=grid, label="log2 of attention / uniform attention",
@@ -216,7 +222,7 @@ def locality_plane(found, folder: epath.Path) -> bool:
           continue
         for stream in tables.streams_of(arm):
           index = np.mean([profiles.locality(f, stream) for f in files], axis=0)
-          words = arm.mechanism + (f", {stream}" if stream != "only" else "")
+          words = _name(arm) + (f", {stream}" if stream != "only" else "")
           filled = stream != "content"
           axes.plot(
             index[..., 1].ravel(), index[..., 0].ravel(), marks[stream], ms=5,
@@ -240,7 +246,9 @@ def locality_plane(found, folder: epath.Path) -> bool:
 def differences(rows, folder: epath.Path) -> bool:
   """Paired differences from the reference over length, a panel a budget."""
   measured = [
-    r for r in rows if r["difference_bits"] != "" and r["orders"] == "uniform"
+    r
+    for r in rows
+    if r["difference_bits"] != "" and r["orders"] in ("uniform", "curriculum")
   ]
   budgets = list(dict.fromkeys(r["budget"] for r in measured))
   if not measured:
@@ -254,11 +262,13 @@ def differences(rows, folder: epath.Path) -> bool:
       axes.axhline(0, color="#777777", lw=1)
       chosen = tables.find(measured, budget=budget)
       far = [r for r in chosen if abs(r["difference_bits"]) > _FAR_BITS]
-      for name, size in dict.fromkeys(
-        (r["mechanism"], r["size"]) for r in chosen
+      for key in dict.fromkeys(
+        (r["mechanism"], r["orders"], r["size"]) for r in chosen
       ):
+        mechanism, family, size = key
         line = sorted(
-          tables.find(chosen, mechanism=name, size=size), key=lambda r: r["T"]
+          tables.find(chosen, mechanism=mechanism, orders=family, size=size),
+          key=lambda r: r["T"],
         )
         line = [r for r in line if r not in far]
         if not line:
@@ -266,13 +276,15 @@ def differences(rows, folder: epath.Path) -> bool:
         axes.errorbar(
           [r["T"] for r in line], [r["difference_bits"] for r in line],
           yerr=[2 * r["error"] for r in line], marker="o", capsize=3,
-          color=colour(name), ls="-" if size == main else ":",
-          label=name if size == main else f"{name}, {size}",
+          color=colour(mechanism), ls="-" if size == main else ":",
+          mfc=None if family == "uniform" else "white",
+          label=_trained(mechanism, family) + f", {size}" * (size != main),
         )  # fmt: skip
       axes.set_xscale("log", base=2)
       axes.xaxis.set_major_formatter("{x:g}")
       beyond = [
-        f"{r['mechanism']} at {r['T']}: {r['difference_bits']:+.2f}"
+        f"{_trained(r['mechanism'], r['orders'])} at {r['T']}: "
+        f"{r['difference_bits']:+.2f}"
         for r in far
       ]
       axes.set_title(f"equal {budget}")
@@ -292,24 +304,24 @@ def blocks(rows, folder: epath.Path) -> bool:
   if not lengths:
     return False
 
-  def width(row):
-    return int(row["orders"].removeprefix("block"))
-
   T = max(lengths)
   with _picture(folder, "blocks", 1, inches=(6.4, 4.4)) as (picture, grid):
     axes = grid[0][0]
     axes.axhline(0, color="#777777", lw=1)
-    chosen = [
-      r for r in tables.find(measured, T=T) if r["orders"].startswith("block")
-    ]
-    for key in dict.fromkeys((r["mechanism"], r["budget"]) for r in chosen):
-      line = [r for r in chosen if (r["mechanism"], r["budget"]) == key]
-      line.sort(key=width)
+    chosen = tables.find(measured, T=T)
+    for key in dict.fromkeys(
+      (r["mechanism"], r["budget"], r["size"])
+      for r in chosen
+      if r["orders"].startswith("block")
+    ):
+      mechanism, budget, size = key
+      found = tables.find(chosen, mechanism=mechanism, budget=budget, size=size)
+      widths, line = zip(*tables.by_width(found))
       axes.errorbar(
-        [width(r) for r in line], [r["difference_bits"] for r in line],
+        widths, [r["difference_bits"] for r in line],
         yerr=[2 * r["error"] for r in line], marker="o", capsize=3,
-        color=colour(key[0]), ls="-" if key[1] == "steps" else "--",
-        label=f"{key[0]}, equal {key[1]}",
+        color=colour(mechanism), ls="-" if budget == "steps" else "--",
+        label=f"{mechanism}, equal {budget}",
       )  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")

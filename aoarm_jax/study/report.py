@@ -75,8 +75,9 @@ def write(
   drawn = [name for name, draw in pictures.items() if draw()]
   drawn += plots.profiles_pictures(profiles, folder)
   answers = findings.all_of(
-    differences, made["areas"], made["specialisation"], config.study.reference
-  )
+    differences, made["areas"], made["specialisation"],
+    config.study.reference, cells_lib.size_of(config.model),
+  )  # fmt: skip
   text = _text(config, cells, results, made, drawn, answers, command(argv))
   run_dir.write_atomically(folder / "README.md", text)
   done = sum(row["done"] for row in made["cells"])
@@ -164,7 +165,8 @@ def _method(config, first):
     is none: its slots have no order of generation. The definitions are in
     `aoarm_jax/study`.
 
-    **Answers** are about mechanisms, whatever the seed. An effect counts where
+    **Answers** are about mechanisms at {cells_lib.size_of(config.model)} (width
+    x layers x heads), whatever the seed. An effect counts where
     it is larger than t standard errors, t the 97.5% quantile of Student's
     distribution of (seeds - 1) degrees of freedom: 12.7 for two seeds, 4.3 for
     three, 2.8 for five. Bands of areas are widened alike before they count as

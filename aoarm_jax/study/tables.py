@@ -113,7 +113,7 @@ def differences_table(cells, results, config) -> list[Row]:
       continue
     means, within = [], []
     for cell in members:
-      other = dataclasses.replace(cell, **budget)
+      other = dataclasses.replace(cell.judged, **budget)
       nats, base = (_windows(results, each) for each in (cell, other))
       if nats is None or base is None or nats.shape != base.shape:
         continue
@@ -325,6 +325,20 @@ def _or_empty(x):
 def find(rows: list[Row], **wanted) -> list[Row]:
   """The rows that have these values, the measured ones."""
   return [r for r in rows if all(r[k] == v for k, v in wanted.items())]
+
+
+def by_width(rows: list[Row]) -> list[tuple[int, Row]]:
+  """(width, row) of the order families that are blocks, the narrowest first.
+
+  Uniform orders are those of a block as wide as the text.
+  """
+  widths = (
+    (int(r["orders"].removeprefix("block")), r)
+    for r in rows
+    if r["orders"].startswith("block")
+  )
+  uniform = ((r["T"], r) for r in find(rows, orders="uniform"))
+  return sorted((*widths, *uniform), key=lambda pair: pair[0])
 
 
 def to_csv(rows: list[Row]) -> str:
