@@ -4,6 +4,7 @@ Keys and values always come from the content rows, the first S of stream 0.
 Streams are the leading axis, so that one stream is contiguous memory.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -122,9 +123,16 @@ class RMSNorm(nnx.Module):
     self.scale = nnx.Param(jnp.ones(width), axes=("vector",))
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    x = x.astype(jnp.float32)
-    power = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(power + 1e-6) * self.scale[...]
+    return _normalised(x, self.scale[...])
+
+
+# Recomputed in the backward pass: over unrolled layers the compiler sees for
+# itself that x is enough, but a loop would save all float32 values for it.
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def _normalised(x, scale):
+  x = x.astype(jnp.float32)
+  power = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+  return x * jax.lax.rsqrt(power + 1e-6) * scale
 
 
 class Setting(NamedTuple):
