@@ -523,7 +523,12 @@ class Study:
   )
   tokens_per_step: int = _field(65536, "tokens a step, at any T", low=1)
   rates: tuple = _field(
-    (1e-3, 2e-3, 4e-3), "peak learning rates tried where rate=tuned", of=float
+    (1e-3, 2e-3, 4e-3, 8e-3),
+    "peak learning rates tried where rate=tuned",
+    of=float,
+  )
+  tune_lengths: tuple = _field(
+    (128, 1024), "lengths at which they are tried; (): at each one", of=int
   )
   tune_steps: int = _field(500, "steps of each of these trials", low=1)
   temperature_low: float = _field(0.1, "least temperature", above=0.0)

@@ -27,6 +27,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import re
 
 from aoarm_jax import config as config_lib
@@ -34,6 +35,7 @@ from aoarm_jax import config_rules, matching, mechanisms
 
 BUDGETS = ("steps", "flops", "parameters")
 TUNED = "tuned"
+TIED = 0.005  # Bits a character between two learning rates that are as good.
 _FAMILY = re.compile(r"(uniform|left_to_right|curriculum|block)(\d*)$")
 _SIZE = re.compile(r"(\d+)x(\d+)x(\d+)$")
 # What of config.study decides the numbers of a cell.
@@ -105,16 +107,24 @@ def expand(config: config_lib.Config) -> list[Cell]:
 def trials(cell: Cell, config: config_lib.Config) -> list[Cell]:
   """The cells that decide the learning rate of a cell; [] where it is given.
 
-  One for each of config.study.rates, for its mechanism, size, T and orders (of
-  a curriculum, which is long, uniform ones), at equal steps and seed 0. The
-  best is that of the lowest validation loss.
+  One for each of config.study.rates, for its mechanism and size, at the length
+  of config.study.tune_lengths that is nearest to its own, in uniform orders, at
+  equal steps and seed 0: an arm that differs by its length or its orders alone
+  has the same rate.
   """
   if cell.rate != TUNED:
     return []
+  lengths = config.study.tune_lengths or (cell.T,)
+  orders = cell.orders if cell.orders == "left_to_right" else "uniform"
   trial = dataclasses.replace(
-    cell.judged, budget="steps", steps=config.study.tune_steps, seed=0,
+    cell,
+    T=min(lengths, key=lambda T: abs(math.log(T / cell.T))),
+    orders=orders,
+    budget="steps",
+    steps=config.study.tune_steps,
+    seed=0,
     trial=True,
-  )  # fmt: skip
+  )
   return [
     dataclasses.replace(trial, rate=f"{rate:g}") for rate in config.study.rates
   ]
@@ -217,7 +227,11 @@ def resolve(
       plain = _with(plain, train=dict(steps=value))
     elif value != plain.model.F:
       plain = _with(plain, model=dict(mlp_width=value))
-  plain = _with(plain, optimizer=dict(peak_learning_rate=rate), seed=cell.seed)
+  schedule = dict(peak_learning_rate=rate)
+  if cell.trial:  # Short, and a tenth of it is warmup.
+    warmup = min(config.optimizer.warmup_steps, cell.steps // 10)
+    schedule["warmup_steps"] = warmup
+  plain = _with(plain, optimizer=schedule, seed=cell.seed)
   return config_rules.validate(plain)
 
 

@@ -18,6 +18,9 @@ from typing import NamedTuple
 import numpy as np
 
 RULES = {"over_1": 2, "from_4": 4}  # Least number of letters.
+# With fewer counted words than one in so many characters (real text has ten),
+# as in a row of one letter, their share says nothing.
+_CHARACTERS_PER_WORD = 64
 # Columns of the counts of a sample; see `count`.
 COLUMNS = (
   "words", "unique", "over_1", "over_1_known", "from_4", "from_4_known",
@@ -91,7 +94,8 @@ def measures(counts: np.ndarray, weight: np.ndarray | None = None):
   """Counts of samples -> MEASURES.
 
   Coherence, familiarity and repetition are ratios of sums over the samples;
-  nan where nothing was counted. A sample without words has diversity 0.
+  nan where nothing was counted, coherence also where hardly any words were. A
+  sample without words has diversity 0.
 
   Args:
     counts: [..., samples, COLUMNS].
@@ -112,9 +116,13 @@ def measures(counts: np.ndarray, weight: np.ndarray | None = None):
   def ratio(part, whole):
     return np.where(whole > 0, part / np.maximum(whole, 1), np.nan)
 
+  def coherence(rule):
+    few = total[rule] * _CHARACTERS_PER_WORD < total["ngrams"]
+    return np.where(few, np.nan, ratio(total[f"{rule}_known"], total[rule]))
+
   return np.stack(
     [
-      *(ratio(total[f"{rule}_known"], total[rule]) for rule in RULES),
+      *map(coherence, RULES),
       diversity,
       ratio(total["ngrams_known"], total["ngrams"]),
       1 - ratio(total["ngrams_distinct"], total["ngrams"]),

@@ -1,23 +1,23 @@
 """Tables -> answers: yes, no, unclear or not measured, each with its numbers.
 
 The answers are about mechanisms, so what chance leaves open is what other seeds
-could give. An effect counts where it is larger than t times its standard error,
-t the 97.5% quantile of Student's law of (seeds - 1) degrees of freedom.
-Where a part of the error is over windows, or two arms are compared (the fewer
-seeds count), that errs on the side of unclear. One seed cannot tell, however
-many windows it was measured on.
+could give: an effect counts where its 95% interval, by Student's law of the
+degrees of freedom of its error, leaves 0 out. That nothing is there counts
+where the interval is within what matters. One seed cannot tell, however many
+windows it was measured on.
 """
 
 import math
 from typing import NamedTuple
 
-from aoarm_jax.study import tables
+from aoarm_jax.study import statistics, tables
 
 YES, NO, UNCLEAR, OPEN = "yes", "no", "unclear", "not measured"
 ONE_SEED = "unclear (one seed)"
-# 97.5% quantiles of Student's t, for 1 degree of freedom and so on.
-_STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
-_NORMAL = 1.96
+MIXED = "yes and no"
+# What matters of an area and of a locality; both are between 0 and 1.
+LEAST_AREA = LEAST_LOCALITY = 0.02
+_SINGLE = "decoupled_rope"
 
 
 class Answer(NamedTuple):
@@ -25,7 +25,7 @@ class Answer(NamedTuple):
 
   Attributes:
     question: with its expected answer (the paper's, or the hypothesis') yes.
-    answer: YES, NO, UNCLEAR, ONE_SEED or OPEN.
+    answer: YES, NO, MIXED, UNCLEAR, ONE_SEED or OPEN.
     numbers: what it rests on.
   """
 
@@ -35,7 +35,7 @@ class Answer(NamedTuple):
 
   @property
   def contradicts(self) -> bool:
-    return self.answer == NO
+    return self.answer in (NO, MIXED)
 
 
 def all_of(differences, areas, specialisation, reference, size) -> list[Answer]:
@@ -44,117 +44,127 @@ def all_of(differences, areas, specialisation, reference, size) -> list[Answer]:
     tables.find(rows, size=size)
     for rows in (differences, areas, specialisation)
   )
+  differences = [r for r in differences if r["difference_bits"] != ""]
+  against = tables.find(differences, reference=reference)
   return [
-    *_reproduction(areas),
-    *_areas_against(areas, reference),
-    *_deficits(differences, reference),
-    _growth_with_length(differences, reference),
-    _growth_with_width(differences, reference),
+    *_areas(areas, reference),
+    *_deficits(against, reference),
+    _growth_with_length(against, reference),
+    _growth_with_width(against, reference),
+    *_content(differences, reference),
     *_parting(specialisation),
   ]
 
 
-def _quantile(seeds: int) -> float:
-  """Of two or more seeds; of very many that of a few, which is larger."""
-  return _STUDENT[min(seeds - 1, len(_STUDENT)) - 1]
-
-
-def _sign(value: float, error: float, seeds: int) -> str:
-  """Whether a value is above 0, as a finding; what is nan is unclear."""
-  if seeds < 2:
+def _decide(estimate: statistics.Estimate, least: float = 0.0) -> str:
+  """Whether something is above 0."""
+  if estimate.seeds < 2:
     return ONE_SEED
-  if not abs(value) > _quantile(seeds) * error:
+  found = statistics.effect(estimate, least)
+  if found is None:
     return UNCLEAR
-  return YES if value > 0 else NO
+  return YES if found > 0 else NO
 
 
-def _area(rows, mechanism, T):
-  found = [
-    r for r in tables.find(rows, mechanism=mechanism, T=T, budget="steps",
-                           orders="uniform")
-    if r["area_from_4"] != ""
-  ]  # fmt: skip
-  return found[0] if found else None
+def _number(x):
+  return math.nan if x == "" else x
 
 
-def _shown(row):
-  return (
-    f"{row['area_from_4']:.3f} "
-    f"[{row['area_from_4_low']:.3f}, {row['area_from_4_high']:.3f}]"
+def _areas(rows, reference):
+  """The paper's comparison, and that with the arm that it lacks."""
+  answers = []
+  for T in (128, 1024):
+    for budget in ("steps", "flops"):
+      at = f"T = {T}, equal {budget}"
+      found = {
+        name: _area(rows, name, T, budget)
+        for name in (_SINGLE, "mdlm", reference)
+      }
+      level = T == 128
+      answers.append(
+        _pair(
+          f"{at}: is {_SINGLE} {'level with' if level else 'behind'} mdlm "
+          "(coherence-diversity)?",
+          *(("mdlm", _SINGLE), found), level=level,
+        )
+      )  # fmt: skip
+      answers.append(
+        _pair(
+          f"{at}: is {reference} ahead of {_SINGLE} (coherence-diversity)?",
+          (reference, _SINGLE), found,
+        )
+      )  # fmt: skip
+  return answers
+
+
+def _area(rows, mechanism, T, budget):
+  found = tables.find(
+    rows, mechanism=mechanism, T=T, budget=budget, orders="uniform"
+  )
+  if not found or found[0]["area_from_4"] == "":
+    return None
+  row = found[0]
+  error = _number(row["area_from_4_error"])
+  return statistics.Estimate(
+    row["area_from_4"], error, row["seeds"] - 1, row["seeds"]
   )
 
 
-def _apart(a, b, stretch):
-  """Of two areas: 1, -1 or, where their bands overlap, 0.
-
-  `stretch` is by how much the bands are made wider about their values.
-  """
-
-  def ends(row):
-    value = row["area_from_4"]
-    for side in ("low", "high"):
-      yield value + stretch * (row[f"area_from_4_{side}"] - value)
-
-  (a_low, a_high), (b_low, b_high) = ends(a), ends(b)
-  return 1 if a_low > b_high else -1 if a_high < b_low else 0
-
-
-def _pair(rows, T, one, other, question, expected):
-  a, b = _area(rows, one, T), _area(rows, other, T)
-  if a is None or b is None:
+def _pair(question, names, found, level=False):
+  """Whether the first is above the second, or level with it."""
+  one, other = (found[name] for name in names)
+  if one is None or other is None:
     return Answer(question, OPEN, "")
-  numbers = f"dominated area: {one} {_shown(a)}, {other} {_shown(b)}"
-  seeds = min(a["seeds"], b["seeds"])
-  if seeds < 2:
-    return Answer(question, ONE_SEED, numbers)
-  # A bootstrap's band of few seeds is a normal law's, not Student's, and of the
-  # spread about their own mean. What is apart has to be so by the wider band,
-  # what is level by the narrower.
-  wider = _quantile(seeds) / _NORMAL * math.sqrt(seeds / (seeds - 1))
-  found = _apart(a, b, wider)
-  if found == expected and found == _apart(a, b, 1):
-    return Answer(question, YES, numbers)
-  return Answer(question, UNCLEAR if found == 0 else NO, numbers)
+  numbers = "dominated area: " + ", ".join(
+    f"{name} {found[name].value:.3f} ± {found[name].error:.3f}"
+    for name in names
+  )
+  difference = one.minus(other)
+  answer = _decide(difference, LEAST_AREA)
+  if level and difference.seeds > 1:
+    apart = statistics.effect(difference, LEAST_AREA)
+    answer = {0: YES, None: UNCLEAR}.get(apart, NO)
+  return Answer(question, answer, numbers)
 
 
-def _reproduction(rows):
-  one, other = "decoupled_rope", "mdlm"
-  return [
-    _pair(rows, 128, one, other,
-          f"T = 128: is {one} level with {other} (coherence-diversity)?", 0),
-    _pair(rows, 1024, one, other,
-          f"T = 1024: is {one} behind {other}?", -1),
-  ]  # fmt: skip
+def _estimate(row):
+  return statistics.Estimate(
+    row["difference_bits"], row["error"], row["degrees"], row["seeds"]
+  )
 
 
-def _areas_against(rows, reference):
-  return [
-    _pair(rows, T, reference, "decoupled_rope",
-          f"T = {T}: is {reference} ahead of decoupled_rope "
-          "(coherence-diversity, equal steps)?", 1)
-    for T in (128, 1024)
-  ]  # fmt: skip
-
-
-def _measured(rows, **wanted):
-  return [r for r in tables.find(rows, **wanted) if r["difference_bits"] != ""]
+def _over(question, rows):
+  """One answer for several lengths; those of one seed are only listed."""
+  if not rows:
+    return Answer(question, OPEN, "")
+  several = [r for r in rows if r["seeds"] > 1]
+  signs = {_decide(_estimate(r)) for r in several}
+  if not several:
+    answer = ONE_SEED
+  elif signs == {YES, NO}:
+    answer = MIXED
+  else:
+    answer = signs.pop() if len(signs) == 1 else UNCLEAR
+  return Answer(question, answer, _list(rows, "T"))
 
 
 def _deficits(rows, reference):
-  answers = []
+  answers, former = [], None
   for budget in ("steps", "flops", "parameters"):
-    found = _measured(
-      rows, mechanism="decoupled_rope", budget=budget, orders="uniform"
+    found = tables.find(
+      rows, mechanism=_SINGLE, budget=budget, orders="uniform"
     )
-    question = (
-      f"equal {budget}: does decoupled_rope need more bits than {reference}?"
+    same = [(r["T"], r["difference_bits"]) for r in found]
+    if same and same == former:
+      continue  # The same runs: it is as large as it stands.
+    if budget == "steps":
+      former = same
+    answers.append(
+      _over(
+        f"equal {budget}: does {_SINGLE} need more bits than {reference}?",
+        found,
+      )
     )
-    if not found:
-      answers.append(Answer(question, OPEN, ""))
-      continue
-    signs = {_sign(r["difference_bits"], r["error"], r["seeds"]) for r in found}
-    answer = signs.pop() if len(signs) == 1 else UNCLEAR
-    answers.append(Answer(question, answer, _list(found, "T")))
   return answers
 
 
@@ -175,39 +185,50 @@ def _growth(question, rows, key):
   if len(several) < 2:
     return Answer(question, ONE_SEED, _list(rows, key))
   first, last = several[0], several[-1]
-  growth = last["difference_bits"] - first["difference_bits"]
-  error = math.hypot(first["error"], last["error"])
+  growth = _estimate(last).minus(_estimate(first))
   numbers = (
-    f"from {key} = {first[key]} to {last[key]}: {growth:+.4f} ± {error:.4f}; "
-    f"{_list(rows, key)}"
+    f"from {key} = {first[key]} to {last[key]}: {growth.value:+.4f} ± "
+    f"{growth.error:.4f}; {_list(rows, key)}"
   )
-  seeds = min(first["seeds"], last["seeds"])
-  return Answer(question, _sign(growth, error, seeds), numbers)
+  return Answer(question, _decide(growth), numbers)
 
 
 def _growth_with_length(rows, reference):
-  found = sorted(
-    _measured(
-      rows, mechanism="decoupled_rope", budget="flops", orders="uniform"
-    ),
-    key=lambda r: r["T"],
-  )
+  found = tables.find(rows, mechanism=_SINGLE, budget="flops", orders="uniform")
   question = (
-    f"equal FLOPs: does decoupled_rope's deficit against {reference} grow with "
+    f"equal flops: does {_SINGLE}'s deficit against {reference} grow with "
     "length?"
   )
-  return _growth(question, found, "T")
+  return _growth(question, sorted(found, key=lambda r: r["T"]), "T")
 
 
 def _growth_with_width(rows, reference):
-  found = _measured(rows, mechanism="decoupled_rope", budget="flops")
+  found = tables.find(rows, mechanism=_SINGLE, budget="flops")
   T = max((r["T"] for r in found if r["orders"].startswith("block")), default=0)
   widths = tables.by_width(tables.find(found, T=T))
   question = (
-    f"equal FLOPs: does the deficit against {reference} grow with order "
+    f"equal flops: does the deficit against {reference} grow with order "
     "divergence (width of the blocks)?"
   )
   return _growth(question, [row | {"width": w} for w, row in widths], "width")
+
+
+def _content(rows, reference):
+  """The rival explanation: that the rows miss where their content stands."""
+  name = f"{_SINGLE}_content"
+  found = tables.find(rows, mechanism=name, budget="steps", orders="uniform")
+  if not found:
+    return []
+  answer = _over(
+    f"equal steps: does {_SINGLE} need more bits than {reference} also where "
+    f"its rows know their content's position ({name})?",
+    tables.find(found, reference=reference),
+  )
+  plain = tables.find(found, reference=_SINGLE)
+  if plain:
+    numbers = f"{answer.numbers}; against {_SINGLE}: {_list(plain, 'T')}"
+    answer = answer._replace(numbers=numbers)
+  return [answer]
 
 
 def _parting(rows):
@@ -215,61 +236,70 @@ def _parting(rows):
   lengths = sorted({r["T"] for r in rows})
   for T in lengths or ["any"]:
     mine = tables.find(rows, T=T, budget="steps", orders="uniform")
-    two = tables.find(mine, mechanism="two_stream")
-    one = tables.find(mine, mechanism="decoupled_rope")
-    answers += [
-      _specialised(two, T, "semantic", 1),
-      _specialised(two, T, "structural", -1),
-    ]
+    two = {
+      (r["index"], r["stream"]): r
+      for r in tables.find(mine, mechanism="two_stream")
+    }
+    one = {r["index"]: r for r in tables.find(mine, mechanism=_SINGLE)}
+    part = "query - content"
+    for question, key, sign in (
+      ("have query rows more semantic locality than content rows",
+       ("semantic", part), 1),
+      ("have query rows less structural locality than content rows",
+       ("structural", part), -1),
+      ("do content rows look structurally (locality above 0)",
+       ("structural", "content"), 1),
+    ):  # fmt: skip
+      answers.append(
+        _locality(f"T = {T}: {question}?", two.get(key), key, sign)
+      )
     answers.append(_between(two, one, T))
   return answers
 
 
-def _specialised(rows, T, index, sign):
-  side = "more" if sign > 0 else "less"
-  question = (
-    f"T = {T}: have query rows {side} {index} locality than content rows?"
-  )
-  found = tables.find(rows, index=index, stream="query - content")
-  if not found:
+def _index(row, sign=1):
+  return statistics.Estimate(
+    sign * row["locality"], _number(row["error"]), row["seeds"] - 1,
+    row["seeds"],
+  )  # fmt: skip
+
+
+def _locality(question, row, key, sign):
+  if row is None:
     return Answer(question, OPEN, "")
-  row = found[0]
-  numbers = f"query - content {row['locality']:+.3f}"
-  if row["seeds"] > 1:
-    numbers += f" ± {_error(row):.3f}"
-  answer = _sign(sign * row["locality"], _error(row), row["seeds"])
-  return Answer(question, answer, numbers)
-
-
-def _error(row):
-  return math.nan if row["error"] == "" else row["error"]
+  numbers = f"{key[1]} {row['locality']:+.3f}"
+  if row["error"] != "":
+    numbers += f" ± {row['error']:.3f}"
+  return Answer(question, _decide(_index(row, sign), LEAST_LOCALITY), numbers)
 
 
 def _between(two, one, T):
-  question = f"T = {T}: does decoupled_rope sit between the two streams?"
+  """By the indices in which the streams part at all."""
+  question = f"T = {T}: does {_SINGLE} sit between the two streams?"
   if not two or not one:
     return Answer(question, OPEN, "")
-  parts, inside = [], []
+  inside, parts = [], []
   for index in ("semantic", "structural"):
-    rows = {r["stream"]: r for r in tables.find(two, index=index)}
-    own = tables.find(one, index=index)[0]
-    ends = sorted((rows["content"], rows["query"]), key=lambda r: r["locality"])
-    # Above the lower one, and below the higher one.
-    signs = {_difference(own, ends[0]), _difference(ends[1], own)}
-    inside.append(
-      signs.pop() if len(signs) == 1 else NO if NO in signs else UNCLEAR
-    )
+    own = _index(one[index])
+    ends = [_index(two[index, name]) for name in ("content", "query")]
     parts.append(
-      f"{index}: content {rows['content']['locality']:.3f}, query "
-      f"{rows['query']['locality']:.3f}, decoupled_rope "
-      f"{own['locality']:.3f}"
+      f"{index}: content {ends[0].value:.3f}, query {ends[1].value:.3f}, "
+      f"{_SINGLE} {own.value:.3f}"
     )
-  answer = inside[0] if len(set(inside)) == 1 else UNCLEAR
+    low, high = sorted(ends, key=lambda end: end.value)
+    if min(low.seeds, high.seeds, own.seeds) < 2:
+      inside.append(ONE_SEED)
+    elif high.value - low.value >= LEAST_LOCALITY:
+      inside.append(_all(_decide(own.minus(low)), _decide(high.minus(own))))
+  answer = _all(*inside) if inside else UNCLEAR
+  if not inside:
+    parts.append("the streams do not part")
   return Answer(question, answer, "; ".join(parts))
 
 
-def _difference(a, b):
-  """Whether the locality of one is above that of the other."""
-  seeds = min(a["seeds"], b["seeds"])
-  error = math.hypot(_error(a), _error(b))
-  return _sign(a["locality"] - b["locality"], error, seeds)
+def _all(*answers):
+  """Of what has to hold together."""
+  for answer in (NO, ONE_SEED, UNCLEAR):
+    if answer in answers:
+      return answer
+  return YES

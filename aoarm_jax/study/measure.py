@@ -68,6 +68,18 @@ class Lab:
     }
 
   @functools.cached_property
+  def sizes(self) -> dict[str, int]:
+    """Characters of the splits that are trained on and evaluated."""
+    return {name: len(self.corpus.split(name)) for name in self.text}
+
+  @functools.cached_property
+  def unigram_bits(self) -> float:
+    """Entropy of a character by itself, in the training split."""
+    share = np.bincount(self.corpus.split("train"))
+    share = share[share > 0] / share.sum()
+    return float(-(share * np.log2(share)).sum())
+
+  @functools.cached_property
   def reference(self) -> coherence.Reference:
     tokens = self.corpus.split(self.study.vocabulary_split)
     return coherence.reference(
@@ -118,6 +130,8 @@ class Lab:
       "device": jax.devices()[0].device_kind,
       "jax": jax.__version__,
       "text": self.text,
+      "text_characters": self.sizes,
+      "unigram_bits": self.unigram_bits,
       "config": dataclasses.asdict(
         # Where the text lay is no part of what was run.
         dataclasses.replace(config, data=config_lib.Data())

@@ -19,8 +19,6 @@ _COLOURS = dict(
   )
 )
 _OTHER = "#444444"
-# Larger differences, as of an arm that learned nothing, are said in words.
-_FAR_BITS = 1.0
 
 
 def colour(mechanism: str) -> str:
@@ -243,11 +241,27 @@ def locality_plane(found, folder: epath.Path) -> bool:
   return True
 
 
+def _first_reference(rows):
+  return tables.find(rows, reference=rows[0]["reference"]) if rows else []
+
+
+def _errors(axes, x, rows, marker, **style):
+  """Differences with two standard errors; hollow where there is one seed."""
+  y = [r["difference_bits"] for r in rows]
+  error = [2 * r["error"] for r in rows]
+  axes.errorbar(x, y, yerr=error, marker=marker, capsize=3, **style)
+  one = [i for i, r in enumerate(rows) if r["seeds"] == 1]
+  axes.plot(
+    [x[i] for i in one], [y[i] for i in one], marker, ls="",
+    color=style["color"], mfc="white", zorder=5,
+  )  # fmt: skip
+
+
 def differences(rows, folder: epath.Path) -> bool:
   """Paired differences from the reference over length, a panel a budget."""
   measured = [
     r
-    for r in rows
+    for r in _first_reference(rows)
     if r["difference_bits"] != "" and r["orders"] in ("uniform", "curriculum")
   ]
   budgets = list(dict.fromkeys(r["budget"] for r in measured))
@@ -261,7 +275,6 @@ def differences(rows, folder: epath.Path) -> bool:
     for axes, budget in zip(grid[0], budgets):
       axes.axhline(0, color="#777777", lw=1)
       chosen = tables.find(measured, budget=budget)
-      far = [r for r in chosen if abs(r["difference_bits"]) > _FAR_BITS]
       for key in dict.fromkeys(
         (r["mechanism"], r["orders"], r["size"]) for r in chosen
       ):
@@ -270,26 +283,16 @@ def differences(rows, folder: epath.Path) -> bool:
           tables.find(chosen, mechanism=mechanism, orders=family, size=size),
           key=lambda r: r["T"],
         )
-        line = [r for r in line if r not in far]
-        if not line:
-          continue
-        axes.errorbar(
-          [r["T"] for r in line], [r["difference_bits"] for r in line],
-          yerr=[2 * r["error"] for r in line], marker="o", capsize=3,
-          color=colour(mechanism), ls="-" if size == main else ":",
-          mfc=None if family == "uniform" else "white",
+        _errors(
+          axes, [r["T"] for r in line], line, color=colour(mechanism),
+          ls="-" if size == main else ":",
+          marker="o" if family == "uniform" else "D",
           label=_trained(mechanism, family) + f", {size}" * (size != main),
         )  # fmt: skip
       axes.set_xscale("log", base=2)
       axes.xaxis.set_major_formatter("{x:g}")
-      beyond = [
-        f"{_trained(r['mechanism'], r['orders'])} at {r['T']}: "
-        f"{r['difference_bits']:+.2f}"
-        for r in far
-      ]
       axes.set_title(f"equal {budget}")
-      note = "\noff the scale: " + ", ".join(beyond) if beyond else ""
-      axes.set_xlabel("length T" + note)
+      axes.set_xlabel("length T")
     grid[0][0].set_ylabel(
       f"bits per character above {measured[0]['reference']}"
     )
@@ -299,7 +302,7 @@ def differences(rows, folder: epath.Path) -> bool:
 
 def blocks(rows, folder: epath.Path) -> bool:
   """Paired differences over the width of blocks, at one length."""
-  measured = [r for r in rows if r["difference_bits"] != ""]
+  measured = [r for r in _first_reference(rows) if r["difference_bits"] != ""]
   lengths = [r["T"] for r in measured if r["orders"].startswith("block")]
   if not lengths:
     return False
@@ -317,10 +320,9 @@ def blocks(rows, folder: epath.Path) -> bool:
       mechanism, budget, size = key
       found = tables.find(chosen, mechanism=mechanism, budget=budget, size=size)
       widths, line = zip(*tables.by_width(found))
-      axes.errorbar(
-        widths, [r["difference_bits"] for r in line],
-        yerr=[2 * r["error"] for r in line], marker="o", capsize=3,
-        color=colour(mechanism), ls="-" if budget == "steps" else "--",
+      _errors(
+        axes, widths, line, color=colour(mechanism), marker="o",
+        ls="-" if budget == "steps" else "--",
         label=f"{mechanism}, equal {budget}",
       )  # fmt: skip
     axes.set_xscale("log", base=2)

@@ -25,6 +25,7 @@ from aoarm_jax.study import profiles
 _ORDERS = 103  # Sets these keys apart from training's.
 # Full passes keep no cache but all scores: fewer rows at once.
 _MASKED_TOKENS = 1 << 17
+_LEAST_TEXTS = 8  # At each temperature, however long.
 
 
 class Programs:
@@ -180,7 +181,7 @@ _PROGRAMS = {
 
 
 def samples_per_temperature(config: config_lib.Config) -> int:
-  return max(2, config.study.characters // config.model.T)
+  return max(_LEAST_TEXTS, config.study.characters // config.model.T)
 
 
 def temperatures(study: config_lib.Study) -> np.ndarray:

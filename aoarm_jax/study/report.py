@@ -13,7 +13,7 @@ from etils import epath
 from aoarm_jax import config as config_lib
 from aoarm_jax import run_dir
 from aoarm_jax.study import cells as cells_lib
-from aoarm_jax.study import coherence, findings, plots, tables
+from aoarm_jax.study import findings, plots, tables
 
 # Left out of the command that is shown: where things lie, and how much of the
 # study one process does.
@@ -47,13 +47,14 @@ def write(
     folder: made if absent.
     argv: of this process.
   """
-  curves = tables.curves(cells, results, config)
-  profiles = tables.profiles_of(cells, results)
+  trained = tables.trained(cells, results)
+  curves = tables.curves(trained, results, config)
+  profiles = tables.profiles_of(trained, results)
   made = {
     "cells": tables.cells_table(cells, results),
     "bits": tables.bits_table(cells, results),
-    "differences": tables.differences_table(cells, results, config),
-    "areas": tables.areas_table(cells, curves),
+    "differences": tables.differences_table(trained, results, config),
+    "areas": tables.areas_table(trained, curves),
     "curves": tables.curves_table(curves),
     "locality": tables.locality_table(profiles),
     "specialisation": tables.specialisation_table(profiles),
@@ -92,21 +93,28 @@ def _text(config, cells, results, made, drawn, answers, shown):
     f"```\n{shown}\n```\n",
     _hypotheses(),
     _method(config, first),
+    _budget(config, first),
     _state(made["cells"], results.failures(cells)),
     _answers(answers),
     "## Bits per character\n\nNever compare `causal` (left to right, its only "
-    "order) with the others. `elbo` estimates the mean of `any_order`.\n\n"
-    + _markdown(made["bits"], _BITS),
+    "order) with the others. `elbo` estimates the mean of `any_order`. "
+    "*untrained*: runs that ended within 0.1 bits of the letters' own entropy; "
+    "they are in no other table.\n\n" + _markdown(made["bits"], _BITS),
     "## Paired differences\n\nArm - reference on the same windows, orders and "
-    "seeds; positive: the arm needs more bits. [differences.csv]"
-    "(differences.csv)\n\n" + _markdown(made["differences"], _DIFFERENCES),
-    "## Dominated area of coherence-diversity\n\n95% bootstrap bands over "
-    "seeds and samples. [areas.csv](areas.csv); all measures at all "
-    "temperatures, those without spelling too: [curves.csv](curves.csv)\n\n"
-    + _markdown(made["areas"], _AREAS),
+    "seeds (`mdlm`: the same windows and seeds); positive: the arm needs more "
+    "bits. [differences.csv](differences.csv)\n\n"
+    + _markdown(made["differences"], _DIFFERENCES),
+    "## Dominated area of coherence-diversity\n\nOf each seed by itself, then "
+    "mean and standard error (of one seed: over its samples). Familiarity and "
+    "repetition at temperature 1, which need no spelling. "
+    "[areas.csv](areas.csv); all measures at all temperatures: "
+    "[curves.csv](curves.csv)\n\n" + _markdown(made["areas"], _AREAS),
     "## Locality of attention\n\n1: all on the nearest key, 0: as uniform. "
-    "Mean over heads and all layers but the last. Every head: [locality.csv]"
-    "(locality.csv)\n\n" + _markdown(made["specialisation"], _LOCALITY),
+    "Mean over heads and all layers but the last, which hides how layers "
+    "differ: see the profiles, and every head in [locality.csv](locality.csv). "
+    "A content row's distance is from its own position, all others' from their "
+    "target. *mass*: what goes to the row's own slot and to the sentinels, "
+    "which is in no index.\n\n" + _markdown(made["specialisation"], _LOCALITY),
     _figures(drawn, shown),
     _open(made["cells"], answers),
   ]
@@ -134,6 +142,8 @@ def _method(config, first):
     hashes = ", ".join(f"{k} {v[:12]}" for k, v in first["text"].items())
     seen = f" (sha256 {hashes})"
   rates = ", ".join(f"{rate:g}" for rate in study.rates)
+  lengths = " and ".join(map(str, study.tune_lengths)) or "of all cells"
+  plain = config.optimizer.peak_learning_rate
   return _paragraphs(
     f"""## Method
 
@@ -144,11 +154,14 @@ def _method(config, first):
     training, by steps; as many parameters, by the width of the MLP.
 
     **Learning rate**: as the sweep says; `tuned` is the best of {rates} by bits
-    per character on `{split}` after {study.tune_steps} steps at seed 0, for
-    every mechanism, size, length and order family.
+    per character on `{split}` after {study.tune_steps} steps, a tenth of them
+    warmup, at seed 0, in uniform orders, for every mechanism and size at the
+    nearest of the lengths {lengths}; of rates within {cells_lib.TIED} bits of
+    the best the one next to {plain:g}, and that one where no trial left the
+    entropy of the letters.
 
     **Generation**: exact sequential sampling in orders of the cell's family,
-    {study.characters:,} characters (at least 2 texts) at each of
+    {study.characters:,} characters (at least 8 texts) at each of
     {study.temperatures} temperatures from {study.temperature_low:g} to
     {study.temperature_high:g}. **Coherence**: of the generated words of four
     letters or more (second rule: of more than one), the share that stands in
@@ -166,12 +179,37 @@ def _method(config, first):
     `aoarm_jax/study`.
 
     **Answers** are about mechanisms at {cells_lib.size_of(config.model)} (width
-    x layers x heads), whatever the seed. An effect counts where
-    it is larger than t standard errors, t the 97.5% quantile of Student's
-    distribution of (seeds - 1) degrees of freedom: 12.7 for two seeds, 4.3 for
-    three, 2.8 for five. Bands of areas are widened alike before they count as
-    apart. One seed cannot tell, however many windows it was measured on.
-    Nothing is corrected for the number of questions."""
+    x layers x heads), whatever the seed. An effect counts where its 95%
+    interval leaves 0 out, by Student's law: at 3 seeds 4.3 standard errors,
+    where seeds alone make the error. That of windows is that of the means of
+    24 stretches of the text, since neighbours are alike; books are longer
+    still. Areas and localities have to differ by {findings.LEAST_AREA:g} to
+    count, and are level where the interval is within that. One seed cannot
+    tell, however many windows it was measured on. Nothing is corrected for the
+    number of questions."""
+  )
+
+
+def _budget(config, first):
+  if not first:
+    return ""
+  c = first["config"]
+  share = ""
+  if "text_characters" in first:
+    tokens = config.study.tokens_per_step * config.train.steps
+    share = f", {tokens / first['text_characters']['train']:.2f} of the text"
+  tokens = config.study.tokens_per_step * config.train.steps
+  optimizer = c["optimizer"]
+  return _paragraphs(
+    f"""**Budget**: {config.train.steps:,} steps of the reference,
+    {tokens / 1e6:.0f}M characters{share}; AdamW ({optimizer["b1"]:g},
+    {optimizer["b2"]:g}), decay {optimizer["weight_decay"]:g},
+    {config.optimizer.warmup_steps} steps of warmup,
+    {optimizer["schedule"]}. That is little: at more of it answers may change,
+    first for the mechanisms that begin slowly. `ao_gpt` begins with
+    `condition_scale` {config.model.condition_scale or 0.02:g} (published: 0.02,
+    with which it learns nothing for longer); `mdlm` draws its times from
+    {config.train.least_time:g} on, in training and in its bound."""
   )
 
 
@@ -183,12 +221,14 @@ def _paragraphs(text):
 
 def _state(rows, failed):
   done = [row for row in rows if row["done"]]
-  seconds = sum(row["seconds"] for row in done)
+  # Cells that are equal, as of the reference for all budgets, were run once.
+  runs = {row["folder"]: row["seconds"] for row in done}
+  seconds = sum(runs.values())
   devices = sorted({row["device"] for row in done})
+  where = f", on {', '.join(devices)}" if devices else ""
   text = (
-    f"## What was run\n\n{len(done)} of {len(rows)} cells, {seconds:,.0f} s in "
-    f"all{', on ' + ', '.join(devices) if devices else ''}: "
-    "[cells.csv](cells.csv)."
+    f"## What was run\n\n{len(done)} of {len(rows)} cells, as {len(runs)} runs "
+    f"of {seconds:,.0f} s in all{where}: [cells.csv](cells.csv)."
   )
   if failed:
     text += f"\n\n{len(failed)} failed:\n\n"
@@ -202,9 +242,8 @@ def _answers(answers):
   against = [f"- {a.question}" for a in answers if a.contradicts]
   lines.append(
     "\nThe paper, or its hypothesis, expects yes in every row. "
-    "`yes` and `no`: an effect beyond what chance explains at so few seeds, "
-    "see Method; level is said where bands overlap, which few samples make "
-    "likely."
+    "`yes` and `no`: beyond what chance explains at so few seeds, at this "
+    "budget; see Method."
   )
   lines.append("\nAgainst the paper:\n")
   lines += against or ["- nothing so far"]
@@ -213,34 +252,45 @@ def _answers(answers):
 
 _ARM = {"mechanism": "", "T": "", "orders": "", "budget": "", "size": ""}
 _BITS = _ARM | {
-  "estimator": "", "seeds": "", "rate": "", "bits_per_char": ".4f",
-  "error_over_seeds": ".4f", "error_over_windows": ".4f",
+  "estimator": "", "seeds": "", "steps_run": "", "rate": "",
+  "rate_at_edge": "", "bits_per_char": ".4f", "error_over_seeds": ".4f",
+  "error_over_windows": ".4f", "untrained": "",
 }  # fmt: skip
 _DIFFERENCES = _ARM | {
-  "seeds": "", "difference_bits": "+.4f", "error": ".4f", "error_of": "",
+  "reference": "", "seeds": "", "difference_bits": "+.4f", "error": ".4f",
+  "error_of": "",
 }  # fmt: skip
 _AREAS = _ARM | {
-  f"area_{rule}{suffix}": ".3f"
-  for rule in coherence.RULES for suffix in ("", "_low", "_high")
+  "seeds": "", "area_from_4": ".3f", "area_from_4_error": ".3f",
+  "area_over_1": ".3f", "area_over_1_error": ".3f", "familiarity": ".3f",
+  "repetition": ".3f",
 }  # fmt: skip
 _LOCALITY = _ARM | {
   "index": "", "stream": "", "seeds": "", "locality": ".3f", "error": ".3f",
+  "mass_own": ".3f", "mass_sentinels": ".3f",
 }  # fmt: skip
 
 
 def _markdown(rows, columns):
+  """A table; rows that differ by their budget alone, as equal runs, are one."""
   if not rows:
     return "Nothing measured yet."
   lines = [
     "| " + " | ".join(name.replace("_", " ") for name in columns) + " |",
     "|" + "---|" * len(columns),
   ]
+  merged: dict[tuple, list] = {}
   for row in rows:
-    shown = (
+    shown = [
       format(row[name], how) if row[name] != "" else ""
       for name, how in columns.items()
-    )
-    lines.append("| " + " | ".join(shown) + " |")
+      if name != "budget"
+    ]
+    merged.setdefault(tuple(shown), []).append(row["budget"])
+  at = list(columns).index("budget")
+  for shown, budgets in merged.items():
+    line = [*shown[:at], ", ".join(dict.fromkeys(budgets)), *shown[at:]]
+    lines.append("| " + " | ".join(line) + " |")
   return "\n".join(lines)
 
 
@@ -249,8 +299,8 @@ _CAPTIONS = {
   "letters or more; a dot for each temperature, bars are 95% bands",
   "coherence_diversity_over_1": "The same, words of more than one letter",
   "differences": "Paired differences from the reference over length; bars are "
-  "two standard errors",
-  "blocks": "Paired differences over the width of blocks",
+  "two standard errors, hollow: one seed, and the error of windows alone",
+  "blocks": "Paired differences over the width of blocks, in the same manner",
   "locality": "Locality of every head (small) and their mean (large)",
   "profiles": "Attention by distance, mean over heads, first layer below",
 }

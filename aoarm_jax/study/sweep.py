@@ -14,6 +14,7 @@ deleted; one that found too little memory is tried by every start.
 
 import contextlib
 import json
+import math
 import time
 import traceback
 
@@ -29,6 +30,7 @@ from aoarm_jax.study import measure, report
 from aoarm_jax.study import programs as programs_lib
 
 _FOLDER = "cells"
+_UNTRAINED = 0.1  # Bits below the letters' entropy that a run has to be.
 
 
 class FailedCellsError(RuntimeError):
@@ -45,12 +47,42 @@ class Results:
     self._vocabulary = vocabulary
 
   def rate(self, cell: cells_lib.Cell) -> float | None:
-    """The peak learning rate of a cell; None where its trials are not done."""
+    """The peak learning rate of a cell; None where its trials are not done.
+
+    Of the trials that are as good as the best one, within cells.TIED bits, that
+    of the rate next to the configuration's; where none of them learned
+    anything, the configuration's.
+    """
     trials = cells_lib.trials(cell, self.config)
     if not trials:
       return float(cell.rate)
-    bits = [(self.bits(trial), float(trial.rate)) for trial in trials]
-    return None if None in dict(bits) else min(bits)[1]
+    bits = [self.bits(trial) for trial in trials]
+    if None in bits:
+      return None
+    plain = self.config.optimizer.peak_learning_rate
+    if all(map(self.is_untrained, trials)):
+      return plain
+    good = (
+      float(trial.rate)
+      for trial, found in zip(trials, bits)
+      if found <= min(bits) + cells_lib.TIED
+    )
+    return min(good, key=lambda rate: abs(math.log(rate / plain)))
+
+  def at_edge(self, cell: cells_lib.Cell) -> str:
+    """Whether the tuned rate of a cell is the least or the greatest tried."""
+    rates, rate = self.config.study.rates, self.rate(cell)
+    if not cells_lib.trials(cell, self.config) or rate is None:
+      return ""
+    return "yes" if rate in (min(rates), max(rates)) else "no"
+
+  def is_untrained(self, cell: cells_lib.Cell) -> bool:
+    """Whether a run has learned no more than how frequent the letters are."""
+    result = self.result(cell)
+    if result is None or "unigram_bits" not in result:
+      return False
+    bits = result["estimate"]["bits_per_char"]
+    return bits > result["unigram_bits"] - _UNTRAINED
 
   def resolved(self, cell: cells_lib.Cell) -> config_lib.Config | None:
     """What the cell is run with; None where that is not decided yet."""
@@ -154,6 +186,7 @@ def study(
   if config.study.part != "report":
     _run_cells(config, cells, results)
   if config.study.part != "cells":
+    _check_one_text(results, cells)
     folder = epath.Path(config.study.report or workdir / "report")
     report.write(config, cells, results, folder, argv)
     logging.info("report: %s", folder)
@@ -298,6 +331,20 @@ def _note_failure(error, cell, folder):
   logging.warning("cell failed: %s: %s", cell.label, reason)
   # A program that did not compile keeps its error, and that the parameters.
   traceback.clear_frames(error.__traceback__)
+
+
+def _check_one_text(results, cells):
+  """As copied folders of another study would break it."""
+  found = {}
+  for cell in cells:
+    if result := results.result(cell):
+      found[json.dumps(result["text"], sort_keys=True)] = results.folder(cell)
+  if len(found) > 1:
+    one, other = list(found.values())[:2]
+    raise config_lib.ConfigError(
+      f"{one} and {other.name} are of different texts: a report is of one; "
+      "move those of the other to a --workdir of their own"
+    )
 
 
 def _check_text(results, text):

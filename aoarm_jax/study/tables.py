@@ -16,10 +16,11 @@ import numpy as np
 from aoarm_jax import config as config_lib
 from aoarm_jax import mechanisms
 from aoarm_jax.study import cells as cells_lib
-from aoarm_jax.study import coherence, measure, profiles
+from aoarm_jax.study import coherence, measure, profiles, statistics
 
 Row = dict[str, Any]
 _ARM = ("mechanism", "size", "T", "orders", "budget", "steps")
+_AT_ONE = ("familiarity", "repetition")
 # Estimators of one quantity, the mean over orders of -log p(x | sigma).
 _ANY_ORDER = ("any_order", "training_order", "elbo")
 
@@ -37,11 +38,12 @@ def _of_arm(arm):
   return {name: getattr(arm, name) for name in _ARM}
 
 
-def mean_and_error(values: list[float]) -> tuple[float, float]:
-  """Mean over seeds and its standard error, nan for one seed."""
-  x = np.asarray(values, float)
-  error = x.std(ddof=1) / math.sqrt(len(x)) if len(x) > 1 else math.nan
-  return float(x.mean()), float(error)
+def trained(cells, results) -> list[cells_lib.Cell]:
+  """The cells without those that learned nothing but the letters' shares.
+
+  Their differences, texts and attention are of a run that had not begun.
+  """
+  return [cell for cell in cells if not results.is_untrained(cell)]
 
 
 def cells_table(cells, results) -> list[Row]:
@@ -78,22 +80,28 @@ def bits_table(cells, results) -> list[Row]:
   """Bits a character of every arm; causal's is left to right: another one."""
   rows = []
   for arm, members in arms(cells).items():
-    done = [r for r in map(results.result, members) if r]
+    members = [cell for cell in members if results.result(cell)]
     row = _of_arm(arm) | dict.fromkeys(
       ("estimator", "seeds", "bits_per_char", "error_over_seeds",
-       "error_over_windows", "rate"), ""
+       "error_over_windows", "rate", "rate_at_edge", "steps_run", "untrained"),
+      "",
     )  # fmt: skip
-    if done:
-      mean, error = mean_and_error(
-        [r["estimate"]["bits_per_char"] for r in done]
-      )
+    if members:
+      first = results.result(members[0])
+      bits = statistics.over_seeds([results.bits(cell) for cell in members])
+      windows = _windows(results, members[0]) / (arm.T * math.log(2))
+      run = first["config"]
+      rate = run["optimizer"]["peak_learning_rate"]
       row |= {
-        "estimator": done[0]["estimate"]["estimator"],
-        "seeds": len(done),
-        "bits_per_char": mean,
-        "error_over_seeds": _or_empty(error),
-        "error_over_windows": done[0]["estimate"]["standard_error_bits"],
-        "rate": done[0]["config"]["optimizer"]["peak_learning_rate"],
+        "estimator": first["estimate"]["estimator"],
+        "seeds": len(members),
+        "bits_per_char": bits.value,
+        "error_over_seeds": _or_empty(bits.error),
+        "error_over_windows": _or_empty(statistics.over_windows(windows).error),
+        "rate": rate,
+        "rate_at_edge": results.at_edge(members[0]),
+        "steps_run": run["train"]["steps"],
+        "untrained": sum(map(results.is_untrained, members)) or "",
       }
     rows.append(row)
   return rows
@@ -104,37 +112,46 @@ def differences_table(cells, results, config) -> list[Row]:
 
   Positive: the arm needs more bits. `error` is over windows and, where there
   are two or more, over seeds, together; `error_of` says which. mdlm draws masks
-  in place of orders: there only the windows are the same.
+  in place of orders: there only the windows are the same. An ablation is held
+  against what it changes, too.
   """
-  rows, budget = [], {"budget": "steps", "mechanism": config.study.reference}
+  rows = []
   for arm, members in arms(cells).items():
     kind = mechanisms.MECHANISMS[arm.mechanism]
     if arm.mechanism == config.study.reference or kind.left_to_right:
       continue
-    means, within = [], []
-    for cell in members:
-      other = dataclasses.replace(cell.judged, **budget)
-      nats, base = (_windows(results, each) for each in (cell, other))
-      if nats is None or base is None or nats.shape != base.shape:
-        continue
-      bits = (nats - base) / (cell.T * math.log(2))
-      means.append(bits.mean())
-      within.append(bits.std(ddof=1) / math.sqrt(len(bits)))
-    row = _of_arm(arm) | dict.fromkeys(
-      ("reference", "seeds", "difference_bits", "error", "error_of"), ""
+    stem = next(
+      (n for n in ("decoupled_rope",) if arm.mechanism.startswith(f"{n}_")), ""
     )
-    if means:
-      mean, error = mean_and_error(means)
-      over_seeds, windows = len(means) > 1, float(np.mean(within))
-      row |= {
-        "reference": config.study.reference,
-        "seeds": len(means),
-        "difference_bits": mean,
-        "error": math.hypot(error, windows) if over_seeds else windows,
-        "error_of": "seeds and windows" if over_seeds else "windows",
-      }
-    rows.append(row)
+    for reference in (config.study.reference, stem):
+      if reference:
+        rows.append(_difference(arm, members, reference, results))
   return rows
+
+
+def _difference(arm, members, reference, results):
+  pairs = []
+  for cell in members:
+    other = dataclasses.replace(
+      cell.judged, budget="steps", mechanism=reference
+    )
+    nats, base = (_windows(results, each) for each in (cell, other))
+    if nats is not None and base is not None and nats.shape == base.shape:
+      pairs.append((nats - base) / (cell.T * math.log(2)))
+  row = _of_arm(arm) | {"reference": reference}
+  row |= dict.fromkeys(
+    ("seeds", "difference_bits", "error", "degrees", "error_of"), ""
+  )
+  if pairs:
+    found = statistics.over_both(pairs)
+    row |= {
+      "seeds": found.seeds,
+      "difference_bits": found.value,
+      "error": found.error,
+      "degrees": found.degrees,
+      "error_of": "windows" if len(pairs) == 1 else "seeds and windows",
+    }
+  return row
 
 
 def _windows(results, cell):
@@ -154,7 +171,8 @@ class Curve:
     temperature: [K].
     mean: [K, MEASURES], all samples of all seeds.
     low, high: [K, MEASURES], 95% bootstrap bands over seeds and samples.
-    area: rule -> (value, low, high) of the dominated area.
+    area: rule -> the dominated area; of one seed its error is that of the
+      samples.
     real: [MEASURES], of real text.
   """
 
@@ -163,7 +181,7 @@ class Curve:
   mean: np.ndarray
   low: np.ndarray
   high: np.ndarray
-  area: dict[str, tuple[float, float, float]]
+  area: dict[str, statistics.Estimate]
   real: np.ndarray
 
 
@@ -209,8 +227,12 @@ def _curve(files, resamplings):
 
   areas = {}
   for rule in coherence.RULES:
-    each = [area(values, rule) for values in drawn]
-    areas[rule] = (area(mean, rule), *np.percentile(each, (2.5, 97.5)))
+    areas[rule] = statistics.over_seeds(
+      [area(coherence.measures(x), rule) for x in counts]
+    )
+    if len(files) == 1:
+      spread = np.std([area(values, rule) for values in drawn])
+      areas[rule] = areas[rule]._replace(error=float(spread))
   return Curve(
     seeds=len(files),
     temperature=files[0]["temperature"],
@@ -243,16 +265,24 @@ def curves_table(found) -> list[Row]:
 
 
 def areas_table(cells, found) -> list[Row]:
-  """The dominated area of every arm, by both rules."""
+  """The dominated area of every arm, by both rules, and beside it what needs
+  no spelling: at the temperature nearest to 1."""
   rows = []
   for arm in arms(cells):
     row = _of_arm(arm) | {"seeds": ""}
     for rule in coherence.RULES:
-      names = (f"area_{rule}", f"area_{rule}_low", f"area_{rule}_high")
-      row |= dict.fromkeys(names, "")
-      if arm in found:
-        row |= {"seeds": found[arm].seeds}
-        row |= dict(zip(names, map(float, found[arm].area[rule])))
+      row |= dict.fromkeys((f"area_{rule}", f"area_{rule}_error"), "")
+    row |= dict.fromkeys(_AT_ONE, "")
+    if arm in found:
+      curve = found[arm]
+      row["seeds"] = curve.seeds
+      for rule, area in curve.area.items():
+        row[f"area_{rule}"] = area.value
+        row[f"area_{rule}_error"] = _or_empty(area.error)
+      at_one = curve.mean[np.argmin(abs(curve.temperature - 1))]
+      for name in _AT_ONE:
+        value = at_one[coherence.MEASURES.index(name)]
+        row[name] = _or_empty(value)
     rows.append(row)
   return rows
 
@@ -296,18 +326,22 @@ def specialisation_table(found) -> list[Row]:
     names = streams_of(arm)
     means = np.array([[_mean_index(f, name) for name in names] for f in files])
     for i, kind in enumerate(profiles.KINDS):
-      for s, stream in enumerate(names):
-        mean, error = mean_and_error(means[:, s, i])
-        rows.append(_of_arm(arm) | {
-          "index": kind, "stream": stream, "seeds": len(files),
-          "locality": mean, "error": _or_empty(error),
-        })  # fmt: skip
+      series = {name: means[:, s, i] for s, name in enumerate(names)}
       if len(names) == 2:
-        mean, error = mean_and_error(means[:, 1, i] - means[:, 0, i])
-        rows.append(_of_arm(arm) | {
-          "index": kind, "stream": "query - content", "seeds": len(files),
-          "locality": mean, "error": _or_empty(error),
-        })  # fmt: skip
+        series["query - content"] = means[:, 1, i] - means[:, 0, i]
+      for stream, values in series.items():
+        index = statistics.over_seeds(values)
+        row = _of_arm(arm) | {
+          "index": kind, "stream": stream, "seeds": index.seeds,
+          "locality": index.value, "error": _or_empty(index.error),
+          "mass_own": "", "mass_sentinels": "",
+        }  # fmt: skip
+        if stream in names:
+          shares = [profiles.shares(f, stream) for f in files]
+          for name in ("own", "sentinels"):
+            mean = np.mean([share[name] for share in shares])
+            row[f"mass_{name}"] = float(mean)
+        rows.append(row)
   return rows
 
 
