@@ -1,6 +1,7 @@
 """The Python interface: a trained model that generates, infills and scores."""
 
 import dataclasses
+import operator
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -24,8 +25,8 @@ class Model:
 
   Options are the fields of config.sample (generate, infill) or config.score
   (score), with the defaults of the run; `order` may also be a permutation of
-  the positions 1..n of every text. The same call gives the same result, on any
-  number of devices, but for rounding.
+  the positions 1..n of every text, or a list of one for each text. The same
+  call gives the same result, on any number of devices, but for rounding.
 
   Attributes:
     config: of the run.
@@ -62,7 +63,7 @@ class Model:
       **options: fields of config.sample, as temperature, order or method.
 
     Returns:
-      generate.Text each: text, order, log_p (nats), calls.
+      generate.Text each: text, tokens, order, log_p (nats), calls.
 
     Raises:
       ConfigError: an option that cannot be.
@@ -93,7 +94,7 @@ class Model:
         tokens than T.
       ConfigError: an option that cannot be.
     """
-    many = [texts] if isinstance(texts, str) else texts
+    many = _several(texts, str)
     blank = self._with("sample", options).sample.blank
     parsed = [
       prompts.parse_prompt(text, self._tokenizer, blank, f"text {i}")
@@ -104,7 +105,7 @@ class Model:
 
   def score(
     self,
-    texts: str | Sequence[str],
+    texts: str | generate_lib.Text | Sequence[str | generate_lib.Text],
     *,
     blank: str | None = None,
     **options: Any,
@@ -114,7 +115,9 @@ class Model:
     Args:
       texts: one text or several, as "the [qu]ick ___": what is in brackets is
         scored (without brackets all of it), `_` is unknown, the rest is given.
-      blank: the character for an unknown token; None is config.sample.blank.
+        Of a generated Text all tokens are scored, whatever they are.
+      blank: the character for an unknown token, '' for none; None is
+        config.sample.blank. marks='' turns brackets into text, too.
       **options: fields of config.score, as order or, for an average over K
         uniform orders, order="uniform", orders=K.
 
@@ -126,34 +129,38 @@ class Model:
         the vocabulary, or more tokens than T.
       ConfigError: an option that cannot be.
     """
-    many = [texts] if isinstance(texts, str) else texts
+    many = _several(texts, (str, generate_lib.Text))
     config = self._with("score", options, blank)
-    parsed = [
-      (
-        text,
-        prompts.parse_marked(
-          text,
-          self._tokenizer,
-          config.sample.blank,
-          config.score.marks,
-          f"text {i}",
-        ),
+    if "orders" in options and config.score.order != "uniform":
+      raise config_lib.ConfigError(
+        f"orders={options['orders']}: counts with order='uniform' only; order "
+        f"is {config.score.order!r}"
       )
-      for i, text in enumerate(many, 1)
+    parsed = [
+      self._marked(text, config, f"text {i}") for i, text in enumerate(many, 1)
     ]
-    _check_order(options, [marked for _, marked in parsed])
+    given = _orders(options, [marked for _, marked in parsed])
     with jax.set_mesh(self._mesh):
-      found = self._scorer.score(self._params, parsed, config)
-    return found[0] if isinstance(texts, str) else found
+      found = self._scorer.score(self._params, parsed, config, given)
+    return found if many is texts else found[0]
+
+  def _marked(self, text, config, name):
+    """(text, prompts.Marked)."""
+    if isinstance(text, generate_lib.Text):
+      tokens = np.array(text.tokens, np.int32)
+      everywhere = np.ones(len(tokens), bool)
+      return text.text, prompts.Marked(tokens, ~everywhere, everywhere, name)
+    blank, marks = config.sample.blank, config.score.marks
+    return text, prompts.parse_marked(text, self._tokenizer, blank, marks, name)
 
   def _fill(self, parsed, count, options):
     config = self._with("sample", {"count": count, **options})
-    _check_order(options, parsed)
+    given = _orders(options, parsed)
     with jax.set_mesh(self._mesh):
-      return self._sampler.fill(self._params, parsed, config)
+      return self._sampler.fill(self._params, parsed, config, given)
 
   def _with(self, section, options, blank=None):
-    """The config with these options; `order` may be a permutation."""
+    """The config with these options; `order` may be one or several."""
     config, options = self.config, dict(options)
     if blank is not None:
       config = dataclasses.replace(
@@ -166,15 +173,10 @@ class Model:
           f"{name}: no such option; there are: {', '.join(fields)}"
         )
     if "order" in options and not isinstance(options["order"], str):
-      given = tuple(int(position) for position in options["order"])
-      n = len(given)
-      if not n or sorted(given) != list(range(1, n + 1)):
-        raise config_lib.ConfigError(
-          f"order={given}: must be a permutation of 1..{n or 'n'}"
-        )
-      rest = tuple(range(n + 1, config.model.T + 1))
+      # Which, the programs are told by their arguments: see _orders.
+      every = tuple(range(1, config.model.T + 1))
       config = dataclasses.replace(
-        config, orders=dataclasses.replace(config.orders, given=given + rest)
+        config, orders=dataclasses.replace(config.orders, given=every)
       )
       options["order"] = "given"
     part = config_lib.from_dict({section: options})
@@ -183,15 +185,53 @@ class Model:
     return config_rules.validate(dataclasses.replace(config, **{section: part}))
 
 
-def _check_order(options, texts):
-  """Refuses an order of positions that is not one of every text's."""
+def _several(texts, kinds):
+  """A list of them, where there is one only."""
+  many = [texts] if isinstance(texts, kinds) else texts
+  if isinstance(many, Sequence) and not isinstance(many, bytes):
+    wrong = [text for text in many if not isinstance(text, kinds)]
+  else:
+    wrong = [many]
+  if wrong:
+    raise prompts.PromptError(
+      f"{wrong[0]!r} is no text: give a str or a list of them"
+    )
+  return many
+
+
+def _orders(options, texts):
+  """A permutation for every text, where option `order` gives any; or None."""
   order = options.get("order", "")
   if isinstance(order, str):
-    return
-  for text in texts:
-    if len(text.tokens) != len(order):
-      raise config_lib.ConfigError(
-        f"order={tuple(map(int, order))}: has {len(order)} positions, and "
-        f"{text.name} has {len(text.tokens)} tokens; it must be a permutation "
-        "of all of them"
-      )
+    return None
+  try:
+    several = len(order) and np.ndim(order[0]) == 1
+  except TypeError:  # Neither; said below.
+    several = False
+  each = list(order) if several else [order] * len(texts)
+  if len(each) != len(texts):
+    raise config_lib.ConfigError(
+      f"order: {len(each)} orders for {len(texts)} texts; give one, or one each"
+    )
+  return [_permutation(one, text) for one, text in zip(each, texts)]
+
+
+def _permutation(order, text):
+  n = len(text.tokens)
+  try:
+    found = [operator.index(position) for position in order]
+  except TypeError as error:
+    raise config_lib.ConfigError(
+      f"order={order!r}: must be a name or a list of positions, counted from 1"
+    ) from error
+  if len(found) != n:
+    raise config_lib.ConfigError(
+      f"order: has {len(found)} positions, and {text.name} has {n} tokens; it "
+      "must be a permutation of all of them, those of known ones too"
+    )
+  if sorted(found) != list(range(1, n + 1)):
+    wrong = next((p for p in found if not 0 < p <= n or found.count(p) > 1), 0)
+    raise config_lib.ConfigError(
+      f"order: must be a permutation of 1..{n}, and {wrong} is not in it once"
+    )
+  return found

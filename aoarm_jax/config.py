@@ -17,6 +17,7 @@ import json
 from typing import Any
 
 import ml_collections
+import numpy as np
 
 from aoarm_jax import mechanisms
 
@@ -377,7 +378,9 @@ class Sample:
     "adaptive: what is highest, lowest or highest at the next target",
     choices=("confidence", "entropy", "margin"),
   )
-  blank: str = _field("_", "the character that marks a blank in --prompt")
+  blank: str = _field(
+    "_", "the character of an unknown token in a text; '': none, to score all"
+  )
   every: int = _field(
     500, "steps between samples in training; 0: at the end", low=0
   )
@@ -637,6 +640,8 @@ def _build(cls, tree, path):
 
 
 def _cast(kind, value, path):
+  if isinstance(value, np.generic):
+    value = value.item()
   if kind is tuple and isinstance(value, (list, tuple)):
     return tuple(value)
   if kind is float and type(value) is int:

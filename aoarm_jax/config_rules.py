@@ -171,8 +171,8 @@ def _relations(config):
     "name at least one learning rate; all above 0",
   )  # fmt: skip
   yield (
-    "config.sample.blank", config.sample.blank, len(config.sample.blank) == 1,
-    "must be one character",
+    "config.sample.blank", config.sample.blank, len(config.sample.blank) <= 1,
+    "must be one character, or '' for none",
   )  # fmt: skip
   marks = config.score.marks
   yield (

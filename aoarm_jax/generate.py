@@ -6,6 +6,7 @@ decode.py and diffusion.py generate; each method's exactness is said there.
 import dataclasses
 import datetime
 import json
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -28,6 +29,7 @@ from aoarm_jax import (
 )
 from aoarm_jax.data import tokenizers
 
+_AT_ONCE = 1024  # Texts drawn of a file before they are printed.
 _GENERATION = 102  # Sets these keys apart from training's of the same seed.
 
 
@@ -35,7 +37,8 @@ class Text(NamedTuple):
   """One generated text.
 
   Attributes:
-    text: readable.
+    text: readable; bytes that are no UTF-8 are U+FFFD in it.
+    tokens: the ids, which say all: model.score(text) reads these.
     order: the positions 1..n, in the order of generation; the prompt's known
       positions come first.
     log_p: nats: log-probability of what was generated, each token under the law
@@ -47,6 +50,7 @@ class Text(NamedTuple):
   """
 
   text: str
+  tokens: list[int]
   order: list[int]
   log_p: float
   calls: int
@@ -66,7 +70,7 @@ class Sampler:
     self._bind = bind
     self._jitted = jax.jit(
       self._draw,
-      static_argnames=("options", "given", "prefill", "most_known"),
+      static_argnames=("options", "prefill", "most_known"),
       out_shardings=sharding.replicated(mesh),
     )
 
@@ -87,17 +91,23 @@ class Sampler:
     params,
     texts: Sequence[prompts.Prompt],
     config: config_lib.Config | None = None,
+    given: Sequence[Sequence[int]] | None = None,
+    first: int = 0,
   ) -> list[list[Text]]:
     """Draws config.sample.count texts for every prompt.
 
-    The j-th text of prompt i depends on the seed, i * count + j and the prompt
-    alone: not on config.sample.batch_size, the devices or the other prompts.
+    The j-th text of prompt i depends on the seed, (first + i) * count + j and
+    the prompt alone: not on config.sample.batch_size, the devices or the other
+    prompts.
 
     Args:
       params: as the Bind's; on the mesh.
       texts: the prompts, each of n <= T tokens: positions 1..n are generated,
         nothing beyond.
       config: its sample and orders.given, instead of the Sampler's own.
+      given: with config.sample.order="given", a permutation of 1..n for every
+        prompt; None is config.orders.given for all.
+      first: number of the first prompt.
 
     Returns:
       For every prompt its texts.
@@ -115,25 +125,34 @@ class Sampler:
       rows = range(i * count, (i + 1) * count)
       shapes.setdefault((T, prefill), []).extend(rows)
     found: dict[int, Text] = {}
+    if given is None:
+      given = [config.orders.given] * len(texts)
     for (T, prefill), rows in shapes.items():
       B = sharding.batch_size(self._mesh, config.sample.batch_size, len(rows))
-      for first in range(0, len(rows), B):
-        batch = rows[first : first + B]
-        found |= self._batch(params, texts, config, T, prefill, batch, B)
+      for start in range(0, len(rows), B):
+        found |= self._batch(
+          params, texts, config, given, first, T, prefill,
+          rows[start : start + B], B,
+        )  # fmt: skip
     return [
       [found[i * count + j] for j in range(count)] for i in range(len(texts))
     ]
 
-  def _batch(self, params, texts, config, T, prefill, rows, B):
+  def _batch(
+    self, params, texts, config, given, first, T, prefill, rows, B
+  ):  # fmt: skip
     """The texts of these rows by index, in one batch of B."""
     sample = config.sample
     tokens, known = np.zeros((B, T), np.int32), np.zeros((B, T), bool)
     length, index = np.ones(B, np.int32), np.zeros(B, np.int32)
+    order = np.tile(np.arange(1, T + 1, dtype=np.int32), (B, 1))
     for b, row in enumerate(rows):
       prompt = texts[row // sample.count]
       n = len(prompt.tokens)
       tokens[b, :n], known[b, :n] = prompt.tokens, prompt.known
-      length[b], index[b] = n, row
+      length[b], index[b] = n, first * sample.count + row
+      if sample.order == "given":
+        order[b] = prompts.within(given[row // sample.count], T)
     everywhere = sharding.put(
       self._mesh,
       (
@@ -145,15 +164,15 @@ class Sampler:
     drawn = self._jitted(
       params,
       *everywhere,
-      *sharding.put_rows(self._mesh, (tokens, known, length, index)),
+      *sharding.put_rows(self._mesh, (tokens, known, length, index, order)),
       options=_static(sample),
-      given=tuple(p for p in config.orders.given if p <= T),
       prefill=prefill,
       most_known=T if known.any() else 0,
     )
     return {
       row: Text(
         self._tokenizer.decode(text[:n]),
+        text[:n].tolist(),
         by[:n].tolist(),
         float(nats),
         int(calls),
@@ -164,15 +183,13 @@ class Sampler:
     }
 
   def _draw(
-    self, params, key, law, most_blanks, tokens, known, length, index,
-    *, options, given, prefill, most_known,
+    self, params, key, law, most_blanks, tokens, known, length, index, order,
+    *, options, prefill, most_known,
   ):  # fmt: skip
     order_key, draw_key = jax.random.split(key)
-    B, T = tokens.shape
-    family = dataclasses.replace(
-      self._config.orders, family=options.order, given=given
-    )
-    order = orders.draw(order_key, B, T, family, rows=index)
+    if options.order != "given":
+      family = dataclasses.replace(self._config.orders, family=options.order)
+      order = orders.draw(order_key, *tokens.shape, family, rows=index)
     network = self._bind(params)
     shared = dict(rows=index, length=length)
     if network.model.kind.masked:
@@ -246,7 +263,7 @@ def sample(
     PromptError: a prompt that this model cannot fill.
   """
   tokenizer = tokenizers.get(config.data.tokenizer)
-  blank = config.sample.blank
+  blank, first = config.sample.blank, jax.process_index() == 0
   lines = prompts.read_lines(input_file) if input_file else []
   if prompt:
     lines = [("--prompt", prompt)]
@@ -257,20 +274,32 @@ def sample(
   with jax.set_mesh(mesh):
     run = restore.restore(config, workdir, mesh)
     sampler = Sampler(config, run.bind, tokenizer, mesh)
-    if parsed:
-      found = sampler.fill(run.params, parsed)
-    else:
-      found = [sampler.sample(run.params)]
-  if jax.process_index() != 0:
-    return
-  if input_file:
-    for (_, line), texts in zip(lines, found):
-      for text in texts:
-        print(json.dumps({"prompt": line, **text._asdict()}))
+    if input_file:
+      # By parts, so that what was done is there whatever comes after.
+      at_once = -(-_AT_ONCE // config.sample.count)
+      for start in range(0, len(parsed), at_once):
+        part = slice(start, start + at_once)
+        found = sampler.fill(run.params, parsed[part], first=start)
+        if first:
+          _print_json(lines[part], found)
+      return
+    texts = sampler.sample(run.params, parsed[0] if parsed else None)
+  if not first:
     return
   now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S.%f")
   path = workdir / "samples" / f"{now}.jsonl"
-  write(path, found[0], run.saved.step, prompt=prompt, seed=config.sample.seed)
+  facts = {
+    name: getattr(config.sample, name)
+    for name in ("seed", "method", "order", "temperature", "top_k", "top_p")
+  }
+  write(path, texts, run.saved.step, prompt=prompt, **facts)
   logging.info("written with their orders: %s", path)
-  for text in found[0]:
+  for text in texts:
     print(text.text)
+
+
+def _print_json(lines, found):
+  for (_, line), texts in zip(lines, found):
+    for text in texts:
+      print(json.dumps({"prompt": line, **text._asdict()}))
+  sys.stdout.flush()

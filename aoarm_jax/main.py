@@ -9,6 +9,7 @@ import dataclasses
 import errno
 import os
 import re
+import signal
 import sys
 
 import jax
@@ -221,6 +222,9 @@ def _check_texts(flag_values):
     if flag_values[name].value and mode not in modes:
       needs = " or ".join(f"--mode={mode}" for mode in modes)
       raise flags.Error(f"--{name} needs {needs}")
+  for name in ("prompt", "input"):
+    if flag_values[name].present and not flag_values[name].value:
+      raise flags.Error(f"--{name} is empty: leave it out, or give a text")
   one = flag_values.text or flag_values.prompt
   if one and flag_values.input:
     raise flags.Error("--input goes without --prompt and --text")
@@ -263,6 +267,9 @@ def main(argv: list[str]) -> None:
   except OSError as error:
     if error.errno is None:
       raise
+    if error.errno == errno.EPIPE:  # As of `| head`: nobody reads on.
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+      sys.exit(128 + signal.SIGPIPE)
     where = f": {error.filename}" if error.filename else ""
     hint = " (free some space and start the same command again)"
     _fail(

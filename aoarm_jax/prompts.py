@@ -1,6 +1,7 @@
 """Texts as users write them: blanks to fill, and marked parts to score."""
 
 import sys
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -52,8 +53,13 @@ def parse_prompt(
   """Reads a text in which every `blank` is one token to generate.
 
   Raises:
-    PromptError: no blank in it, or a character that is not in the vocabulary.
+    PromptError: no blank in it, none that is named, or a character that is not
+      in the vocabulary.
   """
+  if not blank:
+    raise PromptError(
+      "config.sample.blank='': name the character of a token to generate"
+    )
   if blank not in text:
     raise PromptError(
       f"{name}={text!r} has no blank {blank!r}: there is nothing to generate"
@@ -110,7 +116,7 @@ def _encode(text, tokenizer, name, blank, marks):
     if marks and character in marks:
       if (character == marks[0]) == bool(opened):
         raise PromptError(
-          f"{name}: {character!r} at character {at} has no partner; marks are "
+          f"{name}: {character!r} at offset {at - 1} has no partner; marks are "
           f"{marks[0]!r} and {marks[1]!r}, and do not nest"
         )
       opened = 0 if opened else at
@@ -124,13 +130,16 @@ def _encode(text, tokenizer, name, blank, marks):
     kinds += [kind] * len(found)
   if opened:
     raise PromptError(
-      f"{name}: {marks[0]!r} at character {opened} has no partner {marks[1]!r}"
+      f"{name}: {marks[0]!r} at offset {opened - 1} has no partner {marks[1]!r}"
     )
   return np.array(tokens, np.int32), np.array(kinds, np.int32)
 
 
 def read_lines(path: str) -> list[tuple[str, str]]:
   """(name, text) of every line of a file; '-' is standard input.
+
+  Lines end with a line feed, or that and a carriage return before it; empty
+  ones at the end do not count.
 
   Raises:
     PromptError: no such file, not UTF-8, or no line in it.
@@ -141,14 +150,25 @@ def read_lines(path: str) -> list[tuple[str, str]]:
       data = sys.stdin.buffer.read()
     else:
       data = epath.Path(path).read_bytes()
-    lines = data.decode("utf-8").splitlines()
+    # A byte order mark, as some editors write it, is no text.
+    lines = data.decode("utf-8-sig").replace("\r\n", "\n").split("\n")
   except UnicodeDecodeError as error:
     raise PromptError(f"{name}: byte {error.start} is no UTF-8") from error
-  except (FileNotFoundError, IsADirectoryError) as error:
+  except IsADirectoryError as error:
+    raise PromptError(f"--input={path}: is a folder, not a file") from error
+  except (FileNotFoundError, NotADirectoryError) as error:
     raise PromptError(f"--input={path}: no such file") from error
+  while lines and not lines[-1]:
+    lines.pop()
   if not lines:
     raise PromptError(f"{name} is empty: one text a line is wanted")
   return [(f"{name}, line {i}", line) for i, line in enumerate(lines, 1)]
+
+
+def within(order: Sequence[int], T: int) -> list[int]:
+  """A permutation of 1..T from one of 1..n: less what is beyond, or more."""
+  inside = [position for position in order if position <= T]
+  return inside + list(range(len(inside) + 1, T + 1))
 
 
 def padded_length(n: int, T: int) -> int:

@@ -40,7 +40,7 @@ def read_config(workdir: epath.Path) -> config_lib.Config:
   path = workdir / "config.json"
   try:
     return config_lib.from_json(path.read_text())
-  except FileNotFoundError:
+  except (FileNotFoundError, NotADirectoryError):
     raise checkpoint.CheckpointError(
       f"{path}: no such file; {workdir} is not the directory of a run"
     ) from None

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 import math
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -29,6 +30,7 @@ from aoarm_jax import (
 )
 from aoarm_jax.data import tokenizers
 
+_AT_ONCE = 1024  # Texts scored of a file before they are printed.
 _SCORING = 103  # Sets these keys apart from training's of the same seed.
 
 
@@ -73,7 +75,7 @@ class Scorer:
     self._tokenizer = tokenizer
     self._jitted = jax.jit(
       self._nats,
-      static_argnames=("family", "given", "count", "most"),
+      static_argnames=("family", "count", "most"),
       out_shardings=sharding.replicated(mesh),
     )
 
@@ -82,6 +84,7 @@ class Scorer:
     params,
     texts: Sequence[tuple[str, prompts.Marked]],
     config: config_lib.Config | None = None,
+    given: Sequence[Sequence[int]] | None = None,
   ) -> list[Score]:
     """Scores every text, as config.score says.
 
@@ -92,6 +95,8 @@ class Scorer:
       params: as the Bind's; on the mesh.
       texts: as they are written, and parsed; of n <= T tokens each.
       config: its score and orders.given, instead of the Scorer's own.
+      given: with config.score.order="given", a permutation of 1..n for every
+        text; None is config.orders.given for all.
 
     Raises:
       PromptError: a text that this model cannot score.
@@ -104,20 +109,23 @@ class Scorer:
       T = prompts.padded_length(len(text.tokens), model.T)
       shapes.setdefault(T, []).append(i)
     found: dict[int, Score] = {}
+    if given is None:
+      given = [config.orders.given] * len(texts)
     for T, rows in shapes.items():
       B = sharding.batch_size(self._mesh, config.score.batch_size, len(rows))
       for first in range(0, len(rows), B):
         found |= self._batch(
-          params, texts, config, T, rows[first : first + B], B
+          params, texts, config, given, T, rows[first : first + B], B
         )
     return [found[i] for i in range(len(texts))]
 
-  def _batch(self, params, texts, config, T, rows, B):
+  def _batch(self, params, texts, config, given, T, rows, B):
     """The scores of these texts by index, in one batch of B."""
     options = config.score
     tokens = np.zeros((B, T), np.int32)
     kinds = np.full((B, T), _UNKNOWN, np.int32)
     kinds[:, 0] = _SCORED  # Of rows that only fill the batch.
+    order = np.tile(np.arange(1, T + 1, dtype=np.int32), (B, 1))
     for b, row in enumerate(rows):
       text = texts[row][1]
       n = len(text.tokens)
@@ -125,14 +133,15 @@ class Scorer:
       kinds[b, :n] = np.where(
         text.known, _KNOWN, np.where(text.scored, _SCORED, _UNKNOWN)
       )
+      if options.order == "given":
+        order[b] = prompts.within(given[row], T)
     counts = (kinds == _SCORED).sum(axis=1)
     key = jax.random.fold_in(jax.random.key(options.seed), _SCORING)
     out = self._jitted(
       params,
       sharding.put(self._mesh, key),
-      *sharding.put_rows(self._mesh, (tokens, kinds)),
+      *sharding.put_rows(self._mesh, (tokens, kinds, order)),
       family=options.order,
-      given=tuple(p for p in config.orders.given if p <= T),
       count=options.orders if options.order == "uniform" else 1,
       most=prompts.padded_length(int(counts.max()), T),
     )
@@ -142,13 +151,11 @@ class Scorer:
       for b, (row, n) in enumerate(zip(rows, counts))
     }
 
-  def _nats(self, params, key, tokens, kinds, *, family, given, count, most):
+  def _nats(self, params, key, tokens, kinds, given, *, family, count, most):
     """(nats float32 [K, B, R], positions int32 [K, B, R]) of scored ranks."""
     B, T = tokens.shape
     network, model = self._bind(params), self._config.model
-    options = dataclasses.replace(
-      self._config.orders, family=family, given=given
-    )
+    options = dataclasses.replace(self._config.orders, family=family)
     first = (kinds == _KNOWN).sum(axis=1)[:, None]
     ranks = jnp.minimum(first + jnp.arange(most), T - 1)
     nll = functools.partial(
@@ -168,8 +175,10 @@ class Scorer:
     )
 
     def of_order(k):
-      order = orders.draw(jax.random.fold_in(key, k), 1, T, options)
-      order = jnp.broadcast_to(order, (B, T))
+      order = given
+      if family != "given":
+        order = orders.draw(jax.random.fold_in(key, k), 1, T, options)
+        order = jnp.broadcast_to(order, (B, T))
       order = orders.by_class(order, kinds)
       positions = jnp.take_along_axis(order, ranks, axis=1)
       if can_pick:
@@ -243,7 +252,11 @@ def score(
   mesh = sharding.of_run(config)
   with jax.set_mesh(mesh):
     run = restore.restore(config, workdir, mesh)
-    scores = Scorer(config, run.bind, tokenizer, mesh).score(run.params, texts)
-  if jax.process_index() == 0:
-    for each in scores:
-      print(json.dumps(each._asdict()))
+    scorer = Scorer(config, run.bind, tokenizer, mesh)
+    # By parts, so that what was done is there whatever comes after.
+    for start in range(0, len(texts), _AT_ONCE):
+      scores = scorer.score(run.params, texts[start : start + _AT_ONCE])
+      if jax.process_index() == 0:
+        for each in scores:
+          print(json.dumps(each._asdict()))
+        sys.stdout.flush()

@@ -13,10 +13,11 @@ from unittest import mock
 
 import helpers
 import jax
+import numpy as np
 from absl.testing import absltest, parameterized
 
 import aoarm_jax
-from aoarm_jax import config, prompts, strip
+from aoarm_jax import config, generate, prompts, strip
 
 _README = (helpers.ROOT / "README.md").read_text()
 _contexts = contextlib.ExitStack()
@@ -145,6 +146,27 @@ class ModelTest(parameterized.TestCase):
     self.assertLess(model.score("abc").log_p, 0)
     self.assertLess(model.infill("a_c")[0].log_p, 0)
 
+  def test_a_generated_text_scores_as_it_was_drawn(self):
+    """All its tokens, each text in its own order, by one program."""
+    texts = _model.generate(3, seed=5)
+    _model.score(texts, order=[text.order for text in texts])
+    before = _model._scorer._jitted._cache_size()
+    for orders in ([x.order for x in texts], [x.order[::-1] for x in texts]):
+      scores = _model.score(texts, order=orders)
+      for text, score, order in zip(texts, scores, orders):
+        self.assertEqual(score.order, order)
+        self.assertEqual(score.text, text.text)
+        if order == text.order:
+          self.assertAlmostEqual(score.log_p, text.log_p, delta=1e-3)
+    self.assertEqual(_model._scorer._jitted._cache_size(), before)
+    one = _model.score(texts[0], order=np.array(texts[0].order))
+    self.assertAlmostEqual(one.log_p, texts[0].log_p, delta=1e-3)
+
+  def test_numbers_of_numpy(self):
+    for temperature in (np.float64(0.5), np.float32(0.5)):
+      (text,) = _model.generate(np.int64(1), temperature=temperature)
+    self.assertLen(text.text, 40)
+
   @parameterized.parameters("parallel", "speculative", "adaptive")
   def test_methods_and_given_orders(self, method):
     (text,) = _model.infill("_b__", method=method, order=[4, 3, 2, 1])
@@ -158,16 +180,26 @@ class ModelTest(parameterized.TestCase):
     (lambda m: m.infill("_" * 41), "text 1 has 41 tokens; the model generates"),
     (lambda m: m.score("a" * 41), "text 1 has 41 tokens; the model knows at m"),
     (lambda m: m.score(["a", "[]"]), r"text 2='\[\]': there is nothing to sc"),
-    (lambda m: m.score("ab", order=[1, 1]), r"order=\(1, 1\): must be a perm"),
-    (lambda m: m.generate(order=[]), r"order=\(\): must be a permutation of 1"),
-    (lambda m: m.score("abcde", order=[2, 1]), r"order=\(2, 1\): has 2 positio"
-     "ns, and text 1 has 5 tokens; it must be a permutation of all of them"),
-    (lambda m: m.infill(["a_", "_bc"], order=[2, 1]), r"order=\(2, 1\): has 2 "
-     "positions, and text 2 has 3 tokens"),
-    (lambda m: m.generate(order=[1]), r"order=\(1,\): has 1 positions, and a ge"
-     "nerated text has 40 tokens"),
+    (lambda m: m.score("ab", order=[1, 1]),
+     r"order: must be a permutation of 1\.\.2, and 1 is not in it once"),
+    (lambda m: m.score("abc", order=range(3)), "order: .*, and 0 is not in it"),
+    (lambda m: m.score("ab", order=[1.5, 2]), r"order=\[1.5, 2\]: must be "),
+    (lambda m: m.score("ab", order=None), "order=None: must be a name or a li"),
+    (lambda m: m.score("ab", order=["a", "b"]), r"order=\['a', 'b'\]: must be"),
+    (lambda m: m.score(["a", "b"], order=[[1]]), "order: 1 orders for 2 texts"),
+    (lambda m: m.generate(order=[]), "order: has 0 positions, and a generated"),
+    (lambda m: m.score("abcde", order=[2, 1]), "order: has 2 positions, and te"
+     "xt 1 has 5 tokens; it must be a permutation of all of them"),
+    (lambda m: m.infill(["a_", "_bc"], order=[2, 1]), "order: has 2 positions, "
+     "and text 2 has 3 tokens"),
+    (lambda m: m.generate(order=[1]), "order: has 1 positions, and a generated "
+     "text has 40 tokens"),
+    (lambda m: m.score("ab", orders=4), "orders=4: counts with order='unifor"),
+    (lambda m: m.score(3), "3 is no text: give a str or a list of them"),
+    (lambda m: m.score(["a", None]), "None is no text"),
+    (lambda m: m.infill(b"a_"), "b'a_' is no text"),
     (lambda m: m.score("a?", blank="??"), r"config.sample.blank='\?\?': must"),
-    (lambda m: m.infill("a?", blank=""), "config.sample.blank='': must be one"),
+    (lambda m: m.infill("a?", blank=""), "config.sample.blank='': name the ch"),
     (lambda m: m.generate(heat=1.0), "heat: no such option; there are: count"),
     (lambda m: m.generate(0), "config.sample.count=0: must be at least 1"),
     (lambda m: m.generate(method="x"), "config.sample.method='x': 'x' is not"),
@@ -211,6 +243,42 @@ class CommandTest(parameterized.TestCase):
       self.assertLess(line["log_p"], 0)
     self.assertEqual(lines[0]["text"], _model.infill("ab__", 2)[0].text)
 
+  def test_a_file_is_printed_by_parts(self):
+    """The same texts; what was done before a stop is there."""
+    path = _folder / "many.txt"
+    path.write_text("ab__\nc_\n_d\n_\n")
+    command = "--mode=sample", f"--input={path}", "--config.sample.count=2"
+    whole = _run(*command)
+    with mock.patch.object(generate, "_AT_ONCE", 3):
+      self.assertEqual(_run(*command), whole)
+    fill, calls = generate.Sampler.fill, []
+
+    def stopped(*arguments, **options):
+      calls.append(1)
+      if len(calls) > 1:
+        raise KeyboardInterrupt
+      return fill(*arguments, **options)
+
+    out = io.StringIO()
+    with (
+      mock.patch.object(generate, "_AT_ONCE", 2),
+      mock.patch.object(generate.Sampler, "fill", stopped),
+      contextlib.redirect_stdout(out),
+      self.assertRaises(KeyboardInterrupt),
+    ):
+      helpers.run(
+        [f"--config={helpers.TINY}", f"--workdir={_folder / 'run'}", *command]
+      )
+    self.assertEqual(out.getvalue().splitlines(), whole[:2])
+
+  def test_lines_of_a_file(self):
+    """As editors of all systems write them; a form feed is no line's end."""
+    path = _folder / "lines.txt"
+    path.write_bytes(b"\xef\xbb\xbfa_\r\nb\x0c_\r\n\r\n_\n\n\n")
+    names, lines = zip(*prompts.read_lines(str(path)))
+    self.assertEqual(lines, ("a_", "b\x0c_", "", "_"))
+    self.assertEqual(names[-1], f"{path}, line 4")
+
   def test_scores_of_standard_input(self):
     stdin = mock.Mock(buffer=io.BytesIO(b"ab[c]\nabc\n"))
     with mock.patch.object(sys, "stdin", stdin):
@@ -241,7 +309,9 @@ class CommandTest(parameterized.TestCase):
     (("sample", "--text=a"), "--text needs --mode=score"),
     (("eval", "--input=-"), "--input needs --mode=sample or --mode=score"),
     (("score", "--input=/absent"), "--input=/absent: no such file"),
-    (("score", "--text=a[b"), "--text: '.' at character 2 has no partner"),
+    (("score", "--input=/"), "--input=/: is a folder, not a file"),
+    (("sample", "--prompt="), "--prompt is empty"),
+    (("score", "--text=a[b"), "--text: '.' at offset 1 has no partner"),
     (("score", "--text=aXb"), "--text: char27: character 'X' at offset 1"),
     (("score", "--text=a", "--config.score.marks=["), "config.score.marks='.'"),
     (("sample", "--input={bad}"), "{bad}, line 2='cd' has no blank '_'"),

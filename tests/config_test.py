@@ -295,7 +295,6 @@ class RulesTest(parameterized.TestCase):
                        "eval.estimators": ["left_to_right"],
                        "sample.method": "adaptive"}, "sample.method"),
     ("match", {"match.by": "parameters"}, "match.change"),
-    ("no_blank", {"sample.blank": ""}, "sample.blank"),
     ("long_blank", {"sample.blank": "__"}, "sample.blank"),
   )  # fmt: skip
   def test_relation(self, changes, field):

@@ -249,9 +249,9 @@ class MarksTest(parameterized.TestCase):
     ("", "--text='': there is nothing to score"),
     ("a[]b", r"--text='a\[\]b': there is nothing to score"),
     ("__", "--text='__': there is nothing to score"),
-    ("a[b", "--text: '.' at character 2 has no partner ']'"),
-    ("ab]", "--text: ']' at character 3 has no partner; marks are"),
-    ("[a[b]]", "--text: '.' at character 3 has no partner; marks are"),
+    ("a[b", "--text: '.' at offset 1 has no partner ']'"),
+    ("ab]", "--text: ']' at offset 2 has no partner; marks are"),
+    ("[a[b]]", "--text: '.' at offset 2 has no partner; marks are"),
     ("ab[cX]", "--text: char27: character 'X' at offset 4 is not a-z"),
   )
   def test_marks_that_cannot_be(self, text, message):

@@ -97,7 +97,8 @@ class Tokenizer:
     else:
       found = f"character {symbol!r}"
     return (
-      f"{self.name}: {found} at offset {offset} is not a-z or space; "
+      f"{self.name}: {found} at offset {offset} is not a-z or space: "
+      "lower-case the text and spell out the rest; only a model trained with "
       "--config.data.tokenizer=byte takes any text"
     )
 
