@@ -53,7 +53,7 @@ class AsTrainedTest(absltest.TestCase):
       own = config_lib.Config(model=config_lib.Model(mechanism=mechanism))
       with self.assertRaisesRegex(
         config_lib.ConfigError,
-        f"config.model.mechanism='{mechanism}': the run in {self.workdir} is of "
+        f"mechanism={mechanism!r}: the run in {self.workdir} is of "
         "'two_stream': give the --config .*experiment.*, or another --workdir",
       ):
         self.as_trained(own)
