@@ -139,7 +139,10 @@ def _parser():
     help="four cells",
   )  # fmt: skip
   add("--sizes", nargs="+", default=list(_SIZES), choices=_SIZES)
-  add("--methods", nargs="+", type=_method, help="default: all it has")
+  add(
+    "--methods", nargs="+", type=_method,
+    help="default: all that the mechanism has",
+  )  # fmt: skip
   add("--T", nargs="+", type=whole, default=[128, 1024, 4096])
   add(
     "--batches", nargs="+", type=arguments.number(int, 0), default=[1, 64, 0],
