@@ -32,7 +32,9 @@ from collections.abc import Iterator
 import jax
 from etils import epath
 
+import pallas_kernels
 from aoarm_jax import (
+  arguments,
   checkpoint,
   decode_timing,
   figures,
@@ -54,6 +56,7 @@ _METHODS = (
   "uncached",
   "mdlm",
 )
+_COLUMNS = {"size", "T", "B", "method", "tokens_per_second", "device"}
 _TELL_SECONDS = 15
 _QUICK = "8m T1024 B64 (sequential|parallel-16|uncached|mdlm)"
 _HEADER = (
@@ -63,24 +66,47 @@ _HEADER = (
 
 
 def cells(
-  options: argparse.Namespace, run, config
+  options: argparse.Namespace, config: config_lib.Config | None
 ) -> Iterator[decode_timing.Cell]:
-  """What the options ask for."""
+  """All of the lengths, batches and methods that the options name.
+
+  Args:
+    options: as parsed.
+    config: of the run that is timed; None for random weights.
+
+  Raises:
+    ConfigError: a method that the mechanism does not have.
+  """
   models = [
     (size, config_lib.Model(mechanism=options.mechanism, T=T, **_SIZES[size]))
     for size in options.sizes
     for T in options.T
   ]
-  if run is not None:
+  if config is not None:
     models = [(config.name, config.model)]
+  methods = _methods(options.methods, models[0][1])
   for size, model in models:
     for B in options.batches:
-      for method in options.methods:
-        one = decode_timing.Cell(size, model, B, method)
-        if re.search(
-          options.only or (_QUICK if options.quick else ""), str(one)
-        ):
-          yield one
+      for method in methods:
+        yield decode_timing.Cell(size, model, B, method)
+
+
+def _methods(asked, model):
+  """Those that are asked for, or all that the model has."""
+
+  def has(method):
+    if model.kind.masked:  # It has no cache, and its rows are the whole text.
+      return method == "mdlm"
+    return method != "adaptive" or not model.kind.left_to_right
+
+  possible = list(filter(has, _METHODS))
+  for method in asked or ():
+    if not has(method):
+      raise config_lib.ConfigError(
+        f"--methods {method}: a model of mechanism {model.mechanism} does not "
+        f"generate so; of it can be timed: {', '.join(possible)}"
+      )
+  return asked or possible
 
 
 def _method(name):
@@ -88,61 +114,89 @@ def _method(name):
     return name
   if re.fullmatch(r"(parallel|speculative)-[1-9]\d*", name):
     return name
-  raise argparse.ArgumentTypeError(f"{name!r} is not one of {_METHODS}")
+  raise argparse.ArgumentTypeError(
+    f"{name!r} is not one of sequential, parallel-M, speculative-M, adaptive, "
+    "uncached, mdlm, where M is any whole number from 1"
+  )
+
+
+def _pattern(text):
+  try:
+    return re.compile(text)
+  except re.error as error:
+    raise argparse.ArgumentTypeError(
+      f"{text!r} is not a regular expression: {error}"
+    ) from None
 
 
 def _parser():
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  add = parser.add_argument
-  add("--only", default="", help="regular expression of cells' names")
-  add("--quick", action="store_true", help="four cells")
-  add("--sizes", nargs="*", default=list(_SIZES), choices=_SIZES)
-  add("--methods", nargs="*", default=list(_METHODS), type=_method)
-  add("--T", nargs="*", type=int, default=[128, 1024, 4096])
-  add("--batches", nargs="*", type=int, default=[1, 64, 0], help="0: the best")
+  parser = arguments.parser("decode_benchmark", __doc__)
+  add, whole = parser.add_argument, arguments.number(int, 1)
+  choose = parser.add_mutually_exclusive_group().add_argument
+  choose("--only", type=_pattern, help="regular expression of cells' names")
+  choose(
+    "--quick", dest="only", action="store_const", const=re.compile(_QUICK),
+    help="four cells",
+  )  # fmt: skip
+  add("--sizes", nargs="+", default=list(_SIZES), choices=_SIZES)
+  add(
+    "--methods", nargs="+", type=_method,
+    help="default: all that the mechanism has",
+  )  # fmt: skip
+  add("--T", nargs="+", type=whole, default=[128, 1024, 4096])
+  add(
+    "--batches", nargs="+", type=arguments.number(int, 0), default=[1, 64, 0],
+    help="0: the best",
+  )  # fmt: skip
   chain = [name for name, m in mechanisms.MECHANISMS.items() if not m.masked]
   add("--mechanism", default="two_stream", choices=chain)
-  add("--attention", default="auto", help="of uncached and mdlm passes")
-  add("--steps", type=int, default=128, help="steps timed a cell")
+  add(
+    "--attention", default="auto", help="of uncached and mdlm passes",
+    choices=("auto", *pallas_kernels.IMPLEMENTATIONS),
+  )  # fmt: skip
+  add("--steps", type=whole, default=128, help="steps timed a cell")
   add("--whole", action="store_true", help="time whole texts")
   add(
-    "--bandwidth", type=float, default=0.0,
+    "--bandwidth", type=arguments.number(float, 0), default=0.0,
     help="bytes/s, for the floor; 0: this device's, as measured (H100, H200)",
   )  # fmt: skip
   add("--workdir", default="", help="a run, instead of random weights")
-  add("--out", default="", help="CSV file")
+  add("--out", type=arguments.output, help="CSV file")
   add("--plot", default="", help="draw this CSV file beside it, and no more")
   return parser
 
 
-def main(arguments=None) -> None:
+def main(argv=None) -> None:
   """Prints a line a cell as it is measured, and writes the CSV file."""
-  options = _parser().parse_args(arguments)
+  options = _parser().parse_args(argv)
   if options.plot:
     return _plot(epath.Path(options.plot))
+  try:
+    run, every = _restore(options)
+  except (config_lib.ConfigError, checkpoint.CheckpointError) as error:
+    sys.exit(f"aoarm_jax: error: {error}")
+  only = options.only or re.compile("")
+  chosen = [cell for cell in every if only.search(str(cell))]
+  if not chosen:
+    sys.exit(
+      f"no cell has a name with {only.pattern!r}; the first one's is {every[0]}"
+    )
   device = jax.devices()[0].device_kind
   bandwidth = options.bandwidth or decode_timing.peak_bandwidth(device)
   if not bandwidth:
     bandwidth = decode_timing.UNKNOWN_BANDWIDTH
-    print(f"floors are an H200's: that of {device!r} is not known; --bandwidth")
+    print(
+      f"the memory bandwidth of {device!r} is not known: floors are those of "
+      f"an H200 ({bandwidth:.2g} bytes/s); give yours by --bandwidth"
+    )
   print(f"jax {jax.__version__}, {device}")
-  run = config = None
-  if options.workdir:
-    try:
-      config, run = _restore(epath.Path(options.workdir))
-    except (config_lib.ConfigError, checkpoint.CheckpointError) as error:
-      sys.exit(f"aoarm_jax: error: {error}")
   how = decode_timing.Options(
     options.steps, options.whole, bandwidth, options.attention
   )
   benchmark, results = decode_timing.Benchmark(how, run), []
-  chosen = list(cells(options, run, config))
-  if not chosen:
-    sys.exit(f"no cell has a name with {options.only!r}")
   _compile(benchmark, chosen)
   print(_HEADER)
+  unsupported = 0
   for cell in chosen:
     try:
       found = (benchmark.measure if cell.B else benchmark.best)(cell)
@@ -151,6 +205,10 @@ def main(arguments=None) -> None:
         raise
       print(f"{cell}: out of device memory", flush=True)
       continue
+    except pallas_kernels.UnsupportedError as error:
+      print(f"{cell}: {error}", flush=True)
+      unsupported += 1
+      continue
     if not found:
       print(f"{cell}: out of device memory at every batch", flush=True)
     for result in found:
@@ -158,6 +216,8 @@ def main(arguments=None) -> None:
       results.append(result)
     if options.out:
       _write(options.out, results, device)
+  if unsupported == len(chosen):
+    sys.exit(1)
 
 
 def _compile(benchmark, chosen):
@@ -169,14 +229,31 @@ def _compile(benchmark, chosen):
       print(f"{done} of {count} programs compiled, {now - start:.0f} s")
 
 
-def _restore(workdir):
+def _restore(options):
+  """The run to be timed, or None, and all cells."""
+  if not options.workdir:
+    return None, list(cells(options, None))
+  workdir = epath.Path(options.workdir)
   config = restore.read_config(workdir)
+  every = list(cells(options, config))
   mesh = sharding.make_mesh(config_lib.Mesh(data=1))
-  return config, restore.restore(config, workdir, mesh)
+  return restore.restore(config, workdir, mesh), every
 
 
 def _plot(path):
-  rows = list(csv.DictReader(io.StringIO(path.read_text())))
+  try:
+    reader = csv.DictReader(io.StringIO(path.read_text()))
+  except OSError as error:
+    sys.exit(f"--plot={path}: {error.strerror}")
+  except UnicodeDecodeError:
+    sys.exit(f"--plot={path}: no CSV file that --out has written")
+  missing = _COLUMNS.difference(reader.fieldnames or ())
+  if missing:
+    sys.exit(
+      f"--plot={path}: no CSV file that --out has written: it has no column "
+      f"{min(missing)}"
+    )
+  rows = list(reader)
   title = f"speed of generation, {rows[0]['device']}" if rows else ""
   figures.decode_speed(rows, path.with_suffix(".png"), title=title)
   print(path.with_suffix(".png"))

@@ -245,7 +245,7 @@ class Benchmark:
       (timing,) = timings
       steps, passes = -(-blanks // cell.width), 1.0
       if in_rounds:
-        steps, passes = int(timing.out.calls.max()) // 2, 2.0
+        steps, passes = max(1, int(timing.out.calls.max()) // 2), 2.0
       if method == "adaptive":
         # All that is left is scored, half of the text on average.
         passes += -(-T // decode_steps.CHUNK) / 2

@@ -175,6 +175,7 @@ def decode_speed(
     lines.setdefault(name, []).append(point)
   groups = list(dict.fromkeys(group for _, group in lines))
   methods = list(dict.fromkeys(method for method, _ in lines))
+  lengths = sorted({T for points in lines.values() for T, _ in points})
   with _axes(path, title, max(1, len(groups))) as all_axes:
     for axes, group in zip(all_axes, groups):
       axes.set_title(group)
@@ -185,8 +186,15 @@ def decode_speed(
             *zip(*points), color=COLOURS[i % 6], marker=_MARKERS[i % 6],
             ls="-" if i < 6 else "--", lw=1.6, ms=6, label=_words(method),
           )  # fmt: skip
+        for point in points if len(lengths) == 1 else ():
+          # On one vertical line, where without a slope the numbers count.
+          axes.annotate(
+            f"{point[1]:,.0f}", point, (9, 0), va="center",
+            textcoords="offset points",
+          )  # fmt: skip
       axes.set_xscale("log", base=2)
       axes.xaxis.set_major_formatter("{x:g}")
+      axes.set_xticks(lengths)
       axes.set_yscale("log")
       axes.set_xlabel("length T")
     if lines:

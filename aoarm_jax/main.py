@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 
 import jax
 from absl import app, flags, logging
@@ -116,21 +117,54 @@ def parse(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS):
     rest = flag_values(argv)
     if len(rest) > 1:
       raise flags.Error(f"unexpected argument {rest[1]!r}")
-    if flag_values.config is None:
+    if not flag_values["config"].present:
       raise flags.Error(_NO_CONFIG)
     str(flag_values.config.name)  # An error of the file shows on first access.
   except flags.UnrecognizedFlagError as error:
     # Fields become flags when --config is read.
     is_field = error.flagname.startswith("config.")
     raise flags.Error(_NO_CONFIG) if is_field else error from None
-  except flags.IllegalFlagValueError as error:
-    raise config_lib.ConfigError(_last_line(error)) from error
-  except OSError as error:
-    name = next(a for a in argv if re.match("--?config", a))
-    raise config_lib.ConfigError(f"{name}: {_last_line(error)}") from error
-  except (AttributeError, KeyError, TypeError, ValueError) as error:
-    raise config_lib.ConfigError(_last_line(error)) from error
+  except (
+    Exception
+  ) as error:  # Of any type: the file is a program of the user's.
+    message = _in_experiment(error) or _in_flags(error, argv)
+    if not message:
+      raise
+    raise config_lib.ConfigError(message) from error
   return rest
+
+
+def _in_experiment(error):
+  """File, line and message of an error in the experiment's file, or ""."""
+  while error is not None:
+    lines = [
+      (frame.f_code.co_filename, line)
+      for frame, line in traceback.walk_tb(error.__traceback__)
+      if frame.f_globals["__name__"] == "config_config"  # ml_collections' name.
+    ]
+    if isinstance(error, SyntaxError) and os.path.exists(error.filename or ""):
+      return f"{error.filename}, line {error.lineno}: not Python: {error.msg}"
+    if lines and isinstance(error, config_lib.ConfigError):
+      return str(error)
+    if lines:
+      words = "".join(traceback.format_exception_only(error)).split()
+      return "{}, line {}: {}".format(*lines[-1], " ".join(words))
+    error = error.__cause__ or error.__context__
+  return ""
+
+
+def _in_flags(error, argv):
+  """What to show of an error of parsing, "" of one that is shown as it is."""
+  name = next((a for a in argv if re.match("--?config", a)), "--config")
+  if isinstance(error, OSError | SyntaxError):
+    return f"{name}: {_last_line(error)}"
+  if isinstance(error, AttributeError):
+    return (
+      f"{name}: the file must define get_config(variant), which returns "
+      "experiments.experiment(...), as configs/two_stream.py does"
+    )
+  kinds = (flags.IllegalFlagValueError, KeyError, TypeError, ValueError)
+  return _last_line(error) if isinstance(error, kinds) else ""
 
 
 def _check_override(argument: str):

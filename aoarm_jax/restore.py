@@ -57,15 +57,27 @@ def as_trained(
 ) -> config_lib.Config:
   """The config, but of the model and the text that the run in `workdir` has.
 
+  How to evaluate and to sample stays the config's, and differs by mechanism.
+
   Args:
     config: of the command line.
     workdir: of the run; without a config.json `config` is returned as it is.
     overridden: paths as "model.T" that the command line set, which stay; if
       they do not fit, `restore` says so.
+
+  Raises:
+    ConfigError: the run is of another mechanism than the config.
   """
   if not (workdir / "config.json").exists():
     return config
   run, kept = read_config(workdir), set(overridden)
+  was, mechanism = run.model.mechanism, config.model.mechanism
+  if was != mechanism:
+    raise config_lib.ConfigError(
+      f"config.model.mechanism={mechanism!r}: the run in {workdir} is of "
+      f"{was!r}: give the --config that it was trained with (experiment "
+      f"{run.name!r}), or another --workdir"
+    )
   for path, field, value in config_lib.leaves(run):
     path = path.removeprefix("config.")
     section, _, name = path.partition(".")

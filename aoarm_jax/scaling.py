@@ -11,8 +11,10 @@ orders are random, parameters fresh.
                profile; 'alone' where nothing else runs there
   efficiency   tokens/s a device over that of the first row of its kind
 
---dry-run takes 8 virtual CPU devices and tiny models. Started by launch.local
-or launch.slurm as several processes it measures all their devices only.
+--dry-run takes 8 virtual CPU devices, which share one processor, and tiny
+models: its times mean nothing, and it shows no efficiency. Started by
+launch.local or launch.slurm as several processes it measures all their devices
+only.
 """
 
 import argparse
@@ -32,8 +34,16 @@ import jax
 import numpy as np
 
 import pallas_kernels
+from aoarm_jax import (
+  arguments,
+  distributed,
+  mechanisms,
+  sharding,
+  telemetry,
+  train,
+  train_state,
+)
 from aoarm_jax import config as config_lib
-from aoarm_jax import distributed, sharding, telemetry, train, train_state
 from aoarm_jax.model import cost
 
 _VOCABULARY = 27
@@ -208,12 +218,8 @@ def _covered(intervals):
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(
-    prog="python -m aoarm_jax.scaling",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-  )
+  parser = arguments.parser("scaling", __doc__)
+  whole = arguments.number(int, 1)
 
   def several(kind, choices=None):
     def read(text):
@@ -232,20 +238,31 @@ def parse(argv: list[str]) -> argparse.Namespace:
       name, type=kind, default=default, help=f"{doc} (default: {default})"
     )
 
-  add("--devices", None, several(int), "numbers of devices; None: 1, 2, 4 ...")
+  add(
+    "--devices", None, several(whole), "numbers of devices; None: 1, 2, 4 ..."
+  )
   add("--meshes", list(MESHES), several(str, MESHES), "axes that they form")
   add("--models", ["base", "350m"], several(str, MODELS), "sizes")
-  add("--mechanisms", ["two_stream", "decoupled_rope"], several(str), "names")
-  add("--lengths", [1024, 4096], several(int), "T")
+  add(
+    "--mechanisms", ["two_stream", "decoupled_rope"],
+    several(str, mechanisms.MECHANISMS), "names",
+  )  # fmt: skip
+  add("--lengths", [1024, 4096], several(whole), "T")
   add("--scaling", list(_SCALING), several(str, _SCALING), "which is fixed")
-  add("--tokens", 32768, int, "of a step: a device (weak), in all (strong)")
-  add("--steps", 20, int, "timed, and then profiled, a row")
-  add("--attention", "auto", str, "config.compute.attention")
-  add("--json", "", str, "file to which every row is added as a line")
+  add("--tokens", 32768, whole, "of a step: a device (weak), in all (strong)")
+  add("--steps", 20, whole, "timed, and then profiled, a row")
+  add("--json", None, arguments.output, "file to which rows are added as lines")
+  parser.add_argument(
+    "--attention", default="auto", help="config.compute.attention",
+    choices=("auto", *pallas_kernels.IMPLEMENTATIONS),
+  )  # fmt: skip
   for name, doc in (
     ("--scan-layers", "config.compute.scan_layers: quicker to compile"),
     ("--remat", "config.compute.remat: less memory"),
-    ("--dry-run", "8 virtual CPU devices and tiny models"),
+    (
+      "--dry-run",
+      "8 virtual CPU devices and tiny models, whose times mean nothing",
+    ),
   ):
     parser.add_argument(name, action="store_true", help=doc)
   return parser.parse_args(argv)
@@ -285,18 +302,22 @@ def main(argv: list[str]) -> int:
   devices = jax.devices()
   speaks = jax.process_index() == 0
   if speaks:
-    print(f"{len(devices)} x {devices[0].device_kind}, jax {jax.__version__}")
-    _print_row(_COLUMNS)
-    _print_row(["---"] * len(_COLUMNS))
+    kind = devices[0].device_kind
+    print(f"{len(devices)} x {kind}, jax {jax.__version__}", flush=True)
   chosen = list(rows(flags))
-  most = max(n for _, _, n in chosen)
+  most = max((n for _, _, n in chosen), default=0)
   if most > len(devices):
-    print(f"--devices={most}: there are {len(devices)}", file=sys.stderr)
-    return 2
+    return _refuse(f"--devices={most}: there are {len(devices)}, ask for less")
+  if not chosen:
+    return _refuse("--meshes=data_fsdp: it takes 4 devices, or 6, or 8 ...")
   if speaks:
     print(f"compiling {len(chosen)} training steps", file=sys.stderr)
+  compiled = _compiled(chosen, devices)
+  if speaks:
+    _print_row(_COLUMNS)
+    _print_row(["---"] * len(_COLUMNS))
   first = {}
-  for row, config, program in _compiled(chosen, devices):
+  for row, config, program in compiled:
     try:
       row |= measure(config, program.result(), flags.steps)
     except (config_lib.ConfigError, pallas_kernels.UnsupportedError) as error:
@@ -308,16 +329,22 @@ def main(argv: list[str]) -> int:
     kind = tuple(row[c] for c in ("scaling", "model", "mechanism", "T"))
     if "failed" not in row:
       base = first.setdefault(kind, row["a device"])
-      row["efficiency"] = row["a device"] / base
+      row["efficiency"] = None if flags.dry_run else row["a device"] / base
     if speaks:
       shown = [_cell(row, column) for column in _COLUMNS if column in row]
       _print_row(shown + ([row["failed"]] if "failed" in row else []))
       if flags.json:
+        os.makedirs(os.path.dirname(flags.json) or ".", exist_ok=True)
         with open(flags.json, "a") as file:
           file.write(
             json.dumps(row | {"config": dataclasses.asdict(config)}) + "\n"
           )
   return 0
+
+
+def _refuse(message):
+  print(f"scaling: error: {message}", file=sys.stderr)
+  return 2
 
 
 def _compiled(chosen, devices):

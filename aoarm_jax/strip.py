@@ -4,11 +4,10 @@ Draws frames of one text each in random, adaptive and left-to-right order, of a
 run whose mechanism generates in any order from a cache.
 """
 
-import argparse
 import sys
 
 import aoarm_jax
-from aoarm_jax import checkpoint, figures
+from aoarm_jax import arguments, checkpoint, figures
 from aoarm_jax import config as config_lib
 
 _PANELS = {
@@ -18,16 +17,16 @@ _PANELS = {
 }
 
 
-def main(arguments=None) -> None:
+def main(argv=None) -> None:
   """Writes the picture."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = arguments.parser("strip", __doc__)
   parser.add_argument("--workdir", required=True, help="of a run")
-  parser.add_argument("--out", required=True, help="PNG file")
+  parser.add_argument(
+    "--out", required=True, type=arguments.output, help="PNG file"
+  )
   parser.add_argument("--temperature", type=float, default=0.7)
   parser.add_argument("--seed", type=int, default=0)
-  options = parser.parse_args(arguments)
+  options = parser.parse_args(argv)
   law = dict(temperature=options.temperature, seed=options.seed)
   try:
     model = aoarm_jax.load(options.workdir)

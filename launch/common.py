@@ -78,12 +78,21 @@ class Shell:
     return done.stdout.strip() if done.returncode == 0 else None
 
   def write(self, path: str, content: str) -> None:
-    """Writes a file; a dry run prints it."""
+    """Writes a file; a dry run prints it.
+
+    Raises:
+      LaunchError: it cannot be written.
+    """
     if self.dry_run:
       print(f"# {path}\n{content}")
       return
-    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-    pathlib.Path(path).write_text(content)
+    try:
+      pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+      pathlib.Path(path).write_text(content)
+    except OSError as error:
+      raise LaunchError(
+        f"{path}: cannot be written here: {error.strerror}", 1
+      ) from error
 
 
 def print_command(command: Sequence[str], environment: dict[str, str]) -> None:
@@ -159,8 +168,8 @@ def check_no_command(command: Sequence[str], what: str) -> None:
     raise LaunchError(f"{what} takes no command after --: drop {command[0]!r}")
 
 
-def check_at_least(flag: str, value: int, low: int) -> None:
-  if value < low:
+def check_at_least(flag: str, value: float, low: int) -> None:
+  if not value >= low:  # Nor is nan.
     raise LaunchError(f"{flag}={value}: must be at least {low}")
 
 

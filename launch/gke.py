@@ -86,7 +86,7 @@ def job_set(flags: argparse.Namespace) -> dict[str, Any]:
   common.check_at_least("--grace-seconds", flags.grace_seconds, 1)
   common.check_command(flags.command, shared_workdir="gs://")
   hosts, selector, devices, variables = (
-    _tpu_slice(flags.tpu) if flags.tpu else _gpu_nodes(flags)
+    _gpu_nodes(flags) if flags.tpu is None else _tpu_slice(flags.tpu)
   )
   if flags.spot:
     selector = selector | {"cloud.google.com/gke-spot": "true"}
@@ -210,6 +210,8 @@ def _tpu_slice(text):
 
 def _gpu_nodes(flags):
   """As _tpu_slice; the processes learn of each other by their variables."""
+  if not flags.gpu:
+    raise common.LaunchError("--gpu=: write a label, as in nvidia-h100-80gb")
   common.check_at_least("--nodes", flags.nodes, 1)
   common.check_at_least("--gpus-per-node", flags.gpus_per_node, 1)
   index = "metadata.annotations['batch.kubernetes.io/job-completion-index']"

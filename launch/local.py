@@ -232,6 +232,7 @@ def start(flags: argparse.Namespace) -> int:
   common.check_at_least("--processes", flags.processes, 1)
   common.check_at_least("--devices", flags.devices, 1)
   common.check_at_least("--max-restarts", flags.max_restarts, 0)
+  common.check_at_least("--grace-seconds", flags.grace_seconds, 0)
   common.check_command(flags.command)
   if flags.dry_run:
     for index in range(flags.processes):

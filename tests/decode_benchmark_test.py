@@ -11,8 +11,10 @@ from unittest import mock
 import helpers
 import jax
 import pytest
-from absl.testing import absltest
+from absl.testing import absltest, parameterized
 
+import pallas_kernels
+from aoarm_jax import config as config_lib
 from aoarm_jax import decode_benchmark, decode_timing
 
 _PROGRAM = """
@@ -50,7 +52,7 @@ ENTRY %main (p: (f32[], s32[])) -> (f32[], s32[]) {
 
 
 @pytest.mark.once
-class BenchmarkTest(absltest.TestCase):
+class BenchmarkTest(parameterized.TestCase):
   def test_every_method(self):
     self.enter_context(helpers.quick_compilation())
     folder = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
@@ -66,7 +68,7 @@ class BenchmarkTest(absltest.TestCase):
          "speculative-2", "adaptive", "uncached", "mdlm"]
       )  # fmt: skip
       decode_benchmark.main(["--plot", str(folder / "x.csv")])
-    self.assertStartsWith(out.getvalue(), "floors are an H200's: that of 'cpu'")
+    self.assertIn("memory bandwidth of 'cpu' is not known: ", out.getvalue())
     self.assertEqual(sorted(os.listdir(folder)), ["x.csv", "x.png"])
     with open(folder / "x.csv") as file:
       rows = list(csv.DictReader(file))
@@ -127,6 +129,83 @@ class BenchmarkTest(absltest.TestCase):
     with self.assertRaisesRegex(jax.errors.JaxRuntimeError, "INTERNAL"):
       main([other], "64")
 
+  def test_attention_that_is_not_supported(self):
+    """One line; the other cells are measured; an error if there are none."""
+    fits = decode_timing.Result("8m", 8, 1, "mdlm", 1.0, 1.0, 1.0, 0, 1.0, "x")
+    no = pallas_kernels.UnsupportedError("attention 'cudnn': no such device")
+    command = ["--sizes", "8m", "--T", "8", "--methods", "mdlm", "--batches"]
+
+    def main(outcomes, *batches):
+      out = io.StringIO()
+      with (
+        mock.patch.object(
+          decode_timing.Benchmark, "measure", side_effect=outcomes
+        ),
+        mock.patch.object(decode_timing.Benchmark, "compile", return_value=[]),
+        contextlib.redirect_stdout(out),
+      ):
+        try:
+          decode_benchmark.main([*command, *batches])
+          code = 0
+        except SystemExit as stop:
+          code = stop.code
+      return code, out.getvalue().splitlines()[3:]
+
+    line = f"8m T8 B1 mdlm: {no}"
+    self.assertEqual(main([no, [fits]], "1", "2"), (0, [line, str(fits)]))
+    self.assertEqual(main([no], "1"), (1, [line]))
+
+  @parameterized.parameters(
+    (["--T", "0"], "--T: '0': must be a whole number of at least 1"),
+    (["--T", "-4"], "--T: '-4': must be"),
+    (["--batches", "-1"], "--batches: '-1': must be a whole number of at le"),
+    (["--steps", "0"], "--steps: '0': must be"),
+    (["--bandwidth=-1"], "--bandwidth: '-1': must be a number of at least 0"),
+    (["--bandwidth=nan"], "--bandwidth: 'nan': must be a number"),
+    (["--only", "("], "--only: '(' is not a regular expression: missing )"),
+    (["--out=/"], "--out: '/': name a file, not a folder"),
+    ([f"--out={__file__}/x"], f"{__file__} is no folder that can be written"),
+    (["--attention", "foo"], "--attention: invalid choice: 'foo'"),
+    (["--methods"], "--methods: expected at least one argument"),
+    (["--methods", "speculative-0"], "is any whole number from 1"),
+    (["--plot=/absent.csv"], "--plot=/absent.csv: No such file"),
+    ([f"--plot={__file__}"], f"--plot={__file__}: no CSV file that --out"),
+    (["--only", "typo"], "no cell has a name with 'typo'; the first one's is "),
+    (["--workdir", "/absent"], "/absent/config.json: no such file"),
+    (["--mechanism", "causal", "--methods", "adaptive"],
+     "--methods adaptive: a model of mechanism causal does not generate so"),
+  )  # fmt: skip
+  def test_what_cannot_be(self, command, message):
+    """One line, before anything is measured."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+      self.assertRaises(SystemExit) as caught,
+      contextlib.redirect_stdout(out),
+      contextlib.redirect_stderr(err),
+    ):
+      decode_benchmark.main(command)
+    code = caught.exception.code
+    text = err.getvalue() if code == 2 else code
+    self.assertIn(message, text)
+    self.assertLen(text.splitlines(), 1)
+    self.assertEqual(out.getvalue(), "")
+
+  def test_a_masked_run_has_no_cache(self):
+    config = config_lib.Config(model=config_lib.Model(mechanism="mdlm"))
+    with tempfile.TemporaryDirectory() as folder:
+      path = pathlib.Path(folder) / "config.json"
+      path.write_text(config_lib.to_json(config))
+      for method in ("sequential", "parallel-4", "adaptive", "uncached"):
+        with self.assertRaisesRegex(
+          SystemExit, f"--methods {method}: .* mdlm does not .* timed: mdlm$"
+        ):
+          decode_benchmark.main(
+            ["--workdir", folder, "--methods", "mdlm", method]
+          )
+    options = decode_benchmark._parser().parse_args([])
+    methods = {cell.method for cell in decode_benchmark.cells(options, config)}
+    self.assertEqual(methods, {"mdlm"})
+
   def test_bandwidth_of_a_device(self):
     for kind, want in (
       ("NVIDIA H100 80GB HBM3", 3.0e12),
@@ -136,18 +215,6 @@ class BenchmarkTest(absltest.TestCase):
       ("cpu", None),
     ):
       self.assertEqual(decode_timing.peak_bandwidth(kind), want)
-
-  def test_what_cannot_be(self):
-    for arguments, message in (
-      (["--only", "typo"], "no cell has a name with 'typo'"),
-      (["--workdir", "/absent"], "/absent/config.json: no such file"),
-    ):
-      with (
-        self.assertRaises(SystemExit) as caught,
-        contextlib.redirect_stdout(io.StringIO()),
-      ):
-        decode_benchmark.main(arguments)
-      self.assertIn(message, str(caught.exception))
 
 
 if __name__ == "__main__":

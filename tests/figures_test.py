@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+from unittest import mock
 
 import numpy as np
 from absl.testing import absltest, parameterized
@@ -104,6 +105,12 @@ class FiguresTest(parameterized.TestCase):
     ]  # fmt: skip
     figures.decode_speed(rows * 2, self.path, title="$x")
     self.check()
+    one_length = [row for row in rows if row["T"] == "128"]
+    with mock.patch("matplotlib.axes.Axes.annotate") as noted:
+      figures.decode_speed(rows, self.path, title="")
+      noted.assert_not_called()
+      figures.decode_speed(one_length, self.path, title="")
+    self.assertLen(noted.call_args_list, len(one_length))
 
   def test_generation_strip(self):
     panels = {"one": ("$a b", [3, 1, 2, 4]), "two": ("^c_d", [1, 2, 3, 4])}

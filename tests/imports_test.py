@@ -22,7 +22,7 @@ ARROWS = {
   "export checkpoint data pallas_kernels",
   "pod": "train train_state model pallas_kernels",
   "scaling": "train train_state model pallas_kernels",
-  "decode_benchmark": "decode_timing restore checkpoint figures",
+  "decode_benchmark": "decode_timing restore checkpoint figures pallas_kernels",
   "decode_timing": "decode decode_steps diffusion sampling restore train_state "
   "model orders",
   "study": "matching train evaluate estimators decode diffusion sampling data "
@@ -54,6 +54,7 @@ ARROWS = {
   "pallas_kernels": "",
 }
 LEAVES = (
+  "arguments",
   "config",
   "config_rules",
   "mechanisms",

@@ -92,6 +92,10 @@ class CommandsTest(LaunchTest):
 
   @parameterized.parameters(
     ("tpu_pod", ["run", *POD], [], "no command: end with -- python -m"),
+    ("gke", [*APPLY, "--tpu="], TRAIN, "--tpu=: '' is not one of v4"),
+    ("gke", [*APPLY, "--gpu="], TRAIN, "--gpu=: write a label, as in nvidia"),
+    ("local", ["--processes=1", "--grace-seconds=nan"], TRAIN,
+     "--grace-seconds=nan: must be at least 0"),
     ("tpu_pod", ["run", *POD], TRAIN[:-1], r"--workdir=\(none\).*gs://bucket"),
     ("tpu_pod", ["run", *POD], [*TRAIN[:-1], "--workdir", "/tmp/r"],
      "--workdir=/tmp/r.*gs://bucket"),
@@ -126,6 +130,12 @@ class CommandsTest(LaunchTest):
     self.assertRegex(self.refused(launcher, *flags, command=command), message)
     if "/absent" not in command:  # A dry run refuses the same.
       self.refused(launcher, *flags, "--dry-run", command=command)
+
+  def test_a_file_that_cannot_be_written(self):
+    with self.assertRaisesRegex(
+      common.LaunchError, "^/dev/null/x: cannot be written here: "
+    ):
+      common.Shell(dry_run=False).write("/dev/null/x", "")
 
   def test_the_pages_show_what_is_printed(self):
     """Every dry run in docs/launching.md, word for word, without a client."""

@@ -163,6 +163,24 @@ class ParseTest(parameterized.TestCase):
       self.assertIn(message, self.refused(f"--config={file.name}"))
 
   @parameterized.parameters(
+    ("def get_config(_=0):\n  return nothing", "x.py, line 2: NameError: name"),
+    ("def get_config(_=0):\n  open('/no')", "x.py, line 2: FileNotFoundError"),
+    ("assert 0", "x.py, line 1: AssertionError"),
+    ("def get_config(_=0):\n  int('a\\nb')", "x.py, line 2: ValueError: inv"),
+    ("def get_config(_=0:", "x.py, line 1: not Python: "),
+    ("import nothing", "x.py, line 1: ModuleNotFoundError: No module named"),
+    ("[][1]\0", "--config={}: source code string cannot contain null bytes"),
+    ("def get_config(_=0):\n  return 1", "--config={}: the file must define"),
+    ("def get_config(_=0):\n  pass", "--config={}: the file must define"),
+  )
+  def test_file_that_is_no_experiment(self, source, message):
+    with tempfile.TemporaryDirectory() as folder:
+      path = pathlib.Path(folder) / "x.py"
+      path.write_text(source)
+      got = self.refused(f"--config={path}")
+    self.assertIn(message.format(path), got)
+
+  @parameterized.parameters(
     ("--foo=1", "'foo'"),
     ("--mode=fly", "--mode=fly: value should be one of <train|eval|sample"),
     ("--prompt=a_b", "--prompt needs --mode=sample"),

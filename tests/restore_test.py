@@ -46,6 +46,18 @@ class AsTrainedTest(absltest.TestCase):
     got = self.as_trained(own, ["data.path"])
     self.assertEqual((got.data.corpus, got.data.path), ("folder", "other"))
 
+  def test_another_mechanism_is_refused(self):
+    """Neither its estimators nor its ways to sample are the run's."""
+    self.write()
+    for mechanism in ("mdlm", "decoupled_rope"):
+      own = config_lib.Config(model=config_lib.Model(mechanism=mechanism))
+      with self.assertRaisesRegex(
+        config_lib.ConfigError,
+        f"mechanism={mechanism!r}: the run in {self.workdir} is of "
+        "'two_stream': give the --config .*experiment.*, or another --workdir",
+      ):
+        self.as_trained(own)
+
   def test_without_a_run(self):
     own = dataclasses.replace(config_lib.Config(), seed=3)
     self.assertEqual(self.as_trained(own), own)

@@ -1,5 +1,7 @@
 """The table of scaling, on virtual devices."""
 
+import contextlib
+import io
 import subprocess
 import sys
 
@@ -19,20 +21,48 @@ class ScalingTest(parameterized.TestCase):
          "--devices=1,8", "--meshes=data,tensor", "--scaling=weak",
          "--mechanisms=decoupled_rope"],
         env=helpers.environment(),
-        stdout=subprocess.PIPE, text=True, check=True, timeout=200,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True,
+        timeout=200,
       ).stdout.splitlines()  # fmt: skip
     self.assertStartsWith(out[0], "8 x cpu, jax ")
+    # The table is in one piece.
+    start = next(i for i, line in enumerate(out) if line[0] == "|")
+    self.assertIn("compiling 3 training steps", out[:start])
     header, _, *rows = (
-      [c.strip() for c in x.split("|")[1:-1]] for x in out[1:]
+      [c.strip() for c in x.split("|")[1:-1]] for x in out[start:]
     )
     one, eight, refused = (dict(zip(header, row)) for row in rows)
     for row, n in ((one, 1), (eight, 8)):
       self.assertEqual((row["devices"], row["batch"]), (str(n), str(16 * n)))
       # Random tokens: no more than a fresh model knows.
       self.assertAlmostEqual(float(row["nats/token"]), 3.3, delta=0.1)
-    self.assertEqual(one["efficiency"], "100.0%")
+      self.assertEqual(row["efficiency"], "-")  # Devices of one processor.
     self.assertEqual(refused["mesh"], "tensor")
     self.assertIn("config.mesh.tensor=8: must divide config.model.N=4", out[-1])
+
+  @parameterized.parameters(
+    ("--devices=0", "--devices: '0': must be a whole number of at least 1"),
+    ("--devices=1,x", "--devices: 'x': must be a whole number"),
+    ("--devices=3,999", "--devices=999: there are "),
+    ("--meshes=data_fsdp", "--meshes=data_fsdp: it takes 4 devices"),
+    ("--mechanisms=foo", "--mechanisms: 'foo' is not one of two_stream, "),
+    ("--lengths=0", "--lengths: '0': must be"),
+    ("--steps=0", "--steps: '0': must be"),
+    ("--attention=foo", "--attention: invalid choice: 'foo'"),
+    ("--json=/", "--json: '/': name a file, not a folder"),
+  )
+  def test_what_cannot_be(self, argument, message):
+    """One line, and no table."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+      try:
+        code = scaling.main(["--devices=3", argument])
+      except SystemExit as stop:
+        code = stop.code
+    self.assertEqual(code, 2)
+    self.assertLen(err.getvalue().splitlines(), 1)
+    self.assertIn(message, err.getvalue())
+    self.assertNotIn("|", out.getvalue())
 
   @parameterized.parameters(
     ([], 0), ([(3, 5), (0, 2)], 4), ([(0, 4), (1, 2), (3, 6), (8, 9)], 7)

@@ -624,6 +624,23 @@ class FailureTest(absltest.TestCase):
     text = (folder / "README.md").read_text()
     self.assertIn(f"1 failed:\n\n- {cells[1].label}: loss is nan", text)
 
+  def test_a_report_of_nothing_is_refused(self):
+    study = dataclasses.replace(self.config.study, part="report")
+    nothing = dataclasses.replace(self.config, study=study)
+    with self.assertRaisesRegex(
+      config_lib.ConfigError, f"no cell of this study in {self.folder}/cells: "
+    ):
+      sweep.study(nothing, self.folder, [""])
+    self.assertEqual(list(self.folder.iterdir()), [])
+
+  def test_the_command_names_a_text_that_is_not_built_in(self):
+    argv = ["main.py", "--config=x", "--config.data.path=a", "--workdir=b"]
+    plain = "python -m aoarm_jax.main --config=x"
+    self.assertEqual(sweep.report.command(argv, ""), plain)
+    self.assertEqual(
+      sweep.report.command(argv, "a"), f"{plain} --config.data.path=<folder>"
+    )
+
   def test_a_program_that_did_not_compile_keeps_no_parameters(self):
     program = futures.Future()  # Kept for the cells that share it.
     program.set_exception(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: x"))

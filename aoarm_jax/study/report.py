@@ -23,12 +23,17 @@ _LOCAL = re.compile(
 )
 
 
-def command(argv: list[str]) -> str:
-  """The command that makes everything, from that of this process."""
+def command(argv: list[str], text: str) -> str:
+  """The command that makes everything, from that of this process.
+
+  Args:
+    argv: of this process.
+    text: config.data.path, whose place is not shown; "" is built in.
+  """
   kept = [part for part in argv[1:] if not _LOCAL.match(part)]
   kept = [re.sub(r"=.*/(?=configs/)", "=", part) for part in kept]
-  program = "python -m aoarm_jax.main"
-  return " ".join([program, shlex.join(kept), "--config.data.path=<folder>"])
+  parts = ["python -m aoarm_jax.main", shlex.join(kept)]
+  return " ".join(parts + ["--config.data.path=<folder>"] * bool(text))
 
 
 def write(
@@ -79,7 +84,8 @@ def write(
     differences, made["areas"], made["specialisation"],
     config.study.reference, cells_lib.size_of(config.model),
   )  # fmt: skip
-  text = _text(config, cells, results, made, drawn, answers, command(argv))
+  shown = command(argv, config.data.path)
+  text = _text(config, cells, results, made, drawn, answers, shown)
   run_dir.write_atomically(folder / "README.md", text)
   done = sum(row["done"] for row in made["cells"])
   logging.info("%d of %d cells are in the report", done, len(cells))

@@ -166,8 +166,8 @@ def study(
   """Runs the cells that are not done yet, as far as is asked for; reports.
 
   Raises:
-    ConfigError: a sweep that cannot be, or a text that is not that of the
-      cells that are done.
+    ConfigError: a sweep that cannot be, a text that is not that of the cells
+      that are done, or a report of no cell.
     DataError: a text that is missing or wrong.
     FailedCellsError: at the end, where cells of this process failed.
   """
@@ -185,6 +185,12 @@ def study(
     )
   if config.study.part != "report":
     _run_cells(config, cells, results)
+  elif not any(results.result(c) or results.failure(c) for c in cells):
+    raise config_lib.ConfigError(
+      f"config.study.part='report': no cell of this study in "
+      f"{workdir / _FOLDER}: run some without this flag, or name the --workdir "
+      "and the --config that they were run with"
+    )
   if config.study.part != "cells":
     _check_one_text(results, cells)
     folder = epath.Path(config.study.report or workdir / "report")
