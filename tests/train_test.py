@@ -335,7 +335,8 @@ class ReadTest(TrainTest):
       config_lib.ConfigError,
       arguments(base()[0], {**BASE, path: value}, f"--mode={mode}"),
     )
-    self.assertStartsWith(message, f"config.{path}={value!r}: the checkpoint ")
+    place = "run" if path == "model.mechanism" else "checkpoint"
+    self.assertStartsWith(message, f"config.{path}={value!r}: the {place} ")
     self.assertEqual(helpers.contents(base()[0]), before)
 
   def test_sample_needs_nothing_but_the_checkpoint(self):
