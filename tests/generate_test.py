@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+import pytest
 import tiny
 from absl.testing import absltest, parameterized
 from etils import epath
@@ -25,6 +26,10 @@ from aoarm_jax.data import tokenizers
 
 _T, _V, _MANY = 4, 3, 60_000
 # Positions of the network: more than are generated, for the first mechanism.
+# On the older Python alone: tests/api_test.py does much of it on both.
+pytestmark = pytest.mark.once
+
+
 _LONGER = {tiny.ALTERNATING[0][0]: _T + 2}
 
 

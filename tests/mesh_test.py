@@ -22,6 +22,10 @@ from aoarm_jax import hlo, sharding, train, train_state
 from aoarm_jax.model import parallel
 
 V, B = 27, 16
+# On the older Python alone, since it compiles most.
+pytestmark = pytest.mark.once
+
+
 MESHES = {
   "1": config_lib.Mesh(1),
   "8": config_lib.Mesh(),

@@ -9,6 +9,7 @@ from unittest import mock
 import helpers
 import jax
 import numpy as np
+import pytest
 import tiny
 from absl.testing import absltest, parameterized
 
@@ -24,6 +25,10 @@ from aoarm_jax import (
   train_state,
 )
 from aoarm_jax.data import tokenizers
+
+# On the older Python alone: tests/api_test.py does much of it on both.
+pytestmark = pytest.mark.once
+
 
 _ABC = tokenizers.Tokenizer("abc", b"abc")
 # One of every kind: what is predicted from where, with and without EOS.

@@ -41,6 +41,10 @@ from aoarm_jax.study import (
   tables,
 )
 
+# On the older Python alone, but for what profiles_test.py and coherence_test.py
+# say of the measures.
+pytestmark = pytest.mark.once
+
 STUDY = str(helpers.ROOT / "configs" / "study_tradeoff.py")
 V = 27
 
@@ -396,7 +400,6 @@ class ProgramsTest(parameterized.TestCase):
     self.assertEqual(lengths, wanted)
 
 
-@pytest.mark.once
 class StudyTest(absltest.TestCase):
   def setUp(self):
     super().setUp()
