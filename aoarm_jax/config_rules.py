@@ -171,6 +171,10 @@ def _relations(config):
     "name at least one learning rate; all above 0",
   )  # fmt: skip
   yield (
+    "config.study.tune_lengths", study.tune_lengths,
+    all(T > 0 for T in study.tune_lengths), "must be lengths of at least 1",
+  )  # fmt: skip
+  yield (
     "config.sample.blank", config.sample.blank, len(config.sample.blank) <= 1,
     "must be one character, or '' for none",
   )  # fmt: skip

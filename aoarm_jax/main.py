@@ -124,9 +124,8 @@ def parse(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS):
     # Fields become flags when --config is read.
     is_field = error.flagname.startswith("config.")
     raise flags.Error(_NO_CONFIG) if is_field else error from None
-  except (
-    Exception
-  ) as error:  # Of any type: the file is a program of the user's.
+  # Of any type: the file is a program of the user's.
+  except Exception as error:
     message = _in_experiment(error) or _in_flags(error, argv)
     if not message:
       raise

@@ -295,6 +295,7 @@ class RulesTest(parameterized.TestCase):
                        "eval.estimators": ["left_to_right"],
                        "sample.method": "adaptive"}, "sample.method"),
     ("match", {"match.by": "parameters"}, "match.change"),
+    ("tune_lengths", {"study.tune_lengths": (128, 0)}, "study.tune_lengths"),
     ("long_blank", {"sample.blank": "__"}, "sample.blank"),
   )  # fmt: skip
   def test_relation(self, changes, field):

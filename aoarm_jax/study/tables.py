@@ -120,12 +120,11 @@ def differences_table(cells, results, config) -> list[Row]:
     kind = mechanisms.MECHANISMS[arm.mechanism]
     if arm.mechanism == config.study.reference or kind.left_to_right:
       continue
-    stem = next(
-      (n for n in ("decoupled_rope",) if arm.mechanism.startswith(f"{n}_")), ""
-    )
-    for reference in (config.study.reference, stem):
-      if reference:
-        rows.append(_difference(arm, members, reference, results))
+    references = [config.study.reference]
+    if arm.mechanism.startswith("decoupled_rope_"):
+      references.append("decoupled_rope")
+    for reference in references:
+      rows.append(_difference(arm, members, reference, results))
   return rows
 
 
