@@ -160,6 +160,8 @@ def decode_speed(
 ):
   """Draws tokens a second over T, a line for each method and batch.
 
+  Of several lengths, what is there of one only is a table's matter: left out.
+
   Args:
     rows: of decode_benchmark's CSV file: size, T, B, best, method,
       tokens_per_second.
@@ -173,9 +175,14 @@ def decode_speed(
     name = (str(row["method"]), f"{row['size']}, {batch}")
     point = int(row["T"]), float(row["tokens_per_second"])
     lines.setdefault(name, []).append(point)
+  lengths = sorted({T for points in lines.values() for T, _ in points})
+  drawn = {
+    name: points for name, points in lines.items()
+    if len({T for T, _ in points}) > 1
+  }  # fmt: skip
+  lines = drawn or lines
   groups = list(dict.fromkeys(group for _, group in lines))
   methods = list(dict.fromkeys(method for method, _ in lines))
-  lengths = sorted({T for points in lines.values() for T, _ in points})
   with _axes(path, title, max(1, len(groups))) as all_axes:
     for axes, group in zip(all_axes, groups):
       axes.set_title(group)
@@ -199,7 +206,13 @@ def decode_speed(
       axes.set_xlabel("length T")
     if lines:
       all_axes[0].set_ylabel("tokens per second")
-      all_axes[-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+      entries = {
+        label: handle for axes in all_axes
+        for handle, label in zip(*axes.get_legend_handles_labels())
+      }  # fmt: skip
+      all_axes[-1].legend(
+        entries.values(), entries, loc="upper left", bbox_to_anchor=(1.0, 1.0)
+      )
     else:
       _say_empty(all_axes[0])
 

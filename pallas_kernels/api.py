@@ -170,11 +170,39 @@ def _cudnn(q, k, v, visible, scale):
     return attend(q, k, v, is_causal=True)
   if isinstance(visible, int):
     return attend(q, k[:, :visible], v[:, :visible])
+  return _cudnn_row(q, k, v, visible, scale)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _cudnn_row(q, k, v, visible, scale):
+  """One row a sequence. cuDNN has no gradient of it; that is `_xla`'s."""
   # It has a length a sequence; for one without keys it promises nothing.
   lengths = jnp.clip(visible[:, 0], 1, k.shape[1])
-  rows = jnp.ones_like(lengths)
-  out = attend(q, k, v, query_seq_lengths=rows, key_value_seq_lengths=lengths)
+  out = jax.nn.dot_product_attention(
+    q,
+    k,
+    v,
+    scale=scale,
+    query_seq_lengths=jnp.ones_like(lengths),
+    key_value_seq_lengths=lengths,
+    implementation="cudnn",
+  )
   return jnp.where((visible > 0)[:, :, None, None], out, 0)
+
+
+def _cudnn_row_forward(q, k, v, visible, scale):
+  return _cudnn_row(q, k, v, visible, scale), (q, k, v, visible)
+
+
+def _cudnn_row_backward(scale, saved, cotangent):
+  *inputs, visible = saved
+  _, pull = jax.vjp(
+    lambda q, k, v: _xla(q, k, v, visible, None, scale, False)[0], *inputs
+  )
+  return *pull(cotangent), None
+
+
+_cudnn_row.defvjp(_cudnn_row_forward, _cudnn_row_backward)
 
 
 def _cudnn_lacks(q, k, visible, key_rank, return_lse) -> str:

@@ -1,6 +1,7 @@
 """Attention: every implementation against float64 numpy."""
 
 import functools
+from unittest import mock
 
 import chex
 import jax
@@ -10,7 +11,7 @@ import pytest
 from absl.testing import absltest, parameterized
 
 import pallas_kernels
-from pallas_kernels import tuning
+from pallas_kernels import api, tuning
 
 _B, _N, _GROUP, _H = 3, 2, 2, 6
 _SHAPES = ((7, 7), (5, 7), (7, 5), (1, 7), (7, 1))
@@ -353,11 +354,29 @@ class ChooserTest(parameterized.TestCase):
       pallas_kernels.any_order_attention(q, k, v, visible, key_rank=visible)
 
 
-@pytest.mark.gpu
 class OneRowTest(parameterized.TestCase):
+  @pytest.mark.gpu
   @parameterized.product(S=(1, 97, 1024, 5000), group=(1, 2), H=(64, 128))
   def test_cudnn(self, S, group, H):
     """Lengths a sequence, none of them too; forward and backward."""
+    attend = functools.partial(
+      pallas_kernels.any_order_attention, implementation="cudnn"
+    )
+    self._check(attend, S, group, H)
+
+  def test_lengths_and_gradients_around_cudnn(self):
+    """What is ours of it, with JAX's own attention where cuDNN is called."""
+    attention = jax.nn.dot_product_attention
+
+    def on_cpu(*args, implementation, **options):
+      self.assertIn(implementation, ("cudnn", "xla"))
+      return attention(*args, **options, implementation="xla")
+
+    with mock.patch.object(jax.nn, "dot_product_attention", on_cpu):
+      attend = functools.partial(api._cudnn, scale=64**-0.5)
+      self._check(attend, 97, 2, 64)
+
+  def _check(self, attend, S, group, H):
     keys = jax.random.split(jax.random.key(0), 4)
     shapes = (4, 1, 3 * group, H), (4, S, 3, H), (4, S, 3, H)
     q, k, v = (
@@ -367,21 +386,24 @@ class OneRowTest(parameterized.TestCase):
     visible = jnp.array([[0], [1], [S // 2], [S]], jnp.int32)
     weight = jax.random.normal(keys[3], q.shape, jnp.float32)
 
-    def loss(name, q, k, v):
-      out = pallas_kernels.any_order_attention(
-        q, k, v, visible, implementation=name
-      )
+    def loss(attend, q, k, v):
+      out = attend(q, k, v, visible)
       return jnp.sum(out.astype(jnp.float32) * weight), out
 
-    def run(name, *arrays):
+    def run(attend, *arrays):
       function = jax.value_and_grad(
-        functools.partial(loss, name), (0, 1, 2), has_aux=True
+        functools.partial(loss, attend), (0, 1, 2), has_aux=True
       )
       (_, out), gradients = jax.jit(function)(*arrays)
       return out, *gradients
 
-    wanted = run("reference", *(x.astype(jnp.float32) for x in (q, k, v)))
-    for got, want in zip(run("cudnn", q, k, v), wanted):
+    wanted = run(
+      functools.partial(
+        pallas_kernels.any_order_attention, implementation="reference"
+      ),
+      *(x.astype(jnp.float32) for x in (q, k, v)),
+    )
+    for got, want in zip(run(attend, q, k, v), wanted):
       error = jnp.linalg.norm((got.astype(jnp.float32) - want).ravel())
       scale = jnp.linalg.norm(want.ravel())
       self.assertLess(float(error), 8e-3 * float(scale))
