@@ -533,7 +533,6 @@ class Study:
   tune_lengths: tuple = _field(
     (128, 1024), "lengths at which they are tried; (): at each one", of=int
   )
-  tune_steps: int = _field(500, "steps of each of these trials", low=1)
   temperature_low: float = _field(0.1, "least temperature", above=0.0)
   temperature_high: float = _field(2.0, "greatest temperature", above=0.0)
   temperatures: int = _field(30, "evenly spaced temperatures", low=2)

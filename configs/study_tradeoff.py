@@ -45,7 +45,6 @@ _VARIANTS = {
   "default": {
     "study.sweep": _SWEEP,
     "study.tokens_per_step": 32768,
-    "study.tune_steps": 400,
     "study.characters": 8192,
   },
   "quick": {

@@ -65,24 +65,23 @@ class SweepTest(parameterized.TestCase):
     )  # fmt: skip
 
   def test_trials_come_before_what_needs_them_and_once(self):
-    cells = cells_lib.expand(config("seed=0,1 rate=tuned"))
-    self.assertEqual([c.trial for c in cells], [True] * 4 + [False] * 2)
+    asked = cells_lib.expand(config("seed=0,1 rate=tuned"))
+    cells = cells_lib.with_trials(asked, config(""))
     self.assertEqual(
-      [c.rate for c in cells[:4]], ["0.001", "0.002", "0.004", "0.008"]
+      [c.rate for c in cells],
+      ["0.001", "0.002", "0.004", "0.008", "tuned", "tuned"],
     )
 
-  def test_arms_that_differ_by_length_or_orders_share_their_trials(self):
-    """At the nearest of two lengths; warmup is a tenth of a trial."""
+  def test_arms_that_differ_by_more_than_the_mechanism_share_their_trials(self):
+    """At the nearest of two lengths, and at the configuration's own size."""
     for line, T in (
       ("T=4096", 1024), ("T=256", 128), ("T=512", 1024),
-      ("T=1024 orders=block16", 1024),
+      ("T=1024 orders=block16", 1024), ("T=128 size=32x2x2 seed=3", 128),
+      ("T=128 budget=flops", 128),
     ):  # fmt: skip
-      cell = cells_lib.expand(config(f"rate=tuned {line}"))[-1]
-      trials = cells_lib.trials(cell, config("", tune_steps=400))
-      self.assertEqual({trial.T for trial in trials}, {T})
-      self.assertEqual({trial.orders for trial in trials}, {"uniform"})
-    resolved = cells_lib.resolve(trials[0], config(""), 1e-3, V)
-    self.assertEqual(resolved.optimizer.warmup_steps, 40)
+      (cell,) = cells_lib.expand(config(f"rate=tuned {line}"))
+      (plain,) = cells_lib.expand(config(f"rate=0.001 T={T} seed=0"))
+      self.assertEqual(cells_lib.trials(cell, config(""))[0], plain)
 
   @parameterized.parameters(
     ("", "no cells"),
@@ -518,12 +517,15 @@ class SharesTest(absltest.TestCase):
       share = dataclasses.replace(study.study, share_index=index, share_count=4)
       mine = sweep.chosen(dataclasses.replace(study, study=share), cells)
       for cell in mine:
-        if cell.trial:
-          continue
-        seen.append(cell)
         for trial in cells_lib.trials(cell, study):
           self.assertLess(mine.index(trial), mine.index(cell))
-    self.assertCountEqual(seen, [cell for cell in cells if not cell.trial])
+      seen += [cell for cell in mine if cell in cells]
+    self.assertCountEqual(seen, cells)
+
+  def test_trials_may_be_chosen_by_their_labels(self):
+    study = config("mechanism=two_stream,mdlm rate=tuned", cells="rate=0.004")
+    mine = sweep.chosen(study, cells_lib.expand(study))
+    self.assertEqual([cell.rate for cell in mine], ["0.004"] * 2)
 
   def test_an_empty_share_is_no_error(self):
     study = config(
@@ -566,11 +568,16 @@ class FailureTest(absltest.TestCase):
     self.enter_context(mock.patch.object(sweep.programs_lib, "Programs"))
 
   def start(self, errors):
-    """The mechanisms that were run, and what the study raised, if anything."""
+    """The mechanisms that were run, and what the study raised, if anything.
+
+    Args:
+      errors: of a mechanism, or of a rate.
+    """
 
     def run(lab, cell, config, folder):
-      if cell.mechanism in errors:
-        raise errors[cell.mechanism]
+      for name in (cell.mechanism, cell.rate):
+        if name in errors:
+          raise errors[name]
       result = {
         "text": lab.text, "training_flops": 1, "seconds": {"all": 1},
         "estimate": {"bits_per_char": 2.0},
@@ -612,6 +619,22 @@ class FailureTest(absltest.TestCase):
     (path,) = self.folder.glob("cells/two_stream-*")
     path.rmtree()
     self.assertEqual(self.start({}), (["two_stream"], ""))
+
+  def test_a_rate_that_is_too_high_is_no_failure(self):
+    """It is not tried again either, and the best is not run twice."""
+    self.config = config(
+      "seed=0,1 mechanism=mdlm rate=tuned", rates=(1e-3, 4e-3)
+    )
+    diverged = telemetry.NonFiniteError("the loss is nan")
+    runs, raised = self.start({"0.004": diverged})
+    self.assertEqual((runs, raised), (["mdlm"] * 3, ""))
+    self.assertEqual(self.start({}), ([], ""))
+    memory = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+    (path,) = self.folder.glob("cells/*rate0.004*")
+    path.rmtree()
+    runs, raised = self.start({"0.004": memory})
+    self.assertEqual(runs, ["mdlm"])
+    self.assertRegex(raised, "^1 of the study's cells failed: .*rate=0.004")
 
   def test_the_report_has_an_empty_cell_with_the_reason(self):
     cells = cells_lib.expand(self.config)
@@ -668,20 +691,36 @@ class FailureTest(absltest.TestCase):
 
 
 class RateTest(absltest.TestCase):
-  def test_a_trial_that_diverges_is_worse_than_any(self):
-    study = config("rate=tuned", rates=(1e-3, 2e-3))
-    first, second, cell = cells_lib.expand(study)
+  def setUp(self):
+    super().setUp()
+    self.study = config("rate=tuned", rates=(1e-3, 2e-3, 4e-3))
+    (self.cell,) = cells_lib.expand(self.study)
+    self.trials = cells_lib.trials(self.cell, self.study)
     folder = epath.Path(self.enter_context(tempfile.TemporaryDirectory()))
-    results = sweep.Results(study, folder, V)
+    self.results = sweep.Results(self.study, folder, V)
+
+  def end(self, trial, bits, unigram=4.0):
+    folder = self.results.folder(trial)
+    if bits is None:
+      return measure.note_failure(folder, "the loss is nan", again=False)
+    folder.mkdir(parents=True)
+    estimate = {"bits_per_char": bits}
+    result = {"estimate": estimate, "unigram_bits": unigram}
+    (folder / measure.RESULT).write_text(json.dumps(result))
+
+  def test_a_loss_that_is_no_number_is_raised(self):
     corpus = mock.Mock(tokenizer=tokenizers.get("char27"))
     corpus.hash.return_value = "0"
     corpus.split.return_value = np.zeros(3, np.uint8)
-    lab = measure.Lab(study, corpus, None, mock.MagicMock())
+    lab = measure.Lab(self.study, corpus, None, mock.MagicMock())
+    resolved = self.results.resolved(self.trials[0])
+    folder = self.results.folder(self.trials[0])
     diverged = telemetry.NonFiniteError("the loss is nan")
-    with mock.patch.object(lab, "_train", side_effect=diverged):
-      lab.run(first, results.resolved(first), results.folder(first))
-      with self.assertRaises(telemetry.NonFiniteError):
-        lab.run(cell, results.resolved(second), folder / "cell")
+    with (
+      mock.patch.object(lab, "_train", side_effect=diverged),
+      self.assertRaises(telemetry.NonFiniteError),
+    ):
+      lab.run(self.trials[0], resolved, folder)
     # The last step's update shows in the evaluation alone.
     with (
       mock.patch.object(lab, "_train", return_value=({}, [2.0], 1)),
@@ -690,26 +729,36 @@ class RateTest(absltest.TestCase):
       ),
       self.assertRaisesRegex(telemetry.NonFiniteError, "bits/char is nan"),
     ):
-      lab.run(cell, results.resolved(second), folder / "cell")
-    path = results.folder(second) / measure.RESULT
-    path.parent.mkdir(parents=True)
-    path.write_text(json.dumps({"estimate": {"bits_per_char": 9.0}}))
-    self.assertEqual(results.rate(cell), 2e-3)
+      lab.run(self.trials[0], resolved, folder)
 
-  def test_the_best_trial_decides_when_all_are_done(self):
-    study = config("rate=tuned", rates=(1e-3, 2e-3))
-    first, second, cell = cells_lib.expand(study)
-    folder = epath.Path(self.enter_context(tempfile.TemporaryDirectory()))
-    results = sweep.Results(study, folder, V)
-    for trial, bits in ((first, 2.5), (second, 2.25)):
-      self.assertIsNone(results.rate(cell))
-      self.assertIsNone(results.result(cell))
-      path = results.folder(trial) / measure.RESULT
-      path.parent.mkdir(parents=True)
-      path.write_text(json.dumps({"estimate": {"bits_per_char": bits}}))
-    self.assertEqual(results.rate(cell), 2e-3)
-    resolved = results.resolved(cell)
-    self.assertEqual(resolved.optimizer.peak_learning_rate, 2e-3)
+  def test_the_best_decides_when_all_are_done_and_is_the_cell_itself(self):
+    for trial, bits in zip(self.trials, (2.5, 2.4, 2.25)):
+      self.assertIsNone(self.results.rate(self.cell))
+      self.assertIsNone(self.results.result(self.cell))
+      self.end(trial, bits)
+    self.assertEqual(self.results.rate(self.cell), 4e-3)
+    self.assertEqual(self.results.at_edge(self.cell), "yes")
+    self.assertEqual(self.results.bits(self.cell), 2.25)
+    (row,) = tables.rates_table([self.cell], self.results, self.study)
+    found = [row[name] for name in ("0.001", "0.002", "0.004", "chosen")]
+    self.assertEqual(found, [2.5, 2.4, 2.25, "0.004"])
+
+  def test_one_that_diverges_is_worse_than_any(self):
+    for trial, bits in zip(self.trials, (2.5, 2.6, None)):
+      self.end(trial, bits)
+    self.assertEqual(self.results.rate(self.cell), 1e-3)
+    (row,) = tables.rates_table([self.cell], self.results, self.study)
+    self.assertEqual(row["0.004"], np.inf)
+
+  def test_of_rates_that_are_as_good_the_configuration_s(self):
+    for trial, bits in zip(self.trials, (2.2, 2.205, 2.3)):
+      self.end(trial, bits)
+    self.assertEqual(self.results.rate(self.cell), 2e-3)
+
+  def test_where_nothing_was_learned_the_configuration_s(self):
+    for trial, bits in zip(self.trials, (None, 4.0, 3.95)):
+      self.end(trial, bits)
+    self.assertEqual(self.results.rate(self.cell), 2e-3)
 
 
 class StatisticsTest(absltest.TestCase):

@@ -18,8 +18,8 @@ A line is a product of values, a cell is one point of it:
 | seed      | of parameters, batches and orders                | config.seed  |
 
 Cells run line by line, and within a line as nested loops in the order in which
-its keys are written, the last one fastest. What a cell needs (the trials of
-rate=tuned) comes before it. A cell that a line above already has is dropped.
+its keys are written, the last one fastest. A cell that a line above already has
+is dropped.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ from aoarm_jax import config_rules, matching, mechanisms
 
 BUDGETS = ("steps", "flops", "parameters")
 TUNED = "tuned"
-TIED = 0.005  # Bits a character between two learning rates that are as good.
+TIED = 0.01  # Bits a character between two learning rates that are as good.
 _FAMILY = re.compile(r"(uniform|left_to_right|curriculum|block)(\d*)$")
 _SIZE = re.compile(r"(\d+)x(\d+)x(\d+)$")
 # What of config.study decides the numbers of a cell.
@@ -47,12 +47,7 @@ _MEASURED_BY = (
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-  """One run of the sweep; the fields are the keys of a line.
-
-  Attributes:
-    trial: whether it only helps to choose a learning rate: trained for
-      config.study.tune_steps and evaluated, no more.
-  """
+  """One run of the sweep; the fields are the keys of a line."""
 
   mechanism: str
   size: str
@@ -62,15 +57,13 @@ class Cell:
   rate: str
   steps: int
   seed: int
-  trial: bool = False
 
   @property
   def label(self) -> str:
     """For people, and for config.study.cells."""
-    what = "trial of" if self.trial else f"equal {self.budget},"
     return (
-      f"{self.mechanism} {self.size} T={self.T} {self.orders} {what} "
-      f"steps={self.steps} rate={self.rate} seed={self.seed}"
+      f"{self.mechanism} {self.size} T={self.T} {self.orders} equal "
+      f"{self.budget}, steps={self.steps} rate={self.rate} seed={self.seed}"
     )
 
   @property
@@ -95,7 +88,7 @@ def expand(config: config_lib.Config) -> list[Cell]:
   for line in re.split(r"[\n;]", config.study.sweep):
     if line.strip():
       for cell in _of_line(line.strip(), config):
-        wanted |= dict.fromkeys([*trials(cell, config), cell])
+        wanted[cell] = None
   if not wanted:
     raise config_lib.ConfigError(
       "config.study.sweep has no cells: choose --config=configs/"
@@ -107,10 +100,11 @@ def expand(config: config_lib.Config) -> list[Cell]:
 def trials(cell: Cell, config: config_lib.Config) -> list[Cell]:
   """The cells that decide the learning rate of a cell; [] where it is given.
 
-  One for each of config.study.rates, for its mechanism and size, at the length
-  of config.study.tune_lengths that is nearest to its own, in uniform orders, at
-  equal steps and seed 0: an arm that differs by its length or its orders alone
-  has the same rate.
+  One for each of config.study.rates, for its mechanism, at the configuration's
+  size, the length of config.study.tune_lengths that is nearest to its own, in
+  uniform orders, at equal steps and seed 0: an arm that differs by size, length
+  or orders alone has the same rate. They are cells like any other: the one with
+  the chosen rate is the tuned one of that arm.
   """
   if cell.rate != TUNED:
     return []
@@ -118,16 +112,23 @@ def trials(cell: Cell, config: config_lib.Config) -> list[Cell]:
   orders = cell.orders if cell.orders == "left_to_right" else "uniform"
   trial = dataclasses.replace(
     cell,
+    size=size_of(config.model),
     T=min(lengths, key=lambda T: abs(math.log(T / cell.T))),
     orders=orders,
     budget="steps",
-    steps=config.study.tune_steps,
     seed=0,
-    trial=True,
   )
   return [
     dataclasses.replace(trial, rate=f"{rate:g}") for rate in config.study.rates
   ]
+
+
+def with_trials(cells: list[Cell], config: config_lib.Config) -> list[Cell]:
+  """These cells, and before each what it needs to have its learning rate."""
+  wanted = {}
+  for cell in cells:
+    wanted |= dict.fromkeys([*trials(cell, config), cell])
+  return list(wanted)
 
 
 def size_of(model: config_lib.Model) -> str:
@@ -227,11 +228,7 @@ def resolve(
       plain = _with(plain, train=dict(steps=value))
     elif value != plain.model.F:
       plain = _with(plain, model=dict(mlp_width=value))
-  schedule = dict(peak_learning_rate=rate)
-  if cell.trial:  # Short, and a tenth of it is warmup.
-    warmup = min(config.optimizer.warmup_steps, cell.steps // 10)
-    schedule["warmup_steps"] = warmup
-  plain = _with(plain, optimizer=schedule, seed=cell.seed)
+  plain = _with(plain, optimizer=dict(peak_learning_rate=rate), seed=cell.seed)
   return config_rules.validate(plain)
 
 
@@ -303,15 +300,13 @@ def folder_name(cell: Cell, resolved: config_lib.Config) -> str:
   counts["seed"] = resolved.seed
   counts["tokenizer"] = resolved.data.tokenizer
   counts["dtype"] = resolved.compute.dtype
-  counts["trial"] = cell.trial
-  if not cell.trial:
-    counts["study"] = {k: getattr(resolved.study, k) for k in _MEASURED_BY}
+  counts["study"] = {k: getattr(resolved.study, k) for k in _MEASURED_BY}
   digest = hashlib.sha256(json.dumps(counts, sort_keys=True).encode())
   parts = (
     cell.mechanism, cell.size, f"T{cell.T}", cell.orders,
     f"F{resolved.model.F}", f"steps{resolved.train.steps}",
     f"rate{resolved.optimizer.peak_learning_rate:g}", f"seed{cell.seed}",
-    *(["trial"] if cell.trial else []), digest.hexdigest()[:8],
+    digest.hexdigest()[:8],
   )  # fmt: skip
   return "-".join(parts)
 

@@ -17,7 +17,6 @@ import functools
 import io
 import itertools
 import json
-import math
 import time
 
 import jax
@@ -41,13 +40,6 @@ from aoarm_jax.study import programs as programs_lib
 RESULT, FAILED = "result.json", "failed.json"
 _SAMPLES = 104  # Sets these keys apart from training's.
 _TELL_SECONDS = 15.0
-# Of a trial whose loss is no number.
-_DIVERGED = {
-  "estimator": "",
-  "bits_per_char": math.inf,
-  "standard_error_bits": math.nan,
-  "windows": 0,
-}
 _TEXTS = 2  # Kept of every third temperature.
 
 
@@ -92,29 +84,22 @@ class Lab:
     """Runs one cell and writes its files; returns what result.json holds.
 
     Raises:
-      NonFiniteError: the loss is no number; a trial is then worse than any.
+      NonFiniteError: the loss is no number.
     """
     clock, start = {}, time.monotonic()
-    programs = self.programs.of(config, cell.trial)
-    try:
-      with _timed(clock, "compile"):  # Those of evaluation, during training.
-        for name in ("init", "train"):
-          programs[name].result()
-      with _timed(clock, "train"):
-        params, curve, speed = self._train(config, programs)
-      with _timed(clock, "evaluate"):
-        estimate = self._evaluate(config, programs, params, folder)
-      # What the last step made of the parameters, no loss of training says.
-      bits = {"bits/char": estimate["bits_per_char"]}
-      telemetry.check_finite(config.train.steps, bits)
-    except telemetry.NonFiniteError as error:
-      if not cell.trial:
-        raise
-      logging.warning("a learning rate that is too high: %s", error)
-      curve, speed, estimate = [], 0, _DIVERGED
-    if not cell.trial:
-      with _timed(clock, "sample"):
-        self._sample(config, programs, params, folder)
+    programs = self.programs.of(config)
+    with _timed(clock, "compile"):  # Those of evaluation, during training.
+      for name in ("init", "train"):
+        programs[name].result()
+    with _timed(clock, "train"):
+      params, curve, speed = self._train(config, programs)
+    with _timed(clock, "evaluate"):
+      estimate = self._evaluate(config, programs, params, folder)
+    # What the last step made of the parameters, no loss of training says.
+    bits = {"bits/char": estimate["bits_per_char"]}
+    telemetry.check_finite(config.train.steps, bits)
+    with _timed(clock, "sample"):
+      self._sample(config, programs, params, folder)
     if "profile" in programs:
       with _timed(clock, "profile"):
         self._profile(config, programs, params, folder)

@@ -43,13 +43,11 @@ class Programs:
   def close(self):
     self._pool.shutdown(cancel_futures=True)
 
-  def of(self, config: config_lib.Config, trial: bool) -> dict:
+  def of(self, config: config_lib.Config) -> dict:
     """Starts to compile what a cell needs: name -> future."""
-    names = ["init", "train", "evaluate"]
-    if not trial:
-      names.append("sample")
-      if config.study.profile_sequences and not config.model.kind.masked:
-        names.append("profile")
+    names = ["init", "train", "evaluate", "sample"]
+    if config.study.profile_sequences and not config.model.kind.masked:
+      names.append("profile")
     return {name: self._future(name, config) for name in names}
 
   def _future(self, name, config):

@@ -56,7 +56,8 @@ def write(
   curves = tables.curves(trained, results, config)
   profiles = tables.profiles_of(trained, results)
   made = {
-    "cells": tables.cells_table(cells, results),
+    "cells": tables.cells_table(cells_lib.with_trials(cells, config), results),
+    "rates": tables.rates_table(cells, results, config),
     "bits": tables.bits_table(cells, results),
     "differences": tables.differences_table(trained, results, config),
     "areas": tables.areas_table(trained, curves),
@@ -106,6 +107,7 @@ def _text(config, cells, results, made, drawn, answers, shown):
     "order) with the others. `elbo` estimates the mean of `any_order`. "
     "*untrained*: runs that ended within 0.1 bits of the letters' own entropy; "
     "they are in no other table.\n\n" + _markdown(made["bits"], _BITS),
+    _rates(config, made["rates"]),
     "## Paired differences\n\nArm - reference on the same windows, orders and "
     "seeds (`mdlm`: the same windows and seeds); positive: the arm needs more "
     "bits. [differences.csv](differences.csv)\n\n"
@@ -124,7 +126,7 @@ def _text(config, cells, results, made, drawn, answers, shown):
     _figures(drawn, shown),
     _open(made["cells"], answers),
   ]
-  return "\n".join(part.rstrip() + "\n" for part in parts)
+  return "\n".join(part.rstrip() + "\n" for part in parts if part)
 
 
 def _hypotheses():
@@ -150,6 +152,7 @@ def _method(config, first):
   rates = ", ".join(f"{rate:g}" for rate in study.rates)
   lengths = " and ".join(map(str, study.tune_lengths)) or "of all cells"
   plain = config.optimizer.peak_learning_rate
+  size = cells_lib.size_of(config.model)
   return _paragraphs(
     f"""## Method
 
@@ -160,11 +163,11 @@ def _method(config, first):
     training, by steps; as many parameters, by the width of the MLP.
 
     **Learning rate**: as the sweep says; `tuned` is the best of {rates} by bits
-    per character on `{split}` after {study.tune_steps} steps, a tenth of them
-    warmup, at seed 0, in uniform orders, for every mechanism and size at the
-    nearest of the lengths {lengths}; of rates within {cells_lib.TIED} bits of
-    the best the one next to {plain:g}, and that one where no trial left the
-    entropy of the letters.
+    per character on `{split}` of whole runs at equal steps, {size}, seed 0 and
+    uniform orders, for every mechanism at the nearest of the lengths {lengths};
+    of rates within {cells_lib.TIED} bits of the best the one next to {plain:g},
+    and that one where no run left the entropy of the letters. The run that was
+    chosen is seed 0 of its arm.
 
     **Generation**: exact sequential sampling in orders of the cell's family,
     {study.characters:,} characters (at least 8 texts) at each of
@@ -184,10 +187,10 @@ def _method(config, first):
     is none: its slots have no order of generation. The definitions are in
     `aoarm_jax/study`.
 
-    **Answers** are about mechanisms at {cells_lib.size_of(config.model)} (width
-    x layers x heads), whatever the seed. An effect counts where its 95%
-    interval leaves 0 out, by Student's law: at 3 seeds 4.3 standard errors,
-    where seeds alone make the error. That of windows is that of the means of
+    **Answers** are about mechanisms at {size} (width x layers x heads),
+    whatever the seed. An effect counts where its 95% interval leaves 0 out, by
+    Student's law: at 3 seeds 4.3 standard errors, where seeds alone make the
+    error. That of windows is that of the means of
     24 stretches of the text, since neighbours are alike; books are longer
     still. Areas and localities have to differ by {findings.LEAST_AREA:g} to
     count, and are level where the interval is within that. One seed cannot
@@ -310,6 +313,16 @@ _CAPTIONS = {
   "locality": "Locality of every head (small) and their mean (large)",
   "profiles": "Attention by distance, mean over heads, first layer below",
 }
+
+
+def _rates(config, rows):
+  if not rows:
+    return ""
+  columns = _ARM | {f"{rate:g}": ".4f" for rate in config.study.rates}
+  return (
+    "## Learning rates\n\nBits per character at each, seed 0. "
+    "[rates.csv](rates.csv)\n\n" + _markdown(rows, columns | {"chosen": ""})
+  )
 
 
 def _figures(drawn, shown):

@@ -51,22 +51,21 @@ class Results:
 
     Of the trials that are as good as the best one, within cells.TIED bits, that
     of the rate next to the configuration's; where none of them learned
-    anything, the configuration's.
+    anything, the configuration's. One whose loss was no number is worse than
+    any.
     """
     trials = cells_lib.trials(cell, self.config)
     if not trials:
       return float(cell.rate)
-    bits = [self.bits(trial) for trial in trials]
-    if None in bits:
+    if any(map(self.is_open, trials)):
       return None
+    done = [trial for trial in trials if self.result(trial)]
     plain = self.config.optimizer.peak_learning_rate
-    if all(map(self.is_untrained, trials)):
+    if all(map(self.is_untrained, done)):
       return plain
-    good = (
-      float(trial.rate)
-      for trial, found in zip(trials, bits)
-      if found <= min(bits) + cells_lib.TIED
-    )
+    bits = {float(trial.rate): self.bits(trial) for trial in done}
+    least = min(bits.values())
+    good = [rate for rate in bits if bits[rate] <= least + cells_lib.TIED]
     return min(good, key=lambda rate: abs(math.log(rate / plain)))
 
   def at_edge(self, cell: cells_lib.Cell) -> str:
@@ -197,7 +196,14 @@ def study(
     report.write(config, cells, results, folder, argv)
     logging.info("report: %s", folder)
   if config.study.part != "report":
-    failed = results.failures(chosen(config, cells))
+    asked = set(cells)  # That a rate is too high is what a trial may find.
+    failed = results.failures(
+      [
+        cell
+        for cell in chosen(config, cells)
+        if cell in asked or results.is_open(cell)
+      ]
+    )
     if failed:
       raise FailedCellsError(
         f"{len(failed)} of the study's cells failed: {'; '.join(failed)}"
@@ -205,26 +211,26 @@ def study(
 
 
 def chosen(config, cells):
-  """The cells of this process, trials only where they are needed.
+  """The cells of this process, and the trials that they need.
 
   There are none where there are more shares than cells.
   """
   study = config.study
   words = [word for word in study.cells.split(",") if word]
-  mine = [
-    cell
-    for cell in cells
-    if not cell.trial and (not words or any(w in cell.label for w in words))
-  ]
+  mine = cells
+  if words:
+    mine = [
+      cell
+      for cell in cells_lib.with_trials(cells, config)
+      if any(word in cell.label for word in words)
+    ]
   if not mine:
     raise config_lib.ConfigError(
       f"config.study.cells={study.cells!r}: no cell's label holds any of "
       f"these; the first one is {cells[0].label!r}"
     )
-  wanted = {}
-  for cell in mine[study.share_index :: study.share_count]:
-    wanted |= dict.fromkeys([*cells_lib.trials(cell, config), cell])
-  return list(wanted)
+  mine = mine[study.share_index :: study.share_count]
+  return cells_lib.with_trials(mine, config)
 
 
 def _run_cells(config, cells, results):
@@ -238,7 +244,7 @@ def _run_cells(config, cells, results):
     result = results.result(cell)
     if results.is_open(cell):
       todo.setdefault(results.folder(cell) or cell, cell)
-    elif result and not cell.trial:
+    elif result:
       clock.add(result)
   todo = list(todo.values())
   logging.info(
@@ -304,7 +310,7 @@ def _prepare(programs, results, cells):
   for cell in cells:
     resolved = results.resolved(cell)
     if resolved is not None:
-      programs.of(resolved, cell.trial)
+      programs.of(resolved)
 
 
 def _run_cell(lab, results, cell, clock):

@@ -26,11 +26,10 @@ _ANY_ORDER = ("any_order", "training_order", "elbo")
 
 
 def arms(cells: list[cells_lib.Cell]) -> dict[cells_lib.Cell, list]:
-  """Arm -> its cells, trials left out."""
+  """Arm -> its cells."""
   found = {}
   for cell in cells:
-    if not cell.trial:
-      found.setdefault(cell.arm, []).append(cell)
+    found.setdefault(cell.arm, []).append(cell)
   return found
 
 
@@ -105,6 +104,29 @@ def bits_table(cells, results) -> list[Row]:
       }
     rows.append(row)
   return rows
+
+
+def rates_table(cells, results, config) -> list[Row]:
+  """Bits a character at every learning rate, where cells ask for the best.
+
+  inf: the loss became no number.
+  """
+  rows = {}
+  for cell in cells:
+    trials = tuple(cells_lib.trials(cell, config))
+    if not trials or trials in rows:
+      continue
+    first, rate = trials[0], results.rate(cell)
+    row = {name: getattr(first, name) for name in _ARM}
+    for trial in trials:
+      bits = results.bits(trial)
+      failed = results.failure(trial)
+      if bits is None:
+        bits = math.inf if failed and not failed["again"] else ""
+      row[trial.rate] = bits
+    row["chosen"] = "" if rate is None else f"{rate:g}"
+    rows[trials] = row
+  return list(rows.values())
 
 
 def differences_table(cells, results, config) -> list[Row]:
