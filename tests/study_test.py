@@ -83,6 +83,16 @@ class SweepTest(parameterized.TestCase):
       (plain,) = cells_lib.expand(config(f"rate=0.001 T={T} seed=0"))
       self.assertEqual(cells_lib.trials(cell, config(""))[0], plain)
 
+  def test_an_ablation_has_the_rate_of_what_it_changes(self):
+    names = ("decoupled_rope_content", "decoupled_rope", "ao_gpt")
+    found = [
+      cells_lib.trials(
+        *cells_lib.expand(config(f"rate=tuned mechanism={name}")), config("")
+      )[0].mechanism
+      for name in names
+    ]
+    self.assertEqual(found, ["decoupled_rope", "decoupled_rope", "ao_gpt"])
+
   @parameterized.parameters(
     ("", "no cells"),
     ("mechanism=three_stream", "mechanism=three_stream cannot be"),

@@ -100,10 +100,10 @@ def expand(config: config_lib.Config) -> list[Cell]:
 def trials(cell: Cell, config: config_lib.Config) -> list[Cell]:
   """The cells that decide the learning rate of a cell; [] where it is given.
 
-  One for each of config.study.rates, for its mechanism, at the configuration's
-  size, the length of config.study.tune_lengths that is nearest to its own, in
-  uniform orders, at equal steps and seed 0: an arm that differs by size, length
-  or orders alone has the same rate. They are cells like any other: the one with
+  One for each of config.study.rates, for its mechanism (of an ablation: what it
+  changes), at the configuration's size, the length of config.study.tune_lengths
+  that is nearest to its own, in uniform orders, at equal steps and seed 0: an
+  arm that differs by size, length or orders alone has the same rate. They are cells like any other: the one with
   the chosen rate is the tuned one of that arm.
   """
   if cell.rate != TUNED:
@@ -112,6 +112,7 @@ def trials(cell: Cell, config: config_lib.Config) -> list[Cell]:
   orders = cell.orders if cell.orders == "left_to_right" else "uniform"
   trial = dataclasses.replace(
     cell,
+    mechanism=unablated(cell.mechanism),
     size=size_of(config.model),
     T=min(lengths, key=lambda T: abs(math.log(T / cell.T))),
     orders=orders,
@@ -121,6 +122,12 @@ def trials(cell: Cell, config: config_lib.Config) -> list[Cell]:
   return [
     dataclasses.replace(trial, rate=f"{rate:g}") for rate in config.study.rates
   ]
+
+
+def unablated(mechanism: str) -> str:
+  """What an ablation changes one thing of; any other mechanism is itself."""
+  plain = "decoupled_rope"
+  return plain if mechanism.startswith(f"{plain}_") else mechanism
 
 
 def with_trials(cells: list[Cell], config: config_lib.Config) -> list[Cell]:

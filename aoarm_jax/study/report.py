@@ -88,8 +88,8 @@ def write(
   shown = command(argv, config.data.path)
   text = _text(config, cells, results, made, drawn, answers, shown)
   run_dir.write_atomically(folder / "README.md", text)
-  done = sum(row["done"] for row in made["cells"])
-  logging.info("%d of %d cells are in the report", done, len(cells))
+  done = [row["done"] for row in made["cells"]]
+  logging.info("%d of %d cells are in the report", sum(done), len(done))
 
 
 def _text(config, cells, results, made, drawn, answers, shown):
@@ -164,7 +164,8 @@ def _method(config, first):
 
     **Learning rate**: as the sweep says; `tuned` is the best of {rates} by bits
     per character on `{split}` of whole runs at equal steps, {size}, seed 0 and
-    uniform orders, for every mechanism at the nearest of the lengths {lengths};
+    uniform orders, for every mechanism (of an ablation: what it changes) at
+    the nearest of the lengths {lengths};
     of rates within {cells_lib.TIED} bits of the best the one next to {plain:g},
     and that one where no run left the entropy of the letters. The run that was
     chosen is seed 0 of its arm.

@@ -184,7 +184,10 @@ def study(
     )
   if config.study.part != "report":
     _run_cells(config, cells, results)
-  elif not any(results.result(c) or results.failure(c) for c in cells):
+  elif not any(
+    results.result(cell) or results.failure(cell)
+    for cell in cells_lib.with_trials(cells, config)
+  ):
     raise config_lib.ConfigError(
       f"config.study.part='report': no cell of this study in "
       f"{workdir / _FOLDER}: run some without this flag, or name the --workdir "

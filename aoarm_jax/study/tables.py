@@ -142,9 +142,10 @@ def differences_table(cells, results, config) -> list[Row]:
     kind = mechanisms.MECHANISMS[arm.mechanism]
     if arm.mechanism == config.study.reference or kind.left_to_right:
       continue
+    plain = cells_lib.unablated(arm.mechanism)
     references = [config.study.reference]
-    if arm.mechanism.startswith("decoupled_rope_"):
-      references.append("decoupled_rope")
+    if plain != arm.mechanism:
+      references.append(plain)
     for reference in references:
       rows.append(_difference(arm, members, reference, results))
   return rows
