@@ -103,8 +103,9 @@ def trials(cell: Cell, config: config_lib.Config) -> list[Cell]:
   One for each of config.study.rates, for its mechanism (of an ablation: what it
   changes), at the configuration's size, the length of config.study.tune_lengths
   that is nearest to its own, in uniform orders, at equal steps and seed 0: an
-  arm that differs by size, length or orders alone has the same rate. They are cells like any other: the one with
-  the chosen rate is the tuned one of that arm.
+  arm that differs by size, length or orders alone has the same rate. They are
+  cells like any other: the one with the chosen rate is the tuned one of its
+  arm.
   """
   if cell.rate != TUNED:
     return []
