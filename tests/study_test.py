@@ -11,6 +11,7 @@ import weakref
 from concurrent import futures
 from unittest import mock
 
+import chex
 import helpers
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,8 @@ from aoarm_jax import (
   sampling,
   sharding,
   telemetry,
+  train,
+  train_state,
 )
 from aoarm_jax.data import tokenizers
 from aoarm_jax.study import cells as cells_lib
@@ -387,6 +390,31 @@ class TemperaturesTest(parameterized.TestCase):
 
 
 class ProgramsTest(parameterized.TestCase):
+  def test_rates_and_seeds_share_a_training_step_which_is_that_of_a_run(self):
+    base = config("T=16 size=16x1x2", tokens_per_step=32)
+    (cell,) = cells_lib.expand(base)
+    mesh = sharding.of_run(base, "train", "eval")
+    made = programs.Programs(mesh, V)
+    self.addCleanup(made.close)
+    other = cells_lib.resolve(cell, base, 5e-3, V)
+    step = made._future("train", other)
+    for rate, seed in ((5e-3, 1), (1e-3, 0)):
+      got = cells_lib.resolve(
+        dataclasses.replace(cell, seed=seed), base, rate, V
+      )
+      self.assertIs(made._future("train", got), step)
+    with jax.set_mesh(mesh):
+      tokens = sharding.put(mesh, np.arange(32, dtype=np.uint8) % V)
+      tokens = tokens.reshape(2, 16)
+      bind, _, _ = train_state.create(got, V, mesh)
+      wanted = train.make_step(got, bind, V)
+      start = made._future("init", got).result()
+      one, two = (start(jnp.int32(3)) for _ in range(2))
+      sums = jax.jit(wanted)(one, tokens)[1]
+      # Made for a rate of 5e-3, called with 1e-3.
+      found = step.result()(two, tokens, jnp.float32(1e-3))[1]
+      chex.assert_trees_all_close(found, sums, rtol=1e-5)
+
   @parameterized.parameters((1, [4, 8, 12, 16]), (2, [5, 9, 13, 17]))
   def test_a_large_cache_grows_while_texts_are_sampled(self, sentinels, wanted):
     base = config("T=16 size=16x1x2", characters=32, temperatures=2)

@@ -135,6 +135,9 @@ class Lab:
       self.corpus.split("train"), T=config.model.T,
       batch_size=config.train.batch_size, seed=config.seed,
     )  # fmt: skip
+    rate = sharding.put(
+      self.mesh, np.float32(config.optimizer.peak_learning_rate)
+    )
     losses, former, start = [], None, time.monotonic()
     told = start
     with contextlib.closing(batches):
@@ -147,7 +150,7 @@ class Lab:
             n, config.train.steps, losses[-1], telemetry.format_duration(left),
           )  # fmt: skip
         batch = sharding.put_batch(self.mesh, next(batches))
-        state, sums = step(state, batch)
+        state, sums = step(state, batch, rate)
         # Fetched one step late, so the device never waits.
         _note(losses, former)
         former = sums

@@ -32,7 +32,7 @@ class Programs:
   """Compiled programs, each made once, in the background.
 
   While one cell trains, those of the next are compiled. Cells that differ by
-  their seeds alone share them.
+  their seeds or learning rates alone share them.
   """
 
   def __init__(self, mesh: jax.sharding.Mesh, vocabulary: int):
@@ -51,11 +51,19 @@ class Programs:
     return {name: self._future(name, config) for name in names}
 
   def _future(self, name, config):
-    config = dataclasses.replace(config, seed=0)
+    plain = config_lib.Optimizer()
+    schedule = dataclasses.replace(
+      config.optimizer, peak_learning_rate=plain.peak_learning_rate
+    )
+    train = config.train
     if name not in ("init", "train"):  # Does not depend on how it was trained.
-      ema = config_lib.Optimizer(ema_decay=config.optimizer.ema_decay)
-      train = dataclasses.replace(config.train, steps=1)
-      config = dataclasses.replace(config, optimizer=ema, train=train)
+      schedule = dataclasses.replace(
+        plain, ema_decay=config.optimizer.ema_decay
+      )
+      train = dataclasses.replace(train, steps=1)
+    config = dataclasses.replace(
+      config, seed=0, optimizer=schedule, train=train
+    )
     key = name, config
     if key not in self._made:
       self._made[key] = self._pool.submit(self._compile, name, config)
@@ -96,8 +104,15 @@ def _train_program(config, vocabulary, mesh):
     sharding.replicated(mesh),
   )
   options = dict(donate_argnums=0, out_shardings=shardings)
-  step = train.make_step(config, bind, vocabulary)
-  return step, (abstract, tokens), options
+
+  def program(state, tokens, rate):
+    """`train.make_step`, at a peak learning rate that is given by the call."""
+    schedule = dataclasses.replace(config.optimizer, peak_learning_rate=rate)
+    run = dataclasses.replace(config, optimizer=schedule)
+    return train.make_step(run, bind, vocabulary)(state, tokens)
+
+  rate = _abstract(mesh, dtype=jnp.float32)
+  return program, (abstract, tokens, rate), options
 
 
 def _params(config, vocabulary, mesh):
