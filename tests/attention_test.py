@@ -355,8 +355,8 @@ class ChooserTest(parameterized.TestCase):
 
 
 class OneRowTest(parameterized.TestCase):
-  @pytest.mark.gpu
   @parameterized.product(S=(1, 97, 1024, 5000), group=(1, 2), H=(64, 128))
+  @pytest.mark.gpu
   def test_cudnn(self, S, group, H):
     """Lengths a sequence, none of them too; forward and backward."""
     attend = functools.partial(
