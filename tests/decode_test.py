@@ -21,6 +21,8 @@ from aoarm_jax import (
 from aoarm_jax.model import cached
 
 _T, _V, _MANY = 4, 3, 200_000
+# On the older Python alone: tests/api_test.py does much of it on both.
+pytestmark = pytest.mark.once
 _LAW = sampling.Sampling(np.float32(1), np.int32(0), np.float32(1))
 _GREEDY = _LAW._replace(temperature=np.float32(0))
 # Seven tests below compare samples with two laws each; were the seed not fixed,

@@ -7,12 +7,15 @@ from unittest import mock
 
 import jax
 import numpy as np
+import pytest
 import tiny
 from absl.testing import absltest, parameterized
 
 from aoarm_jax import diffusion, objective, orders, sampling
 
 _T, _V, _LONG, _MANY = 4, 3, 6, 40_000
+# On the older Python alone: tests/api_test.py does much of it on both.
+pytestmark = pytest.mark.once
 _PLAIN = sampling.Sampling(np.float32(1), np.int32(0), np.float32(1))
 
 

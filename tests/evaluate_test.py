@@ -6,6 +6,7 @@ from unittest import mock
 
 import jax
 import numpy as np
+import pytest
 import tiny
 from absl.testing import absltest, parameterized
 
@@ -13,6 +14,9 @@ from aoarm_jax import config, evaluate, objective, orders, sharding
 from aoarm_jax.data import pipeline
 
 _T, _V, _COUNT, _K = 7, 5, 8, 3
+
+# On the older Python alone: train_test.py and main_test.py evaluate on both.
+pytestmark = pytest.mark.once
 
 
 def _config(**order_options):
