@@ -276,8 +276,25 @@ def run(readers: int, rounds, work, fetch, streamed, owned, turn=None) -> None:
 
 
 def kernel(body, **options):
-  """plgpu.kernel in lane semantics, with fast exponentials."""
+  """plgpu.kernel in lane semantics, with fast exponentials.
+
+  Its integers are 32 bits, also where JAX's are 64. Under `jax.shard_map`
+  results vary over the same axes as the first argument.
+  """
   parameters = plgpu.CompilerParams(
     approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
   )
-  return plgpu.kernel(body, compiler_params=parameters, **options)
+  made = plgpu.kernel(body, compiler_params=parameters, **options)
+
+  def call(first, *arguments):
+    with jax.enable_x64(False):
+      found = made(first, *arguments)
+    return jax.tree.map(lambda x: _vary_like(x, first), found)
+
+  return call
+
+
+def _vary_like(x, other):
+  axes = jax.typeof(other).manual_axis_type.varying
+  axes -= jax.typeof(x).manual_axis_type.varying
+  return lax.pcast(x, tuple(axes), to="varying") if axes else x
