@@ -45,7 +45,7 @@ def any_order_attention(
     key_rank: int32 [B, S], the ranks of the slots, for sequences that are not
       in generation order; needs `visible`. None is 0 to S - 1: then row i sees
       the first visible[b, i] slots.
-    scale: of the scores; None is H ** -0.5.
+    scale: of the scores, a number of Python's; None is H ** -0.5.
     return_lse: whether to return the log-sum-exp of each row's scores too.
     implementation: a name of IMPLEMENTATIONS, which means this one or an
       error; None chooses the fastest that supports the call.
@@ -57,7 +57,8 @@ def any_order_attention(
     from attentions over its parts.
 
   Raises:
-    ValueError: shapes or dtypes that do not fit together, an unknown name.
+    ValueError: shapes or dtypes that do not fit together, arrays without
+      numbers, an unknown name.
     UnsupportedError: the named implementation does not support the call;
       the message says what it lacks.
   """
@@ -106,6 +107,8 @@ def _check(q, k, v, visible, key_rank):
       f"attention wants q [B, T, Nq, H], k and v [B, S, N, H]; got {q.shape}, "
       f"{k.shape}, {v.shape}"
     )
+  if not (q.size and k.size):
+    raise ValueError(f"attention of nothing: q {q.shape}, k {k.shape}")
   same = q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3]
   if not same or q.shape[2] % k.shape[2]:
     raise ValueError(
@@ -117,9 +120,13 @@ def _check(q, k, v, visible, key_rank):
       f"attention: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; give them one "
       "dtype"
     )
+  if not jnp.issubdtype(q.dtype, jnp.floating):
+    raise ValueError(f"attention: q, k, v are {q.dtype}, not of floats")
   rows = q.shape[:2]
   group = q.shape[2] // k.shape[2]
   is_array = visible is not None and not isinstance(visible, int)
+  if is_array and not _are_integers(visible):
+    raise ValueError("attention: visible must be an array of integers")
   if is_array and visible.shape not in (rows, (*rows, group)):
     raise ValueError(
       f"attention: visible {visible.shape} must be [B, T] = {rows} or "
@@ -127,12 +134,18 @@ def _check(q, k, v, visible, key_rank):
     )
   if key_rank is None:
     return
+  if not _are_integers(key_rank):
+    raise ValueError("attention: key_rank must be an array of integers")
   if not is_array:
     raise ValueError("attention: key_rank needs an array of visible")
   if key_rank.shape != k.shape[:2]:
     raise ValueError(
       f"attention: key_rank {key_rank.shape} must be [B, S] = {k.shape[:2]}"
     )
+
+
+def _are_integers(x) -> bool:
+  return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.integer)
 
 
 def _xla(q, k, v, visible, key_rank, scale, return_lse):

@@ -24,6 +24,7 @@ from pallas_kernels import hopper, reference, tuning
 _BYTES_PER_SECOND, _FLOPS_PER_SECOND = 4.3e12, 790e12
 # The plain path is left out where its scores would be larger.
 _MOST_SCORES = 6e9
+_COLUMNS = ("xla", "cudnn", "cudnn x2", "ours")
 # Calls in one program where a call takes as long as its dispatch.
 _CHAIN = 16
 _SWEEP = dict(
@@ -311,7 +312,8 @@ def measure(
   return found
 
 
-def _show(row, title, results, floor):
+def _show(row, title, results, floor, less=None):
+  """Prints what was measured; with `less`, what is left without that too."""
   print(f"{row} {title}: floor {floor:.3f}")
   rival = results.get("cudnn")
   for name, result in results.items():
@@ -322,6 +324,8 @@ def _show(row, title, results, floor):
     ratio = ""
     if isinstance(rival, tuple) and name != "cudnn":
       ratio = f"  {rival[0] / milliseconds:5.2f} of cudnn's speed"
+    if less and isinstance(less.get(name), tuple):
+      ratio += f"  backward alone {milliseconds - less[name][0]:.3f} ms"
     print(
       f"  {name:10} {milliseconds:8.3f} ms  error {error:.1e}  "
       f"{milliseconds / floor:6.2f} floors{ratio}"
@@ -351,42 +355,84 @@ def sweep(row: Row, config: tuning.Hopper, rounds: int) -> tuning.Hopper:
   return best
 
 
-def main(arguments=None) -> None:
-  parser = argparse.ArgumentParser(description=__doc__)
+def _pattern(text: str) -> re.Pattern:
+  try:
+    return re.compile(text)
+  except re.error as error:
+    raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+
+
+def _rounds(text: str) -> int:
+  if not text.isdecimal() or int(text) < 1:
+    raise argparse.ArgumentTypeError(f"{text!r}: at least 1")
+  return int(text)
+
+
+def _change(text: str) -> tuple[str, int | bool]:
+  """name=value, of a field of tuning.Hopper."""
+  name, _, value = text.partition("=")
+  fields = [field.name for field in dataclasses.fields(tuning.Hopper)]
+  if name not in fields or not value.isdecimal():
+    raise argparse.ArgumentTypeError(
+      f"{text!r}: give name=number, of: {', '.join(fields)}"
+    )
+  kind = type(getattr(tuning.Hopper(), name))
+  return name, kind(int(value))
+
+
+def _options(arguments):
+  parser = argparse.ArgumentParser(
+    prog="python -m pallas_kernels.benchmark",
+    usage=argparse.SUPPRESS,
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
   parser.add_argument("--quick", action="store_true", help="few shapes")
-  parser.add_argument("--only", default="", help="regular expression of rows")
-  parser.add_argument("--skip", default="", help="a column to leave out")
-  parser.add_argument("--rounds", type=int, default=7)
+  parser.add_argument(
+    "--only", type=_pattern, default="",
+    help="rows that match this regular expression, as in '^causal 64x1024'",
+  )  # fmt: skip
+  parser.add_argument("--skip", choices=_COLUMNS, help="column to leave out")
+  parser.add_argument(
+    "--rounds", type=_rounds, default=7, help="of interleaved measurements"
+  )
   parser.add_argument(
     "--sweep", action="store_true", help="try tile sizes of ours, row by row"
   )
   parser.add_argument(
-    "--set", nargs="*", default=[], help="fields of tuning.Hopper, name=value"
-  )
+    "--set", nargs="*", type=_change, default=[], metavar="NAME=NUMBER",
+    help="fields of tuning.Hopper",
+  )  # fmt: skip
   options = parser.parse_args(arguments)
-  device = jax.devices()[0]
-  print(f"jax {jax.__version__}, {device.device_kind}, bfloat16")
   rows = (*_TRAINING, *_ONE_STREAM, *_MASKED, *_DECODING)
   if options.quick:
     rows = (_TRAINING[0], _TRAINING[3], _MASKED[0], _DECODING[4])
-  changes = {
-    name: int(value) for name, value in (x.split("=") for x in options.set)
-  }
-  for row in rows:
-    if not re.search(options.only, str(row)):
-      continue
+  options.rows = [row for row in rows if options.only.search(str(row))]
+  if not options.rows:
+    parser.error(f"--only: no row of: {'; '.join(map(str, rows))}")
+  return options
+
+
+def main(arguments=None) -> None:
+  options = _options(arguments)
+  device = jax.devices()[0]
+  print(f"jax {jax.__version__}, {device.device_kind}, bfloat16")
+  for row in options.rows:
     config = dataclasses.replace(
-      tuning.hopper(row.T, row.slots, row.H), **changes
+      tuning.hopper(row.T, row.slots, row.H), **dict(options.set)
     )
     if options.sweep:
       sweep(row, config, options.rounds)
       continue
     candidates = _candidates(row, config)
     candidates.pop(options.skip, None)
-    for backward in (False, True)[: 1 if row.mask == "ragged" else 2]:
-      title = "forward and backward" if backward else "forward"
-      results = measure(row, candidates, backward, options.rounds)
-      _show(row, title, results, row.floor(backward))
+    forward = measure(row, candidates, False, options.rounds)
+    _show(row, "forward", forward, row.floor(False))
+    if row.mask == "ragged":
+      continue
+    both = measure(row, candidates, True, options.rounds)
+    _show(row, "forward and backward", both, row.floor(True), forward)
 
 
 if __name__ == "__main__":

@@ -331,6 +331,9 @@ class ChooserTest(parameterized.TestCase):
     ("group", lambda q, k, v: (q[:, :, 1:], k, v), "Nq a multiple of N"),
     ("dtype", lambda q, k, v: (q, k, v.astype(jnp.bfloat16)),
      "float32, float32, bfloat16; give them one"),
+    ("integers", lambda *x: [y.astype(np.int32) for y in x], "not of floats"),
+    ("no_slots", lambda q, k, v: (q, k[:, :0], v[:, :0]), "of nothing: q .* k"),
+    ("no_heads", lambda q, k, v: (q, k[:, :, :0], v[:, :, :0]), "of nothing"),
   )  # fmt: skip
   def test_arguments_that_do_not_fit(self, change, message):
     with self.assertRaisesRegex(ValueError, message):
@@ -343,6 +346,16 @@ class ChooserTest(parameterized.TestCase):
       pallas_kernels.any_order_attention(
         *_inputs(5, 7), np.ones(shape, np.int32)
       )
+
+  def test_counts_and_ranks_are_integers(self):
+    """A half would be rounded in one implementation, cut off in another."""
+    q, k, v = _inputs(5, 7)
+    visible, rank = np.ones((_B, 5), np.int32), np.ones((_B, 7), np.int32)
+    for wrong in (visible + 0.5, visible.tolist(), visible > 0):
+      with self.assertRaisesRegex(ValueError, "visible must be an array of in"):
+        pallas_kernels.any_order_attention(q, k, v, wrong)
+    with self.assertRaisesRegex(ValueError, "key_rank must be an array of in"):
+      pallas_kernels.any_order_attention(q, k, v, visible, key_rank=rank + 0.5)
 
   def test_ranks_need_visible_and_one_rank_a_slot(self):
     q, k, v = _inputs(5, 7)
@@ -375,6 +388,12 @@ class OneRowTest(parameterized.TestCase):
     with mock.patch.object(jax.nn, "dot_product_attention", on_cpu):
       attend = functools.partial(api._cudnn, scale=64**-0.5)
       self._check(attend, 97, 2, 64)
+
+      def one_by_one(q, k, v, visible):
+        q, k, v, visible = (x[:, None] for x in (q, k, v, visible))
+        return jax.vmap(jax.checkpoint(attend))(q, k, v, visible)[:, 0]
+
+      self._check(one_by_one, 97, 2, 64)
 
   def _check(self, attend, S, group, H):
     keys = jax.random.split(jax.random.key(0), 4)

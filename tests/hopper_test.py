@@ -138,19 +138,38 @@ class LoweringTest(parameterized.TestCase):
     checkpointed = jax.grad(jax.checkpoint(_loss), (0, 1, 2))
     self.assertEqual(_kernels(checkpointed, *shapes), 2)
 
-  def test_shard_map(self):
-    """Over batch and heads."""
+  @parameterized.parameters((None,), ((),), ((2,),))
+  def test_shard_map(self, groups):
+    """Over batch and heads, with types that say what varies; gradients too."""
     kind = (jax.sharding.AxisType.Auto,) * 2
     mesh = jax.sharding.AbstractMesh((2, 2), ("data", "model"), kind)
-    spec = jax.sharding.PartitionSpec("data", None, "model")
-
-    def attend(q, k, v):
-      return hopper.attention(q, k, v, None, None, 0.1)[0]
-
-    sharded = jax.shard_map(
-      attend, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec
+    heads = jax.sharding.PartitionSpec("data", None, "model")
+    counts = jax.sharding.PartitionSpec("data")
+    attend = jax.shard_map(
+      lambda *arrays: hopper.attention(*arrays, None, 0.1)[0],
+      mesh=mesh,
+      in_specs=(*(heads,) * 3, None if groups is None else counts),
+      out_specs=heads,
     )
-    self.assertEqual(_kernels(sharded, *_shapes(128, 128)), 1)
+
+    def loss(*arrays):
+      return attend(*arrays).astype(jnp.float32).sum()
+
+    for S, number in ((128, 2), (256, 3)):
+      visible = groups
+      if groups is not None:
+        visible = jax.ShapeDtypeStruct((2, S, *groups), jnp.int32)
+      arrays = (*_shapes(S, S), visible)
+      self.assertEqual(_kernels(attend, *arrays), 1)
+      self.assertEqual(_kernels(jax.grad(loss, (0, 1, 2)), *arrays), number)
+
+  def test_integers_of_64_bits(self):
+    gradient = jax.grad(_loss, (0, 1, 2))
+    with jax.enable_x64(True):
+      for S, number in ((128, 2), (256, 3)):
+        for visible in (None, jax.ShapeDtypeStruct((2, S), jnp.int64)):
+          arrays = (*_shapes(S, S), visible)
+          self.assertEqual(_kernels(gradient, *arrays), number)
 
 
 class LacksTest(parameterized.TestCase):

@@ -1,0 +1,50 @@
+"""The command line of the kernels' benchmark; it measures on a GPU alone."""
+
+import contextlib
+import io
+from unittest import mock
+
+from absl.testing import absltest, parameterized
+
+from pallas_kernels import benchmark
+
+
+class BenchmarkTest(parameterized.TestCase):
+  @parameterized.parameters(
+    (("--only", "["), r"--only: '\[': unterminated character set"),
+    (("--only", "zzz"), "--only: no row of: .*causal"),
+    (("--skip", "cuda"), "--skip: invalid choice: 'cuda'"),
+    (("--rounds", "0"), "--rounds: '0': at least 1"),
+    (("--set", "keys"), "--set: 'keys': give name=number, of: short"),
+    (("--set", "foo=3"), "--set: 'foo=3': give name=number"),
+  )
+  def test_what_cannot_be_is_one_line(self, arguments, message):
+    shown = io.StringIO()
+    with contextlib.redirect_stderr(shown), self.assertRaises(SystemExit) as e:
+      benchmark.main(arguments)
+    self.assertEqual(e.exception.code, 2)
+    self.assertRegex(shown.getvalue(), f"^python -m .*: error: .*{message}")
+    self.assertEqual(shown.getvalue().count("\n"), 1)
+
+  def test_rows_columns_and_settings(self):
+    """Both passes of a row that trains; what is left of backward."""
+    shown = io.StringIO()
+    found = [{"cudnn": (2.0, 0.0), "ours": (1.0, 0.0)},
+             {"cudnn": (6.0, 0.0), "ours": (3.0, 0.0)}]  # fmt: skip
+    arguments = ["--only", "^causal 512x128x8x64$", "--skip", "xla",
+                 "--set", "stages=3", "pingpong=0"]  # fmt: skip
+    with (
+      contextlib.redirect_stdout(shown),
+      mock.patch.object(benchmark, "measure", side_effect=found) as measure,
+    ):
+      benchmark.main(arguments)
+    candidates = measure.call_args_list[0].args[1]
+    self.assertEqual(list(candidates), ["cudnn", "cudnn x2", "ours"])
+    config = candidates["ours"].keywords["config"]
+    self.assertEqual((config.stages, config.pingpong), (3, False))
+    self.assertIn("backward alone 2.000 ms", shown.getvalue())
+    self.assertIn("2.00 of cudnn's speed", shown.getvalue())
+
+
+if __name__ == "__main__":
+  absltest.main()
