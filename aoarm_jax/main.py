@@ -226,6 +226,10 @@ def run(flag_values: flags.FlagValues, argv: list[str]) -> None:
   )
   if bool(flag_values.topology) != (flag_values.mode == "compile"):
     raise flags.Error("--topology and --mode=compile go together")
+  if flag_values.mode == "train" and config.study.sweep:
+    raise flags.Error(
+      f"--config={config.name} is a sweep of many runs: --mode=study runs them"
+    )
   run_dir.check_tensorboard(config.telemetry.tensorboard)
   match flag_values.mode:
     case "train":

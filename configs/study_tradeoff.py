@@ -57,7 +57,7 @@ _VARIANTS = {
     "model.D": 32,
     "model.L": 2,
     "model.N": 2,
-    "train.steps": 40,
+    "train.steps": 200,
     "optimizer.warmup_steps": 10,
     "optimizer.peak_learning_rate": 1e-2,
     "eval.batches": 2,

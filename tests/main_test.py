@@ -237,6 +237,13 @@ class ParseTest(parameterized.TestCase):
       )
     self.assertFalse((self.folder / "run").exists())
 
+  def test_a_sweep_is_not_trained_as_one_run(self):
+    config = str(helpers.ROOT / "configs" / "study_tradeoff.py")
+    with self.assertRaisesRegex(
+      flags.Error, "study_tradeoff is a sweep of many runs: --mode=study"
+    ):
+      helpers.run([f"--config={config}:tiny"])
+
   def test_base_without_its_text(self):
     path = helpers.TINY.removesuffix(":tiny")
     with self.assertRaisesRegex(main.RUN_ERRORS, "get it from http.*text8"):

@@ -90,6 +90,11 @@ def write(
   run_dir.write_atomically(folder / "README.md", text)
   done = [row["done"] for row in made["cells"]]
   logging.info("%d of %d cells are in the report", sum(done), len(done))
+  if untrained := len(cells) - len(trained):
+    logging.warning(
+      "%d of them learned no more than how frequent letters are: they are in "
+      "no picture and no comparison", untrained,
+    )  # fmt: skip
 
 
 def _text(config, cells, results, made, drawn, answers, shown):
@@ -99,7 +104,7 @@ def _text(config, cells, results, made, drawn, answers, shown):
     "cells that were run; not to be edited by hand.\n\n"
     f"```\n{shown}\n```\n",
     _hypotheses(),
-    _method(config, first),
+    _method(config, cells, first),
     _budget(config, first),
     _state(made["cells"], results.failures(cells)),
     _answers(answers),
@@ -144,31 +149,23 @@ def _hypotheses():
   )
 
 
-def _method(config, first):
+def _method(config, cells, first):
   study, split, seen = config.study, config.eval.split, ""
   if first:
     hashes = ", ".join(f"{k} {v[:12]}" for k, v in first["text"].items())
-    seen = f" (sha256 {hashes})"
-  rates = ", ".join(f"{rate:g}" for rate in study.rates)
-  lengths = " and ".join(map(str, study.tune_lengths)) or "of all cells"
-  plain = config.optimizer.peak_learning_rate
+    seen = f", sha256 {hashes}"
   size = cells_lib.size_of(config.model)
   return _paragraphs(
     f"""## Method
 
     **Text**: training and `{split}` split of what `--config.data.path` names
-    {seen}; {study.tokens_per_step:,} characters a step at any length.
+    (by default a built-in text){seen}; {study.tokens_per_step:,} characters a
+    step at any length.
 
     **Budgets**, against `{study.reference}`: as many steps; as many FLOPs of
     training, by steps; as many parameters, by the width of the MLP.
 
-    **Learning rate**: as the sweep says; `tuned` is the best of {rates} by bits
-    per character on `{split}` of whole runs at equal steps, {size}, seed 0 and
-    uniform orders, for every mechanism (of an ablation: what it changes) at
-    the nearest of the lengths {lengths};
-    of rates within {cells_lib.TIED} bits of the best the one next to {plain:g},
-    and that one where no run left the entropy of the letters. The run that was
-    chosen is seed 0 of its arm.
+    **Learning rate**: {_rate_rule(config, cells)}
 
     **Generation**: exact sequential sampling in orders of the cell's family,
     {study.characters:,} characters (at least 8 texts) at each of
@@ -200,19 +197,36 @@ def _method(config, first):
   )
 
 
+def _rate_rule(config, cells):
+  if not any(cell.rate == cells_lib.TUNED for cell in cells):
+    return "as the sweep says."
+  study = config.study
+  rates = ", ".join(f"{rate:g}" for rate in study.rates)
+  lengths = " and ".join(map(str, study.tune_lengths)) or "of all cells"
+  return (
+    f"`tuned` is the best of {rates} by bits per character on "
+    f"`{config.eval.split}` of whole runs at equal steps, "
+    f"{cells_lib.size_of(config.model)}, seed 0 and uniform orders, for every "
+    "mechanism (of an ablation: what it changes) at the nearest of the lengths "
+    f"{lengths}; of rates within {cells_lib.TIED} bits of the best the one "
+    f"next to {config.optimizer.peak_learning_rate:g}, and that one where no "
+    "run left the entropy of the letters. The run that was chosen is seed 0 of "
+    "its arm."
+  )
+
+
 def _budget(config, first):
   if not first:
     return ""
   c = first["config"]
-  share = ""
+  tokens, share = config.study.tokens_per_step * config.train.steps, ""
+  text = f"{tokens / 1e6:.0f}M" if tokens >= 1e6 else f"{tokens:,}"
   if "text_characters" in first:
-    tokens = config.study.tokens_per_step * config.train.steps
     share = f", {tokens / first['text_characters']['train']:.2f} of the text"
-  tokens = config.study.tokens_per_step * config.train.steps
   optimizer = c["optimizer"]
   return _paragraphs(
     f"""**Budget**: {config.train.steps:,} steps of the reference,
-    {tokens / 1e6:.0f}M characters{share}; AdamW ({optimizer["b1"]:g},
+    {text} characters{share}; AdamW ({optimizer["b1"]:g},
     {optimizer["b2"]:g}), decay {optimizer["weight_decay"]:g},
     {config.optimizer.warmup_steps} steps of warmup,
     {optimizer["schedule"]}. That is little: at more of it answers may change,
