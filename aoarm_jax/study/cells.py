@@ -204,6 +204,7 @@ def _error(line, what):
   return config_lib.ConfigError(f"config.study.sweep: {line!r}: {what}")
 
 
+@functools.cache
 def resolve(
   cell: Cell, config: config_lib.Config, rate: float, vocabulary: int
 ) -> config_lib.Config:
