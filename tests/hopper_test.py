@@ -282,16 +282,23 @@ class GpuTest(parameterized.TestCase):
           getattr(first, name), getattr(again, name), name
         )
 
-  @parameterized.parameters(100, 200)
-  def test_vmap(self, T):
-    case = _Case(T, T, B=6)
-    given = attention_cases.inputs(case)
-    out = hopper.attention(given.q, given.k, given.v, None, None, 0.1)[0]
-    q, k, v = (x.reshape(3, 2, *x.shape[1:]) for x in given[:3])
-    stacked = jax.vmap(
-      lambda q, k, v: hopper.attention(q, k, v, None, None, 0.1)[0]
-    )(q, k, v)
-    np.testing.assert_array_equal(stacked.reshape(out.shape), out)
+  @parameterized.product(T=(100, 200), mask=("causal", "groups"))
+  def test_vmap(self, T, mask):
+    """Three batches of two are one of six: the same bits, and gradients."""
+    given = attention_cases.inputs(_Case(T, T, B=6, mask=mask))
+    arrays = (*given[:3], given.visible)
+
+    def both(q, k, v, visible):
+      out = hopper.attention(q, k, v, visible, None, 0.1)[0]
+      return out, jax.grad(_loss, (0, 1, 2))(q, k, v, visible)
+
+    stacked = jax.tree.map(lambda x: x.reshape(3, 2, *x.shape[1:]), arrays)
+    wanted, got = jax.jit(both)(*arrays), jax.jit(jax.vmap(both))(*stacked)
+    got = jax.tree.map(lambda x: x.reshape(6, *x.shape[2:]), got)
+    np.testing.assert_array_equal(got[0], wanted[0])
+    for one, other in zip(*(map(np.float32, x[1]) for x in (wanted, got))):
+      error = np.linalg.norm(one - other)  # XLA sums some numbers between.
+      self.assertLess(error, 1e-3 * np.linalg.norm(one))
 
 
 if __name__ == "__main__":
