@@ -63,8 +63,8 @@ _METHODS = (
 _COLUMNS = {"size", "T", "B", "method", "tokens_per_second", "device"}
 _QUICK = "(sequential|parallel-16|uncached|mdlm)$"
 _HEADER = (
-  "size      T     B method              tokens/s    step ms  floor ms  floors "
-  " launches tok/step  timed"
+  "size           T     B method              tokens/s    step ms  floor ms  "
+  "floors  launches tok/step  timed"
 )
 
 
@@ -205,7 +205,7 @@ def main(argv=None) -> None:
       "--bandwidth gives it"
     )
   print(f"jax {jax.__version__}, {device}")
-  if options.quick and jax.default_backend() == "cpu":
+  if run is None and options.quick and jax.default_backend() == "cpu":
     print(
       "--quick on a CPU is of a tiny model; choose by --sizes, --T, --batches"
     )

@@ -98,7 +98,7 @@ class Result:
         f"{self.floor_ms:.4f}", f"{self.step_ms / self.floor_ms:.1f}"
       )  # fmt: skip
     return (
-      f"{self.size:5} {self.T:5} {self.B:5} {self.method:14}"
+      f"{self.size:10} {self.T:5} {self.B:5} {self.method:14}"
       f"{self.tokens_per_second:14,.0f} {self.step_ms:10.3f} "
       f"{floor:>9} {floors:>7} "
       f"{self.launches or '-':>9} {self.tokens_per_step:9.2f}  {self.timed}"
