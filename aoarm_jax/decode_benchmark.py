@@ -16,7 +16,8 @@ mdlm          masked diffusion of the same size: T and T / 4 full passes
 Cells time --steps steps in the middle of a text (uncached: at two lengths) and
 are scaled to all of it, which the table says; --whole times whole texts.
 `floor` is what one step must read, weights and half of a full cache for each of
-its passes, over --bandwidth; `launches` counts the kernels of a step in the
+its passes, over --bandwidth, and `floors` how many of them a step takes; -
+where the bandwidth is not known. `launches` counts the kernels of a step in the
 compiled program.
 """
 
@@ -26,7 +27,6 @@ import dataclasses
 import io
 import re
 import sys
-import time
 from collections.abc import Iterator
 
 import jax
@@ -46,7 +46,11 @@ from aoarm_jax import (
 )
 from aoarm_jax import config as config_lib
 
-_SIZES = {"8m": dict(D=256, L=10, N=4), "base": dict(D=768, L=12, N=12)}
+_SIZES = {
+  "tiny": dict(D=64, L=3, N=2),
+  "8m": dict(D=256, L=10, N=4),
+  "base": dict(D=768, L=12, N=12),
+}
 _METHODS = (
   "sequential",
   "parallel-4",
@@ -57,11 +61,10 @@ _METHODS = (
   "mdlm",
 )
 _COLUMNS = {"size", "T", "B", "method", "tokens_per_second", "device"}
-_TELL_SECONDS = 15
-_QUICK = "8m T1024 B64 (sequential|parallel-16|uncached|mdlm)"
+_QUICK = "(sequential|parallel-16|uncached|mdlm)$"
 _HEADER = (
-  "size      T     B method              tokens/s    step ms  floor ms  floors "
-  " launches tok/step  timed"
+  "size           T     B method              tokens/s    step ms  floor ms  "
+  "floors  launches tok/step  timed"
 )
 
 
@@ -132,13 +135,12 @@ def _pattern(text):
 def _parser():
   parser = arguments.parser("decode_benchmark", __doc__)
   add, whole = parser.add_argument, arguments.number(int, 1)
-  choose = parser.add_mutually_exclusive_group().add_argument
-  choose("--only", type=_pattern, help="regular expression of cells' names")
-  choose(
-    "--quick", dest="only", action="store_const", const=re.compile(_QUICK),
-    help="four cells",
+  add("--only", type=_pattern, help="regular expression of cells' names")
+  add(
+    "--quick", action="store_true",
+    help="other defaults: four methods at 8m T1024 B64; on a CPU tiny T128 B8",
   )  # fmt: skip
-  add("--sizes", nargs="+", default=list(_SIZES), choices=_SIZES)
+  add("--sizes", nargs="+", default=["8m", "base"], choices=_SIZES)
   add(
     "--methods", nargs="+", type=_method,
     help="default: all that the mechanism has",
@@ -158,7 +160,8 @@ def _parser():
   add("--whole", action="store_true", help="time whole texts")
   add(
     "--bandwidth", type=arguments.number(float, 0), default=0.0,
-    help="bytes/s, for the floor; 0: this device's, as measured (H100, H200)",
+    help="bytes/s, for the floor; 0: this device's, as measured (H100, H200), "
+    "or no floor",
   )  # fmt: skip
   add("--workdir", default="", help="a run, instead of random weights")
   add("--out", type=arguments.output, help="CSV file")
@@ -166,9 +169,22 @@ def _parser():
   return parser
 
 
+def _parse(argv):
+  parser = _parser()
+  options = parser.parse_args(argv)
+  if options.quick and not options.plot:
+    size, T, B = "8m", 1024, 64
+    if jax.default_backend() == "cpu":
+      size, T, B = "tiny", 128, 8
+    parser.set_defaults(
+      only=re.compile(_QUICK), sizes=[size], T=[T], batches=[B]
+    )
+  return parser.parse_args(argv)
+
+
 def main(argv=None) -> None:
   """Prints a line a cell as it is measured, and writes the CSV file."""
-  options = _parser().parse_args(argv)
+  options = _parse(argv)
   if options.plot:
     return _plot(epath.Path(options.plot))
   try:
@@ -184,17 +200,20 @@ def main(argv=None) -> None:
   device = jax.devices()[0].device_kind
   bandwidth = options.bandwidth or decode_timing.peak_bandwidth(device)
   if not bandwidth:
-    bandwidth = decode_timing.UNKNOWN_BANDWIDTH
     print(
-      f"the memory bandwidth of {device!r} is not known: floors are those of "
-      f"an H200 ({bandwidth:.2g} bytes/s); give yours by --bandwidth"
+      f"the memory bandwidth of {device!r} is not known: no floors, unless "
+      "--bandwidth gives it"
     )
   print(f"jax {jax.__version__}, {device}")
+  if run is None and options.quick and jax.default_backend() == "cpu":
+    print(
+      "--quick on a CPU is of a tiny model; choose by --sizes, --T, --batches"
+    )
   how = decode_timing.Options(
     options.steps, options.whole, bandwidth, options.attention
   )
   benchmark, results = decode_timing.Benchmark(how, run), []
-  _compile(benchmark, chosen)
+  telemetry.say_compiled(benchmark.compile(chosen))
   print(_HEADER)
   unsupported = 0
   for cell in chosen:
@@ -218,15 +237,6 @@ def main(argv=None) -> None:
       _write(options.out, results, device)
   if unsupported == len(chosen):
     sys.exit(1)
-
-
-def _compile(benchmark, chosen):
-  start = told = time.monotonic()
-  for done, count in benchmark.compile(chosen):
-    now = time.monotonic()
-    if now - told > _TELL_SECONDS or done == count:
-      told = now
-      print(f"{done} of {count} programs compiled, {now - start:.0f} s")
 
 
 def _restore(options):

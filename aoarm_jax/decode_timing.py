@@ -39,7 +39,6 @@ _PEAK_BANDWIDTH = (
   ("H100 PCIe", None),
   ("H100", 3.0e12),
 )
-UNKNOWN_BANDWIDTH = 4.3e12  # An H200's.
 # Instructions of a compiled program that launch nothing.
 _FREE = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant")
 
@@ -72,7 +71,8 @@ class Result:
     size, T, B, method: the cell.
     tokens_per_second: of all sequences together.
     step_ms: of one step; of speculative, a round.
-    floor_ms: of the same: the bytes or FLOPs that it cannot do without.
+    floor_ms: of the same: the bytes or FLOPs that it cannot do without; None
+      where the bandwidth is not known.
     launches: kernels a step; 0 where the program does not tell.
     tokens_per_step: of one sequence.
     timed: which part of the texts.
@@ -85,17 +85,22 @@ class Result:
   method: str
   tokens_per_second: float
   step_ms: float
-  floor_ms: float
+  floor_ms: float | None
   launches: int
   tokens_per_step: float
   timed: str
   best: bool = False
 
   def __str__(self):
+    floor, floors = "-", "-"
+    if self.floor_ms is not None:
+      floor, floors = (
+        f"{self.floor_ms:.4f}", f"{self.step_ms / self.floor_ms:.1f}"
+      )  # fmt: skip
     return (
-      f"{self.size:5} {self.T:5} {self.B:5} {self.method:14}"
+      f"{self.size:10} {self.T:5} {self.B:5} {self.method:14}"
       f"{self.tokens_per_second:14,.0f} {self.step_ms:10.3f} "
-      f"{self.floor_ms:9.4f} {self.step_ms / self.floor_ms:7.1f} "
+      f"{floor:>9} {floors:>7} "
       f"{self.launches or '-':>9} {self.tokens_per_step:9.2f}  {self.timed}"
     )
 
@@ -106,13 +111,13 @@ class Options(NamedTuple):
   Attributes:
     steps: timed of a cell.
     whole: whether to time whole texts instead.
-    bandwidth: bytes/s, for the floor.
+    bandwidth: bytes/s, for the floor; None for no floor.
     attention: of uncached and mdlm passes.
   """
 
   steps: int = 128
   whole: bool = False
-  bandwidth: float = UNKNOWN_BANDWIDTH
+  bandwidth: float | None = None
   attention: str = "auto"
 
 
@@ -197,8 +202,18 @@ class Benchmark:
     ]
     return _Job(params, compiled, results)
 
-  def _result(self, cell, method, seconds, steps, passes, floor, **more):
-    """Of a whole text that takes `seconds` in so many steps."""
+  def _result(
+    self, cell, method, seconds, steps, passes, moved, flops=0.0, **more
+  ):
+    """Of a whole text that takes `seconds` in so many steps.
+
+    Args:
+      moved, flops: bytes and FLOPs that a pass cannot do without.
+    """
+    bandwidth, floor_ms = self._options.bandwidth, None
+    if bandwidth:
+      floor = max(moved / bandwidth, flops / _FLOPS_PER_SECOND)
+      floor_ms = 1e3 * passes * floor
     return Result(
       size=cell.size,
       T=cell.model.T,
@@ -206,7 +221,7 @@ class Benchmark:
       method=method,
       tokens_per_second=cell.B * cell.model.T / seconds,
       step_ms=1e3 * seconds / steps,
-      floor_ms=1e3 * passes * floor,
+      floor_ms=floor_ms,
       tokens_per_step=cell.model.T / steps,
       **more,
     )
@@ -251,7 +266,7 @@ class Benchmark:
         passes += -(-T // decode_steps.CHUNK) / 2
       return [self._result(
         cell, cell.method, timing.seconds * T / blanks, steps * T / blanks,
-        passes, moved / self._options.bandwidth, launches=timing.launches,
+        passes, moved, launches=timing.launches,
         timed="whole" if blanks == T else f"{blanks} tokens",
       )]  # fmt: skip
 
@@ -297,15 +312,15 @@ class Benchmark:
     flops = cost.forward_flops(
       half, _VOCABULARY, B, **({"query_fraction": 1e-9} if two else {})
     )
-    floor = self._floor(params, dtype, flops)
+    moved = _weight_bytes(params, dtype)
 
     def results(timings):
       half = len(kinds)
       lengths = timings[:half], timings[half:]
       best = [min(x.seconds for x in of_length) for of_length in lengths]
       return [self._result(
-        cell, cell.method, statistics.mean(best) / steps * T, T, 1, floor,
-        launches=timings[half].launches, timed="at 2 lengths",
+        cell, cell.method, statistics.mean(best) / steps * T, T, 1, moved,
+        flops, launches=timings[half].launches, timed="at 2 lengths",
       )]  # fmt: skip
 
     return programs, results
@@ -325,23 +340,19 @@ class Benchmark:
 
     network = bind(params)
     flops = cost.forward_flops(network.model, _VOCABULARY, B)
-    floor = self._floor(params, network.compute.dtype, flops)
+    moved = _weight_bytes(params, network.compute.dtype)
 
     def results(timings):
       (timing,) = timings
       return [
         self._result(
-          cell, name, timing.seconds / steps * count, count, 1, floor,
+          cell, name, timing.seconds / steps * count, count, 1, moved, flops,
           launches=timing.launches, timed=f"{steps} steps",
         )
         for name, count in (("mdlm T", T), ("mdlm T/4", max(1, T // 4)))
       ]  # fmt: skip
 
     return [generate], results
-
-  def _floor(self, params, dtype, flops):
-    moved = _weight_bytes(params, dtype)
-    return max(moved / self._options.bandwidth, flops / _FLOPS_PER_SECOND)
 
   def best(self, cell: Cell) -> list[Result]:
     """Of growing batches, until more does not fit, or is no faster."""

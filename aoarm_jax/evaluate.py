@@ -245,6 +245,7 @@ def evaluate(config: config_lib.Config, workdir: epath.Path) -> None:
     CheckpointError, ConfigError: see restore.restore.
     DataError: the split is missing or wrong.
   """
+  restore.check_trained(config, workdir)  # Before the text, which takes long.
   tokenizer = tokenizers.get(config.data.tokenizer)
   corpus = corpora.load(config.data.corpus, config.data.path, tokenizer)
   logging.info("text: %s", corpus.describe(config.eval.split))

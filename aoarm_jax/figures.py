@@ -126,14 +126,17 @@ def nearness(
     path: of the PNG file.
     title: of the picture.
   """
+  # Hollow and larger, so that the first shows where both are one, as of left
+  # to right.
+  hollow = dict(marker="s", ms=10, markerfacecolor="none")
   lines = (
-    ("by_distance", "-", "positions to the nearest known token"),
-    ("by_recency", "--", "steps since that token was generated"),
+    ("by_distance", "-", "positions to the nearest known token", {}),
+    ("by_recency", "--", "steps since that token was generated", hollow),
   )
   with _axes(path, title) as axes:
     is_empty = True
     for i, (label, report) in enumerate(reports.items()):
-      for j, (name, style, words) in enumerate(lines):
+      for name, style, words, marker in lines:
         bins = [each for each in report[name] if each["low"] > 0]
         if not bins:
           continue
@@ -141,8 +144,10 @@ def nearness(
         axes.plot(
           [math.sqrt(each["low"] * each["high"]) for each in bins],
           [each["bits_per_char"] for each in bins],
-          style, color=COLOURS[i % 6], marker=_MARKERS[j], ms=6, lw=1.6,
+          # Of one point the legend has no line either.
+          ls=style if len(bins) > 1 else "", color=COLOURS[i % 6], lw=1.6,
           label=f"{_words(label)}, by {words}",
+          **dict(marker="o", ms=6) | marker,
         )  # fmt: skip
     if is_empty:
       _say_empty(axes)

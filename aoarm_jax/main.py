@@ -6,7 +6,9 @@ command again), 130 interrupted after a save.
 """
 
 import dataclasses
+import difflib
 import errno
+import glob
 import os
 import re
 import signal
@@ -123,7 +125,8 @@ def parse(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS):
   except flags.UnrecognizedFlagError as error:
     # Fields become flags when --config is read.
     is_field = error.flagname.startswith("config.")
-    raise flags.Error(_NO_CONFIG) if is_field else error from None
+    message = _NO_CONFIG if is_field else f"{error}{_fields(error.flagname)}"
+    raise flags.Error(message) from None
   # Of any type: the file is a program of the user's.
   except Exception as error:
     message = _in_experiment(error) or _in_flags(error, argv)
@@ -154,9 +157,11 @@ def _in_experiment(error):
 
 def _in_flags(error, argv):
   """What to show of an error of parsing, "" of one that is shown as it is."""
-  name = next((a for a in argv if re.match("--?config", a)), "--config")
+  name = next((a for a in argv if re.match("--?config(=|$)", a)), "--config")
   if isinstance(error, OSError | SyntaxError):
-    return f"{name}: {_last_line(error)}"
+    line = _last_line(error)
+    absent = re.search(r"No such file or directory: '(.+)'$", line)
+    return f"{name}: {_no_file(absent[1]) if absent else line}"
   if isinstance(error, AttributeError):
     return (
       f"{name}: the file must define get_config(variant), which returns "
@@ -164,6 +169,21 @@ def _in_flags(error, argv):
     )
   kinds = (flags.IllegalFlagValueError, KeyError, TypeError, ValueError)
   return _last_line(error) if isinstance(error, kinds) else ""
+
+
+def _no_file(path):
+  """What to say of an experiment's file that is not there."""
+  folder = glob.escape(os.path.dirname(path))
+  there = glob.glob(os.path.join(folder, "*.py")) + glob.glob("configs/*.py")
+  near = difflib.get_close_matches(path, there, 1)
+  return f"no file {path}" + "".join(f"; did you mean {p}?" for p in near)
+
+
+def _fields(name):
+  """What to add where an unknown flag has the name of fields; "" if none."""
+  paths = [path for path, _, _ in config_lib.leaves(config_lib.Config())]
+  found = [f"--{path}" for path in paths if path.endswith(f".{name}")]
+  return f"; did you mean {' or '.join(found)}?" if found else ""
 
 
 def _check_override(argument: str):
@@ -217,15 +237,13 @@ def run(flag_values: flags.FlagValues, argv: list[str]) -> None:
     overridden = config_flags.get_override_values(flag_values["config"])
     config = restore.as_trained(config, workdir, overridden)
   config = config_rules.validate(config)
-  _check_texts(flag_values)
+  _check_flags(flag_values)
   distributed.start(config.distributed)  # Before any look at a device.
   vocabulary = tokenizers.get(config.data.tokenizer).V
   config_file = config_flags.get_config_filename(flag_values["config"])
   config = config_rules.validate(
     matching.resolve(config, config_file, vocabulary)
   )
-  if bool(flag_values.topology) != (flag_values.mode == "compile"):
-    raise flags.Error("--topology and --mode=compile go together")
   if flag_values.mode == "train" and config.study.sweep:
     raise flags.Error(
       f"--config={config.name} is a sweep of many runs: --mode=study runs them"
@@ -248,17 +266,22 @@ def run(flag_values: flags.FlagValues, argv: list[str]) -> None:
       print(pod.estimate(config, vocabulary, flag_values.topology))
 
 
-def _check_texts(flag_values):
-  """Refuses flags of texts that the mode does not read, or has too few of."""
+def _check_flags(flag_values):
+  """Refuses flags that the mode does not read, or has too few of."""
   mode = flag_values.mode
   for name, modes in (
     ("prompt", ("sample",)),
     ("text", ("score",)),
     ("input", ("sample", "score")),
+    ("topology", ("compile",)),
   ):
     if flag_values[name].value and mode not in modes:
       needs = " or ".join(f"--mode={mode}" for mode in modes)
       raise flags.Error(f"--{name} needs {needs}")
+  if mode == "compile" and not flag_values.topology:
+    raise flags.Error(
+      "--mode=compile needs a TPU slice, as in --topology=v5p:4x4x8"
+    )
   for name in ("prompt", "input"):
     if flag_values[name].present and not flag_values[name].value:
       raise flags.Error(f"--{name} is empty: leave it out, or give a text")

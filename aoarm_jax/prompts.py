@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from absl import logging
 from etils import epath
 
 from aoarm_jax.data import tokenizers
@@ -139,10 +140,10 @@ def read_lines(path: str) -> list[tuple[str, str]]:
   """(name, text) of every line of a file; '-' is standard input.
 
   Lines end with a line feed, or that and a carriage return before it; empty
-  ones at the end do not count.
+  ones are left out, with a warning unless they are at the end.
 
   Raises:
-    PromptError: no such file, not UTF-8, or no line in it.
+    PromptError: no such file, not UTF-8, or nothing in it.
   """
   name = "standard input" if path == "-" else path
   try:
@@ -162,7 +163,14 @@ def read_lines(path: str) -> list[tuple[str, str]]:
     lines.pop()
   if not lines:
     raise PromptError(f"{name} is empty: one text a line is wanted")
-  return [(f"{name}, line {i}", line) for i, line in enumerate(lines, 1)]
+  if empty := lines.count(""):
+    logging.warning(
+      "%s: empty lines left out: %d, the first is line %d",
+      name, empty, lines.index("") + 1,
+    )  # fmt: skip
+  return [
+    (f"{name}, line {i}", line) for i, line in enumerate(lines, 1) if line
+  ]
 
 
 def within(order: Sequence[int], T: int) -> list[int]:

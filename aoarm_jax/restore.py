@@ -88,6 +88,26 @@ def as_trained(
   return config
 
 
+def check_trained(config: config_lib.Config, workdir: epath.Path) -> None:
+  """Raises CheckpointError where there is no checkpoint; reads none of any."""
+  if not _checkpoints(workdir).steps():
+    raise _no_checkpoint(config, workdir)
+
+
+def _checkpoints(workdir):
+  return checkpoint.Checkpoints(
+    workdir / "checkpoints", keep_last=1, keep_best=0
+  )
+
+
+def _no_checkpoint(config, workdir):
+  validated = " with a validation" * (config.checkpoint.read == "best")
+  return checkpoint.CheckpointError(
+    f"no checkpoint{validated} in {workdir / 'checkpoints'}: train first, or "
+    "name the run with --workdir"
+  )
+
+
 def restore(
   config: config_lib.Config, workdir: epath.Path, mesh: jax.sharding.Mesh
 ) -> Restored:
@@ -102,16 +122,11 @@ def restore(
     CheckpointError: there is no (whole) checkpoint.
     ConfigError: the checkpoint is of another model; names the field.
   """
-  checkpoints = checkpoint.Checkpoints(
-    workdir / "checkpoints", keep_last=1, keep_best=0
-  )
+  checkpoints = _checkpoints(workdir)
   best = config.checkpoint.read == "best"
   saved = checkpoints.best() if best else checkpoints.newest()
   if saved is None:
-    raise checkpoint.CheckpointError(
-      f"no checkpoint{' with a validation' * best} in "
-      f"{workdir / 'checkpoints'}: train first, or name the run with --workdir"
-    )
+    raise _no_checkpoint(config, workdir)
   before = config_lib.from_json(saved.config_json)
   for path, old, new in config_rules.differences(before, config, ("model",)):
     raise config_lib.ConfigError(

@@ -11,10 +11,11 @@ orders are random, parameters fresh.
                profile; 'alone' where nothing else runs there
   efficiency   tokens/s a device over that of the first row of its kind
 
---dry-run takes 8 virtual CPU devices, which share one processor, and tiny
-models: its times mean nothing, and it shows no efficiency. Started by
-launch.local or launch.slurm as several processes it measures all their devices
-only.
+--dry-run takes 8 virtual CPU devices, which share one processor, and unless
+told otherwise two streams of a tiny model on 1 and 4 of them (six programs, a
+minute or two on 2 cores, most of it compiling): its times mean nothing, and it
+shows no efficiency. Started by launch.local or launch.slurm as several
+processes it measures all their devices only.
 """
 
 import argparse
@@ -62,6 +63,11 @@ MESHES = {
   "sequence": lambda n: dict(data=1, sequence=n),
   "data_fsdp": lambda n: dict(data=max(n // 2, 1), fsdp=min(n, 2)),
 }
+# What --dry-run takes instead of the defaults.
+_DRY = dict(
+  devices=[1, 4], models=["tiny"], mechanisms=["two_stream"], lengths=[32],
+  scaling=["weak"], tokens=512, steps=2,
+)  # fmt: skip
 _COLUMNS = (
   "scaling", "model", "mechanism", "T", "mesh", "devices", "batch",
   "ms/step", "tokens/s", "a device", "MFU", "GB a device", "collectives",
@@ -261,10 +267,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     ("--remat", "config.compute.remat: less memory"),
     (
       "--dry-run",
-      "8 virtual CPU devices and tiny models, whose times mean nothing",
+      "8 virtual CPU devices and a tiny model, whose times mean nothing; "
+      f"other defaults: {', '.join(f'{k} {v}' for k, v in _DRY.items())}",
     ),
   ):
     parser.add_argument(name, action="store_true", help=doc)
+  if parser.parse_args(argv).dry_run:
+    parser.set_defaults(**_DRY)
   return parser.parse_args(argv)
 
 
@@ -296,8 +305,6 @@ def main(argv: list[str]) -> int:
   if flags.dry_run:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
-    flags.models, flags.lengths = ["tiny"], [32]
-    flags.tokens, flags.steps = 512, 2
   distributed.start(config_lib.Distributed())
   devices = jax.devices()
   speaks = jax.process_index() == 0
@@ -312,7 +319,7 @@ def main(argv: list[str]) -> int:
     return _refuse("--meshes=data_fsdp: it takes 4 devices, or 6, or 8 ...")
   if speaks:
     print(f"compiling {len(chosen)} training steps", file=sys.stderr)
-  compiled = _compiled(chosen, devices)
+  compiled = _compiled(chosen, devices, speaks)
   if speaks:
     _print_row(_COLUMNS)
     _print_row(["---"] * len(_COLUMNS))
@@ -347,7 +354,7 @@ def _refuse(message):
   return 2
 
 
-def _compiled(chosen, devices):
+def _compiled(chosen, devices, speaks):
   """[(row, config, future of its program)], of all rows side by side.
 
   Nothing is timed while something compiles: choices of kernels are timed then.
@@ -355,10 +362,16 @@ def _compiled(chosen, devices):
   # Several processes must compile in one order.
   threads = 1 if jax.process_count() > 1 else min(16, os.cpu_count() or 1)
   with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-    return [
-      (row, config, pool.submit(compile_step, config, devices[:n]))
-      for row, config, n in chosen
+    programs = [
+      pool.submit(compile_step, config, devices[:n]) for _, config, n in chosen
     ]
+    if speaks:
+      finished = concurrent.futures.as_completed(programs)
+      telemetry.say_compiled(
+        ((done, len(programs)) for done, _ in enumerate(finished, 1)),
+        sys.stderr,
+      )
+  return [(row, config, p) for (row, config, _), p in zip(chosen, programs)]
 
 
 def _print_row(cells):

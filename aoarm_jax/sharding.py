@@ -50,29 +50,33 @@ def make_mesh(mesh: config_lib.Mesh, devices=None) -> jax.sharding.Mesh:
   """
   devices = jax.devices() if devices is None else devices
   count = len(devices)
-  kind = f"{count} {devices[0].platform} devices"
+  platform = devices[0].platform
+  kind = f"{count} {platform} device{'s' * (count > 1)}"
+  more = " more devices"
+  if platform == "cpu":
+    more += " (XLA_FLAGS=--xla_force_host_platform_device_count=8 makes 8)"
   sizes = [mesh.data, mesh.fsdp, mesh.tensor, mesh.sequence]
   if not mesh.fsdp:
     sizes[0] = mesh.data or 1
   given = math.prod(size for size in sizes if size)
-  asked = " x ".join(f"{a} {n}" for a, n in zip(AXES, sizes) if n)
+  asked = " x ".join(f"{a} {n}" for a, n in zip(AXES, sizes) if n > 1)
   if 0 in sizes:
     if count % given:
       raise config_lib.ConfigError(
-        f"config.mesh: {asked} = {given} does not divide the {kind}; choose "
-        "sizes whose product does"
+        f"config.mesh: {asked} does not divide the {kind}; choose sizes "
+        f"whose product does, or start with{more}"
       )
     sizes[sizes.index(0)] = count // given
   used = math.prod(sizes)
   if used > count:
     raise config_lib.ConfigError(
       f"config.mesh.data={mesh.data}: there are {kind}, and {asked} needs "
-      f"{used}; use at most that many, or 0 for all that are left"
+      f"{used}; use at most that many, or 0 for all that are left, or{more}"
     )
   if used < count and jax.process_count() > 1:
     raise config_lib.ConfigError(
-      f"config.mesh.data={mesh.data}: {asked} leaves some of the {kind} idle, "
-      "and several processes must use all; set it to 0"
+      f"config.mesh.data={mesh.data}: {asked or 'one'} leaves some of the "
+      f"{kind} idle, and several processes must use all; set it to 0"
     )
   return jax.sharding.Mesh(
     mesh_utils.create_device_mesh(

@@ -11,7 +11,7 @@ import importlib.util
 import logging as python_logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ _NOISY = ("orbax", "grain", "jax", "jaxlib", "flax", "etils", "fsspec",
 # Speed is the mean over this much time, so it follows a machine that slows
 # down and yet does not jump between log lines.
 _SPEED_WINDOW_SECONDS = 60.0
+_SECONDS_BETWEEN_PROGRESS = 10.0
 
 # Dense bf16 peak, FLOP/s a device, by part of jax.Device.device_kind; the first
 # match counts. Sources: NVIDIA's datasheet of each part (half of the figure
@@ -254,6 +255,24 @@ def format_count(count: float) -> str:
     if count >= 0.9995 * size:
       return f"{count / size:#.3g}".rstrip(".") + unit
   return f"{count:.0f}"
+
+
+def say_compiled(counts: Iterable[tuple[int, int]], file=None):
+  """Prints how many programs are compiled, now and then and when all are.
+
+  Args:
+    counts: (compiled so far, of how many), after each.
+    file: as of print.
+  """
+  start = told = time.monotonic()
+  for done, count in counts:
+    now = time.monotonic()
+    if now - told > _SECONDS_BETWEEN_PROGRESS or done == count:
+      told = now
+      print(
+        f"{done} of {count} programs compiled, {now - start:.0f} s",
+        file=file, flush=True,
+      )  # fmt: skip
 
 
 _LOG_FIELDS = {

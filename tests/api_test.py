@@ -73,18 +73,20 @@ class ModelTest(parameterized.TestCase):
     )
 
   def test_the_readme_runs(self):
-    (code,) = re.findall(
-      r"```python\n(import aoarm_jax\n.*?)```", _README, re.DOTALL
-    )
+    section = _README.split("## From Python")[1].split("\n## ")[0]
+    code = "".join(re.findall(r"```python\n(.*?)```", section, re.DOTALL))
     self.assertIn('"runs/two_stream-tiny"', code)
     code = code.replace('"runs/two_stream-tiny"', repr(str(_folder / "run")))
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
       exec(code, {})
     lines = out.getvalue().splitlines()
-    self.assertLen(lines, 3 + 4 + 1 + 2)
+    self.assertLen(lines, 3 + 4 + 1 + 2 + 1)
     for line in lines[3:7]:
       self.assertRegex(line, r"^return the qu... of the arr.. -\d")
+    drawn, blanks, everything = map(float, lines[-1].split())
+    self.assertAlmostEqual(drawn, blanks, delta=1e-3)
+    self.assertLess(everything, blanks - 1)
 
   def test_what_was_trained(self):
     self.assertEqual((_model.step, _model.config.model.T), (2, 40))
@@ -275,9 +277,26 @@ class CommandTest(parameterized.TestCase):
     """As editors of all systems write them; a form feed is no line's end."""
     path = _folder / "lines.txt"
     path.write_bytes(b"\xef\xbb\xbfa_\r\nb\x0c_\r\n\r\n_\n\n\n")
-    names, lines = zip(*prompts.read_lines(str(path)))
-    self.assertEqual(lines, ("a_", "b\x0c_", "", "_"))
+    with self.assertLogs("absl", "WARNING") as logs:
+      names, lines = zip(*prompts.read_lines(str(path)))
+    self.assertEqual(lines, ("a_", "b\x0c_", "_"))
     self.assertEqual(names[-1], f"{path}, line 4")
+    (line,) = logs.output
+    self.assertIn("empty lines left out: 1, the first is line 3", line)
+    path.write_text("a_\n\n")
+    with self.assertNoLogs("absl", "WARNING"):
+      self.assertLen(prompts.read_lines(str(path)), 1)
+
+  @parameterized.parameters("sample", "score")
+  def test_an_empty_line_in_a_file(self, mode):
+    """It is left out, and the others are done."""
+    path = _folder / "gap.txt"
+    path.write_text("abc_\n\n_bc\n")
+    lines = _run(f"--mode={mode}", f"--input={path}", "--config.sample.count=1")
+    name = "text" if mode == "score" else "prompt"
+    self.assertEqual(
+      [json.loads(line)[name] for line in lines], ["abc_", "_bc"]
+    )
 
   def test_scores_of_standard_input(self):
     stdin = mock.Mock(buffer=io.BytesIO(b"ab[c]\nabc\n"))

@@ -65,10 +65,10 @@ class BenchmarkTest(parameterized.TestCase):
       decode_benchmark.main(
         ["--T", "8", "--batches", "2", "--steps", "4", "--sizes", "8m",
          "--out", str(folder / "x.csv"), "--methods", "sequential",
-         "speculative-2", "adaptive", "uncached", "mdlm"]
+         "speculative-2", "adaptive", "uncached", "mdlm",
+         "--bandwidth", "1e11"]
       )  # fmt: skip
       decode_benchmark.main(["--plot", str(folder / "x.csv")])
-    self.assertIn("memory bandwidth of 'cpu' is not known: ", out.getvalue())
     self.assertEqual(sorted(os.listdir(folder)), ["x.csv", "x.png"])
     with open(folder / "x.csv") as file:
       rows = list(csv.DictReader(file))
@@ -90,6 +90,38 @@ class BenchmarkTest(parameterized.TestCase):
         float(row["tokens_per_second"]) * seconds * steps / (2 * T), 1.0
       )
       self.assertGreater(float(row["floor_ms"]), 0.0)
+
+  def test_no_floor_where_the_bandwidth_is_not_known(self):
+    self.enter_context(helpers.quick_compilation())
+    out = io.StringIO()
+    sizes = {"tiny": dict(D=8, L=1, N=2)}
+    command = ["--quick", "--T", "8", "--batches", "2", "--only", "sequential"]
+    with (
+      mock.patch.object(decode_benchmark, "_SIZES", sizes),
+      contextlib.redirect_stdout(out),
+    ):
+      decode_benchmark.main(command)
+    told, _, quick, compiled, _, row = out.getvalue().splitlines()
+    self.assertIn("memory bandwidth of 'cpu' is not known: no floors", told)
+    self.assertStartsWith(quick, "--quick on a CPU is of a tiny model")
+    self.assertStartsWith(compiled, "1 of 1 programs compiled")
+    size, T, B, method, _, _, floor, floors, *_ = row.split()
+    self.assertEqual((size, T, B, method), ("tiny", "8", "2", "sequential"))
+    self.assertEqual((floor, floors), ("-", "-"))
+
+  @parameterized.parameters(("cpu", "tiny T128 B8"), ("gpu", "8m T1024 B64"))
+  def test_quick(self, platform, name):
+    """Four methods of one size; what else is given is taken."""
+    with mock.patch.object(jax, "default_backend", return_value=platform):
+      options = decode_benchmark._parse(["--quick"])
+      other = decode_benchmark._parse(["--quick", "--T", "16"])
+    chosen = [str(cell) for cell in decode_benchmark.cells(options, None)]
+    self.assertEqual(
+      [cell for cell in chosen if options.only.search(cell)],
+      [f"{name} {method}" for method in
+       ("sequential", "parallel-16", "uncached", "mdlm")],
+    )  # fmt: skip
+    self.assertEqual((other.T, other.sizes), ([16], options.sizes))
 
   def test_launches_of_a_loop(self):
     """A fusion, a copy, and two in what is called."""

@@ -11,6 +11,7 @@ from unittest import mock
 import numpy as np
 from absl.testing import absltest, parameterized
 from etils import epath
+from matplotlib import axes
 
 from aoarm_jax import figures
 
@@ -94,6 +95,18 @@ class FiguresTest(parameterized.TestCase):
   def test_nearness(self, reports):
     figures.nearness(reports, self.path, title="a")
     self.check()
+
+  def test_nearness_of_left_to_right(self):
+    """What is known is always one away: two points in one place, both seen."""
+    one = {"by_distance": _BINS[1:2], "by_recency": _BINS[1:2]}
+    plot = "matplotlib.axes.Axes.plot"
+    with mock.patch(plot, autospec=True, side_effect=axes.Axes.plot) as drawn:
+      figures.nearness({"left_to_right": one}, self.path, title="a")
+    self.check()
+    first, second = (call.kwargs for call in drawn.call_args_list)
+    self.assertEqual((first["ls"], second["ls"]), ("", ""))
+    self.assertEqual(second["markerfacecolor"], "none")
+    self.assertGreater(second["ms"], first["ms"])
 
   @parameterized.parameters(0, 1, 5)
   def test_decode_speed(self, count):

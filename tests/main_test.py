@@ -141,6 +141,12 @@ class ParseTest(parameterized.TestCase):
   @parameterized.parameters(
     ("--config=configs/absent.py", "configs/absent.py"),
     ("-config=configs/absent.py", "configs/absent.py"),
+    (
+      "--config=configs/twostream.py:tiny",
+      "configs/twostream.py:tiny: no file "
+      "configs/twostream.py; did you mean configs/two_stream.py?",
+    ),
+    ("--config=config/causal.py", "did you mean configs/causal.py?"),
     ("--config=configs", "configs"),
     ("--config=", "--config="),
     ("--config", "--config"),
@@ -182,6 +188,8 @@ class ParseTest(parameterized.TestCase):
 
   @parameterized.parameters(
     ("--foo=1", "'foo'"),
+    ("--steps=5", "flag 'steps'; did you mean --config.train.steps or --conf"),
+    ("--orders.family=block", "did you mean --config.orders.family?"),
     ("--mode=fly", "--mode=fly: value should be one of <train|eval|sample"),
     ("--prompt=a_b", "--prompt needs --mode=sample"),
     ("extra", "unexpected argument 'extra'"),
@@ -216,16 +224,13 @@ class ParseTest(parameterized.TestCase):
 
   @parameterized.parameters("eval", "sample")
   def test_without_a_checkpoint(self, mode):
-    text = self.folder / "text"
-    helpers.write_text(text)
-    with self.assertRaisesRegex(
+    """Said before the text is read."""
+    unread = mock.patch.object(corpora, "load", side_effect=AssertionError)
+    no_checkpoint = self.assertRaisesRegex(
       main.RUN_ERRORS, "no checkpoint in .*train first, or .*--workdir"
-    ):
-      helpers.run(
-        helpers.arguments(
-          self.folder / "run", {"data.path": text}, f"--mode={mode}"
-        )
-      )
+    )
+    with no_checkpoint, unread:
+      helpers.run(helpers.arguments(self.folder / "run", {}, f"--mode={mode}"))
     self.assertFalse((self.folder / "run").exists())
 
   def test_text_that_is_not_there(self):

@@ -335,7 +335,7 @@ class MeshTest(parameterized.TestCase):
       self.assertLess(traffic["all-reduce"][1], 2 * around * size + small)
 
   @parameterized.parameters(
-    ("left", "config.mesh: fsdp 3 x tensor 1 x sequence 1 = 3 does not div"),
+    ("left", "config.mesh: fsdp 3 does not divide the 8 cpu devices; cho"),
     ("many", "config.mesh.data=2: there are 8 cpu devices, and data 2 x fsdp"),
     ("heads", "config.mesh.tensor=8: must divide config.model.N=4 heads"),
     ("slots", "config.mesh.sequence=3: must divide the 16 slots of config.m"),

@@ -120,8 +120,8 @@ class ReportTest(parameterized.TestCase):
 
   def test_the_command_line(self):
     for words, message in (
-      (["--mode=compile"], "--topology and --mode=compile go together"),
-      (["--topology=v5e:2x2"], "--topology and --mode=compile go together"),
+      (["--mode=compile"], "--mode=compile needs a TPU slice, as in --topo"),
+      (["--topology=v5e:2x2"], "--topology needs --mode=compile"),
     ):
       with self.assertRaisesRegex(Exception, message):
         helpers.run(helpers.arguments(pathlib.Path("/nowhere"), {}, *words))

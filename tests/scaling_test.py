@@ -28,6 +28,10 @@ class ScalingTest(parameterized.TestCase):
     # The table is in one piece.
     start = next(i for i, line in enumerate(out) if line[0] == "|")
     self.assertIn("compiling 3 training steps", out[:start])
+    # The one that is refused has ended, too.
+    self.assertRegex(
+      "\n".join(out[:start]), r"(?m)^3 of 3 programs compiled, \d+ s$"
+    )
     header, _, *rows = (
       [c.strip() for c in x.split("|")[1:-1]] for x in out[start:]
     )
@@ -39,6 +43,15 @@ class ScalingTest(parameterized.TestCase):
       self.assertEqual(row["efficiency"], "-")  # Devices of one processor.
     self.assertEqual(refused["mesh"], "tensor")
     self.assertIn("config.mesh.tensor=8: must divide config.model.N=4", out[-1])
+
+  def test_dry_run_is_small_unless_told(self):
+    """What is asked for is taken; nothing else of a dry run is large."""
+    dry = scaling.parse(["--dry-run"])
+    self.assertEqual((dry.models, dry.lengths), (["tiny"], [32]))
+    told = scaling.parse(["--dry-run", "--lengths=64", "--devices=2"])
+    self.assertEqual((told.devices, told.lengths), ([2], [64]))
+    self.assertEqual(told.models, ["tiny"])
+    self.assertIsNone(scaling.parse([]).devices)
 
   @parameterized.parameters(
     ("--devices=0", "--devices: '0': must be a whole number of at least 1"),

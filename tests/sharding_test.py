@@ -260,6 +260,15 @@ class ShardingTest(parameterized.TestCase):
     self.assertEqual(dict(mesh.shape), dict.fromkeys(sharding.AXES, 1))
     self.assertTrue(sharding.replicated(mesh).is_fully_replicated)
 
+  def test_too_few_devices_and_how_to_have_more(self):
+    for mesh in (config_lib.Mesh(tensor=2), config_lib.Mesh(data=2)):
+      with self.assertRaisesRegex(
+        config_lib.ConfigError,
+        "config.mesh.* (tensor|data) 2 .* more devices .XLA_FLAGS=--xla_force_h"
+        "ost_platform_device_count=8 makes 8",
+      ):
+        sharding.make_mesh(mesh, jax.devices()[:1])
+
   def test_constrain_does_nothing_without_a_mesh(self):
     x = np.ones((3, 7))
     self.assertIs(sharding.constrain(x, "batch", "embed"), x)
