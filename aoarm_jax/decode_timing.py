@@ -258,14 +258,14 @@ class Benchmark:
 
     def results(timings):
       (timing,) = timings
-      steps, passes = -(-blanks // cell.width), 1.0
+      steps, passes, scale = -(-blanks // cell.width), 1.0, T / blanks
       if in_rounds:
         steps, passes = max(1, int(timing.out.calls.max()) // 2), 2.0
-      if method == "adaptive":
-        # All that is left is scored, half of the text on average.
-        passes += -(-T // decode_steps.CHUNK) / 2
+      if method == "adaptive":  # Fewer passes are timed than there are early.
+        passes = _adaptive_passes(T, 0, T)
+        scale *= passes / _adaptive_passes(T, first, blanks)
       return [self._result(
-        cell, cell.method, timing.seconds * T / blanks, steps * T / blanks,
+        cell, cell.method, timing.seconds * scale, steps * T / blanks,
         passes, moved, launches=timing.launches,
         timed="whole" if blanks == T else f"{blanks} tokens",
       )]  # fmt: skip
@@ -369,6 +369,13 @@ class Benchmark:
         break
       found = results
     return [dataclasses.replace(result, best=True) for result in found]
+
+
+def _adaptive_passes(T: int, first: int, blanks: int) -> float:
+  """Passes a step, on average from `first`: the draw, and all that is left."""
+  chunk = min(decode_steps.CHUNK, T)
+  left = [-(-T // chunk) - i // chunk for i in range(first, first + blanks)]
+  return 1 + sum(left) / blanks
 
 
 def _weight_bytes(params, dtype):

@@ -223,7 +223,7 @@ def decode_speed(
 
 
 def generation_strip(
-  panels: Mapping[str, tuple[str, Sequence[int]]],
+  panels: Mapping[str, tuple[Sequence[str], Sequence[int]]],
   path: epath.PathLike,
   *,
   title: str,
@@ -232,14 +232,15 @@ def generation_strip(
   """Draws how texts come about, a panel each, from top to bottom.
 
   Args:
-    panels: label to (text, the order of its positions 1..n), all of one length.
+    panels: label to (what stands at each position, the order of the positions
+      1..n), all of one length.
     path: of the PNG file.
     title: of the picture.
     frames: moments shown of each, evenly spread; the last one is the end.
   """
   from matplotlib import colors
 
-  n = max(len(text) for text, _ in panels.values())
+  n = max(len(order) for _, order in panels.values())
   shades = colors.ListedColormap(["white", "#ececec", "#ffd9b8"])
   inches = (0.125 * n + 0.9, len(panels) * (0.21 * frames + 0.5) + 0.3)
   with _axes(path, title, len(panels), stacked=True, inches=inches) as all_axes:

@@ -9,12 +9,19 @@ import sys
 import aoarm_jax
 from aoarm_jax import arguments, checkpoint, figures
 from aoarm_jax import config as config_lib
+from aoarm_jax.data import tokenizers
 
 _PANELS = {
   "random order": dict(order="uniform"),
   "adaptive order: where the model is surest": dict(method="adaptive", width=1),
   "left to right": dict(order="left_to_right"),
 }
+
+
+def _symbol(tokenizer, token: int) -> str:
+  """What is shown of a token, which need not be a whole character."""
+  text = tokenizer.decode([token])
+  return text if text.isprintable() else "\N{REPLACEMENT CHARACTER}"
 
 
 def main(argv=None) -> None:
@@ -37,8 +44,12 @@ def main(argv=None) -> None:
   except (config_lib.ConfigError, checkpoint.CheckpointError) as error:
     sys.exit(f"aoarm_jax: error: {error}")
   kind = model.config.model.mechanism
+  tokenizer = tokenizers.get(model.config.data.tokenizer)
   figures.generation_strip(
-    {label: (text.text, text.order) for label, text in texts.items()},
+    {
+      label: ([_symbol(tokenizer, x) for x in text.tokens], text.order)
+      for label, text in texts.items()
+    },
     options.out,
     title=f"{kind}, temperature {options.temperature:g}",
   )

@@ -18,6 +18,7 @@ from absl.testing import absltest, parameterized
 
 import aoarm_jax
 from aoarm_jax import config, generate, prompts, strip
+from aoarm_jax.data import tokenizers
 
 _README = (helpers.ROOT / "README.md").read_text()
 _contexts = contextlib.ExitStack()
@@ -307,6 +308,14 @@ class CommandTest(parameterized.TestCase):
     for line, score in zip(lines, want):
       self.assertAlmostEqual(line["log_p"], score.log_p, delta=1e-4)
       self.assertEqual(line["positions"], score.positions)
+
+  def test_a_strip_of_bytes_has_a_symbol_a_token(self):
+    byte = tokenizers.get("byte")
+    tokens = "é\n a".encode()
+    self.assertEqual(
+      [strip._symbol(byte, token) for token in tokens],
+      [*"\ufffd\ufffd\ufffd a"],
+    )
 
   def test_a_strip(self):
     path = _folder / "strip.png"

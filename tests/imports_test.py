@@ -15,7 +15,7 @@ ARROWS = {
   "launch": "",
   "configs": "experiments",
   "experiments": "",
-  "strip": "aoarm_jax checkpoint figures",
+  "strip": "aoarm_jax checkpoint data figures",
   "aoarm_jax": "api",
   "api": "generate score prompts restore data",
   "main": "study matching pod train evaluate generate score prompts restore "

@@ -102,14 +102,25 @@ def orders_of(mechanism: str, B: int, T: int, seed=0) -> np.ndarray:
 def p_value(counts: np.ndarray, law: np.ndarray) -> float:
   """Chi-square test of counts [n] against probabilities [n].
 
-  Cells that expect fewer than 10 counts are pooled.
+  The cells that expect least are pooled, until none expects fewer than 10. What
+  cannot be and is makes it 0.
   """
   counts, expected = np.asarray(counts), counts.sum() * np.asarray(law)
-  small = expected < 10
-  if small.any():
-    counts = np.append(counts[~small], counts[small].sum())
-    expected = np.append(expected[~small], expected[small].sum())
-  statistic = np.sum((counts - expected) ** 2 / np.maximum(expected, 1e-9))
+  if counts[expected == 0].any():
+    return 0.0
+  counts, expected = counts[expected > 0], expected[expected > 0]
+  if len(expected) == 1:  # It was certain.
+    return 1.0
+  by_size = np.argsort(expected)
+  counts, expected = counts[by_size], expected[by_size]
+  # As many of the least as are below 10, and more until together they are not.
+  pool = max(
+    np.searchsorted(expected, 10), 1 + np.searchsorted(expected.cumsum(), 10)
+  )
+  counts = np.append(counts[:pool].sum(), counts[pool:])
+  expected = np.append(expected[:pool].sum(), expected[pool:])
+  assert len(expected) > 1, "so few counts test nothing"
+  statistic = np.sum((counts - expected) ** 2 / expected)
   freedom = len(counts) - 1.0
   return float(jax.scipy.special.gammaincc(freedom / 2, statistic / 2))
 
