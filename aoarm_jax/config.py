@@ -326,7 +326,9 @@ class Sample:
   batch_size: int = _field(
     256, "texts at once, at most, over all devices", low=1
   )
-  temperature: float = _field(1.0, "logits / temperature; 0: argmax", low=0.0)
+  temperature: float = _field(
+    1.0, "logits / temperature; 0: argmax", low=0.0, high=1e30
+  )
   top_k: int = _field(0, "keep the k likeliest tokens; 0: all", low=0)
   top_p: float = _field(
     1.0,
@@ -365,7 +367,7 @@ class Sample:
   steps: int = _field(
     0,
     "parallel, ancestral, confidence: steps for all tokens; 0: by width, or as "
-    "many as tokens",
+    "many as the text, lengthened to one of few lengths, has positions",
     low=0,
   )
   schedule: str = _field(
