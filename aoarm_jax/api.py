@@ -63,7 +63,7 @@ class Model:
       **options: fields of config.sample, as temperature, order or method.
 
     Returns:
-      generate.Text each: text, tokens, order, log_p (nats), calls.
+      generate.Text each: text, tokens, order, log_p (nats), calls, accepted.
 
     Raises:
       ConfigError: an option that cannot be.

@@ -45,7 +45,7 @@ class State(NamedTuple):
       decided but may not be in it yet.
     cache: of S slots.
     log_p: float32 [B], nats: log-probability of what was drawn so far.
-    calls: int32 [B], see sampling.Generation.
+    calls, accepted: int32 [B], see sampling.Generation.
     keys: typed PRNG keys [B].
   """
 
@@ -57,6 +57,7 @@ class State(NamedTuple):
   cache: cached.Cache
   log_p: jax.Array
   calls: jax.Array
+  accepted: jax.Array
   keys: jax.Array
 
 
@@ -144,7 +145,9 @@ def generate(
   by_position = by_position.at[jnp.arange(B)[:, None], state.order - 1].set(
     state.content[:, s:]
   )
-  return sampling.Generation(by_position, state.order, state.log_p, state.calls)
+  return sampling.Generation(
+    by_position, state.order, state.log_p, state.calls, state.accepted
+  )
 
 
 def _run(network, state, law, plan, most_known, most_blanks):
@@ -226,6 +229,7 @@ def _start(network, keys, tokens, known, order, length, prefill):
     cache=cache,
     log_p=jnp.zeros(B),
     calls=jnp.full(B, int(prefill), jnp.int32),
+    accepted=jnp.zeros(B, jnp.int32),
     keys=keys,
   )
 

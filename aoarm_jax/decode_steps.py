@@ -218,7 +218,10 @@ def _speculative(network, law, plan, start):
     tokens = jnp.where(jnp.arange(width) < kept[:, None], drafts, again)
     count = jnp.minimum(jnp.minimum(kept + 1, width), state.end - state.done)
     state = _commit(state, s, tokens, sampling.log_p_of(log_p, tokens), count)
-    return state._replace(filled=state.done + s - 1)
+    return state._replace(
+      filled=state.done + s - 1,
+      accepted=state.accepted + jnp.minimum(kept, count),
+    )
 
   return advance, lambda state: 1 + (width > 1)
 

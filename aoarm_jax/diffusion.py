@@ -115,7 +115,8 @@ def generate(
     lambda state: (state[0] < count) & is_open(state[2]).any(), step, start
   )
   came = jnp.argsort(step_of, axis=1, stable=True) + 1
-  return sampling.Generation(tokens, came.astype(jnp.int32), log_p, calls)
+  none = jnp.zeros_like(calls)
+  return sampling.Generation(tokens, came.astype(jnp.int32), log_p, calls, none)
 
 
 def _surest(log_p, drawn, masked):

@@ -47,6 +47,8 @@ class Text(NamedTuple):
       (or two sentinels), then one a step, but for speculative two a round, and
       for adaptive another for every 64 targets that it scores. As many as it
       takes alone: those for longer texts of its batch do not count.
+    accepted: of speculative, how many of the generated tokens were drafts that
+      passed: over all of them, the rate of acceptance.
   """
 
   text: str
@@ -54,6 +56,7 @@ class Text(NamedTuple):
   order: list[int]
   log_p: float
   calls: int
+  accepted: int = 0
 
 
 class Sampler:
@@ -176,8 +179,9 @@ class Sampler:
         by[:n].tolist(),
         float(nats),
         int(calls),
+        int(accepted),
       )
-      for row, n, text, by, nats, calls in zip(
+      for row, n, text, by, nats, calls, accepted in zip(
         rows, length.tolist(), *jax.device_get(drawn)
       )
     }

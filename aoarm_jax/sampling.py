@@ -43,12 +43,15 @@ class Generation(NamedTuple):
       under the law that decided it.
     calls: int32 [B], passes of the network until the row was whole: as many as
       it takes alone. Those after, for other rows of the batch, do not count.
+    accepted: int32 [B], tokens that were drafts and passed (speculative); every
+      other one was drawn anew in the place of a draft that did not.
   """
 
   tokens: jax.Array
   order: jax.Array
   log_p: jax.Array
   calls: jax.Array
+  accepted: jax.Array
 
 
 def log_p_of(log_p: jax.Array, tokens: jax.Array) -> jax.Array:

@@ -285,6 +285,23 @@ class CallsTest(parameterized.TestCase):
       self.assertTrue((out.calls[::2] <= 1 + 4).all())
       self.assertTrue((out.calls[1::2] <= 1 + 2).all())
       self.assertLess(out.calls[::2].mean(), 1 + 3.9)
+      # Rounds of two calls end at a refused draft, after `width`, or with the
+      # text: of 4 blanks and a width of 4, as many as were refused, and one
+      # more unless the last one was.
+      rounds = (out.calls[::2] - 1) // 2
+      refused = 4 - out.accepted[::2]
+      self.assertTrue((rounds - refused >= 0).all())
+      self.assertTrue((rounds - refused <= 1).all())
+      self.assertGreater(refused.max(), 0)
+      self.assertGreater(out.accepted.min(), 0)
+
+  def test_single_drafts_are_all_accepted(self):
+    """They are drawn from the law itself; other methods have none."""
+    out = _drawn(_CASES[0], decode.Plan("speculative", 1), B=64)
+    self.assertEqual(out.accepted[::2].tolist(), [4] * 32)
+    self.assertEqual(out.accepted[1::2].tolist(), [2] * 32)
+    out = _drawn(_CASES[0], decode.Plan("sequential"), B=64)
+    self.assertEqual(out.accepted.tolist(), [0] * 64)
 
 
 class PredictTest(parameterized.TestCase):

@@ -398,7 +398,7 @@ class SamplerTest(parameterized.TestCase):
     directory = self.enterContext(tempfile.TemporaryDirectory())
     path = epath.Path(directory) / "samples" / "x.jsonl"
     texts = [
-      generate.Text("a b", [1, 0, 2], [2, 1, 3], -1.5, 4),
+      generate.Text("a b", [1, 0, 2], [2, 1, 3], -1.5, 4, 2),
       generate.Text("c", [3], [1], 0.0, 1),
     ]
     generate.write(path, texts, 7, prompt="a_b")
@@ -407,9 +407,9 @@ class SamplerTest(parameterized.TestCase):
       lines,
       [
         {"step": 7, "prompt": "a_b", "text": "a b", "tokens": [1, 0, 2],
-         "order": [2, 1, 3], "log_p": -1.5, "calls": 4},
+         "order": [2, 1, 3], "log_p": -1.5, "calls": 4, "accepted": 2},
         {"step": 7, "prompt": "a_b", "text": "c", "tokens": [3], "order": [1],
-         "log_p": 0.0, "calls": 1},
+         "log_p": 0.0, "calls": 1, "accepted": 0},
       ],
     )  # fmt: skip
 
