@@ -327,7 +327,7 @@ class Sample:
     256, "texts at once, at most, over all devices", low=1
   )
   temperature: float = _field(
-    1.0, "logits / temperature; 0: argmax", low=0.0, high=1e30
+    1.0, "logits / temperature; 0: argmax", low=0.0, high=1e6
   )
   top_k: int = _field(0, "keep the k likeliest tokens; 0: all", low=0)
   top_p: float = _field(
