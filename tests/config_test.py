@@ -14,7 +14,7 @@ from aoarm_jax.data import corpora, tokenizers
 
 RANGE = "must be (at least|at most|above|below) "
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
-# Of one run each; study_test.py has the studies.
+# Of one run each; cells_test.py has the studies.
 EXPERIMENTS = sorted(
   path.stem
   for path in CONFIGS.glob("*.py")

@@ -1,0 +1,108 @@
+"""The programs that a study's cells share."""
+
+import dataclasses
+from unittest import mock
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from absl.testing import absltest, parameterized
+from studies import V, config
+
+from aoarm_jax import (
+  decode,
+  diffusion,
+  sampling,
+  sharding,
+  train,
+  train_state,
+)
+from aoarm_jax.study import cells as cells_lib
+from aoarm_jax.study import programs
+
+# On the older Python alone, but for what profiles_test.py and coherence_test.py
+# say of the measures.
+pytestmark = pytest.mark.once
+
+
+class TemperaturesTest(parameterized.TestCase):
+  @parameterized.parameters("decoupled_rope", "mdlm")
+  def test_a_law_a_row_is_the_law_of_each_row(self, mechanism):
+    """All temperatures in one batch give what one batch for each would."""
+    bind = tiny.bind(mechanism, L=1)
+    params, B, T = tiny.sharp(bind), 4, 7
+    order = tiny.orders_of(mechanism, B, T)
+
+    @tiny.quick_jit
+    def texts(params, temperature):
+      law = sampling.Sampling(temperature, jnp.int32(0), jnp.float32(1))
+      blank = jnp.zeros((B, T), jnp.int32)
+      network, key = bind(params), jax.random.key(0)
+      arguments = network, key, blank, blank > 0, order, law
+      if mechanism == "mdlm":
+        return diffusion.generate(
+          *arguments, method="sequential", steps=0
+        ).tokens
+      return decode.generate(*arguments).tokens
+
+    levels = np.float32([0.1, 3.0, 0.1, 3.0])
+    together = texts(params, levels[:, None, None])
+    cold, hot = (texts(params, levels[i]) for i in (0, 1))
+    self.assertFalse(np.array_equal(cold, hot))
+    for b in range(B):
+      np.testing.assert_array_equal(together[b], (cold, hot)[b % 2][b])
+
+
+class ProgramsTest(parameterized.TestCase):
+  def test_rates_and_seeds_share_a_training_step_which_is_that_of_a_run(self):
+    base = config("T=16 size=16x1x2", tokens_per_step=32)
+    (cell,) = cells_lib.expand(base)
+    mesh = sharding.of_run(base, "train", "eval")
+    made = programs.Programs(mesh, V)
+    self.addCleanup(made.close)
+    other = cells_lib.resolve(cell, base, 5e-3, V)
+    step = made._future("train", other)
+    for rate, seed in ((5e-3, 1), (1e-3, 0)):
+      got = cells_lib.resolve(
+        dataclasses.replace(cell, seed=seed), base, rate, V
+      )
+      self.assertIs(made._future("train", got), step)
+    with jax.set_mesh(mesh):
+      tokens = sharding.put(mesh, np.arange(32, dtype=np.uint8) % V)
+      tokens = tokens.reshape(2, 16)
+      bind, _, _ = train_state.create(got, V, mesh)
+      wanted = train.make_step(got, bind, V)
+      start = made._future("init", got).result()
+      one, two = (start(jnp.int32(3)) for _ in range(2))
+      sums = jax.jit(wanted)(one, tokens)[1]
+      # Made for a rate of 5e-3, called with 1e-3.
+      found = step.result()(two, tokens, jnp.float32(1e-3))[1]
+      chex.assert_trees_all_close(found, sums, rtol=1e-5)
+
+  @parameterized.parameters((1, [4, 8, 12, 16]), (2, [5, 9, 13, 17]))
+  def test_a_large_cache_grows_while_texts_are_sampled(self, sentinels, wanted):
+    base = config("T=16 size=16x1x2", characters=32, temperatures=2)
+    base = dataclasses.replace(
+      base, model=dataclasses.replace(base.model, sentinels=sentinels)
+    )
+    (cell,) = cells_lib.expand(base)
+    got = cells_lib.resolve(cell, base, 1e-3, V)
+    mesh = sharding.of_run(got, "train", "eval")
+    with (
+      mock.patch.multiple(decode, _LARGE=0, _TILE=1),
+      mock.patch.object(
+        decode.cached, "resized", side_effect=decode.cached.resized
+      ) as resized,
+    ):
+      program, arguments, _ = programs._sample_program(got, V, mesh)
+      tokens = jax.eval_shape(program, *arguments)
+    self.assertEqual(tokens.shape[1], 16)
+    lengths = [call.args[1] for call in resized.call_args_list]
+    self.assertEqual(lengths, wanted)
+
+
+if __name__ == "__main__":
+  absltest.main()
