@@ -87,8 +87,7 @@ def expand(config: config_lib.Config) -> list[Cell]:
   wanted = {}
   for line in re.split(r"[\n;]", config.study.sweep):
     if line.strip():
-      for cell in _of_line(line.strip(), config):
-        wanted[cell] = None
+      wanted |= dict.fromkeys(_of_line(line.strip(), config))
   if not wanted:
     raise config_lib.ConfigError(
       "config.study.sweep has no cells: choose --config=configs/"

@@ -55,8 +55,9 @@ def write(
   trained = tables.trained(cells, results)
   curves = tables.curves(trained, results, config)
   profiles = tables.profiles_of(trained, results)
+  every = cells_lib.with_trials(cells, config)
   made = {
-    "cells": tables.cells_table(cells_lib.with_trials(cells, config), results),
+    "cells": tables.cells_table(every, results),
     "rates": tables.rates_table(cells, results, config),
     "bits": tables.bits_table(cells, results),
     "differences": tables.differences_table(trained, results, config),
@@ -90,7 +91,7 @@ def write(
   run_dir.write_atomically(folder / "README.md", text)
   done = [row["done"] for row in made["cells"]]
   logging.info("%d of %d cells are in the report", sum(done), len(done))
-  if untrained := len(cells) - len(trained):
+  if untrained := len(every) - len(tables.trained(every, results)):
     logging.warning(
       "%d of them learned no more than how frequent letters are: they are in "
       "no picture and no comparison", untrained,
@@ -188,10 +189,9 @@ def _method(config, cells, first):
     **Answers** are about mechanisms at {size} (width x layers x heads),
     whatever the seed. An effect counts where its 95% interval leaves 0 out, by
     Student's law: at 3 seeds 4.3 standard errors, where seeds alone make the
-    error. That of windows is that of the means of
-    24 stretches of the text, since neighbours are alike; books are longer
-    still. Areas and localities have to differ by {findings.LEAST_AREA:g} to
-    count, and are level where the interval is within that. One seed cannot
+    error. That of windows is that of the means of 24 stretches of the text,
+    since neighbours are alike; books are longer still. Areas and localities
+    have to differ by {findings.LEAST_AREA:g} to count, and are level where the interval is within that. One seed cannot
     tell, however many windows it was measured on. Nothing is corrected for the
     number of questions."""
   )
@@ -211,7 +211,7 @@ def _rate_rule(config, cells):
     f"{lengths}; of rates within {cells_lib.TIED} bits of the best the one "
     f"next to {config.optimizer.peak_learning_rate:g}, and that one where no "
     "run left the entropy of the letters. The run that was chosen is seed 0 of "
-    "its arm."
+    "the arm of that length and size."
   )
 
 

@@ -120,9 +120,8 @@ def rates_table(cells, results, config) -> list[Row]:
     row = {name: getattr(first, name) for name in _ARM}
     for trial in trials:
       bits = results.bits(trial)
-      failed = results.failure(trial)
       if bits is None:
-        bits = math.inf if failed and not failed["again"] else ""
+        bits = "" if results.is_open(trial) else math.inf
       row[trial.rate] = bits
     row["chosen"] = "" if rate is None else f"{rate:g}"
     rows[trials] = row
