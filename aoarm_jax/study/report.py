@@ -191,9 +191,9 @@ def _method(config, cells, first):
     Student's law: at 3 seeds 4.3 standard errors, where seeds alone make the
     error. That of windows is that of the means of 24 stretches of the text,
     since neighbours are alike; books are longer still. Areas and localities
-    have to differ by {findings.LEAST_AREA:g} to count, and are level where the interval is within that. One seed cannot
-    tell, however many windows it was measured on. Nothing is corrected for the
-    number of questions."""
+    have to differ by {findings.LEAST_AREA:g} to count, and are level where the
+    interval is within that. One seed cannot tell, however many windows it was
+    measured on. Nothing is corrected for the number of questions."""
   )
 
 
