@@ -12,7 +12,7 @@ LANES = 128  # Of a TPU's vector registers: tiles are multiples of it.
 
 def fastest(platform: str, T: int, S: int) -> tuple[str, ...]:
   """What to try for T rows over S slots, the fastest first; xla comes last."""
-  if platform == "gpu" and T == 1 and S >= 1024:
+  if platform == "gpu" and T == 1 and S > 1024:
     return "cudnn", "mosaic_gpu"
   return _FASTEST.get(platform, ())
 

@@ -293,6 +293,13 @@ def differences(rows, folder: epath.Path) -> bool:
       axes.xaxis.set_major_formatter("{x:g}")
       axes.set_title(f"equal {budget}")
       axes.set_xlabel("length T")
+    # Logarithmic beyond 0.1: an arm that has learned little flattens no other.
+    grid[0][0].set_yscale("symlog", linthresh=0.1, linscale=2)
+    low, high = grid[0][0].get_ylim()
+    ticks = (-1, -0.3, -0.1, -0.05, 0, 0.05, 0.1, 0.2, 0.5, 1, 2)
+    grid[0][0].set_yticks([tick for tick in ticks if low <= tick <= high])
+    grid[0][0].yaxis.set_major_formatter("{x:g}")
+    grid[0][0].minorticks_off()
     grid[0][0].set_ylabel(
       f"bits per character above {measured[0]['reference']}"
     )

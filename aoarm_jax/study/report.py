@@ -323,7 +323,8 @@ _CAPTIONS = {
   "letters or more; a dot for each temperature, bars are 95% bands",
   "coherence_diversity_over_1": "The same, words of more than one letter",
   "differences": "Paired differences from the reference over length; bars are "
-  "two standard errors, hollow: one seed, and the error of windows alone",
+  "two standard errors, hollow: one seed, and the error of windows alone; "
+  "logarithmic beyond 0.1",
   "blocks": "Paired differences over the width of blocks, in the same manner",
   "locality": "Locality of every head (small) and their mean (large)",
   "profiles": "Attention by distance, mean over heads, first layer below",
