@@ -264,7 +264,7 @@ def _plot(path):
       f"{min(missing)}"
     )
   rows = list(reader)
-  title = f"speed of generation, {rows[0]['device']}" if rows else ""
+  title = "speed of generation"
   figures.decode_speed(rows, path.with_suffix(".png"), title=title)
   print(path.with_suffix(".png"))
 

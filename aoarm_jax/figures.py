@@ -169,15 +169,19 @@ def decode_speed(
 
   Args:
     rows: of decode_benchmark's CSV file: size, T, B, best, method,
-      tokens_per_second.
+      tokens_per_second, device.
     path: of the PNG file.
-    title: of the picture.
+    title: of the picture; the device is put to it, or to each panel.
   """
-  lines: dict[tuple[str, ...], list[tuple[int, float]]] = {}
+  devices = sorted({str(row["device"]) for row in rows})
+  if len(devices) == 1:
+    title = f"{title}, {devices[0]}"
+  lines: dict[tuple[str, tuple[str, str]], list[tuple[int, float]]] = {}
   for row in rows:
     is_best = str(row.get("best")) == "True"
     batch = "best batch" if is_best else f"batch {row['B']}"
-    name = (str(row["method"]), f"{row['size']}, {batch}")
+    device = row["device"] if len(devices) > 1 else ""
+    name = (str(row["method"]), (f"{row['size']}, {batch}", str(device)))
     point = int(row["T"]), float(row["tokens_per_second"])
     lines.setdefault(name, []).append(point)
   lengths = sorted({T for points in lines.values() for T, _ in points})
@@ -190,7 +194,9 @@ def decode_speed(
   methods = list(dict.fromkeys(method for method, _ in lines))
   with _axes(path, title, max(1, len(groups))) as all_axes:
     for axes, group in zip(all_axes, groups):
-      axes.set_title(group)
+      axes.set_title(group[0])
+      axes.margins(y=0.1)
+      axes.text(0.03, 0.01, group[1], fontsize=8, transform=axes.transAxes)
       for i, method in enumerate(methods):
         points = sorted(lines.get((method, group), ()))
         if points:
@@ -207,6 +213,7 @@ def decode_speed(
       axes.set_xscale("log", base=2)
       axes.xaxis.set_major_formatter("{x:g}")
       axes.set_xticks(lengths)
+      axes.set_xlim(lengths[0] / 1.3, lengths[-1] * 1.3)
       axes.set_yscale("log")
       axes.set_xlabel("length T")
     if lines:

@@ -113,7 +113,7 @@ class FiguresTest(parameterized.TestCase):
     """Rows as a CSV file has them; more methods than colours."""
     rows = [
       dict(size="8m", T=str(T), B="64", method=f"parallel-{m}", best=best,
-           tokens_per_second=str(1e3 * (m + 1) / T))
+           device=f"GPU {m % 2}", tokens_per_second=str(1e3 * (m + 1) / T))
       for m in range(count) for T in (1024, 128) for best in ("True", "False")
     ]  # fmt: skip
     figures.decode_speed(rows * 2, self.path, title="$x")
