@@ -14,11 +14,14 @@ from unittest import mock
 import helpers
 import jax
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 import aoarm_jax
 from aoarm_jax import config, generate, prompts, strip
 from aoarm_jax.data import tokenizers
+
+pytestmark = pytest.mark.once
 
 _README = (helpers.ROOT / "README.md").read_text()
 _contexts = contextlib.ExitStack()
