@@ -97,7 +97,7 @@ class Program(NamedTuple):
 
   Attributes:
     mesh: of its devices.
-    init: () -> state.
+    init: () -> state, compiled.
     step: (state, tokens) -> (state, sums).
   """
 
@@ -131,7 +131,9 @@ def compile_step(config: config_lib.Config, devices) -> Program:
     tokens = jax.ShapeDtypeStruct(
       shape, np.uint8, sharding=sharding.named(mesh, "batch")
     )
-    return Program(mesh, init, step.lower(abstract, tokens).compile())
+    return Program(
+      mesh, init.lower().compile(), step.lower(abstract, tokens).compile()
+    )
 
 
 def measure(config: config_lib.Config, program: Program, steps: int) -> dict:

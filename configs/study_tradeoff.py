@@ -7,6 +7,8 @@ hardware, time:
   default  66M characters a cell; about 3 hours of one H200 in all (estimated);
            in shares, by --config.study.limit_seconds=500 and started again
   :quick   the most telling cells, short; about 8 minutes of one H200 (estimated)
+  :repeat  the main comparison on another, smaller text, such as a prefix of text8, at the
+           rates that were chosen on books27; 26M characters a cell
   :tiny    2 CPU cores, built-in text: a smoke test of the machinery, its numbers
            say nothing
 """  # noqa: E501
@@ -23,12 +25,14 @@ seed=1,2 T=128,1024 budget=steps,flops {_MAIN} rate=tuned
 seed=0,1,2 orders=block16 T=1024 budget=steps,flops mechanism=two_stream,decoupled_rope rate=tuned
 orders=block1,block128 T=1024 budget=steps,flops mechanism=two_stream,decoupled_rope rate=tuned
 T=256,512,2048,4096 budget=steps,flops mechanism=two_stream,decoupled_rope rate=tuned
+seed=1,2 T=2048,4096 budget=steps,flops mechanism=two_stream,decoupled_rope rate=tuned
 seed=0,1,2 T=128,1024 budget=parameters {_MAIN} rate=tuned
 seed=0,1,2 T=128,1024 mechanism=decoupled_rope_content rate=tuned
 T=128,1024 orders=curriculum mechanism=ao_gpt rate=tuned
 seed=1,2 T=128,1024 mechanism=causal rate=tuned
 T=128,1024 size=512x10x8 budget=steps,flops mechanism=two_stream,decoupled_rope rate=tuned
-T=256,512,2048,4096 {_MAIN} rate=tuned
+T=256,512 {_MAIN} rate=tuned
+T=2048,4096 mechanism=mdlm,ao_gpt rate=0.002
 """  # noqa: E501
 _QUICK = """
 T=128,1024 mechanism=two_stream,decoupled_rope
@@ -36,6 +40,13 @@ budget=flops,parameters T=128,1024 mechanism=decoupled_rope
 T=128,1024 mechanism=mdlm,ao_gpt
 seed=1 T=128,1024 budget=steps,flops,parameters mechanism=two_stream,decoupled_rope
 """  # noqa: E501
+_REPEAT = """
+T=128,1024 budget=steps,flops mechanism=two_stream rate=0.004 seed=0,1,2
+T=128,1024 budget=steps,flops mechanism=decoupled_rope rate=0.002 seed=0,1,2
+T=128,1024 budget=steps,flops mechanism=mdlm rate=0.002 seed=0,1,2
+T=128 mechanism=causal rate=0.002 seed=0,1,2
+T=1024 mechanism=causal rate=0.004 seed=0,1,2
+"""
 _TINY = """
 mechanism=two_stream,mdlm,decoupled_rope T=16
 budget=flops mechanism=decoupled_rope T=16
@@ -44,6 +55,7 @@ budget=flops mechanism=decoupled_rope T=16
 _VARIANTS = {
   "default": {
     "study.sweep": _SWEEP,
+    "study.tune_lengths": (128, 1024, 2048, 4096),
     "study.tokens_per_step": 32768,
     "study.characters": 8192,
   },
@@ -52,6 +64,12 @@ _VARIANTS = {
     "optimizer.warmup_steps": 100,
     "study.sweep": _QUICK,
     "study.characters": 4096,
+  },
+  "repeat": {
+    "train.steps": 800,
+    "study.sweep": _REPEAT,
+    "study.tokens_per_step": 32768,
+    "study.characters": 8192,
   },
   "tiny": {
     "model.D": 32,

@@ -149,7 +149,7 @@ class SweepTest(parameterized.TestCase):
     order = profiles.orders_of(got, 0)  # At step 0 it would be sorted.
     self.assertGreater(np.mean(np.diff(order) < 0), 0.3)
 
-  @parameterized.parameters("", "quick", "tiny")
+  @parameterized.parameters("", "quick", "repeat", "tiny")
   def test_sweeps_of_the_config_can_be(self, variant):
     got = helpers.config_of([f"--config={STUDY}:{variant}"])
     for cell in cells_lib.expand(got):

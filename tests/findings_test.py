@@ -1,9 +1,14 @@
 """The answers of the study, and the statistics that they rest on."""
 
+import math
+from unittest import mock
+
 import numpy as np
 import pytest
 from absl.testing import absltest
+from studies import config
 
+from aoarm_jax.study import cells as cells_lib
 from aoarm_jax.study import (
   findings,
   statistics,
@@ -179,6 +184,43 @@ class AnswersTest(absltest.TestCase):
     rows[3]["locality"] = 0.5
     self.assertEqual(self.answer([], "between", (), rows), "yes")
     self.assertEqual(self.answer([], "do content rows look", (), rows), "no")
+
+
+class PairsTest(absltest.TestCase):
+  """Which cell of the reference an arm is held against."""
+
+  def difference(self, sweep, done):
+    """Of decoupled_rope; `done`: (mechanism, rate) -> bits a character."""
+    study = config(sweep)
+    cells = cells_lib.expand(study)
+
+    def windows(_, cell):
+      bits = done.get((cell.mechanism, cell.rate))
+      return None if bits is None else np.full(48, bits * 16 * math.log(2))
+
+    with mock.patch.object(tables, "_windows", windows):
+      (row,) = tables.differences_table(cells, None, study)
+    return row["difference_bits"]
+
+  def test_at_the_same_rate(self):
+    sweep = "T=16 rate=0.1,0.2 mechanism=two_stream; T=16 rate=0.1 "
+    done = {("two_stream", "0.1"): 2, ("two_stream", "0.2"): 3}
+    done["decoupled_rope", "0.1"] = 2.5
+    found = self.difference(f"{sweep} mechanism=decoupled_rope", done)
+    self.assertAlmostEqual(found, 0.5)
+
+  def test_at_the_only_rate_that_the_reference_has(self):
+    sweep = "T=16 rate=0.2 mechanism=two_stream; T=16 rate=0.1 "
+    done = {("two_stream", "0.2"): 2, ("decoupled_rope", "0.1"): 2.5}
+    found = self.difference(f"{sweep} mechanism=decoupled_rope", done)
+    self.assertAlmostEqual(found, 0.5)
+
+  def test_not_at_one_of_several_other_rates(self):
+    sweep = "T=16 rate=0.2,0.3 mechanism=two_stream; T=16 rate=0.1 "
+    done = {("two_stream", "0.2"): 2, ("two_stream", "0.3"): 3}
+    done["decoupled_rope", "0.1"] = 2.5
+    found = self.difference(f"{sweep} mechanism=decoupled_rope", done)
+    self.assertEqual(found, "")
 
 
 class StatisticsTest(absltest.TestCase):

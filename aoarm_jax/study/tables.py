@@ -146,16 +146,26 @@ def differences_table(cells, results, config) -> list[Row]:
     if plain != arm.mechanism:
       references.append(plain)
     for reference in references:
-      rows.append(_difference(arm, members, reference, results))
+      others = [_opposite(cell, reference, cells) for cell in members]
+      rows.append(_difference(arm, members, reference, others, results))
   return rows
 
 
-def _difference(arm, members, reference, results):
+def _opposite(cell, reference, cells):
+  """The cell of the reference that `cell` is held against: at the same rate,
+  but for a sweep that gives each mechanism a rate of its own."""
+  other = dataclasses.replace(cell.judged, budget="steps", mechanism=reference)
+  rates = {
+    c.rate for c in cells if c == dataclasses.replace(other, rate=c.rate)
+  }
+  if other.rate not in rates and len(rates) == 1:
+    return dataclasses.replace(other, rate=rates.pop())
+  return other
+
+
+def _difference(arm, members, reference, others, results):
   pairs = []
-  for cell in members:
-    other = dataclasses.replace(
-      cell.judged, budget="steps", mechanism=reference
-    )
+  for cell, other in zip(members, others):
     nats, base = (_windows(results, each) for each in (cell, other))
     if nats is not None and base is not None and nats.shape == base.shape:
       pairs.append((nats - base) / (cell.T * math.log(2)))
