@@ -49,7 +49,7 @@ def _picture(folder: epath.Path, name: str, columns: int, rows=1, **options):
 
 def _shape(count):
   """(columns, rows) of so many panels."""
-  columns = min(3, count)
+  columns = count if count < 4 else 2 if count == 4 else 3
   return columns, -(-count // columns)
 
 

@@ -199,7 +199,12 @@ def _method(config, cells, first):
 
 def _rate_rule(config, cells):
   if not any(cell.rate == cells_lib.TUNED for cell in cells):
-    return "as the sweep says."
+    found = {}  # By mechanism, in the sweep's order.
+    for cell in cells:
+      found.setdefault(cell.mechanism, {})[cell.rate] = None
+    return "as the sweep gives it: " + "; ".join(
+      f"`{name}` {' or '.join(rates)}" for name, rates in found.items()
+    ) + "."  # fmt: skip
   study = config.study
   rates = ", ".join(f"{rate:g}" for rate in study.rates)
   lengths = " and ".join(map(str, study.tune_lengths)) or "of all cells"
