@@ -110,6 +110,13 @@ def _relations(config):
     config.sample.method in methods,
     f"mechanism {m.mechanism} generates by: {', '.join(methods)}",
   )  # fmt: skip
+  yield (
+    "config.sample.steps", config.sample.steps,
+    not config.sample.steps
+    or config.sample.method in ("parallel", "ancestral", "confidence"),
+    "is for parallel, ancestral and confidence; must be 0 with "
+    f"config.sample.method={config.sample.method}",
+  )  # fmt: skip
   two = m.kind.streams == 2
   yield (
     "config.orders.groups", o.groups, two or o.groups == "none",

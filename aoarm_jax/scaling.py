@@ -15,7 +15,7 @@ orders are random, parameters fresh.
 told otherwise two streams of a tiny model on 1 and 4 of them (six programs, a
 minute or two on 2 cores, most of it compiling): its times mean nothing, and it
 shows no efficiency. Started by launch.local or launch.slurm as several
-processes it measures all their devices only.
+processes it measures all their devices only, and no efficiency.
 """
 
 import argparse
@@ -338,7 +338,8 @@ def main(argv: list[str]) -> int:
     kind = tuple(row[c] for c in ("scaling", "model", "mechanism", "T"))
     if "failed" not in row:
       base = first.setdefault(kind, row["a device"])
-      row["efficiency"] = None if flags.dry_run else row["a device"] / base
+      no_base = flags.dry_run or jax.process_count() > 1
+      row["efficiency"] = None if no_base else row["a device"] / base
     if speaks:
       shown = [_cell(row, column) for column in _COLUMNS if column in row]
       _print_row(shown + ([row["failed"]] if "failed" in row else []))

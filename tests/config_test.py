@@ -294,6 +294,8 @@ class RulesTest(parameterized.TestCase):
                        "sample.order": "left_to_right",
                        "eval.estimators": ["left_to_right"],
                        "sample.method": "adaptive"}, "sample.method"),
+    ("unused_steps", {"sample.method": "adaptive", "sample.steps": 8},
+     "sample.steps"),
     ("match", {"match.by": "parameters"}, "match.change"),
     ("tune_lengths", {"study.tune_lengths": (128, 0)}, "study.tune_lengths"),
     ("long_blank", {"sample.blank": "__"}, "sample.blank"),

@@ -45,6 +45,9 @@ class Results:
   ):
     self.config, self.workdir = config, workdir
     self._vocabulary = vocabulary
+    # What is done and what is decided stays so: it is read once.
+    self._done: dict[epath.Path, dict] = {}
+    self._rates: dict[cells_lib.Cell, float] = {}
 
   def rate(self, cell: cells_lib.Cell) -> float | None:
     """The peak learning rate of a cell; None where its trials are not done.
@@ -57,8 +60,13 @@ class Results:
     trials = cells_lib.trials(cell, self.config)
     if not trials:
       return float(cell.rate)
-    if any(map(self.is_open, trials)):
-      return None
+    if trials[0] not in self._rates:
+      if any(map(self.is_open, trials)):
+        return None
+      self._rates[trials[0]] = self._best(trials)
+    return self._rates[trials[0]]
+
+  def _best(self, trials):
     done = [trial for trial in trials if self.result(trial)]
     plain = self.config.optimizer.peak_learning_rate
     if all(map(self.is_untrained, done)):
@@ -99,9 +107,13 @@ class Results:
   def result(self, cell: cells_lib.Cell) -> dict | None:
     """What result.json of the cell holds; None where it is not done."""
     folder = self.folder(cell)
+    if folder in self._done:
+      return self._done[folder]
     if folder is None or not (folder / measure.RESULT).exists():
       return None
-    return json.loads((folder / measure.RESULT).read_text())
+    return self._done.setdefault(
+      folder, json.loads((folder / measure.RESULT).read_text())
+    )
 
   def bits(self, cell: cells_lib.Cell) -> float | None:
     """Bits a character of a cell; None where it is not done."""
