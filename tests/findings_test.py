@@ -184,6 +184,11 @@ class AnswersTest(absltest.TestCase):
     rows[3]["locality"] = 0.5
     self.assertEqual(self.answer([], "between", (), rows), "yes")
     self.assertEqual(self.answer([], "do content rows look", (), rows), "no")
+    # Of lengths of one seed nothing is asked, unless there are no others.
+    more = [row | {"T": 512, "seeds": 1} for row in rows]
+    for asked, found in ((False, rows + more), (True, more)):
+      all_of = findings.all_of([], (), found, "two_stream", "8x1x1")
+      self.assertEqual(any("512" in a.question for a in all_of), asked)
 
 
 class PairsTest(absltest.TestCase):

@@ -232,8 +232,10 @@ def _content(rows, reference):
 
 
 def _parting(rows):
+  """At the lengths that have several seeds, where any has."""
   answers = []
-  lengths = sorted({r["T"] for r in rows})
+  several = [r for r in rows if r["seeds"] > 1]
+  lengths = sorted({r["T"] for r in several or rows})
   for T in lengths or ["any"]:
     mine = tables.find(rows, T=T, budget="steps", orders="uniform")
     two = {
