@@ -22,8 +22,8 @@ T=128,1024 budget=steps,flops mechanism=two_stream,decoupled_rope rate=tuned
 T=128,1024 mechanism=mdlm,ao_gpt,causal rate=tuned
 T=128,1024 budget=flops mechanism=mdlm,ao_gpt rate=tuned
 seed=1,2 T=128,1024 budget=steps,flops {_MAIN} rate=tuned
-seed=0,1,2 orders=block16 T=1024 budget=steps,flops mechanism=two_stream,decoupled_rope rate=tuned
-orders=block1,block128 T=1024 budget=steps,flops mechanism=two_stream,decoupled_rope rate=tuned
+seed=0,1,2 orders=block1,block16 T=1024 budget=steps,flops mechanism=two_stream,decoupled_rope rate=tuned
+orders=block128 T=1024 budget=steps,flops mechanism=two_stream,decoupled_rope rate=tuned
 T=256,512,2048,4096 budget=steps,flops mechanism=two_stream,decoupled_rope rate=tuned
 seed=1,2 T=2048,4096 budget=steps,flops mechanism=two_stream,decoupled_rope rate=tuned
 seed=0,1,2 T=128,1024 budget=parameters {_MAIN} rate=tuned

@@ -133,6 +133,8 @@ class ProfileTest(parameterized.TestCase):
     np.testing.assert_allclose(
       arrays["only/mass"], arrays["only/uniform"], atol=1e-5
     )
+    own = profiles.shares(arrays, "only")["own"]
+    self.assertAlmostEqual(own.item(), profiles.uniform_own(12), 5)
 
   def test_a_network_that_attends_to_the_nearest_position(self):
     """Queries and keys are one vector, turned slowly by t and by c."""

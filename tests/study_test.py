@@ -127,6 +127,10 @@ class StudyTest(absltest.TestCase):
       self.assertAlmostEqual(float(row["difference_bits"]), wanted, places=4)
       self.assertGreater(float(row["error"]), 0)
     self.assertLen(self.table("differences"), 3)
+    self.assertCountEqual(
+      [row["folder"] for row in self.table("runs")],
+      [row["folder"] for row in self.table("cells")],
+    )
 
 
 if __name__ == "__main__":

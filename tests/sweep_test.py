@@ -186,7 +186,7 @@ class FailureTest(absltest.TestCase):
     plain = "python -m aoarm_jax.main --config=x"
     self.assertEqual(sweep.report.command(argv, ""), plain)
     self.assertEqual(
-      sweep.report.command(argv, "a"), f"{plain} --config.data.path=<folder>"
+      sweep.report.command(argv, "x/a"), f"{plain} --config.data.path=a"
     )
 
   def test_a_program_that_did_not_compile_keeps_no_parameters(self):

@@ -17,6 +17,7 @@ ONE_SEED = "unclear (one seed)"
 MIXED = "yes and no"
 # What matters of an area and of a locality; both are between 0 and 1.
 LEAST_AREA = LEAST_LOCALITY = 0.02
+LEVEL = f"no (within {LEAST_AREA:g})"
 _SINGLE = "decoupled_rope"
 
 
@@ -25,7 +26,7 @@ class Answer(NamedTuple):
 
   Attributes:
     question: with its expected answer (the paper's, or the hypothesis') yes.
-    answer: YES, NO, MIXED, UNCLEAR, ONE_SEED or OPEN.
+    answer: YES, NO, LEVEL, MIXED, UNCLEAR, ONE_SEED or OPEN.
     numbers: what it rests on.
   """
 
@@ -35,7 +36,7 @@ class Answer(NamedTuple):
 
   @property
   def contradicts(self) -> bool:
-    return self.answer in (NO, MIXED)
+    return self.answer in (NO, LEVEL, MIXED)
 
 
 def all_of(differences, areas, specialisation, reference, size) -> list[Answer]:
@@ -61,9 +62,7 @@ def _decide(estimate: statistics.Estimate, least: float = 0.0) -> str:
   if estimate.seeds < 2:
     return ONE_SEED
   found = statistics.effect(estimate, least)
-  if found is None:
-    return UNCLEAR
-  return YES if found > 0 else NO
+  return {1: YES, 0: LEVEL, -1: NO}.get(found, UNCLEAR)
 
 
 def _number(x):
@@ -127,18 +126,12 @@ def _pair(question, names, found, level=False):
   return Answer(question, answer, numbers)
 
 
-def _estimate(row):
-  return statistics.Estimate(
-    row["difference_bits"], row["error"], row["degrees"], row["seeds"]
-  )
-
-
 def _over(question, rows):
   """One answer for several lengths; those of one seed are only listed."""
   if not rows:
     return Answer(question, OPEN, "")
   several = [r for r in rows if r["seeds"] > 1]
-  signs = {_decide(_estimate(r)) for r in several}
+  signs = {_decide(tables.estimate(r)) for r in several}
   if not several:
     answer = ONE_SEED
   elif signs == {YES, NO}:
@@ -185,9 +178,10 @@ def _growth(question, rows, key):
   if len(several) < 2:
     return Answer(question, ONE_SEED, _list(rows, key))
   first, last = several[0], several[-1]
-  growth = _estimate(last).minus(_estimate(first))
+  growth = tables.estimate(last).minus(tables.estimate(first))
+  ends = "" if several == rows else ", of those with several seeds"
   numbers = (
-    f"from {key} = {first[key]} to {last[key]}: {growth.value:+.4f} ± "
+    f"from {key} = {first[key]} to {last[key]}{ends}: {growth.value:+.4f} ± "
     f"{growth.error:.4f}; {_list(rows, key)}"
   )
   return Answer(question, _decide(growth), numbers)
@@ -272,6 +266,11 @@ def _locality(question, row, key, sign):
   numbers = f"{key[1]} {row['locality']:+.3f}"
   if row["error"] != "":
     numbers += f" ± {row['error']:.3f}"
+  if key == ("structural", "content"):
+    numbers += (
+      "; on its own slot, the last token generated, "
+      f"{row['own_over_uniform']:.1f} times what uniform attention puts there"
+    )
   return Answer(question, _decide(_index(row, sign), LEAST_LOCALITY), numbers)
 
 
@@ -301,7 +300,7 @@ def _between(two, one, T):
 
 def _all(*answers):
   """Of what has to hold together."""
-  for answer in (NO, ONE_SEED, UNCLEAR):
+  for answer in (NO, LEVEL, ONE_SEED, UNCLEAR):
     if answer in answers:
       return answer
   return YES

@@ -246,9 +246,9 @@ def _first_reference(rows):
 
 
 def _errors(axes, x, rows, marker, **style):
-  """Differences with two standard errors; hollow where there is one seed."""
+  """Differences with 95% intervals; hollow where there is one seed."""
   y = [r["difference_bits"] for r in rows]
-  error = [2 * r["error"] for r in rows]
+  error = [tables.estimate(r).half for r in rows]
   axes.errorbar(x, y, yerr=error, marker=marker, capsize=3, **style)
   one = [i for i, r in enumerate(rows) if r["seeds"] == 1]
   axes.plot(

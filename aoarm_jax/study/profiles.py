@@ -278,6 +278,11 @@ def shares(arrays: dict[str, np.ndarray], stream: str) -> dict[str, np.ndarray]:
   }
 
 
+def uniform_own(slots: int) -> float:
+  """Mass per row that uniform attention puts on the own slot, of all rows."""
+  return float(np.mean(1 / np.arange(1, slots + 1)))
+
+
 def orders_of(config: config_lib.Config, seed: int) -> jax.Array:
   """The orders of the profiled windows, as of generated texts."""
   return orders.draw(

@@ -28,12 +28,14 @@ def command(argv: list[str], text: str) -> str:
 
   Args:
     argv: of this process.
-    text: config.data.path, whose place is not shown; "" is built in.
+    text: config.data.path, of which the name is shown; "" is built in.
   """
   kept = [part for part in argv[1:] if not _LOCAL.match(part)]
   kept = [re.sub(r"=.*/(?=configs/)", "=", part) for part in kept]
   parts = ["python -m aoarm_jax.main", shlex.join(kept)]
-  return " ".join(parts + ["--config.data.path=<folder>"] * bool(text))
+  if text:
+    parts.append(f"--config.data.path={shlex.quote(epath.Path(text).name)}")
+  return " ".join(parts)
 
 
 def write(
@@ -58,13 +60,16 @@ def write(
   every = cells_lib.with_trials(cells, config)
   made = {
     "cells": tables.cells_table(every, results),
+    "runs": tables.runs_table(results),
     "rates": tables.rates_table(cells, results, config),
     "bits": tables.bits_table(cells, results),
     "differences": tables.differences_table(trained, results, config),
     "areas": tables.areas_table(trained, curves),
     "curves": tables.curves_table(curves),
     "locality": tables.locality_table(profiles),
-    "specialisation": tables.specialisation_table(profiles),
+    "specialisation": tables.specialisation_table(
+      profiles, config.model.sentinels
+    ),
   }
   for name, rows in made.items():
     run_dir.write_atomically(folder / f"{name}.csv", tables.to_csv(rows))
@@ -128,7 +133,9 @@ def _text(config, cells, results, made, drawn, answers, shown):
     "differ: see the profiles, and every head in [locality.csv](locality.csv). "
     "A content row's distance is from its own position, all others' from their "
     "target. *mass*: what goes to the row's own slot and to the sentinels, "
-    "which is in no index.\n\n" + _markdown(made["specialisation"], _LOCALITY),
+    "which is in no index; *own over uniform*: how many times what uniform "
+    "attention puts on the own slot.\n\n"
+    + _markdown(made["specialisation"], _LOCALITY),
     _figures(drawn, shown),
     _open(made["cells"], answers),
   ]
@@ -188,11 +195,13 @@ def _method(config, cells, first):
 
     **Answers** are about mechanisms at {size} (width x layers x heads),
     whatever the seed. An effect counts where its 95% interval leaves 0 out, by
-    Student's law: at 3 seeds 4.3 standard errors, where seeds alone make the
-    error. That of windows is that of the means of 24 stretches of the text,
-    since neighbours are alike; books are longer still. Areas and localities
-    have to differ by {findings.LEAST_AREA:g} to count, and are level where the
-    interval is within that. One seed cannot tell, however many windows it was
+    Student's law with the degrees of freedom of the seeds: at 3 seeds 4.3
+    standard errors, at 2 seeds 12.7. The error of windows, which is part of it,
+    is that of the means of 24 stretches of the text, since neighbours are
+    alike; books are longer still. Areas and localities have to differ by
+    {findings.LEAST_AREA:g} to count; where the interval is within that, the
+    answer is `{findings.LEVEL}`. Bits have no such margin. ± is one standard
+    error. One seed cannot tell, however many windows it was
     measured on. Nothing is corrected for the number of questions."""
   )
 
@@ -257,7 +266,8 @@ def _state(rows, failed):
   where = f", on {', '.join(devices)}" if devices else ""
   text = (
     f"## What was run\n\n{len(done)} of {len(rows)} cells, as {len(runs)} runs "
-    f"of {seconds:,.0f} s in all{where}: [cells.csv](cells.csv)."
+    f"of {seconds:,.0f} s in all{where}: [cells.csv](cells.csv). All runs that "
+    "there are, also those of other sweeps: [runs.csv](runs.csv)."
   )
   if failed:
     text += f"\n\n{len(failed)} failed:\n\n"
@@ -274,7 +284,7 @@ def _answers(answers):
     "`yes` and `no`: beyond what chance explains at so few seeds, at this "
     "budget; see Method."
   )
-  lines.append("\nAgainst the paper:\n")
+  lines.append("\nAgainst the paper or the hypotheses:\n")
   lines += against or ["- nothing so far"]
   return "\n".join(lines)
 
@@ -296,7 +306,7 @@ _AREAS = _ARM | {
 }  # fmt: skip
 _LOCALITY = _ARM | {
   "index": "", "stream": "", "seeds": "", "locality": ".3f", "error": ".3f",
-  "mass_own": ".3f", "mass_sentinels": ".3f",
+  "mass_own": ".3f", "own_over_uniform": ".1f", "mass_sentinels": ".3f",
 }  # fmt: skip
 
 
@@ -328,8 +338,8 @@ _CAPTIONS = {
   "letters or more; a dot for each temperature, bars are 95% bands",
   "coherence_diversity_over_1": "The same, words of more than one letter",
   "differences": "Paired differences from the reference over length; bars are "
-  "two standard errors, hollow: one seed, and the error of windows alone; "
-  "logarithmic beyond 0.1",
+  "95% intervals, hollow: one seed, and those of windows alone; logarithmic "
+  "beyond 0.1",
   "blocks": "Paired differences over the width of blocks, in the same manner",
   "locality": "Locality of every head (small) and their mean (large)",
   "profiles": "Attention by distance, mean over heads, first layer below",

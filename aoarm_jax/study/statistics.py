@@ -63,6 +63,9 @@ def over_windows(values) -> Estimate:
 def over_both(windows: list) -> Estimate:
   """Of one number a window, the same windows for every seed.
 
+  Its degrees of freedom are those of the seeds: two or three may lie together
+  by luck, so that a small error of theirs is worth no more of them.
+
   Args:
     windows: of each seed, [n].
   """
@@ -71,8 +74,7 @@ def over_both(windows: list) -> Estimate:
   text = over_windows(np.mean(windows, axis=0))
   if seeds.seeds == 1:
     return text._replace(value=seeds.value)
-  error, degrees = _together(seeds, text)
-  return seeds._replace(error=error, degrees=degrees)
+  return seeds._replace(error=math.hypot(seeds.error, text.error))
 
 
 def _together(a, b):

@@ -115,6 +115,11 @@ class Results:
       folder, json.loads((folder / measure.RESULT).read_text())
     )
 
+  def every(self) -> list[tuple[epath.Path, dict]]:
+    """(folder, what result.json holds) of all that is done, by name."""
+    paths = sorted((self.workdir / _FOLDER).glob(f"*/{measure.RESULT}"))
+    return [(path.parent, json.loads(path.read_text())) for path in paths]
+
   def bits(self, cell: cells_lib.Cell) -> float | None:
     """Bits a character of a cell; None where it is not done."""
     result = self.result(cell)

@@ -75,6 +75,27 @@ def cells_table(cells, results) -> list[Row]:
   return rows
 
 
+def runs_table(results) -> list[Row]:
+  """One row for every run that is done, of this sweep or of another one."""
+  rows = []
+  for folder, result in results.every():
+    cell, estimate = result["cell"], result["estimate"]
+    run = result["config"]
+    rows.append({
+      **{name: cell[name] for name in ("mechanism", "size", "T", "orders")},
+      "seed": cell["seed"],
+      "rate": run["optimizer"]["peak_learning_rate"],
+      "steps_run": run["train"]["steps"],
+      "mlp_width": config_lib.from_dict(run).model.F,
+      "estimator": estimate["estimator"],
+      "bits_per_char": f"{estimate['bits_per_char']:.5f}",
+      "seconds": result["seconds"]["all"],
+      "device": result["device"],
+      "folder": folder.name,
+    })  # fmt: skip
+  return rows
+
+
 def bits_table(cells, results) -> list[Row]:
   """Bits a character of every arm; causal's is left to right: another one."""
   rows = []
@@ -183,6 +204,13 @@ def _difference(arm, members, reference, others, results):
       "error_of": "windows" if len(pairs) == 1 else "seeds and windows",
     }
   return row
+
+
+def estimate(row: Row) -> statistics.Estimate:
+  """What a measured row of the table of differences says."""
+  return statistics.Estimate(
+    row["difference_bits"], row["error"], row["degrees"], row["seeds"]
+  )
 
 
 def _windows(results, cell):
@@ -345,12 +373,13 @@ def streams_of(arm: cells_lib.Cell) -> tuple[str, ...]:
   return profiles.streams(mechanisms.MECHANISMS[arm.mechanism])
 
 
-def specialisation_table(found) -> list[Row]:
+def specialisation_table(found, sentinels: int) -> list[Row]:
   """Mean locality of every stream, and what parts two streams.
 
   Over the layers that both streams have and all heads. Specialisation is query
   - content; a tradeoff that two streams escape shows as semantic > 0 and
-  structural < 0. `error` is over seeds.
+  structural < 0. `error` is over seeds. `own_over_uniform` is the mass on the
+  own slot over what uniform attention puts there.
   """
   rows = []
   for arm, files in found.items():
@@ -365,13 +394,15 @@ def specialisation_table(found) -> list[Row]:
         row = _of_arm(arm) | {
           "index": kind, "stream": stream, "seeds": index.seeds,
           "locality": index.value, "error": _or_empty(index.error),
-          "mass_own": "", "mass_sentinels": "",
+          "mass_own": "", "mass_sentinels": "", "own_over_uniform": "",
         }  # fmt: skip
         if stream in names:
           shares = [profiles.shares(f, stream) for f in files]
           for name in ("own", "sentinels"):
             mean = np.mean([share[name] for share in shares])
             row[f"mass_{name}"] = float(mean)
+          uniform = profiles.uniform_own(arm.T + sentinels - 1)
+          row["own_over_uniform"] = row["mass_own"] / uniform
         rows.append(row)
   return rows
 
