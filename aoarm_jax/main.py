@@ -56,6 +56,7 @@ RUN_ERRORS = (
   telemetry.NonFiniteError,
 )
 
+_GOES_ON = {"study": ": the same command goes on with the cell that was lost"}
 _LESS_TRAINING = (
   "lower --config.train.batch_size, raise --config.compute.accumulate, or set "
   "--config.compute.remat=true"
@@ -317,7 +318,7 @@ def main(argv: list[str]) -> None:
     logging.warning("%s", stop)
     sys.exit(stop.exit_code)
   except KeyboardInterrupt:
-    _fail("interrupted", 130)
+    _fail("interrupted" + _GOES_ON.get(flags.FLAGS.mode, ""), 130)
   except COMMAND_ERRORS as error:
     _fail(error, 2)
   except RUN_ERRORS as error:

@@ -14,6 +14,7 @@ from aoarm_jax.model import cost
 # Head dims stay multiples of 8, which fused attention wants; so does F.
 _MULTIPLE = 8
 _LARGEST = 1 << 26  # Steps, layers, widths in units.
+_EQUAL = 0.1  # What is off by more is not called equal.
 
 
 def parameters(model: config_lib.Model, vocabulary: int) -> int:
@@ -55,7 +56,7 @@ def match(
     whose width is a multiple of 8, an MLP width that is.
 
   Raises:
-    ConfigError: no value comes within a factor of 2.
+    ConfigError: no value comes within 10%.
   """
   by, change = config.match.by, config.match.change
   measure = _MEASURES[by]
@@ -82,10 +83,11 @@ def match(
     low, high = (middle, high) if size(middle) < target else (low, middle)
   count = min((low, high), key=lambda count: abs(size(count) - target))
   share = size(count) / target
-  if not 0.5 < share < 2:
+  if abs(share - 1) > _EQUAL:
     raise config_lib.ConfigError(
-      f"config.match.change={change!r}: no {change} gives {config.name} the "
-      f"{by} of {config.match.to}; the nearest has {share:.2f} of them"
+      f"config.match.change={change!r}: no {change} gives "
+      f"{config.model.mechanism} the {by} of {config.match.to}; the nearest "
+      f"has {share:.2f} of them"
     )
   return with_value(count)
 

@@ -66,10 +66,22 @@ class SweepTest(parameterized.TestCase):
     ("T=1e3", "T=1e3 cannot be"),
     ("orders=blocks", "orders=blocks cannot be"),
     ("rate=fast", "rate=fast cannot be"),
+    ("seed=0 seed=1", "seed is there twice"),
   )
   def test_a_line_that_cannot_be(self, sweep, message):
     with self.assertRaisesRegex(config_lib.ConfigError, message):
       cells_lib.expand(config(sweep))
+
+  def test_what_cannot_be_matched_is_named(self):
+    line = "mechanism=ao_gpt size=64x2x2 T=16 budget=parameters"
+    with self.assertRaisesRegex(
+      config_lib.ConfigError,
+      "sweep: ao_gpt 64x2x2 T=16 .*: no mlp_width gives ao_gpt the parameters "
+      "of two_stream; the nearest has",
+    ):
+      self.resolved(line)
+    with self.assertRaisesRegex(config_lib.ConfigError, "tokens_per_step=8"):
+      self.resolved("T=16", tokens_per_step=8)
 
   def resolved(self, line, **study):
     study = config(line, **study)

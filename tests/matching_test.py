@@ -35,12 +35,13 @@ class MatchTest(parameterized.TestCase):
   def test_the_nearest_value_is_found(self, mechanism, by_and_change):
     """One more or one less is further away."""
     by, change = by_and_change
-    other = _config("two_stream")
-    own = _config(mechanism, by, change)
+    sizes = dict(D=256, L=12, N=4)
+    other = _config("two_stream", **sizes)
+    own = _config(mechanism, by, change, **sizes)
     matched = matching.match(own, other, _V)
     section = "train" if change == "steps" else "model"
     value = getattr(getattr(matched, section), change)
-    unit = {"D": 16, "mlp_width": 8}.get(change, 1)
+    unit = {"D": 32, "mlp_width": 8}.get(change, 1)
     self.assertEqual(value % unit, 0)
 
     def off(count):
@@ -92,6 +93,10 @@ class MatchTest(parameterized.TestCase):
       config_lib.ConfigError, "config.match.change='mlp_width': .* has .* of"
     ):
       matching.match(own, large, _V)
+    # What is a fifth off is not equal.
+    with self.assertRaisesRegex(config_lib.ConfigError, "no L gives ao_gpt"):
+      few = _config("two_stream", L=3)
+      matching.match(_config("ao_gpt", "parameters", "L"), few, _V)
 
   def test_table(self):
     table = matching.table(_config("two_stream"), _V).splitlines()
@@ -159,8 +164,8 @@ class ResolveTest(absltest.TestCase):
     self.assertEqual(default.train.steps, 3511)
     _, half = self.resolve(to="other", steps=1000)
     self.assertEqual(half.train.steps, 1755)
-    _, tiny = self.resolve(to="other:tiny")
-    self.assertLess(tiny.train.steps, 100)
+    _, tiny = self.resolve(to="other:tiny", steps=20_000)
+    self.assertLess(tiny.train.steps, 1000)
 
   def test_no_such_config(self):
     with self.assertRaisesRegex(

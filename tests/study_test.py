@@ -13,6 +13,7 @@ from absl.testing import absltest
 from studies import STUDY
 
 from aoarm_jax import config as config_lib
+from aoarm_jax.data import tokenizers
 from aoarm_jax.study import measure
 
 # On the older Python alone, but for what profiles_test.py and coherence_test.py
@@ -61,6 +62,7 @@ class StudyTest(absltest.TestCase):
     self.assertLess(sum(map(len, files.values())), 100_000)
     self.check_report()
     self.check_differences()
+    self.check_damage_is_named()
     self.check_it_can_be_made_again()
 
   def results(self):
@@ -79,6 +81,20 @@ class StudyTest(absltest.TestCase):
           "--config.study.sweep=mechanism=two_stream T=16 seed=1",
         ]
       )
+    # Also where nothing is left to be run.
+    with self.assertRaisesRegex(config_lib.ConfigError, "another text"):
+      helpers.run([*self.command, other])
+
+  def check_damage_is_named(self):
+    for name in (measure.RESULT, "windows.npz"):
+      path = next((self.workdir / "cells").glob(f"mdlm*/{name}"))
+      whole = path.read_bytes()
+      path.write_bytes(whole[:100])
+      with self.assertRaisesRegex(
+        tokenizers.DataError, f"mdlm.*/{name}: damaged .* delete .*mdlm"
+      ):
+        helpers.run([*self.command, "--config.study.part=report"])
+      path.write_bytes(whole)
 
   def check_it_can_be_made_again(self):
     """From nothing but the cells' files; what is missing is shown empty."""
@@ -86,12 +102,14 @@ class StudyTest(absltest.TestCase):
     first = helpers.contents(report)
     for path in report.iterdir():
       path.unlink()
+    for name in ("mine.png", "profiles_T99.png"):  # The other's is stale.
+      (report / name).touch()
     (gone,) = [name for name in self.results() if name.startswith("mdlm")]
     (self.workdir / "cells" / gone).unlink()
     with mock.patch.object(measure, "Lab", side_effect=AssertionError):
       helpers.run([*self.command, "--config.study.part=report"])
     again = helpers.contents(report)
-    self.assertEqual(set(again), set(first))
+    self.assertEqual(set(again), {*first, "mine.png"})
     for name in ("locality.csv", "profiles_T16.svg"):
       self.assertEqual(again[name], first[name], name)
     self.assertIn(b"3 of 4 cells", again["README.md"])

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import tempfile
+import time
 import weakref
 from concurrent import futures
 from unittest import mock
@@ -48,6 +49,26 @@ class SharesTest(absltest.TestCase):
     study = config("mechanism=two_stream,mdlm rate=tuned", cells="rate=0.004")
     mine = sweep.chosen(study, cells_lib.expand(study))
     self.assertEqual([cell.rate for cell in mine], ["0.004"] * 2)
+
+  def test_a_limit_shorter_than_a_cell_is_said(self):
+    study = config("mechanism=two_stream,mdlm", limit_seconds=10)
+    cells, clock = cells_lib.expand(study), sweep._Clock()
+    results = sweep.Results(study, epath.Path("/absent"), V)
+    with mock.patch.object(sweep, "_seconds_left", return_value=30.0):
+      with self.assertLogs(level="INFO") as logs:
+        self.assertFalse(sweep._fits(clock, cells, time.monotonic(), results))
+      self.assertIn("takes about 30 s: raise the limit", logs.output[0])
+    with mock.patch.object(sweep, "_seconds_left", return_value=8.0):
+      with self.assertLogs(level="INFO") as logs:
+        start = time.monotonic() - 5
+        self.assertFalse(sweep._fits(clock, cells, start, results))
+      self.assertIn("start the same command again", logs.output[0])
+
+  def test_a_report_is_no_file(self):
+    file = self.enter_context(tempfile.NamedTemporaryFile())
+    study = config("mechanism=two_stream", report=file.name)
+    with self.assertRaisesRegex(config_lib.ConfigError, "name a folder"):
+      sweep.study(study, epath.Path("/absent"), [])
 
   def test_an_empty_share_is_no_error(self):
     study = config(
@@ -233,7 +254,7 @@ class RateTest(absltest.TestCase):
   def test_a_loss_that_is_no_number_is_raised(self):
     corpus = mock.Mock(tokenizer=tokenizers.get("char27"))
     corpus.hash.return_value = "0"
-    corpus.split.return_value = np.zeros(3, np.uint8)
+    corpus.split.return_value = np.zeros(200, np.uint8)
     lab = measure.Lab(self.study, corpus, None, mock.MagicMock())
     resolved = self.results.resolved(self.trials[0])
     folder = self.results.folder(self.trials[0])
@@ -252,6 +273,18 @@ class RateTest(absltest.TestCase):
       self.assertRaisesRegex(telemetry.NonFiniteError, "bits/char is nan"),
     ):
       lab.run(self.trials[0], resolved, folder)
+
+  def test_a_text_that_is_too_short_is_said_before_training(self):
+    corpus = mock.Mock(tokenizer=tokenizers.get("char27"))
+    corpus.hash.return_value = "0"
+    corpus.split.return_value = np.zeros(100, np.uint8)
+    lab = measure.Lab(self.study, corpus, None, mock.MagicMock())
+    trial = self.trials[0]
+    with (
+      mock.patch.object(lab, "_train", side_effect=AssertionError),
+      self.assertRaisesRegex(tokenizers.DataError, "holds no sequence"),
+    ):
+      lab.run(trial, self.results.resolved(trial), self.results.folder(trial))
 
   def test_the_best_decides_when_all_are_done_and_is_the_cell_itself(self):
     for trial, bits in zip(self.trials, (2.5, 2.4, 2.25)):

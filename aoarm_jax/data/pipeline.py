@@ -99,7 +99,7 @@ def train_batches(
     DataError: the text is too short.
   """
   rows = np.arange(batch_size) if rows is None else rows
-  _check_length(tokens, T)
+  check_length(tokens, T)
   starts = _Starts(seed, batch_size, len(tokens) - T + 1)
   return TrainBatches(starts, _Crops(tokens, T, rows), workers)
 
@@ -158,7 +158,7 @@ def eval_batches(
     DataError: the text is too short.
   """
   rows = np.arange(batch_size) if rows is None else rows
-  _check_length(tokens, T)
+  check_length(tokens, T)
   windows = np.arange(len(tokens) // T)
   if batches:
     keys = _random_bits(seed, 0, len(windows), purpose=1)
@@ -216,7 +216,8 @@ def _random_bits(seed, index, size, *, purpose) -> np.ndarray:
   return bits.random_raw(size)
 
 
-def _check_length(tokens: np.ndarray, T: int):
+def check_length(tokens: np.ndarray, T: int) -> None:
+  """DataError where a text holds no sequence of T tokens."""
   if len(tokens) < T:
     raise corpora.DataError(
       f"a text of {len(tokens)} characters holds no sequence of "

@@ -162,6 +162,8 @@ def _of_line(line, config):
       raise _error(
         line, f"{part!r} is not key=values; keys: {', '.join(values)}"
       )
+    if key in written:
+      raise _error(line, f"{key} is there twice")
     written[key] = value.split(",")
   keys = [*(k for k in values if k not in written), *written]
   for point in itertools.product(*(({**values, **written})[k] for k in keys)):
@@ -223,15 +225,26 @@ def resolve(
   Raises:
     ConfigError: values that cannot be together.
   """
+  if config.study.tokens_per_step < cell.T:
+    raise config_lib.ConfigError(
+      f"config.study.tokens_per_step={config.study.tokens_per_step}: no "
+      f"sequence of T={cell.T} is in a step"
+    )
   plain = _plain(cell, config)
   if cell.budget != "steps" and cell.mechanism != config.study.reference:
     other = dataclasses.replace(cell, mechanism=config.study.reference)
-    value = _matched(
-      dataclasses.replace(plain, study=config_lib.Study()),
-      dataclasses.replace(_plain(other, config), study=config_lib.Study()),
-      cell.budget,
-      vocabulary,
-    )
+    try:
+      value = _matched(
+        dataclasses.replace(plain, study=config_lib.Study()),
+        dataclasses.replace(_plain(other, config), study=config_lib.Study()),
+        cell.budget,
+        vocabulary,
+      )
+    except config_lib.ConfigError as error:
+      why = str(error).partition(": ")[2]
+      raise config_lib.ConfigError(
+        f"config.study.sweep: {cell.label}: {why}"
+      ) from None
     if cell.budget == "flops":
       plain = _with(plain, train=dict(steps=value))
     elif value != plain.model.F:
@@ -254,7 +267,7 @@ def _plain(cell, config):
     estimator = "any_order" if asked == "uniform" else "training_order"
   # A full pass's attention is not a fused one: its maps are not all kept.
   remat = config.compute.remat or (kind.masked and cell.T > 1024)
-  batch = max(1, config.study.tokens_per_step // cell.T)
+  batch = config.study.tokens_per_step // cell.T
   orders = dict(family=family)
   if width:
     orders["block_width"] = int(width)
@@ -285,7 +298,9 @@ def _matched(config, other, budget, vocabulary):
   if budget == "parameters":
     by, change = ("parameters", "mlp_width")
   matched = matching.match(
-    dataclasses.replace(config, match=config_lib.Match("", by, change)),
+    dataclasses.replace(
+      config, match=config_lib.Match(other.model.mechanism, by, change)
+    ),
     other,
     vocabulary,
   )

@@ -72,7 +72,7 @@ def _number(x):
 def _areas(rows, reference):
   """The paper's comparison, and that with the arm that it lacks."""
   answers = []
-  for T in (128, 1024):
+  for T in sorted({128, 1024} & {row["T"] for row in rows}):
     for budget in ("steps", "flops"):
       at = f"T = {T}, equal {budget}"
       found = {

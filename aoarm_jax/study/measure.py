@@ -18,6 +18,7 @@ import io
 import itertools
 import json
 import time
+import zipfile
 
 import jax
 import numpy as np
@@ -43,6 +44,15 @@ _TELL_SECONDS = 15.0
 _TEXTS = 2  # Kept of every third temperature.
 
 
+def text_of(
+  corpus: corpora.Corpus, config: config_lib.Config
+) -> dict[str, str]:
+  """The hashes of the splits that are trained on and evaluated."""
+  return {
+    name: corpus.hash(name) for name in sorted({"train", config.eval.split})
+  }
+
+
 class Lab:
   """The text, read once, and the programs; runs cells one after the other."""
 
@@ -55,9 +65,7 @@ class Lab:
   ):
     self.study, self.corpus, self.mesh = config.study, corpus, mesh
     self.tokenizer, self.programs = corpus.tokenizer, programs
-    self.text = {
-      name: corpus.hash(name) for name in sorted({"train", config.eval.split})
-    }
+    self.text = text_of(corpus, config)
 
   @functools.cached_property
   def sizes(self) -> dict[str, int]:
@@ -87,6 +95,8 @@ class Lab:
       NonFiniteError: the loss is no number.
     """
     clock, start = {}, time.monotonic()
+    for split in self.text:
+      pipeline.check_length(self.corpus.split(split), config.model.T)
     programs = self.programs.of(config)
     with _timed(clock, "compile"):  # Those of evaluation, during training.
       for name in ("init", "train"):
@@ -287,9 +297,27 @@ def _write_arrays(path, **arrays):
   run_dir.write_atomically(path, data.getvalue())
 
 
+def read_result(path: epath.Path) -> dict:
+  """What a result.json holds; DataError where it is damaged."""
+  try:
+    return json.loads(path.read_text())
+  except ValueError as error:
+    raise _damaged(path, error) from None
+
+
 def read_arrays(path: epath.Path) -> dict[str, np.ndarray]:
-  """Of an npz file; {} if there is none."""
+  """Of an npz file; {} if there is none, DataError where it is damaged."""
   if not path.exists():
     return {}
-  with np.load(io.BytesIO(path.read_bytes())) as file:
-    return dict(file)
+  try:
+    with np.load(io.BytesIO(path.read_bytes())) as file:
+      return dict(file)
+  except (ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    raise _damaged(path, error) from None
+
+
+def _damaged(path, error):
+  return corpora.DataError(
+    f"{path}: damaged ({error}); delete {path.parent}, and the study runs this "
+    "cell again"
+  )

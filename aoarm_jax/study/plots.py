@@ -187,7 +187,8 @@ def _profiles(found, folder, T, limit=4):
         ticks = np.arange(0, len(shown), 3)
         axes.set_xticks(ticks, [f"{shown[t]}" for t in ticks])
         axes.grid(False)
-        axes.set_yticks(sorted({0, len(values) - 1}))
+        ends = sorted({0, len(values) - 1})
+        axes.set_yticks(ends, [str(end + 1) for end in ends])
         axes.set_xlabel(f"{profiles.KINDS[i]} distance, up to", fontsize=9)
       rows_of = "" if stream == "only" else f", {stream} rows"
       line[0].set_title(f"{_name(arm)}{rows_of}, T = {T}", fontsize=10)
@@ -219,7 +220,7 @@ def locality_plane(found, folder: epath.Path) -> bool:
         if arm.T != T:
           continue
         for stream in tables.streams_of(arm):
-          index = np.mean([profiles.locality(f, stream) for f in files], axis=0)
+          index = np.mean([tables.index_of(f, stream) for f in files], axis=0)
           words = _name(arm) + (f", {stream}" if stream != "only" else "")
           filled = stream != "content"
           axes.plot(
@@ -301,7 +302,8 @@ def differences(rows, folder: epath.Path) -> bool:
     grid[0][0].yaxis.set_major_formatter("{x:g}")
     grid[0][0].minorticks_off()
     grid[0][0].set_ylabel(
-      f"bits per character above {measured[0]['reference']}"
+      f"bits per character above {measured[0]['reference']}\n"
+      "(logarithmic beyond 0.1)"
     )
     _legend(picture, grid)
   return True

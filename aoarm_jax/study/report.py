@@ -87,6 +87,7 @@ def write(
   }
   drawn = [name for name, draw in pictures.items() if draw()]
   drawn += plots.profiles_pictures(profiles, folder)
+  _remove_stale(folder, drawn)
   answers = findings.all_of(
     differences, made["areas"], made["specialisation"],
     config.study.reference, cells_lib.size_of(config.model),
@@ -101,6 +102,16 @@ def write(
       "%d of them learned no more than how frequent letters are: they are in "
       "no picture and no comparison", untrained,
     )  # fmt: skip
+
+
+def _remove_stale(folder, drawn):
+  """Pictures of an earlier report that this one has not."""
+  for name in _CAPTIONS:
+    several = "_T*" * (name == "profiles")
+    for suffix in ("png", "svg"):
+      for path in folder.glob(f"{name}{several}.{suffix}"):
+        if path.stem not in drawn:
+          path.unlink()
 
 
 def _text(config, cells, results, made, drawn, answers, shown):
@@ -265,8 +276,8 @@ def _state(rows, failed):
   devices = sorted({row["device"] for row in done})
   where = f", on {', '.join(devices)}" if devices else ""
   text = (
-    f"## What was run\n\n{len(done)} of {len(rows)} cells, as {len(runs)} runs "
-    f"of {seconds:,.0f} s in all{where}: [cells.csv](cells.csv). All runs that "
+    f"## What was run\n\n{len(done)} of {len(rows)} cells, runs: {len(runs)}, "
+    f"{seconds:,.0f} s in all{where}: [cells.csv](cells.csv). All runs that "
     "there are, also those of other sweeps: [runs.csv](runs.csv)."
   )
   if failed:
@@ -341,7 +352,8 @@ _CAPTIONS = {
   "95% intervals, hollow: one seed, and those of windows alone; logarithmic "
   "beyond 0.1",
   "blocks": "Paired differences over the width of blocks, in the same manner",
-  "locality": "Locality of every head (small) and their mean (large)",
+  "locality": "Locality of every head (small) and their mean (large), of all "
+  "layers but the last",
   "profiles": "Attention by distance, mean over heads, first layer below",
 }
 
@@ -377,7 +389,7 @@ def _open(rows, answers):
     for a in answers
     if a.answer not in (findings.YES, findings.NO)
   ]
-  text = f"## What remains open\n\n{missing} of {len(rows)} cells are not done."
+  text = f"## What remains open\n\nCells not done: {missing} of {len(rows)}."
   if unclear:
     text += "\n\n" + "\n".join(f"- {question}" for question in unclear)
   return text + (

@@ -112,13 +112,13 @@ class Results:
     if folder is None or not (folder / measure.RESULT).exists():
       return None
     return self._done.setdefault(
-      folder, json.loads((folder / measure.RESULT).read_text())
+      folder, measure.read_result(folder / measure.RESULT)
     )
 
   def every(self) -> list[tuple[epath.Path, dict]]:
     """(folder, what result.json holds) of all that is done, by name."""
     paths = sorted((self.workdir / _FOLDER).glob(f"*/{measure.RESULT}"))
-    return [(path.parent, json.loads(path.read_text())) for path in paths]
+    return [(path.parent, measure.read_result(path)) for path in paths]
 
   def bits(self, cell: cells_lib.Cell) -> float | None:
     """Bits a character of a cell; None where it is not done."""
@@ -194,6 +194,11 @@ def study(
     )
   vocabulary = tokenizers.get(config.data.tokenizer).V
   cells = cells_lib.expand(config)
+  folder = epath.Path(config.study.report or workdir / "report")
+  if folder.exists() and not folder.is_dir():
+    raise config_lib.ConfigError(
+      f"config.study.report={config.study.report!r}: name a folder, not a file"
+    )
   results = Results(config, workdir, vocabulary)
   for cell in cells:  # Whatever cannot be is said before anything runs.
     cells_lib.resolve(
@@ -212,7 +217,6 @@ def study(
     )
   if config.study.part != "cells":
     _check_one_text(results, cells)
-    folder = epath.Path(config.study.report or workdir / "report")
     report.write(config, cells, results, folder, argv)
     logging.info("report: %s", folder)
   if config.study.part != "report":
@@ -268,12 +272,14 @@ def _run_cells(config, cells, results):
       clock.add(result)
   todo = list(todo.values())
   logging.info(
-    "study: %d cells here, %d to be run; next: %s",
+    "study: %d cells here (equal ones are run once), runs left: %d; next: %s",
     len(mine), len(todo), todo[0].label if todo else "nothing",
   )  # fmt: skip
-  if not todo:
-    return
   tokenizer = tokenizers.get(config.data.tokenizer)
+  if not todo:
+    corpus = corpora.load(config.data.corpus, config.data.path, tokenizer)
+    _check_text(results, measure.text_of(corpus, config))
+    return
   rate = config.optimizer.peak_learning_rate  # Whatever: of no matter here.
   for cell in todo:
     resolved = cells_lib.resolve(cell, config, rate, tokenizer.V)
@@ -305,10 +311,10 @@ def _fits(clock, cells, start, results):
   seconds = _seconds_left(clock, cells[:1], results) or 0
   if not limit or time.monotonic() - start + seconds <= limit:
     return True
-  logging.info(
-    "limit of %d s: %d cells are left; start the same command again",
-    limit, len(cells),
-  )  # fmt: skip
+  again = "start the same command again"
+  if seconds > limit:
+    again = f"the next one takes about {seconds:.0f} s: raise the limit"
+  logging.info("limit of %d s: %d cells are left; %s", limit, len(cells), again)
   return False
 
 
@@ -383,7 +389,7 @@ def _check_text(results, text):
   """All cells of a directory are of one text."""
   folder = results.workdir / _FOLDER
   for path in sorted(folder.glob(f"*/{measure.RESULT}"))[:1]:
-    other = json.loads(path.read_text())["text"]
+    other = measure.read_result(path)["text"]
     if other != text:
       raise config_lib.ConfigError(
         f"config.data.path={results.config.data.path!r}: another text than "

@@ -359,7 +359,9 @@ def locality_table(found) -> list[Row]:
       index = np.mean([profiles.locality(f, stream) for f in files], axis=0)
       shares = [profiles.shares(f, stream) for f in files]
       for layer, head in np.ndindex(index.shape[:2]):
-        row = _of_arm(arm) | {"stream": stream, "layer": layer, "head": head}
+        row = _of_arm(arm) | {
+          "stream": stream, "layer": layer + 1, "head": head + 1,
+        }  # fmt: skip
         row |= dict(zip(profiles.KINDS, map(_or_empty, index[layer, head])))
         for name in ("own", "sentinels"):
           row[f"mass_{name}"] = float(
@@ -384,7 +386,12 @@ def specialisation_table(found, sentinels: int) -> list[Row]:
   rows = []
   for arm, files in found.items():
     names = streams_of(arm)
-    means = np.array([[_mean_index(f, name) for name in names] for f in files])
+    means = np.array(
+      [
+        [np.nanmean(index_of(f, name), axis=(0, 1)) for name in names]
+        for f in files
+      ]
+    )
     for i, kind in enumerate(profiles.KINDS):
       series = {name: means[:, s, i] for s, name in enumerate(names)}
       if len(names) == 2:
@@ -407,11 +414,13 @@ def specialisation_table(found, sentinels: int) -> list[Row]:
   return rows
 
 
-def _mean_index(arrays, stream):
-  """[2]: over heads, and all layers but the last, which has no content rows."""
+def index_of(arrays: dict[str, np.ndarray], stream: str) -> np.ndarray:
+  """Locality of a stream, [layers, N, 2], of all layers but the last.
+
+  That one has no content rows.
+  """
   index = profiles.locality(arrays, stream)
-  layers = max(1, len(arrays[f"{stream}/own"]) - (stream != "content"))
-  return np.nanmean(index[:layers], axis=(0, 1))
+  return index[: max(1, len(index) - (stream != "content"))]
 
 
 def _or_empty(x):
