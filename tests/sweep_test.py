@@ -65,8 +65,7 @@ class SharesTest(absltest.TestCase):
       self.assertIn("start the same command again", logs.output[0])
 
   def test_a_report_is_no_file(self):
-    file = self.enter_context(tempfile.NamedTemporaryFile())
-    study = config("mechanism=two_stream", report=file.name)
+    study = config("mechanism=two_stream", report=__file__)
     with self.assertRaisesRegex(config_lib.ConfigError, "name a folder"):
       sweep.study(study, epath.Path("/absent"), [])
 
