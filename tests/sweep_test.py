@@ -54,15 +54,39 @@ class SharesTest(absltest.TestCase):
     study = config("mechanism=two_stream,mdlm", limit_seconds=10)
     cells, clock = cells_lib.expand(study), sweep._Clock()
     results = sweep.Results(study, epath.Path("/absent"), V)
-    with mock.patch.object(sweep, "_seconds_left", return_value=30.0):
-      with self.assertLogs(level="INFO") as logs:
-        self.assertFalse(sweep._fits(clock, cells, time.monotonic(), results))
-      self.assertIn("takes about 30 s: raise the limit", logs.output[0])
-    with mock.patch.object(sweep, "_seconds_left", return_value=8.0):
-      with self.assertLogs(level="INFO") as logs:
+    for seconds, said in (
+      (30.0, "takes about 30 s: raise the limit"),
+      (8.0, "start the same command again"),
+    ):
+      with mock.patch.object(sweep, "_seconds_left", return_value=seconds):
         start = time.monotonic() - 5
-        self.assertFalse(sweep._fits(clock, cells, start, results))
-      self.assertIn("start the same command again", logs.output[0])
+        self.assertFalse(sweep._fits(clock, cells[0], start, results))
+        self.assertTrue(sweep._fits(clock, cells[0], start + 40, results))
+        with self.assertLogs(level="INFO") as logs:
+          sweep._say_what_is_left(clock, cells, results)
+      self.assertIn(said, logs.output[0])
+
+  def test_a_shorter_cell_fills_the_time_that_is_left(self):
+    self.assertEqual(self.started(lambda cell: cell.T <= 16), [8, 16])
+    self.assertEqual(self.started(lambda cell: True), [32, 8, 64, 16])
+    self.assertEqual(self.started(lambda cell: False), [])
+
+  def started(self, fits):
+    """The lengths of the cells that are begun."""
+    study = config("T=32,8,64,16 mechanism=two_stream")
+    with tempfile.TemporaryDirectory() as folder:
+      results = sweep.Results(study, epath.Path(folder), V)
+      with (
+        mock.patch.object(
+          sweep, "_fits", side_effect=lambda _, cell, *args: fits(cell)
+        ),
+        mock.patch.object(sweep, "_run_cell") as run,
+        mock.patch.object(sweep, "corpora"),
+        mock.patch.object(sweep, "measure"),
+        mock.patch.object(sweep.programs_lib, "Programs"),
+      ):
+        sweep._run_cells(study, cells_lib.expand(study), results)
+    return [call.args[2].T for call in run.call_args_list]
 
   def test_a_report_is_no_file(self):
     study = config("mechanism=two_stream", report=__file__)

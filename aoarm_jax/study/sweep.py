@@ -286,16 +286,19 @@ def _run_cells(config, cells, results):
     mesh = sharding.of_run(resolved, "train", "eval")  # The same for all.
   programs = programs_lib.Programs(mesh, tokenizer.V)
   with jax.set_mesh(mesh), contextlib.closing(programs):
-    if not _fits(clock, todo, start, results):
+    if not any(_fits(clock, cell, start, results) for cell in todo):
+      _say_what_is_left(clock, todo, results)
       return
     _prepare(programs, results, todo[:2])  # While the text is read.
     corpus = corpora.load(config.data.corpus, config.data.path, tokenizer)
     logging.info("text: %s", corpus.describe("train", config.eval.split))
     lab = measure.Lab(config, corpus, mesh, programs)
     _check_text(results, lab.text)
+    late = []
     for n, cell in enumerate(todo):
-      if not _fits(clock, todo[n:], start, results):
-        return
+      if not _fits(clock, cell, start, results):
+        late.append(cell)  # A shorter one may follow.
+        continue
       left = _seconds_left(clock, todo[n:], results)
       logging.info(
         "cell %d/%d  %s  ETA of all %s", n + 1, len(todo), cell.label,
@@ -303,19 +306,24 @@ def _run_cells(config, cells, results):
       )  # fmt: skip
       _prepare(programs, results, todo[n : n + 2])
       _run_cell(lab, results, cell, clock)
+    if late:
+      _say_what_is_left(clock, late, results)
 
 
-def _fits(clock, cells, start, results):
-  """Whether the first of these cells would end in time, as far as is known."""
+def _fits(clock, cell, start, results):
+  """Whether a cell would end in time, as far as is known."""
   limit = results.config.study.limit_seconds
-  seconds = _seconds_left(clock, cells[:1], results) or 0
-  if not limit or time.monotonic() - start + seconds <= limit:
-    return True
+  seconds = _seconds_left(clock, [cell], results) or 0
+  return not limit or time.monotonic() - start + seconds <= limit
+
+
+def _say_what_is_left(clock, cells, results):
+  limit = results.config.study.limit_seconds
+  least = min(_seconds_left(clock, [cell], results) or 0 for cell in cells)
   again = "start the same command again"
-  if seconds > limit:
-    again = f"the next one takes about {seconds:.0f} s: raise the limit"
+  if least > limit:
+    again = f"the shortest takes about {least:.0f} s: raise the limit"
   logging.info("limit of %d s: %d cells are left; %s", limit, len(cells), again)
-  return False
 
 
 def _seconds_left(clock, cells, results):
