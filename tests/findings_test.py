@@ -207,16 +207,23 @@ class PairsTest(absltest.TestCase):
   """Which cell of the reference an arm is held against."""
 
   def difference(self, sweep, done):
-    """Of decoupled_rope; `done`: (mechanism, rate) -> bits a character."""
+    """Of decoupled_rope; `done`: (mechanism, rate) -> bits a character.
+
+    A run of 4 bits has learned nothing.
+    """
     study = config(sweep)
     cells = cells_lib.expand(study)
 
+    def bits_of(cell):
+      return done.get((cell.mechanism, cell.rate))
+
     def windows(_, cell):
-      bits = done.get((cell.mechanism, cell.rate))
+      bits = bits_of(cell)
       return None if bits is None else np.full(48, bits * 16 * math.log(2))
 
+    results = mock.Mock(is_untrained=lambda cell: bits_of(cell) == 4)
     with mock.patch.object(tables, "_windows", windows):
-      (row,) = tables.differences_table(cells, None, study)
+      (row,) = tables.differences_table(cells, results, study)
     return row["difference_bits"]
 
   def test_at_the_same_rate(self):
@@ -231,6 +238,13 @@ class PairsTest(absltest.TestCase):
     done = {("two_stream", "0.2"): 2, ("decoupled_rope", "0.1"): 2.5}
     found = self.difference(f"{sweep} mechanism=decoupled_rope", done)
     self.assertAlmostEqual(found, 0.5)
+
+  def test_at_no_other_rate_where_that_run_learned_nothing(self):
+    sweep = "T=16 rate=0.1,0.2 mechanism=two_stream; T=16 rate=0.1 "
+    done = {("two_stream", "0.1"): 4, ("two_stream", "0.2"): 3}
+    done["decoupled_rope", "0.1"] = 2.5
+    found = self.difference(f"{sweep} mechanism=decoupled_rope", done)
+    self.assertEqual(found, "")
 
   def test_not_at_one_of_several_other_rates(self):
     sweep = "T=16 rate=0.2,0.3 mechanism=two_stream; T=16 rate=0.1 "

@@ -82,6 +82,7 @@ class SharesTest(absltest.TestCase):
         ),
         mock.patch.object(sweep, "_run_cell") as run,
         mock.patch.object(sweep, "corpora"),
+        mock.patch.object(sweep, "pipeline"),
         mock.patch.object(sweep, "measure"),
         mock.patch.object(sweep.programs_lib, "Programs"),
       ):
@@ -127,7 +128,7 @@ class FailureTest(absltest.TestCase):
     self.config = config("mechanism=two_stream,mdlm,ao_gpt")
     corpus = mock.Mock(tokenizer=tokenizers.get("char27"))
     corpus.hash.return_value = "0"
-    corpus.split.return_value = np.zeros(3, np.uint8)
+    corpus.split.return_value = np.zeros(200, np.uint8)
     self.enter_context(
       mock.patch.object(sweep.corpora, "load", return_value=corpus)
     )
@@ -163,6 +164,23 @@ class FailureTest(absltest.TestCase):
         raised = str(error)
       write.assert_called_once()  # Whatever failed.
     return [call.args[1].mechanism for call in runs.call_args_list], raised
+
+  def test_a_text_that_is_too_short_is_said_before_anything_runs(self):
+    self.config = config("T=16,256 mechanism=two_stream")
+    with self.assertRaisesRegex(
+      tokenizers.DataError, "200 characters holds no sequence"
+    ):
+      self.start({})
+    self.assertEqual(list(self.folder.glob("cells/*/*")), [])
+
+  def test_damage_in_another_sweep_is_no_matter(self):
+    other = self.folder / "cells/other/result.json"
+    other.parent.mkdir(parents=True)
+    other.write_text('{"cell"')
+    results = sweep.Results(self.config, self.folder, V)
+    with self.assertLogs(level="WARNING") as logs:
+      self.assertEqual(results.every(), [])
+    self.assertIn("other/result.json: damaged", logs.output[0])
 
   def test_others_go_on_and_only_memory_is_tried_again(self):
     try:
@@ -296,18 +314,6 @@ class RateTest(absltest.TestCase):
       self.assertRaisesRegex(telemetry.NonFiniteError, "bits/char is nan"),
     ):
       lab.run(self.trials[0], resolved, folder)
-
-  def test_a_text_that_is_too_short_is_said_before_training(self):
-    corpus = mock.Mock(tokenizer=tokenizers.get("char27"))
-    corpus.hash.return_value = "0"
-    corpus.split.return_value = np.zeros(100, np.uint8)
-    lab = measure.Lab(self.study, corpus, None, mock.MagicMock())
-    trial = self.trials[0]
-    with (
-      mock.patch.object(lab, "_train", side_effect=AssertionError),
-      self.assertRaisesRegex(tokenizers.DataError, "holds no sequence"),
-    ):
-      lab.run(trial, self.results.resolved(trial), self.results.folder(trial))
 
   def test_the_best_decides_when_all_are_done_and_is_the_cell_itself(self):
     for trial, bits in zip(self.trials, (2.5, 2.4, 2.25)):

@@ -19,6 +19,7 @@ import itertools
 import json
 import time
 import zipfile
+import zlib
 
 import jax
 import numpy as np
@@ -95,8 +96,6 @@ class Lab:
       NonFiniteError: the loss is no number.
     """
     clock, start = {}, time.monotonic()
-    for split in self.text:
-      pipeline.check_length(self.corpus.split(split), config.model.T)
     programs = self.programs.of(config)
     with _timed(clock, "compile"):  # Those of evaluation, during training.
       for name in ("init", "train"):
@@ -298,11 +297,11 @@ def _write_arrays(path, **arrays):
 
 
 def read_result(path: epath.Path) -> dict:
-  """What a result.json holds; DataError where it is damaged."""
+  """What a result.json or failed.json holds; DataError where it is damaged."""
   try:
     return json.loads(path.read_text())
   except ValueError as error:
-    raise _damaged(path, error) from None
+    raise damaged(path, error) from None
 
 
 def read_arrays(path: epath.Path) -> dict[str, np.ndarray]:
@@ -312,11 +311,14 @@ def read_arrays(path: epath.Path) -> dict[str, np.ndarray]:
   try:
     with np.load(io.BytesIO(path.read_bytes())) as file:
       return dict(file)
-  except (ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-    raise _damaged(path, error) from None
+  except (
+    ValueError, EOFError, KeyError, zlib.error, zipfile.BadZipFile,
+  ) as error:  # fmt: skip
+    raise damaged(path, error) from None
 
 
-def _damaged(path, error):
+def damaged(path: epath.Path, error: object) -> corpora.DataError:
+  """The error of a cell's file that cannot be read."""
   return corpora.DataError(
     f"{path}: damaged ({error}); delete {path.parent}, and the study runs this "
     "cell again"

@@ -3,6 +3,7 @@
 It can be written at any time; what was not run is shown empty.
 """
 
+import os
 import re
 import shlex
 import textwrap
@@ -34,7 +35,8 @@ def command(argv: list[str], text: str) -> str:
   kept = [re.sub(r"=.*/(?=configs/)", "=", part) for part in kept]
   parts = ["python -m aoarm_jax.main", shlex.join(kept)]
   if text:
-    parts.append(f"--config.data.path={shlex.quote(epath.Path(text).name)}")
+    name = epath.Path(text).name or os.path.basename(os.getcwd())
+    parts.append(f"--config.data.path={shlex.quote(name)}")
   return " ".join(parts)
 
 
@@ -63,7 +65,7 @@ def write(
     "runs": tables.runs_table(results),
     "rates": tables.rates_table(cells, results, config),
     "bits": tables.bits_table(cells, results),
-    "differences": tables.differences_table(trained, results, config),
+    "differences": tables.differences_table(cells, results, config),
     "areas": tables.areas_table(trained, curves),
     "curves": tables.curves_table(curves),
     "locality": tables.locality_table(profiles),
@@ -111,7 +113,7 @@ def _remove_stale(folder, drawn):
     for suffix in ("png", "svg"):
       for path in folder.glob(f"{name}{several}.{suffix}"):
         if path.stem not in drawn:
-          path.unlink()
+          path.unlink(missing_ok=True)  # Another process may be first.
 
 
 def _text(config, cells, results, made, drawn, answers, shown):
@@ -131,8 +133,8 @@ def _text(config, cells, results, made, drawn, answers, shown):
     "they are in no other table.\n\n" + _markdown(made["bits"], _BITS),
     _rates(config, made["rates"]),
     "## Paired differences\n\nArm - reference on the same windows, orders and "
-    "seeds (`mdlm`: the same windows and seeds); positive: the arm needs more "
-    "bits. [differences.csv](differences.csv)\n\n"
+    "seeds (`mdlm`: the same windows and seeds), each at its own rate; "
+    "positive: the arm needs more bits. [differences.csv](differences.csv)\n\n"
     + _markdown(made["differences"], _DIFFERENCES),
     "## Dominated area of coherence-diversity\n\nOf each seed by itself, then "
     "mean and standard error (of one seed: over its samples). Familiarity and "
@@ -218,13 +220,18 @@ def _method(config, cells, first):
 
 
 def _rate_rule(config, cells):
-  if not any(cell.rate == cells_lib.TUNED for cell in cells):
-    found = {}  # By mechanism, in the sweep's order.
-    for cell in cells:
-      found.setdefault(cell.mechanism, {})[cell.rate] = None
-    return "as the sweep gives it: " + "; ".join(
-      f"`{name}` {' or '.join(rates)}" for name, rates in found.items()
-    ) + "."  # fmt: skip
+  given = {}  # By mechanism and, where others are tuned, length.
+  tuned = any(cell.rate == cells_lib.TUNED for cell in cells)
+  for cell in cells:
+    if cell.rate != cells_lib.TUNED:
+      name = f"`{cell.mechanism}`" + f" at T = {cell.T}" * tuned
+      given.setdefault(name, {})[cell.rate] = None
+  listed = "; ".join(
+    f"{name} {' or '.join(rates)}" for name, rates in given.items()
+  )
+  if not tuned:
+    return f"as the sweep gives it: {listed}."
+  listed = listed and f" Given by the sweep: {listed}."
   study = config.study
   rates = ", ".join(f"{rate:g}" for rate in study.rates)
   lengths = " and ".join(map(str, study.tune_lengths)) or "of all cells"
@@ -236,7 +243,7 @@ def _rate_rule(config, cells):
     f"{lengths}; of rates within {cells_lib.TIED} bits of the best the one "
     f"next to {config.optimizer.peak_learning_rate:g}, and that one where no "
     "run left the entropy of the letters. The run that was chosen is seed 0 of "
-    "the arm of that length and size."
+    f"the arm of that length and size.{listed}"
   )
 
 
@@ -387,7 +394,7 @@ def _open(rows, answers):
   unclear = [
     f"{a.question} {a.answer}"
     for a in answers
-    if a.answer not in (findings.YES, findings.NO)
+    if a.answer in (findings.UNCLEAR, findings.ONE_SEED, findings.OPEN)
   ]
   text = f"## What remains open\n\nCells not done: {missing} of {len(rows)}."
   if unclear:

@@ -13,6 +13,7 @@ deleted; one that found too little memory is tried by every start.
 """
 
 import contextlib
+import itertools
 import json
 import math
 import time
@@ -24,7 +25,7 @@ from etils import epath
 
 from aoarm_jax import config as config_lib
 from aoarm_jax import matching, run_dir, sharding, telemetry
-from aoarm_jax.data import corpora, tokenizers
+from aoarm_jax.data import corpora, pipeline, tokenizers
 from aoarm_jax.study import cells as cells_lib
 from aoarm_jax.study import measure, report
 from aoarm_jax.study import programs as programs_lib
@@ -107,18 +108,28 @@ class Results:
   def result(self, cell: cells_lib.Cell) -> dict | None:
     """What result.json of the cell holds; None where it is not done."""
     folder = self.folder(cell)
-    if folder in self._done:
-      return self._done[folder]
-    if folder is None or not (folder / measure.RESULT).exists():
-      return None
-    return self._done.setdefault(
-      folder, measure.read_result(folder / measure.RESULT)
-    )
+    return None if folder is None else self._read(folder)
+
+  def _read(self, folder):
+    if folder not in self._done:
+      if not (folder / measure.RESULT).exists():
+        return None
+      self._done[folder] = measure.read_result(folder / measure.RESULT)
+    return self._done[folder]
 
   def every(self) -> list[tuple[epath.Path, dict]]:
-    """(folder, what result.json holds) of all that is done, by name."""
-    paths = sorted((self.workdir / _FOLDER).glob(f"*/{measure.RESULT}"))
-    return [(path.parent, measure.read_result(path)) for path in paths]
+    """(folder, what result.json holds) of all that is done, by name.
+
+    What is damaged is left out: no cell of this sweep, or one that is refused
+    when it is asked for.
+    """
+    found = []
+    for path in sorted((self.workdir / _FOLDER).glob(f"*/{measure.RESULT}")):
+      try:
+        found.append((path.parent, self._read(path.parent)))
+      except corpora.DataError as error:
+        logging.warning("%s", error)
+    return found
 
   def bits(self, cell: cells_lib.Cell) -> float | None:
     """Bits a character of a cell; None where it is not done."""
@@ -135,7 +146,7 @@ class Results:
     if folder is None or self.result(cell) is not None:
       return None
     path = folder / measure.FAILED
-    return json.loads(path.read_text()) if path.exists() else None
+    return measure.read_result(path) if path.exists() else None
 
   def failures(self, cells: list[cells_lib.Cell]) -> list[str]:
     """A line for each of these cells that failed: which, why, what to do."""
@@ -275,10 +286,13 @@ def _run_cells(config, cells, results):
     "study: %d cells here (equal ones are run once), runs left: %d; next: %s",
     len(mine), len(todo), todo[0].label if todo else "nothing",
   )  # fmt: skip
+  fitting = [cell for cell in todo if _fits(clock, cell, start, results)]
   tokenizer = tokenizers.get(config.data.tokenizer)
-  if not todo:
+  if not fitting:
     corpus = corpora.load(config.data.corpus, config.data.path, tokenizer)
     _check_text(results, measure.text_of(corpus, config))
+    if todo:
+      _say_what_is_left(clock, todo, results)
     return
   rate = config.optimizer.peak_learning_rate  # Whatever: of no matter here.
   for cell in todo:
@@ -286,28 +300,30 @@ def _run_cells(config, cells, results):
     mesh = sharding.of_run(resolved, "train", "eval")  # The same for all.
   programs = programs_lib.Programs(mesh, tokenizer.V)
   with jax.set_mesh(mesh), contextlib.closing(programs):
-    if not any(_fits(clock, cell, start, results) for cell in todo):
-      _say_what_is_left(clock, todo, results)
-      return
-    _prepare(programs, results, todo[:2])  # While the text is read.
+    _prepare(programs, results, fitting[:2])  # While the text is read.
     corpus = corpora.load(config.data.corpus, config.data.path, tokenizer)
     logging.info("text: %s", corpus.describe("train", config.eval.split))
     lab = measure.Lab(config, corpus, mesh, programs)
     _check_text(results, lab.text)
-    late = []
+    for split in lab.text:
+      pipeline.check_length(corpus.split(split), max(c.T for c in todo))
+    late = False
     for n, cell in enumerate(todo):
+      if not results.is_open(cell):
+        continue  # A trial before was the same run.
       if not _fits(clock, cell, start, results):
-        late.append(cell)  # A shorter one may follow.
-        continue
+        late = True
+        continue  # A shorter one may follow.
       left = _seconds_left(clock, todo[n:], results)
       logging.info(
         "cell %d/%d  %s  ETA of all %s", n + 1, len(todo), cell.label,
         "unknown" if left is None else telemetry.format_duration(left),
       )  # fmt: skip
-      _prepare(programs, results, todo[n : n + 2])
+      after = (c for c in todo[n + 1 :] if _fits(clock, c, start, results))
+      _prepare(programs, results, [cell, *itertools.islice(after, 1)])
       _run_cell(lab, results, cell, clock)
     if late:
-      _say_what_is_left(clock, late, results)
+      _say_what_is_left(clock, filter(results.is_open, todo), results)
 
 
 def _fits(clock, cell, start, results):
@@ -318,7 +334,7 @@ def _fits(clock, cell, start, results):
 
 
 def _say_what_is_left(clock, cells, results):
-  limit = results.config.study.limit_seconds
+  limit, cells = results.config.study.limit_seconds, list(cells)
   least = min(_seconds_left(clock, [cell], results) or 0 for cell in cells)
   again = "start the same command again"
   if least > limit:

@@ -86,11 +86,12 @@ def runs_table(results) -> list[Row]:
       "seed": cell["seed"],
       "rate": run["optimizer"]["peak_learning_rate"],
       "steps_run": run["train"]["steps"],
-      "mlp_width": config_lib.from_dict(run).model.F,
+      "parameters": result["parameters"],
       "estimator": estimate["estimator"],
       "bits_per_char": f"{estimate['bits_per_char']:.5f}",
       "seconds": result["seconds"]["all"],
       "device": result["device"],
+      "text": result["text"]["train"][:12],
       "folder": folder.name,
     })  # fmt: skip
   return rows
@@ -155,10 +156,17 @@ def differences_table(cells, results, config) -> list[Row]:
   Positive: the arm needs more bits. `error` is over windows and, where there
   are two or more, over seeds, together; `error_of` says which. mdlm draws masks
   in place of orders: there only the windows are the same. An ablation is held
-  against what it changes, too.
+  against what it changes, too. Runs that learned nothing are in no pair.
+
+  Args:
+    cells: all of the sweep.
+    results: sweep.Results.
+    config: of the study.
   """
-  rows = []
-  for arm, members in arms(cells).items():
+  rows, rates = [], {}  # Of an arm whatever its rate.
+  for cell in cells:
+    rates.setdefault(_without_rate(cell.arm), set()).add(cell.rate)
+  for arm, members in arms(trained(cells, results)).items():
     kind = mechanisms.MECHANISMS[arm.mechanism]
     if arm.mechanism == config.study.reference or kind.left_to_right:
       continue
@@ -167,26 +175,30 @@ def differences_table(cells, results, config) -> list[Row]:
     if plain != arm.mechanism:
       references.append(plain)
     for reference in references:
-      others = [_opposite(cell, reference, cells) for cell in members]
+      others = [_opposite(cell, reference, rates) for cell in members]
       rows.append(_difference(arm, members, reference, others, results))
   return rows
 
 
-def _opposite(cell, reference, cells):
+def _without_rate(arm):
+  return dataclasses.replace(arm, rate="")
+
+
+def _opposite(cell, reference, rates):
   """The cell of the reference that `cell` is held against: at the same rate,
   but for a sweep that gives each mechanism a rate of its own."""
   other = dataclasses.replace(cell.judged, budget="steps", mechanism=reference)
-  rates = {
-    c.rate for c in cells if c == dataclasses.replace(other, rate=c.rate)
-  }
-  if other.rate not in rates and len(rates) == 1:
-    return dataclasses.replace(other, rate=rates.pop())
+  has = rates.get(_without_rate(other.arm), set())
+  if other.rate not in has and len(has) == 1:
+    return dataclasses.replace(other, rate=min(has))
   return other
 
 
 def _difference(arm, members, reference, others, results):
   pairs = []
   for cell, other in zip(members, others):
+    if results.is_untrained(other):
+      continue
     nats, base = (_windows(results, each) for each in (cell, other))
     if nats is not None and base is not None and nats.shape == base.shape:
       pairs.append((nats - base) / (cell.T * math.log(2)))
@@ -216,9 +228,10 @@ def estimate(row: Row) -> statistics.Estimate:
 def _windows(results, cell):
   if results.result(cell) is None:
     return None
-  return measure.read_arrays(results.folder(cell) / "windows.npz")[
-    "nats"
-  ].astype(np.float64)
+  path = results.folder(cell) / "windows.npz"
+  if not path.exists():
+    raise measure.damaged(path, "it is not there")
+  return measure.read_arrays(path)["nats"].astype(np.float64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -406,7 +419,7 @@ def specialisation_table(found, sentinels: int) -> list[Row]:
         if stream in names:
           shares = [profiles.shares(f, stream) for f in files]
           for name in ("own", "sentinels"):
-            mean = np.mean([share[name] for share in shares])
+            mean = np.mean([_but_last(s[name], stream) for s in shares])
             row[f"mass_{name}"] = float(mean)
           uniform = profiles.uniform_own(arm.T + sentinels - 1)
           row["own_over_uniform"] = row["mass_own"] / uniform
@@ -419,8 +432,11 @@ def index_of(arrays: dict[str, np.ndarray], stream: str) -> np.ndarray:
 
   That one has no content rows.
   """
-  index = profiles.locality(arrays, stream)
-  return index[: max(1, len(index) - (stream != "content"))]
+  return _but_last(profiles.locality(arrays, stream), stream)
+
+
+def _but_last(layers, stream):
+  return layers[: max(1, len(layers) - (stream != "content"))]
 
 
 def _or_empty(x):
