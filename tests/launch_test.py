@@ -540,7 +540,8 @@ class LocalTest(LaunchTest):
       "  sys.exit(75)\n"
       "signal.signal(signal.SIGTERM, save)\n"
       "print('up', flush=True)\n"
-      "time.sleep(60)"
+      # One long sleep would not see a signal that comes as it begins.
+      "for _ in range(600): time.sleep(0.1)"
     )
     self.assertRegex(process.stdout.readline(), "up")
     self.assertRegex(process.stdout.readline(), "up")
