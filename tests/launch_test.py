@@ -440,13 +440,17 @@ class TpuPodTest(LaunchTest):
 class LocalTest(LaunchTest):
   def start(self, code, *flags):
     """launch.local of two processes that run this Python code."""
-    return subprocess.Popen(
+    process = subprocess.Popen(
       [sys.executable, "-m", "launch.local", "--processes=2", *flags, "--",
        sys.executable, "-c", "import os, signal, sys, time\n"
        "me = os.environ['AOARM_PROCESS_ID']\n" + code],
       env=os.environ | {"PYTHONPATH": str(ROOT)},
       stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+    # A test that fails leaves nothing behind that makes others fail.
+    self.addCleanup(process.communicate)
+    self.addCleanup(process.kill)
+    return process
 
   def finished(self, process, timeout=15):
     out, err = process.communicate(timeout=timeout)
