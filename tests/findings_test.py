@@ -5,7 +5,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from absl.testing import absltest
+from absl.testing import absltest, parameterized
 from studies import config
 
 from aoarm_jax.study import cells as cells_lib
@@ -203,7 +203,7 @@ class AnswersTest(absltest.TestCase):
       self.assertEqual(any("512" in a.question for a in all_of), asked)
 
 
-class PairsTest(absltest.TestCase):
+class PairsTest(parameterized.TestCase):
   """Which cell of the reference an arm is held against."""
 
   def difference(self, sweep, done):
@@ -226,32 +226,21 @@ class PairsTest(absltest.TestCase):
       (row,) = tables.differences_table(cells, results, study)
     return row["difference_bits"]
 
-  def test_at_the_same_rate(self):
-    sweep = "T=16 rate=0.1,0.2 mechanism=two_stream; T=16 rate=0.1 "
-    done = {("two_stream", "0.1"): 2, ("two_stream", "0.2"): 3}
-    done["decoupled_rope", "0.1"] = 2.5
-    found = self.difference(f"{sweep} mechanism=decoupled_rope", done)
-    self.assertAlmostEqual(found, 0.5)
-
-  def test_at_the_only_rate_that_the_reference_has(self):
-    sweep = "T=16 rate=0.2 mechanism=two_stream; T=16 rate=0.1 "
-    done = {("two_stream", "0.2"): 2, ("decoupled_rope", "0.1"): 2.5}
-    found = self.difference(f"{sweep} mechanism=decoupled_rope", done)
-    self.assertAlmostEqual(found, 0.5)
-
-  def test_at_no_other_rate_where_that_run_learned_nothing(self):
-    sweep = "T=16 rate=0.1,0.2 mechanism=two_stream; T=16 rate=0.1 "
-    done = {("two_stream", "0.1"): 4, ("two_stream", "0.2"): 3}
-    done["decoupled_rope", "0.1"] = 2.5
-    found = self.difference(f"{sweep} mechanism=decoupled_rope", done)
-    self.assertEqual(found, "")
-
-  def test_not_at_one_of_several_other_rates(self):
-    sweep = "T=16 rate=0.2,0.3 mechanism=two_stream; T=16 rate=0.1 "
-    done = {("two_stream", "0.2"): 2, ("two_stream", "0.3"): 3}
-    done["decoupled_rope", "0.1"] = 2.5
-    found = self.difference(f"{sweep} mechanism=decoupled_rope", done)
-    self.assertEqual(found, "")
+  @parameterized.named_parameters(
+    ("the_same", {0.1: 2, 0.2: 3}, 0.5),
+    ("the_only_one", {0.2: 2}, 0.5),
+    ("the_same_which_learned_nothing", {0.1: 4, 0.2: 3}, ""),
+    ("several_others", {0.2: 2, 0.3: 3}, ""),
+  )
+  def test_rates_of_the_reference(self, reference, wanted):
+    rates = ",".join(map(str, reference))
+    found = self.difference(
+      f"T=16 rate={rates} mechanism=two_stream; "
+      "T=16 rate=0.1 mechanism=decoupled_rope",
+      {("two_stream", str(rate)): bits for rate, bits in reference.items()}
+      | {("decoupled_rope", "0.1"): 2.5},
+    )
+    self.assertAlmostEqual(found, wanted)
 
 
 class StatisticsTest(absltest.TestCase):

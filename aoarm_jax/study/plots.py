@@ -49,7 +49,7 @@ def _picture(folder: epath.Path, name: str, columns: int, rows=1, **options):
 
 def _shape(count):
   """(columns, rows) of so many panels."""
-  columns = count if count < 4 else 2 if count == 4 else 3
+  columns = 2 if count == 4 else min(3, count)
   return columns, -(-count // columns)
 
 

@@ -322,19 +322,22 @@ def _run_cells(config, cells, results):
       after = (c for c in todo[n + 1 :] if _fits(clock, c, start, results))
       _prepare(programs, results, [cell, *itertools.islice(after, 1)])
       _run_cell(lab, results, cell, clock)
-    if late:
-      _say_what_is_left(clock, filter(results.is_open, todo), results)
+    left = [cell for cell in todo if results.is_open(cell)]
+    if late and left:  # Another process may have done them.
+      _say_what_is_left(clock, left, results)
 
 
 def _fits(clock, cell, start, results):
   """Whether a cell would end in time, as far as is known."""
   limit = results.config.study.limit_seconds
+  if not limit:
+    return True
   seconds = _seconds_left(clock, [cell], results) or 0
-  return not limit or time.monotonic() - start + seconds <= limit
+  return time.monotonic() - start + seconds <= limit
 
 
 def _say_what_is_left(clock, cells, results):
-  limit, cells = results.config.study.limit_seconds, list(cells)
+  limit = results.config.study.limit_seconds
   least = min(_seconds_left(clock, [cell], results) or 0 for cell in cells)
   again = "start the same command again"
   if least > limit:

@@ -60,41 +60,42 @@ def cells_table(cells, results) -> list[Row]:
     )  # fmt: skip
     row |= dict.fromkeys(columns, "")
     if result:
-      estimate, config = result["estimate"], result["config"]
-      model = config_lib.from_dict(config).model
-      values = (
-        config["optimizer"]["peak_learning_rate"], config["train"]["steps"],
-        model.F, result["parameters"], f"{result['training_flops']:.4g}",
-        estimate["estimator"], f"{estimate['bits_per_char']:.5f}",
-        f"{estimate['standard_error_bits']:.5f}", estimate["windows"],
-        result["tokens_per_second"], result["seconds"]["all"],
-        result["device"], results.folder(cell).name,
-      )  # fmt: skip
-      row |= dict(zip(columns, values))
+      estimate = result["estimate"]
+      row |= _of_run(results.folder(cell), result) | {
+        "mlp_width": config_lib.from_dict(result["config"]).model.F,
+        "training_flops": f"{result['training_flops']:.4g}",
+        "standard_error_bits": f"{estimate['standard_error_bits']:.5f}",
+        "windows": estimate["windows"],
+        "tokens_per_second": result["tokens_per_second"],
+      }
     rows.append(row)
   return rows
 
 
 def runs_table(results) -> list[Row]:
   """One row for every run that is done, of this sweep or of another one."""
-  rows = []
-  for folder, result in results.every():
-    cell, estimate = result["cell"], result["estimate"]
-    run = result["config"]
-    rows.append({
-      **{name: cell[name] for name in ("mechanism", "size", "T", "orders")},
-      "seed": cell["seed"],
-      "rate": run["optimizer"]["peak_learning_rate"],
-      "steps_run": run["train"]["steps"],
-      "parameters": result["parameters"],
-      "estimator": estimate["estimator"],
-      "bits_per_char": f"{estimate['bits_per_char']:.5f}",
-      "seconds": result["seconds"]["all"],
-      "device": result["device"],
-      "text": result["text"]["train"][:12],
-      "folder": folder.name,
-    })  # fmt: skip
-  return rows
+  names = ("mechanism", "size", "T", "orders", "seed")
+  return [
+    {name: result["cell"][name] for name in names}
+    | {"text": result["text"]["train"][:12]}
+    | _of_run(folder, result)
+    for folder, result in results.every()
+  ]
+
+
+def _of_run(folder, result):
+  """What the tables of cells and of runs both say of a run."""
+  config, estimate = result["config"], result["estimate"]
+  return {
+    "peak_learning_rate": config["optimizer"]["peak_learning_rate"],
+    "cell_steps": config["train"]["steps"],
+    "parameters": result["parameters"],
+    "estimator": estimate["estimator"],
+    "bits_per_char": f"{estimate['bits_per_char']:.5f}",
+    "seconds": result["seconds"]["all"],
+    "device": result["device"],
+    "folder": folder.name,
+  }
 
 
 def bits_table(cells, results) -> list[Row]:
@@ -175,8 +176,7 @@ def differences_table(cells, results, config) -> list[Row]:
     if plain != arm.mechanism:
       references.append(plain)
     for reference in references:
-      others = [_opposite(cell, reference, rates) for cell in members]
-      rows.append(_difference(arm, members, reference, others, results))
+      rows.append(_difference(arm, members, reference, rates, results))
   return rows
 
 
@@ -194,9 +194,10 @@ def _opposite(cell, reference, rates):
   return other
 
 
-def _difference(arm, members, reference, others, results):
+def _difference(arm, members, reference, rates, results):
   pairs = []
-  for cell, other in zip(members, others):
+  for cell in members:
+    other = _opposite(cell, reference, rates)
     if results.is_untrained(other):
       continue
     nats, base = (_windows(results, each) for each in (cell, other))
