@@ -71,6 +71,17 @@ class AnswersTest(absltest.TestCase):
     rows.append(self.row(1024, -0.2, 0.01, seeds=3) | {"size": "16x1x1"})
     self.assertEqual(self.deficit(rows), "yes")
 
+  def test_seeds_that_part_widely_are_named(self):
+    arm = {
+      "mechanism": "decoupled_rope", "T": 64, "orders": "uniform",
+      "size": "8x1x1", "budget": "steps",
+    }  # fmt: skip
+    rows = [arm | {"error_over_seeds": error} for error in (0.01, "", 0.0766)]
+    self.assertEqual(
+      findings.seeds_apart(rows),
+      ["`decoupled_rope` 8x1x1 at T = 64, uniform orders, equal steps: 0.077"],
+    )
+
   def test_one_seed_cannot_tell(self):
     rows = [self.row(T, T / 1000, 0.001, seeds=1) for T in (128, 1024)]
     one_seed = "unclear (one seed)"

@@ -18,6 +18,8 @@ MIXED = "yes and no"
 # What matters of an area and of a locality; both are between 0 and 1.
 LEAST_AREA = LEAST_LOCALITY = 0.02
 LEVEL = f"no (within {LEAST_AREA:g})"
+# Bits: a standard error over seeds beyond which seeds part widely.
+_WIDE = 0.02
 _SINGLE = "decoupled_rope"
 
 
@@ -54,6 +56,16 @@ def all_of(differences, areas, specialisation, reference, size) -> list[Answer]:
     _growth_with_width(against, reference),
     *_content(differences, reference),
     *_parting(specialisation),
+  ]
+
+
+def seeds_apart(bits) -> list[str]:
+  """The arms of the table `bits` whose seeds part widely, with how far."""
+  return [
+    f"`{row['mechanism']}` {row['size']} at T = {row['T']}, {row['orders']} "
+    f"orders, equal {row['budget']}: {row['error_over_seeds']:.3f}"
+    for row in bits
+    if row["error_over_seeds"] != "" and row["error_over_seeds"] > _WIDE
   ]
 
 

@@ -287,7 +287,7 @@ def differences(rows, folder: epath.Path) -> bool:
         _errors(
           axes, [r["T"] for r in line], line, color=colour(mechanism),
           ls="-" if size == main else ":",
-          marker="o" if family == "uniform" else "D",
+          marker="D" if family != "uniform" else "o" if size == main else "s",
           label=_trained(mechanism, family) + f", {size}" * (size != main),
         )  # fmt: skip
       axes.set_xscale("log", base=2)

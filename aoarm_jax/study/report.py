@@ -150,7 +150,7 @@ def _text(config, cells, results, made, drawn, answers, shown):
     "attention puts on the own slot.\n\n"
     + _markdown(made["specialisation"], _LOCALITY),
     _figures(drawn, shown),
-    _open(made["cells"], answers),
+    _open(made["cells"], made["bits"], answers),
   ]
   return "\n".join(part.rstrip() + "\n" for part in parts if part)
 
@@ -234,7 +234,8 @@ def _rate_rule(config, cells):
   listed = listed and f" Given by the sweep: {listed}."
   study = config.study
   rates = ", ".join(f"{rate:g}" for rate in study.rates)
-  lengths = " and ".join(map(str, study.tune_lengths)) or "of all cells"
+  *most, last = map(str, study.tune_lengths or ["of all cells"])
+  lengths = f"{', '.join(most)} and {last}" if most else last
   return (
     f"`tuned` is the best of {rates} by bits per character on "
     f"`{config.eval.split}` of whole runs at equal steps, "
@@ -389,16 +390,22 @@ def _figures(drawn, shown):
   return "\n".join(parts)
 
 
-def _open(rows, answers):
-  missing = sum(not row["done"] for row in rows)
+def _open(cells, bits, answers):
+  missing = sum(not row["done"] for row in cells)
+  apart = findings.seeds_apart(bits)
   unclear = [
     f"{a.question} {a.answer}"
     for a in answers
     if a.answer in (findings.UNCLEAR, findings.ONE_SEED, findings.OPEN)
   ]
-  text = f"## What remains open\n\nCells not done: {missing} of {len(rows)}."
+  text = f"## What remains open\n\nCells not done: {missing} of {len(cells)}."
   if unclear:
     text += "\n\n" + "\n".join(f"- {question}" for question in unclear)
+  if apart:
+    text += (
+      "\n\nHere seeds part widely (the standard error of their bits); a rate "
+      "that was chosen by one of them may not suit the others:\n\n"
+    ) + "\n".join(f"- {arm}" for arm in apart)
   return text + (
     "\n\nOne text, one backbone and characters only; the validation split "
     "chose the learning rates where they are tuned, and is what is reported."
