@@ -552,7 +552,9 @@ class Study:
   )
   bootstrap: int = _field(1000, "resamplings behind a band", low=2)
   cells: str = _field(
-    "", "only the cells whose label holds one of these, as in 'T=128,mdlm'"
+    "",
+    "only the cells whose label has all words of one of these: "
+    "'mdlm,decoupled_rope T=128 seed=1'",
   )
   share_index: int = _field(0, "which share of the cells is run here", low=0)
   share_count: int = _field(1, "shares of the cells", low=1)

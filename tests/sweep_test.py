@@ -96,7 +96,7 @@ class SharesTest(absltest.TestCase):
 
   def test_an_empty_share_is_no_error(self):
     study = config(
-      "seed=0,1", share_index=2, share_count=3, part="cells", cells="seed"
+      "seed=0,1", share_index=2, share_count=3, part="cells", cells="two_stream"
     )
     with (
       mock.patch.object(measure, "Lab", side_effect=AssertionError),
@@ -114,7 +114,14 @@ class SharesTest(absltest.TestCase):
       [(cell.T, cell.mechanism) for cell in mine],
       [(128, "mdlm"), (1024, "two_stream"), (1024, "mdlm")],
     )
-    study = dataclasses.replace(study, cells="T=9")
+    study = dataclasses.replace(study, cells="T=128 two_stream, mdlm T=1024")
+    mine = sweep.chosen(config_lib.Config(study=study), cells)
+    self.assertEqual(
+      [(cell.T, cell.mechanism) for cell in mine],
+      [(128, "two_stream"), (1024, "mdlm")],
+    )
+    # A part of a word is none: T=1 is not the beginning of T=1024.
+    study = dataclasses.replace(study, cells="T=1")
     with self.assertRaisesRegex(config_lib.ConfigError, "no cell's label"):
       sweep.chosen(config_lib.Config(study=study), cells)
 

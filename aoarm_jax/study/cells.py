@@ -63,7 +63,7 @@ class Cell:
     """For people, and for config.study.cells."""
     return (
       f"{self.mechanism} {self.size} T={self.T} {self.orders} equal "
-      f"{self.budget}, steps={self.steps} rate={self.rate} seed={self.seed}"
+      f"{self.budget} steps={self.steps} rate={self.rate} seed={self.seed}"
     )
 
   @property

@@ -251,18 +251,19 @@ def chosen(config, cells):
   There are none where there are more shares than cells.
   """
   study = config.study
-  words = [word for word in study.cells.split(",") if word]
+  wanted = [set(part.split()) for part in study.cells.split(",")]
+  wanted = [words for words in wanted if words]
   mine = cells
-  if words:
+  if wanted:
     mine = [
       cell
       for cell in cells_lib.with_trials(cells, config)
-      if any(word in cell.label for word in words)
+      if any(words <= set(cell.label.split()) for words in wanted)
     ]
   if not mine:
     raise config_lib.ConfigError(
-      f"config.study.cells={study.cells!r}: no cell's label holds any of "
-      f"these; the first one is {cells[0].label!r}"
+      f"config.study.cells={study.cells!r}: no cell's label has all words of "
+      f"any of these; the first one is {cells[0].label!r}"
     )
   mine = mine[study.share_index :: study.share_count]
   return cells_lib.with_trials(mine, config)
