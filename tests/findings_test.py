@@ -20,6 +20,12 @@ from aoarm_jax.study import (
 pytestmark = pytest.mark.once
 
 
+WITH_LENGTH = (
+  "equal flops: does decoupled_rope's deficit against two_stream grow with len"
+)
+WITH_WIDTH = "equal flops: does the deficit against two_stream grow with order"
+
+
 class AnswersTest(absltest.TestCase):
   def row(self, T, difference, error, seeds=2, orders="uniform"):
     return {
@@ -40,8 +46,8 @@ class AnswersTest(absltest.TestCase):
   def test_growth_with_length(self):
     for last, wanted in ((0.2, "yes"), (-0.2, "no"), (0.05, "unclear")):
       rows = [self.row(1024, last, 0.01), self.row(128, 0.0, 0.01)]
-      self.assertEqual(self.answer(rows, "grow with length"), wanted)
-    self.assertEqual(self.answer(rows[:1], "grow with length"), "not measured")
+      self.assertEqual(self.answer(rows, WITH_LENGTH), wanted)
+    self.assertEqual(self.answer(rows[:1], WITH_LENGTH), "not measured")
 
   def test_growth_with_the_width_of_blocks(self):
     """Uniform orders are the widest block; narrower first, whatever T."""
@@ -53,18 +59,27 @@ class AnswersTest(absltest.TestCase):
     ]
     widths = [width for width, _ in tables.by_width(rows[:3])]
     self.assertEqual(widths, [1, 16, 64])
-    self.assertEqual(self.answer(rows, "order divergence"), "yes")
-    self.assertEqual(self.answer(rows[:1], "order divergence"), "not measured")
+    self.assertEqual(self.answer(rows, WITH_WIDTH), "yes")
+    self.assertEqual(self.answer(rows[:1], WITH_WIDTH), "not measured")
 
   def test_what_growth_leaves_out_is_said(self):
     rows = [self.row(16, 0.0, 0.001, seeds=1)]
     rows += [self.row(T, T / 1000, 0.001, seeds=3) for T in (128, 512)]
     found = findings.all_of(rows, (), (), "two_stream", "8x1x1")
-    (one,) = [a for a in found if "grow with length" in a.question]
+    (one,) = [a for a in found if WITH_LENGTH in a.question]
     self.assertStartsWith(
       one.numbers, "from T = 128 to 512, of those with several seeds: +0.3840"
     )
     self.assertEqual(one.answer, "yes")
+
+  def test_growth_is_asked_about_at_equal_steps_too(self):
+    rows = [
+      self.row(T, T / 1000, 0.001, seeds=3) | {"budget": "steps"}
+      for T in (128, 512)
+    ]
+    steps = WITH_LENGTH.replace("flops", "steps")
+    self.assertEqual(self.answer(rows, steps), "yes")
+    self.assertEqual(self.answer(rows, WITH_LENGTH), "not measured")
 
   def test_another_size_is_another_question(self):
     rows = [self.row(128, 0.2, 0.01, seeds=3)]
@@ -85,10 +100,10 @@ class AnswersTest(absltest.TestCase):
   def test_one_seed_cannot_tell(self):
     rows = [self.row(T, T / 1000, 0.001, seeds=1) for T in (128, 1024)]
     one_seed = "unclear (one seed)"
-    self.assertEqual(self.answer(rows, "grow with length"), one_seed)
+    self.assertEqual(self.answer(rows, WITH_LENGTH), one_seed)
     self.assertEqual(self.deficit(rows), one_seed)
     rows += [self.row(T, 0.1, 0.005) for T in (256, 512)]
-    self.assertEqual(self.answer(rows, "grow with length"), "unclear")
+    self.assertEqual(self.answer(rows, WITH_LENGTH), "unclear")
     self.assertEqual(self.deficit(rows), "yes")  # Of two lengths.
 
   def test_a_deficit_at_some_lengths_only_is_yes_and_no(self):
@@ -101,6 +116,7 @@ class AnswersTest(absltest.TestCase):
   def test_equal_runs_are_asked_about_once(self):
     row = self.row(128, 0.2, 0.01, seeds=3)
     rows = [row | {"budget": budget} for budget in ("steps", "parameters")]
+    rows.append(row | {"T": 256, "budget": "steps"})  # Has no other budget.
     found = findings.all_of(rows, (), (), "two_stream", "8x1x1")
     asked = [a.question for a in found if "more bits" in a.question]
     self.assertLen([q for q in asked if "equal steps" in q], 1)
@@ -133,15 +149,32 @@ class AnswersTest(absltest.TestCase):
       alarms = np.mean([answer != findings.UNCLEAR for answer in answers])
       self.assertAlmostEqual(alarms, 0.05, delta=0.02)
 
-  def test_areas(self):
-    def area(mechanism, value, seeds):
-      return {
-        "mechanism": mechanism, "T": 128, "budget": "steps",
-        "orders": "uniform", "size": "8x1x1", "seeds": seeds,
-        "area_from_4": value,
-        "area_from_4_error": 0.02 if seeds == 2 else 0.001,
-      }  # fmt: skip
+  def area(self, mechanism, value, seeds, T=128):
+    return {
+      "mechanism": mechanism, "T": T, "budget": "steps",
+      "orders": "uniform", "size": "8x1x1", "seeds": seeds,
+      "area_from_4": value,
+      "area_from_4_error": 0.02 if seeds == 2 else 0.001,
+    }  # fmt: skip
 
+  def test_other_lengths_are_asked_about_where_they_have_seeds(self):
+    areas = [
+      self.area(name, value, 1 if T == 256 else 3, T)
+      for T in (128, 256, 512)
+      for name, value in (("decoupled_rope", 0.5), ("two_stream", 0.6))
+    ]
+    found = findings.all_of([], areas, (), "two_stream", "8x1x1")
+    asked = [a for a in found if "steps: is " in a.question]
+    self.assertEqual(
+      [(a.question[:7], a.answer) for a in asked],
+      [
+        ("T = 128", "not measured"),  # Of mdlm.
+        ("T = 128", "yes"),
+        ("T = 512", "yes"),
+      ],
+    )
+
+  def test_areas(self):
     for two_stream, mdlm, seeds, ahead, level in (
       (0.6, 0.6, 3, "yes", "no"),
       (0.4, 0.4, 3, "no", "no"),
@@ -153,9 +186,9 @@ class AnswersTest(absltest.TestCase):
       (0.9, 0.5, 1, "unclear (one seed)", "unclear (one seed)"),
     ):
       rows = [
-        area("decoupled_rope", 0.5, seeds),
-        area("two_stream", two_stream, seeds),
-        area("mdlm", mdlm, seeds),
+        self.area("decoupled_rope", 0.5, seeds),
+        self.area("two_stream", two_stream, seeds),
+        self.area("mdlm", mdlm, seeds),
       ]
       self.assertEqual(
         self.answer([], "T = 128, equal steps: is two_stream", rows), ahead

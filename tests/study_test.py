@@ -95,6 +95,17 @@ class StudyTest(absltest.TestCase):
       ):
         helpers.run([*self.command, "--config.study.part=report"])
       path.write_bytes(whole)
+    # As folders of two runs that were copied over each other.
+    path, other = sorted((self.workdir / "cells").glob("decoupled*/*.npz"))[::3]
+    self.assertEqual((path.name, other.name), 2 * ("profile.npz",))
+    whole = path.read_bytes()
+    for change in (path.unlink, lambda: path.write_bytes(other.read_bytes())):
+      change()
+      with self.assertRaisesRegex(
+        tokenizers.DataError, "profile.npz: damaged .it is not .* delete"
+      ):
+        helpers.run([*self.command, "--config.study.part=report"])
+    path.write_bytes(whole)
 
   def check_it_can_be_made_again(self):
     """From nothing but the cells' files; what is missing is shown empty."""

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import math
 import tempfile
 import time
 import weakref
@@ -316,11 +317,12 @@ class RateTest(absltest.TestCase):
     with (
       mock.patch.object(lab, "_train", return_value=({}, [2.0], 1)),
       mock.patch.object(
-        lab, "_evaluate", return_value={"bits_per_char": float("nan")}
+        lab, "_evaluate", return_value=({"bits_per_char": math.nan}, b"")
       ),
       self.assertRaisesRegex(telemetry.NonFiniteError, "bits/char is nan"),
     ):
       lab.run(self.trials[0], resolved, folder)
+    self.assertFalse(folder.exists())
 
   def test_the_best_decides_when_all_are_done_and_is_the_cell_itself(self):
     for trial, bits in zip(self.trials, (2.5, 2.4, 2.25)):

@@ -52,8 +52,11 @@ def all_of(differences, areas, specialisation, reference, size) -> list[Answer]:
   return [
     *_areas(areas, reference),
     *_deficits(against, reference),
-    _growth_with_length(against, reference),
-    _growth_with_width(against, reference),
+    *(
+      growth(against, reference, budget)
+      for growth in (_growth_with_length, _growth_with_width)
+      for budget in ("steps", "flops")
+    ),
     *_content(differences, reference),
     *_parting(specialisation),
   ]
@@ -82,29 +85,34 @@ def _number(x):
 
 
 def _areas(rows, reference):
-  """The paper's comparison, and that with the arm that it lacks."""
-  answers = []
-  for T in sorted({128, 1024} & {row["T"] for row in rows}):
+  """The paper's comparison, and that with the arm that it lacks.
+
+  That of the paper is of two lengths; the other of all that have several seeds,
+  and of those two.
+  """
+  answers, paper = [], {128: "level with", 1024: "behind"}
+  for T in sorted({row["T"] for row in rows}):
     for budget in ("steps", "flops"):
       at = f"T = {T}, equal {budget}"
       found = {
         name: _area(rows, name, T, budget)
         for name in (_SINGLE, "mdlm", reference)
       }
-      level = T == 128
-      answers.append(
-        _pair(
-          f"{at}: is {_SINGLE} {'level with' if level else 'behind'} mdlm "
-          "(coherence-diversity)?",
-          *(("mdlm", _SINGLE), found), level=level,
-        )
-      )  # fmt: skip
-      answers.append(
-        _pair(
-          f"{at}: is {reference} ahead of {_SINGLE} (coherence-diversity)?",
-          (reference, _SINGLE), found,
-        )
-      )  # fmt: skip
+      if T in paper:
+        answers.append(
+          _pair(
+            f"{at}: is {_SINGLE} {paper[T]} mdlm (coherence-diversity)?",
+            *(("mdlm", _SINGLE), found), level=paper[T] == "level with",
+          )
+        )  # fmt: skip
+      mine = (found[_SINGLE], found[reference])
+      if T in paper or all(area and area.seeds > 1 for area in mine):
+        answers.append(
+          _pair(
+            f"{at}: is {reference} ahead of {_SINGLE} (coherence-diversity)?",
+            (reference, _SINGLE), found,
+          )
+        )  # fmt: skip
   return answers
 
 
@@ -154,16 +162,15 @@ def _over(question, rows):
 
 
 def _deficits(rows, reference):
-  answers, former = [], None
+  answers, former = [], []
   for budget in ("steps", "flops", "parameters"):
     found = tables.find(
       rows, mechanism=_SINGLE, budget=budget, orders="uniform"
     )
     same = [(r["T"], r["difference_bits"]) for r in found]
-    if same and same == former:
+    if same and set(same) <= set(former):
       continue  # The same runs: it is as large as it stands.
-    if budget == "steps":
-      former = same
+    former += same
     answers.append(
       _over(
         f"equal {budget}: does {_SINGLE} need more bits than {reference}?",
@@ -199,21 +206,21 @@ def _growth(question, rows, key):
   return Answer(question, _decide(growth), numbers)
 
 
-def _growth_with_length(rows, reference):
-  found = tables.find(rows, mechanism=_SINGLE, budget="flops", orders="uniform")
+def _growth_with_length(rows, reference, budget):
+  found = tables.find(rows, mechanism=_SINGLE, budget=budget, orders="uniform")
   question = (
-    f"equal flops: does {_SINGLE}'s deficit against {reference} grow with "
+    f"equal {budget}: does {_SINGLE}'s deficit against {reference} grow with "
     "length?"
   )
   return _growth(question, sorted(found, key=lambda r: r["T"]), "T")
 
 
-def _growth_with_width(rows, reference):
-  found = tables.find(rows, mechanism=_SINGLE, budget="flops")
+def _growth_with_width(rows, reference, budget):
+  found = tables.find(rows, mechanism=_SINGLE, budget=budget)
   T = max((r["T"] for r in found if r["orders"].startswith("block")), default=0)
   widths = tables.by_width(tables.find(found, T=T))
   question = (
-    f"equal flops: does the deficit against {reference} grow with order "
+    f"equal {budget}: does the deficit against {reference} grow with order "
     "divergence (width of the blocks)?"
   )
   return _growth(question, [row | {"width": w} for w, row in widths], "width")

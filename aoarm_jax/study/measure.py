@@ -1,7 +1,7 @@
 """One cell: trained, evaluated, sampled and profiled; the files that it leaves.
 
-  result.json   what was run and its likelihood; written last: without it a
-                cell is not done
+  result.json   what was run, its likelihood and the hashes of the other files;
+                written last: without it a cell is not done
   samples.npz   counts of the generated texts, and of real ones, see coherence
   windows.npz   nats of every evaluated window
   profile.npz   sums of attention, see profiles
@@ -14,6 +14,7 @@ Nothing else is kept of a cell: no parameters.
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import io
 import itertools
 import json
@@ -102,16 +103,17 @@ class Lab:
         programs[name].result()
     with _timed(clock, "train"):
       params, curve, speed = self._train(config, programs)
+    files = {}  # Written together: those of two runs never stand side by side.
     with _timed(clock, "evaluate"):
-      estimate = self._evaluate(config, programs, params, folder)
+      estimate, files["windows.npz"] = self._evaluate(config, programs, params)
     # What the last step made of the parameters, no loss of training says.
     bits = {"bits/char": estimate["bits_per_char"]}
     telemetry.check_finite(config.train.steps, bits)
     with _timed(clock, "sample"):
-      self._sample(config, programs, params, folder)
+      files |= self._sample(config, programs, params)
     if "profile" in programs:
       with _timed(clock, "profile"):
-        self._profile(config, programs, params, folder)
+        files["profile.npz"] = self._profile(config, programs, params)
     clock["all"] = time.monotonic() - start
     result = {
       "cell": dataclasses.asdict(cell),
@@ -126,11 +128,14 @@ class Lab:
       "text": self.text,
       "text_characters": self.sizes,
       "unigram_bits": self.unigram_bits,
+      "files": {name: _hash(data) for name, data in files.items()},
       "config": dataclasses.asdict(
         # Where the text lay is no part of what was run.
         dataclasses.replace(config, data=config_lib.Data())
       ),
     }  # fmt: skip
+    for name, data in files.items():
+      run_dir.write_atomically(folder / name, data)
     _write_json(folder / RESULT, result)
     return result
 
@@ -174,7 +179,8 @@ class Lab:
     ]
     return state.read_out_params, curve, round(tokens / seconds)
 
-  def _evaluate(self, config, programs, params, folder):
+  def _evaluate(self, config, programs, params):
+    """(what result.json says of it, windows.npz)."""
     program, split = programs["evaluate"].result(), config.eval.split
     batches = evaluate.evaluation_batches(
       config, self.corpus.split(split), self.mesh
@@ -183,7 +189,6 @@ class Lab:
     nats, sums = evaluate.over_batches(
       functools.partial(program, params, seed), batches, self.mesh
     )
-    _write_arrays(folder / "windows.npz", nats=nats)
     found = evaluate.mean(
       config.eval.estimators[0], config.model.T, nats, sums
     ).report()
@@ -199,9 +204,10 @@ class Lab:
       eighths = np.array_split(curve, min(8, len(curve)))
       report["bits_by_eighth"] = [float(part.mean()) for part in eighths]
       report |= {name: found[name] for name in ("by_distance", "by_recency")}
-    return report
+    return report, _npz(nats=nats)
 
-  def _sample(self, config, programs, params, folder):
+  def _sample(self, config, programs, params):
+    """samples.npz and texts.jsonl by their names."""
     program = programs["sample"].result()
     each = programs_lib.samples_per_temperature(config)
     at_once = programs_lib.rows_at_once(config)
@@ -222,8 +228,7 @@ class Lab:
       texts.append(jax.device_get(program(params, seed, row, laws)))
     tokens = np.concatenate(texts)[: len(temperature)]
     tokens = tokens.reshape(len(levels), each, -1).astype(np.uint8)
-    _write_arrays(
-      folder / "samples.npz",
+    counts = _npz(
       temperature=levels,
       counts=np.array([[self._count(x) for x in row] for row in tokens]),
       real=np.array([self._count(x) for x in self._real(config, each)]),
@@ -235,9 +240,8 @@ class Lab:
       for t, row in list(zip(levels, tokens))[::3]
       for x in row[:_TEXTS]
     )
-    run_dir.write_atomically(
-      folder / "texts.jsonl", "".join(line + "\n" for line in lines)
-    )
+    texts = "".join(line + "\n" for line in lines)
+    return {"samples.npz": counts, "texts.jsonl": texts.encode()}
 
   def _count(self, tokens):
     text = self.tokenizer.to_bytes(tokens)
@@ -253,7 +257,8 @@ class Lab:
     tokens, real = batches[0]
     return tokens[real]
 
-  def _profile(self, config, programs, params, folder):
+  def _profile(self, config, programs, params):
+    """profile.npz."""
     batches = pipeline.eval_batches(
       self.corpus.split(config.eval.split), T=config.model.T,
       batch_size=config.study.profile_sequences, batches=1,
@@ -261,8 +266,7 @@ class Lab:
     )  # fmt: skip
     batch = sharding.put(self.mesh, batches[0])
     sums = jax.device_get(programs["profile"].result()(params, *batch))
-    arrays = profiles.to_arrays(*sums, config.model.kind)
-    _write_arrays(folder / "profile.npz", **arrays)
+    return _npz(**profiles.to_arrays(*sums, config.model.kind))
 
 
 def note_failure(folder: epath.Path, reason: str, again: bool) -> None:
@@ -290,10 +294,14 @@ def _write_json(path, value):
   run_dir.write_atomically(path, json.dumps(value, indent=1) + "\n")
 
 
-def _write_arrays(path, **arrays):
+def _npz(**arrays):
   data = io.BytesIO()
   np.savez_compressed(data, **arrays)
-  run_dir.write_atomically(path, data.getvalue())
+  return data.getvalue()
+
+
+def _hash(data):
+  return hashlib.sha256(data).hexdigest()
 
 
 def read_result(path: epath.Path) -> dict:
@@ -304,12 +312,27 @@ def read_result(path: epath.Path) -> dict:
     raise damaged(path, error) from None
 
 
-def read_arrays(path: epath.Path) -> dict[str, np.ndarray]:
-  """Of an npz file; {} if there is none, DataError where it is damaged."""
-  if not path.exists():
+def read_arrays(folder: epath.Path, name: str, result: dict):
+  """The arrays of a cell's npz file by their names; {} if its run made none.
+
+  Args:
+    folder: of the cell.
+    name: of the file.
+    result: what its result.json holds.
+
+  Raises:
+    DataError: damaged, or of another run than result.json.
+  """
+  path, wanted = folder / name, result.get("files", {}).get(name)
+  if not wanted:
     return {}
+  if not path.exists():
+    raise damaged(path, "it is not there")
+  data = path.read_bytes()
+  if _hash(data) != wanted:
+    raise damaged(path, f"it is not the one of {RESULT}")
   try:
-    with np.load(io.BytesIO(path.read_bytes())) as file:
+    with np.load(io.BytesIO(data)) as file:
       return dict(file)
   except (
     ValueError, EOFError, KeyError, zlib.error, zipfile.BadZipFile,

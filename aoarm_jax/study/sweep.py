@@ -110,6 +110,10 @@ class Results:
     folder = self.folder(cell)
     return None if folder is None else self._read(folder)
 
+  def arrays(self, cell: cells_lib.Cell, name: str) -> dict:
+    """Of an npz file of a cell that is done, see measure.read_arrays."""
+    return measure.read_arrays(self.folder(cell), name, self.result(cell))
+
   def _read(self, folder):
     if folder not in self._done:
       if not (folder / measure.RESULT).exists():

@@ -229,10 +229,11 @@ def estimate(row: Row) -> statistics.Estimate:
 def _windows(results, cell):
   if results.result(cell) is None:
     return None
-  path = results.folder(cell) / "windows.npz"
-  if not path.exists():
-    raise measure.damaged(path, "it is not there")
-  return measure.read_arrays(path)["nats"].astype(np.float64)
+  found = results.arrays(cell, "windows.npz")
+  if not found:
+    path = results.folder(cell) / measure.RESULT
+    raise measure.damaged(path, "it names no windows.npz")
+  return found["nats"].astype(np.float64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,11 +272,10 @@ def _by_folders(cells, results, name, make):
   it. Arms without such a file are left out."""
   found, made = {}, {}
   for arm, members in arms(cells).items():
-    folders = tuple(
-      results.folder(cell) for cell in members if results.result(cell)
-    )
+    done = [cell for cell in members if results.result(cell)]
+    folders = tuple(map(results.folder, done))
     if folders not in made:
-      files = [measure.read_arrays(folder / name) for folder in folders]
+      files = [results.arrays(cell, name) for cell in done]
       files = [file for file in files if file]
       made[folders] = make(files) if files else None
     if made[folders] is not None:
