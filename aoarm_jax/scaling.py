@@ -320,15 +320,19 @@ def main(argv: list[str]) -> int:
   if not chosen:
     return _refuse("--meshes=data_fsdp: it takes 4 devices, or 6, or 8 ...")
   if speaks:
-    print(f"compiling {len(chosen)} training steps", file=sys.stderr)
+    count = len({config for _, config, _ in chosen})
+    print(f"compiling {count} training steps", file=sys.stderr)
   compiled = _compiled(chosen, devices, speaks)
   if speaks:
     _print_row(_COLUMNS)
     _print_row(["---"] * len(_COLUMNS))
-  first = {}
+  first, measured = {}, {}
   for row, config, program in compiled:
     try:
-      row |= measure(config, program.result(), flags.steps)
+      # The weak and the strong row of one device are the same.
+      if config not in measured:
+        measured[config] = measure(config, program.result(), flags.steps)
+      row |= measured[config]
     except (config_lib.ConfigError, pallas_kernels.UnsupportedError) as error:
       row["failed"] = str(error)
     except jax.errors.JaxRuntimeError as error:
@@ -365,16 +369,17 @@ def _compiled(chosen, devices, speaks):
   # Several processes must compile in one order.
   threads = 1 if jax.process_count() > 1 else min(16, os.cpu_count() or 1)
   with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-    programs = [
-      pool.submit(compile_step, config, devices[:n]) for _, config, n in chosen
-    ]
+    programs = {}
+    for _, config, n in chosen:
+      if config not in programs:
+        programs[config] = pool.submit(compile_step, config, devices[:n])
     if speaks:
-      finished = concurrent.futures.as_completed(programs)
+      finished = concurrent.futures.as_completed(programs.values())
       telemetry.say_compiled(
         ((done, len(programs)) for done, _ in enumerate(finished, 1)),
         sys.stderr,
       )
-  return [(row, config, p) for (row, config, _), p in zip(chosen, programs)]
+  return [(row, config, programs[config]) for row, config, _ in chosen]
 
 
 def _print_row(cells):

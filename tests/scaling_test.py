@@ -4,6 +4,7 @@ import contextlib
 import io
 import subprocess
 import sys
+from unittest import mock
 
 import helpers
 import pytest
@@ -52,6 +53,22 @@ class ScalingTest(parameterized.TestCase):
     self.assertEqual((told.devices, told.lengths), ([2], [64]))
     self.assertEqual(told.models, ["tiny"])
     self.assertIsNone(scaling.parse([]).devices)
+
+  def test_equal_rows_are_measured_once(self):
+    """Of one device weak and strong scaling are the same."""
+    found = {name: 1.0 for name in scaling._COLUMNS[7:] if name != "efficiency"}
+    with (
+      mock.patch.object(scaling, "compile_step") as compile_step,
+      mock.patch.object(scaling, "measure", return_value=found) as measure,
+      contextlib.redirect_stdout(io.StringIO()) as out,
+    ):
+      code = scaling.main(["--devices=1", "--models=tiny", "--lengths=32,64"])
+    self.assertEqual(code, 0)
+    self.assertEqual(compile_step.call_count, 4)
+    self.assertEqual(measure.call_count, 4)
+    rows = [r for r in out.getvalue().splitlines() if "| tiny |" in r]
+    self.assertLen(rows, 8)
+    self.assertEqual({row.split("|")[-3].strip() for row in rows}, {"100.0%"})
 
   @parameterized.parameters(
     ("--devices=0", "--devices: '0': must be a whole number of at least 1"),
