@@ -319,19 +319,18 @@ def main(argv: list[str]) -> int:
     return _refuse(f"--devices={most}: there are {len(devices)}, ask for less")
   if not chosen:
     return _refuse("--meshes=data_fsdp: it takes 4 devices, or 6, or 8 ...")
-  if speaks:
-    count = len({config for _, config, _ in chosen})
-    print(f"compiling {count} training steps", file=sys.stderr)
-  compiled = _compiled(chosen, devices, speaks)
+  programs = _compiled(chosen, devices, speaks)
   if speaks:
     _print_row(_COLUMNS)
     _print_row(["---"] * len(_COLUMNS))
   first, measured = {}, {}
-  for row, config, program in compiled:
+  for row, config, _ in chosen:
     try:
       # The weak and the strong row of one device are the same.
       if config not in measured:
-        measured[config] = measure(config, program.result(), flags.steps)
+        measured[config] = measure(
+          config, programs[config].result(), flags.steps
+        )
       row |= measured[config]
     except (config_lib.ConfigError, pallas_kernels.UnsupportedError) as error:
       row["failed"] = str(error)
@@ -362,7 +361,7 @@ def _refuse(message):
 
 
 def _compiled(chosen, devices, speaks):
-  """[(row, config, future of its program)], of all rows side by side.
+  """Config -> future of its program, of all rows side by side.
 
   Nothing is timed while something compiles: choices of kernels are timed then.
   """
@@ -374,12 +373,13 @@ def _compiled(chosen, devices, speaks):
       if config not in programs:
         programs[config] = pool.submit(compile_step, config, devices[:n])
     if speaks:
+      print(f"compiling {len(programs)} training steps", file=sys.stderr)
       finished = concurrent.futures.as_completed(programs.values())
       telemetry.say_compiled(
         ((done, len(programs)) for done, _ in enumerate(finished, 1)),
         sys.stderr,
       )
-  return [(row, config, programs[config]) for row, config, _ in chosen]
+  return programs
 
 
 def _print_row(cells):

@@ -90,7 +90,7 @@ def _areas(rows, reference):
   That of the paper is of two lengths; the other of all that have several seeds,
   and of those two.
   """
-  answers, paper = [], {128: "level with", 1024: "behind"}
+  answers, paper = [], (128, 1024)
   for T in sorted({row["T"] for row in rows}):
     for budget in ("steps", "flops"):
       at = f"T = {T}, equal {budget}"
@@ -99,10 +99,12 @@ def _areas(rows, reference):
         for name in (_SINGLE, "mdlm", reference)
       }
       if T in paper:
+        level = T == 128
         answers.append(
           _pair(
-            f"{at}: is {_SINGLE} {paper[T]} mdlm (coherence-diversity)?",
-            *(("mdlm", _SINGLE), found), level=paper[T] == "level with",
+            f"{at}: is {_SINGLE} {'level with' if level else 'behind'} mdlm "
+            "(coherence-diversity)?",
+            *(("mdlm", _SINGLE), found), level=level,
           )
         )  # fmt: skip
       mine = (found[_SINGLE], found[reference])

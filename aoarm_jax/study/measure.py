@@ -19,8 +19,6 @@ import io
 import itertools
 import json
 import time
-import zipfile
-import zlib
 
 import jax
 import numpy as np
@@ -309,10 +307,12 @@ def read_result(path: epath.Path) -> dict:
   try:
     return json.loads(path.read_text())
   except ValueError as error:
-    raise damaged(path, error) from None
+    raise _damaged(path, error) from None
 
 
-def read_arrays(folder: epath.Path, name: str, result: dict):
+def read_arrays(
+  folder: epath.Path, name: str, result: dict
+) -> dict[str, np.ndarray]:
   """The arrays of a cell's npz file by their names; {} if its run made none.
 
   Args:
@@ -323,24 +323,21 @@ def read_arrays(folder: epath.Path, name: str, result: dict):
   Raises:
     DataError: damaged, or of another run than result.json.
   """
-  path, wanted = folder / name, result.get("files", {}).get(name)
-  if not wanted:
+  if "files" not in result:
+    raise _damaged(folder / RESULT, "it names no files")
+  if name not in result["files"]:
     return {}
+  path = folder / name
   if not path.exists():
-    raise damaged(path, "it is not there")
+    raise _damaged(path, "it is not there")
   data = path.read_bytes()
-  if _hash(data) != wanted:
-    raise damaged(path, f"it is not the one of {RESULT}")
-  try:
-    with np.load(io.BytesIO(data)) as file:
-      return dict(file)
-  except (
-    ValueError, EOFError, KeyError, zlib.error, zipfile.BadZipFile,
-  ) as error:  # fmt: skip
-    raise damaged(path, error) from None
+  if _hash(data) != result["files"][name]:
+    raise _damaged(path, f"it is not the one of {RESULT}")
+  with np.load(io.BytesIO(data)) as file:
+    return dict(file)
 
 
-def damaged(path: epath.Path, error: object) -> corpora.DataError:
+def _damaged(path, error):
   """The error of a cell's file that cannot be read."""
   return corpora.DataError(
     f"{path}: damaged ({error}); delete {path.parent}, and the study runs this "
