@@ -9,6 +9,7 @@ orders are random, parameters fresh.
   memory       arguments and temporaries of the step, by the compiler, a device
   collectives  share of the time in which they run, on the first device, by a
                profile; 'alone' where nothing else runs there
+  idle         share of the time in which nothing runs there, by that profile
   efficiency   tokens/s a device over that of the first row of its kind
 
 --dry-run takes 8 virtual CPU devices, which share one processor, and unless
@@ -71,7 +72,7 @@ _DRY = dict(
 _COLUMNS = (
   "scaling", "model", "mechanism", "T", "mesh", "devices", "batch",
   "ms/step", "tokens/s", "a device", "MFU", "GB a device", "collectives",
-  "alone", "efficiency", "nats/token",
+  "alone", "idle", "efficiency", "nats/token",
 )  # fmt: skip
 
 
@@ -166,7 +167,7 @@ def measure(config: config_lib.Config, program: Program, steps: int) -> dict:
     start = time.perf_counter()
     loss = run(steps)
     seconds = (time.perf_counter() - start) / steps
-    collectives, alone = _profiled(lambda: run(steps), devices[0])
+    collectives, alone, idle = _profiled(lambda: run(steps), devices[0])
   speed = B * T / seconds
   flops = cost.training_flops_per_token(config.model, _VOCABULARY, B)
   peak = telemetry.peak_flops(devices[0])
@@ -181,17 +182,16 @@ def measure(config: config_lib.Config, program: Program, steps: int) -> dict:
     "GB a device": kept / 1e9,
     "collectives": collectives,
     "alone": alone,
+    "idle": idle,
     "nats/token": loss,
   }
 
 
 def _profiled(work, device):
-  """(share of the time in collectives, share in them alone), or Nones.
-
-  Of the device's own stream of kernels; a CPU has none.
-  """
+  """_shares of the device's own streams of kernels; a CPU has none: Nones."""
+  unknown = None, None, None
   if device.platform != "gpu":
-    return None, None
+    return unknown
   with tempfile.TemporaryDirectory() as folder:
     with jax.profiler.trace(folder):
       start = time.perf_counter()
@@ -199,12 +199,12 @@ def _profiled(work, device):
       seconds = time.perf_counter() - start
     paths = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
     if not paths:
-      return None, None
+      return unknown
     profile = jax.profiler.ProfileData.from_file(paths[0])
   name = f"/device:GPU:{device.local_hardware_id}"
   plane = next((p for p in profile.planes if p.name == name), None)
   if plane is None:
-    return None, None
+    return unknown
   network, other = [], []
   for line in plane.lines:
     if not line.name.startswith("Stream"):
@@ -212,8 +212,20 @@ def _profiled(work, device):
     for event in line.events:
       into = network if "nccl" in event.name.lower() else other
       into.append((event.start_ns, event.start_ns + event.duration_ns))
-  both, rest = _covered(network + other), _covered(other)
-  return _covered(network) / 1e9 / seconds, (both - rest) / 1e9 / seconds
+  return _shares(network, other, 1e9 * seconds)
+
+
+def _shares(network, other, total):
+  """Of a total: in collectives, in them alone, in no kernel.
+
+  Args:
+    network: (start, end) of every collective.
+    other: (start, end) of every other kernel.
+    total: length of it all.
+  """
+  both = _covered(network + other)
+  alone = both - _covered(other)
+  return _covered(network) / total, alone / total, 1 - both / total
 
 
 def _covered(intervals):
@@ -265,7 +277,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     choices=("auto", *pallas_kernels.IMPLEMENTATIONS),
   )  # fmt: skip
   for name, doc in (
-    ("--scan-layers", "config.compute.scan_layers: quicker to compile"),
+    ("--scan-layers", "config.compute.scan_layers: slower on GPUs"),
     ("--remat", "config.compute.remat: less memory"),
     (
       "--dry-run",
@@ -388,7 +400,7 @@ def _print_row(cells):
 
 def _cell(row, column):
   value = row[column]
-  if column in ("MFU", "collectives", "alone", "efficiency"):
+  if column in ("MFU", "collectives", "alone", "idle", "efficiency"):
     return "-" if value is None else f"{100 * value:.1f}%"
   if column in ("tokens/s", "a device"):
     return telemetry.format_count(value)

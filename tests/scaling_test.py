@@ -100,6 +100,11 @@ class ScalingTest(parameterized.TestCase):
   def test_covered(self, intervals, length):
     self.assertEqual(scaling._covered(intervals), length)
 
+  def test_shares(self):
+    """A collective of which half is hidden, one that is, and a pause."""
+    network, other = [(0, 2), (3, 5), (3.5, 4)], [(1, 4), (1.5, 2)]
+    self.assertEqual(scaling._shares(network, other, 8), (4 / 8, 2 / 8, 3 / 8))
+
 
 if __name__ == "__main__":
   absltest.main()
