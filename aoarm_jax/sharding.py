@@ -123,18 +123,22 @@ def describe(mesh: jax.sharding.Mesh) -> str:
 def check(mesh: jax.sharding.Mesh, config: config_lib.Config) -> None:
   """Raises ConfigError if the model does not divide by the mesh."""
   m = config.model
-  slots = f"the {m.S} slots of config.model.T={m.T}"
   for axis, path, value in (
     ("tensor", f"config.model.N={m.N} heads", m.N),
     ("tensor", f"config.model.mlp_width={m.F} hidden units", m.F),
-    ("sequence", slots, m.S),
   ):
     if value % mesh.shape[axis]:
       raise config_lib.ConfigError(
         f"config.mesh.{axis}={mesh.shape[axis]}: must divide {path}"
       )
-  if mesh.shape["sequence"] == 1:
+  ways = mesh.shape["sequence"]
+  if ways == 1:
     return
+  if m.S % (2 * ways):
+    raise config_lib.ConfigError(
+      f"config.mesh.sequence={ways}: twice that must divide the {m.S} slots of "
+      f"config.model.T={m.T}"
+    )
   if config.train.query_fraction < 1:
     raise config_lib.ConfigError(
       f"config.train.query_fraction={config.train.query_fraction}: must be 1 "
@@ -143,8 +147,8 @@ def check(mesh: jax.sharding.Mesh, config: config_lib.Config) -> None:
   if config.compute.attention == "cudnn" and not m.kind.masked:
     raise config_lib.ConfigError(
       "config.compute.attention='cudnn': sees contiguous slots only, and "
-      f"config.mesh.sequence={mesh.shape['sequence']} interleaves them; use "
-      "auto, xla, mosaic_gpu or mosaic_tpu"
+      f"config.mesh.sequence={ways} deals them out; use auto, xla, mosaic_gpu "
+      "or mosaic_tpu"
     )
 
 

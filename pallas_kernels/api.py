@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import hopper, reference, tpu, tuning
+from pallas_kernels import hopper, reference, shards, tpu, tuning
 
 
 class UnsupportedError(NotImplementedError):
@@ -36,8 +36,10 @@ def any_order_attention(
   Args:
     q: [B, T, Nq, H] queries; bfloat16, float16 or float32 (float64 in
       `reference`).
-    k: [B, S, N, H] keys, Nq a multiple of N, same dtype.
-    v: [B, S, N, H] values, same dtype.
+    k: [B, S, N, H] keys, Nq a multiple of N, same dtype; or, as gathered from P
+      devices that share a sequence, [P, B, S / P, N, H], dealt out as `shards`
+      says, S / P even.
+    v: values, of k's shape and dtype.
     visible: int32 [B, T], or [B, T, Nq / N] where the heads of a group (the
       streams) differ: the row sees the slots whose rank is below this. A row
       that sees none gives 0. An int is the same for all rows. None is causal:
@@ -62,6 +64,10 @@ def any_order_attention(
     UnsupportedError: the named implementation does not support the call;
       the message says what it lacks.
   """
+  gathered = k, v
+  if k.ndim == 5 and k.shape == v.shape and k.shape[2] % 2 == 0:
+    # Not made where a kernel takes them as they lie.
+    k, v = (shards.whole(x) for x in gathered)
   _check(q, k, v, visible, key_rank)
   scale = q.shape[-1] ** -0.5 if scale is None else scale
   # Our own kernels know prefixes by row.
@@ -90,7 +96,7 @@ def any_order_attention(
     case "cudnn":
       return _cudnn(q, k, v, visible, scale)
     case "mosaic_gpu":
-      out, lse = hopper.attention(q, k, v, rows, key_rank, scale)
+      out, lse = hopper.attention(q, *gathered, rows, key_rank, scale)
     case "mosaic_tpu":
       out, lse = tpu.attention(q, k, v, rows, key_rank, scale)
     case _:
@@ -104,8 +110,8 @@ def any_order_attention(
 def _check(q, k, v, visible, key_rank):
   if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
     raise ValueError(
-      f"attention wants q [B, T, Nq, H], k and v [B, S, N, H]; got {q.shape}, "
-      f"{k.shape}, {v.shape}"
+      "attention wants q [B, T, Nq, H], k and v [B, S, N, H] or of P devices "
+      f"[P, B, S / P, N, H], S / P even; got {q.shape}, {k.shape}, {v.shape}"
     )
   if not (q.size and k.size):
     raise ValueError(f"attention of nothing: q {q.shape}, k {k.shape}")

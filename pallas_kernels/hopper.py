@@ -10,6 +10,7 @@ from pallas_kernels import (
   hopper_forward,
   hopper_fused,
   hopper_masks,
+  shards,
   tuning,
 )
 
@@ -52,8 +53,9 @@ def attention(
 
   Args:
     q: [B, T, Nq, H], H up to 128; bfloat16 or float16.
-    k: [B, S, N, H].
-    v: [B, S, N, H].
+    k: [B, S, N, H], or [P, B, S / P, N, H] dealt out as `shards` says; read as
+      they lie, unless a tile were to hold slots of two chunks.
+    v: like k.
     visible: int32 [B, T] or [B, T, Nq / N], or None for causal.
     key_rank: must be None.
     scale: of the scores.
@@ -64,15 +66,15 @@ def attention(
   """
   if key_rank is not None:
     raise ValueError("hopper.attention: key_rank must be None; see `lacks`")
-  T, Nq, H = q.shape[1:]
-  S = k.shape[1]
+  B, T, Nq, H = q.shape
+  S = k.size // (B * k.shape[-2] * H)
   if scale <= 0:
     # The kernels take the largest score before they scale.
     q, scale = (-q, -scale) if scale else (q * 0, 1.0)
   if visible is None and T > S:
     visible = jnp.minimum(jnp.arange(1, T + 1), S)[None]
     visible = jnp.broadcast_to(visible, q.shape[:2])
-  G = Nq // k.shape[2]
+  G = Nq // k.shape[-2]
   packed = visible is not None and G > 1 and T * G <= ROWS
   if packed:
     # Of few rows, the whole group is one tile: keys are multiplied once.
@@ -82,6 +84,11 @@ def attention(
     q = _pack(q, G)
   if config is None:
     config = tuning.hopper(q.shape[1], S, _padded(H))
+  if k.ndim == 5:
+    if _in_place(S, H, len(k), config):
+      k, v = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
+    else:
+      k, v = shards.whole(k), shards.whole(v)
   rows = q.shape[1]
   q, k, v = _pad(q, 8), _pad(k, ROWS), _pad(v, ROWS)
   counts = None if visible is None else hopper_masks.prefix(visible, S)
@@ -90,6 +97,15 @@ def attention(
   out, lse = out[:, :rows, :, :H], jnp.swapaxes(lse[:, :, :rows], 1, 2)
   lse = jnp.where(jnp.isfinite(lse), lse * hopper_forward.LN2, -jnp.inf)
   return (_unpack(out, G), _unpack(lse, G)) if packed else (out, lse)
+
+
+def _in_place(S: int, H: int, P: int, config: tuning.Hopper) -> bool:
+  """Whether the kernels read S slots where P devices have dealt them out."""
+  chunk = S // (2 * P)
+  tiles = ROWS, config.keys, config.query_keys
+  if _padded(H) > H or max(config.short, config.fused) >= S:
+    return False
+  return not any(chunk % size for size in tiles)
 
 
 def _pack(x, G: int):
@@ -121,7 +137,7 @@ def _pad(x, least: int):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _attention(q, k, v, counts, scale, config):
-  (B, T, Nq, _), (S, N) = q.shape, k.shape[1:3]
+  (B, T, Nq, _), (S, N) = q.shape, hopper_masks.keys(q, k)
   splits = 1
   if T <= ROWS and Nq == N:
     splits = tuning.hopper_splits(B * N, S, config)
@@ -154,7 +170,7 @@ def _merge(out, lse, splits: int):
 
 def _attention_forward(q, k, v, counts, scale, config):
   rest = None
-  if k.shape[1] <= config.fused:
+  if hopper_masks.keys(q, k)[0] <= config.fused:
     out, lse = _attention(q, k, v, counts, scale, config)
   else:
     out, lse, rest = hopper_forward.forward(

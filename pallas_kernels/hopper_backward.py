@@ -23,8 +23,9 @@ def backward(q, k, v, prefix, d_out, lse, delta, scale, config: tuning.Hopper):
 
   Args:
     q: [B, T, Nq, H], T a multiple of 8.
-    k: [B, S, N, H], S a multiple of 8, at least 64.
-    v: [B, S, N, H].
+    k: [B, S, N, H], S a multiple of 8, at least 64; or see
+      hopper_masks.key_tile.
+    v: like k.
     prefix: None for causal, or the Prefix of hopper_masks.prefix.
     d_out: [B, T, Nq, H], cotangent of the output.
     lse: float32 [B, Nq, T rounded up to 64], as the forward kernel's.
@@ -39,7 +40,7 @@ def backward(q, k, v, prefix, d_out, lse, delta, scale, config: tuning.Hopper):
 def by_keys(q, k, v, d_out, lse, delta, prefix, scale, config: tuning.Hopper):
   """(dk, dv); arguments as in `backward`."""
   B, _, Nq, H = q.shape
-  S, N = k.shape[1:3]
+  S, N = hopper_masks.keys(q, k)
   C, L = config.key_consumers, config.key_stages
   rows = mosaic.tiles((L, ROWS, H), q.dtype)
   numbers = plgpu.SMEM((L, ROWS), jnp.float32)
@@ -67,8 +68,8 @@ def by_keys(q, k, v, d_out, lse, delta, prefix, scale, config: tuning.Hopper):
 def _by_keys(q, k, v, d_out, lse, delta, *refs, scale, share):
   *masks, dk, dv, rows, keys, staging = refs
   prefix, order = tuple(masks[:3]) or None, masks[3:]
-  T, Nq, H = q.shape[1:]
-  S, N = k.shape[1:3]
+  B, T, Nq, H = q.shape
+  S, N = hopper_masks.keys(q, k)
   G, C = Nq // N, keys.tiles[0].shape[1]
   blocks, units = pl.cdiv(S, C * ROWS), pl.cdiv(T, ROWS) * G
   warpgroup = lax.axis_index("warpgroup")
@@ -140,13 +141,16 @@ def _by_keys(q, k, v, d_out, lse, delta, *refs, scale, share):
     mine_v[...] = d_values.astype(v.dtype)
     plgpu.commit_smem()
     for tile, out in ((mine_k, dk), (mine_v, dv)):
-      plgpu.copy_smem_to_gmem(tile, out.at[b, pl.ds(first, ROWS), n])
+      target = hopper_masks.key_tile(out, B, b, first, ROWS, n)
+      plgpu.copy_smem_to_gmem(tile, target)
     return passed + count
 
   def fetch(r, passed):
     b, n, first, count, unit = take(r)
-    slots = [pl.ds(first + w * ROWS, ROWS) for w in range(C)]
-    keys.put(r, [[x.at[b, at, n] for at in slots] for x in (k, v)])
+    tiles = [(B, b, first + w * ROWS, ROWS, n) for w in range(C)]
+    keys.put(
+      r, [[hopper_masks.key_tile(x, *at) for at in tiles] for x in (k, v)]
+    )
 
     def fill(i, _):
       start, g = unit(i)
@@ -194,7 +198,7 @@ def by_rows(q, k, v, d_out, lse, delta, prefix, scale, config: tuning.Hopper):
 def _by_rows(q, k, v, d_out, lse, delta, *refs, scale, config, share):
   *prefix, dq, own, keys, staging = refs
   prefix = tuple(prefix) or None
-  T, Nq, H = q.shape[1:]
+  B, T, Nq, H = q.shape
   N = k.shape[2]
   G = Nq // N
   C, size = config.query_consumers, config.query_keys
@@ -270,8 +274,8 @@ def _by_rows(q, k, v, d_out, lse, delta, *refs, scale, config, share):
     block.load(own, r, (q, d_out), (lse, delta))
 
     def fill(i, _):
-      slots = pl.ds(i * size, size)
-      keys.put(passed + i, [x.at[block.b, slots, block.n] for x in (k, v)])
+      tile = B, block.b, i * size, size, block.n
+      keys.put(passed + i, [hopper_masks.key_tile(x, *tile) for x in (k, v)])
 
     lax.fori_loop(0, steps, fill, None)
     return passed + steps

@@ -32,8 +32,9 @@ def forward(
 
   Args:
     q: [B, T, Nq, H], T a multiple of 8.
-    k: [B, S, N, H], S a multiple of 8, at least 64.
-    v: [B, S, N, H].
+    k: [B, S, N, H], S a multiple of 8, at least 64; or see
+      hopper_masks.key_tile.
+    v: like k.
     prefix: None for causal, or the Prefix of hopper_masks.prefix.
     scale: of the scores.
     config: tile sizes.
@@ -45,7 +46,7 @@ def forward(
     in base 2, +inf for a row that sees nothing; the rest, like out.
   """
   B, T, Nq, H = q.shape
-  S, N = k.shape[1:3]
+  S, N = hopper_masks.keys(q, k)
   G = Nq // N
   tiles = pl.cdiv(T, ROWS)
   outs = (
@@ -195,8 +196,8 @@ def _long(q, k, v, *refs, factor, config, share, splits):
   *refs, own, keys, values, out_smem, lse_smem, turn = refs
   prefix = tuple(refs[:3]) if len(refs) > 3 else None
   out, lse, *rest = refs[3 if prefix else 0 :]
-  T, Nq, H = q.shape[1:]
-  S, N = k.shape[1:3]
+  B, T, Nq, H = q.shape
+  S, N = hopper_masks.keys(q, k)
   G = Nq // N
   C, size = config.consumers, config.keys
   tiles = pl.cdiv(pl.cdiv(S, size), splits)
@@ -308,9 +309,9 @@ def _long(q, k, v, *refs, factor, config, share, splits):
     block.load(own, r, (q,))
 
     def fill(i, _):
-      slots = pl.ds((first + i) * size, size)
+      tile = B, block.b, (first + i) * size, size, block.n
       for ring, source in ((keys, k), (values, v)):
-        ring.put(passed + i, [source.at[block.b, slots, block.n]])
+        ring.put(passed + i, [hopper_masks.key_tile(source, *tile)])
 
     lax.fori_loop(0, steps, fill, None)
     return passed + steps

@@ -12,7 +12,7 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import mosaic
+from pallas_kernels import mosaic, shards
 
 ROWS = 64
 
@@ -60,6 +60,30 @@ def active(prefix: Prefix, S: int, slots: int, G: int):
   idle = most <= first
   order = jnp.argsort(idle, axis=-1, stable=True).astype(jnp.int32)
   return order, jnp.sum(~idle, axis=-1, dtype=jnp.int32)
+
+
+def keys(q, k) -> tuple[int, int]:
+  """(S, N) of keys [B, S, N, H], or of [P * B, S / P, N, H]; see `key_tile`."""
+  return k.shape[0] // q.shape[0] * k.shape[1], k.shape[2]
+
+
+def key_tile(array, B, b, start, size, n):
+  """The reference of `size` slots from `start`, of keys or values.
+
+  Args:
+    array: [B, S, N, H], or [P * B, S / P, N, H] where slots are dealt out as
+      `shards` says and no tile has slots of two chunks.
+    B: sequences.
+    b: sequence.
+    start: first slot.
+    size: slots.
+    n: key head.
+  """
+  P = array.shape[0] // B
+  if P > 1:
+    device, start = shards.place(start, P * array.shape[1], P)
+    b += device * B
+  return array.at[b, pl.ds(start, size), n]
 
 
 def span(prefix, b, g, start):

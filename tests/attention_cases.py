@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import api, reference
+from pallas_kernels import api, reference, shards
 
 MASKS = (
   "causal",
@@ -48,6 +48,7 @@ class Case(NamedTuple):
     logits: factor of the scores, whose standard deviation is 1.
     constant_v: whether all slots of a head have the same value.
     lse_cotangent: whether the loss reads lse too.
+    P: devices that keys and values are gathered from; see `dealt`.
     seed: of all arrays.
   """
 
@@ -62,6 +63,7 @@ class Case(NamedTuple):
   logits: float = 1.0
   constant_v: bool = False
   lse_cotangent: bool = False
+  P: int = 1
   seed: int = 0
 
   def __str__(self):
@@ -93,6 +95,18 @@ class Result(NamedTuple):
   dq: np.ndarray
   dk: np.ndarray
   dv: np.ndarray
+
+
+def dealt(kernel, P: int):
+  """The kernel, given keys and values as gathered from P devices."""
+  if P == 1:
+    return kernel
+
+  def call(q, k, v, *arguments):
+    k, v = (jnp.moveaxis(shards.deal(x, P), 1, 0) for x in (k, v))
+    return kernel(q, k, v, *arguments)
+
+  return call
 
 
 def inputs(case: Case) -> Inputs:

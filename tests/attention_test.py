@@ -11,7 +11,7 @@ import pytest
 from absl.testing import absltest, parameterized
 
 import pallas_kernels
-from pallas_kernels import api, tuning
+from pallas_kernels import api, shards, tuning
 
 _B, _N, _GROUP, _H = 3, 2, 2, 6
 _SHAPES = ((7, 7), (5, 7), (7, 5), (1, 7), (7, 1))
@@ -158,6 +158,24 @@ class AttentionTest(parameterized.TestCase):
     np.testing.assert_allclose(merged(*qkv), _slow(*qkv, visible)[0], atol=1e-5)
     want = _pull("reference")(qkv, visible, weight)
     chex.assert_trees_all_close(jax.grad(loss)(qkv), want, atol=1e-5)
+
+  @parameterized.parameters(*_ON_CPU)
+  def test_keys_gathered_from_devices(self, name):
+    """The same attention and gradients, up to where the slots lie."""
+    qkv, visible = _inputs(5, 12), _ragged(5, 12)
+    weight = np.random.default_rng(9).normal(size=qkv[0].shape)
+
+    def gathered(x):
+      return jnp.moveaxis(shards.deal(x, 3), 1, 0)
+
+    q, k, v = qkv
+    dealt = q, gathered(k), gathered(v)
+    np.testing.assert_allclose(
+      _attend(name)(*dealt, visible), _attend(name)(*qkv, visible), atol=1e-6
+    )
+    dq, dk, dv = _pull(name)(qkv, visible, weight)
+    want = dq, gathered(dk), gathered(dv)
+    chex.assert_trees_all_close(_pull(name)(dealt, visible, weight), want)
 
   @parameterized.parameters(*_ON_CPU)
   def test_an_empty_row_is_zero_and_has_no_gradient(self, name):
@@ -326,6 +344,8 @@ class ChooserTest(parameterized.TestCase):
     ("q_rank", lambda q, k, v: (q[0], k, v), "wants q .* got "),
     ("k_rank", lambda q, k, v: (q, k[0], v[0]), "wants q"),
     ("k_unlike_v", lambda q, k, v: (q, k, v[:, 1:]), "wants q"),
+    ("odd_shards", lambda q, k, v: (q, k[None], v[None]), "P even; got"),
+    ("shards_unlike", lambda q, k, v: (q, k[None, :, 1:], v), "wants q"),
     ("batch", lambda q, k, v: (q[1:], k, v), "does not fit k .* B and H"),
     ("head_dim", lambda q, k, v: (q[..., 1:], k, v), "B and H must be equal"),
     ("group", lambda q, k, v: (q[:, :, 1:], k, v), "Nq a multiple of N"),

@@ -30,6 +30,8 @@ _INTERPRETED = {
     _Case(150, 140, B=1, mask="empty"),
     # Few rows of a group are one tile, and the slots are split.
     _Case(3, 520, B=1, mask="empty"),
+    # Read as two devices have them.
+    _Case(65, 256, mask="groups", P=2),
   ],
   # One warpgroup forward; one kernel backward.
   "short": [
@@ -50,6 +52,9 @@ _INTERPRETED = {
     _Case(200, 328, group=4, mask="prompt"),
     _Case(200, 129),
     _Case(16, 1100, group=4, mask="ragged"),
+    _Case(130, 384, N=2, mask="ragged", P=3),
+    _Case(3, 512, mask="empty", P=2),
+    _Case(65, 200, mask="groups", P=2),  # Chunks that no tiles fit.
   ],
   "wide": [
     _Case(65, 65, H=128),
@@ -76,6 +81,13 @@ _ON_GPU = [
     for mask in ("ragged", "empty")
     for H in (64, 128)
   ),
+  *(
+    _Case(S // P, S, N=3, mask=mask, H=H, P=P, lse_cotangent=True)
+    for S, P in ((512, 2), (1024, 2), (3072, 3), (1024, 8))
+    for mask in ("causal", "ragged", "groups")
+    for H in (64, 128)
+  ),
+  *(_Case(16, S, mask="ragged", P=2) for S in (1024, 4096)),
   *(_Case(T, T, logits=100.0) for T in (128, 1024)),
   *(_Case(T, T, constant_v=True) for T in (128, 1024)),
 ]
@@ -96,6 +108,7 @@ def _loss(q, k, v, visible=None, config=None):
 
 def _check(kernel, case):
   """With gradients, which save more in the forward pass, and without."""
+  kernel = attention_cases.dealt(kernel, case.P)
   got = attention_cases.run(kernel, case)
   attention_cases.check(got, case)
   q, k, v, visible, key_rank, scale, *_ = attention_cases.inputs(case)
@@ -123,6 +136,22 @@ class LoweringTest(parameterized.TestCase):
     for rows in (None, (2, T), (2, T, 2)):
       visible = rows and jax.ShapeDtypeStruct(rows, jnp.int32)
       self.assertEqual(_kernels(gradient, *shapes, visible), number)
+
+  @parameterized.parameters(
+    (1024, 64, 2, True), (1024, 128, 4, True), (768, 64, 3, True),
+    (512, 64, 8, False), (1024, 32, 2, False), (128, 64, 1, False),
+  )  # fmt: skip
+  def test_dealt_out_keys_are_not_moved(self, S, H, P, in_place):
+    """Unless a tile of them had slots of two chunks, or must be padded."""
+    q, k, v = _shapes(S // P, S, H=H)
+    k, v = (
+      jax.ShapeDtypeStruct((P, 2, S // P, *x.shape[2:]), x.dtype)
+      for x in (k, v)
+    )
+    text = str(jax.make_jaxpr(jax.grad(_loss, (0, 1, 2)))(q, k, v))
+    self.assertEqual("concatenate" not in text, in_place)
+    number = 2 if S == 128 else 3
+    self.assertEqual(_kernels(jax.grad(_loss, (0, 1, 2)), q, k, v), number)
 
   @parameterized.parameters(1, 3, 4)
   def test_groups(self, group):

@@ -1,9 +1,8 @@
 """Attention over a mesh: every device has its own rows, heads and slots.
 
-Along the sequence axis n devices share a sequence (context parallelism): each
-computes the rows of its slots over the keys and values of all of them, which it
-gathers. A causal row sees as many slots as stand before it, so slots are dealt
-out in turn, slot i to device i mod n, and all have the same work. What a row
+Along the sequence axis several devices share a sequence (context parallelism):
+each computes the rows of its slots over the keys and values of all of them,
+which it gathers. Slots are dealt out as pallas_kernels.shards says. What a row
 sees is still a prefix of the slots in their own order, so nothing but `visible`
 has to say so.
 """
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 
 import pallas_kernels
 from aoarm_jax import orders, sharding
+from pallas_kernels import shards
 
 
 def sequence_ways(S: int) -> int:
@@ -23,25 +23,44 @@ def sequence_ways(S: int) -> int:
   if mesh.empty or mesh.manual_axes:
     return 1
   ways = mesh.shape["sequence"]
-  return ways if S % ways == 0 else 1
+  return ways if shards.can(S, ways) else 1
 
 
-def deal(x: jax.Array, ways: int) -> jax.Array:
-  """Slots [B, S, ...] so that every device's come to lie side by side."""
+def collect_logits(x: jax.Array, ways: int) -> jax.Array:
+  """Logits [B, S, V] of slots that lie as `deal_slots` lays them, in order.
+
+  Every device sends each of its two chunks once: one is even, one odd, and
+  chunk c belongs to device c // 2.
+  """
   if ways == 1:
     return x
-  B, S = x.shape[:2]
-  x = x.reshape(B, S // ways, ways, *x.shape[2:])
-  return x.swapaxes(1, 2).reshape(B, S, *x.shape[3:])
+  chunks = [
+    sorted(shards.chunks(device, ways), key=lambda chunk: chunk % 2)
+    for device in range(ways)
+  ]
 
+  def local(x):
+    first, last = jnp.split(x, 2, axis=1)
+    # The first chunk of an even device is the even one.
+    swap = jax.lax.axis_index("sequence") % 2 == 1
+    halves = jnp.where(swap, last, first), jnp.where(swap, first, last)
+    received = [
+      jax.lax.ppermute(
+        half,
+        "sequence",
+        [(device, pair[parity] // 2) for device, pair in enumerate(chunks)],
+      )
+      for parity, half in enumerate(halves)
+    ]
+    return jnp.concatenate(received, axis=1)
 
-def collect(x: jax.Array, ways: int) -> jax.Array:
-  """Inverse of `deal`."""
-  return deal(x, x.shape[1] // ways) if ways > 1 else x
+  mesh = jax.sharding.get_abstract_mesh()
+  spec = sharding.spec(mesh, x.shape, "batch", "slots", "vocabulary")
+  return jax.shard_map(local, in_specs=spec, out_specs=spec, check_vma=False)(x)
 
 
 def deal_slots(slots: orders.Slots, ways: int) -> orders.Slots:
-  """`deal` of all that is known about slots.
+  """All that is known about slots, every device's side by side.
 
   Raises:
     ValueError: rows of other queries, which belong to no slot.
@@ -50,9 +69,13 @@ def deal_slots(slots: orders.Slots, ways: int) -> orders.Slots:
     raise ValueError("slots over several devices: queries are not slots")
   if ways == 1:
     return slots
-  return jax.tree.map(
-    lambda x: sharding.constrain(deal(x, ways), "batch", "slots"), slots
-  )
+
+  def deal(x):
+    return sharding.constrain(
+      shards.deal(x, ways).reshape(x.shape), "batch", "slots"
+    )
+
+  return jax.tree.map(deal, slots)
 
 
 def attention(
@@ -70,7 +93,7 @@ def attention(
     q, k, v: see there.
     visible: see there.
     ways: devices that share a sequence, whose slots and rows are dealt out
-      (see `deal`); then there are as many rows as slots.
+      (see `deal_slots`); then there are as many rows as slots.
     **options: implementation, return_lse.
   """
   attend = functools.partial(pallas_kernels.any_order_attention, **options)
@@ -91,9 +114,10 @@ def attention(
     seen = seen[0] if seen else visible
     if ways > 1:
       if seen is None:
-        mine = jnp.arange(q.shape[1]) * ways + jax.lax.axis_index("sequence")
-        seen = jnp.broadcast_to(mine.astype(jnp.int32) + 1, q.shape[:2])
-      k, v = _gather(k, ways), _gather(v, ways)
+        device = jax.lax.axis_index("sequence")
+        mine = shards.slots(device, q.shape[1], ways)
+        seen = jnp.broadcast_to(mine + 1, q.shape[:2])
+      k, v = (jax.lax.all_gather(x, "sequence") for x in (k, v))
     return attend(q, k, v, seen)
 
   out = keys
@@ -103,9 +127,3 @@ def attention(
   return jax.shard_map(
     local, in_specs=tuple(specs), out_specs=out, check_vma=False
   )(*arrays)
-
-
-def _gather(x, ways):
-  """The slots of all devices, in their own order."""
-  x = jax.lax.all_gather(x, "sequence", axis=2)
-  return x.reshape(x.shape[0], -1, *x.shape[3:])

@@ -84,7 +84,7 @@ class Transformer(nnx.Module):
       unroll=1 if self.compute.scan_layers else max(L - 1, 1),
     )
     logits = self.read_out(self.layer(L - 1), x, setting, attend, S)
-    logits = parallel.collect(logits, ways)
+    logits = parallel.collect_logits(logits, ways)
     return sharding.constrain(logits, "batch", "slots", "vocabulary")
 
   def enter(self, slots: orders.Slots) -> tuple[jax.Array, layers.Setting]:
