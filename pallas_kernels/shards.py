@@ -47,9 +47,12 @@ def slots(device: jax.Array, size: int, P: int) -> jax.Array:
 
 
 def place(slot, S: int, P: int):
-  """Where a slot lies: (device, index there); ints or int32 scalars."""
+  """Where a slot lies: (device, index there); ints or int32 scalars.
+
+  A slot past the last lies past the end of that one's device.
+  """
   size = S // (2 * P)
-  chunk, index = slot // size, slot % size
+  chunk = jnp.minimum(slot // size, 2 * P - 1)
   last = chunk >= P
   device = jnp.where(last, 2 * P - 1 - chunk, chunk)
-  return device, index + jnp.where(last, size, 0)
+  return device, slot - chunk * size + jnp.where(last, size, 0)

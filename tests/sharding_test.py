@@ -113,6 +113,7 @@ def tearDownModule():
   _contexts.close()
 
 
+@pytest.mark.once
 class ShardingTest(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):

@@ -35,6 +35,8 @@ class ShardsTest(parameterized.TestCase):
       )
     for slot in range(S):
       self.assertEqual(dealt[shards.place(slot, S, P)], slot)
+    device, index = shards.place(S + 1, S, P)
+    self.assertEqual((device, index), (0, S // P + 1))
 
   def test_all_devices_have_the_same_work(self):
     """A causal row sees its slot and those before it."""
