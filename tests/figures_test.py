@@ -9,11 +9,15 @@ import tempfile
 from unittest import mock
 
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 from etils import epath
 from matplotlib import axes
 
 from aoarm_jax import figures
+
+# On the older Python alone, for time.
+pytestmark = pytest.mark.once
 
 
 def _train(steps, value=2.0):

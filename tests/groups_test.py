@@ -5,10 +5,14 @@ import itertools
 
 import jax
 import numpy as np
+import pytest
 import tiny
 from absl.testing import absltest, parameterized
 
 from aoarm_jax import config, objective, orders
+
+# On the older Python alone, for time.
+pytestmark = pytest.mark.once
 
 _B, _T, _V = 3, 7, 5
 

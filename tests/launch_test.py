@@ -13,10 +13,14 @@ import sys
 import tempfile
 import time
 
+import pytest
 import yaml
 from absl.testing import absltest, parameterized
 
 from launch import common, gke, local, slurm, tpu_pod
+
+# On the older Python alone, for time.
+pytestmark = pytest.mark.once
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LAUNCHERS = {"gke": gke, "local": local, "slurm": slurm, "tpu_pod": tpu_pod}

@@ -10,11 +10,15 @@ from unittest import mock
 
 import helpers
 import jax
+import pytest
 from absl import flags
 from absl.testing import absltest, parameterized
 
 from aoarm_jax import main
 from aoarm_jax.data import corpora
+
+# On the older Python alone, for time.
+pytestmark = pytest.mark.once
 
 TINY = f"--config={helpers.TINY}"
 NEW_CONFIG = """

@@ -4,10 +4,14 @@ import dataclasses
 import os
 import tempfile
 
+import pytest
 from absl.testing import absltest, parameterized
 
 from aoarm_jax import config as config_lib
 from aoarm_jax import matching, mechanisms
+
+# On the older Python alone, for time.
+pytestmark = pytest.mark.once
 
 _V = 27
 

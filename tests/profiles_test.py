@@ -2,11 +2,15 @@
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import tiny
 from absl.testing import absltest, parameterized
 
 from aoarm_jax import mechanisms, orders
 from aoarm_jax.study import profiles
+
+# On the older Python alone, for time.
+pytestmark = pytest.mark.once
 
 B, T = 3, 7
 REAL = np.array([True, False, True])  # The second one fills the batch.
