@@ -97,14 +97,18 @@ class Result(NamedTuple):
   dv: np.ndarray
 
 
+def gathered(x, P: int):
+  """Keys or values [B, S, ...] as gathered from P devices."""
+  return jnp.moveaxis(shards.deal(x, P), 1, 0)
+
+
 def dealt(kernel, P: int):
   """The kernel, given keys and values as gathered from P devices."""
   if P == 1:
     return kernel
 
   def call(q, k, v, *arguments):
-    k, v = (jnp.moveaxis(shards.deal(x, P), 1, 0) for x in (k, v))
-    return kernel(q, k, v, *arguments)
+    return kernel(q, gathered(k, P), gathered(v, P), *arguments)
 
   return call
 

@@ -3,6 +3,7 @@
 import functools
 from unittest import mock
 
+import attention_cases
 import chex
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import pytest
 from absl.testing import absltest, parameterized
 
 import pallas_kernels
-from pallas_kernels import api, shards, tuning
+from pallas_kernels import api, tuning
 
 _B, _N, _GROUP, _H = 3, 2, 2, 6
 _SHAPES = ((7, 7), (5, 7), (7, 5), (1, 7), (7, 1))
@@ -164,10 +165,7 @@ class AttentionTest(parameterized.TestCase):
     """The same attention and gradients, up to where the slots lie."""
     qkv, visible = _inputs(5, 12), _ragged(5, 12)
     weight = np.random.default_rng(9).normal(size=qkv[0].shape)
-
-    def gathered(x):
-      return jnp.moveaxis(shards.deal(x, 3), 1, 0)
-
+    gathered = functools.partial(attention_cases.gathered, P=3)
     q, k, v = qkv
     dealt = q, gathered(k), gathered(v)
     np.testing.assert_allclose(
