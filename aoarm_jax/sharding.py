@@ -18,7 +18,6 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from aoarm_jax import config as config_lib
-from pallas_kernels import shards
 
 AXES = ("data", "fsdp", "tensor", "sequence")
 
@@ -135,7 +134,7 @@ def check(mesh: jax.sharding.Mesh, config: config_lib.Config) -> None:
   ways = mesh.shape["sequence"]
   if ways == 1:
     return
-  if not shards.can(m.S, ways):
+  if m.S % (2 * ways):
     raise config_lib.ConfigError(
       f"config.mesh.sequence={ways}: twice that must divide the {m.S} slots of "
       f"config.model.T={m.T}"
