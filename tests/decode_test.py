@@ -20,7 +20,7 @@ from aoarm_jax import (
 )
 from aoarm_jax.model import cached
 
-_T, _V, _MANY = 4, 3, 200_000
+_T, _V, _MANY = 4, 3, 100_000
 # On the older Python alone: tests/api_test.py does much of it on both.
 pytestmark = pytest.mark.once
 _LAW = sampling.Sampling(np.float32(1), np.int32(0), np.float32(1))

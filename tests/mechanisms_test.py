@@ -23,6 +23,7 @@ _EXPERIMENTS = sorted(
   for path in (helpers.ROOT / "configs").glob("*.py")
   if path.stem not in ("two_stream", "study_tradeoff")
 )
+_VARIANTS = ("decoupled_rope_adaln", "decoupled_rope_content")
 _CHANGES = {
   "model.T": 8,
   "model.L": 1,
@@ -48,8 +49,16 @@ class ExperimentTest(parameterized.TestCase):
     helpers.write_text(folder / "text")
     self.text, self.workdir = folder / "text", folder / "run"
 
-  @parameterized.parameters(*_EXPERIMENTS)
+  @parameterized.parameters(*sorted({*_EXPERIMENTS} - {*_VARIANTS}))
   def test_trains_resumes_evaluates_samples(self, name):
+    self.check(name)
+
+  @parameterized.parameters(*_VARIANTS)
+  @pytest.mark.slow
+  def test_a_variant_trains_resumes_evaluates_samples(self, name):
+    self.check(name)
+
+  def check(self, name):
     command = helpers.arguments(
       self.workdir,
       _CHANGES | {"data.path": self.text, "orders.group_width": 4},

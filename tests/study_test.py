@@ -30,7 +30,8 @@ class StudyTest(absltest.TestCase):
     self.enter_context(helpers.quick_compilation())
     self.command = [
       f"--config={STUDY}:tiny", "--mode=study", f"--workdir={self.workdir}",
-      f"--config.data.path={folder}/text",
+      f"--config.data.path={folder}/text", "--config.train.steps=100",
+      "--config.study.temperatures=2", "--config.study.characters=64",
     ]  # fmt: skip
 
   def test_killed_and_started_again(self):
