@@ -187,7 +187,7 @@ class FaultsTest(parameterized.TestCase):
     self.assertTrue(pathlib.Path(variables["FAULT_MARK"]).exists())
     self.assert_uninterrupted(name, bitwise=processes == 1)
 
-  @parameterized.parameters(1, 2)
+  @parameterized.parameters(1, 2, 3)
   def test_killed_in_a_step_or_a_save(self, seed):
     self.killed(seed, processes=1)
 
