@@ -37,7 +37,6 @@ MESH_AXIS = {
   "condition": None,
   "head": None,
   "vector": None,
-  "streams": None,
   "layers": None,
 }
 

@@ -516,14 +516,14 @@ class ComputeTest(parameterized.TestCase):
     block = layers.Block.__call__
     outputs = []
 
-    def whole(self, x, setting, attend, S, read_out=None):
-      outputs.append(block(self, x, setting, attend, S))
+    def whole(self, streams, setting, attend, S, read_out=None):
+      outputs.append(block(self, streams, setting, attend, S))
       return read_out(outputs[-1]) if read_out else outputs[-1]
 
     with mock.patch.object(layers.Block, "__call__", whole):
       got = _value_and_gradients("two_stream", 1)
     # Both streams were there, in the last layer too.
-    self.assertEqual(outputs[-1].shape[0], 2)
+    self.assertLen(outputs[-1], 2)
     self.assert_same(got, _plain("two_stream", 1))
 
   def test_bfloat16(self):

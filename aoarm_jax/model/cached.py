@@ -168,7 +168,7 @@ class Cached:
         or [B, R] and then those of slots.queries. None: the rows are the slots
         from 0 on, and causal, which faster attention knows.
     """
-    x, setting = self._network.enter(slots)
+    streams, setting = self._network.enter(slots)
     R, W = at.shape[1], slots.tokens.shape[1]
     keys, values = list(cache.k), list(cache.v)
 
@@ -201,9 +201,9 @@ class Cached:
 
     *first, last = range(self.model.L)
     for layer in first:
-      x = self._layers[layer](x, setting, attend_in(layer), W)
+      streams = self._layers[layer](streams, setting, attend_in(layer), W)
     logits = self._network.read_out(
-      self._layers[last], x, setting, attend_in(last), W
+      self._layers[last], streams, setting, attend_in(last), W
     )
     return logits, Cache(tuple(keys), tuple(values))
 

@@ -1,12 +1,14 @@
 """Norm, attention and MLP: one pre-norm block over G streams of rows.
 
 Keys and values always come from the content rows, the first S of stream 0.
-Streams are the leading axis, so that one stream is contiguous memory.
+Streams share parameters and meet in attention alone; else every one is an array
+of its own, so that the next layer's keys, which content needs alone, can be on
+their way to other devices while the queries are still in this layer's MLP.
 """
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -16,15 +18,15 @@ from jax.experimental import layout
 
 from aoarm_jax import config as config_lib
 from aoarm_jax import sharding
-from aoarm_jax.model import rotary
+from aoarm_jax.model import parallel, rotary
 
 # (q [B, R, N * G, H], k [B, S, N, H], v [B, S, N, H], visible: int32 [B, R] or
 # [B, R, G], int or None) -> [B, R, N * G, H]
 Attend = Callable[..., jax.Array]
 
 INIT_SCALE = 0.02
-# Logical axes of rows [G, B, R, D].
-ROWS = ("streams", "batch", "slots", "width")
+# Logical axes of rows [B, R, D].
+ROWS = ("batch", "slots", "width")
 
 
 def normal(
@@ -40,6 +42,11 @@ def normal(
 def used(param: nnx.Param, dtype) -> jax.Array:
   """A parameter as matmuls take it: in compute dtype, gathered."""
   return sharding.gathered(param[...].astype(dtype), *param.axes)
+
+
+def _matmuls(equation, streams, param, dtype):
+  weight = param[...].astype(dtype)
+  return parallel.matmuls(equation, streams, weight, param.axes)
 
 
 @jax.custom_vjp
@@ -65,7 +72,7 @@ def _row_major(x):
   if mesh.empty or mesh.manual_axes or mesh.size == 1 or x.ndim != 3:
     return _pin(x)
   # On each device alone: jax 0.10 would gather the whole batch for it.
-  spec = sharding.spec(mesh, x.shape, *ROWS[1:])
+  spec = sharding.spec(mesh, x.shape, *ROWS)
   return jax.shard_map(_pin, in_specs=spec, out_specs=spec, check_vma=False)(x)
 
 
@@ -139,27 +146,26 @@ class Setting(NamedTuple):
   """What the layers of one pass share.
 
   Attributes:
-    query_rotation: of [G, B, R] rows, or None.
+    query_rotation: a stream's each, of [B, R] rows, or None.
     key_rotation: of [B, S] slots, or None.
     condition: [P, C], one vector a position, or None.
-    target: int32 [G, B, R], which of these conditions each row, or None.
-    visible: int32 [G, B, R], an int or None; see rows.Rows.
+    target: a stream's each, int32 [B, R], which of these conditions each row,
+      or None.
+    visible: a stream's each, int32 [B, R], an int or None; see rows.Rows.
   """
 
-  query_rotation: rotary.Rotation | None
+  query_rotation: tuple[rotary.Rotation | None, ...]
   key_rotation: rotary.Rotation | None
   condition: jax.Array | None
-  target: jax.Array | None
-  visible: jax.Array | int | None
+  target: tuple[jax.Array | None, ...]
+  visible: tuple[jax.Array | int | None, ...]
 
-  def read_out(self, pick: Callable[[jax.Array], jax.Array]) -> "Setting":
+  def read_out(self, pick: Callable[[tuple], tuple]) -> "Setting":
     """The setting of the rows that `pick` picks."""
-    rotation, target, visible = jax.tree.map(
-      lambda x: pick(x) if isinstance(x, jax.Array) else x,
-      (self.query_rotation, self.target, self.visible),
-    )
     return self._replace(
-      query_rotation=rotation, target=target, visible=visible
+      query_rotation=pick(self.query_rotation),
+      target=pick(self.target),
+      visible=pick(self.visible),
     )
 
 
@@ -170,22 +176,27 @@ class Modulation(nnx.Module):
     self.weight = normal(rngs, (C, count, D), ("condition", None, "embed"))
     self.bias = nnx.Param(jnp.zeros((count, D)), axes=(None, "vector"))
 
-  def __call__(self, setting: Setting, dtype) -> list[jax.Array]:
-    """`count` arrays [G, B, R, D].
+  def __call__(
+    self, condition: jax.Array, target: jax.Array, dtype
+  ) -> list[jax.Array]:
+    """`count` arrays [B, R, D].
 
     A target is one of few positions, so the projection is done once for each
     position and looked up; but where there are fewer rows, for each row.
+
+    Args:
+      condition: [P, C], one vector a position.
+      target: int32 [B, R], a position each.
+      dtype: of the result.
     """
     weight = used(self.weight, jnp.float32)
-    if setting.target.size < len(setting.condition):
-      condition = setting.condition[setting.target]
-      rows = jnp.einsum("gbrc,cmd->mgbrd", condition, weight)
-      bias = self.bias[...][:, None, None, None]
+    if target.size < len(condition):
+      rows = jnp.einsum("brc,cmd->mbrd", condition[target], weight)
+      bias = self.bias[...][:, None, None]
       return list((rows + bias).astype(dtype))
-    tables = jnp.einsum("pc,cmd->mpd", setting.condition, weight)
+    tables = jnp.einsum("pc,cmd->mpd", condition, weight)
     tables = (tables + self.bias[...][:, None]).astype(dtype)
-    at = jax.vmap(look_up, in_axes=(None, 0))
-    return [at(table, setting.target) for table in tables]
+    return [look_up(table, target) for table in tables]
 
 
 class Attention(nnx.Module):
@@ -209,30 +220,31 @@ class Attention(nnx.Module):
 
   def __call__(
     self,
-    rows: jax.Array,
+    streams: Sequence[jax.Array],
     content: jax.Array,
     setting: Setting,
     attend: Attend,
-  ) -> jax.Array:
-    """Normalised rows [G, B, R, D] and content [B, S, D] -> [G, B, R, D]."""
-    q, k, v = (
-      used(param, self.dtype) for param in (self.query, self.key, self.value)
+  ) -> list[jax.Array]:
+    """Normalised streams [B, R, D], content [B, S, D] -> streams [B, R, D]."""
+    k, v = (
+      jnp.einsum("bsd,dnh->bsnh", content, used(param, self.dtype))
+      for param in (self.key, self.value)
     )
-    q = jnp.einsum("gbrd,dnh->gbrnh", rows, q)
-    k = jnp.einsum("bsd,dnh->bsnh", content, k)
-    v = jnp.einsum("bsd,dnh->bsnh", content, v)
-    q = rotary.rotate(self.query_norm(q), setting.query_rotation)
     k = rotary.rotate(self.key_norm(k), setting.key_rotation)
-    q, k = q.astype(self.dtype), k.astype(self.dtype)
+    q = _matmuls("brd,dnh->brnh", streams, self.query, self.dtype)
+    q = [
+      rotary.rotate(self.query_norm(x), rotation).astype(self.dtype)
+      for x, rotation in zip(q, setting.query_rotation)
+    ]
     # Streams are the query heads of one group: they share keys and values.
-    G, B, R, N, H = q.shape
-    q = jnp.moveaxis(q, 0, 3).reshape(B, R, N * G, H)
-    visible = setting.visible
-    if isinstance(visible, jax.Array):
-      visible = visible[0] if G == 1 else jnp.moveaxis(visible, 0, 2)
-    out = attend(q, k, v, visible).reshape(B, R, N, G, H)
-    out = jnp.moveaxis(out, 3, 0)
-    return jnp.einsum("gbrnh,nhd->gbrd", out, used(self.out, self.dtype))
+    B, R, N, H = q[0].shape
+    q = jnp.stack(q, axis=3).reshape(B, R, -1, H)
+    visible = setting.visible[0]
+    if isinstance(visible, jax.Array) and len(streams) > 1:
+      visible = jnp.stack(setting.visible, axis=2)
+    x = attend(q, k.astype(self.dtype), v, visible).reshape(B, R, N, -1, H)
+    x = [x[:, :, :, g] for g in range(len(streams))]
+    return _matmuls("brnh,nhd->brd", x, self.out, self.dtype)
 
 
 @jax.checkpoint
@@ -261,10 +273,12 @@ class MLP(nnx.Module):
       INIT_SCALE / (2 * model.L) ** 0.5,
     )
 
-  def __call__(self, x: jax.Array) -> jax.Array:
-    x = jnp.einsum("gbrd,df->gbrf", x, used(self.up, self.dtype))
-    x = _gelu(sharding.constrain(x, *ROWS[:3], "hidden"))
-    return jnp.einsum("gbrf,fd->gbrd", x, used(self.down, self.dtype))
+  def __call__(self, streams: Sequence[jax.Array]) -> list[jax.Array]:
+    streams = _matmuls("brd,df->brf", streams, self.up, self.dtype)
+    streams = [
+      _gelu(sharding.constrain(x, *ROWS[:2], "hidden")) for x in streams
+    ]
+    return _matmuls("brf,fd->brd", streams, self.down, self.dtype)
 
 
 class Block(nnx.Module):
@@ -281,36 +295,52 @@ class Block(nnx.Module):
 
   def __call__(
     self,
-    x: jax.Array,
+    streams: Sequence[jax.Array],
     setting: Setting,
     attend: Attend,
     S: int,
-    read_out: Callable[[jax.Array], jax.Array] | None = None,
-  ) -> jax.Array:
-    """[G, B, R, D] -> [G, B, R, D].
+    read_out: Callable[[tuple], tuple] | None = None,
+  ) -> tuple[jax.Array, ...]:
+    """G streams [B, R, D] -> G streams [B, R, D].
 
     Args:
-      x: the rows; the first S of stream 0 are the content of the slots.
+      streams: of rows; the first S of stream 0 are the content of the slots.
       setting: what the layers share.
       attend: the attention.
       S: slots.
-      read_out: in the last layer, picks the rows that are read out, of x and
-        of everything [G, B, R, ...]: nothing reads the others' output there.
+      read_out: in the last layer, picks the rows that are read out, of streams
+        of [B, R, ...]: nothing reads the others' output there.
     """
-    m = None  # Shift, scale, gate of attention; shift, scale, gate of the MLP.
-    if setting.condition is not None:
-      m = self.modulation(setting, self.dtype)
-    normed = shifted(self.attention_norm(x), m, 0).astype(self.dtype)
-    content = normed[0, :, :S]
+    # Shift, scale, gate of attention; shift, scale, gate of the MLP.
+    modulations = tuple(
+      None if target is None
+      else self.modulation(setting.condition, target, self.dtype)
+      for target in setting.target
+    )  # fmt: skip
+    normed = self._normed(self.attention_norm, streams, modulations, 0)
+    content = normed[0][:, :S]
     if read_out:
-      x, normed, m = jax.tree.map(read_out, (x, normed, m))
+      streams, normed = read_out(streams), read_out(normed)
+      modulations = read_out(modulations)
       setting = setting.read_out(read_out)
-    out = self.attention(normed, content, setting, attend)
-    x = x + (out if m is None else m[2] * out)
-    normed = shifted(self.mlp_norm(x), m, 3).astype(self.dtype)
-    out = self.mlp(normed)
-    x = x + (out if m is None else m[5] * out)
-    return sharding.constrain(x, *ROWS)
+    updates = self.attention(normed, content, setting, attend)
+    streams = _updated(streams, updates, modulations, 2)
+    updates = self.mlp(self._normed(self.mlp_norm, streams, modulations, 3))
+    streams = _updated(streams, updates, modulations, 5)
+    return tuple(sharding.constrain(x, *ROWS) for x in streams)
+
+  def _normed(self, norm, streams, modulations, first):
+    return tuple(
+      shifted(norm(x), m, first).astype(self.dtype)
+      for x, m in zip(streams, modulations)
+    )
+
+
+def _updated(streams, updates, modulations, gate):
+  return [
+    x + (update if m is None else m[gate] * update)
+    for x, update, m in zip(streams, updates, modulations)
+  ]
 
 
 def shifted(x: jax.Array, m: list[jax.Array] | None, first: int) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Attention over a mesh: every device has its own rows, heads and slots.
+"""Attention and matmuls over a mesh: devices have their own rows and heads.
 
 Along the sequence axis several devices share a sequence (context parallelism):
 each computes the rows of its slots over the keys and values of all of them,
@@ -8,6 +8,7 @@ has to say so.
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +58,55 @@ def collect_logits(x: jax.Array, ways: int) -> jax.Array:
   mesh = jax.sharding.get_abstract_mesh()
   spec = sharding.spec(mesh, x.shape, "batch", "slots", "vocabulary")
   return jax.shard_map(local, in_specs=spec, out_specs=spec, check_vma=False)(x)
+
+
+def matmuls(
+  equation: str,
+  streams: Sequence[jax.Array],
+  weight: jax.Array,
+  axes: tuple[str | None, ...],
+) -> list[jax.Array]:
+  """jnp.einsum(equation, x, weight) of every stream [B, R, ...].
+
+  On a mesh a device sums its gradients of the weight over streams before they
+  are summed over devices. XLA would sum over devices once for every stream.
+
+  Args:
+    equation: whose result is [B, R, ...] too.
+    streams: of one shape.
+    weight: a parameter in compute dtype.
+    axes: its logical axes.
+  """
+  mesh, rows = jax.sharding.get_abstract_mesh(), (None,)
+  if not (mesh.empty or mesh.manual_axes or mesh.size == 1):
+    rows = sharding.spec(mesh, streams[0].shape[:2], "batch", "slots")
+  # Not divided: texts that are generated, without gradients.
+  if len(streams) == 1 or None in rows:
+    weight = sharding.gathered(weight, *axes)
+    return [jnp.einsum(equation, x, weight) for x in streams]
+  cut = sharding.spec(mesh, weight.shape, *axes)
+  # From D to features of heads or hidden units, or back.
+  embed = axes.index("embed")
+  features = [axis for i, axis in enumerate(cut) if i != embed]
+  into, out = jax.P(*rows, None), jax.P(*rows, *features)
+  if embed:
+    into, out = out, into
+  others = [a for a in jax.tree.leaves(tuple(rows)) if a != cut[embed]]
+
+  def local(weight, *streams):
+    if cut[embed]:
+      weight = jax.lax.all_gather(weight, cut[embed], axis=embed, tiled=True)
+    # Here, and not where each stream meets it: gradients are summed over
+    # devices where a weight begins to vary over them.
+    weight = jax.lax.pcast(weight, tuple(others), to="varying")
+    streams = [jnp.einsum(equation, x, weight) for x in streams]
+    return jax.lax.psum(streams, "tensor") if "tensor" in into else streams
+
+  return jax.shard_map(
+    local,
+    in_specs=(cut, *[into] * len(streams)),
+    out_specs=[out] * len(streams),
+  )(weight, *streams)
 
 
 def deal_slots(slots: orders.Slots, ways: int) -> orders.Slots:

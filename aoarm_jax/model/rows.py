@@ -15,37 +15,42 @@ from aoarm_jax.model import layers
 
 
 class Rows(NamedTuple):
-  """The rows of all streams, and what is known about each.
+  """The rows of a stream, and what is known about each.
 
   The first S rows of stream 0 are the content of the slots. What is read out
-  is the last stream or, where a lone stream has more than S rows, the rest.
+  is the last stream or, where it has more than S rows, the rest of them.
 
   Attributes:
-    x: [G, B, R, D], compute dtype.
-    query_position: int32 [G, B, R, K], the positions by which queries turn,
-      one after the other among the rotary pairs; None: they do not turn.
-    key_position: int32 [B, S], by which keys turn, or None.
-    target: int32 [G, B, R], the position that conditions each row, or None.
-    visible: int32 [G, B, R], how many leading slots each row sees; an int is
-      the same for all, None is causal.
+    x: [B, R, D], compute dtype.
+    query_position: int32 [B, R, K], the positions by which queries turn, one
+      after the other among the rotary pairs; None: they do not turn.
+    target: int32 [B, R], the position that conditions each row, or None.
+    visible: int32 [B, R], how many leading slots each row sees; an int is the
+      same for all, None is causal.
   """
 
   x: jax.Array
   query_position: jax.Array | None
-  key_position: jax.Array | None
   target: jax.Array | None
   visible: jax.Array | int | None
 
 
-def read_out(x: jax.Array, S: int) -> jax.Array:
-  """Of [G, B, R, ...], the rows that are read out: [1, B, R', ...]."""
-  if x.shape[0] > 1:
-    return x[-1:]
-  return x[:, :, S:] if x.shape[2] > S else x
+def read_out(streams: tuple, S: int) -> tuple:
+  """Of streams of [B, R, ...], what is read out: one of [B, R', ...].
+
+  Args:
+    streams: arrays, pytrees of arrays, or what is the same for all rows.
+    S: slots.
+  """
+
+  def rest(x):
+    return x[:, S:] if isinstance(x, jax.Array) and x.shape[1] > S else x
+
+  return jax.tree.map(rest, tuple(streams[-1:]))
 
 
 class Start(nnx.Module):
-  """Content of the slots -> Rows, from the pieces of the model's mechanism."""
+  """Content of the slots -> Rows of every stream, from a mechanism's pieces."""
 
   def __init__(self, model: config_lib.Model, *, rngs: nnx.Rngs):
     self.kind, D = model.kind, model.D
@@ -67,8 +72,10 @@ class Start(nnx.Module):
         model.condition_scale,
       )
 
-  def __call__(self, content: jax.Array, slots: orders.Slots) -> Rows:
-    """content [B, S, D] in compute dtype -> Rows."""
+  def __call__(
+    self, content: jax.Array, slots: orders.Slots
+  ) -> tuple[Rows, ...]:
+    """content [B, S, D] in compute dtype -> the Rows of every stream."""
     kind = self.kind
     places = {"content": slots.position, "target": slots.target_position}
     if kind.added:
@@ -82,34 +89,40 @@ class Start(nnx.Module):
       )
     turns = [places[name] for name in kind.query]
     rows = Rows(
-      x=content[None],
-      query_position=jnp.stack(turns, axis=-1)[None] if turns else None,
-      key_position=slots.position if turns else None,
-      target=slots.target_position[None] if kind.condition else None,
+      x=content,
+      query_position=jnp.stack(turns, axis=-1) if turns else None,
+      target=slots.target_position if kind.condition else None,
       visible=content.shape[1] if kind.masked else None,
     )
-    return self._two_streams(rows, slots) if kind.streams == 2 else rows
+    return self._two_streams(rows, slots) if kind.streams == 2 else (rows,)
 
-  def _two_streams(self, one, slots):
-    """Adds the query rows; `one` has their positions, content turns by c."""
-    content, turn = one.x[0], slots.position[..., None]
-    query = self.query_start[...].astype(content.dtype)
+  def _two_streams(self, query, slots):
+    """Content and query rows; `query` has their positions, and content's x."""
+    B, S, D = query.x.shape
     visible = slots.visible
+    content = query._replace(
+      query_position=slots.position[..., None],
+      visible=None if visible is None else visible[..., 0],
+    )
+    start = self.query_start[...].astype(query.x.dtype)
     if slots.queries is None:
-      return one._replace(
-        x=jnp.stack([content, jnp.broadcast_to(query, content.shape)]),
-        query_position=jnp.stack([turn, one.query_position[0]]),
-        visible=None if visible is None else jnp.moveaxis(visible, 2, 0),
+      query = query._replace(
+        x=jnp.broadcast_to(start, (B, S, D)),
+        visible=None if visible is None else visible[..., 1],
       )
+      return content, query
     # Not one for every slot: then they stand behind the content rows.
-    B, S, D = content.shape
     target, seen = slots.queries
-    own = jnp.arange(1, S + 1)[None] if visible is None else visible[..., 0]
-    query = jnp.broadcast_to(query, (B, target.shape[1], D))
-    return one._replace(
-      x=jnp.concatenate([content, query], axis=1)[None],
-      query_position=jnp.concatenate([turn, target[..., None]], axis=1)[None],
-      visible=jnp.concatenate([jnp.broadcast_to(own, (B, S)), seen], axis=1)[
-        None
-      ],
+    own = content.visible
+    if own is None:
+      own = jnp.broadcast_to(jnp.arange(1, S + 1), (B, S))
+    start = jnp.broadcast_to(start, (B, target.shape[1], D))
+    return (
+      content._replace(
+        x=jnp.concatenate([content.x, start], axis=1),
+        query_position=jnp.concatenate(
+          [content.query_position, target[..., None]], axis=1
+        ),
+        visible=jnp.concatenate([own, seen], axis=1),
+      ),
     )

@@ -63,7 +63,7 @@ class Transformer(nnx.Module):
     chex.assert_equal_shape(slots[:3])
     S = slots.tokens.shape[1]
     ways = parallel.sequence_ways(S)
-    x, setting = self.enter(parallel.deal_slots(slots, ways))
+    streams, setting = self.enter(parallel.deal_slots(slots, ways))
     name = self.compute.attention
     attend = functools.partial(
       parallel.attention,
@@ -71,41 +71,45 @@ class Transformer(nnx.Module):
       implementation=None if name == "auto" else name,
     )
 
-    def body(x, block):
-      return block(x, setting, attend, S), None
+    def body(streams, block):
+      return block(streams, setting, attend, S), None
 
     if self.compute.remat:
       body = jax.checkpoint(body, prevent_cse=not self.compute.scan_layers)
     L = self.model.L
-    x, _ = jax.lax.scan(
+    streams, _ = jax.lax.scan(
       body,
-      x,
+      streams,
       jax.tree.map(lambda p: p[: L - 1], self.blocks),
       unroll=1 if self.compute.scan_layers else max(L - 1, 1),
     )
-    logits = self.read_out(self.layer(L - 1), x, setting, attend, S)
+    logits = self.read_out(self.layer(L - 1), streams, setting, attend, S)
     logits = parallel.collect_logits(logits, ways)
     return sharding.constrain(logits, "batch", "slots", "vocabulary")
 
-  def enter(self, slots: orders.Slots) -> tuple[jax.Array, layers.Setting]:
-    """The rows [G, B, R, D] before the first layer, and their setting."""
+  def enter(
+    self, slots: orders.Slots
+  ) -> tuple[tuple[jax.Array, ...], layers.Setting]:
+    """The streams [B, R, D] before the first layer, and their setting."""
     table = layers.used(self.embedding, self.dtype)
     content = layers.embed(table, slots.tokens)
-    rows = self.start(content, slots)
-    rotation = functools.partial(
-      rotary.rotation, H=self.model.H, base=self.model.rope_base
-    )
-    x = sharding.constrain(rows.x, *layers.ROWS)
-    query, key, condition = rows.query_position, rows.key_position, None
-    if rows.target is not None:
-      condition = jax.nn.silu(self.start.target[...])
-    return x, layers.Setting(
-      query_rotation=None if query is None else rotation(query),
-      key_rotation=None if key is None else rotation(key[..., None]),
+    kind, streams = self.model.kind, self.start(content, slots)
+
+    def rotation(position):
+      if position is None:
+        return None
+      return rotary.rotation(position, self.model.H, self.model.rope_base)
+
+    condition = jax.nn.silu(self.start.target[...]) if kind.condition else None
+    setting = layers.Setting(
+      query_rotation=tuple(rotation(rows.query_position) for rows in streams),
+      key_rotation=rotation(slots.position[..., None] if kind.query else None),
       condition=condition,
-      target=rows.target,
-      visible=rows.visible,
+      target=tuple(rows.target for rows in streams),
+      visible=tuple(rows.visible for rows in streams),
     )
+    x = tuple(sharding.constrain(rows.x, *layers.ROWS) for rows in streams)
+    return x, setting
 
   def layer(self, index: int) -> layers.Block:
     return jax.tree.map(lambda p: p[index], self.blocks)
@@ -113,18 +117,18 @@ class Transformer(nnx.Module):
   def read_out(
     self,
     last: layers.Block,
-    x: jax.Array,
+    streams: tuple[jax.Array, ...],
     setting: layers.Setting,
     attend: layers.Attend,
     S: int,
   ) -> jax.Array:
     """Last layer, norm and head of the rows that are read out: [B, R, V]."""
     pick = functools.partial(rows_lib.read_out, S=S)
-    x = last(x, setting, attend, S, pick)
-    m = None
-    if setting.condition is not None:
-      m = self.modulation(setting.read_out(pick), self.dtype)
-    x = layers.shifted(self.norm(x), m, 0)[0].astype(self.dtype)
+    (x,) = last(streams, setting, attend, S, pick)
+    m, (target,) = None, pick(setting.target)
+    if target is not None:
+      m = self.modulation(setting.condition, target, self.dtype)
+    x = layers.shifted(self.norm(x), m, 0).astype(self.dtype)
     return jnp.einsum(
       "brd,dv->brv",
       x,
