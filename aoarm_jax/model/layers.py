@@ -2,7 +2,7 @@
 
 Keys and values always come from the content rows, the first S of stream 0.
 Streams share parameters and meet in attention alone; else every one is an array
-of its own, so that the next layer's keys, which content needs alone, can be on
+of its own, so that the next layer's keys, which need content alone, can be on
 their way to other devices while the queries are still in this layer's MLP.
 """
 
