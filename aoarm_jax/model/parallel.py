@@ -80,7 +80,7 @@ def matmuls(
   mesh, rows = jax.sharding.get_abstract_mesh(), (None,)
   if not (mesh.empty or mesh.manual_axes or mesh.size == 1):
     rows = sharding.spec(mesh, streams[0].shape[:2], "batch", "slots")
-  # Not divided: texts that are generated, without gradients.
+  # One has nothing to sum before; what does not divide is not trained on.
   if len(streams) == 1 or None in rows:
     weight = sharding.gathered(weight, *axes)
     return [jnp.einsum(equation, x, weight) for x in streams]
@@ -94,11 +94,11 @@ def matmuls(
   others = [a for a in jax.tree.leaves(tuple(rows)) if a != cut[embed]]
 
   def local(weight, *streams):
+    # Gradients are summed over devices where a weight begins to vary over them:
+    # not where each stream meets it, and of a piece where it is in pieces.
+    weight = jax.lax.pcast(weight, tuple(others), to="varying")
     if cut[embed]:
       weight = jax.lax.all_gather(weight, cut[embed], axis=embed, tiled=True)
-    # Here, and not where each stream meets it: gradients are summed over
-    # devices where a weight begins to vary over them.
-    weight = jax.lax.pcast(weight, tuple(others), to="varying")
     streams = [jnp.einsum(equation, x, weight) for x in streams]
     return jax.lax.psum(streams, "tensor") if "tensor" in into else streams
 
