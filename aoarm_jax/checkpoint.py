@@ -15,8 +15,10 @@ deleting, leaves a whole checkpoint behind once the first one was whole.
 
 import concurrent.futures
 import contextlib
+import functools
 import json
 import os
+import sys
 import time
 from typing import Any
 
@@ -340,10 +342,14 @@ def _context():
 
 
 def _quiet_orbax():
-  """Drops orbax's log lines that say nothing new; its warnings pass."""
+  """Drops orbax's messages that say nothing new; its warnings pass."""
   logger = logging.get_absl_logger()
   if _passes not in logger.filters:
     logger.addFilter(_passes)
+  if getattr(sys.unraisablehook, "func", None) is not _report_unraisable:
+    sys.unraisablehook = functools.partial(
+      _report_unraisable, sys.unraisablehook
+    )
 
 
 def _passes(record):
@@ -355,6 +361,17 @@ def _passes(record):
     record.levelno > logging.converter.STANDARD_INFO
     and "_SignalingThread.run() raised" not in str(record.msg)
   )
+
+
+def _report_unraisable(report, unraisable):
+  """`report`, but for the writes that outlive a failed save.
+
+  The first write to fail ends the save and closes its event loop; each that
+  was still under way then has nobody to tell, and prints a traceback.
+  """
+  error = unraisable.exc_value
+  if type(error) is not RuntimeError or str(error) != "Event loop is closed":
+    report(unraisable)
 
 
 def _leaves_by_name(tree):

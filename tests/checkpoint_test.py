@@ -1,5 +1,6 @@
 """Checkpoints: round trips, and every way in which one can be damaged."""
 
+import asyncio
 import dataclasses
 import functools
 import json
@@ -11,12 +12,14 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+from unittest import mock
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import tensorstore
 from absl.testing import absltest, parameterized
 
 from aoarm_jax import checkpoint, distributed, manifest
@@ -548,6 +551,29 @@ class InterruptedSaveTest(CheckpointTest):
       self.assertEqual(os.listdir(self.directory), ["10"])
     self.fill(checkpoints, [20], state=big)
     self.assertEqual(checkpoints.steps(), [20])
+
+  def test_writes_that_outlive_a_failed_save_are_silent(self):
+    reported = []
+    self.enter_context(
+      mock.patch.object(sys, "unraisablehook", reported.append)
+    )
+
+    def end_of_a_write(tell):
+      promise, write = tensorstore.Promise.new()
+      write.add_done_callback(tell)
+      promise.set_result(None)
+
+    loop = asyncio.new_event_loop()
+    loop.close()
+    end_of_a_write(lambda _: loop.call_soon_threadsafe(print))
+    self.assertRegex(str(reported.pop().exc_value), "Event loop is closed")
+    self.open()
+    self.open()
+    end_of_a_write(lambda _: loop.call_soon_threadsafe(print))
+    self.assertEmpty(reported)
+    end_of_a_write(lambda _: 1 / 0)
+    self.assertLen(reported, 1)
+    self.assertIsInstance(reported[0].exc_value, ZeroDivisionError)
 
   def test_directory_that_cannot_be(self):
     for file in (os.path.dirname(self.directory), self.directory):
