@@ -53,7 +53,8 @@ def traffic(text: str) -> dict[str, Traffic]:
   """Traffic by kind; what stands in a loop counts as often as it runs.
 
   Raises:
-    ValueError: collectives in a loop whose trip count the text does not tell.
+    ValueError: collectives in a loop whose trip count the text does not tell,
+      or of groups that it does not tell.
   """
   computations, entry = _computations(text)
   return _total(entry, computations, {})
@@ -160,7 +161,7 @@ def _group_size(line):
   """How many devices take part in one group of a collective."""
   if "source_target_pairs" in line:
     return 2
-  if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+  if match := re.search(r"replica_groups=mesh\[(.*?)\][^{]*\{([^}]*)\}", line):
     sizes = dict(re.findall(r"'([\w.-]+)'=(\d+)", match[1]))
     parts = re.findall(r"'([\w.-]+)'(?::\(\d+\)(\d+))?", match[2])
     return math.prod(int(part or sizes[axis]) for axis, part in parts)
@@ -168,7 +169,7 @@ def _group_size(line):
     return int(match[2])
   if match := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
     return len(match[1].split(","))
-  return 2
+  raise ValueError(f"which devices take part? {line.strip()[:200]}")
 
 
 def _called(line, attribute):

@@ -134,11 +134,15 @@ def restore(
       "another model: set the field to its value, or name another --workdir"
     )
   tokenizer = tokenizers.get(config.data.tokenizer)
-  bind = train_state.Bind(config.model, config.compute, tokenizer.V)
-  field = "ema" if before.optimizer.ema_decay > 0 else "params"
-  abstract = train_state.abstract_on(
-    mesh, bind, bind.abstract_params, config.mesh.smallest_shard
+  bind = train_state.Bind(
+    config.model,
+    config.compute,
+    tokenizer.V,
+    mesh,
+    config.mesh.smallest_shard,
   )
+  field = "ema" if before.optimizer.ema_decay > 0 else "params"
+  abstract = train_state.abstract_on(mesh, bind, bind.abstract_params)
   params = checkpoints.restore(saved, {field: abstract})[field]
   logging.info(
     "restored step %s of %s%s",

@@ -219,11 +219,30 @@ def _own_parts(mesh):
   ]
 
 
-def parameter(
+def parameter_axes(
   mesh: jax.sharding.Mesh,
   axes: tuple[str | None, ...],
   shape: tuple[int, ...],
   smallest_shard: int,
+) -> tuple[str | None, ...]:
+  """Logical axes of a parameter that is cut into no short pieces.
+
+  Args:
+    mesh: of devices.
+    axes: logical, of the last dimensions; those before are layers.
+    shape: of the parameter.
+    smallest_shard: elements; a dimension whose pieces along fsdp would be
+      shorter is "width", which stays whole, instead of "embed".
+  """
+  shortest = mesh.shape["fsdp"] * smallest_shard
+  return tuple(
+    "width" if name == "embed" and size < shortest else name
+    for name, size in zip(axes, shape[len(shape) - len(axes) :])
+  )
+
+
+def parameter(
+  mesh: jax.sharding.Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]
 ) -> NamedSharding:
   """Where a parameter lies, and what the optimizer keeps about it.
 
@@ -231,47 +250,41 @@ def parameter(
     mesh: of devices.
     axes: logical, of the last dimensions; those before are layers.
     shape: of the parameter.
-    smallest_shard: elements; where a dimension would be cut into shorter pieces
-      along fsdp, it is not.
 
   Raises:
     ConfigError: a dimension does not divide.
   """
-  return NamedSharding(mesh, _parameter_spec(mesh, axes, shape, smallest_shard))
+  return NamedSharding(mesh, _parameter_spec(mesh, axes, shape))
 
 
-def constrain_parameters(tree, axes, smallest_shard: int):
+def constrain_parameters(tree, axes):
   """Pins a tree like the parameters'; nothing happens without a mesh.
 
   Args:
     tree: of arrays.
     axes: the same tree of logical axes.
-    smallest_shard: see `parameter`.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return tree
   return jax.tree.map(
     lambda x, names: jax.lax.with_sharding_constraint(
-      x, _parameter_spec(mesh, names, x.shape, smallest_shard)
+      x, _parameter_spec(mesh, names, x.shape)
     ),
     tree,
     axes,
   )
 
 
-def _parameter_spec(mesh, axes, shape, smallest_shard):
+def _parameter_spec(mesh, axes, shape):
   axes = ("layers",) * (len(shape) - len(axes)) + axes
   spec = []
   for name, size in zip(axes, shape):
     axis = _mesh_axis(name)
-    ways = mesh.shape[axis] if axis else 1
-    if axis == "fsdp" and size < ways * smallest_shard:
-      axis = None
-    elif size % ways:
+    if axis and size % mesh.shape[axis]:
       raise config_lib.ConfigError(
-        f"config.mesh.{axis}={ways}: must divide the {name} axis of every "
-        f"parameter, and there is one of shape {shape}"
+        f"config.mesh.{axis}={mesh.shape[axis]}: must divide the {name} axis "
+        f"of every parameter, and there is one of shape {shape}"
       )
     spec.append(axis)
   return PartitionSpec(*spec)
@@ -279,8 +292,8 @@ def _parameter_spec(mesh, axes, shape, smallest_shard):
 
 def gathered(x: jax.Array, *axes: str | None) -> jax.Array:
   """A parameter where it is used: whole along fsdp; its gradient is not."""
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.manual_axes or mesh.shape["fsdp"] == 1:
+  mesh = spread()
+  if not mesh or mesh.shape["fsdp"] == 1 or "embed" not in axes:
     return x
   return _gathered(x, axes)
 
@@ -328,14 +341,23 @@ def batch_size(mesh: jax.sharding.Mesh, most: int, rows: int) -> int:
   return -(-rows // devices) * devices
 
 
+def spread() -> jax.sharding.AbstractMesh | None:
+  """The mesh that arrays are spread over here.
+
+  None where none is set or it is one device, and in a function that
+  jax.shard_map runs on every device: arrays are a device's own there.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  return None if mesh.size == 1 or mesh.manual_axes else mesh
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-  """Pins an activation's sharding; nothing happens where no mesh is set.
+  """Pins an activation's sharding; nothing happens where none is spread.
 
   A dimension that does not divide is left whole: texts are generated in
   batches of any size. Those of training are refused before; see `check`.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.manual_axes:
+  if not (mesh := spread()):
     return x
   return jax.lax.with_sharding_constraint(x, spec(mesh, x.shape, *axes))
 

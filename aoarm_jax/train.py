@@ -61,11 +61,7 @@ def make_step(
   schedule = optimizer.schedule(config.optimizer, config.train.steps)
   accumulate = config.compute.accumulate
   # Like the parameters, and not as the compiler sees fit.
-  pin = functools.partial(
-    sharding.constrain_parameters,
-    axes=bind.axes,
-    smallest_shard=config.mesh.smallest_shard,
-  )
+  pin = functools.partial(sharding.constrain_parameters, axes=bind.axes)
 
   def loss(params, tokens, draws):
     return objective.training_nll(

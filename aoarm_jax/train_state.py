@@ -55,7 +55,19 @@ class Bind:
     model: config_lib.Model,
     compute: config_lib.Compute,
     vocabulary: int,
+    mesh: jax.sharding.Mesh | None = None,
+    smallest_shard: int = 1,
   ):
+    """Nothing is computed yet.
+
+    Args:
+      model: the network.
+      compute: how it is computed.
+      vocabulary: symbols.
+      mesh: that its parameters are to lie on.
+      smallest_shard: see sharding.parameter_axes.
+    """
+
     def create(key):
       return transformer.Transformer(
         model, compute, vocabulary, rngs=nnx.Rngs(key)
@@ -63,15 +75,24 @@ class Bind:
 
     self._create = create
     abstract = jax.eval_shape(create, jax.random.key(0))
+    map_variables = functools.partial(
+      jax.tree.map, is_leaf=lambda node: isinstance(node, nnx.Variable)
+    )
     self._graphdef, self._abstract = nnx.split(abstract)
+    if mesh:
+      # The modules are to know which of their parameters are not cut.
+      self._abstract = map_variables(
+        lambda variable: variable.replace(
+          axes=sharding.parameter_axes(
+            mesh, variable.axes, variable.shape, smallest_shard
+          )
+        ),
+        self._abstract,
+      )
     self.abstract_params = nnx.to_pure_dict(self._abstract)
     # Logical axes of every parameter; layers are not named.
     self.axes = nnx.to_pure_dict(
-      jax.tree.map(
-        lambda variable: variable.axes,
-        self._abstract,
-        is_leaf=lambda node: isinstance(node, nnx.Variable),
-      )
+      map_variables(lambda variable: variable.axes, self._abstract)
     )
 
   def init(self, key: jax.Array):
@@ -109,19 +130,19 @@ def create(config: config_lib.Config, vocabulary: int, mesh: jax.sharding.Mesh):
   Returns:
     (bind, abstract state with shardings, jitted () -> TrainState).
   """
-  bind = Bind(config.model, config.compute, vocabulary)
+  bind = Bind(
+    config.model, config.compute, vocabulary, mesh, config.mesh.smallest_shard
+  )
   chain = optimizer.make(config.optimizer, config.train.steps, bind.axes)
   make = functools.partial(
     init, bind, chain, config.seed, config.optimizer.ema_decay > 0
   )
-  abstract = abstract_on(
-    mesh, bind, jax.eval_shape(make), config.mesh.smallest_shard
-  )
+  abstract = abstract_on(mesh, bind, jax.eval_shape(make))
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   return bind, abstract, jax.jit(make, out_shardings=shardings)
 
 
-def abstract_on(mesh: jax.sharding.Mesh, bind: Bind, tree, smallest_shard: int):
+def abstract_on(mesh: jax.sharding.Mesh, bind: Bind, tree):
   """ShapeDtypeStructs of a state, or a part of one, with their shardings.
 
   A leaf that has a parameter's name and shape lies where the parameter does:
@@ -131,7 +152,6 @@ def abstract_on(mesh: jax.sharding.Mesh, bind: Bind, tree, smallest_shard: int):
     mesh: of devices.
     bind: knows the parameters.
     tree: of arrays or their shapes.
-    smallest_shard: see sharding.parameter.
   """
   axes = {
     _names(path): leaf_axes
@@ -143,7 +163,7 @@ def abstract_on(mesh: jax.sharding.Mesh, bind: Bind, tree, smallest_shard: int):
   def place(path, leaf):
     where = sharding.replicated(mesh)
     if names := axes.get(_names(path)):
-      where = sharding.parameter(mesh, names, leaf.shape, smallest_shard)
+      where = sharding.parameter(mesh, names, leaf.shape)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
   return jax.tree_util.tree_map_with_path(place, tree)

@@ -77,6 +77,22 @@ class HloTest(parameterized.TestCase):
       },
     )
 
+  @parameterized.parameters(
+    ("mesh['a'=1,'b'=4,'c'=2] {'b'}", 4),
+    ("mesh['a'=1,'b'=4,'c'=2], device_ids=([2,4]T(1,0)) {'b','c'}", 8),
+    ("mesh['a'=16] {'a':(2)4}", 4),
+    ("[2,3]<=[3,2]T(1,0)", 3),
+    ("{{0,2},{1,3}}", 2),
+  )
+  def test_groups(self, groups, ways):
+    text = GPU.replace("{{0,1,2,3,4}}", groups)
+    sent = self.traffic(text)["reduce-scatter"]
+    self.assertEqual(sent, (1, (ways - 1) * 40))
+
+  def test_groups_that_are_not_told(self):
+    with self.assertRaisesRegex(ValueError, "which devices take part"):
+      hlo.traffic(GPU.replace("{{0,1,2,3,4}}", "{}"))
+
   def test_a_loop_without_end(self):
     with self.assertRaisesRegex(ValueError, "how often does this loop run"):
       hlo.traffic(UNKNOWN)

@@ -32,13 +32,19 @@ MESHES = {
   "1,4,2": config_lib.Mesh(1, 4, 2, smallest_shard=1),
   "1,1,1,8": config_lib.Mesh(1, 1, 1, 8),
   "1,8": config_lib.Mesh(1, 8, smallest_shard=1),
+  "2,4": config_lib.Mesh(2, 4, smallest_shard=1),
+  "2,4, parameters whole": config_lib.Mesh(2, 4, smallest_shard=5),
   "1,2,2,2": config_lib.Mesh(1, 2, 2, 2, smallest_shard=1),
 }
+ALL_IN_LOOPS = {"remat": True, "scan_layers": True, "accumulate": 2}
 # (mechanism, mesh, what else is changed): a few for every day.
 CASES = (
   ("two_stream", "8", {}),
   ("two_stream", "1,1,1,8", {}),
   ("two_stream", "1,8", {}),
+  ("two_stream", "2,4", {}),
+  ("two_stream", "2,4, parameters whole", {}),
+  ("two_stream", "2,2,2", ALL_IN_LOOPS),
   ("sigma_gpt", "2,2,2", {"accumulate": 2, "remat": True}),
   ("decoupled_rope", "1,2,2,2", {"attention": "mosaic_tpu"}),
   ("two_stream", "2,2,2", {"dtype": "bfloat16"}),
@@ -51,7 +57,7 @@ EVERY_CASE = tuple(
   for changes in (
     {},
     {"attention": "mosaic_tpu"},
-    {"remat": True, "scan_layers": True, "accumulate": 2},
+    ALL_IN_LOOPS,
     {"dtype": "bfloat16", "remat": True},
   )
   if not changes or mechanism in ("two_stream", "decoupled_rope", "ao_gpt")
@@ -176,14 +182,14 @@ def on_eight_devices(which):
         print(json.dumps(["two_stream", mesh, changes, seen]), flush=True)
     return
   seen = {"traffic": {}}
-  for mesh in ("8", "1,8", "1,1,1,8"):
+  for mesh in ("8", "1,8", "2,4", "2,4, parameters whole", "1,1,1,8"):
     step = cached_step("two_stream", mesh, {})
     seen["traffic"][mesh] = {
       kind: (one.count, one.sent_bytes)
       for kind, one in hlo.traffic(step.text).items()
       if one.count
     }
-  step = cached_step(*CASES[3])
+  step = cached_step(*next(case for case in CASES if case[0] == "sigma_gpt"))
   seen["abstract"], seen["stepped"] = placed(step.abstract), placed(step.state)
   seen["errors"] = errors()
   print(json.dumps(seen))
@@ -304,25 +310,29 @@ class MeshTest(parameterized.TestCase):
     )
     small = 1000  # Norms, sums.
     around = 7 / 8
-    with self.subTest("data: gradients once, and nothing else"):
-      traffic = self.seen["traffic"]["8"]
-      self.assertEqual(list(traffic), ["all-reduce"])
-      self.assertBetween(
-        traffic["all-reduce"][1], 2 * around * size, 2 * around * size + small
-      )
-    with self.subTest("fsdp: and parameters twice at most, no activations"):
-      traffic = self.seen["traffic"]["1,8"]
-      self.assertLen(traffic, 3)
-      # Where we do not ask for it, the CPU compiler knows no reduce-scatter.
-      self.assertBetween(
-        traffic["all-reduce"][1] + 2 * traffic["reduce-scatter"][1],
-        2 * around * size,
-        2 * around * size + small,
-      )
-      self.assertGreater(traffic["reduce-scatter"][1], 0)
-      self.assertBetween(
-        traffic["all-gather"][1], around * matrices, 2 * around * matrices
-      )
+    for mesh in ("8", "2,4, parameters whole"):
+      with self.subTest("gradients once, and nothing else", mesh=mesh):
+        traffic = self.seen["traffic"][mesh]
+        self.assertEqual(list(traffic), ["all-reduce"])
+        self.assertBetween(
+          traffic["all-reduce"][1], 2 * around * size, 2 * around * size + small
+        )
+    for mesh, ways in (("1,8", 8), ("2,4", 4)):
+      with self.subTest(
+        "fsdp: and parameters twice at most, no activations", mesh=mesh
+      ):
+        traffic = self.seen["traffic"][mesh]
+        self.assertLen(traffic, 3)
+        # Where we do not ask for it, the CPU compiler knows no reduce-scatter.
+        # Over data only pieces are summed: else it would be more in all.
+        self.assertBetween(
+          traffic["all-reduce"][1] + 2 * traffic["reduce-scatter"][1],
+          2 * around * size,
+          2 * around * size + small,
+        )
+        self.assertGreater(traffic["reduce-scatter"][1], 0)
+        once = (ways - 1) / ways * matrices
+        self.assertBetween(traffic["all-gather"][1], once, 2 * once)
     with self.subTest("sequence: keys and values, and back"):
       traffic = self.seen["traffic"]["1,1,1,8"]
       keys = 4 * B * config.model.S * config.model.D
@@ -354,9 +364,9 @@ class MeshTest(parameterized.TestCase):
     mesh = jax.sharding.AbstractMesh((2, 4, 2, 1), sharding.AXES)
 
     def spec(smallest_shard):
-      return sharding._parameter_spec(
-        mesh, ("embed", "heads", "head"), (5, 32, 4, 4), smallest_shard
-      )
+      axes, shape = ("embed", "heads", "head"), (5, 32, 4, 4)
+      axes = sharding.parameter_axes(mesh, axes, shape, smallest_shard)
+      return sharding._parameter_spec(mesh, axes, shape)
 
     self.assertEqual(spec(8), jax.P(None, "fsdp", "tensor", None))
     self.assertEqual(spec(9), jax.P(None, None, "tensor", None))

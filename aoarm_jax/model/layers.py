@@ -68,8 +68,8 @@ def _row_major(x):
   # Left to itself, XLA's GPU layout pass puts the batch innermost here and so
   # in the whole residual stream: a transposition around every matmul, and
   # 12% (two streams) or 3% (one) of a training step on an H200.
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.manual_axes or mesh.size == 1 or x.ndim != 3:
+  mesh = sharding.spread()
+  if not mesh or x.ndim != 3:
     return _pin(x)
   # On each device alone: jax 0.10 would gather the whole batch for it.
   spec = sharding.spec(mesh, x.shape, *ROWS)

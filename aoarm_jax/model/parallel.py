@@ -20,10 +20,8 @@ from pallas_kernels import shards
 
 def sequence_ways(S: int) -> int:
   """Devices that share the S slots of a sequence; 1 where they cannot."""
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.manual_axes:
-    return 1
-  ways = mesh.shape["sequence"]
+  mesh = sharding.spread()
+  ways = mesh.shape["sequence"] if mesh else 1
   return ways if shards.can(S, ways) else 1
 
 
@@ -77,28 +75,28 @@ def matmuls(
     weight: a parameter in compute dtype.
     axes: its logical axes.
   """
-  mesh, rows = jax.sharding.get_abstract_mesh(), (None,)
-  if not (mesh.empty or mesh.manual_axes or mesh.size == 1):
+  rows = None
+  if mesh := sharding.spread():
     rows = sharding.spec(mesh, streams[0].shape[:2], "batch", "slots")
   # One has nothing to sum before; what does not divide is not trained on.
-  if len(streams) == 1 or None in rows:
+  if len(streams) == 1 or not rows or None in rows:
     weight = sharding.gathered(weight, *axes)
     return [jnp.einsum(equation, x, weight) for x in streams]
   cut = sharding.spec(mesh, weight.shape, *axes)
   # From D to features of heads or hidden units, or back.
-  embed = axes.index("embed")
-  features = [axis for i, axis in enumerate(cut) if i != embed]
+  D = 0 if axes[0] in ("embed", "width") else len(axes) - 1
+  features = [axis for i, axis in enumerate(cut) if i != D]
   into, out = jax.P(*rows, None), jax.P(*rows, *features)
-  if embed:
+  if D:
     into, out = out, into
-  others = [a for a in jax.tree.leaves(tuple(rows)) if a != cut[embed]]
+  others = [a for a in jax.tree.leaves(tuple(rows)) if a != cut[D]]
 
   def local(weight, *streams):
     # Gradients are summed over devices where a weight begins to vary over them:
     # not where each stream meets it, and of a piece where it is in pieces.
     weight = jax.lax.pcast(weight, tuple(others), to="varying")
-    if cut[embed]:
-      weight = jax.lax.all_gather(weight, cut[embed], axis=embed, tiled=True)
+    if cut[D]:
+      weight = jax.lax.all_gather(weight, cut[D], axis=D, tiled=True)
     streams = [jnp.einsum(equation, x, weight) for x in streams]
     return jax.lax.psum(streams, "tensor") if "tensor" in into else streams
 
@@ -147,8 +145,7 @@ def attention(
     **options: implementation, return_lse.
   """
   attend = functools.partial(pallas_kernels.any_order_attention, **options)
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.manual_axes or mesh.size == 1:
+  if not (mesh := sharding.spread()):
     return attend(q, k, v, visible)
   # An axis of one device is named too, or gradients are summed over it.
   slots = "slots" if ways == mesh.shape["sequence"] else None

@@ -217,7 +217,7 @@ def observe(
     that of the last one, whose queries are of the rows that are read out.
   """
   S, before, last = slots.tokens.shape[1], network.model.L - 1, []
-  rows, setting = network.enter(slots)
+  entered, setting = network.enter(slots)
 
   def attend_into(seen):
     def attend(q, k, v, visible):
@@ -226,14 +226,14 @@ def observe(
 
     return attend
 
-  def body(rows, block):
+  def body(x, block):
     seen = []
-    return block(rows, setting, attend_into(seen), S), seen[0]
+    return block(x, setting, attend_into(seen), S), seen[0]
 
-  rows, earlier = jax.lax.scan(
-    body, rows, jax.tree.map(lambda p: p[:before], network.blocks)
+  left, earlier = jax.lax.scan(
+    body, entered, jax.tree.map(lambda p: p[:before], network.blocks)
   )
-  network.read_out(network.layer(before), rows, setting, attend_into(last), S)
+  network.read_out(network.layer(before), left, setting, attend_into(last), S)
   return earlier, last[0]
 
 
