@@ -348,7 +348,7 @@ def spread() -> jax.sharding.AbstractMesh | None:
   jax.shard_map runs on every device: arrays are a device's own there.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  return None if mesh.size == 1 or mesh.manual_axes else mesh
+  return None if mesh.empty or mesh.size == 1 or mesh.manual_axes else mesh
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
