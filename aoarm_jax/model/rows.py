@@ -96,17 +96,17 @@ class Start(nnx.Module):
     )
     return self._two_streams(rows, slots) if kind.streams == 2 else (rows,)
 
-  def _two_streams(self, query, slots):
-    """Content and query rows; `query` has their positions, and content's x."""
-    B, S, D = query.x.shape
+  def _two_streams(self, rows, slots):
+    """Content and query rows; `rows` has content's x and queries' positions."""
+    B, S, D = rows.x.shape
     visible = slots.visible
-    content = query._replace(
+    content = rows._replace(
       query_position=slots.position[..., None],
       visible=None if visible is None else visible[..., 0],
     )
-    start = self.query_start[...].astype(query.x.dtype)
+    start = self.query_start[...].astype(rows.x.dtype)
     if slots.queries is None:
-      query = query._replace(
+      query = rows._replace(
         x=jnp.broadcast_to(start, (B, S, D)),
         visible=None if visible is None else visible[..., 1],
       )
