@@ -369,8 +369,11 @@ def _report_unraisable(report, unraisable):
   The first write to fail ends the save and closes its event loop; each that
   was still under way then has nobody to tell, and prints a traceback.
   """
-  error = unraisable.exc_value
-  if type(error) is not RuntimeError or str(error) != "Event loop is closed":
+  # They name no object, unlike transports that a program forgot to close.
+  if (
+    unraisable.object is not None
+    or str(unraisable.exc_value) != "Event loop is closed"
+  ):
     report(unraisable)
 
 

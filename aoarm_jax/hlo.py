@@ -26,6 +26,8 @@ _CALLED = re.compile(
   r"false_computation)=\{?(%?[\w.-]+(?:, *%?[\w.-]+)*)"
 )
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+# Sizes by axis, perhaps the devices in their order, and the axes of a group.
+_MESH_GROUPS = re.compile(r"mesh\[(.*?)\](?:, device_ids=\(.*?\))? \{([^}]*)\}")
 _CONSTANT = re.compile(r"= [su](?:32|64)\[\](?:\{[^}]*\})? constant\((\d+)\)")
 
 
@@ -161,15 +163,17 @@ def _group_size(line):
   """How many devices take part in one group of a collective."""
   if "source_target_pairs" in line:
     return 2
-  if match := re.search(r"replica_groups=mesh\[(.*?)\][^{]*\{([^}]*)\}", line):
+  _, _, groups = line.partition("replica_groups=")
+  if match := _MESH_GROUPS.match(groups):
     sizes = dict(re.findall(r"'([\w.-]+)'=(\d+)", match[1]))
     parts = re.findall(r"'([\w.-]+)'(?::\(\d+\)(\d+))?", match[2])
-    return math.prod(int(part or sizes[axis]) for axis, part in parts)
-  if match := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
+    if parts or not match[2]:
+      return math.prod(int(part or sizes[axis]) for axis, part in parts)
+  if match := re.match(r"\[(\d+),(\d+)\]", groups):
     return int(match[2])
-  if match := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
+  if match := re.match(r"\{\{([\d,]*)\}", groups):
     return len(match[1].split(","))
-  raise ValueError(f"which devices take part? {line.strip()[:200]}")
+  raise ValueError(f"which devices take part? {(groups or line).strip()[:200]}")
 
 
 def _called(line, attribute):

@@ -142,7 +142,7 @@ def restore(
     config.mesh.smallest_shard,
   )
   field = "ema" if before.optimizer.ema_decay > 0 else "params"
-  abstract = train_state.abstract_on(mesh, bind, bind.abstract_params)
+  abstract = train_state.abstract_on(bind, bind.abstract_params)
   params = checkpoints.restore(saved, {field: abstract})[field]
   logging.info(
     "restored step %s of %s%s",

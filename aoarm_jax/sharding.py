@@ -27,7 +27,7 @@ MESH_AXIS = {
   "slots": "sequence",
   "heads": "tensor",
   "hidden": "tensor",
-  # D of a row, and of a parameter.
+  # D of a row or of a parameter that stays whole; and of one that is cut.
   "width": None,
   "embed": "fsdp",
   # Small: symbols, positions, what a mechanism is conditioned on, features of

@@ -64,9 +64,10 @@ class Bind:
       model: the network.
       compute: how it is computed.
       vocabulary: symbols.
-      mesh: that its parameters are to lie on.
+      mesh: that its parameters are to lie on, if on any.
       smallest_shard: see sharding.parameter_axes.
     """
+    self.mesh = mesh
 
     def create(key):
       return transformer.Transformer(
@@ -137,20 +138,19 @@ def create(config: config_lib.Config, vocabulary: int, mesh: jax.sharding.Mesh):
   make = functools.partial(
     init, bind, chain, config.seed, config.optimizer.ema_decay > 0
   )
-  abstract = abstract_on(mesh, bind, jax.eval_shape(make))
+  abstract = abstract_on(bind, jax.eval_shape(make))
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   return bind, abstract, jax.jit(make, out_shardings=shardings)
 
 
-def abstract_on(mesh: jax.sharding.Mesh, bind: Bind, tree):
+def abstract_on(bind: Bind, tree):
   """ShapeDtypeStructs of a state, or a part of one, with their shardings.
 
   A leaf that has a parameter's name and shape lies where the parameter does:
   its moments in the optimizer, its average. All others are replicated.
 
   Args:
-    mesh: of devices.
-    bind: knows the parameters.
+    bind: knows the parameters and the mesh.
     tree: of arrays or their shapes.
   """
   axes = {
@@ -161,9 +161,9 @@ def abstract_on(mesh: jax.sharding.Mesh, bind: Bind, tree):
   }
 
   def place(path, leaf):
-    where = sharding.replicated(mesh)
+    where = sharding.replicated(bind.mesh)
     if names := axes.get(_names(path)):
-      where = sharding.parameter(mesh, names, leaf.shape)
+      where = sharding.parameter(bind.mesh, names, leaf.shape)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
   return jax.tree_util.tree_map_with_path(place, tree)

@@ -1,5 +1,7 @@
 """Collectives in compiled programs, as the three compilers write them."""
 
+import re
+
 from absl.testing import absltest, parameterized
 
 from aoarm_jax import hlo
@@ -81,6 +83,7 @@ class HloTest(parameterized.TestCase):
     ("mesh['a'=1,'b'=4,'c'=2] {'b'}", 4),
     ("mesh['a'=1,'b'=4,'c'=2], device_ids=([2,4]T(1,0)) {'b','c'}", 8),
     ("mesh['a'=16] {'a':(2)4}", 4),
+    ("mesh['a'=2,'b'=3], device_ids=(0,2,4,1,3,5) {'b'}", 3),
     ("[2,3]<=[3,2]T(1,0)", 3),
     ("{{0,2},{1,3}}", 2),
   )
@@ -89,9 +92,14 @@ class HloTest(parameterized.TestCase):
     sent = self.traffic(text)["reduce-scatter"]
     self.assertEqual(sent, (1, (ways - 1) * 40))
 
-  def test_groups_that_are_not_told(self):
-    with self.assertRaisesRegex(ValueError, "which devices take part"):
-      hlo.traffic(GPU.replace("{{0,1,2,3,4}}", "{}"))
+  @parameterized.parameters(
+    "{}", "mesh['a'=8], frontend_attributes={'a'}", "mesh[a=2,b=4] {a}"
+  )
+  def test_groups_that_cannot_be_read(self, groups):
+    with self.assertRaisesRegex(
+      ValueError, "^which devices take part. " + re.escape(groups)
+    ):
+      hlo.traffic(GPU.replace("{{0,1,2,3,4}}", groups))
 
   def test_a_loop_without_end(self):
     with self.assertRaisesRegex(ValueError, "how often does this loop run"):

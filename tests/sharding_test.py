@@ -270,9 +270,11 @@ class ShardingTest(parameterized.TestCase):
       ):
         sharding.make_mesh(mesh, jax.devices()[:1])
 
-  def test_constrain_does_nothing_without_a_mesh(self):
+  def test_constrain_does_nothing_on_one_device(self):
     x = np.ones((3, 7))
     self.assertIs(sharding.constrain(x, "batch", "embed"), x)
+    with jax.set_mesh(sharding.make_mesh(config_lib.Mesh(), jax.devices()[:1])):
+      self.assertIs(sharding.constrain(x, "batch", "embed"), x)
     with self.assertRaises(KeyError):
       sharding.named(sharding.make_mesh(config_lib.Mesh()), "bath")
 
