@@ -169,7 +169,7 @@ class CompilerTest(parameterized.TestCase):
 
 
 class TableTest(parameterized.TestCase):
-  """Needs libtpu; hours."""
+  """Needs libtpu; 40 minutes on 2 cores."""
 
   @parameterized.parameters(*TABLE)
   @pytest.mark.slow
