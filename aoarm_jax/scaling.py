@@ -12,6 +12,8 @@ orders are random, parameters fresh.
   idle         share of the time in which nothing runs there, by that profile
   efficiency   tokens/s a device over that of the first row of its kind
 
+Ends with 1 where no row could be measured.
+
 --dry-run takes 8 virtual CPU devices, which share one processor, and unless
 told otherwise two streams of a tiny model on 1 and 4 of them (six programs, a
 minute or two on 2 cores, most of it compiling): its times mean nothing, and it
@@ -80,10 +82,12 @@ def configuration(
   flags: argparse.Namespace, scaling, model, mechanism, T, mesh, devices
 ) -> config_lib.Config:
   """One row's config."""
-  tokens = flags.tokens * (devices if scaling == "weak" else 1)
+  batch_size = max(flags.tokens // T, 1)
+  if scaling == "weak":
+    batch_size *= devices
   return config_lib.Config(
     model=config_lib.Model(mechanism=mechanism, T=T, **MODELS[model]),
-    train=config_lib.Train(batch_size=max(tokens // T, 1), steps=1000),
+    train=config_lib.Train(batch_size=batch_size, steps=1000),
     compute=config_lib.Compute(
       attention=flags.attention,
       scan_layers=flags.scan_layers,
@@ -261,7 +265,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
   add(
     "--devices", None, several(whole), "numbers of devices; None: 1, 2, 4 ..."
   )
-  add("--meshes", list(MESHES), several(str, MESHES), "axes that they form")
+  add(
+    "--meshes",
+    list(MESHES),
+    several(str, MESHES),
+    "axes that they form; data_fsdp of 4, 6, 8 ... alone",
+  )
   add("--models", ["base", "350m"], several(str, MODELS), "sizes")
   add(
     "--mechanisms", ["two_stream", "decoupled_rope"],
@@ -351,9 +360,9 @@ def main(argv: list[str]) -> int:
         raise
       row["failed"] = "out of memory"
     kind = tuple(row[c] for c in ("scaling", "model", "mechanism", "T"))
+    base = first.setdefault(kind, row.get("a device"))
     if "failed" not in row:
-      base = first.setdefault(kind, row["a device"])
-      no_base = flags.dry_run or jax.process_count() > 1
+      no_base = not base or flags.dry_run or jax.process_count() > 1
       row["efficiency"] = None if no_base else row["a device"] / base
     if speaks:
       shown = [_cell(row, column) for column in _COLUMNS if column in row]
@@ -364,12 +373,14 @@ def main(argv: list[str]) -> int:
           file.write(
             json.dumps(row | {"config": dataclasses.asdict(config)}) + "\n"
           )
+  if not measured:
+    return _refuse("no row could be measured; each says why", code=1)
   return 0
 
 
-def _refuse(message):
+def _refuse(message, code=2):
   print(f"scaling: error: {message}", file=sys.stderr)
-  return 2
+  return code
 
 
 def _compiled(chosen, devices, speaks):

@@ -51,9 +51,14 @@ def make_mesh(mesh: config_lib.Mesh, devices=None) -> jax.sharding.Mesh:
   count = len(devices)
   platform = devices[0].platform
   kind = f"{count} {platform} device{'s' * (count > 1)}"
-  more = " more devices"
-  if platform == "cpu":
-    more += " (XLA_FLAGS=--xla_force_host_platform_device_count=8 makes 8)"
+
+  def more(needed):
+    # Virtual ones are made at will; a launcher says how many a process has.
+    if platform != "cpu" or jax.process_count() > 1:
+      return "more devices"
+    flag = f"--xla_force_host_platform_device_count={needed}"
+    return f"{needed} devices (XLA_FLAGS={flag})"
+
   sizes = [mesh.data, mesh.fsdp, mesh.tensor, mesh.sequence]
   if not mesh.fsdp:
     sizes[0] = mesh.data or 1
@@ -63,14 +68,15 @@ def make_mesh(mesh: config_lib.Mesh, devices=None) -> jax.sharding.Mesh:
     if count % given:
       raise config_lib.ConfigError(
         f"config.mesh: {asked} does not divide the {kind}; choose sizes "
-        f"whose product does, or start with{more}"
+        f"whose product does, or start with {more(given * -(-count // given))}"
       )
     sizes[sizes.index(0)] = count // given
   used = math.prod(sizes)
   if used > count:
     raise config_lib.ConfigError(
       f"config.mesh.data={mesh.data}: there are {kind}, and {asked} needs "
-      f"{used}; use at most that many, or 0 for all that are left, or{more}"
+      f"{used}; use at most that many, or 0 for all that are left, or start "
+      f"with {more(used)}"
     )
   if used < count and jax.process_count() > 1:
     raise config_lib.ConfigError(

@@ -144,7 +144,10 @@ def of_kind(
 
 def is_out_of_memory(error: jax.errors.JaxRuntimeError) -> bool:
   """Whether a device had too little memory for a program."""
-  return "RESOURCE_EXHAUSTED" in str(error)
+  # The CPU's own error has no code.
+  return any(
+    words in str(error) for words in ("RESOURCE_EXHAUSTED", "Out of memory")
+  )
 
 
 class Progress:

@@ -277,13 +277,22 @@ class _Run:
   def _greet(self):
     c = self.config
     devices = self.mesh.devices.flatten()
+    idle = jax.device_count() - len(devices)
     logging.info(
-      "model: %s, %s parameters; %d x %s%s",
+      "model: %s, %s parameters; %d x %s%s%s",
       c.model.mechanism,
       f"{run_dir.parameter_count(self.bind.abstract_params):,}",
       len(devices), devices[0].device_kind,
       f" ({sharding.describe(self.mesh)})" * (len(devices) > 1),
+      f", {idle} more are idle (config.mesh)" * (idle > 0),
     )  # fmt: skip
+    if whole := self.bind.kept_whole:
+      logging.info(
+        "%d of %d arrays of parameters stay whole along fsdp: pieces would be "
+        "shorter than config.mesh.smallest_shard=%d",
+        whole, len(jax.tree.leaves(self.bind.abstract_params)),
+        c.mesh.smallest_shard,
+      )  # fmt: skip
     if devices[0].platform == "cpu" and c.variant != "tiny":
       logging.info(
         "no accelerator found: ':tiny' is the size for a CPU "

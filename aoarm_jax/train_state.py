@@ -67,7 +67,7 @@ class Bind:
       mesh: that its parameters are to lie on, if on any.
       smallest_shard: see sharding.parameter_axes.
     """
-    self.mesh = mesh
+    self.mesh, self.kept_whole = mesh, 0
 
     def create(key):
       return transformer.Transformer(
@@ -82,14 +82,14 @@ class Bind:
     self._graphdef, self._abstract = nnx.split(abstract)
     if mesh:
       # The modules are to know which of their parameters are not cut.
-      self._abstract = map_variables(
-        lambda variable: variable.replace(
-          axes=sharding.parameter_axes(
-            mesh, variable.axes, variable.shape, smallest_shard
-          )
-        ),
-        self._abstract,
-      )
+      def placed(variable):
+        axes = sharding.parameter_axes(
+          mesh, variable.axes, variable.shape, smallest_shard
+        )
+        self.kept_whole += axes != variable.axes
+        return variable.replace(axes=axes)
+
+      self._abstract = map_variables(placed, self._abstract)
     self.abstract_params = nnx.to_pure_dict(self._abstract)
     # Logical axes of every parameter; layers are not named.
     self.axes = nnx.to_pure_dict(

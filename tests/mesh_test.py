@@ -370,6 +370,12 @@ class MeshTest(parameterized.TestCase):
 
     self.assertEqual(spec(8), jax.P(None, "fsdp", "tensor", None))
     self.assertEqual(spec(9), jax.P(None, None, "tensor", None))
+    config = configuration("two_stream", config_lib.Mesh())
+    for smallest_shard, whole in ((4, 0), (5, 8)):
+      bind = train_state.Bind(
+        config.model, config.compute, V, mesh, smallest_shard
+      )
+      self.assertEqual(bind.kept_whole, whole)
 
 
 if __name__ == "__main__":

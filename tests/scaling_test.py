@@ -10,6 +10,7 @@ import helpers
 import pytest
 from absl.testing import absltest, parameterized
 
+from aoarm_jax import config as config_lib
 from aoarm_jax import scaling
 
 
@@ -69,6 +70,39 @@ class ScalingTest(parameterized.TestCase):
     rows = [r for r in out.getvalue().splitlines() if "| tiny |" in r]
     self.assertLen(rows, 8)
     self.assertEqual({row.split("|")[-3].strip() for row in rows}, {"100.0%"})
+
+  def test_weak_rows_have_as_much_a_device(self):
+    """Also where T does not divide the tokens, or is longer than they."""
+    flags = scaling.parse(["--dry-run", "--tokens=512"])
+    for T, rows in ((60, 8), (1024, 1)):
+      for devices in (1, 2, 4):
+        config = scaling.configuration(
+          flags, "weak", "tiny", "two_stream", T, "data", devices
+        )
+        self.assertEqual(config.train.batch_size, devices * rows)
+
+  def test_rows_that_fail(self):
+    """The others go on; that none is left is an error."""
+    found = {name: 1.0 for name in scaling._COLUMNS[7:] if name != "efficiency"}
+
+    def compiled(config, devices):
+      if config.model.T in refused:
+        raise config_lib.ConfigError("config: refused")
+      return mock.Mock()
+
+    arguments = ["--devices=1", "--models=tiny", "--lengths=32,64"]
+    for refused, code in (([32], 0), ([32, 64], 1)):
+      with (
+        mock.patch.object(scaling, "compile_step", compiled),
+        mock.patch.object(scaling, "measure", return_value=found),
+        contextlib.redirect_stdout(io.StringIO()) as out,
+        contextlib.redirect_stderr(io.StringIO()) as err,
+      ):
+        self.assertEqual(scaling.main(arguments), code)
+      self.assertEqual(
+        out.getvalue().count("config: refused"), 4 * len(refused)
+      )
+      self.assertEqual("no row could be" in err.getvalue(), code == 1)
 
   @parameterized.parameters(
     ("--devices=0", "--devices: '0': must be a whole number of at least 1"),

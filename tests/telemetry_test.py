@@ -213,6 +213,15 @@ class LogTest(parameterized.TestCase):
     for stamp in stamps:
       time.strptime(stamp, "%H:%M:%S ")
 
+  @parameterized.parameters(
+    ("RESOURCE_EXHAUSTED: Failed to allocate request for 1.0GiB", True),
+    ("INTERNAL: Error preparing: Out of memory allocating 9 bytes.", True),
+    ("INTERNAL: an illegal memory access", False),
+  )
+  def test_out_of_memory(self, message, is_one):
+    error = jax.errors.JaxRuntimeError(message)
+    self.assertEqual(telemetry.is_out_of_memory(error), is_one)
+
   def test_check_finite(self):
     telemetry.check_finite(7, {"loss": 1.0, "gradient norm": np.float32(2)})
     with self.assertRaises(telemetry.NonFiniteError) as raised:
