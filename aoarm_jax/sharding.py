@@ -240,9 +240,11 @@ def parameter_axes(
     smallest_shard: elements; a dimension whose pieces along fsdp would be
       shorter is "width", which stays whole, instead of "embed".
   """
-  shortest = mesh.shape["fsdp"] * smallest_shard
+  ways = mesh.shape["fsdp"]
   return tuple(
-    "width" if name == "embed" and size < shortest else name
+    "width"
+    if name == "embed" and ways > 1 and size < ways * smallest_shard
+    else name
     for name, size in zip(axes, shape[len(shape) - len(axes) :])
   )
 

@@ -371,9 +371,10 @@ class MeshTest(parameterized.TestCase):
     self.assertEqual(spec(8), jax.P(None, "fsdp", "tensor", None))
     self.assertEqual(spec(9), jax.P(None, None, "tensor", None))
     config = configuration("two_stream", config_lib.Mesh())
-    for smallest_shard, whole in ((4, 0), (5, 8)):
+    one = jax.sharding.AbstractMesh((1, 1, 1, 1), sharding.AXES)
+    for on, smallest_shard, whole in ((mesh, 4, 0), (mesh, 5, 8), (one, 99, 0)):
       bind = train_state.Bind(
-        config.model, config.compute, V, mesh, smallest_shard
+        config.model, config.compute, V, on, smallest_shard
       )
       self.assertEqual(bind.kept_whole, whole)
 
