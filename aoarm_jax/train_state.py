@@ -67,7 +67,7 @@ class Bind:
       mesh: that its parameters are to lie on, if on any.
       smallest_shard: see sharding.parameter_axes.
     """
-    self.mesh, self.kept_whole = mesh, 0
+    self.mesh = mesh
 
     def create(key):
       return transformer.Transformer(
@@ -82,19 +82,25 @@ class Bind:
     self._graphdef, self._abstract = nnx.split(abstract)
     if mesh:
       # The modules are to know which of their parameters are not cut.
-      def placed(variable):
-        axes = sharding.parameter_axes(
-          mesh, variable.axes, variable.shape, smallest_shard
-        )
-        self.kept_whole += axes != variable.axes
-        return variable.replace(axes=axes)
-
-      self._abstract = map_variables(placed, self._abstract)
+      self._abstract = map_variables(
+        lambda variable: variable.replace(
+          axes=sharding.parameter_axes(
+            mesh, variable.axes, variable.shape, smallest_shard
+          )
+        ),
+        self._abstract,
+      )
     self.abstract_params = nnx.to_pure_dict(self._abstract)
     # Logical axes of every parameter; layers are not named.
     self.axes = nnx.to_pure_dict(
       map_variables(lambda variable: variable.axes, self._abstract)
     )
+
+  @property
+  def kept_whole(self) -> int:
+    """How many parameters are not cut, since their pieces would be short."""
+    axes = jax.tree.leaves(self.axes, is_leaf=lambda x: isinstance(x, tuple))
+    return sum("width" in names for names in axes)
 
   def init(self, key: jax.Array):
     """Parameters drawn from `key`: nested dict of float32 arrays."""
