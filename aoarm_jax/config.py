@@ -535,11 +535,33 @@ class Study:
   tune_lengths: tuple = _field(
     (128, 1024), "lengths at which they are tried; (): at each one", of=int
   )
+  tune_seeds: tuple = _field(
+    (101, 102),
+    "two seeds on which rate=search tries rates, and nothing else is run",
+    of=int,
+  )
+  tune_steps: int = _field(
+    4000, "steps of the reference mechanism in a trial of rate=search", low=1
+  )
+  check_T: int = _field(
+    1024, "length at which rate=checked tries another rate", low=1
+  )
+  decay_share: float = _field(
+    0.0,
+    "share of a run's steps that decays the rate to zero, linearly; before it "
+    "the rate is constant, and runs that differ by their steps alone share "
+    "this trunk; 0: the optimizer's own schedule",
+    low=0.0,
+    below=1.0,
+  )
+  keep_weights: bool = _field(
+    False, "also write the last parameters of every run, in bfloat16"
+  )
   temperature_low: float = _field(0.1, "least temperature", above=0.0)
   temperature_high: float = _field(2.0, "greatest temperature", above=0.0)
   temperatures: int = _field(30, "evenly spaced temperatures", low=2)
   characters: int = _field(
-    16384, "characters generated at each temperature", low=1
+    16384, "characters generated at each temperature; 0: none", low=0
   )
   vocabulary_split: str = _field(
     "valid",

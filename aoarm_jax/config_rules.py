@@ -182,6 +182,10 @@ def _relations(config):
     all(T > 0 for T in study.tune_lengths), "must be lengths of at least 1",
   )  # fmt: skip
   yield (
+    "config.study.tune_seeds", study.tune_seeds,
+    len(set(study.tune_seeds)) == 2, "must be two different seeds",
+  )  # fmt: skip
+  yield (
     "config.sample.blank", config.sample.blank, len(config.sample.blank) <= 1,
     "must be one character, or '' for none",
   )  # fmt: skip

@@ -49,20 +49,20 @@ def decay_mask(axes):
 
 
 def make(
-  optimizer: config_lib.Optimizer, steps: int, axes
+  optimizer: config_lib.Optimizer, learning_rate: optax.Schedule, axes
 ) -> optax.GradientTransformation:
   """AdamW with clipping by the global norm (arXiv 1711.05101).
 
   Args:
     optimizer: its numbers.
-    steps: of the whole run.
+    learning_rate: step -> learning rate, as `schedule` returns.
     axes: as of `decay_mask`.
   """
   return optax.chain(
     optax.clip_by_global_norm(optimizer.clip_norm),
     optax.scale_by_adam(optimizer.b1, optimizer.b2, optimizer.eps),
     optax.add_decayed_weights(optimizer.weight_decay, decay_mask(axes)),
-    optax.scale_by_learning_rate(schedule(optimizer, steps)),
+    optax.scale_by_learning_rate(learning_rate),
   )
 
 

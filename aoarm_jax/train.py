@@ -49,16 +49,27 @@ class Preempted(Exception):
 
 
 def make_step(
-  config: config_lib.Config, bind: train_state.Bind, vocabulary: int
+  config: config_lib.Config,
+  bind: train_state.Bind,
+  vocabulary: int,
+  learning_rate: optax.Schedule | None = None,
 ):
   """The pure training step.
+
+  Args:
+    config: of the run.
+    bind: parameters -> network.
+    vocabulary: V.
+    learning_rate: step -> learning rate; None: as the config schedules it.
 
   Returns:
     (state, tokens uint8 [B, T]) -> (state, sums): `sums` holds float32 scalars
     nats (summed), tokens (counted), gradient_norm, update_norm, learning_rate.
   """
-  chain = optimizer.make(config.optimizer, config.train.steps, bind.axes)
-  schedule = optimizer.schedule(config.optimizer, config.train.steps)
+  schedule = learning_rate or optimizer.schedule(
+    config.optimizer, config.train.steps
+  )
+  chain = optimizer.make(config.optimizer, schedule, bind.axes)
   accumulate = config.compute.accumulate
   # Like the parameters, and not as the compiler sees fit.
   pin = functools.partial(sharding.constrain_parameters, axes=bind.axes)

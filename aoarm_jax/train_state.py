@@ -140,7 +140,8 @@ def create(config: config_lib.Config, vocabulary: int, mesh: jax.sharding.Mesh):
   bind = Bind(
     config.model, config.compute, vocabulary, mesh, config.mesh.smallest_shard
   )
-  chain = optimizer.make(config.optimizer, config.train.steps, bind.axes)
+  schedule = optimizer.schedule(config.optimizer, config.train.steps)
+  chain = optimizer.make(config.optimizer, schedule, bind.axes)
   make = functools.partial(
     init, bind, chain, config.seed, config.optimizer.ema_decay > 0
   )

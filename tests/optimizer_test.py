@@ -93,7 +93,8 @@ class ChainTest(parameterized.TestCase):
       clip_norm=clip_norm, b1=0.8, b2=0.9, eps=1e-3, weight_decay=0.3
     )
     axes = {"w": ("embed", "hidden"), "scale": ("vector",)}
-    chain = optimizer.make(options, _STEPS, axes)
+    schedule = optimizer.schedule(options, _STEPS)
+    chain = optimizer.make(options, schedule, axes)
     generator = np.random.default_rng(0)
     params = {"w": generator.normal(size=(3, 5)), "scale": np.ones(5)}
     want = {k: v.copy() for k, v in params.items()}

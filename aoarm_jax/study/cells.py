@@ -13,9 +13,11 @@ A line is a product of values, a cell is one point of it:
 |           | width (as wide as the text: uniform); curriculum |              |
 |           | from left to right to uniform                    |              |
 | budget    | steps, flops or parameters, see `resolve`        | steps        |
-| rate      | peak learning rate, or tuned                     | as config    |
+| rate      | peak learning rate; tuned; searched: see rates   | as config    |
 | steps     | of the reference mechanism                       | config.train |
 | seed      | of parameters, batches and orders                | config.seed  |
+| with      | fields that differ from the config's, as in      | none         |
+|           | optimizer.b2:0.95+optimizer.clip_norm:0.3        |              |
 
 Cells run line by line, and within a line as nested loops in the order in which
 its keys are written, the last one fastest. A cell that a line above already has
@@ -32,6 +34,7 @@ import re
 
 from aoarm_jax import config as config_lib
 from aoarm_jax import config_rules, matching, mechanisms
+from aoarm_jax.study import rates
 
 BUDGETS = ("steps", "flops", "parameters")
 TUNED = "tuned"
@@ -57,6 +60,7 @@ class Cell:
   rate: str
   steps: int
   seed: int
+  changes: str = ""
 
   @property
   def label(self) -> str:
@@ -64,6 +68,8 @@ class Cell:
     return (
       f"{self.mechanism} {self.size} T={self.T} {self.orders} equal "
       f"{self.budget} steps={self.steps} rate={self.rate} seed={self.seed}"
+      + f" with={self.changes}"
+      * bool(self.changes)
     )
 
   @property
@@ -130,11 +136,26 @@ def unablated(mechanism: str) -> str:
   return plain if mechanism.startswith(f"{plain}_") else mechanism
 
 
-def with_trials(cells: list[Cell], config: config_lib.Config) -> list[Cell]:
-  """These cells, and before each what it needs to have its learning rate."""
+def with_trials(
+  cells: list[Cell],
+  config: config_lib.Config,
+  outcome: rates.Outcome = lambda cell: None,
+) -> list[Cell]:
+  """Returns these cells, each after the trials that decide its learning rate.
+
+  Args:
+    cells: of `expand`.
+    config: of the study.
+    outcome: what trials gave, see rates.Outcome; a search for a rate names its
+      next trials only when the first ones are done.
+  """
   wanted = {}
   for cell in cells:
-    wanted |= dict.fromkeys([*trials(cell, config), cell])
+    if rates.parse(cell.rate):
+      needed, _ = rates.plan(cell, config, outcome)
+    else:
+      needed = trials(cell, config)
+    wanted |= dict.fromkeys([*needed, cell])
   return list(wanted)
 
 
@@ -154,6 +175,7 @@ def _of_line(line, config):
     "rate": [f"{config.optimizer.peak_learning_rate:g}"],
     "steps": [str(config.train.steps)],
     "seed": [str(config.seed)],
+    "with": [""],
   }
   written = {}
   for part in line.split():
@@ -177,7 +199,8 @@ def _cell(line, point):
     ("size", _SIZE.match(point["size"])),
     ("orders", _FAMILY.match(point["orders"])),
     ("budget", point["budget"] in BUDGETS),
-    ("rate", point["rate"] == TUNED or _is_number(point["rate"])),
+    ("rate", point["rate"] == TUNED or _is_rate(point["rate"])),
+    ("with", not point["with"] or _changes(point["with"])),
     *((key, point[key].isdecimal()) for key in ("T", "steps", "seed")),
   )
   for key, good in checks:
@@ -188,10 +211,11 @@ def _cell(line, point):
     point["orders"] = "left_to_right"
   elif width and int(width) >= int(point["T"]):
     point["orders"] = "uniform"
-  if point["rate"] != TUNED:
+  if _is_number(point["rate"]):
     point["rate"] = f"{float(point['rate']):g}"
   numbers = {key: int(point[key]) for key in ("T", "steps", "seed")}
-  return Cell(**{**point, **numbers})
+  changes = point.pop("with")
+  return Cell(**{**point, **numbers}, changes=changes)
 
 
 def _is_number(text):
@@ -199,6 +223,37 @@ def _is_number(text):
     return float(text) > 0
   except ValueError:
     return False
+
+
+def _is_rate(text):
+  try:
+    return rates.parse(text) is not None or _is_number(text)
+  except ValueError:
+    return False
+
+
+def _changes(text):
+  """{section: {field: value}} of section.field:value+...; {} if it is wrong."""
+  changes = {}
+  for part in text.split("+"):
+    path, _, value = part.partition(":")
+    section, _, name = path.partition(".")
+    kinds = {
+      f"{s}.{n}": type(v)
+      for s, n, v in (
+        (*leaf[0].split(".")[1:], leaf[2])
+        for leaf in config_lib.leaves(config_lib.Config())
+        if leaf[0].count(".") == 2
+      )
+    }
+    kind = kinds.get(path)
+    if kind not in (int, float, str):
+      return {}
+    try:
+      changes.setdefault(section, {})[name] = kind(value)
+    except ValueError:
+      return {}
+  return changes
 
 
 def _error(line, what):
@@ -231,8 +286,11 @@ def resolve(
       f"sequence of T={cell.T} is in a step"
     )
   plain = _plain(cell, config)
-  if cell.budget != "steps" and cell.mechanism != config.study.reference:
-    other = dataclasses.replace(cell, mechanism=config.study.reference)
+  is_reference = cell.mechanism == config.study.reference and not cell.changes
+  if cell.budget != "steps" and not is_reference:
+    other = dataclasses.replace(
+      cell, mechanism=config.study.reference, changes=""
+    )
     try:
       value = _matched(
         dataclasses.replace(plain, study=config_lib.Study()),
@@ -250,6 +308,14 @@ def resolve(
     elif value != plain.model.F:
       plain = _with(plain, model=dict(mlp_width=value))
   plain = _with(plain, optimizer=dict(peak_learning_rate=rate), seed=cell.seed)
+  if share := config.study.decay_share:
+    decay = max(1, round(share * plain.train.steps))
+    plain = _with(
+      plain,
+      optimizer=dict(
+        schedule="stable_decay", decay_steps=decay, final_share=0.0
+      ),
+    )
   return config_rules.validate(plain)
 
 
@@ -271,15 +337,25 @@ def _plain(cell, config):
   orders = dict(family=family)
   if width:
     orders["block_width"] = int(width)
-  return _with(
+  # A curve over budgets asks for the other likelihood of any order as well.
+  both = config.study.decay_share > 0 and estimator == "any_order"
+  plain = _with(
     config,
     model=dict(mechanism=cell.mechanism, T=cell.T, D=D, L=L, N=N),
     orders=orders,
     train=dict(batch_size=batch, steps=cell.steps),
-    eval=dict(estimators=(estimator,)),
+    eval=dict(
+      estimators=(estimator, "left_to_right") if both else (estimator,)
+    ),
     sample=dict(order=asked, method="sequential"),
     compute=dict(remat=remat),
   )
+  if not cell.changes:
+    return plain
+  # Whatever a change makes of the batch, evaluation stays the same.
+  if not plain.eval.batch_size:
+    plain = _with(plain, eval=dict(batch_size=batch))
+  return _with(plain, **_changes(cell.changes))
 
 
 def _with(config, seed=None, **sections):
@@ -332,6 +408,16 @@ def folder_name(cell: Cell, resolved: config_lib.Config) -> str:
     digest.hexdigest()[:8],
   )  # fmt: skip
   return "-".join(parts)
+
+
+def trunk_name(cell: Cell, resolved: config_lib.Config) -> str:
+  """The folder of the trunk of a cell: what is common to all its budgets."""
+  common = _with(
+    resolved,
+    train=dict(steps=1),
+    optimizer=dict(decay_steps=1),
+  )
+  return folder_name(cell, common).replace("-steps1-", "-")
 
 
 def _not_default(section):

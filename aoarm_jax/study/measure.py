@@ -6,9 +6,12 @@
   windows.npz   nats of every evaluated window
   profile.npz   sums of attention, see profiles
   texts.jsonl   a few texts at some temperatures
+  training.npz  nats a token of every training step, with a trunk
+  weights.npz   the last parameters, with config.study.keep_weights
   failed.json   of a cell that failed: why, and whether it is worth another try
 
-Nothing else is kept of a cell: no parameters.
+A cell of a curve over budgets leaves its states beside these files while it
+runs, see trunks.
 """
 
 import contextlib
@@ -21,6 +24,7 @@ import json
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
@@ -29,13 +33,15 @@ from aoarm_jax import config as config_lib
 from aoarm_jax import (
   evaluate,
   matching,
+  optimizer,
   run_dir,
   sharding,
   telemetry,
+  train_state,
 )
 from aoarm_jax.data import corpora, pipeline
 from aoarm_jax.study import cells as cells_lib
-from aoarm_jax.study import coherence, profiles
+from aoarm_jax.study import coherence, profiles, trunks
 from aoarm_jax.study import programs as programs_lib
 
 RESULT, FAILED = "result.json", "failed.json"
@@ -87,12 +93,23 @@ class Lab:
     )
 
   def run(
-    self, cell: cells_lib.Cell, config: config_lib.Config, folder: epath.Path
+    self,
+    cell: cells_lib.Cell,
+    config: config_lib.Config,
+    folder: epath.Path,
+    keeper: trunks.Keeper | None = None,
   ) -> dict:
     """Runs one cell and writes its files; returns what result.json holds.
 
+    Args:
+      cell: what is run.
+      config: resolved, see cells.resolve.
+      folder: of the cell's files.
+      keeper: saves and restores its states; None: the run is not interrupted.
+
     Raises:
       NonFiniteError: the loss is no number.
+      OutOfTimeError: the keeper's time is up; the state is saved.
     """
     clock, start = {}, time.monotonic()
     programs = self.programs.of(config)
@@ -100,26 +117,40 @@ class Lab:
       for name in ("init", "train"):
         programs[name].result()
     with _timed(clock, "train"):
-      params, curve, speed = self._train(config, programs)
+      state, losses, speed, taken = self._train(config, programs, keeper)
+    # With a trunk the average lags behind the decay: the parameters count.
+    params = state.params if keeper else state.read_out_params
+    weights = {"": params} | ({"ema": state.ema} if keeper else {})
     files = {}  # Written together: those of two runs never stand side by side.
     with _timed(clock, "evaluate"):
-      estimate, files["windows.npz"] = self._evaluate(config, programs, params)
+      estimates, files["windows.npz"] = self._evaluate(
+        config, programs, weights
+      )
+    estimate = estimates[0]
     # What the last step made of the parameters, no loss of training says.
     bits = {"bits/char": estimate["bits_per_char"]}
     telemetry.check_finite(config.train.steps, bits)
-    with _timed(clock, "sample"):
-      files |= self._sample(config, programs, params)
+    if "sample" in programs:
+      with _timed(clock, "sample"):
+        files |= self._sample(config, programs, params)
     if "profile" in programs:
       with _timed(clock, "profile"):
         files["profile.npz"] = self._profile(config, programs, params)
+    if keeper:
+      files["training.npz"] = _npz(nats=np.float32(losses))
+    if self.study.keep_weights:
+      files["weights.npz"] = _weights(params)
     clock["all"] = time.monotonic() - start
     result = {
       "cell": dataclasses.asdict(cell),
       "estimate": estimate,
+      "estimates": estimates,
       "parameters": matching.parameters(config.model, self.tokenizer.V),
       "training_flops": matching.training_flops(config, self.tokenizer.V),
+      "steps_taken": taken,
       "tokens_per_second": speed,
-      "training_nats_per_token": curve,
+      "training_nats_per_token": _marks(losses),
+      "last_training_bits": _last_bits(losses),
       "seconds": {name: round(x, 2) for name, x in clock.items()},
       "device": jax.devices()[0].device_kind,
       "jax": jax.__version__,
@@ -137,72 +168,78 @@ class Lab:
     _write_json(folder / RESULT, result)
     return result
 
-  def _train(self, config, programs):
-    """(parameters, nats per token along the way, tokens/s without the wait)."""
-    step = programs["train"].result()
-    state = programs["init"].result()(
-      sharding.put(self.mesh, np.int32(config.seed))
-    )
+  def _train(self, config, programs, keeper):
+    """(state, nats per token of all steps, tokens/s, steps taken here)."""
+    train_step, steps = programs["train"].result(), config.train.steps
+    first, state, losses = self._start(config, programs, keeper)
     batches = pipeline.train_batches(
       self.corpus.split("train"), T=config.model.T,
       batch_size=config.train.batch_size, seed=config.seed,
     )  # fmt: skip
-    rate = sharding.put(
-      self.mesh, np.float32(config.optimizer.peak_learning_rate)
-    )
-    losses, former, start = [], None, time.monotonic()
+    batches.set_state({"next_batch": first})
+    # Learning rates of all steps, float32 [steps].
+    schedule = optimizer.schedule(config.optimizer, steps)
+    rates = np.asarray(jax.jit(schedule)(np.arange(steps)), np.float32)
+    former, start = None, time.monotonic()
     told = start
     with contextlib.closing(batches):
-      for n in range(config.train.steps):
+      for n in range(first, steps):
+        if keeper and keeper.due(n) and n > first:
+          _note(losses, former)
+          former = None
+          keeper.save(n, state, losses)
         if time.monotonic() - told > _TELL_SECONDS:
           told = time.monotonic()
-          left = (told - start) / n * (config.train.steps - n)
+          left = (told - start) / (n - first) * (steps - n)
           logging.info(
             "  step %d/%d  loss %.4f nats/token  ETA of training %s",
-            n, config.train.steps, losses[-1], telemetry.format_duration(left),
+            n, steps, losses[-1], telemetry.format_duration(left),
           )  # fmt: skip
         batch = sharding.put_batch(self.mesh, next(batches))
-        state, sums = step(state, batch, rate)
+        rate = sharding.put(self.mesh, rates[n])
+        state, sums = train_step(state, batch, rate)
         # Fetched one step late, so the device never waits.
         _note(losses, former)
         former = sums
       _note(losses, former)
     seconds = time.monotonic() - start
-    tokens = config.train.batch_size * config.model.T * config.train.steps
-    marks = np.linspace(0, len(losses), 51).astype(int)
-    curve = [
-      round(float(np.mean(losses[a:b])), 4)
-      for a, b in itertools.pairwise(marks)
-      if b > a
-    ]
-    return state.read_out_params, curve, round(tokens / seconds)
+    tokens = config.train.batch_size * config.model.T * (steps - first)
+    return state, losses, round(tokens / seconds), steps - first
 
-  def _evaluate(self, config, programs, params):
-    """(what result.json says of it, windows.npz)."""
-    program, split = programs["evaluate"].result(), config.eval.split
+  def _start(self, config, programs, keeper):
+    """(steps taken, state, nats per token of these steps) to go on from."""
+    if keeper:
+      _, abstract, _ = train_state.create(config, self.tokenizer.V, self.mesh)
+      if restored := keeper.restore(abstract):
+        return restored
+    seed = sharding.put(self.mesh, np.int32(config.seed))
+    return 0, programs["init"].result()(seed), []
+
+  def _evaluate(self, config, programs, weights):
+    """(what result.json says of every estimator and weights, windows.npz)."""
+    reports, arrays = [], {}
     batches = evaluate.evaluation_batches(
-      config, self.corpus.split(split), self.mesh
+      config, self.corpus.split(config.eval.split), self.mesh
     )
     seed = sharding.put(self.mesh, np.int32(config.eval.seed))
-    nats, sums = evaluate.over_batches(
-      functools.partial(program, params, seed), batches, self.mesh
-    )
-    found = evaluate.mean(
-      config.eval.estimators[0], config.model.T, nats, sums
-    ).report()
-    report = {
-      "estimator": found["estimator"],
-      "split": split,
-      "bits_per_char": found["bits_per_char"],
-      "standard_error_bits": found["standard_error_bits"],
-      "windows": found["sequences"],
-    }
-    if sums:
-      curve = found["slot_curve_bits"]
-      eighths = np.array_split(curve, min(8, len(curve)))
-      report["bits_by_eighth"] = [float(part.mean()) for part in eighths]
-      report |= {name: found[name] for name in ("by_distance", "by_recency")}
-    return report, _npz(nats=nats)
+    first = config.eval.estimators[0]
+    for estimator in config.eval.estimators:
+      program = programs[programs_lib.evaluate_name(estimator)].result()
+      for name, params in weights.items():
+        nats, sums = evaluate.over_batches(
+          functools.partial(program, params, seed), batches, self.mesh
+        )
+        found = evaluate.mean(estimator, config.model.T, nats, sums)
+        reports.append(
+          _report(found.report(), config.eval.split)
+          | ({"weights": name} if name else {})
+        )
+        words = [estimator] * (estimator != first) + [name] * bool(name)
+        suffix = "_".join(["", *words])
+        arrays[f"nats{suffix}"] = nats
+        if len(weights) > 1 and sums:
+          arrays[f"slots{suffix}"] = np.float32(found.slot_curve_nats)
+    return reports, _npz(**arrays)
 
   def _sample(self, config, programs, params):
     """samples.npz and texts.jsonl by their names."""
@@ -286,6 +323,49 @@ def _note(losses, sums):
     loss = float(sums["nats"] / sums["tokens"])
     telemetry.check_finite(len(losses) + 1, {"loss": loss})
     losses.append(loss)
+
+
+def _report(found, split):
+  """What result.json says of an estimate's report."""
+  report = {
+    "estimator": found["estimator"],
+    "split": split,
+    "bits_per_char": found["bits_per_char"],
+    "standard_error_bits": found["standard_error_bits"],
+    "windows": found["sequences"],
+  }
+  if curve := found["slot_curve_bits"]:
+    eighths = np.array_split(curve, min(8, len(curve)))
+    report["bits_by_eighth"] = [float(part.mean()) for part in eighths]
+    report |= {name: found[name] for name in ("by_distance", "by_recency")}
+  return report
+
+
+def _marks(losses):
+  """Means of 50 equal parts of a run, nats per token."""
+  marks = np.linspace(0, len(losses), 51).astype(int)
+  return [
+    round(float(np.mean(losses[a:b])), 4)
+    for a, b in itertools.pairwise(marks)
+    if b > a
+  ]
+
+
+def _last_bits(losses):
+  """Mean of the last 2% of a run, bits per token."""
+  last = losses[-max(1, round(0.02 * len(losses))) :]
+  return float(np.mean(last) / np.log(2))
+
+
+def _weights(params):
+  """weights.npz: names as in "blocks/attention/query", bfloat16 as uint16."""
+  arrays = {
+    jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(
+      leaf, jnp.bfloat16
+    ).view(np.uint16)
+    for path, leaf in jax.tree.leaves_with_path(jax.device_get(params))
+  }
+  return _npz(**arrays)
 
 
 def _write_json(path, value):

@@ -7,6 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from aoarm_jax import config as config_lib
 from aoarm_jax import (
@@ -45,22 +46,27 @@ class Programs:
 
   def of(self, config: config_lib.Config) -> dict:
     """Starts to compile what a cell needs: name -> future."""
-    names = ["init", "train", "evaluate", "sample"]
+    names = ["init", "train", *map(evaluate_name, config.eval.estimators)]
+    if config.study.characters:
+      names.append("sample")
     if config.study.profile_sequences and not config.model.kind.masked:
       names.append("profile")
     return {name: self._future(name, config) for name in names}
 
   def _future(self, name, config):
-    plain = config_lib.Optimizer()
+    # Every step is told its learning rate, so the schedule is left out.
+    plain, own = config_lib.Optimizer(), config.optimizer
     schedule = dataclasses.replace(
-      config.optimizer, peak_learning_rate=plain.peak_learning_rate
+      own,
+      peak_learning_rate=plain.peak_learning_rate,
+      schedule=plain.schedule,
+      warmup_steps=plain.warmup_steps,
+      final_share=plain.final_share,
+      decay_steps=plain.decay_steps,
     )
-    train = config.train
     if name not in ("init", "train"):  # Does not depend on how it was trained.
-      schedule = dataclasses.replace(
-        plain, ema_decay=config.optimizer.ema_decay
-      )
-      train = dataclasses.replace(train, steps=1)
+      schedule = dataclasses.replace(plain, ema_decay=own.ema_decay)
+    train = dataclasses.replace(config.train, steps=1)
     config = dataclasses.replace(
       config, seed=0, optimizer=schedule, train=train
     )
@@ -70,11 +76,18 @@ class Programs:
     return self._made[key]
 
   def _compile(self, name, config):
+    kind, _, estimator = name.partition(":")
+    own = (estimator,) if estimator else ()
     with jax.set_mesh(self._mesh):  # That of a thread is its own.
-      function, arguments, options = _PROGRAMS[name](
-        config, self._vocabulary, self._mesh
+      function, arguments, options = _PROGRAMS[kind](
+        config, self._vocabulary, self._mesh, *own
       )
       return jax.jit(function, **options).lower(*arguments).compile()
+
+
+def evaluate_name(estimator: str) -> str:
+  """The name of the program that evaluates by an estimator."""
+  return f"evaluate:{estimator}"
 
 
 def _abstract(mesh, *shape, dtype=jnp.int32, batch=False):
@@ -86,7 +99,10 @@ def _abstract(mesh, *shape, dtype=jnp.int32, batch=False):
 
 def _init_program(config, vocabulary, mesh):
   bind, abstract, _ = train_state.create(config, vocabulary, mesh)
-  chain = optimizer.make(config.optimizer, config.train.steps, bind.axes)
+  # The rate leaves no trace in a fresh state.
+  chain = optimizer.make(
+    config.optimizer, optax.constant_schedule(0.0), bind.axes
+  )
 
   def init(seed):
     return train_state.init(bind, chain, seed, config.optimizer.ema_decay > 0)
@@ -106,10 +122,9 @@ def _train_program(config, vocabulary, mesh):
   options = dict(donate_argnums=0, out_shardings=shardings)
 
   def program(state, tokens, rate):
-    """`train.make_step`, at a peak learning rate that is given by the call."""
-    schedule = dataclasses.replace(config.optimizer, peak_learning_rate=rate)
-    run = dataclasses.replace(config, optimizer=schedule)
-    return train.make_step(run, bind, vocabulary)(state, tokens)
+    """`train.make_step`; the call gives the learning rate of its step."""
+    step = train.make_step(config, bind, vocabulary, lambda _: rate)
+    return step(state, tokens)
 
   rate = _abstract(mesh, dtype=jnp.float32)
   return program, (abstract, tokens, rate), options
@@ -120,10 +135,10 @@ def _params(config, vocabulary, mesh):
   return bind, abstract.read_out_params
 
 
-def _evaluate_program(config, vocabulary, mesh):
+def _evaluate_program(config, vocabulary, mesh, estimator):
   bind, params = _params(config, vocabulary, mesh)
   estimate = functools.partial(
-    estimators.estimate, config.eval.estimators[0], bind, config, vocabulary
+    estimators.estimate, estimator, bind, config, vocabulary
   )
 
   def program(params, seed, first_row, tokens, real):

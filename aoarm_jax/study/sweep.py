@@ -27,10 +27,11 @@ from aoarm_jax import config as config_lib
 from aoarm_jax import matching, run_dir, sharding, telemetry
 from aoarm_jax.data import corpora, pipeline, tokenizers
 from aoarm_jax.study import cells as cells_lib
-from aoarm_jax.study import measure, report
+from aoarm_jax.study import measure, rates, report, trunks
 from aoarm_jax.study import programs as programs_lib
 
-_FOLDER = "cells"
+_FOLDER, _TRUNKS = "cells", "trunks"
+_LEAST_PART_SECONDS = 20.0  # Of a cell that can be interrupted.
 _UNTRAINED = 0.1  # Bits below the letters' entropy that a run has to be.
 
 
@@ -58,6 +59,13 @@ class Results:
     anything, the configuration's. One whose loss was no number is worse than
     any.
     """
+    if rates.parse(cell.rate):
+      if cell not in self._rates:
+        _, rate = rates.plan(cell, self.config, self.outcome)
+        if rate is None:
+          return None
+        self._rates[cell] = rate
+      return self._rates[cell]
     trials = cells_lib.trials(cell, self.config)
     if not trials:
       return float(cell.rate)
@@ -165,6 +173,12 @@ class Results:
         )  # fmt: skip
     return list(lines.values())
 
+  def outcome(self, cell: cells_lib.Cell) -> float | None:
+    """Bits a character; inf where the cell failed for good; None where open."""
+    if self.is_open(cell):
+      return None
+    return math.inf if self.result(cell) is None else self.bits(cell)
+
   def is_open(self, cell: cells_lib.Cell) -> bool:
     """Whether it is to be run: not done, nor failed for good."""
     failure = self.failure(cell)
@@ -181,7 +195,10 @@ class _Clock:
     seconds = result["seconds"]
     training = seconds.get("train", 0.0)
     other = seconds["all"] - training
-    self._done.append((result["training_flops"], training, other))
+    flops = result["training_flops"]
+    if "steps_taken" in result:  # A trunk's were taken before.
+      flops *= result["steps_taken"] / result["config"]["train"]["steps"]
+    self._done.append((flops, training, other))
 
   def estimate(self, flops: float, cells: int) -> float | None:
     """Seconds: training by FLOPs, all else by the number of cells."""
@@ -223,7 +240,7 @@ def study(
     _run_cells(config, cells, results)
   elif not any(
     results.result(cell) or results.failure(cell)
-    for cell in cells_lib.with_trials(cells, config)
+    for cell in cells_lib.with_trials(cells, config, results.outcome)
   ):
     raise config_lib.ConfigError(
       f"config.study.part='report': no cell of this study in "
@@ -239,7 +256,7 @@ def study(
     failed = results.failures(
       [
         cell
-        for cell in chosen(config, cells)
+        for cell in chosen(config, cells, results.outcome)
         if cell in asked or results.is_open(cell)
       ]
     )
@@ -249,10 +266,15 @@ def study(
       )
 
 
-def chosen(config, cells):
+def chosen(config, cells, outcome=lambda cell: None):
   """The cells of this process, and the trials that they need.
 
   There are none where there are more shares than cells.
+
+  Args:
+    config: of the study.
+    cells: all of the sweep.
+    outcome: what trials gave, see rates.Outcome.
   """
   study = config.study
   wanted = [set(part.split()) for part in study.cells.split(",")]
@@ -261,7 +283,7 @@ def chosen(config, cells):
   if wanted:
     mine = [
       cell
-      for cell in cells_lib.with_trials(cells, config)
+      for cell in cells_lib.with_trials(cells, config, outcome)
       if any(words <= set(cell.label.split()) for words in wanted)
     ]
   if not mine:
@@ -270,23 +292,28 @@ def chosen(config, cells):
       f"any of these; the first one is {cells[0].label!r}"
     )
   mine = mine[study.share_index :: study.share_count]
-  return cells_lib.with_trials(mine, config)
+  return cells_lib.with_trials(mine, config, outcome)
+
+
+def _open_cells(mine, results):
+  """Those of these cells that are to be run; of equal ones the first."""
+  wanted = {}  # By folder.
+  for cell in mine:
+    if results.is_open(cell):
+      wanted.setdefault(results.folder(cell) or cell, cell)
+  return list(wanted.values())
 
 
 def _run_cells(config, cells, results):
   start, clock = time.monotonic(), _Clock()
-  mine = chosen(config, cells)
+  mine = chosen(config, cells, results.outcome)
   if not mine:
     logging.info("study: nothing to do in this share: more shares than cells")
     return
-  todo = {}  # By folder: equal cells are run once.
   for cell in mine:
-    result = results.result(cell)
-    if results.is_open(cell):
-      todo.setdefault(results.folder(cell) or cell, cell)
-    elif result:
+    if result := results.result(cell):
       clock.add(result)
-  todo = list(todo.values())
+  todo = _open_cells(mine, results)
   logging.info(
     "study: %d cells here (equal ones are run once), runs left: %d; next: %s",
     len(mine), len(todo), todo[0].label if todo else "nothing",
@@ -312,31 +339,53 @@ def _run_cells(config, cells, results):
     _check_text(results, lab.text)
     for split in lab.text:
       pipeline.check_length(corpus.split(split), max(c.T for c in todo))
-    late = False
-    for n, cell in enumerate(todo):
-      if not results.is_open(cell):
-        continue  # A trial before was the same run.
-      if not _fits(clock, cell, start, results):
-        late = True
-        continue  # A shorter one may follow.
-      left = _seconds_left(clock, todo[n:], results)
-      logging.info(
-        "cell %d/%d  %s  ETA of all %s", n + 1, len(todo), cell.label,
-        "unknown" if left is None else telemetry.format_duration(left),
-      )  # fmt: skip
-      after = (c for c in todo[n + 1 :] if _fits(clock, c, start, results))
-      _prepare(programs, results, [cell, *itertools.islice(after, 1)])
-      _run_cell(lab, results, cell, clock)
-    left = [cell for cell in todo if results.is_open(cell)]
+    late, tried = False, set()
+    while todo:
+      late |= _run_all(lab, results, todo, clock, start)
+      tried |= set(todo)
+      # A search that is a trial further names the next ones.
+      mine = chosen(config, cells, results.outcome)
+      todo = [
+        cell
+        for cell in _open_cells(mine, results)
+        if cell not in tried and results.folder(cell)
+      ]
+    left = _open_cells(mine, results)
     if late and left:  # Another process may have done them.
       _say_what_is_left(clock, left, results)
 
 
+def _run_all(lab, results, todo, clock, start):
+  """Runs cells one after the other; returns whether time did not do for all."""
+  late = False
+  for n, cell in enumerate(todo):
+    if not results.is_open(cell):
+      continue  # A trial before was the same run.
+    if not _fits(clock, cell, start, results):
+      late = True
+      continue  # A shorter one may follow.
+    left = _seconds_left(clock, todo[n:], results)
+    logging.info(
+      "cell %d/%d  %s  ETA of all %s", n + 1, len(todo), cell.label,
+      "unknown" if left is None else telemetry.format_duration(left),
+    )  # fmt: skip
+    after = (c for c in todo[n + 1 :] if _fits(clock, c, start, results))
+    _prepare(lab.programs, results, [cell, *itertools.islice(after, 1)])
+    late |= not _run_cell(lab, results, cell, clock, start)
+  return late
+
+
 def _fits(clock, cell, start, results):
-  """Whether a cell would end in time, as far as is known."""
-  limit = results.config.study.limit_seconds
+  """Whether a cell would end in time, as far as is known.
+
+  One that can be interrupted is begun if there is time for a part of it.
+  """
+  study = results.config.study
+  limit = study.limit_seconds
   if not limit:
     return True
+  if study.decay_share:
+    return time.monotonic() - start + _LEAST_PART_SECONDS <= limit
   seconds = _seconds_left(clock, [cell], results) or 0
   return time.monotonic() - start + seconds <= limit
 
@@ -371,23 +420,45 @@ def _prepare(programs, results, cells):
       programs.of(resolved)
 
 
-def _run_cell(lab, results, cell, clock):
-  folder = results.folder(cell)
+def _run_cell(lab, results, cell, clock, start):
+  """Runs a cell unless others do; returns False where time was up in it."""
+  folder, config = results.folder(cell), results.resolved(cell)
   if folder is None:
     logging.warning("its trials are not done: left for another start")
-    return
+    return True
+  trunk = None
+  if config.study.decay_share:
+    trunk = results.workdir / _TRUNKS / cells_lib.trunk_name(cell, config)
   with contextlib.ExitStack() as stack:
     try:
-      stack.enter_context(run_dir.lock(folder))
+      for path in filter(None, (folder, trunk)):
+        stack.enter_context(run_dir.lock(path))
     except config_lib.ConfigError:
       logging.warning("another process runs this cell: passed over")
-      return
+      return True
     # Another process may have done it meanwhile; equal cells share a folder.
     if results.is_open(cell):
       try:
-        clock.add(lab.run(cell, results.resolved(cell), folder))
+        if trunk is None:
+          clock.add(lab.run(cell, config, folder))
+          return True
+        limit = config.study.limit_seconds
+        keeper = trunks.Keeper(
+          config,
+          trunk,
+          folder / trunks.BRANCH,
+          text=lab.text,
+          deadline=start + limit if limit else None,
+        )
+        with contextlib.closing(keeper):
+          clock.add(lab.run(cell, config, folder, keeper))
+        (folder / trunks.BRANCH).rmtree(missing_ok=True)
       except (telemetry.NonFiniteError, jax.errors.JaxRuntimeError) as error:
         _note_failure(error, cell, folder)
+      except trunks.OutOfTimeError as error:
+        logging.info("  %s", error)
+        return False
+  return True
 
 
 def _note_failure(error, cell, folder):
