@@ -341,8 +341,9 @@ def _run_cells(config, cells, results):
       pipeline.check_length(corpus.split(split), max(c.T for c in todo))
     late, tried = False, set()
     while todo:
+      # A cell whose rate is still open may be run in the next round.
+      tried |= {cell for cell in todo if results.folder(cell)}
       late |= _run_all(lab, results, todo, clock, start)
-      tried |= set(todo)
       # A search that is a trial further names the next ones.
       mine = chosen(config, cells, results.outcome)
       todo = [
