@@ -168,7 +168,7 @@ class LawTest(parameterized.TestCase):
       for which, known in enumerate(_KNOWN):
         nats = _nats(case, _USED[which])[:, len(known) :].sum(axis=1)
         ids = out.tokens[which::2] @ (_V ** np.arange(_T - 1, -1, -1))
-        np.testing.assert_allclose(out.log_p[which::2], -nats[ids], atol=1e-4)
+        tiny.assert_same(out.log_p[which::2], -nats[ids])
 
   @parameterized.parameters(
     (decode.Plan("speculative", 3),),
@@ -179,7 +179,7 @@ class LawTest(parameterized.TestCase):
     many = _drawn(("two_stream", 1), plan, B=50)
     few = _drawn(("two_stream", 1), plan, B=6)
     for got, want in zip(few, many):
-      np.testing.assert_allclose(got, want[:6], atol=1e-5)
+      tiny.assert_same(got, want[:6])
 
 
 def _steps_seen(method, ran):
@@ -231,7 +231,7 @@ class StagesTest(parameterized.TestCase):
       jax.effects_barrier()
     self.assertGreater(len({*ran}), 1)
     for a, b in zip(got, want):
-      np.testing.assert_allclose(a, b, atol=1e-4)
+      tiny.assert_same(a, b)
 
 
 class CallsTest(parameterized.TestCase):
@@ -348,7 +348,7 @@ class PredictTest(parameterized.TestCase):
         uncached(params, orders.to_slots(tokens, swapped, s, V))
       )
       want = logits[np.arange(B), rank + s - 1]
-      np.testing.assert_allclose(got[:, q], want, atol=1e-4)
+      tiny.assert_same(got[:, q], want)
 
 
 class AdaptiveTest(parameterized.TestCase):

@@ -25,8 +25,8 @@ ARROWS = {
   "decode_benchmark": "decode_timing restore checkpoint figures pallas_kernels",
   "decode_timing": "decode decode_steps diffusion sampling restore train_state "
   "model orders",
-  "study": "matching train evaluate estimators decode diffusion sampling data "
-  "train_state model optimizer orders figures pallas_kernels",
+  "study": "matching train evaluate estimators checkpoint decode diffusion "
+  "sampling data train_state model optimizer orders figures pallas_kernels",
   "export": "restore checkpoint data train_state model",
   "train": "evaluate generate restore checkpoint data objective train_state "
   "model optimizer orders figures",

@@ -21,7 +21,7 @@ from aoarm_jax import mechanisms, objective, run_dir
 _EXPERIMENTS = sorted(
   path.stem
   for path in (helpers.ROOT / "configs").glob("*.py")
-  if path.stem not in ("two_stream", "study_tradeoff")
+  if path.stem != "two_stream" and not path.stem.startswith("study_")
 )
 # As decoupled_rope in all but a few lines of its mechanism.
 _ALIKE = ("decoupled_rope_adaln", "decoupled_rope_content")

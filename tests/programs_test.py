@@ -15,6 +15,7 @@ from studies import V, config
 from aoarm_jax import (
   decode,
   diffusion,
+  optimizer,
   sampling,
   sharding,
   train,
@@ -78,8 +79,9 @@ class ProgramsTest(parameterized.TestCase):
       start = made._future("init", got).result()
       one, two = (start(jnp.int32(3)) for _ in range(2))
       sums = jax.jit(wanted)(one, tokens)[1]
-      # Made for a rate of 5e-3, called with 1e-3.
-      found = step.result()(two, tokens, jnp.float32(1e-3))[1]
+      # Made for a rate of 5e-3; told the rate of the other's first step.
+      rate = optimizer.schedule(got.optimizer, got.train.steps)(0)
+      found = step.result()(two, tokens, jnp.float32(rate))[1]
       chex.assert_trees_all_close(found, sums, rtol=1e-5)
 
   @parameterized.parameters((1, [4, 8, 12, 16]), (2, [5, 9, 13, 17]))

@@ -271,7 +271,7 @@ class FailureTest(absltest.TestCase):
 
     (cell,) = cells_lib.expand(config("seed=0"))
     results = sweep.Results(self.config, self.folder, V)
-    sweep._run_cell(mock.Mock(run=run), results, cell, sweep._Clock())
+    sweep._run_cell(mock.Mock(run=run), results, cell, sweep._Clock(), 0.0)
     self.assertTrue(results.failure(cell)["again"])
     self.assertIsNone(seen[0]())
 
@@ -315,9 +315,11 @@ class RateTest(absltest.TestCase):
       lab.run(self.trials[0], resolved, folder)
     # The last step's update shows in the evaluation alone.
     with (
-      mock.patch.object(lab, "_train", return_value=({}, [2.0], 1)),
       mock.patch.object(
-        lab, "_evaluate", return_value=({"bits_per_char": math.nan}, b"")
+        lab, "_train", return_value=(mock.MagicMock(), [2.0], 1, 1)
+      ),
+      mock.patch.object(
+        lab, "_evaluate", return_value=([{"bits_per_char": math.nan}], b"")
       ),
       self.assertRaisesRegex(telemetry.NonFiniteError, "bits/char is nan"),
     ):

@@ -125,6 +125,25 @@ def p_value(counts: np.ndarray, law: np.ndarray) -> float:
   return float(jax.scipy.special.gammaincc(freedom / 2, statistic / 2))
 
 
+def assert_same(got, want, roundings: int = 64):
+  """Fails where two float32 results of one formula differ beyond rounding.
+
+  An entry is the end of sums whose terms may be as large as the largest entry.
+  So it may be off by that entry's rounding, once for each of some 64 roundings
+  on the way; another order of summation has shown up to 9 of them.
+
+  Args:
+    got: float [...].
+    want: float [...], of the same shape.
+    roundings: how many roundings of the largest entry are allowed.
+  """
+  got, want = np.asarray(got), np.asarray(want)
+  largest = np.abs(want).max(initial=0.0)
+  np.testing.assert_allclose(
+    got, want, rtol=0, atol=roundings * np.finfo(np.float32).eps * largest
+  )
+
+
 def rank_promotion_raises():
   """A context in which implicit rank promotion is an error."""
   return jax.numpy_rank_promotion("raise")

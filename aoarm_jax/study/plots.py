@@ -341,3 +341,78 @@ def blocks(rows, folder: epath.Path) -> bool:
     axes.set_ylabel("bits per character above the reference")
     _legend(picture, grid)
   return True
+
+
+def bits_over_flops(rows, folder: epath.Path, name: str) -> None:
+  """Bits over training FLOPs: a panel a length, a dot a seed, a line the mean.
+
+  Args:
+    rows: of curve.runs_table.
+    folder: of the pictures.
+    name: of the files.
+  """
+  rows = [row for row in rows if not row["with"]]
+  lengths = sorted({row["T"] for row in rows})
+  with _picture(folder, name, *_shape(len(lengths)), sharey=True) as (
+    all_,
+    grid,
+  ):
+    for axes, T in zip(grid.flat, lengths):
+      for mechanism in dict.fromkeys(row["mechanism"] for row in rows):
+        own = [r for r in rows if (r["T"], r["mechanism"]) == (T, mechanism)]
+        means = {}
+        for row in own:
+          means.setdefault(row["training_flops"], []).append(row["any_order"])
+        flops = sorted(means)
+        axes.plot(
+          flops, [np.mean(means[x]) for x in flops], color=colour(mechanism),
+          label=mechanism,
+        )  # fmt: skip
+        axes.plot(
+          [row["training_flops"] for row in own],
+          [row["any_order"] for row in own], ".", color=colour(mechanism),
+        )  # fmt: skip
+      axes.set_xscale("log")
+      axes.set_title(f"T = {T:,}")
+      axes.set_xlabel("training FLOPs")
+    grid[0, 0].set_ylabel("bits per character, any order")
+    _legend(all_, grid)
+
+
+def delay_over_budget(rows, folder: epath.Path, name: str) -> None:
+  """The delay of each arm over the budget, and the cost ratio of a step.
+
+  An arrow upwards is a bound: the arm's curve ends before it reaches that loss.
+
+  Args:
+    rows: of curve.delays.
+    folder: of the pictures.
+    name: of the files.
+  """
+  arms = list(dict.fromkeys((row["mechanism"], row["T"]) for row in rows))
+  with _picture(folder, name, 1) as (all_, grid):
+    axes = grid[0, 0]
+    for (mechanism, T), shade in zip(arms, figures.COLOURS):
+      own = [r for r in rows if (r["mechanism"], r["T"]) == (mechanism, T)]
+      x = np.array([row["characters"] for row in own])
+      y = np.array([row["delay"] for row in own])
+      axes.plot(x, y, "o-", color=shade, label=f"{mechanism}, T = {T:,}")
+      for row in own:
+        ends = (row["low"], row["high"])
+        if all(map(np.isfinite, ends)) and not row["bound"]:
+          axes.plot([row["characters"]] * 2, ends, color=shade, linewidth=3,
+                    alpha=0.4)  # fmt: skip
+        elif row["bound"] == ">":
+          axes.annotate(
+            "", (row["characters"], 1.15 * row["delay"]),
+            (row["characters"], row["delay"]),
+            arrowprops=dict(arrowstyle="->", color=shade),
+          )  # fmt: skip
+      axes.plot(
+        x, [row["cost_ratio"] for row in own], "--", color=shade,
+        label=f"cost of a step, T = {T:,}",
+      )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_xlabel("characters that the reference reads")
+    axes.set_ylabel("delay: steps over the reference's steps")
+    _legend(all_, grid)

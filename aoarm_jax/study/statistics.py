@@ -12,7 +12,7 @@ from scipy import special
 
 # Windows lie in the order of the text. Neighbours are alike, so the error is
 # that of the means of so many stretches; books are longer still.
-_STRETCHES = 24
+STRETCHES = 24
 
 
 class Estimate(NamedTuple):
@@ -55,7 +55,7 @@ def over_seeds(values) -> Estimate:
 def over_windows(values) -> Estimate:
   """Of one number a window, in the order of the text; one run."""
   x = np.asarray(values, float)
-  parts = min(_STRETCHES, len(x))
+  parts = min(STRETCHES, len(x))
   means = over_seeds([part.mean() for part in np.array_split(x, parts)])
   return Estimate(float(x.mean()), means.error, parts - 1, 1)
 

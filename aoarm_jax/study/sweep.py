@@ -27,7 +27,7 @@ from aoarm_jax import config as config_lib
 from aoarm_jax import matching, run_dir, sharding, telemetry
 from aoarm_jax.data import corpora, pipeline, tokenizers
 from aoarm_jax.study import cells as cells_lib
-from aoarm_jax.study import measure, rates, report, trunks
+from aoarm_jax.study import curve, measure, rates, report, trunks
 from aoarm_jax.study import programs as programs_lib
 
 _FOLDER, _TRUNKS = "cells", "trunks"
@@ -249,7 +249,9 @@ def study(
     )
   if config.study.part != "cells":
     _check_one_text(results, cells)
-    report.write(config, cells, results, folder, argv)
+    # Runs that share trunks are of a curve over budgets.
+    write = curve.write if config.study.decay_share else report.write
+    write(config, cells, results, folder, argv)
     logging.info("report: %s", folder)
   if config.study.part != "report":
     asked = set(cells)  # That a rate is too high is what a trial may find.

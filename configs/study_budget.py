@@ -1,6 +1,6 @@
 """The budget curve: does a second stream pay, and from which budget on?
 
-  python -m aoarm_jax.main --mode=study --config=configs/budget_curve.py --config.data.path=books27
+  python -m aoarm_jax.main --mode=study --config=configs/study_budget.py --config.data.path=books27
 
 Declared before the runs. The primary question: at equal training FLOPs, how
 does the difference in bits per character between decoupled_rope and two_stream
@@ -30,8 +30,9 @@ two_stream, 0.33 billion characters): does another recipe give decoupled_rope
 the gain that two_stream has from its higher rate?
 
 Variants, each a sweep of its own:
-  default  everything above; a few hours of one H200, in pieces by
+  default  the primary runs; a few hours of one H200, in pieces by
            --config.study.limit_seconds=500, with the same command again
+  :control the sceptic's control
   :tiny    2 CPU cores, built-in text: two budgets of a tiny trunk, a smoke test
 """  # noqa: E501
 
@@ -47,6 +48,8 @@ def _primary(T, seeds):
   return (
     f"{_TWO} {shared} rate=search:0.004 {_STEPS}",
     f"{_ONE} {shared} rate=search:0.0014 {_STEPS}",
+    # Below the least budget at equal FLOPs, for the delay and for equal steps.
+    f"{_ONE} T={T} seed={seeds} rate=search:0.0014 steps=1000 budget=steps",
   )
 
 
@@ -86,22 +89,24 @@ _SWEEP = "\n".join(
     *_primary(1024, "12,13"),
     *_primary(128, "12,13"),
     *_checked(),
-    *_control(),
   )
 )
 _TINY = "mechanism=two_stream,decoupled_rope budget=flops T=16 steps=40,80"
 
+_CURVE = {
+  "optimizer.ema_decay": 0.999,
+  "checkpoint.every": 2000,
+  "study.sweep": _SWEEP,
+  "study.decay_share": 0.2,
+  "study.characters": 0,
+  "study.profile_sequences": 0,
+  "study.keep_weights": True,
+}
 _VARIANTS = {
-  "default": {
-    "optimizer.ema_decay": 0.999,
-    "checkpoint.every": 2000,
-    "study.sweep": _SWEEP,
-    "study.decay_share": 0.2,
-    "study.characters": 0,
-    "study.profile_sequences": 0,
-    "study.keep_weights": True,
-  },
-  "tiny": {
+  "default": _CURVE,
+  "control": _CURVE | {"study.sweep": "\n".join(_control())},
+  "tiny": _CURVE
+  | {
     "model.D": 32,
     "model.L": 2,
     "model.N": 2,
@@ -113,13 +118,10 @@ _VARIANTS = {
     "compute.dtype": "float32",
     "study.sweep": _TINY,
     "study.tokens_per_step": 1024,
-    "study.decay_share": 0.2,
-    "study.characters": 0,
-    "study.profile_sequences": 0,
-    "study.keep_weights": True,
+    "study.bootstrap": 50,
   },
 }
 
 
 def get_config(variant: str = "default"):
-  return experiments.experiment("budget_curve", variant, _VARIANTS)
+  return experiments.experiment("study_budget", variant, _VARIANTS)

@@ -1,0 +1,127 @@
+"""A tiny budget curve from end to end: shared trunks, kills, the report."""
+
+import csv
+import pathlib
+import tempfile
+
+import helpers
+import numpy as np
+import pytest
+from absl.testing import absltest
+
+from aoarm_jax.study import measure, trunks
+
+pytestmark = pytest.mark.once
+
+_CONFIG = str(helpers.ROOT / "configs" / "study_budget.py")
+_FILES = ("training.npz", "windows.npz", "weights.npz")
+
+
+class TrunkTest(absltest.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.folder = pathlib.Path(
+      self.enter_context(tempfile.TemporaryDirectory())
+    )
+    helpers.write_text(self.folder / "text", test=False)
+    self.enter_context(helpers.quick_compilation())
+
+  def study(self, workdir, *options):
+    helpers.run(
+      [
+        f"--config={_CONFIG}:tiny", "--mode=study",
+        f"--workdir={self.folder / workdir}",
+        f"--config.data.path={self.folder / 'text'}",
+        "--config.eval.batches=1", "--config.study.part=cells", *options,
+      ]
+    )  # fmt: skip
+
+  def files(self, workdir, steps):
+    """{name: bytes} of the cell of two_stream with so many steps."""
+    (cell,) = (self.folder / workdir / "cells").glob(f"two_*-steps{steps}-*")
+    self.assertTrue((cell / measure.RESULT).exists())
+    self.assertFalse((cell / trunks.BRANCH).exists())
+    return {name: (cell / name).read_bytes() for name in _FILES}
+
+  def test_branches_of_a_trunk_are_runs_from_the_start(self):
+    two = "--config.study.cells=two_stream"
+    self.study("shared", two)
+    self.study("alone", f"{two} steps=80")
+    self.assertEqual(self.files("shared", 80), self.files("alone", 80))
+    self.check_another_text_is_refused()
+    self.check_interrupted(two)
+    self.study("shared", "--config.study.part=all")
+    self.check_report(self.folder / "shared" / "report")
+
+  def check_interrupted(self, two):
+    """Time is up once in the trunk and once in the branch."""
+    stops, save = [30, 70], trunks.Keeper.save
+
+    def stopped(keeper, step, *state):
+      if step in stops:
+        stops.remove(step)
+        keeper._deadline = 0.0
+      save(keeper, step, *state)
+
+    with absltest.mock.patch.object(trunks.Keeper, "save", stopped):
+      for done in (False, False, True):
+        self.study("pieces", f"{two} steps=80")
+        results = list((self.folder / "pieces").glob("cells/*/result.json"))
+        self.assertEqual(bool(results), done)
+    self.assertEqual(self.files("pieces", 80), self.files("shared", 80))
+
+  def check_another_text_is_refused(self):
+    helpers.write_text(self.folder / "other", seed=1, test=False)
+    for path in (self.folder / "alone" / "cells").glob("*/result.json"):
+      path.unlink()
+    with self.assertRaisesRegex(Exception, "is of another text"):
+      self.study("alone", f"--config.data.path={self.folder / 'other'}")
+
+  def check_report(self, report):
+    rows = {
+      name: list(
+        csv.DictReader((report / f"{name}.csv").read_text().splitlines())
+      )
+      for name in ("runs", "differences", "delays")
+    }
+    runs = {(r["mechanism"], r["steps"]): r for r in rows["runs"]}
+    self.assertLen(runs, 4)
+    two, one = runs["two_stream", "80"], runs["decoupled_rope", "113"]
+    self.assertAlmostEqual(
+      float(one["training_flops"]) / float(two["training_flops"]), 1, places=2
+    )
+    (row,) = (
+      r
+      for r in rows["differences"]
+      if (r["equal"], r["steps"]) == ("flops", "80")
+    )
+    self.assertAlmostEqual(
+      float(row["difference_bits"]),
+      float(one["any_order"]) - float(two["any_order"]),
+      places=4,
+    )
+    self.assertEqual((row["seeds"], row["answer"]), ("1", "one seed"))
+    self.assertLen(rows["delays"], 2)
+    for name in ("bits.png", "bits.svg", "delay.png", "README.md"):
+      self.assertGreater((report / name).stat().st_size, 500)
+
+  def test_the_average_is_evaluated_beside_the_parameters(self):
+    self.study("run", "--config.study.cells=two_stream steps=40")
+    (cell,) = (self.folder / "run" / "cells").glob("two_*-steps40-*")
+    with np.load(cell / "windows.npz") as arrays:
+      self.assertSetEqual(
+        set(arrays),
+        {
+          f"{kind}{suffix}"
+          for kind in ("nats", "slots")
+          for suffix in ("", "_ema", "_left_to_right", "_left_to_right_ema")
+        },
+      )
+      self.assertFalse(np.allclose(arrays["nats"], arrays["nats_ema"]))
+      self.assertAlmostEqual(
+        arrays["nats"].mean(), arrays["slots"].sum(), places=3
+      )
+
+
+if __name__ == "__main__":
+  absltest.main()
