@@ -150,8 +150,9 @@ class Data:
 
   corpus: str = _field(
     "auto",
-    "auto: docstrings without a path, text8 for a file, folder for a folder",
-    choices=("auto", "docstrings", "text8", "folder"),
+    "auto: books, which are built in, without a path, text8 for a file, folder "
+    "for a folder",
+    choices=("auto", "books", "text8", "folder"),
   )
   path: str = _field("", "file or folder of the text; '' is the built-in text")
   tokenizer: str = _field(

@@ -11,6 +11,12 @@ def validate(config: config_lib.Config) -> config_lib.Config:
   Raises:
     ConfigError: naming the field, its value and the fix.
   """
+  if config.data.corpus == "docstrings":
+    raise config_lib.ConfigError(
+      "config.data.corpus='docstrings': this program no longer reads "
+      "docstrings: take the built-in novels with --config.data.corpus=books, "
+      "or name a text with --config.data.path="
+    )
   for path, field, value in config_lib.leaves(config):
     _check_range(path, field.metadata, value)
   for path, value, good, fix in _relations(config):

@@ -10,6 +10,7 @@ import difflib
 import errno
 import glob
 import os
+import pathlib
 import re
 import signal
 import sys
@@ -37,7 +38,7 @@ from aoarm_jax import (
   train,
 )
 from aoarm_jax import config as config_lib
-from aoarm_jax.data import corpora, docstrings, tokenizers
+from aoarm_jax.data import corpora, tokenizers
 from aoarm_jax.study import sweep
 
 MODES = ("train", "eval", "sample", "score", "count", "study", "compile")
@@ -301,10 +302,23 @@ def _cache_compilations():
   if jax.config.jax_compilation_cache_dir is not None:
     return
   try:
-    folder = docstrings.cache_folder() / "xla"
+    folder = cache_folder() / "xla"
   except RuntimeError:  # No home folder: do without.
     return
   jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def cache_folder() -> pathlib.Path:
+  """Return $XDG_CACHE_HOME/aoarm_jax, by default ~/.cache/aoarm_jax.
+
+  Raises:
+    RuntimeError: the default is needed, and the user has no home folder.
+  """
+  folder = os.environ.get("XDG_CACHE_HOME", "")
+  # The XDG specification: a relative path is invalid and to be ignored.
+  if os.path.isabs(folder):
+    return pathlib.Path(folder, "aoarm_jax")
+  return pathlib.Path.home() / ".cache" / "aoarm_jax"
 
 
 @distributed.failing_at_once()

@@ -39,13 +39,23 @@ def read_config(workdir: epath.Path) -> config_lib.Config:
   """
   path = workdir / "config.json"
   try:
-    return config_lib.from_json(path.read_text())
+    config = config_lib.from_json(path.read_text())
   except (FileNotFoundError, NotADirectoryError):
     raise checkpoint.CheckpointError(
       f"{path}: no such file; {workdir} is not the directory of a run"
     ) from None
   except ValueError as error:
     raise config_lib.ConfigError(f"{path}: {error}") from error
+  if config.data.corpus != "docstrings":
+    return config
+  # Runs of earlier versions: their models need no text to generate and score.
+  logging.warning(
+    "%s: config.data.corpus='docstrings': this program no longer reads "
+    "docstrings. An evaluation reads the built-in novels, which this run was "
+    "not trained on, unless --config.data.path= names a text", path,
+  )  # fmt: skip
+  data = dataclasses.replace(config.data, corpus="auto")
+  return dataclasses.replace(config, data=data)
 
 
 # What an evaluation takes from the run beside its model: the text and the law.

@@ -87,7 +87,7 @@ class ModelTest(parameterized.TestCase):
     lines = out.getvalue().splitlines()
     self.assertLen(lines, 3 + 4 + 1 + 2 + 1)
     for line in lines[3:7]:
-      self.assertRegex(line, r"^return the qu... of the arr.. -\d")
+      self.assertRegex(line, r"^she said noth... to her moth.. -\d")
     drawn, blanks, everything = map(float, lines[-1].split())
     self.assertAlmostEqual(drawn, blanks, delta=1e-3)
     self.assertLess(everything, blanks - 1)

@@ -219,6 +219,10 @@ class RulesTest(parameterized.TestCase):
   def test_choice(self, path):
     self.assertIn("'typo' is not one of", self.refuse({path: "typo"}, path))
 
+  def test_docstrings_are_gone(self):
+    message = self.refuse({"data.corpus": "docstrings"}, "data.corpus")
+    self.assertIn("--config.data.corpus=books", message)
+
   def test_choices_of_a_tuple(self):
     message = self.refuse(
       {"eval.estimators": ["any_order", "typo"]}, "eval.estimators"

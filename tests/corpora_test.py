@@ -8,6 +8,7 @@ import lzma
 import math
 import os
 import pathlib
+import re
 import tempfile
 import zipfile
 from unittest import mock
@@ -16,8 +17,22 @@ import numpy as np
 import zstandard
 from absl.testing import absltest, parameterized
 
-from aoarm_jax.data import corpora, docstrings, tokenizers
+from aoarm_jax.data import corpora, tokenizers
 
+# sha256 of the built-in text, as it is and in normal form: runs are compared by
+# their numbers on it, so it must never change unnoticed.
+_BOOKS = {
+  "byte": {
+    "train": "2ecd42736cfcfaa3cc3f55fc3c84ea61360fd05944d39279d44deb60c44831dd",
+    "valid": "78ffc73fcc73ba3929dbf37fff30489d5b6a4da781f92111279df218dd71c7e7",
+    "test": "e853e3a7c4310b2f1e30e77acb34fc93765774674d19af8c329a138b581348fc",
+  },
+  "char27": {
+    "train": "d2c4d23742c192ce307a901cdb881d56411866118597db4b8a3c27018b9ec516",
+    "valid": "682851e6e376b5fa2d14dafe4b2ded857fd5a8cf0939a432163fe774df56b994",
+    "test": "3636150a8bc610218f8399e9b6cc4567b1ab86f7aca5197a1947af17f538bf45",
+  },
+}
 _TEXT = b"the cat sat on the mat and then it ran away " * 3
 
 
@@ -240,33 +255,56 @@ class CorporaTest(parameterized.TestCase):
     with self.assert_refused(str(self.folder), "--config.data.corpus=folder"):
       self.load(self.folder, "text8")
     with self.assert_refused(path, "takes no path"):
-      self.load(path, "docstrings")
+      self.load(path, "books")
 
   def test_unknown_names(self):
-    with self.assert_refused("config.data.corpus='enwik8'", "docstrings"):
+    with self.assert_refused("config.data.corpus='enwik8'", "books"):
       self.load("", "enwik8")
     self.file("test.txt", _TEXT)
     with self.assert_refused("no split 'dev'", "train, valid, test"):
       self.load(self.folder).split("dev")
 
-  # docstrings
+  # books
 
-  @parameterized.product(
-    corpus=("auto", "docstrings"), tokenizer=("char27", "byte")
-  )
+  @parameterized.product(corpus=("auto", "books"), tokenizer=("char27", "byte"))
   def test_the_built_in_text(self, corpus, tokenizer):
-    texts = {name: name.encode() * 3 for name in corpora.SPLITS}
-    with mock.patch.object(docstrings, "load", return_value=texts) as load:
-      corpus = self.load("", corpus, tokenizer)
-      load.assert_not_called()
-      for name, text in texts.items():
-        self.assertEqual(corpus.tokenizer.to_bytes(corpus.split(name)), text)
-        self.assertEqual(corpus.hash(name), hashlib.sha256(text).hexdigest())
-      load.assert_called_once()
-    self.assertEqual(corpus.name, "docstrings")
-    self.assertIn(
-      "built-in text: a smoke test, not a benchmark", corpus.describe()
-    )
+    corpus = self.load("", corpus, tokenizer)
+    self.assertEqual(corpus.name, "books")
+    for name in corpora.SPLITS:
+      self.assertEqual(corpus.hash(name), _BOOKS[tokenizer][name], name)
+      self.assertGreater(len(corpus.split(name)), 150_000)
+    line = corpus.describe("valid")
+    self.assertStartsWith(line, "built-in text, eleven English novels: valid 2")
+
+  def test_the_readme_of_the_built_in_text_names_its_files(self):
+    readme = (corpora.BOOKS / "README.md").read_text(encoding="utf-8")
+    for name in corpora.SPLITS:
+      path = corpora.BOOKS / f"{name}.txt.xz"
+      size = len(lzma.decompress(path.read_bytes()))
+      row = f"| {path.stat().length:,} | {size:,} | {_BOOKS['byte'][name]} |"
+      self.assertIn(f"| {path.name} {row}", readme)
+      books = re.findall(rf"\| {name} \|.* ([\d,]+) \|\n", readme)
+      sizes = [int(book.replace(",", "")) for book in books]
+      # An empty line between two books, one newline at the end.
+      self.assertEqual(sum(sizes) + 2 * len(sizes) - 1, size)
+
+  def test_a_split_of_the_built_in_text_is_read_when_it_is_asked_for(self):
+    with mock.patch.object(corpora, "_read", return_value=b"One.\n") as read:
+      corpus = self.load("")
+      read.assert_not_called()
+      self.assertEqual(self.char27.decode(corpus.split("valid")), "one")
+      read.assert_called_once_with(corpora.BOOKS / "valid.txt.xz")
+
+  @parameterized.parameters(
+    ("Hello,  World!\n", b"hello world"),
+    ("3.14 x2", b"three one four x two"),
+    ("Élan in \u212a, don't", b"lan in don t"),
+    ("٣", b""),  # A digit, but not one of wikifil.pl's.
+    ("{a}\x00`b@[Z]", b"a b z"),
+    (" \n", b""),
+  )
+  def test_normal_form(self, text, expected):
+    self.assertEqual(corpora.normal_form(text.encode()), expected)
 
   # unigram_entropy
 

@@ -44,6 +44,17 @@ class StartTest(absltest.TestCase):
     order = [call[0] for call in calls.method_calls]
     self.assertEqual(order, ["start", "resolve", "table"])
 
+  def test_the_cache_folder_is_the_user_s(self):
+    for value, folder in (
+      ("/cache", "/cache/aoarm_jax"),
+      # To be ignored: no absolute path.
+      ("relative", "/home/me/.cache/aoarm_jax"),
+      ("", "/home/me/.cache/aoarm_jax"),
+    ):
+      environment = {"XDG_CACHE_HOME": value, "HOME": "/home/me"}
+      with mock.patch.dict(os.environ, environment):
+        self.assertEqual(main.cache_folder(), pathlib.Path(folder))
+
 
 class ParseTest(parameterized.TestCase):
   def setUp(self):

@@ -7,7 +7,7 @@ from absl.testing import absltest
 from etils import epath
 
 from aoarm_jax import config as config_lib
-from aoarm_jax import restore
+from aoarm_jax import config_rules, restore
 
 
 class AsTrainedTest(absltest.TestCase):
@@ -45,6 +45,23 @@ class AsTrainedTest(absltest.TestCase):
     own = config_lib.Config(data=config_lib.Data(path="other"))
     got = self.as_trained(own, ["data.path"])
     self.assertEqual((got.data.corpus, got.data.path), ("folder", "other"))
+
+  def test_a_run_on_docstrings_reads_another_text_and_says_so(self):
+    """Its config.json names a corpus that there is no more."""
+    self.run_config = dataclasses.replace(
+      self.run_config, data=config_lib.Data(corpus="docstrings")
+    )
+    self.write()
+    own = config_lib.Config(data=config_lib.Data(path="other"))
+    for config, overridden in ((None, ()), (own, ["data.path"])):
+      with self.assertLogs(level="WARNING") as logs:
+        got = self.as_trained(config, overridden)
+      self.assertEqual(got.data.corpus, "auto")
+      self.assertEqual(got.data.path, "other" if overridden else "")
+      config_rules.validate(got)
+      self.assertLen(logs.output, 1)
+      self.assertIn("config.json: config.data.corpus='docstr", logs.output[0])
+      self.assertIn("--config.data.path=", logs.output[0])
 
   def test_another_mechanism_is_refused(self):
     """Neither its estimators nor its ways to sample are the run's."""

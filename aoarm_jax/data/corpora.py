@@ -1,6 +1,6 @@
 """Corpora: where the text comes from, and its splits.
 
-docstrings (built in), text8 (one file), folder (a file a split). Files may be
+books (built in), text8 (one file), folder (a file a split). Files may be
 compressed and may lie wherever etils.epath reaches. Nothing is read before it
 is asked for, and nothing is added to the text: no sentinels, no padding.
 """
@@ -11,6 +11,8 @@ import functools
 import gzip
 import hashlib
 import lzma
+import re
+import string
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -19,15 +21,23 @@ import numpy as np
 import zstandard
 from etils import epath
 
-from aoarm_jax.data import docstrings, tokenizers
+from aoarm_jax.data import tokenizers
 
 DataError = tokenizers.DataError
-SPLITS = docstrings.SPLITS
+SPLITS = ("train", "valid", "test")
+# Eleven novels, packed; README.md in it names them.
+BOOKS = epath.Path(__file__).parent / "books"
 TEXT8_CHARACTERS = 100_000_000
 TEXT8_URL = "http://mattmahoney.net/dc/text8.zip"
 _FLAG = "--config.data.path="
 _FOLDER_SUFFIXES = ("", ".gz", ".xz", ".bz2", ".zst")
 _CHUNK = 1 << 24  # Bounds the transient memory of a pass over a split.
+_DIGITS = b"zero one two three four five six seven eight nine".split()
+# For bytes.translate: letters in lower case, a space for any other byte.
+_LETTERS = bytes(
+  byte if chr(byte) in string.ascii_lowercase else ord(" ")
+  for byte in bytes(range(256)).lower()
+)
 
 
 @dataclasses.dataclass(eq=False)
@@ -35,7 +45,7 @@ class Corpus:
   """A text in splits, see `load`.
 
   Attributes:
-    name: docstrings, text8 or folder.
+    name: books, text8 or folder.
     source: which text it is, for people.
     tokenizer: of the ids.
     read: (split) -> its ids, uint8 [n]; called once a split.
@@ -66,7 +76,7 @@ class Corpus:
     return self._splits[name]
 
   def hash(self, name: str) -> str:
-    """Hex sha256 of a split's text, whichever tokenizer reads it."""
+    """Hex sha256 of a split's text, as the tokenizer reads it."""
     if name not in self._hashes:
       ids, digest = self.split(name), hashlib.sha256()
       for start in range(0, len(ids), _CHUNK):
@@ -88,21 +98,20 @@ def load(corpus: str, path: str, tokenizer: tokenizers.Tokenizer) -> Corpus:
   """The corpus that config.Data names; reads no text yet.
 
   Args:
-    corpus: auto, docstrings, text8 or folder.
+    corpus: auto, books, text8 or folder.
     path: file or folder, "" for the built-in text; ~ is the home folder.
     tokenizer: of the ids.
 
   Raises:
     DataError: the path is missing, needless or of the wrong kind.
   """
-  if corpus not in ("auto", "docstrings", "text8", "folder"):
+  if corpus not in ("auto", "books", "text8", "folder"):
     raise DataError(
-      f"config.data.corpus={corpus!r}: not one of auto, docstrings, text8, "
-      "folder"
+      f"config.data.corpus={corpus!r}: not one of auto, books, text8, folder"
     )
-  if corpus == "docstrings" and path:
+  if corpus == "books" and path:
     raise DataError(
-      f"config.data.corpus=docstrings is built in and takes no path: drop "
+      f"config.data.corpus=books is built in and takes no path: drop "
       f"config.data.path={path!r} or the corpus"
     )
   if not path:
@@ -116,8 +125,19 @@ def load(corpus: str, path: str, tokenizer: tokenizers.Tokenizer) -> Corpus:
         "config.data.corpus=folder: name the folder of train.txt, valid.txt "
         f"and test.txt with {_FLAG}"
       )
-    return _docstrings(tokenizer)
+    return _books(tokenizer)
   return _at_path(corpus, path, tokenizer)
+
+
+def normal_form(text: bytes) -> bytes:
+  """Return a text in the form of text8: a to z and single spaces.
+
+  As Matt Mahoney's wikifil.pl does, letters become lower case, every digit
+  becomes a word, and every run of other bytes (so also an accented letter)
+  becomes one space. No space is left at either end.
+  """
+  text = re.sub(rb"\d", lambda match: b" %b " % _DIGITS[int(match[0])], text)
+  return b" ".join(text.translate(_LETTERS).split())
 
 
 def unigram_entropy(tokens: np.ndarray, V: int) -> float:
@@ -162,14 +182,17 @@ def _at_path(corpus, path, tokenizer) -> Corpus:
   return Corpus("text8", f"text8 {path}", tokenizer, text.split, text.note)
 
 
-def _docstrings(tokenizer) -> Corpus:
-  texts = functools.cache(docstrings.load)
+def _books(tokenizer) -> Corpus:
+  def read(split):
+    text = _read(BOOKS / f"{split}.txt.xz")
+    return tokenizer.encode(text if tokenizer.V == 256 else normal_form(text))
+
   return Corpus(
-    name="docstrings",
-    source="docstrings of Python, numpy and jax",
+    name="books",
+    source="built-in text, eleven English novels",
     tokenizer=tokenizer,
-    read=lambda name: tokenizer.encode(texts()[name]),
-    note=lambda: "built-in text: a smoke test, not a benchmark",
+    read=read,
+    note=lambda: "small: compare its numbers with each other only",
   )
 
 
