@@ -10,11 +10,14 @@ import jax
 import numpy as np
 from etils import epath
 
-from aoarm_jax import config as config_lib
-from aoarm_jax import config_rules, prompts, restore, sharding
-from aoarm_jax import generate as generate_lib
-from aoarm_jax import score as score_lib
+from aoarm_jax.config import rules as config_rules
+from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import tokenizers
+from aoarm_jax.devices import sharding
+from aoarm_jax.evaluation import score as score_lib
+from aoarm_jax.generation import prompts
+from aoarm_jax.generation import texts as generate_lib
+from aoarm_jax.runs import restore
 
 
 class Model:

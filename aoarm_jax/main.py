@@ -22,24 +22,19 @@ from etils import epath
 from ml_collections import config_flags
 
 import pallas_kernels
-from aoarm_jax import (
-  checkpoint,
-  config_rules,
-  distributed,
-  evaluate,
-  generate,
-  matching,
-  pod,
-  prompts,
-  restore,
-  run_dir,
-  score,
-  telemetry,
-  train,
-)
-from aoarm_jax import config as config_lib
+from aoarm_jax.config import rules as config_rules
+from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import corpora, tokenizers
+from aoarm_jax.devices import distributed
+from aoarm_jax.evaluation import evaluate, score
+from aoarm_jax.generation import prompts
+from aoarm_jax.generation import texts as generate
+from aoarm_jax.runs import checkpoint, restore, telemetry
+from aoarm_jax.runs import directory as run_dir
 from aoarm_jax.study import sweep
+from aoarm_jax.tools import compile as pod
+from aoarm_jax.tools import matching
+from aoarm_jax.training import loop as train
 
 MODES = ("train", "eval", "sample", "score", "count", "study", "compile")
 _NO_CONFIG = (
@@ -225,7 +220,7 @@ def _reads_as(kind, text):
 def _last_line(error: Exception) -> str:
   """The message of an error whose text may hold a whole traceback."""
   lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-  return lines[-1].removeprefix("aoarm_jax.config.ConfigError: ")
+  return lines[-1].removeprefix("aoarm_jax.config.schema.ConfigError: ")
 
 
 def run(flag_values: flags.FlagValues, argv: list[str]) -> None:

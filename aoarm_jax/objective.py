@@ -12,8 +12,9 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from aoarm_jax import config as config_lib
-from aoarm_jax import mechanisms, orders
+from aoarm_jax import orders
+from aoarm_jax.config import mechanisms
+from aoarm_jax.config import schema as config_lib
 
 # int32 slots [B, S] -> float32 logits [B, R, V]
 Network = Callable[[orders.Slots], jax.Array]

@@ -5,7 +5,7 @@ is BOS and, with two sentinels, position T + 1 is EOS; both are always known.
 Everything downstream runs in generation order: `to_slots` gathers the tokens
 once, so that an ordinary causal mask over slots is the any-order mask.
 
-Pure jax.numpy. Dimension letters: aoarm_jax/config.py.
+Pure jax.numpy. Dimension letters: aoarm_jax/config/schema.py.
 """
 
 import functools
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aoarm_jax import config as config_lib
+from aoarm_jax.config import schema as config_lib
 
 
 class Queries(NamedTuple):

@@ -13,7 +13,7 @@ Hardware, time, validation result (any order, books27, one seed):
   :tiny    for a CPU
 """
 
-from aoarm_jax import experiments
+from aoarm_jax.config import experiments
 
 
 def get_config(variant: str = "default"):

@@ -11,7 +11,7 @@ any-order number; docs/results has the run):
            smoke test, not a benchmark; its unigram entropy is 4.12)
 """
 
-from aoarm_jax import experiments
+from aoarm_jax.config import experiments
 
 
 def get_config(variant: str = "default"):

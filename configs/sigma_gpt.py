@@ -8,7 +8,7 @@ Hardware, time, validation result (books27):
   :tiny    for a CPU
 """
 
-from aoarm_jax import experiments
+from aoarm_jax.config import experiments
 
 
 def get_config(variant: str = "default"):

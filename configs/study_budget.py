@@ -36,7 +36,7 @@ Variants, each a sweep of its own:
   :tiny    2 CPU cores, built-in text: two budgets of a tiny trunk, a smoke test
 """  # noqa: E501
 
-from aoarm_jax import experiments
+from aoarm_jax.config import experiments
 
 _TWO, _ONE = "mechanism=two_stream", "mechanism=decoupled_rope"
 _STEPS = "steps=1000,4000,16000"

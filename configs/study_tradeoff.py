@@ -13,7 +13,7 @@ hardware, time:
            say nothing
 """  # noqa: E501
 
-from aoarm_jax import experiments
+from aoarm_jax.config import experiments
 
 _MAIN = "mechanism=two_stream,decoupled_rope,mdlm,ao_gpt"
 # The most telling first: the missing arm at both lengths and at equal FLOPs.

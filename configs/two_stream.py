@@ -10,7 +10,7 @@ Hardware, time, validation result (any order; docs/results has the runs):
            smoke test, not a benchmark; its unigram entropy is 4.12)
 """
 
-from aoarm_jax import experiments
+from aoarm_jax.config import experiments
 
 
 def get_config(variant: str = "default"):

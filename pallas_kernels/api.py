@@ -5,7 +5,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import hopper, reference, shards, tpu, tuning
+from pallas_kernels import reference, shards, tuning
+from pallas_kernels.hopper import attention as hopper
+from pallas_kernels.tpu import attention as tpu
 
 
 class UnsupportedError(NotImplementedError):

@@ -18,8 +18,11 @@ import pytest
 from absl.testing import absltest, parameterized
 
 import aoarm_jax
-from aoarm_jax import config, generate, prompts, strip
+from aoarm_jax.config import schema as config
 from aoarm_jax.data import tokenizers
+from aoarm_jax.generation import prompts
+from aoarm_jax.generation import texts as generate
+from aoarm_jax.tools import strip
 
 pytestmark = pytest.mark.once
 

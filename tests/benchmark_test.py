@@ -6,7 +6,7 @@ from unittest import mock
 
 from absl.testing import absltest, parameterized
 
-from pallas_kernels import benchmark
+from pallas_kernels.benchmarks import attention as benchmark
 
 
 class BenchmarkTest(parameterized.TestCase):

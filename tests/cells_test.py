@@ -8,10 +8,10 @@ import pytest
 from absl.testing import absltest, parameterized
 from studies import STUDY, V, config
 
-from aoarm_jax import config as config_lib
-from aoarm_jax import matching
+from aoarm_jax.config import schema as config_lib
 from aoarm_jax.study import cells as cells_lib
 from aoarm_jax.study import profiles
+from aoarm_jax.tools import matching
 
 # On the older Python alone, but for what profiles_test.py and coherence_test.py
 # say of the measures.

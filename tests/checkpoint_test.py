@@ -22,7 +22,8 @@ import optax
 import tensorstore
 from absl.testing import absltest, parameterized
 
-from aoarm_jax import checkpoint, distributed, manifest
+from aoarm_jax.devices import distributed
+from aoarm_jax.runs import checkpoint, manifest
 
 CONFIG = json.dumps({"model": {"D": 7}, "text": "naïve ☃"})
 
@@ -252,7 +253,7 @@ class RoundTripTest(CheckpointTest):
     code = """
       import sys
       import jax, jax.numpy as jnp, numpy as np
-      from aoarm_jax import checkpoint
+      from aoarm_jax.runs import checkpoint
       assert jax.device_count() == 4
       mesh = jax.make_mesh((4,), ("data",))
       named = lambda *spec: jax.sharding.NamedSharding(
@@ -618,7 +619,7 @@ class InterruptedSaveTest(CheckpointTest):
     code = """
       import os, random, signal, sys, time
       import jax, numpy as np
-      from aoarm_jax import checkpoint
+      from aoarm_jax.runs import checkpoint
       directory, rng = sys.argv[1], random.Random(7)
 
       def save_forever(pipe):

@@ -8,8 +8,9 @@ import pickle
 
 from absl.testing import absltest, parameterized
 
-from aoarm_jax import config as config_lib
-from aoarm_jax import config_rules, experiments
+from aoarm_jax.config import experiments
+from aoarm_jax.config import rules as config_rules
+from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import corpora, tokenizers
 
 RANGE = "must be (at least|at most|above|below) "

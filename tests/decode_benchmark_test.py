@@ -14,8 +14,9 @@ import pytest
 from absl.testing import absltest, parameterized
 
 import pallas_kernels
-from aoarm_jax import config as config_lib
-from aoarm_jax import decode_benchmark, decode_timing
+from aoarm_jax.config import schema as config_lib
+from aoarm_jax.tools import decode_timing
+from aoarm_jax.tools import generation_speed as decode_benchmark
 
 _PROGRAM = """
 HloModule x

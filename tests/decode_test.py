@@ -10,14 +10,11 @@ import pytest
 import tiny
 from absl.testing import absltest, parameterized
 
-from aoarm_jax import (
-  decode,
-  decode_steps,
-  mechanisms,
-  objective,
-  orders,
-  sampling,
-)
+from aoarm_jax import objective, orders
+from aoarm_jax.config import mechanisms
+from aoarm_jax.generation import decode
+from aoarm_jax.generation import law as sampling
+from aoarm_jax.generation import steps as decode_steps
 from aoarm_jax.model import cached
 
 _T, _V, _MANY = 4, 3, 100_000

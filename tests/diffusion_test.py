@@ -11,7 +11,9 @@ import pytest
 import tiny
 from absl.testing import absltest, parameterized
 
-from aoarm_jax import diffusion, objective, orders, sampling
+from aoarm_jax import objective, orders
+from aoarm_jax.generation import diffusion
+from aoarm_jax.generation import law as sampling
 
 _T, _V, _LONG, _MANY = 4, 3, 6, 40_000
 # On the older Python alone: tests/api_test.py does much of it on both.

@@ -19,8 +19,8 @@ import optax
 import pytest
 from absl.testing import absltest, parameterized
 
-from aoarm_jax import config as config_lib
-from aoarm_jax import distributed
+from aoarm_jax.config import schema as config_lib
+from aoarm_jax.devices import distributed
 
 PLACE = {
   "AOARM_DISTRIBUTED": "1",
@@ -44,7 +44,7 @@ CHANGES = {
 # are appended to a file of the process, if WATCHED names a folder.
 SLOW = """
 import os, pathlib, time
-from aoarm_jax import sharding
+from aoarm_jax.devices import sharding
 put_batch = sharding.put_batch
 folder = os.environ.get("WATCHED")
 def slow(mesh, batch):

@@ -10,8 +10,11 @@ import pytest
 import tiny
 from absl.testing import absltest, parameterized
 
-from aoarm_jax import config, evaluate, objective, orders, sharding
+from aoarm_jax import objective, orders
+from aoarm_jax.config import schema as config
 from aoarm_jax.data import pipeline
+from aoarm_jax.devices import sharding
+from aoarm_jax.evaluation import evaluate
 
 _T, _V, _COUNT, _K = 7, 5, 8, 3
 

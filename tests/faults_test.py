@@ -30,7 +30,8 @@ CHANGES = {
 # FAULT_WHAT at the FAULT_CALL-th step or save, FAULT_DELAY seconds later.
 FAULT = """
 import ctypes, os, pathlib, signal, threading, time
-from aoarm_jax import checkpoint, sharding
+from aoarm_jax.devices import sharding
+from aoarm_jax.runs import checkpoint
 
 def strike():
   time.sleep(float(os.environ["FAULT_DELAY"]))

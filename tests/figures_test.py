@@ -14,7 +14,7 @@ from absl.testing import absltest, parameterized
 from etils import epath
 from matplotlib import axes
 
-from aoarm_jax import figures
+from aoarm_jax.runs import figures
 
 # On the older Python alone, for time.
 pytestmark = pytest.mark.once
@@ -141,7 +141,7 @@ class FiguresTest(parameterized.TestCase):
 
   def test_matplotlib_is_imported_where_a_picture_is_drawn(self):
     code = (
-      "import sys; from aoarm_jax import figures; "
+      "import sys; from aoarm_jax.runs import figures; "
       "assert 'matplotlib' not in sys.modules; "
       f"figures.loss_curve([], {os.fspath(self.path)!r}, title=''); "
       "assert 'matplotlib.pyplot' not in sys.modules"

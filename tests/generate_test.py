@@ -12,17 +12,14 @@ import tiny
 from absl.testing import absltest, parameterized
 from etils import epath
 
-from aoarm_jax import (
-  config,
-  decode,
-  generate,
-  mechanisms,
-  orders,
-  prompts,
-  sampling,
-  sharding,
-)
+from aoarm_jax import orders
+from aoarm_jax.config import mechanisms
+from aoarm_jax.config import schema as config
 from aoarm_jax.data import tokenizers
+from aoarm_jax.devices import sharding
+from aoarm_jax.generation import decode, prompts
+from aoarm_jax.generation import law as sampling
+from aoarm_jax.generation import texts as generate
 
 _T, _V, _MANY = 4, 3, 60_000
 # Positions of the network: more than are generated, for the first mechanism.

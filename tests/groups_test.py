@@ -9,7 +9,8 @@ import pytest
 import tiny
 from absl.testing import absltest, parameterized
 
-from aoarm_jax import config, objective, orders
+from aoarm_jax import objective, orders
+from aoarm_jax.config import schema as config
 
 # On the older Python alone, for time.
 pytestmark = pytest.mark.once

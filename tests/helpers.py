@@ -17,8 +17,11 @@ from absl import flags
 from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 
-from aoarm_jax import checkpoint, main, sharding, train_state
-from aoarm_jax import config as config_lib
+from aoarm_jax import main
+from aoarm_jax.config import schema as config_lib
+from aoarm_jax.devices import sharding
+from aoarm_jax.runs import checkpoint
+from aoarm_jax.training import state as train_state
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TINY = str(ROOT / "configs" / "two_stream.py:tiny")

@@ -4,7 +4,7 @@ import re
 
 from absl.testing import absltest, parameterized
 
-from aoarm_jax import hlo
+from aoarm_jax.devices import hlo
 
 # A loop whose count stands in its condition; a gather beside two fusions; a
 # reduce-scatter as an all-reduce of which each keeps a part; groups of a mesh.

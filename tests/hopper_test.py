@@ -18,7 +18,10 @@ import pytest
 from absl.testing import absltest, parameterized
 
 import pallas_kernels
-from pallas_kernels import hopper, hopper_masks, mosaic, tuning
+from pallas_kernels import tuning
+from pallas_kernels.hopper import attention as hopper
+from pallas_kernels.hopper import masks as hopper_masks
+from pallas_kernels.hopper import mosaic
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 _Case = attention_cases.Case

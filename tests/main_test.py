@@ -22,7 +22,7 @@ pytestmark = pytest.mark.once
 
 TINY = f"--config={helpers.TINY}"
 NEW_CONFIG = """
-from aoarm_jax import experiments
+from aoarm_jax.config import experiments
 
 def get_config(variant="default"):
   return experiments.experiment("new", variant, {changes})

@@ -7,8 +7,9 @@ import tempfile
 import pytest
 from absl.testing import absltest, parameterized
 
-from aoarm_jax import config as config_lib
-from aoarm_jax import matching, mechanisms
+from aoarm_jax.config import mechanisms
+from aoarm_jax.config import schema as config_lib
+from aoarm_jax.tools import matching
 
 # On the older Python alone, for time.
 pytestmark = pytest.mark.once
@@ -145,7 +146,7 @@ class ResolveTest(absltest.TestCase):
     with tempfile.TemporaryDirectory() as folder:
       with open(os.path.join(folder, "other.py"), "w") as file:
         file.write(
-          "from aoarm_jax import experiments\n"
+          "from aoarm_jax.config import experiments\n"
           "def get_config(variant):\n"
           "  return experiments.experiment('other', variant,\n"
           "    model={'mechanism': 'two_stream'})\n"

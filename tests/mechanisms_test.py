@@ -14,8 +14,10 @@ import pytest
 import tiny
 from absl.testing import absltest, parameterized
 
-from aoarm_jax import config as config_lib
-from aoarm_jax import mechanisms, objective, run_dir
+from aoarm_jax import objective
+from aoarm_jax.config import mechanisms
+from aoarm_jax.config import schema as config_lib
+from aoarm_jax.runs import directory as run_dir
 
 # two_stream is run in train_test.py.
 _EXPERIMENTS = sorted(

@@ -17,8 +17,11 @@ import tiny
 from absl.testing import absltest, parameterized
 
 import pallas_kernels
-from aoarm_jax import config as config_lib
-from aoarm_jax import hlo, sharding, train, train_state
+from aoarm_jax.config import schema as config_lib
+from aoarm_jax.devices import hlo, sharding
+from aoarm_jax.model import network as network_lib
+from aoarm_jax.training import loop as train
+from aoarm_jax.training import state as train_state
 
 V, B = 27, 16
 # On the older Python alone, since it compiles most.
@@ -298,7 +301,7 @@ class MeshTest(parameterized.TestCase):
 
   def test_what_is_sent(self):
     config = configuration("two_stream", MESHES["8"])
-    bind = train_state.Bind(config.model, config.compute, V)
+    bind = network_lib.Bind(config.model, config.compute, V)
     size = 4 * sum(leaf.size for leaf in jax.tree.leaves(bind.abstract_params))
     matrices = 4 * sum(
       leaf.size
@@ -373,7 +376,7 @@ class MeshTest(parameterized.TestCase):
     config = configuration("two_stream", config_lib.Mesh())
     one = jax.sharding.AbstractMesh((1, 1, 1, 1), sharding.AXES)
     for on, smallest_shard, whole in ((mesh, 4, 0), (mesh, 5, 8), (one, 99, 0)):
-      bind = train_state.Bind(
+      bind = network_lib.Bind(
         config.model, config.compute, V, on, smallest_shard
       )
       self.assertEqual(bind.kept_whole, whole)

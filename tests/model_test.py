@@ -15,7 +15,9 @@ import tiny
 from absl.testing import absltest, parameterized
 
 import pallas_kernels
-from aoarm_jax import config, mechanisms, objective, orders
+from aoarm_jax import objective, orders
+from aoarm_jax.config import mechanisms
+from aoarm_jax.config import schema as config
 from aoarm_jax.model import cached, cost, layers
 
 _B, _T, _V = 3, 7, 5

@@ -9,7 +9,8 @@ import optax
 import tiny
 from absl.testing import absltest, parameterized
 
-from aoarm_jax import config, optimizer
+from aoarm_jax.config import schema as config
+from aoarm_jax.training import optimizer
 
 _PEAK, _WARMUP, _STEPS, _LAST = 0.5, 10, 110, 0.1
 

@@ -10,7 +10,8 @@ import numpy as np
 import tiny
 from absl.testing import absltest, parameterized
 
-from aoarm_jax import config, orders
+from aoarm_jax import orders
+from aoarm_jax.config import schema as config
 
 _B, _T, _WIDTH = 3, 7, 3
 _MANY = 30_000

@@ -13,8 +13,8 @@ import helpers
 import pytest
 from absl.testing import absltest, parameterized
 
-from aoarm_jax import config as config_lib
-from aoarm_jax import pod
+from aoarm_jax.config import schema as config_lib
+from aoarm_jax.tools import compile as pod
 
 _contexts = contextlib.ExitStack()
 

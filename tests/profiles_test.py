@@ -6,7 +6,8 @@ import pytest
 import tiny
 from absl.testing import absltest, parameterized
 
-from aoarm_jax import mechanisms, orders
+from aoarm_jax import orders
+from aoarm_jax.config import mechanisms
 from aoarm_jax.study import profiles
 
 # On the older Python alone, for time.

@@ -12,17 +12,14 @@ import tiny
 from absl.testing import absltest, parameterized
 from studies import V, config
 
-from aoarm_jax import (
-  decode,
-  diffusion,
-  optimizer,
-  sampling,
-  sharding,
-  train,
-  train_state,
-)
+from aoarm_jax.devices import sharding
+from aoarm_jax.generation import decode, diffusion
+from aoarm_jax.generation import law as sampling
 from aoarm_jax.study import cells as cells_lib
 from aoarm_jax.study import programs
+from aoarm_jax.training import loop as train
+from aoarm_jax.training import optimizer
+from aoarm_jax.training import state as train_state
 
 # On the older Python alone, but for what profiles_test.py and coherence_test.py
 # say of the measures.

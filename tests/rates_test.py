@@ -6,7 +6,7 @@ import pytest
 from absl.testing import absltest, parameterized
 from studies import config
 
-from aoarm_jax import config as config_lib
+from aoarm_jax.config import schema as config_lib
 from aoarm_jax.study import cells as cells_lib
 from aoarm_jax.study import rates
 

@@ -34,13 +34,18 @@ class ReadmeTest(absltest.TestCase):
 
   def test_every_file_of_the_package_is_in_the_file_map(self):
     file_map = README.split("## File map")[1].split("\n## ")[0]
-    for path in (ROOT / "aoarm_jax").glob("*.py"):
-      if path.name != "__init__.py":
-        self.assertIn(path.name, file_map)
-    for name in re.findall(r"`([\w/]+(?:/|\.py))`", file_map):
-      self.assertTrue(
-        (ROOT / name).exists() or (ROOT / "aoarm_jax" / name).exists(), name
-      )
+    named = set()
+    for row in re.findall(r"^\| (`[^|]*) \|", file_map, flags=re.MULTILINE):
+      first, *others = re.findall(r"`([^`]*)`", row)
+      beside = first.rpartition("/")[0]
+      named |= {first}
+      named |= {s if "/" in s else f"{beside}/{s}" for s in others}
+    for name in named:
+      self.assertTrue((ROOT / name).exists(), name)
+    for path in (ROOT / "aoarm_jax").rglob("*.py"):
+      name = path.relative_to(ROOT)
+      if name.name != "__init__.py":
+        self.assertNotEmpty({f"{name}", f"{name.parent}/"} & named, name)
 
   def test_the_planning_table_is_that_of_docs_pods(self):
     def table(text):

@@ -6,8 +6,9 @@ import tempfile
 from absl.testing import absltest
 from etils import epath
 
-from aoarm_jax import config as config_lib
-from aoarm_jax import config_rules, restore
+from aoarm_jax.config import rules as config_rules
+from aoarm_jax.config import schema as config_lib
+from aoarm_jax.runs import restore
 
 
 class AsTrainedTest(absltest.TestCase):

@@ -1,4 +1,4 @@
-"""Tests of run_dir.py: metrics.jsonl and the files that explain a run."""
+"""Tests of runs/directory.py: metrics.jsonl, and files that explain a run."""
 
 import importlib.util
 import json
@@ -14,7 +14,8 @@ import pytest
 from absl.testing import absltest, parameterized
 from etils import epath
 
-from aoarm_jax import config, run_dir
+from aoarm_jax.config import schema as config
+from aoarm_jax.runs import directory as run_dir
 
 
 class _FolderTest(parameterized.TestCase):

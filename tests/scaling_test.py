@@ -10,8 +10,8 @@ import helpers
 import pytest
 from absl.testing import absltest, parameterized
 
-from aoarm_jax import config as config_lib
-from aoarm_jax import scaling
+from aoarm_jax.config import schema as config_lib
+from aoarm_jax.tools import scaling
 
 
 @pytest.mark.once
@@ -19,7 +19,7 @@ class ScalingTest(parameterized.TestCase):
   def test_dry_run(self):
     with helpers.quick_compilation():
       out = subprocess.run(
-        [sys.executable, "-m", "aoarm_jax.scaling", "--dry-run",
+        [sys.executable, "-m", "aoarm_jax.tools.scaling", "--dry-run",
          "--devices=1,8", "--meshes=data,tensor", "--scaling=weak",
          "--mechanisms=decoupled_rope"],
         env=helpers.environment(),

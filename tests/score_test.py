@@ -14,17 +14,15 @@ import tiny
 from absl.testing import absltest, parameterized
 
 import pallas_kernels
-from aoarm_jax import (
-  config,
-  generate,
-  mechanisms,
-  objective,
-  prompts,
-  score,
-  sharding,
-  train_state,
-)
+from aoarm_jax import objective
+from aoarm_jax.config import mechanisms
+from aoarm_jax.config import schema as config
 from aoarm_jax.data import tokenizers
+from aoarm_jax.devices import sharding
+from aoarm_jax.evaluation import score
+from aoarm_jax.generation import prompts
+from aoarm_jax.generation import texts as generate
+from aoarm_jax.model import network as network_lib
 
 # On the older Python alone: tests/api_test.py does much of it on both.
 pytestmark = pytest.mark.once
@@ -218,7 +216,7 @@ class AttentionTest(parameterized.TestCase):
     for name, count in (("cudnn", base.model.L), ("xla", 0)):
       compute = config.Compute(dtype="float32", attention=name)
       options = config.Config(model=base.model, compute=compute)
-      bind = train_state.Bind(base.model, compute, _ABC.V)
+      bind = network_lib.Bind(base.model, compute, _ABC.V)
       with (
         jax.set_mesh(mesh),
         mock.patch.object(pallas_kernels, "any_order_attention", attention),

@@ -18,8 +18,9 @@ import optax
 import pytest
 from absl.testing import absltest, parameterized
 
-from aoarm_jax import config as config_lib
-from aoarm_jax import run_dir, sharding
+from aoarm_jax.config import schema as config_lib
+from aoarm_jax.devices import sharding
+from aoarm_jax.runs import directory as run_dir
 
 CHANGES = {
   "optimizer.schedule": "constant",

@@ -2,7 +2,7 @@
 
 import helpers
 
-from aoarm_jax import config as config_lib
+from aoarm_jax.config import schema as config_lib
 
 STUDY = str(helpers.ROOT / "configs" / "study_tradeoff.py")
 V = 27

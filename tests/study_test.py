@@ -12,7 +12,7 @@ import pytest
 from absl.testing import absltest
 from studies import STUDY
 
-from aoarm_jax import config as config_lib
+from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import tokenizers
 from aoarm_jax.study import measure
 

@@ -17,9 +17,9 @@ from absl.testing import absltest
 from etils import epath
 from studies import V, config
 
-from aoarm_jax import config as config_lib
-from aoarm_jax import telemetry
+from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import tokenizers
+from aoarm_jax.runs import telemetry
 from aoarm_jax.study import cells as cells_lib
 from aoarm_jax.study import (
   measure,

@@ -16,7 +16,7 @@ import pytest
 from absl import logging
 from absl.testing import absltest, parameterized
 
-from aoarm_jax import telemetry
+from aoarm_jax.runs import telemetry
 
 
 class _Device:

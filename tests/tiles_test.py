@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from pallas_kernels import tiles
+from pallas_kernels.tpu import tiles
 
 _ROWS, _SLOTS = 3, 4  # Of a tile.
 

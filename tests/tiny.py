@@ -6,8 +6,9 @@ import itertools
 import jax
 import numpy as np
 
-from aoarm_jax import config as config_lib
-from aoarm_jax import mechanisms, train_state
+from aoarm_jax.config import mechanisms
+from aoarm_jax.config import schema as config_lib
+from aoarm_jax.model import network as network_lib
 
 # A mechanism added to the schema is tested from then on.
 MECHANISMS = next(
@@ -35,16 +36,16 @@ quick_jit = functools.partial(
 @functools.cache
 def bind(
   mechanism="two_stream", sentinels=1, *, T=7, V=5, D=12, L=2, N=3, **compute
-) -> train_state.Bind:
+) -> network_lib.Bind:
   """A float32 network with XLA's attention, unless `compute` says otherwise."""
   model = config_lib.Model(
     mechanism=mechanism, sentinels=sentinels, T=T, D=D, L=L, N=N
   )
   compute = dict(dtype="float32", attention="xla") | compute
-  return train_state.Bind(model, config_lib.Compute(**compute), V)
+  return network_lib.Bind(model, config_lib.Compute(**compute), V)
 
 
-def sharp(bind: train_state.Bind, seed=0):
+def sharp(bind: network_lib.Bind, seed=0):
   """Parameters whose laws are far from uniform and norm scales far from 1.
 
   Drawn by numpy: to compile the library's own draw takes seconds.

@@ -16,7 +16,7 @@ from absl.testing import absltest, parameterized
 from jax.experimental import topologies
 
 import pallas_kernels
-from pallas_kernels import tpu
+from pallas_kernels.tpu import attention as tpu
 
 _CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 _MASKS = ("causal", "visible", "ranks")

@@ -2,7 +2,7 @@
 
 from absl.testing import absltest, parameterized
 
-from pallas_kernels import tpu_table
+from pallas_kernels.tpu import table as tpu_table
 
 
 class TpuTableTest(parameterized.TestCase):

@@ -21,7 +21,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 import pallas_kernels
 from aoarm_jax import orders
-from pallas_kernels import reference, tpu, tpu_blocks, tuning
+from pallas_kernels import reference, tuning
+from pallas_kernels.tpu import attention as tpu
+from pallas_kernels.tpu import blocks as tpu_blocks
 
 Case = attention_cases.Case
 _contexts = contextlib.ExitStack()

@@ -23,17 +23,14 @@ import pytest
 from absl.testing import absltest, parameterized
 from etils import epath
 
-from aoarm_jax import config as config_lib
-from aoarm_jax import (
-  main,
-  manifest,
-  run_dir,
-  sharding,
-  telemetry,
-  train,
-  train_state,
-)
+from aoarm_jax import main
+from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import corpora
+from aoarm_jax.devices import sharding
+from aoarm_jax.runs import directory as run_dir
+from aoarm_jax.runs import manifest, telemetry
+from aoarm_jax.training import loop as train
+from aoarm_jax.training import state as train_state
 
 _folder: pathlib.Path  # Of this module's runs.
 _contexts = contextlib.ExitStack()
@@ -550,7 +547,7 @@ class StopTest(TrainTest):
 
 DIES_IN_SECOND_SAVE = """
 import os, signal
-from aoarm_jax import manifest
+from aoarm_jax.runs import manifest
 
 checksums, calls = manifest.checksums, []
 

@@ -6,8 +6,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from aoarm_jax import config as config_lib
-from aoarm_jax import orders, sharding
+from aoarm_jax import orders
+from aoarm_jax.config import schema as config_lib
+from aoarm_jax.devices import sharding
 from aoarm_jax.model import parallel, transformer
 
 _CACHE = ("batch", "heads", None, "head")

@@ -2,8 +2,8 @@
 
 import jax.numpy as jnp
 
-from aoarm_jax import config as config_lib
 from aoarm_jax import orders
+from aoarm_jax.config import schema as config_lib
 
 
 def forward_flops(

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.experimental import layout
 
-from aoarm_jax import config as config_lib
-from aoarm_jax import sharding
+from aoarm_jax.config import schema as config_lib
+from aoarm_jax.devices import sharding
 from aoarm_jax.model import parallel, rotary
 
 # (q [B, R, N * G, H], k [B, S, N, H], v [B, S, N, H], visible: int32 [B, R] or

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 import pallas_kernels
-from aoarm_jax import orders, sharding
+from aoarm_jax import orders
+from aoarm_jax.devices import sharding
 from pallas_kernels import shards
 
 

@@ -1,6 +1,6 @@
 """What the backbone starts from: the pieces that mechanisms are made of.
 
-aoarm_jax/mechanisms.py says which mechanism has which piece.
+aoarm_jax/config/mechanisms.py says which mechanism has which piece.
 """
 
 from typing import NamedTuple
@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from aoarm_jax import config as config_lib
 from aoarm_jax import orders
+from aoarm_jax.config import schema as config_lib
 from aoarm_jax.model import layers
 
 

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from aoarm_jax import config as config_lib
-from aoarm_jax import orders, sharding
+from aoarm_jax import orders
+from aoarm_jax.config import schema as config_lib
+from aoarm_jax.devices import sharding
 from aoarm_jax.model import layers, parallel, rotary
 from aoarm_jax.model import rows as rows_lib
 

@@ -32,9 +32,11 @@ import json
 import math
 import re
 
-from aoarm_jax import config as config_lib
-from aoarm_jax import config_rules, matching, mechanisms
+from aoarm_jax.config import mechanisms
+from aoarm_jax.config import rules as config_rules
+from aoarm_jax.config import schema as config_lib
 from aoarm_jax.study import rates
+from aoarm_jax.tools import matching
 
 BUDGETS = ("steps", "flops", "parameters")
 TUNED = "tuned"

@@ -29,20 +29,18 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from aoarm_jax import config as config_lib
-from aoarm_jax import (
-  evaluate,
-  matching,
-  optimizer,
-  run_dir,
-  sharding,
-  telemetry,
-  train_state,
-)
+from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import corpora, pipeline
+from aoarm_jax.devices import sharding
+from aoarm_jax.evaluation import evaluate
+from aoarm_jax.runs import directory as run_dir
+from aoarm_jax.runs import telemetry
 from aoarm_jax.study import cells as cells_lib
 from aoarm_jax.study import coherence, profiles, trunks
 from aoarm_jax.study import programs as programs_lib
+from aoarm_jax.tools import matching
+from aoarm_jax.training import optimizer
+from aoarm_jax.training import state as train_state
 
 RESULT, FAILED = "result.json", "failed.json"
 _SAMPLES = 104  # Sets these keys apart from training's.

@@ -9,7 +9,8 @@ import io
 import numpy as np
 from etils import epath
 
-from aoarm_jax import figures, run_dir
+from aoarm_jax.runs import directory as run_dir
+from aoarm_jax.runs import figures
 from aoarm_jax.study import coherence, profiles, tables
 
 _COLOURS = dict(

@@ -31,8 +31,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels
-from aoarm_jax import config as config_lib
-from aoarm_jax import mechanisms, orders
+from aoarm_jax import orders
+from aoarm_jax.config import mechanisms
+from aoarm_jax.config import schema as config_lib
 from aoarm_jax.model import transformer
 
 KINDS = ("semantic", "structural")

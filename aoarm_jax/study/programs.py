@@ -9,19 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from aoarm_jax import config as config_lib
-from aoarm_jax import (
-  decode,
-  diffusion,
-  estimators,
-  optimizer,
-  orders,
-  sampling,
-  sharding,
-  train,
-  train_state,
-)
+from aoarm_jax import orders
+from aoarm_jax.config import schema as config_lib
+from aoarm_jax.devices import sharding
+from aoarm_jax.evaluation import estimators
+from aoarm_jax.generation import decode, diffusion
+from aoarm_jax.generation import law as sampling
 from aoarm_jax.study import profiles
+from aoarm_jax.training import loop as train
+from aoarm_jax.training import optimizer
+from aoarm_jax.training import state as train_state
 
 _ORDERS = 103  # Sets these keys apart from training's.
 # Full passes keep no cache but all scores: fewer rows at once.

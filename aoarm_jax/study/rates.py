@@ -25,7 +25,7 @@ import math
 import re
 from collections.abc import Callable
 
-from aoarm_jax import config as config_lib
+from aoarm_jax.config import schema as config_lib
 
 LEAST_GAIN = 0.005  # Bits a character.
 _RATE = re.compile(r"(search|checked):([^*]+)(?:\*(.+))?$")

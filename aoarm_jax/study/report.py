@@ -11,8 +11,8 @@ import textwrap
 from absl import logging
 from etils import epath
 
-from aoarm_jax import config as config_lib
-from aoarm_jax import run_dir
+from aoarm_jax.config import schema as config_lib
+from aoarm_jax.runs import directory as run_dir
 from aoarm_jax.study import cells as cells_lib
 from aoarm_jax.study import findings, plots, tables
 

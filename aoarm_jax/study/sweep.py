@@ -23,12 +23,15 @@ import jax
 from absl import logging
 from etils import epath
 
-from aoarm_jax import config as config_lib
-from aoarm_jax import matching, run_dir, sharding, telemetry
+from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import corpora, pipeline, tokenizers
+from aoarm_jax.devices import sharding
+from aoarm_jax.runs import directory as run_dir
+from aoarm_jax.runs import telemetry
 from aoarm_jax.study import cells as cells_lib
 from aoarm_jax.study import curve, measure, rates, report, trunks
 from aoarm_jax.study import programs as programs_lib
+from aoarm_jax.tools import matching
 
 _FOLDER, _TRUNKS = "cells", "trunks"
 _LEAST_PART_SECONDS = 20.0  # Of a cell that can be interrupted.

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from aoarm_jax import config as config_lib
-from aoarm_jax import mechanisms
+from aoarm_jax.config import mechanisms
+from aoarm_jax.config import schema as config_lib
 from aoarm_jax.study import cells as cells_lib
 from aoarm_jax.study import coherence, profiles, statistics
 

@@ -18,9 +18,9 @@ from typing import Any
 from absl import logging
 from etils import epath
 
-from aoarm_jax import checkpoint
-from aoarm_jax import config as config_lib
+from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import corpora
+from aoarm_jax.runs import checkpoint
 
 BRANCH = "branch"
 _RESERVE_SECONDS = 5.0  # For a save, before time is up.

@@ -1,0 +1,1 @@
+"""Meshes, processes, and what a compiled program does on them."""

@@ -1,0 +1,1 @@
+"""Likelihoods: of a split, of given texts."""

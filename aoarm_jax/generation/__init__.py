@@ -1,0 +1,1 @@
+"""Texts: the law of a draw, decoding, prompts."""

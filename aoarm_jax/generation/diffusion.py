@@ -1,0 +1,127 @@
+"""Generation with masked mechanisms: full passes, no cache.
+
+sequential   exact: a text comes out with probability p(x | sigma), one token a
+             step. That is the chain rule of the any-order likelihoods.
+ancestral    MDLM's sampler (arXiv 2406.07524) for the linear schedule: not
+             exact, since tokens of one step are drawn independently of each
+             other; in the limit of many steps, sequential in a uniform order.
+confidence   in each step the tokens that were drawn with the highest
+             probability stay (as in MaskGIT, arXiv 2202.04200): no known law.
+"""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from aoarm_jax import objective, orders
+from aoarm_jax.generation import law as sampling
+from aoarm_jax.model import transformer
+
+
+def generate(
+  network: transformer.Transformer,
+  key: jax.Array,
+  tokens: jax.Array,
+  known: jax.Array,
+  order: jax.Array,
+  law: sampling.Sampling,
+  *,
+  method: str,
+  steps: int,
+  rows: jax.Array | None = None,
+  length: jax.Array | None = None,
+) -> sampling.Generation:
+  """Fills the blanks of every text.
+
+  A row's draws depend on the key and its index alone, not on the batch.
+
+  Args:
+    network: of a masked mechanism with T_max >= T positions; those after T
+      stay masked.
+    key: typed PRNG key.
+    tokens: int32 [B, T], natural order; anything where not known.
+    known: bool [B, T].
+    order: int32 [B, T], permutations of 1..T, followed by `sequential`.
+    law: of every draw.
+    method: sequential, ancestral or confidence.
+    steps: of ancestral and confidence, at most; 0 is T.
+    rows: int32 [B], the rows' indices; None is 0 to B - 1.
+    length: int32 [B], 1 to T: the positions of each row; those beyond stay
+      masked. None is T.
+
+  Returns:
+    The texts, and the orders in which tokens came: known ones first, those of
+    one step by position, those beyond a row's length last.
+  """
+  chex.assert_equal_shape([tokens, known, order])
+  B, T = tokens.shape
+  s, V, T_max = network.model.sentinels, network.vocabulary, network.model.T
+  count = T if method == "sequential" else steps or T
+  keys = objective.keys_of(key, jnp.arange(B) if rows is None else rows)
+  length = jnp.full(B, T) if length is None else length
+  beyond = jnp.arange(T) >= length[:, None]
+  order = orders.known_first(order, known, length)
+  next_rank = known.sum(axis=1, keepdims=True)
+  rank_of = jnp.argsort(order, axis=1)
+
+  def is_open(step_of):
+    return (step_of == count) & ~beyond
+
+  def step(state):
+    i, tokens, step_of, total, calls = state
+    masked, open_ = step_of == count, is_open(step_of)
+    window = ((0, 0), (0, T_max - T))
+    slots = orders.to_masked_slots(
+      jnp.pad(tokens, window),
+      jnp.pad(masked, window, constant_values=True),
+      s,
+      V,
+    )
+    log_p = sampling.log_law(network(slots)[:, s : s + T], law)
+    step_keys = objective.fold_rows(keys, i)
+    token_keys, coin_keys = jax.vmap(jax.random.split, out_axes=1)(step_keys)
+    drawn = jax.vmap(jax.random.categorical)(token_keys, log_p)
+    match method:
+      case "sequential":
+        chosen = (rank_of == next_rank + i) & open_
+      case "ancestral":
+        coins = objective.uniform(coin_keys, T)
+        chosen = open_ & (coins * (count - i) < 1)
+      case "confidence":
+        left = open_.sum(axis=1, keepdims=True)
+        chosen = _surest(log_p, drawn, open_) < -(-left // (count - i))
+      case _:
+        raise ValueError(f"unknown method {method!r}")
+    nats = sampling.log_p_of(log_p, drawn)
+    return (
+      i + 1,
+      jnp.where(chosen, drawn, tokens),
+      jnp.where(chosen, i, step_of),
+      total + jnp.where(chosen, nats, 0.0).sum(axis=1),
+      calls + open_.any(axis=1),
+    )
+
+  start = (
+    0,
+    tokens.astype(jnp.int32),
+    jnp.where(known, -1, count),
+    jnp.zeros(B),
+    jnp.zeros(B, jnp.int32),
+  )
+  # Until all is filled: the host waits for every step to end, which is little
+  # beside a full pass.
+  _, tokens, step_of, log_p, calls = jax.lax.while_loop(
+    lambda state: (state[0] < count) & is_open(state[2]).any(), step, start
+  )
+  came = jnp.argsort(step_of, axis=1, stable=True) + 1
+  none = jnp.zeros_like(calls)
+  return sampling.Generation(tokens, came.astype(jnp.int32), log_p, calls, none)
+
+
+def _surest(log_p, drawn, masked):
+  """The place of each masked position, the surest draw first; others last."""
+  sure = jnp.where(masked, sampling.log_p_of(log_p, drawn), -jnp.inf)
+  place = functools.partial(jnp.argsort, axis=1, stable=True)
+  return jnp.where(masked, place(place(-sure)), sure.shape[1])

@@ -1,0 +1,1 @@
+"""What a run leaves: checkpoints, metrics, logs, pictures; reading it."""

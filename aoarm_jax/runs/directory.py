@@ -1,0 +1,371 @@
+"""The files that make a run directory explain itself.
+
+config.json      the whole configuration of the last start
+command.txt      when and with which command the run was started, every time
+versions.json    interpreter, libraries, devices, git commit
+parameters.txt   path, shape, dtype and count of every parameter
+metrics.jsonl    what was measured, one JSON object a line
+"""
+
+import contextlib
+import datetime
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+
+from aoarm_jax.config import schema as config
+
+try:
+  import fcntl
+except ImportError:  # Windows.
+  fcntl = None
+
+METRICS_FILE = "metrics.jsonl"
+
+_LIBRARIES = ("aoarm_jax", "jax", "jaxlib", "flax", "optax",
+              "orbax-checkpoint", "grain", "numpy")  # fmt: skip
+# Object stores cannot append: there the file is rewritten, this often.
+_REMOTE_FLUSH_SECONDS = 30.0
+
+
+def write_atomically(path: epath.PathLike, content: str | bytes):
+  """Writes a file that is whole at any moment: temporary file, then rename."""
+  path = epath.Path(path)
+  data = content.encode() if isinstance(content, str) else content
+  path.parent.mkdir(parents=True, exist_ok=True)
+  if not _is_local(path):
+    path.write_bytes(data)  # object stores show an object when it is complete
+    return
+  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  try:
+    with open(temporary, "wb") as file:
+      file.write(data)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(temporary, path)
+  except OSError as error:
+    temporary.unlink(missing_ok=True)
+    raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextlib.contextmanager
+def lock(workdir: epath.PathLike) -> Iterator[None]:
+  """Keeps a second training run out of a local run directory.
+
+  The lock dies with the process, however that ends. Where the system has no
+  such locks, or the folder is remote, nothing is locked.
+
+  Raises:
+    config.ConfigError: another process holds it; names the process.
+  """
+  workdir = epath.Path(workdir)
+  if fcntl is None or not _is_local(workdir) or jax.process_index() != 0:
+    yield
+    return
+  workdir.mkdir(parents=True, exist_ok=True)
+  with open(workdir / ".lock", "a+") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      file.seek(0)
+      raise config.ConfigError(
+        f"--workdir={workdir}: {file.read().strip() or 'another process'} is "
+        "training there; stop it, or choose another --workdir"
+      ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    yield
+
+
+def _is_local(path) -> bool:
+  return "://" not in str(path)
+
+
+def check_tensorboard(wanted: bool):
+  """Raises config.ConfigError if TensorBoard is wanted and not installed."""
+  if wanted and importlib.util.find_spec("tensorboardX") is None:
+    raise config.ConfigError(
+      "config.telemetry.tensorboard=True: tensorboardX is not installed; "
+      "pip install 'aoarm_jax[tensorboard]'"
+    )
+
+
+def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
+  """The records of metrics.jsonl in order; [] if there is no such file.
+
+  A partial last line, left by a killed process, is passed over. Any other
+  line that is no record is too, with a warning.
+  """
+  path = epath.Path(workdir) / METRICS_FILE
+  if not path.exists():
+    return []
+  lines = path.read_bytes().splitlines()
+  records = []
+  for number, line in enumerate(lines, start=1):
+    try:
+      record = json.loads(line)
+      if not isinstance(record, dict) or "step" not in record:
+        raise ValueError("not a JSON object with a step")
+    except ValueError as error:  # includes JSON and Unicode errors
+      if number == len(lines):
+        break
+      logging.warning("%s, line %d is left out: %s", path, number, error)
+      continue
+    records.append(record)
+  return records
+
+
+class MetricsWriter:
+  """Appends records to metrics.jsonl and, if asked for, to TensorBoard.
+
+  One strict JSON object a line: {"step": n, "kind": "train" | "valid", ...}.
+  Values that are not finite are written as null. For the run that owns the
+  folder only: on start it drops what it is about to write again.
+  """
+
+  def __init__(self, workdir: epath.PathLike, *, start_step: int,
+               tensorboard: bool, primary: bool):  # fmt: skip
+    """Opens the files.
+
+    Args:
+      workdir: the run directory, local or gs://.
+      start_step: the step resumed from. Records of later steps, left by a run
+        that was killed after its last checkpoint, are dropped, and so is a
+        partial last line; the file then continues as if nothing had happened.
+        0 starts the file anew.
+      tensorboard: also write TensorBoard events to workdir/tensorboard.
+      primary: only the primary process writes; the others do nothing.
+
+    Raises:
+      config.ConfigError: tensorboard without tensorboardX.
+      ValueError: metrics.jsonl is damaged before its last line.
+    """
+    check_tensorboard(tensorboard)
+    self._path = epath.Path(workdir) / METRICS_FILE
+    self._primary = primary
+    self._closed = False
+    self._file = None
+    self._events = None
+    if not primary:
+      return
+    records = read_metrics(workdir) if start_step > 0 else []
+    kept = [r for r in records if r["step"] <= start_step]
+    if len(kept) < len(records):
+      logging.info(
+        "%s: dropped %d records after step %d, to be written again",
+        METRICS_FILE, len(records) - len(kept), start_step,
+      )  # fmt: skip
+    # Validation at the very step resumed from may run a second time.
+    self._held = {_key(r) for r in kept if r["step"] == start_step}
+    self._lines = [json.dumps(r) + "\n" for r in kept]
+    self._rewrite()
+    if _is_local(self._path):
+      self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
+    if tensorboard:
+      import tensorboardX  # an extra: not everyone has it
+
+      self._events = tensorboardX.SummaryWriter(
+        str(epath.Path(workdir) / "tensorboard"),
+        purge_step=start_step + 1 if start_step else 0,
+      )
+
+  def write(self, step: int, kind: str, **values):
+    """Writes one record, at once (in a gs:// folder: within half a minute).
+
+    Args:
+      step: optimizer steps done.
+      kind: "train" or "valid".
+      **values: floats, ints, strings, None, arrays, or flat lists of floats.
+
+    Raises:
+      TypeError: a value of another type, naming it.
+      ValueError: the writer is closed.
+    """
+    if not self._primary:
+      return
+    if self._closed:
+      raise ValueError(f"{self._path} is closed: nothing more can be written")
+    record = {"step": int(step), "kind": kind}
+    record |= {name: _plain(name, value) for name, value in values.items()}
+    if _key(record) in self._held:
+      return
+    line = json.dumps(record, allow_nan=False) + "\n"
+    if self._file is not None:
+      self._file.write(line)
+      self._file.flush()
+    else:
+      self._lines.append(line)
+      if time.monotonic() - self._rewritten > _REMOTE_FLUSH_SECONDS:
+        self._rewrite()
+    if self._events is not None:
+      self._write_events(record)
+
+  def _write_events(self, record):
+    prefix = [record["kind"]]
+    if "estimator" in record:
+      prefix.append(record["estimator"])
+    for name, value in record.items():
+      if name != "step" and isinstance(value, (int, float)):
+        tag = "/".join([*prefix, name])
+        self._events.add_scalar(tag, value, record["step"])
+
+  def _rewrite(self):
+    write_atomically(self._path, "".join(self._lines))
+    self._rewritten = time.monotonic()
+
+  def close(self):
+    """Writes what is pending; may be called again."""
+    if not self._primary or self._closed:
+      return
+    self._closed = True
+    if self._file is not None:
+      self._file.close()
+    else:
+      self._rewrite()
+    if self._events is not None:
+      self._events.close()
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *exc_info):
+    self.close()
+
+
+def _key(record):
+  return record["step"], record.get("kind"), record.get("estimator")
+
+
+def _plain(name, value):
+  """Arrays and NumPy scalars to Python's; not finite to None."""
+  if isinstance(value, (np.ndarray, np.generic, jax.Array)):
+    value = np.asarray(value).tolist()
+  if isinstance(value, (list, tuple)):
+    return [_plain(name, item) for item in value]
+  if isinstance(value, float):
+    return value if math.isfinite(value) else None
+  if value is None or isinstance(value, (bool, int, str)):
+    return value
+  raise TypeError(
+    f"metric {name}: a {type(value).__name__}; give a number, a string or a "
+    "list of numbers"
+  )
+
+
+def describe_run(workdir: epath.PathLike, *, config_json: str,
+                 argv: Sequence[str], params: Any):  # fmt: skip
+  """Writes config.json, command.txt, versions.json and parameters.txt.
+
+  Call it once a start, on the primary process, with the devices initialized.
+
+  Args:
+    workdir: the run directory, local or gs://; made if absent.
+    config_json: of config.to_json.
+    argv: sys.argv of this start.
+    params: pytree of arrays or jax.ShapeDtypeStruct.
+  """
+  workdir = epath.Path(workdir)
+  write_atomically(workdir / "config.json", config_json.rstrip() + "\n")
+  write_atomically(workdir / "parameters.txt", parameter_table(params))
+  versions = json.dumps(_versions(), indent=2) + "\n"
+  write_atomically(workdir / "versions.json", versions)
+  commands = workdir / "command.txt"
+  before = commands.read_text() if commands.exists() else ""
+  now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+  write_atomically(commands, f"{before}{now}  {_command_line(argv)}\n")
+
+
+def _command_line(argv):
+  """One line that a shell would understand."""
+  main = getattr(sys.modules["__main__"], "__spec__", None)
+  if main is not None and main.origin == argv[0]:
+    argv = ["python", "-m", main.name, *argv[1:]]
+  elif argv[0].endswith(".py"):
+    argv = ["python", *argv]
+  return shlex.join(argv).replace("\n", "\\n")
+
+
+def _versions():
+  versions = {"python": platform.python_version()}
+  versions["platform"] = platform.platform()
+  for name in _LIBRARIES:
+    try:
+      versions[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      versions[name] = None  # run from a source tree, not installed
+  devices = jax.devices()
+  versions["device_kind"] = devices[0].device_kind
+  versions["device_count"] = len(devices)
+  versions["process_count"] = jax.process_count()
+  versions["git_commit"], versions["git_dirty"] = _git_state(
+    pathlib.Path(__file__)
+  )
+  return versions
+
+
+def _git_state(source: pathlib.Path):
+  """(commit, has uncommitted changes) of the checkout of `source`, or Nones.
+
+  A package installed into an environment inside somebody else's checkout is
+  not part of it: git must track the file itself.
+  """
+  try:
+    _git(source, "ls-files", "--error-unmatch", source.name)
+    commit = _git(source, "rev-parse", "HEAD").strip()
+    return commit, bool(_git(source, "status", "--porcelain").strip())
+  except (OSError, subprocess.SubprocessError):  # no git, no checkout
+    return None, None
+
+
+def _git(source, *arguments):
+  return subprocess.run(
+    ["git", "-C", str(source.parent), *arguments],
+    check=True, capture_output=True, text=True, timeout=20,
+    env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"},
+  ).stdout  # fmt: skip
+
+
+def parameter_count(params: Any) -> int:
+  """Numbers in a pytree of arrays or jax.ShapeDtypeStruct."""
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def parameter_table(params: Any) -> str:
+  """Path, shape, dtype and count of every parameter, and the total.
+
+  Args:
+    params: pytree of arrays or jax.ShapeDtypeStruct.
+  """
+  rows = [("path", "shape", "dtype", "count")]
+  size = 0
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    dtype = np.dtype(leaf.dtype)
+    count = math.prod(leaf.shape)
+    size += count * dtype.itemsize
+    shape = " x ".join(map(str, leaf.shape)) or "scalar"
+    # A Flax variable keeps its array in an attribute of that name.
+    rows.append((name.removesuffix("/value"), shape, dtype.name, f"{count:,}"))
+  rows.append(("total", "", f"{size / 2**20:,.1f} MiB",
+               f"{parameter_count(params):,}"))  # fmt: skip
+  widths = [max(map(len, column)) for column in zip(*rows)]
+  return "".join(
+    f"{p:<{widths[0]}}  {s:<{widths[1]}}  {d:<{widths[2]}}  {c:>{widths[3]}}\n"
+    for p, s, d, c in rows
+  )

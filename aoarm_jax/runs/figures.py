@@ -1,0 +1,360 @@
+"""The pictures of a run directory, as PNG files.
+
+Matplotlib is imported where a picture is drawn and never through pyplot, so
+that nothing here opens a window or keeps figures alive.
+"""
+
+import contextlib
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from aoarm_jax.runs import directory as run_dir
+
+_INCHES = (9.4, 4.2)
+_DPI = 150
+# Okabe and Ito's colours, told apart with every kind of colour vision; black
+# and yellow are left out.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+_GREY = "#6b6b6b"
+STYLE = {
+  "font.size": 11,
+  "axes.titlesize": 12,
+  "axes.titlelocation": "left",
+  "axes.titlepad": 10,
+  "axes.spines.top": False,
+  "axes.spines.right": False,
+  "axes.edgecolor": _GREY,
+  "axes.grid": True,
+  "axes.axisbelow": True,
+  "grid.color": "#e6e6e6",
+  "grid.linewidth": 0.8,
+  "xtick.color": _GREY,
+  "ytick.color": _GREY,
+  "xtick.labelcolor": "black",
+  "ytick.labelcolor": "black",
+  "legend.frameon": False,
+  "lines.solid_capstyle": "round",
+}
+# A linear step axis hides the start of a run as long as this, in ratio.
+_LOG_STEPS_FROM = 500
+
+
+def loss_curve(
+  records: Sequence[Mapping[str, Any]], path: epath.PathLike, *, title: str
+):
+  """Draws bits a character over steps: training, validation, unigram entropy.
+
+  Args:
+    records: as telemetry.read_metrics returns them; any number, also none.
+    path: of the PNG file.
+    title: of the picture.
+  """
+  train = [r for r in records if r.get("kind") == "train"]
+  valid = [r for r in records if r.get("kind") == "valid"]
+  names = dict.fromkeys(r.get("estimator", "") for r in valid)
+  with _axes(path, title) as axes:
+    steps, bits = _series(train, "bits_per_char")
+    is_empty = not len(steps)
+    if len(steps):
+      _draw_noisy(axes, steps, bits, COLOURS[0], "training")
+    for i, name in enumerate(names):
+      chosen = [r for r in valid if r.get("estimator", "") == name]
+      points, bits = _series(chosen, "bits_per_char")
+      if len(points):
+        label = f"validation, {_words(name)}" if name else "validation"
+        axes.plot(
+          points, bits, color=COLOURS[1 + i % 5], lw=1.2, ms=6,
+          marker=_MARKERS[i % 6], label=f"{label}: {bits[-1]:.3f}",
+        )  # fmt: skip
+        steps, is_empty = np.append(steps, points), False
+    if is_empty:
+      _say_empty(axes)
+    else:
+      _, unigram = _series(valid, "unigram_bits")
+      legend_top = _draw_reference(axes, unigram[-1]) if len(unigram) else 1.0
+      _step_axis(axes, steps)
+      axes.legend(loc="upper right", bbox_to_anchor=(1.0, legend_top))
+    axes.set_xlabel("step")
+    axes.set_ylabel("bits per character")
+
+
+def slot_curve(
+  curves: Mapping[str, Sequence[float]], path: epath.PathLike, *, title: str
+):
+  """Draws bits a character by rank in the generation order.
+
+  Args:
+    curves: label to the bits per character of ranks 1..T; T may differ.
+    path: of the PNG file.
+    title: of the picture.
+  """
+  with _axes(path, title) as axes:
+    is_empty = True
+    for i, (label, curve) in enumerate(curves.items()):
+      bits = np.array([np.nan if b is None else b for b in curve], float)
+      if not np.isfinite(bits).any():
+        continue
+      is_empty = False
+      share = (np.arange(len(bits)) + 1) / len(bits)
+      label = f"{_words(label)}: mean {np.nanmean(bits):.3f}"
+      good = np.isfinite(bits)
+      _draw_noisy(axes, share[good], bits[good], COLOURS[i % 6], label)
+    if is_empty:
+      _say_empty(axes)
+    else:
+      axes.set_ylim(bottom=0)
+      axes.legend(loc="upper right")
+    axes.set_xlim(0, 1.01)
+    axes.set_xlabel("share of the text generated so far: rank r / length T")
+    axes.set_ylabel("bits per character")
+
+
+def nearness(
+  reports: Mapping[str, Mapping[str, Any]], path: epath.PathLike, *, title: str
+):
+  """Draws bits a character by what is known near the target.
+
+  Args:
+    reports: label to bins by_distance and by_recency, of the nearest known
+      token: each a list of {low, high, bits_per_char, tokens}.
+    path: of the PNG file.
+    title: of the picture.
+  """
+  # Hollow and larger, so that the first shows where both are one, as of left
+  # to right.
+  hollow = dict(marker="s", ms=10, markerfacecolor="none")
+  lines = (
+    ("by_distance", "-", "positions to the nearest known token", {}),
+    ("by_recency", "--", "steps since that token was generated", hollow),
+  )
+  with _axes(path, title) as axes:
+    is_empty = True
+    for i, (label, report) in enumerate(reports.items()):
+      for name, style, words, marker in lines:
+        bins = [each for each in report[name] if each["low"] > 0]
+        if not bins:
+          continue
+        is_empty = False
+        axes.plot(
+          [math.sqrt(each["low"] * each["high"]) for each in bins],
+          [each["bits_per_char"] for each in bins],
+          # Of one point the legend has no line either.
+          ls=style if len(bins) > 1 else "", color=COLOURS[i % 6], lw=1.6,
+          label=f"{_words(label)}, by {words}",
+          **dict(marker="o", ms=6) | marker,
+        )  # fmt: skip
+    if is_empty:
+      _say_empty(axes)
+    else:
+      axes.set_xscale("log", base=2)
+      axes.xaxis.set_major_formatter("{x:g}")
+      axes.set_ylim(bottom=0)
+      axes.legend(loc="lower right")
+    axes.set_xlabel("positions, or steps")
+    axes.set_ylabel("bits per character")
+
+
+def decode_speed(
+  rows: Sequence[Mapping[str, Any]], path: epath.PathLike, *, title: str
+):
+  """Draws tokens a second over T, a line for each method and batch.
+
+  Of several lengths, what is there of one only is a table's matter: left out.
+
+  Args:
+    rows: of generation_speed's CSV file: size, T, B, best, method,
+      tokens_per_second, device.
+    path: of the PNG file.
+    title: of the picture; the device is put to it, or to each panel.
+  """
+  devices = sorted({str(row["device"]) for row in rows})
+  if len(devices) == 1:
+    title = f"{title}, {devices[0]}"
+  lines: dict[tuple[str, tuple[str, str]], list[tuple[int, float]]] = {}
+  for row in rows:
+    is_best = str(row.get("best")) == "True"
+    batch = "best batch" if is_best else f"batch {row['B']}"
+    device = row["device"] if len(devices) > 1 else ""
+    name = (str(row["method"]), (f"{row['size']}, {batch}", str(device)))
+    point = int(row["T"]), float(row["tokens_per_second"])
+    lines.setdefault(name, []).append(point)
+  lengths = sorted({T for points in lines.values() for T, _ in points})
+  drawn = {
+    name: points for name, points in lines.items()
+    if len({T for T, _ in points}) > 1
+  }  # fmt: skip
+  lines = drawn or lines
+  groups = list(dict.fromkeys(group for _, group in lines))
+  methods = list(dict.fromkeys(method for method, _ in lines))
+  with _axes(path, title, max(1, len(groups))) as all_axes:
+    for axes, group in zip(all_axes, groups):
+      axes.set_title(group[0])
+      axes.margins(y=0.1)
+      axes.text(0.03, 0.01, group[1], fontsize=8, transform=axes.transAxes)
+      for i, method in enumerate(methods):
+        points = sorted(lines.get((method, group), ()))
+        if points:
+          axes.plot(
+            *zip(*points), color=COLOURS[i % 6], marker=_MARKERS[i % 6],
+            ls="-" if i < 6 else "--", lw=1.6, ms=6, label=_words(method),
+          )  # fmt: skip
+        for point in points if len(lengths) == 1 else ():
+          # On one vertical line, where without a slope the numbers count.
+          axes.annotate(
+            f"{point[1]:,.0f}", point, (9, 0), va="center",
+            textcoords="offset points",
+          )  # fmt: skip
+      axes.set_xscale("log", base=2)
+      axes.xaxis.set_major_formatter("{x:g}")
+      axes.set_xticks(lengths)
+      axes.set_xlim(lengths[0] / 1.3, lengths[-1] * 1.3)
+      axes.set_yscale("log")
+      axes.set_xlabel("length T")
+    if lines:
+      all_axes[0].set_ylabel("tokens per second")
+      entries = {
+        label: handle for axes in all_axes
+        for handle, label in zip(*axes.get_legend_handles_labels())
+      }  # fmt: skip
+      all_axes[-1].legend(
+        entries.values(), entries, loc="upper left", bbox_to_anchor=(1.0, 1.0)
+      )
+    else:
+      _say_empty(all_axes[0])
+
+
+def generation_strip(
+  panels: Mapping[str, tuple[Sequence[str], Sequence[int]]],
+  path: epath.PathLike,
+  *,
+  title: str,
+  frames: int = 7,
+):
+  """Draws how texts come about, a panel each, from top to bottom.
+
+  Args:
+    panels: label to (what stands at each position, the order of the positions
+      1..n), all of one length.
+    path: of the PNG file.
+    title: of the picture.
+    frames: moments shown of each, evenly spread; the last one is the end.
+  """
+  from matplotlib import colors
+
+  n = max(len(order) for _, order in panels.values())
+  shades = colors.ListedColormap(["white", "#ececec", "#ffd9b8"])
+  inches = (0.125 * n + 0.9, len(panels) * (0.21 * frames + 0.5) + 0.3)
+  with _axes(path, title, len(panels), stacked=True, inches=inches) as all_axes:
+    for axes, (label, (text, order)) in zip(all_axes, panels.items()):
+      rank = np.argsort(np.asarray(order))
+      ends = np.linspace(0, n, frames + 1).round()[:, None]
+      kinds = (rank < ends[1:]) * 1 + ((rank < ends[1:]) & (rank >= ends[:-1]))
+      axes.imshow(kinds, cmap=shades, vmin=0, vmax=2, aspect="auto")
+      for (frame, at), kind in np.ndenumerate(kinds):
+        axes.text(
+          at, frame, text[at] if kind else "·", ha="center", va="center",
+          family="monospace", fontsize=8.5, parse_math=False,
+          color=("#b5b5b5", "#333333", "#a34700")[kind],
+        )  # fmt: skip
+      axes.set_title(label)
+      axes.set_yticks(range(frames), [f"{int(end)}" for end in ends[1:, 0]])
+      axes.set_xticks([])
+      axes.grid(False)
+      axes.tick_params(length=0)
+      for side in axes.spines.values():
+        side.set_visible(False)
+      axes.set_ylabel("tokens known")
+
+
+@contextlib.contextmanager
+def _axes(path, title, count=0, *, stacked=False, inches=_INCHES):
+  """One pair of axes, or `count`, saved to `path` where the block ends well."""
+  import matplotlib
+  from matplotlib import figure
+  from matplotlib.backends import backend_agg
+
+  with matplotlib.rc_context(STYLE):
+    picture = figure.Figure(inches, _DPI, layout="constrained")
+    backend_agg.FigureCanvasAgg(picture)
+    if count:
+      picture.suptitle(title, parse_math=False)
+      shape = (count, 1) if stacked else (1, count)
+      yield picture.subplots(*shape, sharey=not stacked, squeeze=False).ravel()
+    else:
+      axes = picture.add_subplot()
+      axes.set_title(title, parse_math=False)
+      yield axes
+    data = io.BytesIO()
+    picture.savefig(data, format="png", dpi=_DPI)
+    run_dir.write_atomically(path, data.getvalue())
+
+
+def _words(name):
+  """A label; Matplotlib hides those that begin with an underscore."""
+  return str(name).replace("_", " ").strip()
+
+
+def _series(records, name):
+  """(steps, values) of the records that have a finite value of that name."""
+  pairs = [(r["step"], r[name]) for r in records if r.get(name) is not None]
+  steps, values = np.array(pairs, float).reshape(-1, 2).T
+  good = np.isfinite(values)
+  return steps[good], values[good]
+
+
+def _draw_noisy(axes, x, y, colour, label):
+  """The values thin and their running mean thick; few values just as dots."""
+  width = len(x) // 40
+  if width < 2:
+    marker = "o" if len(x) <= 40 else ""
+    axes.plot(x, y, color=colour, lw=1.8, marker=marker, ms=3.5, label=label)
+    return
+  axes.plot(x, y, color=colour, lw=0.8, alpha=0.35)
+  axes.plot(x, _running_mean(y, width), color=colour, lw=2.0, label=label)
+
+
+def _running_mean(y, width):
+  """Centred mean over at most 2 width + 1 values, fewer towards the ends."""
+  sums = np.concatenate([[0.0], np.cumsum(y)])
+  index = np.arange(len(y))
+  # The window stays symmetric, or a steep start would be pulled down.
+  reach = np.minimum(width, np.minimum(index, len(y) - 1 - index))
+  return (sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1)
+
+
+def _draw_reference(axes, bits):
+  """Draws the unigram entropy; returns how high a legend may reach, 0..1."""
+  axes.axhline(bits, color=_GREY, lw=1.2, ls=(0, (5, 3)), zorder=1)
+  axes.annotate(
+    f"unigram entropy: {bits:.3f}", (0.995, bits), (0, 3), ha="right",
+    xycoords=("axes fraction", "data"), textcoords="offset points",
+    color=_GREY, fontsize=10,
+  )  # fmt: skip
+  low, high = axes.get_ylim()
+  share = (bits - low) / (high - low)
+  return share - 0.01 if share > 0.5 else 1.0
+
+
+def _step_axis(axes, steps):
+  """Thousands separated; logarithmic where a run is long."""
+  from matplotlib import ticker
+
+  first, last = steps[steps > 0].min(initial=np.inf), steps.max()
+  if last >= _LOG_STEPS_FROM * first:
+    axes.set_xscale("log")
+  elif last > 0:
+    axes.set_xlim(0, last * 1.02)
+  axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
+
+
+def _say_empty(axes):
+  axes.set_xticks([])
+  axes.set_yticks([])
+  axes.text(0.5, 0.5, "nothing measured yet", transform=axes.transAxes,
+            ha="center", va="center", color=_GREY)  # fmt: skip

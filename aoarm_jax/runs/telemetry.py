@@ -1,0 +1,355 @@
+"""What a run reports: log lines, metrics, speed, time left, profile, NaN guard.
+
+Everything here runs on the host, at the edge of the training loop, on plain
+floats. What it writes into the run directory is in directory.py.
+"""
+
+import collections
+import contextlib
+import importlib.util
+import logging as python_logging
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+
+# Their progress messages are not ours; their warnings are.
+_NOISY = ("orbax", "grain", "jax", "jaxlib", "flax", "etils", "fsspec",
+          "matplotlib", "tensorboardX")  # fmt: skip
+# Speed is the mean over this much time, so it follows a machine that slows
+# down and yet does not jump between log lines.
+_SPEED_WINDOW_SECONDS = 60.0
+_SECONDS_BETWEEN_PROGRESS = 10.0
+
+# Dense bf16 peak, FLOP/s a device, by part of jax.Device.device_kind; the first
+# match counts. Sources: NVIDIA's datasheet of each part (half of the figure
+# "with sparsity") and Google Cloud's page of each TPU ("peak compute per chip,
+# bf16"). A None guards a lesser part against a match further down. Parts
+# without bf16 matrix units (V100, T4) are left out.
+_PEAK_FLOPS = (
+  ("MIG", None),  # a slice of a chip: its share is not in the name
+  ("GH200", 989e12),
+  ("H200 NVL", 835e12),
+  ("H200", 989e12),
+  ("H100 NVL", 835e12),
+  ("H100 PCIe", 756e12),
+  ("H100", 989e12),
+  ("NVIDIA A100", 312e12),
+  ("GB200", 2500e12),
+  ("B200", 2250e12),
+  ("L40S", 362e12),
+  ("L40", 181e12),
+  ("NVIDIA L4", 121e12),
+  ("TPU v4 lite", None),
+  ("TPU v4", 275e12),
+  ("TPU v5 lite", 197e12),
+  ("TPU v5e", 197e12),
+  ("TPU v5", 459e12),
+  ("TPU v6 lite", 918e12),
+  ("TPU v6e", 918e12),
+)
+
+
+class NonFiniteError(RuntimeError):
+  """A loss or gradient norm that is NaN or infinite: training must stop."""
+
+
+def check_finite(step: int, values: Mapping[str, float]):
+  """Raises NonFiniteError naming the step and every value that is not finite.
+
+  Args:
+    step: the optimizer step the values belong to.
+    values: name to float, such as {"loss": 1.4, "gradient norm": 0.4}.
+  """
+  bad = [f"{k} is {float(v)}" for k, v in values.items() if not np.isfinite(v)]
+  if bad:
+    raise NonFiniteError(
+      f"{' and '.join(bad)} at step {step}; nothing of it was saved. Start a "
+      "new run with a lower --config.optimizer.peak_learning_rate, or resume "
+      "from the last checkpoint with --config.compute.dtype=float32"
+    )
+
+
+class _ShortLines(python_logging.Formatter):
+  """'HH:MM:SS message'; the level only where it is a warning or worse."""
+
+  def __init__(self):
+    super().__init__("%(asctime)s %(mark)s%(message)s", "%H:%M:%S")
+
+  def format(self, record):
+    is_loud = record.levelno >= python_logging.WARNING
+    record.mark = f"{record.levelname.lower()}: " if is_loud else ""
+    return super().format(record)
+
+
+class _QuietLibraries(python_logging.Filter):
+  """Drops what noisy libraries say below warnings.
+
+  Orbax and grain log through absl's one logger, as we do, so the name of the
+  logger does not tell them apart; the file that logs does.
+  """
+
+  def __init__(self):
+    super().__init__()
+    specs = [importlib.util.find_spec(name) for name in _NOISY]
+    self._folders = tuple(
+      folder + os.sep
+      for spec in specs
+      if spec is not None
+      for folder in spec.submodule_search_locations or ()
+    )
+
+  def filter(self, record):
+    return record.levelno >= python_logging.WARNING or not (
+      record.pathname.startswith(self._folders)
+    )
+
+
+def setup_logging(*, primary: bool = True):
+  """Short log lines on stderr; may be called again.
+
+  Args:
+    primary: whether this process speaks for the run; the others of a
+      distributed run report warnings only.
+  """
+  handler = logging.get_absl_handler()
+  handler.setFormatter(_ShortLines())
+  for old in [f for f in handler.filters if isinstance(f, _QuietLibraries)]:
+    handler.removeFilter(old)
+  handler.addFilter(_QuietLibraries())
+  for name in _NOISY:
+    python_logging.getLogger(name).setLevel(python_logging.WARNING)
+  logging.use_absl_handler()
+  logging.set_stderrthreshold("info")
+  logging.set_verbosity(logging.INFO if primary else logging.WARNING)
+
+
+def peak_flops(device: jax.Device) -> float | None:
+  """Dense bf16 peak of one device, FLOP/s; None where it is not known."""
+  return of_kind(_PEAK_FLOPS, device.device_kind)
+
+
+def of_kind(
+  table: Sequence[tuple[str, float | None]], device_kind: str
+) -> float | None:
+  """The number beside the first part of (part, number) that the kind has."""
+  return next((x for part, x in table if part in device_kind), None)
+
+
+def is_out_of_memory(error: jax.errors.JaxRuntimeError) -> bool:
+  """Whether a device had too little memory for a program."""
+  # The CPU's own error has no code.
+  return any(
+    words in str(error) for words in ("RESOURCE_EXHAUSTED", "Out of memory")
+  )
+
+
+class Progress:
+  """Steady-state speed and time left, pauses and compilation left out.
+
+  Steps are dispatched ahead of their execution, so a clock read after a
+  dispatch tells little. Call `tick(step)` where the host has just waited for
+  the results of `step`: after the first step (whose compilation is thereby
+  left out) and at each log line. Any subset of the steps will do.
+  """
+
+  def __init__(self, *, total_steps: int, start_step: int,
+               tokens_per_step: int, flops_per_token: float | None,
+               devices: Sequence[jax.Device],
+               clock=time.monotonic):  # fmt: skip
+    """Starts with no speed known.
+
+    Args:
+      total_steps: the step at which training ends.
+      start_step: the step resumed from.
+      tokens_per_step: tokens a step, over all devices.
+      flops_per_token: model FLOPs of training, a token; None if not known.
+      devices: all devices of the mesh.
+      clock: seconds, for tests.
+    """
+    self._total_steps = total_steps
+    self._step = start_step
+    self._tokens_per_step = tokens_per_step
+    self._flops_per_token = flops_per_token
+    peaks = [peak_flops(device) for device in devices]
+    self._peak_flops = None if None in peaks else sum(peaks)
+    self._clock = clock
+    self._paused_seconds = 0.0
+    self._marks = collections.deque()  # (step, seconds without pauses)
+
+  def tick(self, step: int):
+    """Notes that `step` is finished."""
+    self._step = step
+    seconds = self._clock() - self._paused_seconds
+    self._marks.append((step, seconds))
+    oldest = seconds - _SPEED_WINDOW_SECONDS
+    while len(self._marks) > 2 and self._marks[1][1] <= oldest:
+      self._marks.popleft()
+
+  @contextlib.contextmanager
+  def pause(self, wait_for: Any = None) -> Iterator[None]:
+    """Leaves the time inside out of the speed: validation, samples, saves.
+
+    Args:
+      wait_for: a pytree of arrays of the last step dispatched; waiting for it
+        first keeps that step's own time from being taken for a pause.
+    """
+    jax.block_until_ready(wait_for)
+    start = self._clock()
+    try:
+      yield
+    finally:
+      self._paused_seconds += self._clock() - start
+
+  @property
+  def step_seconds(self) -> float | None:
+    """Seconds a step; None until two ticks."""
+    if len(self._marks) < 2:
+      return None
+    (first, start), (last, end) = self._marks[0], self._marks[-1]
+    return (end - start) / (last - first) if last > first else None
+
+  @property
+  def tokens_per_second(self) -> float | None:
+    """Tokens a second, over all devices."""
+    seconds = self.step_seconds
+    return self._tokens_per_step / seconds if seconds else None
+
+  @property
+  def mfu(self) -> float | None:
+    """Model FLOPs utilization, a fraction; None if the peak is not known.
+
+    FLOPs of the model over peak FLOPs (Chowdhery et al. 2022, PaLM, app. B).
+    """
+    speed = self.tokens_per_second
+    if not (speed and self._flops_per_token and self._peak_flops):
+      return None
+    return speed * self._flops_per_token / self._peak_flops
+
+  @property
+  def eta_seconds(self) -> float | None:
+    """Seconds until the last step, without the pauses still to come."""
+    if self.step_seconds is None:
+      return None
+    return max(self._total_steps - self._step, 0) * self.step_seconds
+
+
+def format_duration(seconds: float) -> str:
+  """'12s', '3m20s', '1h02m' or '2d03h'."""
+  s = round(seconds)
+  if s < 60:
+    return f"{s}s"
+  if s < 3600:
+    return f"{s // 60}m{s % 60:02}s"
+  if s < 86400:
+    return f"{s // 3600}h{s % 3600 // 60:02}m"
+  return f"{s // 86400}d{s % 86400 // 3600:02}h"
+
+
+def format_count(count: float) -> str:
+  """'870', '53.1k', '2.12M' or '1.05B': three digits."""
+  for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+    if count >= 0.9995 * size:
+      return f"{count / size:#.3g}".rstrip(".") + unit
+  return f"{count:.0f}"
+
+
+def say_compiled(counts: Iterable[tuple[int, int]], file=None):
+  """Prints how many programs are compiled, now and then and when all are.
+
+  Args:
+    counts: (compiled so far, of how many), after each.
+    file: as of print.
+  """
+  start = told = time.monotonic()
+  for done, count in counts:
+    now = time.monotonic()
+    if now - told > _SECONDS_BETWEEN_PROGRESS or done == count:
+      told = now
+      print(
+        f"{done} of {count} programs compiled, {now - start:.0f} s",
+        file=file, flush=True,
+      )  # fmt: skip
+
+
+_LOG_FIELDS = {
+  "loss_nats_per_token": lambda x: f"loss {x:.4f} nats/token",
+  "bits_per_char": lambda x: f"{x:.3f} bits/char",
+  "learning_rate": lambda x: f"lr {x:.1e}",
+  "gradient_norm": lambda x: f"grad {x:.2f}",
+  "tokens_per_second": lambda x: f"{format_count(x)} tokens/s",
+  "mfu": lambda x: f"MFU {x:.0%}" if x >= 0.1 else f"MFU {x:.1%}",
+  "eta_seconds": lambda x: f"ETA {format_duration(x)}",
+}
+
+
+def log_line(step: int, total: int, values: Mapping[str, Any]) -> str:
+  """One line for people: the fields of _LOG_FIELDS that `values` has.
+
+  Args:
+    step: optimizer steps done.
+    total: steps of the whole run.
+    values: by the names of metrics.jsonl, and eta_seconds; None counts as
+      absent, and other names are for the file only.
+  """
+  parts = [f"step {step:>{len(f'{total:,}')},}/{total:,}"]
+  for name, show in _LOG_FIELDS.items():
+    if values.get(name) is not None:
+      parts.append(show(values[name]))
+  return "  ".join(parts)
+
+
+class ProfileWindow:
+  """Traces a few steps to workdir/profile, for XProf or Perfetto."""
+
+  def __init__(self, workdir: epath.PathLike, start: int, steps: int,
+               primary: bool):  # fmt: skip
+    """Plans the window.
+
+    Args:
+      workdir: the run directory.
+      start: first step traced; -1 for none.
+      steps: how many.
+      primary: only the primary process traces.
+    """
+    self._folder = epath.Path(workdir) / "profile"
+    self._start = start
+    self._stop = start + steps if primary and start >= 0 else start
+    self._is_open = False
+
+  def before_step(self, step: int, wait_for: Any = None):
+    """Opens or closes the trace; call before the step is dispatched.
+
+    Args:
+      step: the step about to be dispatched.
+      wait_for: arrays of the step before, so that the trace holds its
+        execution, which lags behind its dispatch; waited for at both edges.
+    """
+    inside = self._start <= step < self._stop
+    if inside == self._is_open:
+      return
+    jax.block_until_ready(wait_for)
+    if inside:
+      self._folder.mkdir(parents=True, exist_ok=True)
+      jax.profiler.start_trace(str(self._folder))
+      self._is_open = True
+    else:
+      self.close()
+
+  def annotation(self, step: int) -> contextlib.AbstractContextManager:
+    """Marks the dispatch of `step` in the trace, if one is open."""
+    if not self._is_open:
+      return contextlib.nullcontext()
+    return jax.profiler.StepTraceAnnotation("train", step_num=step)
+
+  def close(self):
+    """Ends an open trace; may be called again."""
+    if self._is_open:
+      self._is_open = False
+      jax.profiler.stop_trace()
+      logging.info("profile written to %s", self._folder)

@@ -1,0 +1,1 @@
+"""Tools beside the main job: what costs how much."""

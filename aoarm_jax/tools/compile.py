@@ -1,0 +1,310 @@
+"""--mode=compile: would this run fit a TPU slice, and how fast could it be?
+
+The whole training step is compiled for the slice by the real TPU compiler,
+which needs no TPU (it comes with the extra `tpu`). It may crash and wants to be
+alone, so it runs in a process of its own, one at a time on this machine.
+Nothing is run: memory and collectives are the compiler's, FLOPs are counted
+(model/cost.py), the time is the largest of what they need at the chip's peaks.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+from jax.experimental import topologies
+
+import pallas_kernels
+from aoarm_jax.config import schema as config_lib
+from aoarm_jax.devices import hlo, sharding
+from aoarm_jax.model import cost
+from aoarm_jax.runs import telemetry
+from aoarm_jax.training import loop as train
+from aoarm_jax.training import state as train_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """Of one chip, by https://docs.cloud.google.com/tpu/docs/system-architecture.
+
+  Attributes:
+    flops: bf16 peak, FLOP/s.
+    memory: HBM, bytes.
+    memory_speed: bytes/s.
+    link_speed: bytes/s sent over all its links, half of what is given for both
+      directions.
+  """
+
+  flops: float
+  memory: float
+  memory_speed: float
+  link_speed: float
+
+
+CHIPS = {
+  "v5e": Chip(197e12, 16e9, 819e9, 200e9),
+  "v5p": Chip(459e12, 95e9, 2765e9, 600e9),
+  "v6e": Chip(918e12, 32e9, 1640e9, 400e9),
+}
+
+
+class PodError(Exception):
+  """Why a step does not compile for a slice, or does not fit it; one line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """What a training step needs on a slice; see `estimate`.
+
+  Attributes:
+    topology: as in v5p:4x4x8.
+    chips: how many.
+    mesh: as in "fsdp 128".
+    tokens: of a step.
+    parameter_bytes: of parameters, optimizer and EMA, on a chip.
+    memory_bytes: of all that the step needs, on a chip.
+    model_flops: of a step, on a chip: forward and backward.
+    flops: the same and what is recomputed: all of the forward pass, at most.
+    sent_bytes: by kind of collective, on a chip.
+  """
+
+  topology: str
+  chips: int
+  mesh: str
+  tokens: int
+  parameter_bytes: float
+  memory_bytes: float
+  model_flops: float
+  flops: float
+  sent_bytes: dict[str, float]
+
+  @property
+  def chip(self) -> Chip:
+    return CHIPS[self.topology.partition(":")[0]]
+
+  @property
+  def seconds(self) -> dict[str, float]:
+    """What each part of a step needs at its peak."""
+    return {
+      "matmuls": self.flops / self.chip.flops,
+      # Adam reads and writes its state and the parameters once, and a gradient.
+      "state in memory": 2 * self.parameter_bytes / self.chip.memory_speed,
+      "collectives": sum(self.sent_bytes.values()) / self.chip.link_speed,
+    }
+
+  @property
+  def step_seconds(self) -> float:
+    """The longest part: all others at the same time."""
+    return max(self.seconds.values())
+
+  @property
+  def mfu_bound(self) -> float:
+    return self.model_flops / self.chip.flops / self.step_seconds
+
+  def __str__(self):
+    share = self.memory_bytes / self.chip.memory
+    sent = ", ".join(
+      f"{kind} {n / 1e9:.3g} GB" for kind, n in self.sent_bytes.items() if n
+    )
+    parts = ", ".join(
+      f"{name} {1e3 * s:.3g} ms" for name, s in self.seconds.items()
+    )
+    return "\n".join((
+      f"{self.topology}: {self.chips} chips, mesh {self.mesh}; "
+      "compiled, not run",
+      f"memory a chip   {self.memory_bytes / 1e9:.2f} GB of "
+      f"{self.chip.memory / 1e9:g} GB ({share:.0%}); state "
+      f"{self.parameter_bytes / 1e9:.2f} GB",
+      f"FLOPs a step    {self.model_flops * self.chips:.4g} of the model, "
+      f"{self.flops * self.chips:.4g} with what is recomputed",
+      f"sent by a chip  {sent or 'nothing'}",
+      f"roofline        {1e3 * self.step_seconds:.3g} ms a step ({parts})",
+      f"bounds          {self.tokens / self.step_seconds / self.chips:,.0f} "
+      f"tokens/s a chip, MFU {self.mfu_bound:.1%}",
+    ))  # fmt: skip
+
+
+def estimate(
+  config: config_lib.Config, vocabulary: int, topology: str
+) -> Report:
+  """Compiles a training step for a slice, in a process of its own.
+
+  Args:
+    config: its mesh is over the slice's chips. attention=auto is mosaic_tpu.
+    vocabulary: V.
+    topology: chip and shape, as in v5e:16x16, v5p:4x4x8, v6e:8x8.
+
+  Raises:
+    ConfigError: no such topology, a mesh that does not fit it, no compiler.
+    PodError: the step does not fit the memory, or the compiler failed.
+  """
+  name, _, shape = topology.partition(":")
+  if name not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
+    raise config_lib.ConfigError(
+      f"--topology={topology!r}: give chip and shape, as in v5e:16x16, "
+      f"v5p:4x4x8 or v6e:8x8; chips: {', '.join(CHIPS)}"
+    )
+  given = {
+    "config": dataclasses.asdict(config),
+    "vocabulary": vocabulary,
+    "topology": topology,
+  }
+  with _alone():
+    done = subprocess.run(
+      [sys.executable, "-m", "aoarm_jax.tools.compile"],
+      input=json.dumps(given),
+      env=os.environ
+      | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1",
+         "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+      capture_output=True, text=True,
+    )  # fmt: skip
+  if done.returncode < 0:
+    raise PodError(
+      f"the TPU compiler crashed ({signal.Signals(-done.returncode).name}) on "
+      f"{topology}, mesh {config.mesh}; try larger shards "
+      "(--config.mesh.smallest_shard), or another mesh"
+    )
+  if done.returncode:
+    lines = done.stderr.strip().splitlines() or ["no message"]
+    raise PodError(f"{topology}: the process that compiles failed: {lines[-1]}")
+  answer = json.loads(done.stdout.splitlines()[-1])
+  if "config_error" in answer:
+    raise config_lib.ConfigError(answer["config_error"])
+  if "error" in answer:
+    raise PodError(answer["error"])
+  return Report(**answer)
+
+
+@contextlib.contextmanager
+def _alone():
+  """The compiler library refuses a second process: wait for the first."""
+  import fcntl  # Not on Windows, where nothing else here needs it.
+
+  path = pathlib.Path(tempfile.gettempdir()) / f"aoarm_jax_pod_{os.getuid()}"
+  with open(path, "w") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      logging.info("waiting for another --mode=compile on this machine")
+      fcntl.flock(file, fcntl.LOCK_EX)
+    yield
+
+
+def _compile(config: config_lib.Config, vocabulary: int, topology: str) -> dict:
+  """What the child process does: the fields of Report."""
+  try:
+    devices = topologies.get_topology_desc(
+      platform="tpu", topology_name=topology
+    ).devices
+  except Exception as error:  # Of many types, by what is missing.
+    raise config_lib.ConfigError(
+      f"--topology={topology}: {_first_line(error)}; the TPU compiler comes "
+      "with pip install -e '.[tpu]'"
+    ) from error
+  if config.compute.attention == "auto":
+    compute = dataclasses.replace(config.compute, attention="mosaic_tpu")
+    config = dataclasses.replace(config, compute=compute)
+  mesh = sharding.of_run(config, "train", devices=devices)
+  B, T = config.train.batch_size, config.model.T
+  bind, abstract, _ = train_state.create(config, vocabulary, mesh)
+  step = jax.jit(
+    train.make_step(config, bind, vocabulary),
+    donate_argnums=0,
+    out_shardings=(
+      jax.tree.map(lambda leaf: leaf.sharding, abstract),
+      sharding.replicated(mesh),
+    ),
+  )
+  tokens = jax.ShapeDtypeStruct(
+    (B, T), jnp.uint8, sharding=sharding.named(mesh, "batch")
+  )
+  # The mesh without devices: these cannot compute the constants of a trace.
+  with (
+    jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
+    pallas_kernels.interpret(False),
+  ):
+    lowered = step.lower(abstract, tokens)
+  compiled = lowered.compile()
+  memory = compiled.memory_analysis()
+  used = memory.argument_size_in_bytes + memory.output_size_in_bytes
+  used += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+  forward = cost.forward_flops(
+    config.model, vocabulary, B, query_fraction=config.train.query_fraction
+  )
+  return dict(
+    topology=topology,
+    chips=len(devices),
+    mesh=sharding.describe(mesh),
+    tokens=B * T,
+    parameter_bytes=float(
+      sum(
+        leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
+        for leaf in jax.tree.leaves(abstract)
+      )
+    ),
+    memory_bytes=float(used - memory.alias_size_in_bytes),
+    model_flops=3 * forward / len(devices),
+    flops=(4 if config.compute.remat else 3) * forward / len(devices),
+    sent_bytes={
+      kind: one.sent_bytes
+      for kind, one in hlo.traffic(compiled.as_text()).items()
+    },
+  )
+
+
+def _answer(given: dict) -> dict:
+  try:
+    return _compile(
+      config_lib.from_dict(given["config"]),
+      given["vocabulary"],
+      given["topology"],
+    )
+  except config_lib.ConfigError as error:
+    return {"config_error": str(error)}
+  except pallas_kernels.UnsupportedError as error:
+    return {"config_error": f"config.compute.attention: {error}"}
+  except jax.errors.JaxRuntimeError as error:
+    if not telemetry.is_out_of_memory(error):
+      return {"error": f"the TPU compiler failed: {_first_line(error)}"}
+    return {"error": f"{given['topology']}: {_does_not_fit(str(error))}"}
+
+
+# The compiler says it in one way or the other, by when it notices.
+_TOO_MUCH = (
+  r"Used (?P<used>[\d.]+\w) of (?P<there>[\d.]+\w) hbm",
+  r"\((?P<used>[\d.]+\w)\) exceeds available HBM \((?P<there>[\d.]+\w)\)",
+)
+
+
+def _does_not_fit(message):
+  found = next(filter(None, (re.search(p, message) for p in _TOO_MUCH)), None)
+  what = (
+    f"needs at least {found['used']}iB of the {found['there']}iB of a chip"
+    if found
+    else _first_line(message)
+  )
+  return (
+    f"does not fit: {what}; take more chips, a smaller "
+    "--config.train.batch_size, a larger --config.mesh.fsdp (0: all chips), "
+    "--config.compute.accumulate, or --config.compute.remat=true"
+  )
+
+
+def _first_line(error):
+  return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+if __name__ == "__main__":
+  print(json.dumps(_answer(json.load(sys.stdin))))
+  sys.stdout.flush()
+  os._exit(0)  # The compiler library takes its time, or crashes, at exit.

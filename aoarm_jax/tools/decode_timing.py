@@ -1,0 +1,455 @@
+"""What tools/generation_speed.py measures: one cell of its table at a time."""
+
+import concurrent.futures
+import dataclasses
+import functools
+import os
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from aoarm_jax import orders
+from aoarm_jax.config import schema as config_lib
+from aoarm_jax.generation import decode, diffusion
+from aoarm_jax.generation import law as sampling
+from aoarm_jax.generation import steps as decode_steps
+from aoarm_jax.model import cost
+from aoarm_jax.model import network as network_lib
+from aoarm_jax.runs import restore, telemetry
+
+_BEST = (256, 1024, 4096)  # Batches tried for the best one, which is named 0.
+_VOCABULARY = 27
+_FLOPS_PER_SECOND = 790e12  # Of an H200, bf16, as measured.
+# Bytes/s a device, as measured, by part of jax.Device.device_kind; the first
+# match counts, and a None guards another part against a match further down.
+_PEAK_BANDWIDTH = (
+  ("MIG", None),
+  ("GH200", None),
+  ("H200", 4.3e12),
+  ("H100 NVL", None),
+  ("H100 PCIe", None),
+  ("H100", 3.0e12),
+)
+# Instructions of a compiled program that launch nothing.
+_FREE = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+  """One line of the table; B is 0 for the best batch."""
+
+  size: str
+  model: config_lib.Model
+  B: int
+  method: str
+
+  def __str__(self):
+    B = self.B or "best"
+    return f"{self.size} T{self.model.T} B{B} {self.method}"
+
+  @property
+  def width(self) -> int:
+    """Tokens a step, or drafts a round."""
+    number = self.method.rpartition("-")[2]
+    return int(number) if number.isdigit() else 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """What was measured of a cell.
+
+  Attributes:
+    size, T, B, method: the cell.
+    tokens_per_second: of all sequences together.
+    step_ms: of one step; of speculative, a round.
+    floor_ms: of the same: the bytes or FLOPs that it cannot do without; None
+      where the bandwidth is not known.
+    launches: kernels a step; 0 where the program does not tell.
+    tokens_per_step: of one sequence.
+    timed: which part of the texts.
+    best: whether B is the best batch that was tried.
+  """
+
+  size: str
+  T: int
+  B: int
+  method: str
+  tokens_per_second: float
+  step_ms: float
+  floor_ms: float | None
+  launches: int
+  tokens_per_step: float
+  timed: str
+  best: bool = False
+
+  def __str__(self):
+    floor, floors = "-", "-"
+    if self.floor_ms is not None:
+      floor, floors = (
+        f"{self.floor_ms:.4f}", f"{self.step_ms / self.floor_ms:.1f}"
+      )  # fmt: skip
+    return (
+      f"{self.size:10} {self.T:5} {self.B:5} {self.method:14}"
+      f"{self.tokens_per_second:14,.0f} {self.step_ms:10.3f} "
+      f"{floor:>9} {floors:>7} "
+      f"{self.launches or '-':>9} {self.tokens_per_step:9.2f}  {self.timed}"
+    )
+
+
+class Options(NamedTuple):
+  """How to measure.
+
+  Attributes:
+    steps: timed of a cell.
+    whole: whether to time whole texts instead.
+    bandwidth: bytes/s, for the floor; None for no floor.
+    attention: of uncached and mdlm passes.
+  """
+
+  steps: int = 128
+  whole: bool = False
+  bandwidth: float | None = None
+  attention: str = "auto"
+
+
+class _Timing(NamedTuple):
+  """Of one program: median seconds, what it returned, kernels a step."""
+
+  seconds: float
+  out: Any
+  launches: int
+
+
+class _Job(NamedTuple):
+  """What a cell needs.
+
+  Attributes:
+    params: () -> those that the programs take.
+    compiled: of every program (params, key) -> any result.
+    results: list of _Timing, one a program -> list of Result.
+  """
+
+  params: Callable
+  compiled: list[concurrent.futures.Future]
+  results: Callable
+
+
+class Benchmark:
+  """Times cells of one mechanism, or of one run."""
+
+  def __init__(self, options: Options, run: restore.Restored | None):
+    self._options, self._run = options, run
+    self._law = sampling.make_law()
+    self._jobs: dict[Cell, _Job] = {}
+    self._pool = concurrent.futures.ThreadPoolExecutor(
+      min(16, os.cpu_count() or 1)
+    )
+
+  def compile(self, cells: list[Cell]) -> Iterator[tuple[int, int]]:
+    """Compiles all that these cells need, side by side, before any is timed.
+
+    Args:
+      cells: those that `measure` or `best` will be asked for.
+
+    Yields:
+      (programs compiled so far, of how many), after each.
+    """
+    for cell in cells:
+      sizes = (cell.B,) if cell.B else _BEST
+      for one in (dataclasses.replace(cell, B=B) for B in sizes):
+        self._jobs[one] = self._start(one)
+    programs = [p for job in self._jobs.values() for p in job.compiled]
+    finished = concurrent.futures.as_completed(programs)
+    for n, _ in enumerate(finished):
+      yield n + 1, len(programs)
+
+  def measure(self, cell: Cell) -> list[Result]:
+    """Of the cell's method; of mdlm with two numbers of steps."""
+    job = self._jobs.pop(cell, None) or self._start(cell)
+    programs = [future.result() for future in job.compiled]
+    params = job.params()
+    return job.results([_time(p, params, _key()) for p in programs])
+
+  def _start(self, cell):
+    """Begins to compile; only shapes are needed for that."""
+    mechanism = cell.model.mechanism
+    if cell.method == "mdlm" and not cell.model.kind.masked:
+      mechanism = "mdlm"
+    model = dataclasses.replace(cell.model, mechanism=mechanism)
+    if self._run is not None and model == cell.model:
+      bind, abstract = self._run.bind, self._run.params
+      params = lambda: self._run.params  # noqa: E731
+    else:
+      compute = config_lib.Compute(attention=self._options.attention)
+      bind = _bind(model, compute)
+      abstract = bind.abstract_params
+      params = functools.partial(_fresh, bind)
+    make = {"uncached": self._uncached, "mdlm": self._masked}
+    programs, results = make.get(cell.method, self._cached)(
+      cell, bind, abstract
+    )
+    compiled = [
+      self._pool.submit(_compile, program, abstract) for program in programs
+    ]
+    return _Job(params, compiled, results)
+
+  def _result(
+    self, cell, method, seconds, steps, passes, moved, flops=0.0, **more
+  ):
+    """Of a whole text that takes `seconds` in so many steps.
+
+    Args:
+      moved, flops: bytes and FLOPs that a pass cannot do without.
+    """
+    bandwidth, floor_ms = self._options.bandwidth, None
+    if bandwidth:
+      floor = max(moved / bandwidth, flops / _FLOPS_PER_SECOND)
+      floor_ms = 1e3 * passes * floor
+    return Result(
+      size=cell.size,
+      T=cell.model.T,
+      B=cell.B,
+      method=method,
+      tokens_per_second=cell.B * cell.model.T / seconds,
+      step_ms=1e3 * seconds / steps,
+      floor_ms=floor_ms,
+      tokens_per_step=cell.model.T / steps,
+      **more,
+    )
+
+  # Each returns its programs, and results() of their times.
+
+  def _cached(self, cell, bind, params):
+    """By decode.generate."""
+    model, B, T = cell.model, cell.B, cell.model.T
+    method = cell.method.partition("-")[0]
+    most = {"adaptive": 8}.get(method, self._options.steps)
+    blanks = T if self._options.whole else min(T, most * cell.width)
+    in_rounds = method == "speculative"
+    # Where the cache is as long as on average; but rounds go on to the end.
+    first = T - blanks
+    if not in_rounds:
+      first = min(first, max(0, T * 5 // 8 - blanks))
+    plan = decode.Plan(method, cell.width)
+
+    def generate(params, key):
+      order = orders.draw(key, B, T, config_lib.Orders())
+      # The cache of what counts as known is empty, which takes as long.
+      known = jnp.argsort(order, axis=1) < first
+      return decode.generate(
+        bind(params), key, jnp.zeros((B, T), jnp.int32), known, order,
+        self._law, plan=plan, prefill=False, most_known=first,
+        most_blanks=blanks,
+      )  # fmt: skip
+
+    dtype = bind(params).compute.dtype
+    slots = B * model.S / 2
+    moved = slots * cost.cache_bytes_per_token(model, dtype)
+    moved += _weight_bytes(params, dtype)
+
+    def results(timings):
+      (timing,) = timings
+      steps, passes, scale = -(-blanks // cell.width), 1.0, T / blanks
+      if in_rounds:
+        steps, passes = max(1, int(timing.out.calls.max()) // 2), 2.0
+      if method == "adaptive":  # Fewer passes are timed than there are early.
+        passes = _adaptive_passes(T, 0, T)
+        scale *= passes / _adaptive_passes(T, first, blanks)
+      return [self._result(
+        cell, cell.method, timing.seconds * scale, steps * T / blanks,
+        passes, moved, launches=timing.launches,
+        timed="whole" if blanks == T else f"{blanks} tokens",
+      )]  # fmt: skip
+
+    return [generate], results
+
+  def _uncached(self, cell, bind, params):
+    """At two lengths, Gauss's, which give the mean of a cubic exactly.
+
+    Two streams: one query row behind the content rows, or a query row for
+    every slot, which is more work and a mask that faster attention knows.
+    """
+    B, T, steps = cell.B, cell.model.T, 4
+    two = cell.model.kind.streams == 2
+
+    def program(n, one_query):
+      def generate(params, key):
+        order = orders.draw(key, B, T + 1, config_lib.Orders()) - 1
+        target = order[:, 1 : n + 1]
+        queries = orders.Queries(target[:, -1:], jnp.full((B, 1), n, jnp.int32))
+        slots = orders.Slots(
+          jnp.zeros((B, n), jnp.int32), order[:, :n], target,
+          queries=queries if one_query else None,
+        )  # fmt: skip
+
+        def step(i, tokens):
+          logits = bind(params)(slots._replace(tokens=tokens))[:, -1]
+          log_p = sampling.log_law(logits, self._law)
+          drawn = jax.random.categorical(jax.random.fold_in(key, i), log_p)
+          return tokens.at[:, 0].set(drawn)
+
+        return jax.lax.fori_loop(0, steps, step, slots.tokens)
+
+      return generate
+
+    kinds = (True, False) if two else (False,)
+    programs = [
+      program(max(1, round(share * T)), one_query)
+      for share in (0.5 - 0.75**0.5 / 3, 0.5 + 0.75**0.5 / 3)
+      for one_query in kinds
+    ]
+    dtype = bind(params).compute.dtype
+    half = dataclasses.replace(cell.model, T=max(1, T // 2))
+    flops = cost.forward_flops(
+      half, _VOCABULARY, B, **({"query_fraction": 1e-9} if two else {})
+    )
+    moved = _weight_bytes(params, dtype)
+
+    def results(timings):
+      half = len(kinds)
+      lengths = timings[:half], timings[half:]
+      best = [min(x.seconds for x in of_length) for of_length in lengths]
+      return [self._result(
+        cell, cell.method, statistics.mean(best) / steps * T, T, 1, moved,
+        flops, launches=timings[half].launches, timed="at 2 lengths",
+      )]  # fmt: skip
+
+    return programs, results
+
+  def _masked(self, cell, bind, params):
+    """By diffusion.generate, whose steps all cost the same."""
+    B, T = cell.B, cell.model.T
+    steps = min(T, 4)
+
+    def generate(params, key):
+      order = orders.draw(key, B, T, config_lib.Orders())
+      return diffusion.generate(
+        bind(params), key, jnp.zeros((B, T), jnp.int32),
+        jnp.zeros((B, T), bool), order, self._law,
+        method="ancestral", steps=steps,
+      ).tokens  # fmt: skip
+
+    network = bind(params)
+    flops = cost.forward_flops(network.model, _VOCABULARY, B)
+    moved = _weight_bytes(params, network.compute.dtype)
+
+    def results(timings):
+      (timing,) = timings
+      return [
+        self._result(
+          cell, name, timing.seconds / steps * count, count, 1, moved, flops,
+          launches=timing.launches, timed=f"{steps} steps",
+        )
+        for name, count in (("mdlm T", T), ("mdlm T/4", max(1, T // 4)))
+      ]  # fmt: skip
+
+    return [generate], results
+
+  def best(self, cell: Cell) -> list[Result]:
+    """Of growing batches, until more does not fit, or is no faster."""
+    found = []
+    for B in _BEST:
+      try:
+        results = self.measure(dataclasses.replace(cell, B=B))
+      except jax.errors.JaxRuntimeError as error:
+        if not telemetry.is_out_of_memory(error):
+          raise
+        break
+      fastest = results[0].tokens_per_second
+      if found and fastest < 1.05 * found[0].tokens_per_second:
+        break
+      found = results
+    return [dataclasses.replace(result, best=True) for result in found]
+
+
+def _adaptive_passes(T: int, first: int, blanks: int) -> float:
+  """Passes a step, on average from `first`: the draw, and all that is left."""
+  chunk = min(decode_steps.CHUNK, T)
+  left = [-(-T // chunk) - i // chunk for i in range(first, first + blanks)]
+  return 1 + sum(left) / blanks
+
+
+def _weight_bytes(params, dtype):
+  return jnp.dtype(dtype).itemsize * sum(
+    x.size for x in jax.tree.leaves(params)
+  )
+
+
+def _key():
+  return jax.random.key(0)
+
+
+@functools.cache
+def _bind(model, compute):
+  return network_lib.Bind(model, compute, _VOCABULARY)
+
+
+@functools.lru_cache(maxsize=1)
+def _fresh(bind):
+  """Parameters; those of the last cell, where the model is the same."""
+  return jax.jit(bind.init)(_key())
+
+
+def _compile(program, params):
+  return jax.jit(program).lower(params, _key()).compile()
+
+
+def _time(compiled, *arguments) -> _Timing:
+  out = jax.block_until_ready(compiled(*arguments))
+  times: list[float] = []
+  while len(times) < 3 or (sum(times) < 0.3 and len(times) < 20):
+    start = time.perf_counter()
+    jax.block_until_ready(compiled(*arguments))
+    times.append(time.perf_counter() - start)
+    if times[0] > 5:
+      break
+  return _Timing(statistics.median(times), out, launches(compiled.as_text()))
+
+
+def peak_bandwidth(device_kind: str) -> float | None:
+  """Of a device's memory, bytes/s; None where it was not measured."""
+  return telemetry.of_kind(_PEAK_BANDWIDTH, device_kind)
+
+
+def launches(program: str) -> int:
+  """Kernels in one step of the largest loop of a compiled program.
+
+  Args:
+    program: its text, as jax.stages.Compiled.as_text gives it.
+
+  Returns:
+    How many instructions of the loop's body do something; 0 where there is no
+    loop, or another one in it.
+  """
+  lines: dict[str, list[str]] = {}
+  name = ""
+  for line in program.splitlines():
+    if start := re.match(r"(?:ENTRY )?%?([\w.-]+) \(.*\{\s*$", line):
+      name = start[1]
+    elif line.startswith("  ") and name:
+      lines.setdefault(name, []).append(line)
+  bodies = re.findall(r"\bbody=%?([\w.-]+)", program)
+  if not bodies:
+    return 0
+
+  def count(computation):
+    total = 0
+    for line in lines.get(computation, ()):
+      found = re.match(
+        r"\s+(?:ROOT )?%?[\w.-]+ = (?:\(.*?\)|\S+) ([\w-]+)\(", line
+      )
+      if not found or found[1] in _FREE:
+        continue
+      if found[1] == "while":
+        return 0
+      called = re.search(r"to_apply=%?([\w.-]+)", line)
+      is_call = found[1] == "call" and called
+      total += count(called[1]) if is_call else 1
+    return total
+
+  return count(max(bodies, key=lambda body: len(lines.get(body, ()))))

@@ -1,0 +1,278 @@
+"""Speed of generation: python -m aoarm_jax.tools.generation_speed
+
+One cell is a model size, a length T, a batch B and a method; --only picks cells
+by a regular expression over names such as "8m T1024 B64 sequential". Weights
+are random unless --workdir names a run: then its own model is timed, and what
+speculative decoding accepts is that of a trained model.
+
+sequential    one token a step, one cache (exact)
+parallel-m    m tokens a step (not exact)
+speculative-m m drafts a round of two passes (exact); with random weights nearly
+              all drafts pass: only its time a round means something
+adaptive      the surest of all targets, scored anew in every step, one a step
+uncached      every step computes its visible content rows and one query row
+mdlm          masked diffusion of the same size: T and T / 4 full passes
+
+Cells time --steps steps in the middle of a text (uncached: at two lengths) and
+are scaled to all of it, which the table says; --whole times whole texts.
+`floor` is what one step must read, weights and half of a full cache for each of
+its passes, over --bandwidth, and `floors` how many of them a step takes; -
+where the bandwidth is not known. `launches` counts the kernels of a step in the
+compiled program.
+"""
+
+import argparse
+import csv
+import dataclasses
+import io
+import re
+import sys
+from collections.abc import Iterator
+
+import jax
+from etils import epath
+
+import pallas_kernels
+from aoarm_jax.config import mechanisms
+from aoarm_jax.config import schema as config_lib
+from aoarm_jax.devices import sharding
+from aoarm_jax.runs import checkpoint, figures, restore, telemetry
+from aoarm_jax.runs import directory as run_dir
+from aoarm_jax.tools import arguments, decode_timing
+
+_SIZES = {
+  "tiny": dict(D=64, L=3, N=2),
+  "8m": dict(D=256, L=10, N=4),
+  "base": dict(D=768, L=12, N=12),
+}
+_METHODS = (
+  "sequential",
+  "parallel-4",
+  "parallel-16",
+  "speculative-4",
+  "adaptive",
+  "uncached",
+  "mdlm",
+)
+_COLUMNS = {"size", "T", "B", "method", "tokens_per_second", "device"}
+_QUICK = "(sequential|parallel-16|uncached|mdlm)$"
+_HEADER = (
+  "size           T     B method              tokens/s    step ms  floor ms  "
+  "floors  launches tok/step  timed"
+)
+
+
+def cells(
+  options: argparse.Namespace, config: config_lib.Config | None
+) -> Iterator[decode_timing.Cell]:
+  """All of the lengths, batches and methods that the options name.
+
+  Args:
+    options: as parsed.
+    config: of the run that is timed; None for random weights.
+
+  Raises:
+    ConfigError: a method that the mechanism does not have.
+  """
+  models = [
+    (size, config_lib.Model(mechanism=options.mechanism, T=T, **_SIZES[size]))
+    for size in options.sizes
+    for T in options.T
+  ]
+  if config is not None:
+    models = [(config.name, config.model)]
+  methods = _methods(options.methods, models[0][1])
+  for size, model in models:
+    for B in options.batches:
+      for method in methods:
+        yield decode_timing.Cell(size, model, B, method)
+
+
+def _methods(asked, model):
+  """Those that are asked for, or all that the model has."""
+
+  def has(method):
+    if model.kind.masked:  # It has no cache, and its rows are the whole text.
+      return method == "mdlm"
+    return method != "adaptive" or not model.kind.left_to_right
+
+  possible = list(filter(has, _METHODS))
+  for method in asked or ():
+    if not has(method):
+      raise config_lib.ConfigError(
+        f"--methods {method}: a model of mechanism {model.mechanism} does not "
+        f"generate so; of it can be timed: {', '.join(possible)}"
+      )
+  return asked or possible
+
+
+def _method(name):
+  if re.fullmatch(r"sequential|adaptive|uncached|mdlm", name):
+    return name
+  if re.fullmatch(r"(parallel|speculative)-[1-9]\d*", name):
+    return name
+  raise argparse.ArgumentTypeError(
+    f"{name!r} is not one of sequential, parallel-M, speculative-M, adaptive, "
+    "uncached, mdlm, where M is any whole number from 1"
+  )
+
+
+def _pattern(text):
+  try:
+    return re.compile(text)
+  except re.error as error:
+    raise argparse.ArgumentTypeError(
+      f"{text!r} is not a regular expression: {error}"
+    ) from None
+
+
+def _parser():
+  parser = arguments.parser("generation_speed", __doc__)
+  add, whole = parser.add_argument, arguments.number(int, 1)
+  add("--only", type=_pattern, help="regular expression of cells' names")
+  add(
+    "--quick", action="store_true",
+    help="other defaults: four methods at 8m T1024 B64; on a CPU tiny T128 B8",
+  )  # fmt: skip
+  add("--sizes", nargs="+", default=["8m", "base"], choices=_SIZES)
+  add(
+    "--methods", nargs="+", type=_method,
+    help="default: all that the mechanism has",
+  )  # fmt: skip
+  add("--T", nargs="+", type=whole, default=[128, 1024, 4096])
+  add(
+    "--batches", nargs="+", type=arguments.number(int, 0), default=[1, 64, 0],
+    help="0: the best",
+  )  # fmt: skip
+  chain = [name for name, m in mechanisms.MECHANISMS.items() if not m.masked]
+  add("--mechanism", default="two_stream", choices=chain)
+  add(
+    "--attention", default="auto", help="of uncached and mdlm passes",
+    choices=("auto", *pallas_kernels.IMPLEMENTATIONS),
+  )  # fmt: skip
+  add("--steps", type=whole, default=128, help="steps timed a cell")
+  add("--whole", action="store_true", help="time whole texts")
+  add(
+    "--bandwidth", type=arguments.number(float, 0), default=0.0,
+    help="bytes/s, for the floor; 0: this device's, as measured (H100, H200), "
+    "or no floor",
+  )  # fmt: skip
+  add("--workdir", default="", help="a run, instead of random weights")
+  add("--out", type=arguments.output, help="CSV file")
+  add("--plot", default="", help="draw this CSV file beside it, and no more")
+  return parser
+
+
+def _parse(argv):
+  parser = _parser()
+  options = parser.parse_args(argv)
+  if options.quick and not options.plot:
+    size, T, B = "8m", 1024, 64
+    if jax.default_backend() == "cpu":
+      size, T, B = "tiny", 128, 8
+    parser.set_defaults(
+      only=re.compile(_QUICK), sizes=[size], T=[T], batches=[B]
+    )
+  return parser.parse_args(argv)
+
+
+def main(argv=None) -> None:
+  """Prints a line a cell as it is measured, and writes the CSV file."""
+  options = _parse(argv)
+  if options.plot:
+    return _plot(epath.Path(options.plot))
+  try:
+    run, every = _restore(options)
+  except (config_lib.ConfigError, checkpoint.CheckpointError) as error:
+    sys.exit(f"aoarm_jax: error: {error}")
+  only = options.only or re.compile("")
+  chosen = [cell for cell in every if only.search(str(cell))]
+  if not chosen:
+    sys.exit(
+      f"no cell has a name with {only.pattern!r}; the first one's is {every[0]}"
+    )
+  device = jax.devices()[0].device_kind
+  bandwidth = options.bandwidth or decode_timing.peak_bandwidth(device)
+  if not bandwidth:
+    print(
+      f"the memory bandwidth of {device!r} is not known: no floors, unless "
+      "--bandwidth gives it"
+    )
+  print(f"jax {jax.__version__}, {device}")
+  if run is None and options.quick and jax.default_backend() == "cpu":
+    print(
+      "--quick on a CPU is of a tiny model; choose by --sizes, --T, --batches"
+    )
+  how = decode_timing.Options(
+    options.steps, options.whole, bandwidth, options.attention
+  )
+  benchmark, results = decode_timing.Benchmark(how, run), []
+  telemetry.say_compiled(benchmark.compile(chosen))
+  print(_HEADER)
+  unsupported = 0
+  for cell in chosen:
+    try:
+      found = (benchmark.measure if cell.B else benchmark.best)(cell)
+    except jax.errors.JaxRuntimeError as error:
+      if not telemetry.is_out_of_memory(error):
+        raise
+      print(f"{cell}: out of device memory", flush=True)
+      continue
+    except pallas_kernels.UnsupportedError as error:
+      print(f"{cell}: {error}", flush=True)
+      unsupported += 1
+      continue
+    if not found:
+      print(f"{cell}: out of device memory at every batch", flush=True)
+    for result in found:
+      print(result, flush=True)
+      results.append(result)
+    if options.out:
+      _write(options.out, results, device)
+  if unsupported == len(chosen):
+    sys.exit(1)
+
+
+def _restore(options):
+  """The run to be timed, or None, and all cells."""
+  if not options.workdir:
+    return None, list(cells(options, None))
+  workdir = epath.Path(options.workdir)
+  config = restore.read_config(workdir)
+  every = list(cells(options, config))
+  mesh = sharding.make_mesh(config_lib.Mesh(data=1))
+  return restore.restore(config, workdir, mesh), every
+
+
+def _plot(path):
+  try:
+    reader = csv.DictReader(io.StringIO(path.read_text()))
+  except OSError as error:
+    sys.exit(f"--plot={path}: {error.strerror}")
+  except UnicodeDecodeError:
+    sys.exit(f"--plot={path}: no CSV file that --out has written")
+  missing = _COLUMNS.difference(reader.fieldnames or ())
+  if missing:
+    sys.exit(
+      f"--plot={path}: no CSV file that --out has written: it has no column "
+      f"{min(missing)}"
+    )
+  rows = list(reader)
+  title = "speed of generation"
+  figures.decode_speed(rows, path.with_suffix(".png"), title=title)
+  print(path.with_suffix(".png"))
+
+
+def _write(path, results, device):
+  text = io.StringIO(newline="")
+  names = [field.name for field in dataclasses.fields(decode_timing.Result)]
+  writer = csv.DictWriter(text, [*names, "device", "jax"], lineterminator="\n")
+  writer.writeheader()
+  for result in results:
+    more = {"device": device, "jax": jax.__version__}
+    writer.writerow(dataclasses.asdict(result) | more)
+  run_dir.write_atomically(epath.Path(path), text.getvalue())
+
+
+if __name__ == "__main__":
+  main()

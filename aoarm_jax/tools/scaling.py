@@ -1,0 +1,422 @@
+"""How training scales with devices.
+
+  python -m aoarm_jax.tools.scaling --devices=1,2
+
+Prints one table, a row for every model, mechanism, length, mesh and number of
+devices. weak: as many tokens a device; strong: as many tokens in all. Text and
+orders are random, parameters fresh.
+
+  tokens/s     of all devices, and of each
+  MFU          model FLOPs over the devices' bf16 peak (PaLM, appendix B)
+  memory       arguments and temporaries of the step, by the compiler, a device
+  collectives  share of the time in which they run, on the first device, by a
+               profile; 'alone' where nothing else runs there
+  idle         share of the time in which nothing runs there, by that profile
+  efficiency   tokens/s a device over that of the first row of its kind
+
+Ends with 1 where no row could be measured.
+
+--dry-run takes 8 virtual CPU devices, which share one processor, and unless
+told otherwise two streams of a tiny model on 1 and 4 of them (six programs, a
+minute or two on 2 cores, most of it compiling): its times mean nothing, and it
+shows no efficiency. Started by launch.local or launch.slurm as several
+processes it measures all their devices only, and no efficiency.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import glob
+import itertools
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+import pallas_kernels
+from aoarm_jax.config import mechanisms
+from aoarm_jax.config import schema as config_lib
+from aoarm_jax.devices import distributed, sharding
+from aoarm_jax.model import cost
+from aoarm_jax.runs import telemetry
+from aoarm_jax.tools import arguments
+from aoarm_jax.training import loop as train
+from aoarm_jax.training import state as train_state
+
+_VOCABULARY = 27
+_SCALING = ("weak", "strong")
+MODELS = {
+  "tiny": dict(D=64, L=2, N=4),
+  "8m": {},
+  "base": dict(D=768, L=12, N=12),
+  "350m": dict(D=1024, L=24, N=16),
+}
+# Name -> sizes of the axes of n devices.
+MESHES = {
+  "data": lambda n: dict(data=n),
+  "fsdp": lambda n: dict(data=1, fsdp=n),
+  "tensor": lambda n: dict(data=1, tensor=n),
+  "sequence": lambda n: dict(data=1, sequence=n),
+  "data_fsdp": lambda n: dict(data=max(n // 2, 1), fsdp=min(n, 2)),
+}
+# What --dry-run takes instead of the defaults.
+_DRY = dict(
+  devices=[1, 4], models=["tiny"], mechanisms=["two_stream"], lengths=[32],
+  scaling=["weak"], tokens=512, steps=2,
+)  # fmt: skip
+_COLUMNS = (
+  "scaling", "model", "mechanism", "T", "mesh", "devices", "batch",
+  "ms/step", "tokens/s", "a device", "MFU", "GB a device", "collectives",
+  "alone", "idle", "efficiency", "nats/token",
+)  # fmt: skip
+
+
+def configuration(
+  flags: argparse.Namespace, scaling, model, mechanism, T, mesh, devices
+) -> config_lib.Config:
+  """One row's config."""
+  batch_size = max(flags.tokens // T, 1)
+  if scaling == "weak":
+    batch_size *= devices
+  return config_lib.Config(
+    model=config_lib.Model(mechanism=mechanism, T=T, **MODELS[model]),
+    train=config_lib.Train(batch_size=batch_size, steps=1000),
+    compute=config_lib.Compute(
+      attention=flags.attention,
+      scan_layers=flags.scan_layers,
+      remat=flags.remat,
+    ),
+    mesh=config_lib.Mesh(**MESHES[mesh](devices)),
+  )
+
+
+class Program(NamedTuple):
+  """A row's training step, compiled.
+
+  Attributes:
+    mesh: of its devices.
+    init: () -> state, compiled.
+    step: (state, tokens) -> (state, sums).
+  """
+
+  mesh: jax.sharding.Mesh
+  init: Callable
+  step: jax.stages.Compiled
+
+
+def compile_step(config: config_lib.Config, devices) -> Program:
+  """Compiles one row's training step; allocates nothing.
+
+  Args:
+    config: of the row.
+    devices: those of the mesh.
+
+  Raises:
+    ConfigError: the mesh does not divide the model or the batch.
+  """
+  mesh = sharding.of_run(config, "train", devices=devices)
+  shape = config.train.batch_size, config.model.T
+  with jax.set_mesh(mesh):
+    bind, abstract, init = train_state.create(config, _VOCABULARY, mesh)
+    shardings = (
+      jax.tree.map(lambda leaf: leaf.sharding, abstract),
+      sharding.replicated(mesh),
+    )
+    step = jax.jit(
+      train.make_step(config, bind, _VOCABULARY),
+      donate_argnums=0, out_shardings=shardings,
+    )  # fmt: skip
+    tokens = jax.ShapeDtypeStruct(
+      shape, np.uint8, sharding=sharding.named(mesh, "batch")
+    )
+    return Program(
+      mesh, init.lower().compile(), step.lower(abstract, tokens).compile()
+    )
+
+
+def measure(config: config_lib.Config, program: Program, steps: int) -> dict:
+  """Trains for a few steps.
+
+  Args:
+    config: of the row.
+    program: of the row.
+    steps: timed, and then profiled, each.
+
+  Returns:
+    {column: number}, without efficiency.
+  """
+  mesh, init, step = program
+  devices = list(mesh.devices.flat)
+  B, T = config.train.batch_size, config.model.T
+  with jax.set_mesh(mesh):
+    state = init()
+    rows = sharding.local_rows(mesh, B)
+    tokens = np.random.default_rng(0).integers(0, _VOCABULARY, (B, T), np.uint8)
+    batch = sharding.put_batch(mesh, tokens[rows])
+
+    def run(count):
+      nonlocal state
+      for _ in range(count):
+        state, sums = step(state, batch)
+      return float(sums["nats"] / sums["tokens"])
+
+    run(3)
+    start = time.perf_counter()
+    loss = run(steps)
+    seconds = (time.perf_counter() - start) / steps
+    collectives, alone, idle = _profiled(lambda: run(steps), devices[0])
+  speed = B * T / seconds
+  flops = cost.training_flops_per_token(config.model, _VOCABULARY, B)
+  peak = telemetry.peak_flops(devices[0])
+  memory = step.memory_analysis()
+  kept = memory.argument_size_in_bytes + memory.output_size_in_bytes
+  kept += memory.temp_size_in_bytes - memory.alias_size_in_bytes
+  return {
+    "ms/step": 1e3 * seconds,
+    "tokens/s": speed,
+    "a device": speed / len(devices),
+    "MFU": peak and speed * flops / (len(devices) * peak),
+    "GB a device": kept / 1e9,
+    "collectives": collectives,
+    "alone": alone,
+    "idle": idle,
+    "nats/token": loss,
+  }
+
+
+def _profiled(work, device):
+  """_shares of the device's own streams of kernels; a CPU has none: Nones."""
+  unknown = None, None, None
+  if device.platform != "gpu":
+    return unknown
+  with tempfile.TemporaryDirectory() as folder:
+    with jax.profiler.trace(folder):
+      start = time.perf_counter()
+      work()
+      seconds = time.perf_counter() - start
+    paths = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
+    if not paths:
+      return unknown
+    profile = jax.profiler.ProfileData.from_file(paths[0])
+  name = f"/device:GPU:{device.local_hardware_id}"
+  plane = next((p for p in profile.planes if p.name == name), None)
+  if plane is None:
+    return unknown
+  network, other = [], []
+  for line in plane.lines:
+    if not line.name.startswith("Stream"):
+      continue
+    for event in line.events:
+      into = network if "nccl" in event.name.lower() else other
+      into.append((event.start_ns, event.start_ns + event.duration_ns))
+  return _shares(network, other, 1e9 * seconds)
+
+
+def _shares(network, other, total):
+  """Of a total: in collectives, in them alone, in no kernel.
+
+  Args:
+    network: (start, end) of every collective.
+    other: (start, end) of every other kernel.
+    total: length of it all.
+  """
+  both = _covered(network + other)
+  alone = both - _covered(other)
+  return _covered(network) / total, alone / total, 1 - both / total
+
+
+def _covered(intervals):
+  """Length of the union of (start, end)."""
+  total, reached = 0.0, -np.inf
+  for start, end in sorted(intervals):
+    total += max(end - max(start, reached), 0)
+    reached = max(reached, end)
+  return total
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+  parser = arguments.parser("scaling", __doc__)
+  whole = arguments.number(int, 1)
+
+  def several(kind, choices=None):
+    def read(text):
+      values = [kind(word) for word in text.split(",")]
+      for value in values:
+        if choices and value not in choices:
+          raise argparse.ArgumentTypeError(
+            f"{value!r} is not one of {', '.join(choices)}"
+          )
+      return values
+
+    return read
+
+  def add(name, default, kind, doc):
+    parser.add_argument(
+      name, type=kind, default=default, help=f"{doc} (default: {default})"
+    )
+
+  add(
+    "--devices", None, several(whole), "numbers of devices; None: 1, 2, 4 ..."
+  )
+  add(
+    "--meshes",
+    list(MESHES),
+    several(str, MESHES),
+    "axes that they form; data_fsdp of 4, 6, 8 ... alone",
+  )
+  add("--models", ["base", "350m"], several(str, MODELS), "sizes")
+  add(
+    "--mechanisms", ["two_stream", "decoupled_rope"],
+    several(str, mechanisms.MECHANISMS), "names",
+  )  # fmt: skip
+  add("--lengths", [1024, 4096], several(whole), "T")
+  add("--scaling", list(_SCALING), several(str, _SCALING), "which is fixed")
+  add("--tokens", 32768, whole, "of a step: a device (weak), in all (strong)")
+  add("--steps", 20, whole, "timed, and then profiled, a row")
+  add("--json", None, arguments.output, "file to which rows are added as lines")
+  parser.add_argument(
+    "--attention", default="auto", help="config.compute.attention",
+    choices=("auto", *pallas_kernels.IMPLEMENTATIONS),
+  )  # fmt: skip
+  for name, doc in (
+    ("--scan-layers", "config.compute.scan_layers: slower on GPUs"),
+    ("--remat", "config.compute.remat: less memory"),
+    (
+      "--dry-run",
+      "8 virtual CPU devices and a tiny model, whose times mean nothing; "
+      f"other defaults: {', '.join(f'{k} {v}' for k, v in _DRY.items())}",
+    ),
+  ):
+    parser.add_argument(name, action="store_true", help=doc)
+  if parser.parse_args(argv).dry_run:
+    parser.set_defaults(**_DRY)
+  return parser.parse_args(argv)
+
+
+def rows(flags: argparse.Namespace):
+  """Yields ({column: value}, config, number of devices) to be measured."""
+  total = jax.device_count()
+  counts = flags.devices or [n for n in (1, 2, 4, 8, 16) if n <= total]
+  if jax.process_count() > 1:
+    counts = [total]
+  for scaling, model, mechanism, T, n in itertools.product(
+    flags.scaling, flags.models, flags.mechanisms, flags.lengths, counts
+  ):
+    for mesh in flags.meshes:
+      # Of one device there is one mesh, and of three no product.
+      if (n == 1 and mesh != flags.meshes[0]) or (
+        mesh == "data_fsdp" and n > 1 and (n < 4 or n % 2)
+      ):
+        continue
+      config = configuration(flags, scaling, model, mechanism, T, mesh, n)
+      row = dict(
+        scaling=scaling, model=model, mechanism=mechanism, T=T, mesh=mesh,
+        devices=n, batch=config.train.batch_size,
+      )  # fmt: skip
+      yield row, config, n
+
+
+def main(argv: list[str]) -> int:
+  flags = parse(argv)
+  if flags.dry_run:
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8)
+  distributed.start(config_lib.Distributed())
+  devices = jax.devices()
+  speaks = jax.process_index() == 0
+  if speaks:
+    kind = devices[0].device_kind
+    print(f"{len(devices)} x {kind}, jax {jax.__version__}", flush=True)
+  chosen = list(rows(flags))
+  most = max((n for _, _, n in chosen), default=0)
+  if most > len(devices):
+    return _refuse(f"--devices={most}: there are {len(devices)}, ask for less")
+  if not chosen:
+    return _refuse("--meshes=data_fsdp: it takes 4 devices, or 6, or 8 ...")
+  programs = _compiled(chosen, devices, speaks)
+  if speaks:
+    _print_row(_COLUMNS)
+    _print_row(["---"] * len(_COLUMNS))
+  first, measured = {}, {}
+  for row, config, _ in chosen:
+    try:
+      # The weak and the strong row of one device are the same.
+      if config not in measured:
+        measured[config] = measure(
+          config, programs[config].result(), flags.steps
+        )
+      row |= measured[config]
+    except (config_lib.ConfigError, pallas_kernels.UnsupportedError) as error:
+      row["failed"] = str(error)
+    except jax.errors.JaxRuntimeError as error:
+      if not telemetry.is_out_of_memory(error):
+        raise
+      row["failed"] = "out of memory"
+    kind = tuple(row[c] for c in ("scaling", "model", "mechanism", "T"))
+    base = first.setdefault(kind, row.get("a device"))
+    if "failed" not in row:
+      no_base = not base or flags.dry_run or jax.process_count() > 1
+      row["efficiency"] = None if no_base else row["a device"] / base
+    if speaks:
+      shown = [_cell(row, column) for column in _COLUMNS if column in row]
+      _print_row(shown + ([row["failed"]] if "failed" in row else []))
+      if flags.json:
+        os.makedirs(os.path.dirname(flags.json) or ".", exist_ok=True)
+        with open(flags.json, "a") as file:
+          file.write(
+            json.dumps(row | {"config": dataclasses.asdict(config)}) + "\n"
+          )
+  if not measured:
+    return _refuse("no row could be measured; each says why", code=1)
+  return 0
+
+
+def _refuse(message, code=2):
+  print(f"scaling: error: {message}", file=sys.stderr)
+  return code
+
+
+def _compiled(chosen, devices, speaks):
+  """Config -> future of its program, of all rows side by side.
+
+  Nothing is timed while something compiles: choices of kernels are timed then.
+  """
+  # Several processes must compile in one order.
+  threads = 1 if jax.process_count() > 1 else min(16, os.cpu_count() or 1)
+  with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+    programs = {}
+    for _, config, n in chosen:
+      if config not in programs:
+        programs[config] = pool.submit(compile_step, config, devices[:n])
+    if speaks:
+      print(f"compiling {len(programs)} training steps", file=sys.stderr)
+      finished = concurrent.futures.as_completed(programs.values())
+      telemetry.say_compiled(
+        ((done, len(programs)) for done, _ in enumerate(finished, 1)),
+        sys.stderr,
+      )
+  return programs
+
+
+def _print_row(cells):
+  print("|", " | ".join(cells), "|", flush=True)
+
+
+def _cell(row, column):
+  value = row[column]
+  if column in ("MFU", "collectives", "alone", "idle", "efficiency"):
+    return "-" if value is None else f"{100 * value:.1f}%"
+  if column in ("tokens/s", "a device"):
+    return telemetry.format_count(value)
+  return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+  sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,514 @@
+"""The main job: the pure step, and the loop around it."""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
+
+from aoarm_jax import objective, orders
+from aoarm_jax.config import schema as config_lib
+from aoarm_jax.data import corpora, pipeline, tokenizers
+from aoarm_jax.devices import distributed, sharding
+from aoarm_jax.evaluation import evaluate
+from aoarm_jax.generation import texts as generate
+from aoarm_jax.model import cost
+from aoarm_jax.model import network as network_lib
+from aoarm_jax.runs import checkpoint, figures, restore, telemetry
+from aoarm_jax.runs import directory as run_dir
+from aoarm_jax.training import optimizer, resuming
+from aoarm_jax.training import state as train_state
+
+
+class Preempted(Exception):
+  """A signal ended the run after a save; the same command continues it."""
+
+  def __init__(self, signal_number: int, step: int):
+    name = signal.Signals(signal_number).name
+    super().__init__(
+      f"{name} at step {step:,}"
+      + ", which is saved" * (step > 0)
+      + ": start the same command again to continue from there"
+    )
+    # EX_TEMPFAIL tells a launcher to start the command again; 130 is Ctrl-C's.
+    self.exit_code = 130 if signal_number == signal.SIGINT else 75
+
+
+def make_step(
+  config: config_lib.Config,
+  bind: network_lib.Bind,
+  vocabulary: int,
+  learning_rate: optax.Schedule | None = None,
+):
+  """The pure training step.
+
+  Args:
+    config: of the run.
+    bind: parameters -> network.
+    vocabulary: V.
+    learning_rate: step -> learning rate; None: as the config schedules it.
+
+  Returns:
+    (state, tokens uint8 [B, T]) -> (state, sums): `sums` holds float32 scalars
+    nats (summed), tokens (counted), gradient_norm, update_norm, learning_rate.
+  """
+  schedule = learning_rate or optimizer.schedule(
+    config.optimizer, config.train.steps
+  )
+  chain = optimizer.make(config.optimizer, schedule, bind.axes)
+  accumulate = config.compute.accumulate
+  # Like the parameters, and not as the compiler sees fit.
+  pin = functools.partial(sharding.constrain_parameters, axes=bind.axes)
+
+  def loss(params, tokens, draws):
+    return objective.training_nll(
+      bind(params),
+      tokens,
+      draws,
+      sentinels=config.model.sentinels,
+      vocabulary=vocabulary,
+    ).sum()
+
+  def gradient(params, *batch):
+    """Summed nats and their gradient, over micro-batches."""
+
+    def one(*batch):
+      nats, grads = jax.value_and_grad(loss)(params, *batch)
+      return nats, pin(grads)
+
+    if accumulate == 1:
+      return one(*batch)
+
+    # Strided rows: every device keeps its own in every micro-batch.
+    def split(x):
+      return x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)
+
+    def add(total, micro_batch):
+      return jax.tree.map(jnp.add, total, one(*micro_batch)), None
+
+    zero = (jnp.zeros(()), pin(jax.tree.map(jnp.zeros_like, params)))
+    return jax.lax.scan(add, zero, jax.tree.map(split, batch))[0]
+
+  def step(state: train_state.TrainState, tokens: jax.Array):
+    tokens = tokens.astype(jnp.int32)
+    draws = objective.draw(
+      jax.random.fold_in(state.key, state.step),
+      *tokens.shape,
+      config.orders,
+      config.train,
+      config.model.kind,
+      state.step,
+    )
+    # Each device draws those of its own rows.
+    draws = jax.tree.map(lambda x: sharding.constrain(x, "batch"), draws)
+    nats, grads = gradient(state.params, tokens, draws)
+    grads = jax.tree.map(lambda g: g / tokens.size, grads)
+    updates, opt_state = chain.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema
+    if config.optimizer.ema_decay > 0:
+      ema = optimizer.update_ema(
+        ema, params, state.step, config.optimizer.ema_decay
+      )
+    sums = {
+      "nats": nats,
+      "tokens": jnp.float32(tokens.size),
+      "gradient_norm": optax.tree.norm(grads),
+      "update_norm": optax.tree.norm(updates),
+      "learning_rate": jnp.float32(schedule(state.step)),
+    }
+    return dataclasses.replace(
+      state, step=state.step + 1, params=params, opt_state=opt_state, ema=ema
+    ), sums
+
+  return step
+
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class _Signals:
+  """Remembers the first SIGTERM or SIGINT until the step is done.
+
+  Several processes must stop at the same step: there JAX catches the SIGTERM
+  of any of them and tells the others, and all see it in the same poll.
+  """
+
+  def __init__(self, watchdog: distributed.Watchdog):
+    self.received = 0
+    self._polls = 0
+    self._watchdog = watchdog
+
+  def __enter__(self):
+    own = () if jax.distributed.is_initialized() else _SIGNALS
+    self._former = {n: signal.signal(n, self._note) for n in own}
+    return self
+
+  def __exit__(self, *_):
+    for number, handler in self._former.items():
+      signal.signal(number, handler)
+
+  def _note(self, number, _):
+    if self.received and number == signal.SIGINT:
+      raise KeyboardInterrupt
+    self.received = number
+    logging.warning("%s: stopping after this step", signal.Signals(number).name)
+
+  def poll(self, step: int | None = None) -> int:
+    """The signal received, or 0; all processes poll equally often.
+
+    Whoever asks is alive.
+    """
+    self._watchdog.beat(step)
+    if jax.distributed.is_initialized() and not self.received:
+      self._polls += 1
+      if multihost_utils.reached_preemption_sync_point(self._polls):
+        self._note(signal.SIGTERM, None)
+    return self.received
+
+
+def train(config: config_lib.Config, workdir: epath.Path, argv: list[str]):
+  """Trains, or continues, the run in `workdir`.
+
+  Raises:
+    ConfigError: a config that does not fit the machine or the checkpoint.
+    DataError: a text that is missing or wrong.
+    CheckpointError: a checkpoint that cannot be read or written.
+    NonFiniteError: the loss is no number; the last checkpoint is good.
+    Preempted: after SIGTERM or SIGINT, when the state is saved.
+  """
+  mesh = sharding.of_run(config, "train", "eval")
+  checkpoints = checkpoint.Checkpoints(
+    workdir / "checkpoints",
+    keep_last=config.checkpoint.keep_last,
+    keep_best=config.checkpoint.keep_best,
+  )
+  watchdog = distributed.Watchdog(config.distributed.step_timeout_seconds)
+  with checkpoints, jax.set_mesh(mesh), watchdog, _Signals(watchdog) as signals:
+    saved = checkpoints.newest()
+    if saved:
+      resuming.check_resume(saved, config)
+      step = saved.step
+      if distributed.process_0_says(
+        lambda: _is_finished(config, workdir, step)
+      ):
+        logging.info(
+          "finished: %s holds step %s of %s; choose another --workdir to train "
+          "another run",
+          workdir, f"{step:,}", f"{config.train.steps:,}",
+        )  # fmt: skip
+        return
+    tokenizer = tokenizers.get(config.data.tokenizer)
+    corpus = corpora.load(config.data.corpus, config.data.path, tokenizer)
+    splits = list(dict.fromkeys(("train", config.eval.split)))
+    logging.info("text: %s", corpus.describe(*splits))
+    if saved:
+      restore.warn_other_text(saved, corpus, *splits)
+    with run_dir.lock(workdir):
+      run = _Run(config, workdir, argv, mesh, tokenizer, corpus, checkpoints)
+      run.loop(saved, signals)
+
+
+def _is_finished(config, workdir, step):
+  """Whether nothing of a run is left to do; pictures come last."""
+  products = (
+    _samples_path(workdir, step),
+    workdir / "loss.png",
+    workdir / "slot_curve.png",
+  )
+  return step >= config.train.steps and all(p.exists() for p in products)
+
+
+def _samples_path(workdir, step):
+  return workdir / "samples" / f"step_{step:08d}.jsonl"
+
+
+class _Run:
+  """What the loop holds: built once, in the order of the lines below."""
+
+  def __init__(
+    self, config, workdir, argv, mesh, tokenizer, corpus, checkpoints
+  ):
+    self.config, self.workdir, self.mesh = config, workdir, mesh
+    self.tokenizer, self.checkpoints = tokenizer, checkpoints
+    self.bind, self.abstract, self.init = train_state.create(
+      config, tokenizer.V, mesh
+    )
+    train_tokens = corpus.split("train")
+    self.batches = pipeline.train_batches(
+      train_tokens,
+      T=config.model.T,
+      batch_size=config.train.batch_size,
+      seed=config.seed,
+      workers=config.data.workers,
+      rows=sharding.local_rows(mesh, config.train.batch_size),
+    )
+    valid_tokens = corpus.split(config.eval.split)
+    self.eval_batches = evaluate.evaluation_batches(config, valid_tokens, mesh)
+    self.text = {
+      "train": corpus.hash("train"),
+      config.eval.split: corpus.hash(config.eval.split),
+    }
+    self.unigram_bits = corpora.unigram_entropy(valid_tokens, tokenizer.V)
+    self.evaluator = evaluate.Evaluator(config, self.bind, tokenizer.V, mesh)
+    self.sampler = generate.Sampler(config, self.bind, tokenizer, mesh)
+    self.step = jax.jit(
+      make_step(config, self.bind, tokenizer.V),
+      donate_argnums=0,
+      out_shardings=(
+        jax.tree.map(lambda leaf: leaf.sharding, self.abstract),
+        sharding.replicated(mesh),
+      ),
+    )
+    self.primary = jax.process_index() == 0
+    self.told_eta = False  # Early, since the first log line may be hours away.
+    if self.primary:
+      run_dir.describe_run(
+        workdir,
+        config_json=config_lib.to_json(config),
+        argv=argv,
+        params=self.bind.abstract_params,
+      )
+    self._greet()
+
+  def _greet(self):
+    c = self.config
+    devices = self.mesh.devices.flatten()
+    idle = jax.device_count() - len(devices)
+    logging.info(
+      "model: %s, %s parameters; %d x %s%s%s",
+      c.model.mechanism,
+      f"{run_dir.parameter_count(self.bind.abstract_params):,}",
+      len(devices), devices[0].device_kind,
+      f" ({sharding.describe(self.mesh)})" * (len(devices) > 1),
+      f", {idle} more are idle (config.mesh)" * (idle > 0),
+    )  # fmt: skip
+    if whole := self.bind.kept_whole:
+      logging.info(
+        "%d of %d arrays of parameters stay whole along fsdp: pieces would be "
+        "shorter than config.mesh.smallest_shard=%d",
+        whole, len(jax.tree.leaves(self.bind.abstract_params)),
+        c.mesh.smallest_shard,
+      )  # fmt: skip
+    if devices[0].platform == "cpu" and c.variant != "tiny":
+      logging.info(
+        "no accelerator found: ':tiny' is the size for a CPU "
+        "(--config=configs/%s.py:tiny); see the ETA below", c.name,
+      )  # fmt: skip
+    if c.optimizer.warmup_steps >= c.train.steps:
+      logging.warning(
+        "config.optimizer.warmup_steps=%d: the run ends after %d steps, before "
+        "the learning rate reaches its peak",
+        c.optimizer.warmup_steps, c.train.steps,
+      )  # fmt: skip
+    logging.info(
+      "orders: %s, alignment of structure with semantics %+.3f",
+      c.orders.family, _mean_alignment(c),
+    )  # fmt: skip
+
+  def loop(self, saved, signals):
+    """Runs from `saved`, or from scratch, to train.steps."""
+    c = self.config
+    state, start = self._start(saved)
+    self.progress = telemetry.Progress(
+      total_steps=c.train.steps,
+      start_step=start,
+      tokens_per_step=c.train.batch_size * c.model.T,
+      flops_per_token=cost.training_flops_per_token(
+        c.model, self.tokenizer.V, c.train.batch_size, c.train.query_fraction
+      ),
+      devices=list(self.mesh.devices.flatten()),
+    )
+    profile = telemetry.ProfileWindow(
+      self.workdir,
+      c.telemetry.profile_start,
+      c.telemetry.profile_steps,
+      self.primary,
+    )
+    sums = None  # Device sums of the step before.
+    with (
+      run_dir.MetricsWriter(
+        self.workdir,
+        start_step=start,
+        tensorboard=c.telemetry.tensorboard,
+        primary=self.primary,
+      ) as self.writer,
+      contextlib.closing(profile),
+      contextlib.closing(self.batches),
+    ):
+      for step in range(start, c.train.steps + 1):
+        if signals.poll(step) or self._any_due(step):
+          self._settle(step, sums)
+          sums = None
+          with self.progress.pause(state):
+            self._visit(step, state, signals)
+        if signals.received:
+          if step > start:
+            self._save(step, state)
+          self.checkpoints.wait()
+          raise Preempted(signals.received, step)
+        if step == c.train.steps:
+          break
+        profile.before_step(step, state)
+        # No transfer but those that are asked for.
+        with jax.transfer_guard("disallow"), profile.annotation(step):
+          batch = sharding.put_batch(self.mesh, next(self.batches))
+          former, (state, sums) = sums, self.step(state, batch)
+        # Fetched after the next step is dispatched, so the device never waits.
+        self._settle(step, former)
+    self.checkpoints.wait()
+    if self.primary:
+      self._draw_figures()
+    logging.info("done: %s", self.workdir)
+
+  def _start(self, saved):
+    self.interval = []  # Host sums of the steps since the last log line.
+    # Later ones are of steps that are taken again.
+    records = run_dir.read_metrics(self.workdir) if saved else []
+    self.former_records = [r for r in records if r["step"] <= saved.step]
+    if not saved:
+      return self.init(), 0
+    self.interval = saved.data_state["interval"]
+    state = self.checkpoints.restore(saved, self.abstract)
+    self.batches.set_state(saved.data_state["iterator"])
+    logging.info("resumed from step %s", f"{saved.step:,}")
+    return state, saved.step
+
+  def _due(self, step, every):
+    last = step == self.config.train.steps
+    return last or (every > 0 and step > 0 and step % every == 0)
+
+  def _any_due(self, step):
+    c = self.config
+    return any(
+      self._due(step, every)
+      for every in (c.eval.every, c.sample.every, c.checkpoint.every)
+    )
+
+  def _settle(self, step, sums):
+    """Fetches the sums of the step that led to `step`; checks and logs them."""
+    if sums is None:
+      return
+    sums = {name: float(x) for name, x in jax.device_get(sums).items()}
+    self.progress.tick(step)
+    sums["loss"] = sums["nats"] / sums["tokens"]
+    # A finite update keeps finite parameters finite.
+    names = ("loss", "gradient_norm", "update_norm")
+    telemetry.check_finite(step, {name: sums[name] for name in names})
+    self.interval.append(sums)
+    if self.progress.eta_seconds is not None and not self.told_eta:
+      self.told_eta = True
+      logging.info(
+        "step %s done; ETA %s",
+        step, telemetry.format_duration(self.progress.eta_seconds),
+      )  # fmt: skip
+    if self._due(step, self.config.telemetry.log_every):
+      self._report(step)
+      self.interval = []
+
+  def _report(self, step):
+    loss = float(np.mean([sums["loss"] for sums in self.interval]))
+    values = {
+      "loss_nats_per_token": loss,
+      "bits_per_char": loss / math.log(2),
+      "learning_rate": self.interval[-1]["learning_rate"],
+      "gradient_norm": self.interval[-1]["gradient_norm"],
+      "tokens_per_second": self.progress.tokens_per_second,
+      "mfu": self.progress.mfu,
+    }
+    self.writer.write(step, "train", **values)
+    eta = {"eta_seconds": self.progress.eta_seconds}
+    logging.info(
+      telemetry.log_line(step, self.config.train.steps, values | eta)
+    )
+
+  def _visit(self, step, state, signals):
+    """Evaluates, saves and samples the state before `step`, where due.
+
+    What a run that was stopped here has already done is not done again; what
+    it left is. A signal ends an evaluation, so that the save is not late.
+    """
+    c, metric = self.config, None
+    if self._due(step, c.eval.every) and not distributed.process_0_says(
+      lambda: self._is_evaluated(step)
+    ):
+      estimate = self.evaluator.estimate(
+        state.read_out_params,
+        self.eval_batches,
+        c.eval.estimators[0],
+        step,
+        is_stopped=signals.poll,
+      )
+      if estimate is None:
+        return
+      metric = estimate.nats_per_token
+      telemetry.check_finite(step, {"validation": metric})
+      self.writer.write(
+        step, "valid", unigram_bits=self.unigram_bits, **estimate.record()
+      )
+      logging.info(
+        "step %s  %s: %s  (unigram entropy %.4f)",
+        f"{step:,}", c.eval.split, estimate, self.unigram_bits,
+      )  # fmt: skip
+    if self._due(step, c.checkpoint.every):
+      self._save(step, state, metric)
+    path = _samples_path(self.workdir, step)
+    if self._due(step, c.sample.every) and not distributed.process_0_says(
+      path.exists
+    ):
+      texts = self.sampler.sample(state.read_out_params)
+      logging.info("sample: %s", texts[0].text)
+      if self.primary:
+        generate.write(path, texts, step)
+
+  def _is_evaluated(self, step):
+    return any(
+      record["step"] == step and record["kind"] == "valid"
+      for record in self.former_records
+    )
+
+  def _save(self, step, state, metric=None):
+    self.checkpoints.save(
+      step,
+      state,
+      data_state={
+        "iterator": self.batches.get_state(),
+        "interval": self.interval,
+        "text": self.text,
+      },
+      config_json=config_lib.to_json(self.config),
+      metric=metric,
+    )
+
+  def _draw_figures(self):
+    records = run_dir.read_metrics(self.workdir)
+    c = self.config
+    title = f"{c.name}:{c.variant}"
+    figures.loss_curve(records, self.workdir / "loss.png", title=title)
+    valid = [r for r in records if r["kind"] == "valid"]
+    figures.slot_curve(
+      {valid[-1]["estimator"]: valid[-1]["slot_curve_bits"]},
+      self.workdir / "slot_curve.png",
+      title=title,
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _mean_alignment(config):
+  """Of a few orders as they are at the end of training; 0 if T < 3."""
+  draws = orders.draw(
+    jax.random.key(0),
+    16,
+    config.model.T,
+    config.orders,
+    step=config.train.steps,
+  )
+  return orders.alignment(draws).mean() if config.model.T > 2 else 0.0
