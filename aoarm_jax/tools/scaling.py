@@ -46,8 +46,7 @@ from aoarm_jax.devices import distributed, sharding
 from aoarm_jax.model import cost
 from aoarm_jax.runs import telemetry
 from aoarm_jax.tools import arguments
-from aoarm_jax.training import loop as train
-from aoarm_jax.training import state as train_state
+from aoarm_jax.training import program as program_lib
 
 _VOCABULARY = 27
 _SCALING = ("weak", "strong")
@@ -101,7 +100,7 @@ class Program(NamedTuple):
 
   Attributes:
     mesh: of its devices.
-    init: () -> state, compiled.
+    init: (seed int32 []) -> state, compiled.
     step: (state, tokens) -> (state, sums).
   """
 
@@ -120,23 +119,13 @@ def compile_step(config: config_lib.Config, devices) -> Program:
   Raises:
     ConfigError: the mesh does not divide the model or the batch.
   """
-  mesh = sharding.of_run(config, "train", devices=devices)
-  shape = config.train.batch_size, config.model.T
-  with jax.set_mesh(mesh):
-    bind, abstract, init = train_state.create(config, _VOCABULARY, mesh)
-    shardings = (
-      jax.tree.map(lambda leaf: leaf.sharding, abstract),
-      sharding.replicated(mesh),
-    )
-    step = jax.jit(
-      train.make_step(config, bind, _VOCABULARY),
-      donate_argnums=0, out_shardings=shardings,
-    )  # fmt: skip
-    tokens = jax.ShapeDtypeStruct(
-      shape, np.uint8, sharding=sharding.named(mesh, "batch")
-    )
+  program = program_lib.make(config, "train", devices=devices)
+  seed = jax.ShapeDtypeStruct((), np.int32)
+  with jax.set_mesh(program.network.mesh):
     return Program(
-      mesh, init.lower().compile(), step.lower(abstract, tokens).compile()
+      program.network.mesh,
+      program.init.lower(seed).compile(),
+      program.step.lower(program.abstract, program.tokens).compile(),
     )
 
 
@@ -155,7 +144,7 @@ def measure(config: config_lib.Config, program: Program, steps: int) -> dict:
   devices = list(mesh.devices.flat)
   B, T = config.train.batch_size, config.model.T
   with jax.set_mesh(mesh):
-    state = init()
+    state = init(np.int32(0))
     rows = sharding.local_rows(mesh, B)
     tokens = np.random.default_rng(0).integers(0, _VOCABULARY, (B, T), np.uint8)
     batch = sharding.put_batch(mesh, tokens[rows])
@@ -172,7 +161,7 @@ def measure(config: config_lib.Config, program: Program, steps: int) -> dict:
     seconds = (time.perf_counter() - start) / steps
     collectives, alone, idle = _profiled(lambda: run(steps), devices[0])
   speed = B * T / seconds
-  flops = cost.training_flops_per_token(config.model, _VOCABULARY, B)
+  flops = cost.training_flops_per_token(config)
   peak = telemetry.peak_flops(devices[0])
   memory = step.memory_analysis()
   kept = memory.argument_size_in_bytes + memory.output_size_in_bytes
