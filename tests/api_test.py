@@ -18,6 +18,7 @@ import pytest
 from absl.testing import absltest, parameterized
 
 import aoarm_jax
+from aoarm_jax.config import errors
 from aoarm_jax.config import schema as config
 from aoarm_jax.data import tokenizers
 from aoarm_jax.generation import prompts
@@ -359,7 +360,7 @@ class CommandTest(parameterized.TestCase):
     with self.assertRaisesRegex(Exception, message.format(**files)) as caught:
       _run(f"--mode={mode}", *rest)
     self.assertLen(str(caught.exception).splitlines(), 1)
-    self.assertIsInstance(caught.exception, helpers.main.COMMAND_ERRORS)
+    self.assertIsInstance(caught.exception, errors.UserError)
 
 
 if __name__ == "__main__":

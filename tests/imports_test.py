@@ -24,8 +24,8 @@ FLOORS = (
   "runs",
   "model",
   "objective devices",
-  "orders",
-  "config data pallas_kernels",
+  "orders data",
+  "config pallas_kernels",
 )
 # Rooms that may not import all that is below.
 ONLY = {

@@ -20,6 +20,8 @@ from typing import Any
 from absl import logging
 from etils import epath
 
+from aoarm_jax.config import errors
+
 # Of the record and of the state's layout on disk. Whatever changes, the
 # manifest must stay readable far enough to tell its format_version.
 FORMAT_VERSION = 1
@@ -30,7 +32,7 @@ _CHUNK_BYTES = 1 << 22
 _DIGEST_BYTES = 32
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(errors.UserError, RuntimeError):
   """One line: what is wrong, where, and how to mend it."""
 
 

@@ -18,6 +18,8 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from aoarm_jax.config import errors
+
 # Their progress messages are not ours; their warnings are.
 _NOISY = ("orbax", "grain", "jax", "jaxlib", "flax", "etils", "fsspec",
           "matplotlib", "tensorboardX")  # fmt: skip
@@ -55,7 +57,7 @@ _PEAK_FLOPS = (
 )
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(errors.UserError, RuntimeError):
   """A loss or gradient norm that is NaN or infinite: training must stop."""
 
 

@@ -24,6 +24,7 @@ from absl import logging
 from jax.experimental import topologies
 
 import pallas_kernels
+from aoarm_jax.config import errors
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import hlo, sharding
 from aoarm_jax.model import cost
@@ -56,7 +57,7 @@ CHIPS = {
 }
 
 
-class PodError(Exception):
+class PodError(errors.UserError):
   """Why a step does not compile for a slice, or does not fit it; one line."""
 
 
