@@ -119,7 +119,7 @@ class ParseTest(parameterized.TestCase):
     ("optimizer.peak_learning_rate", "nan", "must be finite"),
     ("model.mechanism", "mamba", "'mamba' is not one of two_stream"),
     ("model.N", "3", "must divide config.model.D=64"),
-    ("compute.accumulate", "5", "must divide config.train.batch_size=64"),
+    ("compute.accumulate", "5", "must divide config.train.batch_size=32"),
     ("eval.estimators", "5", "5 is not one of any_order"),
     ("eval.estimators", "('any_order','typo')", "'typo' is not one of"),
     ("eval.estimators", "()", "at least one"),
