@@ -133,9 +133,8 @@ def trials(cell: Cell, config: config_lib.Config) -> list[Cell]:
 
 
 def unablated(mechanism: str) -> str:
-  """What an ablation changes one thing of; any other mechanism is itself."""
-  plain = "decoupled_rope"
-  return plain if mechanism.startswith(f"{plain}_") else mechanism
+  """The mechanism of which an ablation changes one thing; else itself."""
+  return mechanisms.MECHANISMS[mechanism].changes_one_thing_of or mechanism
 
 
 def with_trials(
