@@ -33,7 +33,7 @@ ONLY = {
   "configs": "config",
   "aoarm_jax": "api",
   "objective": "orders config",
-  "devices": "config",
+  "devices": "config pallas_kernels",
   "orders": "config",
 }
 

@@ -18,6 +18,8 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from aoarm_jax.devices import peaks
+
 # Their progress messages are not ours; their warnings are.
 _NOISY = ("orbax", "grain", "jax", "jaxlib", "flax", "etils", "fsspec",
           "matplotlib", "tensorboardX")  # fmt: skip
@@ -25,34 +27,6 @@ _NOISY = ("orbax", "grain", "jax", "jaxlib", "flax", "etils", "fsspec",
 # down and yet does not jump between log lines.
 _SPEED_WINDOW_SECONDS = 60.0
 _SECONDS_BETWEEN_PROGRESS = 10.0
-
-# Dense bf16 peak, FLOP/s a device, by part of jax.Device.device_kind; the first
-# match counts. Sources: NVIDIA's datasheet of each part (half of the figure
-# "with sparsity") and Google Cloud's page of each TPU ("peak compute per chip,
-# bf16"). A None guards a lesser part against a match further down. Parts
-# without bf16 matrix units (V100, T4) are left out.
-_PEAK_FLOPS = (
-  ("MIG", None),  # a slice of a chip: its share is not in the name
-  ("GH200", 989e12),
-  ("H200 NVL", 835e12),
-  ("H200", 989e12),
-  ("H100 NVL", 835e12),
-  ("H100 PCIe", 756e12),
-  ("H100", 989e12),
-  ("NVIDIA A100", 312e12),
-  ("GB200", 2500e12),
-  ("B200", 2250e12),
-  ("L40S", 362e12),
-  ("L40", 181e12),
-  ("NVIDIA L4", 121e12),
-  ("TPU v4 lite", None),
-  ("TPU v4", 275e12),
-  ("TPU v5 lite", 197e12),
-  ("TPU v5e", 197e12),
-  ("TPU v5", 459e12),
-  ("TPU v6 lite", 918e12),
-  ("TPU v6e", 918e12),
-)
 
 
 class NonFiniteError(RuntimeError):
@@ -129,18 +103,6 @@ def setup_logging(*, primary: bool = True):
   logging.set_verbosity(logging.INFO if primary else logging.WARNING)
 
 
-def peak_flops(device: jax.Device) -> float | None:
-  """Dense bf16 peak of one device, FLOP/s; None where it is not known."""
-  return of_kind(_PEAK_FLOPS, device.device_kind)
-
-
-def of_kind(
-  table: Sequence[tuple[str, float | None]], device_kind: str
-) -> float | None:
-  """The number beside the first part of (part, number) that the kind has."""
-  return next((x for part, x in table if part in device_kind), None)
-
-
 def is_out_of_memory(error: jax.errors.JaxRuntimeError) -> bool:
   """Whether a device had too little memory for a program."""
   # The CPU's own error has no code.
@@ -176,8 +138,8 @@ class Progress:
     self._step = start_step
     self._tokens_per_step = tokens_per_step
     self._flops_per_token = flops_per_token
-    peaks = [peak_flops(device) for device in devices]
-    self._peak_flops = None if None in peaks else sum(peaks)
+    flops = [peaks.of_kind(device.device_kind).flops for device in devices]
+    self._peak_flops = None if None in flops else sum(flops)
     self._clock = clock
     self._paused_seconds = 0.0
     self._marks = collections.deque()  # (step, seconds without pauses)

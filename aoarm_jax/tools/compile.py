@@ -26,36 +26,11 @@ from jax.experimental import topologies
 
 import pallas_kernels
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.devices import hlo, sharding
+from aoarm_jax.devices import hlo, peaks, sharding
 from aoarm_jax.model import cost
 from aoarm_jax.runs import telemetry
 from aoarm_jax.training import loop as train
 from aoarm_jax.training import state as train_state
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-  """Of one chip, by https://docs.cloud.google.com/tpu/docs/system-architecture.
-
-  Attributes:
-    flops: bf16 peak, FLOP/s.
-    memory: HBM, bytes.
-    memory_speed: bytes/s.
-    link_speed: bytes/s sent over all its links, half of what is given for both
-      directions.
-  """
-
-  flops: float
-  memory: float
-  memory_speed: float
-  link_speed: float
-
-
-CHIPS = {
-  "v5e": Chip(197e12, 16e9, 819e9, 200e9),
-  "v5p": Chip(459e12, 95e9, 2765e9, 600e9),
-  "v6e": Chip(918e12, 32e9, 1640e9, 400e9),
-}
 
 
 class PodError(Exception):
@@ -89,8 +64,8 @@ class Report:
   sent_bytes: dict[str, float]
 
   @property
-  def chip(self) -> Chip:
-    return CHIPS[self.topology.partition(":")[0]]
+  def chip(self) -> peaks.Peaks:
+    return peaks.CHIPS[self.topology.partition(":")[0]]
 
   @property
   def seconds(self) -> dict[str, float]:
@@ -98,8 +73,8 @@ class Report:
     return {
       "matmuls": self.flops / self.chip.flops,
       # Adam reads and writes its state and the parameters once, and a gradient.
-      "state in memory": 2 * self.parameter_bytes / self.chip.memory_speed,
-      "collectives": sum(self.sent_bytes.values()) / self.chip.link_speed,
+      "state in memory": 2 * self.parameter_bytes / self.chip.memory_bandwidth,
+      "collectives": sum(self.sent_bytes.values()) / self.chip.link_bandwidth,
     }
 
   @property
@@ -149,10 +124,10 @@ def estimate(
     PodError: the step does not fit the memory, or the compiler failed.
   """
   name, _, shape = topology.partition(":")
-  if name not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
+  if name not in peaks.CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
     raise config_lib.ConfigError(
       f"--topology={topology!r}: give chip and shape, as in v5e:16x16, "
-      f"v5p:4x4x8 or v6e:8x8; chips: {', '.join(CHIPS)}"
+      f"v5p:4x4x8 or v6e:8x8; chips: {', '.join(peaks.CHIPS)}"
     )
   given = {
     "config": dataclasses.asdict(config),

@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import functools
+import math
 import os
 import re
 import statistics
@@ -24,17 +25,6 @@ from aoarm_jax.runs import restore, telemetry
 
 _BEST = (256, 1024, 4096)  # Batches tried for the best one, which is named 0.
 _VOCABULARY = 27
-_FLOPS_PER_SECOND = 790e12  # Of an H200, bf16, as measured.
-# Bytes/s a device, as measured, by part of jax.Device.device_kind; the first
-# match counts, and a None guards another part against a match further down.
-_PEAK_BANDWIDTH = (
-  ("MIG", None),
-  ("GH200", None),
-  ("H200", 4.3e12),
-  ("H100 NVL", None),
-  ("H100 PCIe", None),
-  ("H100", 3.0e12),
-)
 # Instructions of a compiled program that launch nothing.
 _FREE = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant")
 
@@ -108,12 +98,14 @@ class Options(NamedTuple):
     steps: timed of a cell.
     whole: whether to time whole texts instead.
     bandwidth: bytes/s, for the floor; None for no floor.
+    flops: FLOP/s, for the floor; None leaves FLOPs out of the floor.
     attention: of uncached and mdlm passes.
   """
 
   steps: int = 128
   whole: bool = False
   bandwidth: float | None = None
+  flops: float | None = None
   attention: str = "auto"
 
 
@@ -208,7 +200,7 @@ class Benchmark:
     """
     bandwidth, floor_ms = self._options.bandwidth, None
     if bandwidth:
-      floor = max(moved / bandwidth, flops / _FLOPS_PER_SECOND)
+      floor = max(moved / bandwidth, flops / (self._options.flops or math.inf))
       floor_ms = 1e3 * passes * floor
     return Result(
       size=cell.size,
@@ -409,11 +401,6 @@ def _time(compiled, *arguments) -> _Timing:
     if times[0] > 5:
       break
   return _Timing(statistics.median(times), out, launches(compiled.as_text()))
-
-
-def peak_bandwidth(device_kind: str) -> float | None:
-  """Of a device's memory, bytes/s; None where it was not measured."""
-  return telemetry.of_kind(_PEAK_BANDWIDTH, device_kind)
 
 
 def launches(program: str) -> int:

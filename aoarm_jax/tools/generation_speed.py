@@ -35,7 +35,7 @@ from etils import epath
 import pallas_kernels
 from aoarm_jax.config import mechanisms
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.devices import sharding
+from aoarm_jax.devices import peaks, sharding
 from aoarm_jax.runs import checkpoint, figures, restore, telemetry
 from aoarm_jax.runs import directory as run_dir
 from aoarm_jax.tools import arguments, decode_timing
@@ -154,8 +154,8 @@ def _parser():
   add("--whole", action="store_true", help="time whole texts")
   add(
     "--bandwidth", type=arguments.number(float, 0), default=0.0,
-    help="bytes/s, for the floor; 0: this device's, as measured (H100, H200), "
-    "or no floor",
+    help="bytes/s, for the floor; 0: this device's, where devices/peaks.py "
+    "knows it, or no floor",
   )  # fmt: skip
   add("--workdir", default="", help="a run, instead of random weights")
   add("--out", type=arguments.output, help="CSV file")
@@ -192,7 +192,8 @@ def main(argv=None) -> None:
       f"no cell has a name with {only.pattern!r}; the first one's is {every[0]}"
     )
   device = jax.devices()[0].device_kind
-  bandwidth = options.bandwidth or decode_timing.peak_bandwidth(device)
+  peak = peaks.of_kind(device)
+  bandwidth = options.bandwidth or peak.attainable_bandwidth
   if not bandwidth:
     print(
       f"the memory bandwidth of {device!r} is not known: no floors, unless "
@@ -204,7 +205,11 @@ def main(argv=None) -> None:
       "--quick on a CPU is of a tiny model; choose by --sizes, --T, --batches"
     )
   how = decode_timing.Options(
-    options.steps, options.whole, bandwidth, options.attention
+    options.steps,
+    options.whole,
+    bandwidth,
+    peak.attainable_flops,
+    options.attention,
   )
   benchmark, results = decode_timing.Benchmark(how, run), []
   telemetry.say_compiled(benchmark.compile(chosen))

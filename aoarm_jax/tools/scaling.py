@@ -42,7 +42,7 @@ import numpy as np
 import pallas_kernels
 from aoarm_jax.config import mechanisms
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.devices import distributed, sharding
+from aoarm_jax.devices import distributed, peaks, sharding
 from aoarm_jax.model import cost
 from aoarm_jax.runs import telemetry
 from aoarm_jax.tools import arguments
@@ -173,7 +173,7 @@ def measure(config: config_lib.Config, program: Program, steps: int) -> dict:
     collectives, alone, idle = _profiled(lambda: run(steps), devices[0])
   speed = B * T / seconds
   flops = cost.training_flops_per_token(config.model, _VOCABULARY, B)
-  peak = telemetry.peak_flops(devices[0])
+  peak = peaks.of_kind(devices[0].device_kind).flops
   memory = step.memory_analysis()
   kept = memory.argument_size_in_bytes + memory.output_size_in_bytes
   kept += memory.temp_size_in_bytes - memory.alias_size_in_bytes

@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import pallas_kernels
 from pallas_kernels import reference, tuning
 from pallas_kernels.hopper import attention as hopper
+from pallas_kernels.hopper import peaks
 
-_BYTES_PER_SECOND, _FLOPS_PER_SECOND = 4.3e12, 790e12
 # The plain path is left out where its scores would be larger.
 _MOST_SCORES = 6e9
 _COLUMNS = ("xla", "cudnn", "cudnn x2", "ours")
@@ -111,7 +111,9 @@ class Row:
       keys = float(visible.max(axis=1).sum()) * self.N * self.H * 2
     # q, k, v, out; then q, k, v, out, d_out, dq, dk, dv.
     moved = 2 * rows + 2 * keys + backward * (4 * rows + 4 * keys)
-    return 1e3 * max(moved / _BYTES_PER_SECOND, flops / _FLOPS_PER_SECOND)
+    return 1e3 * max(
+      moved / peaks.BYTES_PER_SECOND, flops / peaks.FLOPS_PER_SECOND
+    )
 
 
 _TRAINING = (
