@@ -18,39 +18,6 @@ from aoarm_jax.config import schema as config_lib
 from aoarm_jax.tools import decode_timing
 from aoarm_jax.tools import generation_speed as decode_benchmark
 
-_PROGRAM = """
-HloModule x
-
-%fused (p: f32[]) -> f32[] {
-  %p = f32[] parameter(0)
-  ROOT %n = f32[] negate(%p)
-}
-
-%called (p: f32[]) -> f32[] {
-  %p = f32[] parameter(0)
-  %a = f32[] fusion(%p), kind=kLoop, calls=%fused
-  ROOT %b = f32[] custom-call(%a), custom_call_target="gemm"
-}
-
-%body (p: (f32[], s32[])) -> (f32[], s32[]) {
-  %p = (f32[], s32[]) parameter(0)
-  %x = f32[] get-tuple-element(%p), index=0
-  %y = (f32[], /*index=1*/f32[]) fusion(%x), kind=kInput, calls=%fused
-  %z = f32[] call(%x), to_apply=%called
-  %c = f32[] copy(%z)
-  ROOT %t = (f32[], s32[]) tuple(%c, %x)
-}
-
-%cond (p: (f32[], s32[])) -> pred[] {
-  ROOT %p = pred[] constant(true)
-}
-
-ENTRY %main (p: (f32[], s32[])) -> (f32[], s32[]) {
-  %p = (f32[], s32[]) parameter(0)
-  ROOT %w = (f32[], s32[]) while(%p), condition=%cond, body=%body
-}
-"""
-
 
 @pytest.mark.once
 class BenchmarkTest(parameterized.TestCase):
@@ -123,11 +90,6 @@ class BenchmarkTest(parameterized.TestCase):
        ("sequential", "parallel-16", "uncached", "mdlm")],
     )  # fmt: skip
     self.assertEqual((other.T, other.sizes), ([16], options.sizes))
-
-  def test_launches_of_a_loop(self):
-    """A fusion, a copy, and two in what is called."""
-    self.assertEqual(decode_timing.launches(_PROGRAM), 4)
-    self.assertEqual(decode_timing.launches("HloModule x"), 0)
 
   def test_what_does_not_fit_is_left_out(self):
     """One line; the other cells are measured, other errors are not hidden."""

@@ -210,9 +210,6 @@ def _compile(config: config_lib.Config, vocabulary: int, topology: str) -> dict:
   ):
     lowered = step.lower(abstract, tokens)
   compiled = lowered.compile()
-  memory = compiled.memory_analysis()
-  used = memory.argument_size_in_bytes + memory.output_size_in_bytes
-  used += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
   forward = cost.forward_flops(
     config.model, vocabulary, B, query_fraction=config.train.query_fraction
   )
@@ -227,12 +224,12 @@ def _compile(config: config_lib.Config, vocabulary: int, topology: str) -> dict:
         for leaf in jax.tree.leaves(abstract)
       )
     ),
-    memory_bytes=float(used - memory.alias_size_in_bytes),
+    memory_bytes=float(hlo.memory_bytes(compiled)),
     model_flops=3 * forward / len(devices),
     flops=(4 if config.compute.remat else 3) * forward / len(devices),
     sent_bytes={
-      kind: one.sent_bytes
-      for kind, one in hlo.traffic(compiled.as_text()).items()
+      kind: traffic.sent_bytes
+      for kind, traffic in hlo.traffic(compiled.as_text()).items()
     },
   )
 

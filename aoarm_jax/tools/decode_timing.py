@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import math
 import os
-import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 
 from aoarm_jax import orders
 from aoarm_jax.config import schema as config_lib
+from aoarm_jax.devices import hlo
 from aoarm_jax.generation import decode, diffusion
 from aoarm_jax.generation import law as sampling
 from aoarm_jax.generation import steps as decode_steps
@@ -25,8 +25,6 @@ from aoarm_jax.runs import restore, telemetry
 
 _BEST = (256, 1024, 4096)  # Batches tried for the best one, which is named 0.
 _VOCABULARY = 27
-# Instructions of a compiled program that launch nothing.
-_FREE = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -400,43 +398,6 @@ def _time(compiled, *arguments) -> _Timing:
     times.append(time.perf_counter() - start)
     if times[0] > 5:
       break
-  return _Timing(statistics.median(times), out, launches(compiled.as_text()))
-
-
-def launches(program: str) -> int:
-  """Kernels in one step of the largest loop of a compiled program.
-
-  Args:
-    program: its text, as jax.stages.Compiled.as_text gives it.
-
-  Returns:
-    How many instructions of the loop's body do something; 0 where there is no
-    loop, or another one in it.
-  """
-  lines: dict[str, list[str]] = {}
-  name = ""
-  for line in program.splitlines():
-    if start := re.match(r"(?:ENTRY )?%?([\w.-]+) \(.*\{\s*$", line):
-      name = start[1]
-    elif line.startswith("  ") and name:
-      lines.setdefault(name, []).append(line)
-  bodies = re.findall(r"\bbody=%?([\w.-]+)", program)
-  if not bodies:
-    return 0
-
-  def count(computation):
-    total = 0
-    for line in lines.get(computation, ()):
-      found = re.match(
-        r"\s+(?:ROOT )?%?[\w.-]+ = (?:\(.*?\)|\S+) ([\w-]+)\(", line
-      )
-      if not found or found[1] in _FREE:
-        continue
-      if found[1] == "while":
-        return 0
-      called = re.search(r"to_apply=%?([\w.-]+)", line)
-      is_call = found[1] == "call" and called
-      total += count(called[1]) if is_call else 1
-    return total
-
-  return count(max(bodies, key=lambda body: len(lines.get(body, ()))))
+  return _Timing(
+    statistics.median(times), out, hlo.launches(compiled.as_text())
+  )

@@ -42,7 +42,7 @@ import numpy as np
 import pallas_kernels
 from aoarm_jax.config import mechanisms
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.devices import distributed, peaks, sharding
+from aoarm_jax.devices import distributed, hlo, peaks, sharding
 from aoarm_jax.model import cost
 from aoarm_jax.runs import telemetry
 from aoarm_jax.tools import arguments
@@ -174,15 +174,12 @@ def measure(config: config_lib.Config, program: Program, steps: int) -> dict:
   speed = B * T / seconds
   flops = cost.training_flops_per_token(config.model, _VOCABULARY, B)
   peak = peaks.of_kind(devices[0].device_kind).flops
-  memory = step.memory_analysis()
-  kept = memory.argument_size_in_bytes + memory.output_size_in_bytes
-  kept += memory.temp_size_in_bytes - memory.alias_size_in_bytes
   return {
     "ms/step": 1e3 * seconds,
     "tokens/s": speed,
     "a device": speed / len(devices),
     "MFU": peak and speed * flops / (len(devices) * peak),
-    "GB a device": kept / 1e9,
+    "GB a device": hlo.memory_bytes(step) / 1e9,
     "collectives": collectives,
     "alone": alone,
     "idle": idle,
