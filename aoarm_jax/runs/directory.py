@@ -29,6 +29,7 @@ from absl import logging
 from etils import epath
 
 from aoarm_jax.config import schema as config
+from aoarm_jax.runs import text
 
 try:
   import fcntl
@@ -364,8 +365,4 @@ def parameter_table(params: Any) -> str:
     rows.append((name.removesuffix("/value"), shape, dtype.name, f"{count:,}"))
   rows.append(("total", "", f"{size / 2**20:,.1f} MiB",
                f"{parameter_count(params):,}"))  # fmt: skip
-  widths = [max(map(len, column)) for column in zip(*rows)]
-  return "".join(
-    f"{p:<{widths[0]}}  {s:<{widths[1]}}  {d:<{widths[2]}}  {c:>{widths[3]}}\n"
-    for p, s, d, c in rows
-  )
+  return text.aligned(rows, "<<<>")

@@ -14,17 +14,17 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 from typing import Any
 
 from absl import logging
 from etils import epath
 
+from aoarm_jax.runs import directory as run_dir
+
 # Of the record and of the state's layout on disk. Whatever changes, the
 # manifest must stay readable far enough to tell its format_version.
 FORMAT_VERSION = 1
 NAME = "manifest.json"
-_TEMPORARY_NAME = NAME + ".tmp"
 _ORBAX_TEMPORARY = ".orbax-checkpoint-tmp"  # A save in flight, or killed.
 _CHUNK_BYTES = 1 << 22
 _DIGEST_BYTES = 32
@@ -228,13 +228,7 @@ def write(directory: epath.Path, record: dict) -> None:
     directory: the step's folder.
     record: JSON values only; `record["files"]` as `checksums` returns it.
   """
-  temporary = directory / _TEMPORARY_NAME
-  with temporary.open("wb") as file:
-    file.write(_encode(record))
-    if "://" not in str(directory):  # A bucket has no descriptor to sync.
-      file.flush()
-      os.fsync(file.fileno())
-  temporary.replace(directory / NAME)
+  run_dir.write_atomically(directory / NAME, _encode(record))
 
 
 def read(directory: epath.Path) -> dict:
@@ -306,5 +300,5 @@ def _names(directory, prefix=""):
   for path in directory.iterdir():
     if path.is_dir():
       yield from _names(path, f"{prefix}{path.name}/")
-    elif prefix or path.name not in (NAME, _TEMPORARY_NAME):
+    elif prefix or path.name != NAME:
       yield prefix + path.name

@@ -28,7 +28,7 @@ import pallas_kernels
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import hlo, peaks, sharding
 from aoarm_jax.model import cost
-from aoarm_jax.runs import telemetry
+from aoarm_jax.runs import telemetry, text
 from aoarm_jax.training import loop as train
 from aoarm_jax.training import state as train_state
 
@@ -183,8 +183,8 @@ def _compile(config: config_lib.Config, vocabulary: int, topology: str) -> dict:
     ).devices
   except Exception as error:  # Of many types, by what is missing.
     raise config_lib.ConfigError(
-      f"--topology={topology}: {_first_line(error)}; the TPU compiler comes "
-      "with pip install -e '.[tpu]'"
+      f"--topology={topology}: {text.first_line(error)}; the TPU compiler "
+      "comes with pip install -e '.[tpu]'"
     ) from error
   if config.compute.attention == "auto":
     compute = dataclasses.replace(config.compute, attention="mosaic_tpu")
@@ -247,7 +247,7 @@ def _answer(given: dict) -> dict:
     return {"config_error": f"config.compute.attention: {error}"}
   except jax.errors.JaxRuntimeError as error:
     if not telemetry.is_out_of_memory(error):
-      return {"error": f"the TPU compiler failed: {_first_line(error)}"}
+      return {"error": f"the TPU compiler failed: {text.first_line(error)}"}
     return {"error": f"{given['topology']}: {_does_not_fit(str(error))}"}
 
 
@@ -263,17 +263,13 @@ def _does_not_fit(message):
   what = (
     f"needs at least {found['used']}iB of the {found['there']}iB of a chip"
     if found
-    else _first_line(message)
+    else text.first_line(message)
   )
   return (
     f"does not fit: {what}; take more chips, a smaller "
     "--config.train.batch_size, a larger --config.mesh.fsdp (0: all chips), "
     "--config.compute.accumulate, or --config.compute.remat=true"
   )
-
-
-def _first_line(error):
-  return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from aoarm_jax.config import mechanisms
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.model import cost
 from aoarm_jax.model import network as network_lib
+from aoarm_jax.runs import text
 
 # Head dims stay multiples of 8, which fused attention wants; so does F.
 _MULTIPLE = 8
@@ -188,12 +189,7 @@ def table(config: config_lib.Config, vocabulary: int) -> str:
         ),
       )
     )
-  widths = [max(map(len, column)) for column in zip(*rows)]
-  return "\n".join(
-    row[0].ljust(widths[0])
-    + "".join(cell.rjust(width + 2) for cell, width in zip(row[1:], widths[1:]))
-    for row in rows
-  )
+  return text.aligned(rows, "<" + ">" * len(units[1:])).rstrip("\n")
 
 
 def _matched(own, config, vocabulary, by, change):
