@@ -304,9 +304,11 @@ class Checkpoints:
           self._steps.clean()
       raise
     logging.info(
-      "saved checkpoint step %d: %.1f MB in %.2f s", step,
-      sum(f["bytes"] for f in files.values()) / 1e6, time.monotonic() - start,
-    )  # fmt: skip
+      "saved checkpoint step %d: %.1f MB in %.2f s",
+      step,
+      sum(f["bytes"] for f in files.values()) / 1e6,
+      time.monotonic() - start,
+    )
     try:
       self._steps.retain(step, self._keep_last, self._keep_best)
       self._steps.clean()

@@ -38,8 +38,16 @@ except ImportError:  # Windows.
 
 METRICS_FILE = "metrics.jsonl"
 
-_LIBRARIES = ("aoarm_jax", "jax", "jaxlib", "flax", "optax",
-              "orbax-checkpoint", "grain", "numpy")  # fmt: skip
+_LIBRARIES = (
+  "aoarm_jax",
+  "jax",
+  "jaxlib",
+  "flax",
+  "optax",
+  "orbax-checkpoint",
+  "grain",
+  "numpy",
+)
 # Object stores cannot append: there the file is rewritten, this often.
 _REMOTE_FLUSH_SECONDS = 30.0
 
@@ -140,8 +148,14 @@ class MetricsWriter:
   folder only: on start it drops what it is about to write again.
   """
 
-  def __init__(self, workdir: epath.PathLike, *, start_step: int,
-               tensorboard: bool, primary: bool):  # fmt: skip
+  def __init__(
+    self,
+    workdir: epath.PathLike,
+    *,
+    start_step: int,
+    tensorboard: bool,
+    primary: bool,
+  ):
     """Opens the files.
 
     Args:
@@ -170,8 +184,10 @@ class MetricsWriter:
     if len(kept) < len(records):
       logging.info(
         "%s: dropped %d records after step %d, to be written again",
-        METRICS_FILE, len(records) - len(kept), start_step,
-      )  # fmt: skip
+        METRICS_FILE,
+        len(records) - len(kept),
+        start_step,
+      )
     # Validation at the very step resumed from may run a second time.
     self._held = {_key(r) for r in kept if r["step"] == start_step}
     self._lines = [json.dumps(r) + "\n" for r in kept]
@@ -269,8 +285,9 @@ def _plain(name, value):
   )
 
 
-def describe_run(workdir: epath.PathLike, *, config_json: str,
-                 argv: Sequence[str], params: Any):  # fmt: skip
+def describe_run(
+  workdir: epath.PathLike, *, config_json: str, argv: Sequence[str], params: Any
+):
   """Writes config.json, command.txt, versions.json and parameters.txt.
 
   Call it once a start, on the primary process, with the devices initialized.
@@ -337,9 +354,12 @@ def _git_state(source: pathlib.Path):
 def _git(source, *arguments):
   return subprocess.run(
     ["git", "-C", str(source.parent), *arguments],
-    check=True, capture_output=True, text=True, timeout=20,
+    check=True,
+    capture_output=True,
+    text=True,
+    timeout=20,
     env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"},
-  ).stdout  # fmt: skip
+  ).stdout
 
 
 def parameter_count(params: Any) -> int:
@@ -363,6 +383,7 @@ def parameter_table(params: Any) -> str:
     shape = " x ".join(map(str, leaf.shape)) or "scalar"
     # A Flax variable keeps its array in an attribute of that name.
     rows.append((name.removesuffix("/value"), shape, dtype.name, f"{count:,}"))
-  rows.append(("total", "", f"{size / 2**20:,.1f} MiB",
-               f"{parameter_count(params):,}"))  # fmt: skip
+  rows.append(
+    ("total", "", f"{size / 2**20:,.1f} MiB", f"{parameter_count(params):,}")
+  )
   return text.aligned(rows, "<<<>")

@@ -21,8 +21,17 @@ from etils import epath
 from aoarm_jax.devices import peaks
 
 # Their progress messages are not ours; their warnings are.
-_NOISY = ("orbax", "grain", "jax", "jaxlib", "flax", "etils", "fsspec",
-          "matplotlib", "tensorboardX")  # fmt: skip
+_NOISY = (
+  "orbax",
+  "grain",
+  "jax",
+  "jaxlib",
+  "flax",
+  "etils",
+  "fsspec",
+  "matplotlib",
+  "tensorboardX",
+)
 # Speed is the mean over this much time, so it follows a machine that slows
 # down and yet does not jump between log lines.
 _SPEED_WINDOW_SECONDS = 60.0
@@ -120,10 +129,16 @@ class Progress:
   left out) and at each log line. Any subset of the steps will do.
   """
 
-  def __init__(self, *, total_steps: int, start_step: int,
-               tokens_per_step: int, flops_per_token: float | None,
-               devices: Sequence[jax.Device],
-               clock=time.monotonic):  # fmt: skip
+  def __init__(
+    self,
+    *,
+    total_steps: int,
+    start_step: int,
+    tokens_per_step: int,
+    flops_per_token: float | None,
+    devices: Sequence[jax.Device],
+    clock=time.monotonic,
+  ):
     """Starts with no speed known.
 
     Args:
@@ -235,8 +250,9 @@ def say_compiled(counts: Iterable[tuple[int, int]], file=None):
       told = now
       print(
         f"{done} of {count} programs compiled, {now - start:.0f} s",
-        file=file, flush=True,
-      )  # fmt: skip
+        file=file,
+        flush=True,
+      )
 
 
 _LOG_FIELDS = {
@@ -269,8 +285,9 @@ def log_line(step: int, total: int, values: Mapping[str, Any]) -> str:
 class ProfileWindow:
   """Traces a few steps to workdir/profile, for XProf or Perfetto."""
 
-  def __init__(self, workdir: epath.PathLike, start: int, steps: int,
-               primary: bool):  # fmt: skip
+  def __init__(
+    self, workdir: epath.PathLike, start: int, steps: int, primary: bool
+  ):
     """Plans the window.
 
     Args:
