@@ -9,6 +9,10 @@ To add one that is made of these pieces, add a line here and a file in configs/.
 
 import dataclasses
 
+# Generation from a cache: config.sample.method.
+_LEFT_TO_RIGHT = ("sequential", "parallel", "speculative")
+_ANY_ORDER = (*_LEFT_TO_RIGHT, "adaptive")
+
 
 @dataclasses.dataclass(frozen=True)
 class Mechanism:
@@ -30,6 +34,7 @@ class Mechanism:
     masked: whether rows are in natural order, each at its own position, some
       of them MASK, all visible to all: a masked diffusion model, without cache.
     left_to_right: whether this is the only order that it knows.
+    methods: the values of config.sample.method by which it generates.
   """
 
   source: str
@@ -39,6 +44,7 @@ class Mechanism:
   condition: int = 0
   masked: bool = False
   left_to_right: bool = False
+  methods: tuple[str, ...] = _ANY_ORDER
 
 
 _TARGET_WIDTH = 128  # AO-GPT's.
@@ -64,7 +70,15 @@ MECHANISMS = {
     "AO-GPT, arXiv 2506.19935", added=("content",), condition=_TARGET_WIDTH
   ),
   "causal": Mechanism(
-    "plain RoPE transformer", query=("content",), left_to_right=True
+    "plain RoPE transformer",
+    query=("content",),
+    left_to_right=True,
+    methods=_LEFT_TO_RIGHT,
   ),
-  "mdlm": Mechanism("MDLM, arXiv 2406.07524", query=("content",), masked=True),
+  "mdlm": Mechanism(
+    "MDLM, arXiv 2406.07524",
+    query=("content",),
+    masked=True,
+    methods=("sequential", "ancestral", "confidence"),
+  ),
 }
