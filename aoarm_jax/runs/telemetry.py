@@ -10,7 +10,7 @@ import importlib.util
 import logging as python_logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -35,7 +35,6 @@ _NOISY = (
 # Speed is the mean over this much time, so it follows a machine that slows
 # down and yet does not jump between log lines.
 _SPEED_WINDOW_SECONDS = 60.0
-_SECONDS_BETWEEN_PROGRESS = 10.0
 
 
 class NonFiniteError(RuntimeError):
@@ -234,25 +233,6 @@ def format_count(count: float) -> str:
     if count >= 0.9995 * size:
       return f"{count / size:#.3g}".rstrip(".") + unit
   return f"{count:.0f}"
-
-
-def say_compiled(counts: Iterable[tuple[int, int]], file=None):
-  """Prints how many programs are compiled, now and then and when all are.
-
-  Args:
-    counts: (compiled so far, of how many), after each.
-    file: as of print.
-  """
-  start = told = time.monotonic()
-  for done, count in counts:
-    now = time.monotonic()
-    if now - told > _SECONDS_BETWEEN_PROGRESS or done == count:
-      told = now
-      print(
-        f"{done} of {count} programs compiled, {now - start:.0f} s",
-        file=file,
-        flush=True,
-      )
 
 
 _LOG_FIELDS = {

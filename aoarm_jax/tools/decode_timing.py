@@ -4,16 +4,16 @@ import concurrent.futures
 import dataclasses
 import functools
 import math
-import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from aoarm_jax import orders
+from aoarm_jax.config import mechanisms
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import hlo
 from aoarm_jax.generation import decode, diffusion
@@ -21,8 +21,14 @@ from aoarm_jax.generation import law as sampling
 from aoarm_jax.generation import steps as decode_steps
 from aoarm_jax.model import cost
 from aoarm_jax.model import network as network_lib
-from aoarm_jax.runs import restore, telemetry
+from aoarm_jax.runs import restore, telemetry, text
+from aoarm_jax.tools import table
 
+# The masked diffusion model that the others are compared with. The method of
+# generation that is timed with this model has the same name.
+MASKED = next(
+  name for name, kind in mechanisms.MECHANISMS.items() if kind.masked
+)
 _BEST = (256, 1024, 4096)  # Batches tried for the best one, which is named 0.
 _VOCABULARY = 27
 
@@ -78,15 +84,47 @@ class Result:
   def __str__(self):
     floor, floors = "-", "-"
     if self.floor_ms is not None:
-      floor, floors = (
-        f"{self.floor_ms:.4f}", f"{self.step_ms / self.floor_ms:.1f}"
-      )  # fmt: skip
-    return (
-      f"{self.size:10} {self.T:5} {self.B:5} {self.method:14}"
-      f"{self.tokens_per_second:14,.0f} {self.step_ms:10.3f} "
-      f"{floor:>9} {floors:>7} "
-      f"{self.launches or '-':>9} {self.tokens_per_step:9.2f}  {self.timed}"
+      floor = f"{self.floor_ms:.4f}"
+      floors = f"{self.step_ms / self.floor_ms:.1f}"
+    return _line(
+      self.size,
+      f"{self.T}",
+      f"{self.B}",
+      self.method,
+      f"{self.tokens_per_second:,.0f}",
+      f"{self.step_ms:.3f}",
+      floor,
+      floors,
+      f"{self.launches or '-'}",
+      f"{self.tokens_per_step:.2f}",
+      self.timed,
     )
+
+
+# Title of each column of the table -> side on which its cells stand, and width.
+_COLUMNS = {
+  "size": ("<", 10),
+  "T": (">", 5),
+  "B": (">", 5),
+  "method": ("<", 14),
+  "tokens/s": (">", 11),
+  "step ms": (">", 9),
+  "floor ms": (">", 8),
+  "floors": (">", 6),
+  "launches": (">", 8),
+  "tok/step": (">", 8),
+  "timed": ("<", 0),
+}
+
+
+def _line(*cells: str) -> str:
+  sides, widths = zip(*_COLUMNS.values())
+  return text.padded(cells, widths, sides)
+
+
+def header() -> str:
+  """Returns the titles of the lines that results are printed as."""
+  return _line(*_COLUMNS)
 
 
 class Options(NamedTuple):
@@ -119,13 +157,13 @@ class _Job(NamedTuple):
   """What a cell needs.
 
   Attributes:
-    params: () -> those that the programs take.
-    compiled: of every program (params, key) -> any result.
-    results: list of _Timing, one a program -> list of Result.
+    params: () -> the parameters that the programs take.
+    programs: functions () -> a compiled program (params, key) -> any result.
+    results: list of _Timing, one per program -> list of Result.
   """
 
   params: Callable
-  compiled: list[concurrent.futures.Future]
+  programs: list[Callable]
   results: Callable
 
 
@@ -136,40 +174,50 @@ class Benchmark:
     self._options, self._run = options, run
     self._law = sampling.make_law()
     self._jobs: dict[Cell, _Job] = {}
-    self._pool = concurrent.futures.ThreadPoolExecutor(
-      min(16, os.cpu_count() or 1)
-    )
+    self._programs: dict[tuple[Cell, int], concurrent.futures.Future] = {}
 
-  def compile(self, cells: list[Cell]) -> Iterator[tuple[int, int]]:
-    """Compiles all that these cells need, side by side, before any is timed.
+  def compile(self, cells: Iterable[Cell]) -> None:
+    """Compiles side by side all that these cells need, before any is timed.
 
     Args:
-      cells: those that `measure` or `best` will be asked for.
-
-    Yields:
-      (programs compiled so far, of how many), after each.
+      cells: the cells that `measure` will be asked for.
     """
+    jobs = {}
     for cell in cells:
-      sizes = (cell.B,) if cell.B else _BEST
-      for one in (dataclasses.replace(cell, B=B) for B in sizes):
-        self._jobs[one] = self._start(one)
-    programs = [p for job in self._jobs.values() for p in job.compiled]
-    finished = concurrent.futures.as_completed(programs)
-    for n, _ in enumerate(finished):
-      yield n + 1, len(programs)
+      for B in (cell.B,) if cell.B else _BEST:
+        sized = dataclasses.replace(cell, B=B)
+        jobs[sized] = self._start(sized)
+    self._jobs |= jobs
+    self._programs |= table.compile_all(
+      {
+        (cell, i): program
+        for cell, job in jobs.items()
+        for i, program in enumerate(job.programs)
+      }
+    )
 
   def measure(self, cell: Cell) -> list[Result]:
-    """Of the cell's method; of mdlm with two numbers of steps."""
-    job = self._jobs.pop(cell, None) or self._start(cell)
-    programs = [future.result() for future in job.compiled]
+    """Returns the results of a cell, or of the best batch where its B is 0.
+
+    There is one result; masked diffusion has two, for two numbers of steps.
+    """
+    return self._of_batch(cell) if cell.B else self._best(cell)
+
+  def _of_batch(self, cell):
+    if cell not in self._jobs:  # The best batch, which was measured before.
+      self.compile([cell])
+    # Nothing holds a program longer than it is needed.
+    job = self._jobs.pop(cell)
+    futures = [self._programs.pop((cell, i)) for i in range(len(job.programs))]
+    programs = [future.result() for future in futures]
     params = job.params()
     return job.results([_time(p, params, _key()) for p in programs])
 
   def _start(self, cell):
     """Begins to compile; only shapes are needed for that."""
     mechanism = cell.model.mechanism
-    if cell.method == "mdlm" and not cell.model.kind.masked:
-      mechanism = "mdlm"
+    if cell.method == MASKED and not cell.model.kind.masked:
+      mechanism = MASKED
     model = dataclasses.replace(cell.model, mechanism=mechanism)
     if self._run is not None and model == cell.model:
       bind, abstract = self._run.bind, self._run.params
@@ -179,12 +227,12 @@ class Benchmark:
       bind = _bind(model, compute)
       abstract = bind.abstract_params
       params = functools.partial(_fresh, bind)
-    make = {"uncached": self._uncached, "mdlm": self._masked}
+    make = {"uncached": self._uncached, MASKED: self._masked}
     programs, results = make.get(cell.method, self._cached)(
       cell, bind, abstract
     )
     compiled = [
-      self._pool.submit(_compile, program, abstract) for program in programs
+      functools.partial(_compile, program, abstract) for program in programs
     ]
     return _Job(params, compiled, results)
 
@@ -335,26 +383,29 @@ class Benchmark:
           cell, name, timing.seconds / steps * count, count, 1, moved, flops,
           launches=timing.launches, timed=f"{steps} steps",
         )
-        for name, count in (("mdlm T", T), ("mdlm T/4", max(1, T // 4)))
+        for name, count in (
+          (f"{MASKED} T", T),
+          (f"{MASKED} T/4", max(1, T // 4)),
+        )
       ]  # fmt: skip
 
     return [generate], results
 
-  def best(self, cell: Cell) -> list[Result]:
-    """Of growing batches, until more does not fit, or is no faster."""
-    found = []
+  def _best(self, cell):
+    """Grows the batch until memory runs out or speed stops improving."""
+    best = []
     for B in _BEST:
       try:
-        results = self.measure(dataclasses.replace(cell, B=B))
+        results = self._of_batch(dataclasses.replace(cell, B=B))
       except jax.errors.JaxRuntimeError as error:
-        if not telemetry.is_out_of_memory(error):
+        if not (best and telemetry.is_out_of_memory(error)):
           raise
         break
-      fastest = results[0].tokens_per_second
-      if found and fastest < 1.05 * found[0].tokens_per_second:
+      speed = results[0].tokens_per_second
+      if best and speed < 1.05 * best[0].tokens_per_second:
         break
-      found = results
-    return [dataclasses.replace(result, best=True) for result in found]
+      best = results
+    return [dataclasses.replace(result, best=True) for result in best]
 
 
 def _adaptive_passes(T: int, first: int, blanks: int) -> float:

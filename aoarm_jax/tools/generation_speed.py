@@ -36,9 +36,8 @@ import pallas_kernels
 from aoarm_jax.config import mechanisms
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import peaks, sharding
-from aoarm_jax.runs import checkpoint, figures, restore, telemetry
-from aoarm_jax.runs import directory as run_dir
-from aoarm_jax.tools import arguments, decode_timing
+from aoarm_jax.runs import checkpoint, figures, restore
+from aoarm_jax.tools import arguments, decode_timing, table
 
 _SIZES = {
   "tiny": dict(D=64, L=3, N=2),
@@ -52,14 +51,12 @@ _METHODS = (
   "speculative-4",
   "adaptive",
   "uncached",
-  "mdlm",
+  decode_timing.MASKED,
 )
+_NUMBERED = ("parallel", "speculative")
+# The columns that the picture needs.
 _COLUMNS = {"size", "T", "B", "method", "tokens_per_second", "device"}
-_QUICK = "(sequential|parallel-16|uncached|mdlm)$"
-_HEADER = (
-  "size           T     B method              tokens/s    step ms  floor ms  "
-  "floors  launches tok/step  timed"
-)
+_QUICK = f"(sequential|parallel-16|uncached|{decode_timing.MASKED})$"
 
 
 def cells(
@@ -89,12 +86,14 @@ def cells(
 
 
 def _methods(asked, model):
-  """Those that are asked for, or all that the model has."""
+  """Returns the methods that are asked for, or all that the model has."""
 
   def has(method):
-    if model.kind.masked:  # It has no cache, and its rows are the whole text.
-      return method == "mdlm"
-    return method != "adaptive" or not model.kind.left_to_right
+    # A masked model of the same size is timed beside every other model. It has
+    # no cache, and its rows are the whole text.
+    if method == decode_timing.MASKED or model.kind.masked:
+      return method == decode_timing.MASKED
+    return method == "uncached" or _family(method) in model.kind.methods
 
   possible = list(filter(has, _METHODS))
   for method in asked or ():
@@ -106,57 +105,67 @@ def _methods(asked, model):
   return asked or possible
 
 
+def _family(method):
+  """Returns a method's name without its number, as in parallel-4."""
+  return method.partition("-")[0]
+
+
 def _method(name):
-  if re.fullmatch(r"sequential|adaptive|uncached|mdlm", name):
-    return name
-  if re.fullmatch(r"(parallel|speculative)-[1-9]\d*", name):
-    return name
-  raise argparse.ArgumentTypeError(
-    f"{name!r} is not one of sequential, parallel-M, speculative-M, adaptive, "
-    "uncached, mdlm, where M is any whole number from 1"
-  )
-
-
-def _pattern(text):
-  try:
-    return re.compile(text)
-  except re.error as error:
+  """The type of an argument that is a method."""
+  plain = [method for method in _METHODS if _family(method) not in _NUMBERED]
+  numbered = re.fullmatch(rf"({'|'.join(_NUMBERED)})-[1-9]\d*", name)
+  if name not in plain and not numbered:
+    choices = (*plain, *(f"{family}-M" for family in _NUMBERED))
     raise argparse.ArgumentTypeError(
-      f"{text!r} is not a regular expression: {error}"
-    ) from None
+      f"{name!r} is not one of {', '.join(choices)}, where M is any whole "
+      "number from 1"
+    )
+  return name
 
 
 def _parser():
   parser = arguments.parser("generation_speed", __doc__)
   add, whole = parser.add_argument, arguments.number(int, 1)
-  add("--only", type=_pattern, help="regular expression of cells' names")
   add(
-    "--quick", action="store_true",
+    "--only", type=arguments.pattern, help="regular expression of cells' names"
+  )
+  add(
+    "--quick",
+    action="store_true",
     help="other defaults: four methods at 8m T1024 B64; on a CPU tiny T128 B8",
-  )  # fmt: skip
+  )
   add("--sizes", nargs="+", default=["8m", "base"], choices=_SIZES)
   add(
-    "--methods", nargs="+", type=_method,
+    "--methods",
+    nargs="+",
+    type=_method,
     help="default: all that the mechanism has",
-  )  # fmt: skip
+  )
   add("--T", nargs="+", type=whole, default=[128, 1024, 4096])
   add(
-    "--batches", nargs="+", type=arguments.number(int, 0), default=[1, 64, 0],
+    "--batches",
+    nargs="+",
+    type=arguments.number(int, 0),
+    default=[1, 64, 0],
     help="0: the best",
-  )  # fmt: skip
+  )
   chain = [name for name, m in mechanisms.MECHANISMS.items() if not m.masked]
-  add("--mechanism", default="two_stream", choices=chain)
+  add("--mechanism", default=config_lib.Model().mechanism, choices=chain)
   add(
-    "--attention", default="auto", help="of uncached and mdlm passes",
+    "--attention",
+    default="auto",
+    help="of uncached and mdlm passes",
     choices=("auto", *pallas_kernels.IMPLEMENTATIONS),
-  )  # fmt: skip
+  )
   add("--steps", type=whole, default=128, help="steps timed a cell")
   add("--whole", action="store_true", help="time whole texts")
   add(
-    "--bandwidth", type=arguments.number(float, 0), default=0.0,
+    "--bandwidth",
+    type=arguments.number(float, 0),
+    default=0.0,
     help="bytes/s, for the floor; 0: this device's, where devices/peaks.py "
     "knows it, or no floor",
-  )  # fmt: skip
+  )
   add("--workdir", default="", help="a run, instead of random weights")
   add("--out", type=arguments.output, help="CSV file")
   add("--plot", default="", help="draw this CSV file beside it, and no more")
@@ -177,7 +186,7 @@ def _parse(argv):
 
 
 def main(argv=None) -> None:
-  """Prints a line a cell as it is measured, and writes the CSV file."""
+  """Prints a line for each cell as it is measured, and writes the CSV file."""
   options = _parse(argv)
   if options.plot:
     return _plot(epath.Path(options.plot))
@@ -192,6 +201,18 @@ def main(argv=None) -> None:
       f"no cell has a name with {only.pattern!r}; the first one's is {every[0]}"
     )
   device = jax.devices()[0].device_kind
+  how = _how(options, device)
+  print(f"jax {jax.__version__}, {device}")
+  if run is None and options.quick and jax.default_backend() == "cpu":
+    print(
+      "--quick on a CPU is of a tiny model; choose by --sizes, --T, --batches"
+    )
+  if not _fill(decode_timing.Benchmark(how, run), chosen, options.out, device):
+    sys.exit("no cell could be measured; each says why")
+
+
+def _how(options, device):
+  """Returns how to measure on a device of that kind."""
   peak = peaks.of_kind(device)
   bandwidth = options.bandwidth or peak.attainable_bandwidth
   if not bandwidth:
@@ -199,43 +220,32 @@ def main(argv=None) -> None:
       f"the memory bandwidth of {device!r} is not known: no floors, unless "
       "--bandwidth gives it"
     )
-  print(f"jax {jax.__version__}, {device}")
-  if run is None and options.quick and jax.default_backend() == "cpu":
-    print(
-      "--quick on a CPU is of a tiny model; choose by --sizes, --T, --batches"
-    )
-  how = decode_timing.Options(
+  return decode_timing.Options(
     options.steps,
     options.whole,
     bandwidth,
     peak.attainable_flops,
     options.attention,
   )
-  benchmark, results = decode_timing.Benchmark(how, run), []
-  telemetry.say_compiled(benchmark.compile(chosen))
-  print(_HEADER)
-  unsupported = 0
-  for cell in chosen:
-    try:
-      found = (benchmark.measure if cell.B else benchmark.best)(cell)
-    except jax.errors.JaxRuntimeError as error:
-      if not telemetry.is_out_of_memory(error):
-        raise
-      print(f"{cell}: out of device memory", flush=True)
+
+
+def _fill(benchmark, chosen, path, device):
+  """Measures, prints and saves; returns whether any cell could be measured."""
+  benchmark.compile(chosen)
+  print(decode_timing.header(), flush=True)
+  saved = []
+  for cell, results, failure in table.measured(chosen, benchmark.measure):
+    if failure:
+      print(f"{cell}: {failure}", flush=True)
       continue
-    except pallas_kernels.UnsupportedError as error:
-      print(f"{cell}: {error}", flush=True)
-      unsupported += 1
-      continue
-    if not found:
-      print(f"{cell}: out of device memory at every batch", flush=True)
-    for result in found:
+    for result in results:
       print(result, flush=True)
-      results.append(result)
-    if options.out:
-      _write(options.out, results, device)
-  if unsupported == len(chosen):
-    sys.exit(1)
+      saved.append(
+        dataclasses.asdict(result) | {"device": device, "jax": jax.__version__}
+      )
+    if path:
+      table.write_csv(path, saved)
+  return bool(saved)
 
 
 def _restore(options):
@@ -266,17 +276,6 @@ def _plot(path):
   title = "speed of generation"
   figures.decode_speed(rows, path.with_suffix(".png"), title=title)
   print(path.with_suffix(".png"))
-
-
-def _write(path, results, device):
-  text = io.StringIO(newline="")
-  names = [field.name for field in dataclasses.fields(decode_timing.Result)]
-  writer = csv.DictWriter(text, [*names, "device", "jax"], lineterminator="\n")
-  writer.writeheader()
-  for result in results:
-    more = {"device": device, "jax": jax.__version__}
-    writer.writerow(dataclasses.asdict(result) | more)
-  run_dir.write_atomically(epath.Path(path), text.getvalue())
 
 
 if __name__ == "__main__":

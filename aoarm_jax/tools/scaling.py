@@ -24,11 +24,10 @@ processes it measures all their devices only, and no efficiency.
 """
 
 import argparse
-import concurrent.futures
 import dataclasses
+import functools
 import glob
 import itertools
-import json
 import os
 import sys
 import tempfile
@@ -45,7 +44,7 @@ from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import distributed, hlo, peaks, sharding
 from aoarm_jax.model import cost
 from aoarm_jax.runs import telemetry
-from aoarm_jax.tools import arguments
+from aoarm_jax.tools import arguments, table
 from aoarm_jax.training import loop as train
 from aoarm_jax.training import state as train_state
 
@@ -65,16 +64,37 @@ MESHES = {
   "sequence": lambda n: dict(data=1, sequence=n),
   "data_fsdp": lambda n: dict(data=max(n // 2, 1), fsdp=min(n, 2)),
 }
+# Two streams and one stream: the package's own mechanisms come first.
+_MECHANISMS = list(mechanisms.MECHANISMS)[:2]
 # What --dry-run takes instead of the defaults.
 _DRY = dict(
-  devices=[1, 4], models=["tiny"], mechanisms=["two_stream"], lengths=[32],
-  scaling=["weak"], tokens=512, steps=2,
-)  # fmt: skip
+  devices=[1, 4],
+  models=["tiny"],
+  mechanisms=_MECHANISMS[:1],
+  lengths=[32],
+  scaling=["weak"],
+  tokens=512,
+  steps=2,
+)
 _COLUMNS = (
-  "scaling", "model", "mechanism", "T", "mesh", "devices", "batch",
-  "ms/step", "tokens/s", "a device", "MFU", "GB a device", "collectives",
-  "alone", "idle", "efficiency", "nats/token",
-)  # fmt: skip
+  "scaling",
+  "model",
+  "mechanism",
+  "T",
+  "mesh",
+  "devices",
+  "batch",
+  "ms/step",
+  "tokens/s",
+  "a device",
+  "MFU",
+  "GB a device",
+  "collectives",
+  "alone",
+  "idle",
+  "efficiency",
+  "nats/token",
+)
 
 
 def configuration(
@@ -130,8 +150,9 @@ def compile_step(config: config_lib.Config, devices) -> Program:
     )
     step = jax.jit(
       train.make_step(config, bind, _VOCABULARY),
-      donate_argnums=0, out_shardings=shardings,
-    )  # fmt: skip
+      donate_argnums=0,
+      out_shardings=shardings,
+    )
     tokens = jax.ShapeDtypeStruct(
       shape, np.uint8, sharding=sharding.named(mesh, "batch")
     )
@@ -237,21 +258,11 @@ def _covered(intervals):
   return total
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
+def _parser():
   parser = arguments.parser("scaling", __doc__)
   whole = arguments.number(int, 1)
 
-  def several(kind, choices=None):
-    def read(text):
-      values = [kind(word) for word in text.split(",")]
-      for value in values:
-        if choices and value not in choices:
-          raise argparse.ArgumentTypeError(
-            f"{value!r} is not one of {', '.join(choices)}"
-          )
-      return values
-
-    return read
+  several = arguments.several
 
   def add(name, default, kind, doc):
     parser.add_argument(
@@ -269,18 +280,22 @@ def parse(argv: list[str]) -> argparse.Namespace:
   )
   add("--models", ["base", "350m"], several(str, MODELS), "sizes")
   add(
-    "--mechanisms", ["two_stream", "decoupled_rope"],
-    several(str, mechanisms.MECHANISMS), "names",
-  )  # fmt: skip
+    "--mechanisms",
+    _MECHANISMS,
+    several(str, mechanisms.MECHANISMS),
+    "names",
+  )
   add("--lengths", [1024, 4096], several(whole), "T")
   add("--scaling", list(_SCALING), several(str, _SCALING), "which is fixed")
   add("--tokens", 32768, whole, "of a step: a device (weak), in all (strong)")
   add("--steps", 20, whole, "timed, and then profiled, a row")
   add("--json", None, arguments.output, "file to which rows are added as lines")
   parser.add_argument(
-    "--attention", default="auto", help="config.compute.attention",
+    "--attention",
+    default="auto",
+    help="config.compute.attention",
     choices=("auto", *pallas_kernels.IMPLEMENTATIONS),
-  )  # fmt: skip
+  )
   for name, doc in (
     ("--scan-layers", "config.compute.scan_layers: slower on GPUs"),
     ("--remat", "config.compute.remat: less memory"),
@@ -291,6 +306,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     ),
   ):
     parser.add_argument(name, action="store_true", help=doc)
+  return parser
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+  """Returns the flags of a command line; --dry-run has its own defaults."""
+  parser = _parser()
   if parser.parse_args(argv).dry_run:
     parser.set_defaults(**_DRY)
   return parser.parse_args(argv)
@@ -313,9 +334,14 @@ def rows(flags: argparse.Namespace):
         continue
       config = configuration(flags, scaling, model, mechanism, T, mesh, n)
       row = dict(
-        scaling=scaling, model=model, mechanism=mechanism, T=T, mesh=mesh,
-        devices=n, batch=config.train.batch_size,
-      )  # fmt: skip
+        scaling=scaling,
+        model=model,
+        mechanism=mechanism,
+        T=T,
+        mesh=mesh,
+        devices=n,
+        batch=config.train.batch_size,
+      )
       yield row, config, n
 
 
@@ -326,79 +352,58 @@ def main(argv: list[str]) -> int:
     jax.config.update("jax_num_cpu_devices", 8)
   distributed.start(config_lib.Distributed())
   devices = jax.devices()
-  speaks = jax.process_index() == 0
-  if speaks:
+  if jax.process_index() == 0:
     kind = devices[0].device_kind
     print(f"{len(devices)} x {kind}, jax {jax.__version__}", flush=True)
   chosen = list(rows(flags))
   most = max((n for _, _, n in chosen), default=0)
   if most > len(devices):
-    return _refuse(f"--devices={most}: there are {len(devices)}, ask for less")
+    _parser().error(f"--devices={most}: there are {len(devices)}, ask for less")
   if not chosen:
-    return _refuse("--meshes=data_fsdp: it takes 4 devices, or 6, or 8 ...")
-  programs = _compiled(chosen, devices, speaks)
+    _parser().error("--meshes=data_fsdp: it takes 4 devices, or 6, or 8 ...")
+  if not _fill(chosen, devices, flags):
+    print("no row could be measured; each says why", file=sys.stderr)
+    return 1
+  return 0
+
+
+def _fill(chosen, devices, flags):
+  """Measures, prints and saves; returns whether any row could be measured."""
+  speaks = jax.process_index() == 0
+  programs = {
+    config: functools.partial(compile_step, config, devices[:n])
+    for _, config, n in chosen
+  }
+  if speaks:
+    print(f"compiling {len(programs)} training steps", file=sys.stderr)
+  compiled = table.compile_all(programs)
   if speaks:
     _print_row(_COLUMNS)
     _print_row(["---"] * len(_COLUMNS))
-  first, measured = {}, {}
-  for row, config, _ in chosen:
-    try:
-      # The weak and the strong row of one device are the same.
-      if config not in measured:
-        measured[config] = measure(
-          config, programs[config].result(), flags.steps
-        )
-      row |= measured[config]
-    except (config_lib.ConfigError, pallas_kernels.UnsupportedError) as error:
-      row["failed"] = str(error)
-    except jax.errors.JaxRuntimeError as error:
-      if not telemetry.is_out_of_memory(error):
-        raise
-      row["failed"] = "out of memory"
+
+  @functools.cache  # On one device, the weak and the strong row are the same.
+  def measure_once(config):
+    return measure(config, compiled[config].result(), flags.steps)
+
+  first, is_any = {}, False
+  for (row, config, _), result, failure in table.measured(
+    chosen, lambda item: measure_once(item[1])
+  ):
+    row |= {"failed": failure} if failure else result
     kind = tuple(row[c] for c in ("scaling", "model", "mechanism", "T"))
     base = first.setdefault(kind, row.get("a device"))
-    if "failed" not in row:
+    if not failure:
+      is_any = True
       no_base = not base or flags.dry_run or jax.process_count() > 1
       row["efficiency"] = None if no_base else row["a device"] / base
     if speaks:
       shown = [_cell(row, column) for column in _COLUMNS if column in row]
-      _print_row(shown + ([row["failed"]] if "failed" in row else []))
+      _print_row(shown + ([failure] if failure else []))
       if flags.json:
-        os.makedirs(os.path.dirname(flags.json) or ".", exist_ok=True)
-        with open(flags.json, "a") as file:
-          file.write(
-            json.dumps(row | {"config": dataclasses.asdict(config)}) + "\n"
-          )
-  if not measured:
-    return _refuse("no row could be measured; each says why", code=1)
-  return 0
-
-
-def _refuse(message, code=2):
-  print(f"scaling: error: {message}", file=sys.stderr)
-  return code
-
-
-def _compiled(chosen, devices, speaks):
-  """Config -> future of its program, of all rows side by side.
-
-  Nothing is timed while something compiles: choices of kernels are timed then.
-  """
-  # Several processes must compile in one order.
-  threads = 1 if jax.process_count() > 1 else min(16, os.cpu_count() or 1)
-  with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-    programs = {}
-    for _, config, n in chosen:
-      if config not in programs:
-        programs[config] = pool.submit(compile_step, config, devices[:n])
-    if speaks:
-      print(f"compiling {len(programs)} training steps", file=sys.stderr)
-      finished = concurrent.futures.as_completed(programs.values())
-      telemetry.say_compiled(
-        ((done, len(programs)) for done, _ in enumerate(finished, 1)),
-        sys.stderr,
-      )
-  return programs
+        table.append_json(
+          flags.json, row | {"config": dataclasses.asdict(config)}
+        )
+  return is_any
 
 
 def _print_row(cells):
