@@ -12,12 +12,10 @@ from etils import epath
 
 from aoarm_jax.config import rules as config_rules
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.data import tokenizers
-from aoarm_jax.devices import sharding
 from aoarm_jax.evaluation import score as score_lib
 from aoarm_jax.generation import prompts
 from aoarm_jax.generation import texts as generate_lib
-from aoarm_jax.runs import restore
+from aoarm_jax.runs import opening
 
 
 class Model:
@@ -39,24 +37,18 @@ class Model:
   def __init__(self, workdir: os.PathLike | str, *, read: str = "newest"):
     """See aoarm_jax.load."""
     workdir = epath.Path(workdir)
-    config = restore.read_config(workdir)
+    config = opening.read_config(workdir)
+    # The devices that are here, and what they can, not those of training.
+    config = config.replace("checkpoint.read", read)
+    config = config.replace("mesh", config_lib.Mesh())
     self.config = config_rules.validate(
-      dataclasses.replace(
-        config,
-        checkpoint=dataclasses.replace(config.checkpoint, read=read),
-        # The devices that are here, and what they can, not those of training.
-        mesh=config_lib.Mesh(),
-        compute=dataclasses.replace(config.compute, attention="auto"),
-      )
+      config.replace("compute.attention", "auto")
     )
-    self._tokenizer = tokenizers.get(config.data.tokenizer)
-    self._mesh = sharding.of_run(self.config)
-    with jax.set_mesh(self._mesh):
-      run = restore.restore(self.config, workdir, self._mesh)
-    self.step, self._params = run.saved.step, run.params
-    common = self.config, run.bind, self._tokenizer, self._mesh
-    self._sampler = generate_lib.Sampler(*common)
-    self._scorer = score_lib.Scorer(*common)
+    run = opening.open_run(workdir, self.config)
+    self.step, self._params = run.step, run.params
+    self._network = run.network
+    self._sampler = generate_lib.Sampler(self.config, run.network)
+    self._scorer = score_lib.Scorer(self.config, run.network)
 
   def generate(self, count: int = 1, **options: Any) -> list[generate_lib.Text]:
     """Draws `count` texts of T tokens.
@@ -100,7 +92,7 @@ class Model:
     many = _several(texts, str)
     blank = self._with("sample", options).sample.blank
     parsed = [
-      prompts.parse_prompt(text, self._tokenizer, blank, f"text {i}")
+      prompts.parse_prompt(text, self._network.tokenizer, blank, f"text {i}")
       for i, text in enumerate(many, 1)
     ]
     found = self._fill(parsed, count, options)
@@ -143,7 +135,7 @@ class Model:
       self._marked(text, config, f"text {i}") for i, text in enumerate(many, 1)
     ]
     given = _orders(options, [marked for _, marked in parsed])
-    with jax.set_mesh(self._mesh):
+    with jax.set_mesh(self._network.mesh):
       found = self._scorer.score(self._params, parsed, config, given)
     return found if many is texts else found[0]
 
@@ -154,21 +146,21 @@ class Model:
       everywhere = np.ones(len(tokens), bool)
       return text.text, prompts.Marked(tokens, ~everywhere, everywhere, name)
     blank, marks = config.sample.blank, config.score.marks
-    return text, prompts.parse_marked(text, self._tokenizer, blank, marks, name)
+    return text, prompts.parse_marked(
+      text, self._network.tokenizer, blank, marks, name
+    )
 
   def _fill(self, parsed, count, options):
     config = self._with("sample", {"count": count, **options})
     given = _orders(options, parsed)
-    with jax.set_mesh(self._mesh):
+    with jax.set_mesh(self._network.mesh):
       return self._sampler.fill(self._params, parsed, config, given)
 
   def _with(self, section, options, blank=None):
     """The config with these options; `order` may be one or several."""
     config, options = self.config, dict(options)
     if blank is not None:
-      config = dataclasses.replace(
-        config, sample=dataclasses.replace(config.sample, blank=blank)
-      )
+      config = config.replace("sample.blank", blank)
     fields = [f.name for f in dataclasses.fields(getattr(config, section))]
     for name in options:
       if name not in fields:
@@ -176,16 +168,14 @@ class Model:
           f"{name}: no such option; there are: {', '.join(fields)}"
         )
     if "order" in options and not isinstance(options["order"], str):
-      # Which, the programs are told by their arguments: see _orders.
+      # The orders are passed as call arguments, so nothing is compiled again.
       every = tuple(range(1, config.model.T + 1))
-      config = dataclasses.replace(
-        config, orders=dataclasses.replace(config.orders, given=every)
-      )
+      config = config.replace("orders.given", every)
       options["order"] = "given"
-    part = config_lib.from_dict({section: options})
-    changed = {name: getattr(getattr(part, section), name) for name in options}
-    part = dataclasses.replace(getattr(config, section), **changed)
-    return config_rules.validate(dataclasses.replace(config, **{section: part}))
+    typed = getattr(config_lib.from_dict({section: options}), section)
+    for name in options:
+      config = config.replace(f"{section}.{name}", getattr(typed, name))
+    return config_rules.validate(config)
 
 
 def _several(texts, kinds):

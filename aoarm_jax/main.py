@@ -24,12 +24,12 @@ from ml_collections import config_flags
 import pallas_kernels
 from aoarm_jax.config import rules as config_rules
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.data import corpora, tokenizers
+from aoarm_jax.data import corpora
 from aoarm_jax.devices import distributed
 from aoarm_jax.evaluation import evaluate, score
 from aoarm_jax.generation import prompts
 from aoarm_jax.generation import texts as generate
-from aoarm_jax.runs import checkpoint, restore, telemetry
+from aoarm_jax.runs import checkpoint, opening, telemetry
 from aoarm_jax.runs import directory as run_dir
 from aoarm_jax.study import sweep
 from aoarm_jax.tools import compile as pod
@@ -232,15 +232,12 @@ def run(flag_values: flags.FlagValues, argv: list[str]) -> None:
   config = config_lib.from_config_dict(flag_values.config)
   if flag_values.mode in ("eval", "sample", "score"):
     overridden = config_flags.get_override_values(flag_values["config"])
-    config = restore.as_trained(config, workdir, overridden)
+    config = opening.as_trained(config, workdir, overridden)
   config = config_rules.validate(config)
   _check_flags(flag_values)
   distributed.start(config.distributed)  # Before any look at a device.
-  vocabulary = tokenizers.get(config.data.tokenizer).V
   config_file = config_flags.get_config_filename(flag_values["config"])
-  config = config_rules.validate(
-    matching.resolve(config, config_file, vocabulary)
-  )
+  config = config_rules.validate(matching.resolve(config, config_file))
   if flag_values.mode == "train" and config.study.sweep:
     raise flags.Error(
       f"--config={config.name} is a sweep of many runs: --mode=study runs them"
@@ -256,11 +253,11 @@ def run(flag_values: flags.FlagValues, argv: list[str]) -> None:
     case "score":
       score.score(config, workdir, flag_values.text, flag_values.input)
     case "count":
-      print(matching.table(config, vocabulary))
+      print(matching.table(config))
     case "study":
       sweep.study(config, workdir, argv)
     case "compile":
-      print(pod.estimate(config, vocabulary, flag_values.topology))
+      print(pod.estimate(config, flag_values.topology))
 
 
 def _check_flags(flag_values):

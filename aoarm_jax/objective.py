@@ -16,65 +16,51 @@ from aoarm_jax import orders
 from aoarm_jax.config import mechanisms
 from aoarm_jax.config import schema as config_lib
 
-# int32 slots [B, S] -> float32 logits [B, R, V]
-Network = Callable[[orders.Slots], jax.Array]
+# int32 slots [B, S] -> float32 logits [B, R, V]; Network.apply with parameters.
+Apply = Callable[[orders.Slots], jax.Array]
 
 # Set keys apart from each other and from those of rows.
 _GROUPS, _RANKS, _TIMES, _MASKS = (2**31 + purpose for purpose in range(4))
 
 
 def order_nll(
-  network: Network,
+  apply: Apply,
+  layout: orders.Layout,
   tokens: jax.Array,
   order: jax.Array,
   *,
-  sentinels: int,
-  vocabulary: int,
-  masked: bool = False,
   group_start: jax.Array | None = None,
   ranks: jax.Array | None = None,
-  end: int | None = None,
 ) -> jax.Array:
   """-log p(x_sigma(r) | x_sigma(<r), sigma), by rank.
 
   Args:
-    network: slots -> logits.
+    apply: slots -> logits.
+    layout: of the network. If its mechanism is masked, every rank takes a pass
+      of its own, in which this rank and all later ones are masked. Its `end` is
+      larger than T + 1 where only the first T positions of its window are
+      scored.
     tokens: int [B, T], natural order.
     order: int32 [B, T], permutations of 1..T.
-    sentinels: s, 1 or 2.
-    vocabulary: V.
-    masked: whether the mechanism is: then every rank takes a pass of its own,
-      in which it and all later ones are masked.
     group_start: bool [B, T], see orders.to_slots: then each rank is conditioned
       on the groups before its own, and a row's sum is the log-probability of
       generating whole groups at once.
     ranks: int32 [B, R], the only ranks to compute, of two streams or a masked
       mechanism; None is all.
-    end: position of EOS; None is T + 1. It is larger where only the first T
-      positions of a longer window are scored.
 
   Returns:
     float32 [B, T] nats; column r is rank r ([B, R] where `ranks` are given). A
     row's sum is -log p(x | sigma).
   """
   chex.assert_equal_shape([tokens, order])
-  if masked:
-    return _masked_chain_nll(
-      network, tokens, order, sentinels, vocabulary, ranks, end
-    )
-  slots = orders.to_slots(
-    tokens,
-    order,
-    sentinels,
-    vocabulary,
-    group_start=group_start,
-    ranks=ranks,
-    end=end,
+  if layout.masked:
+    return _masked_chain_nll(apply, layout, tokens, order, ranks)
+  logits = apply(
+    orders.to_slots(tokens, order, layout, group_start=group_start, ranks=ranks)
   )
-  logits = network(slots)
   targets = jnp.take_along_axis(tokens.astype(jnp.int32), order - 1, axis=1)
   if ranks is None:
-    logits = logits[:, sentinels - 1 :]
+    logits = logits[:, layout.sentinels - 1 :]
   else:
     targets = jnp.take_along_axis(targets, ranks, axis=1)
   return _nll(logits, targets)
@@ -88,23 +74,17 @@ def _nll(logits, tokens):
   return -jnp.sum(log_p * chosen, axis=-1)
 
 
-def _masked_chain_nll(
-  network, tokens, order, sentinels, vocabulary, ranks, end
-):
+def _masked_chain_nll(apply, layout, tokens, order, ranks):
   rank_of = jnp.argsort(order, axis=1)
   if ranks is None:
     ranks = jnp.broadcast_to(jnp.arange(order.shape[1])[None], order.shape)
-  if end is not None:
-    # The rest of the window is there, and masked.
-    window = ((0, 0), (0, end - 1 - order.shape[1]))
-    tokens = jnp.pad(tokens, window)
-    rank_of = jnp.pad(rank_of, window, constant_values=end)
+  # The rest of the network's window is there, and masked.
+  window = ((0, 0), (0, layout.end - 1 - order.shape[1]))
+  tokens = jnp.pad(tokens, window)
+  rank_of = jnp.pad(rank_of, window, constant_values=layout.end)
 
   def of_rank(rank):
-    by_position = masked_nll(
-      network, tokens, rank_of >= rank[:, None], sentinels=sentinels,
-      vocabulary=vocabulary,
-    )  # fmt: skip
+    by_position = masked_nll(apply, layout, tokens, rank_of >= rank[:, None])
     at = jnp.take_along_axis(order, rank[:, None], axis=1) - 1
     return jnp.take_along_axis(by_position, at, axis=1)[:, 0]
 
@@ -112,27 +92,21 @@ def _masked_chain_nll(
 
 
 def masked_nll(
-  network: Network,
-  tokens: jax.Array,
-  masked: jax.Array,
-  *,
-  sentinels: int,
-  vocabulary: int,
+  apply: Apply, layout: orders.Layout, tokens: jax.Array, masked: jax.Array
 ) -> jax.Array:
   """-log p(x_p | the tokens that are not masked), by position.
 
   Args:
-    network: of a masked mechanism.
+    apply: slots -> logits, of a masked mechanism.
+    layout: of the network.
     tokens: int [B, T].
     masked: bool [B, T].
-    sentinels: s, 1 or 2.
-    vocabulary: V.
 
   Returns:
     float32 [B, T] nats; 0 where a token is not masked.
   """
-  slots = orders.to_masked_slots(tokens, masked, sentinels, vocabulary)
-  nats = _nll(network(slots)[:, sentinels:], tokens.astype(jnp.int32))
+  logits = apply(orders.to_masked_slots(tokens, masked, layout))
+  nats = _nll(logits[:, layout.sentinels :], tokens.astype(jnp.int32))
   return jnp.where(masked, nats, 0.0)
 
 
@@ -151,13 +125,12 @@ def ensembled_nll(sequence_nats: jax.Array) -> jax.Array:
 
 
 def context_ensembled_nll(
-  network: Network,
+  apply: Apply,
+  layout: orders.Layout,
   keys: jax.Array,
   tokens: jax.Array,
   order: jax.Array,
   *,
-  sentinels: int,
-  vocabulary: int,
   contexts: int,
 ) -> jax.Array:
   """-log mean_k p(x_sigma(r) | x_sigma(<r) in order pi_k), by rank.
@@ -167,12 +140,11 @@ def context_ensembled_nll(
   density in the order sigma, at T * contexts passes.
 
   Args:
-    network: of a mechanism that is not masked.
+    apply: slots -> logits, of a mechanism that is not masked.
+    layout: of the network.
     keys: typed PRNG keys [B].
     tokens: int [B, T].
     order: int32 [B, T], sigma.
-    sentinels: s, 1 or 2.
-    vocabulary: V.
     contexts: K permutations.
 
   Returns:
@@ -186,9 +158,7 @@ def context_ensembled_nll(
     noise = uniform(fold_rows(keys, rank * contexts + draw), T)
     place = jnp.where(at < rank, noise, 1.0 + at)
     shuffled = jnp.take_along_axis(order, jnp.argsort(place, axis=1), axis=1)
-    nats = order_nll(
-      network, tokens, shuffled, sentinels=sentinels, vocabulary=vocabulary
-    )
+    nats = order_nll(apply, layout, tokens, shuffled)
     return jax.lax.dynamic_index_in_dim(nats, rank, axis=1, keepdims=False)
 
   grid = jnp.meshgrid(jnp.arange(T), jnp.arange(contexts), indexing="ij")
@@ -292,12 +262,7 @@ def uniform(keys: jax.Array, count: int) -> jax.Array:
 
 
 def training_nll(
-  network: Network,
-  tokens: jax.Array,
-  draws: Draws,
-  *,
-  sentinels: int,
-  vocabulary: int,
+  apply: Apply, layout: orders.Layout, tokens: jax.Array, draws: Draws
 ) -> jax.Array:
   """What training minimises: nats of every sequence.
 
@@ -307,25 +272,23 @@ def training_nll(
   -log p(x | sigma) over uniform orders; under other orders no likelihood.
 
   Args:
-    network: slots -> logits.
+    apply: slots -> logits.
+    layout: of the network.
     tokens: int [B, T].
     draws: of this batch.
-    sentinels: s, 1 or 2.
-    vocabulary: V.
 
   Returns:
     float32 [B].
   """
-  layout = dict(sentinels=sentinels, vocabulary=vocabulary)
   if draws.masked is not None:
-    nats = masked_nll(network, tokens, draws.masked, **layout)
+    nats = masked_nll(apply, layout, tokens, draws.masked)
     return nats.sum(axis=1) / draws.time
   nats = order_nll(
-    network,
+    apply,
+    layout,
     tokens,
     draws.order,
     group_start=draws.group_start,
     ranks=draws.ranks,
-    **layout,
   )
   return nats.sum(axis=1) * (tokens.shape[1] / nats.shape[1])

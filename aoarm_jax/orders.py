@@ -19,6 +19,23 @@ import numpy as np
 from aoarm_jax.config import schema as config_lib
 
 
+class Layout(NamedTuple):
+  """How a network wants tokens laid out; static.
+
+  Attributes:
+    sentinels: s, 1 (BOS) or 2 (BOS and EOS).
+    vocabulary: V; BOS has id V, EOS id V + 1, MASK id V + 2.
+    end: position of EOS, one after the network's last position.
+    masked: whether the mechanism is a masked one, which sees all positions of
+      its window at once.
+  """
+
+  sentinels: int
+  vocabulary: int
+  end: int
+  masked: bool = False
+
+
 class Queries(NamedTuple):
   """Targets to be predicted, apart from those of the slots.
 
@@ -57,9 +74,7 @@ class Slots(NamedTuple):
 def to_slots(
   tokens: jax.Array,
   order: jax.Array,
-  sentinels: int,
-  vocabulary: int,
-  end: int | None = None,
+  layout: Layout,
   group_start: jax.Array | None = None,
   ranks: jax.Array | None = None,
 ) -> Slots:
@@ -72,10 +87,8 @@ def to_slots(
   Args:
     tokens: int [B, T], natural order; position p is tokens[:, p - 1].
     order: int32 [B, T], permutations of 1..T.
-    sentinels: s, 1 or 2.
-    vocabulary: V; BOS has id V, EOS id V + 1.
-    end: position of EOS; None is T + 1. It is larger where only the first T
-      positions of a longer window are generated.
+    layout: of the network. Its `end` is larger than T + 1 where only the first
+      T positions of its window are generated.
     group_start: bool [B, T], by rank: whether a group of tokens that are
       generated together starts there; rank 0 always does. None: one by one.
     ranks: int32 [B, R], the ranks to predict; None: all.
@@ -84,10 +97,11 @@ def to_slots(
     Slots with S = T + s - 1.
   """
   chex.assert_equal_shape([tokens, order])
-  B, T = tokens.shape
+  B = len(tokens)
   known = jnp.take_along_axis(tokens, order - 1, axis=1)[:, :-1]
-  bos = jnp.array([[vocabulary, vocabulary + 1][:sentinels]], jnp.int32)
-  ends = jnp.array([[0, end or T + 1][:sentinels]], jnp.int32)
+  sentinels, V = layout.sentinels, layout.vocabulary
+  bos = jnp.array([[V, V + 1][:sentinels]], jnp.int32)
+  ends = jnp.array([[0, layout.end][:sentinels]], jnp.int32)
   start = functools.partial(jnp.broadcast_to, shape=(B, sentinels))
   visible = None if group_start is None else _visible(group_start, sentinels)
   queries = None
@@ -125,23 +139,23 @@ def _visible(group_start, s):
 
 
 def to_masked_slots(
-  tokens: jax.Array, masked: jax.Array, sentinels: int, vocabulary: int
+  tokens: jax.Array, masked: jax.Array, layout: Layout
 ) -> Slots:
   """Lays tokens out in natural order behind the sentinels, some as MASK.
 
   Args:
     tokens: int [B, T].
     masked: bool [B, T], by position.
-    sentinels: s, 1 or 2.
-    vocabulary: V; BOS has id V, EOS V + 1, MASK V + 2.
+    layout: of the network, whose window these are: T = layout.end - 1.
 
   Returns:
     Slots with S = T + s; position p is predicted at slot p + s - 1.
   """
   chex.assert_equal_shape([tokens, masked])
   B, T = tokens.shape
-  shown = jnp.where(masked, vocabulary + 2, tokens.astype(jnp.int32))
-  first = jnp.array([vocabulary, vocabulary + 1][:sentinels], jnp.int32)
+  sentinels, V = layout.sentinels, layout.vocabulary
+  shown = jnp.where(masked, V + 2, tokens.astype(jnp.int32))
+  first = jnp.array([V, V + 1][:sentinels], jnp.int32)
   ends = jnp.array([0, T + 1][:sentinels], jnp.int32)
   position = jnp.concatenate([ends, jnp.arange(1, T + 1, dtype=jnp.int32)])
   position = jnp.broadcast_to(position[None], (B, T + sentinels))

@@ -6,7 +6,7 @@ import helpers
 import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
-from studies import STUDY, V, config
+from studies import STUDY, config
 
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.study import cells as cells_lib
@@ -86,16 +86,14 @@ class SweepTest(parameterized.TestCase):
   def resolved(self, line, **study):
     study = config(line, **study)
     (cell,) = cells_lib.expand(study)
-    return cell, cells_lib.resolve(cell, study, 1e-3, V)
+    return cell, cells_lib.resolve(cell, study, 1e-3)
 
   def test_equal_flops(self):
     cell, got = self.resolved("mechanism=decoupled_rope budget=flops steps=500")
     other = dataclasses.replace(cell, mechanism="two_stream")
-    reference = cells_lib.resolve(other, config(""), 1e-3, V)
+    reference = cells_lib.resolve(other, config(""), 1e-3)
     self.assertEqual(reference.train.steps, 500)
-    ratio = matching.training_flops(got, V) / matching.training_flops(
-      reference, V
-    )
+    ratio = matching.training_flops(got) / matching.training_flops(reference)
     self.assertAlmostEqual(ratio, 1, delta=2e-3)
     self.assertGreater(got.train.steps, 800)
 
@@ -166,7 +164,7 @@ class SweepTest(parameterized.TestCase):
     got = helpers.config_of([f"--config={STUDY}:{variant}"])
     for cell in cells_lib.expand(got):
       if cell.budget == "steps":
-        cells_lib.resolve(cell, got, 1e-3, V)
+        cells_lib.resolve(cell, got, 1e-3)
 
 
 if __name__ == "__main__":

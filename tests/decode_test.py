@@ -14,6 +14,7 @@ from aoarm_jax import objective, orders
 from aoarm_jax.config import mechanisms
 from aoarm_jax.generation import decode
 from aoarm_jax.generation import law as sampling
+from aoarm_jax.generation import plan as plan_lib
 from aoarm_jax.generation import steps as decode_steps
 from aoarm_jax.model import cached
 
@@ -31,7 +32,7 @@ _CASES = (("two_stream", 1), ("two_stream", 2), ("decoupled_rope", 1),
 
 @functools.cache
 def _network(mechanism, s):
-  made = tiny.bind(mechanism, s, T=_T, V=_V, D=8, N=2)
+  made = tiny.make(mechanism, s, T=_T, V=_V, D=8, N=2)
   return made, tiny.sharp(made)
 
 
@@ -52,7 +53,7 @@ def _sampler(case, plan):
   made, _ = _network(*case)
   return tiny.quick_jit(
     lambda params, key, law, *args: decode.generate(
-      made(params), key, *args, law, plan=plan
+      made, params, key, *args, law, plan=plan
     )
   )
 
@@ -70,7 +71,7 @@ def _nll(case):
   texts = tiny.all_sequences(_V, _T)
   return tiny.quick_jit(
     lambda params, order: objective.order_nll(
-      made(params), texts, order, sentinels=case[1], vocabulary=_V
+      made.bind(params), made.layout, texts, order
     )
   )
 
@@ -121,7 +122,7 @@ class LawTest(parameterized.TestCase):
     self.check_speculative(case, width)
 
   def check_speculative(self, case, width):
-    out = _drawn(case, decode.Plan("speculative", width))
+    out = _drawn(case, plan_lib.Plan("speculative", width))
     self.assertGreater(min(_p_values(case, out, 1)), _LEAST_P)
     for which in (0, 1):
       self.assertTrue((out.order[which::2] == _USED[which]).all())
@@ -136,31 +137,31 @@ class LawTest(parameterized.TestCase):
       return right(keys, at, log_p + 0.02, log_q, drafts)
 
     with mock.patch.object(decode_steps, "_kept", generous):
-      out = _drawn(("two_stream", 1), decode.Plan("speculative", 3))
+      out = _drawn(("two_stream", 1), plan_lib.Plan("speculative", 3))
     self.assertLess(min(_p_values(("two_stream", 1), out, 1)), _LEAST_P)
 
   @parameterized.parameters(*zip(_CASES[1:], (3, 2, 3)))
   def test_parallel_is_that_of_independent_draws(self, case, width):
     """So drafts, of which single streams make copies, are marginals."""
-    out = _drawn(case, decode.Plan("parallel", width))
+    out = _drawn(case, plan_lib.Plan("parallel", width))
     self.assertGreater(min(_p_values(case, out, width)), _LEAST_P)
     self.assertLess(_p_values(case, out, 1)[0], _LEAST_P)
 
   @parameterized.parameters(*_CASES)
   def test_one_at_a_time_is_sequential(self, *case):
     """Text by text: a rank's draw depends on row and slot alone."""
-    want = _drawn(case, decode.Plan(), B=50)
-    got = _drawn(case, decode.Plan("parallel", 1), B=50)
+    want = _drawn(case, plan_lib.Plan(), B=50)
+    got = _drawn(case, plan_lib.Plan("parallel", 1), B=50)
     np.testing.assert_array_equal(got.tokens, want.tokens)
     # And a speculation that always agrees; here with greedy draws.
-    want = _drawn(case, decode.Plan(), _GREEDY, B=50)
-    got = _drawn(case, decode.Plan("speculative", 3), _GREEDY, B=50)
+    want = _drawn(case, plan_lib.Plan(), _GREEDY, B=50)
+    got = _drawn(case, plan_lib.Plan("speculative", 3), _GREEDY, B=50)
     np.testing.assert_array_equal(got.tokens, want.tokens)
 
   @parameterized.parameters(*_CASES)
   def test_log_probability_of_what_was_drawn(self, *case):
     """Of the blanks, in the order that was used, without a cache."""
-    for plan in (decode.Plan(), decode.Plan("speculative", 3)):
+    for plan in (plan_lib.Plan(), plan_lib.Plan("speculative", 3)):
       out = _drawn(case, plan, B=50)
       for which, known in enumerate(_KNOWN):
         nats = _nats(case, _USED[which])[:, len(known) :].sum(axis=1)
@@ -168,9 +169,9 @@ class LawTest(parameterized.TestCase):
         tiny.assert_same(out.log_p[which::2], -nats[ids])
 
   @parameterized.parameters(
-    (decode.Plan("speculative", 3),),
-    (decode.Plan("parallel", 3),),
-    (decode.Plan("adaptive", 2),),
+    (plan_lib.Plan("speculative", 3),),
+    (plan_lib.Plan("parallel", 3),),
+    (plan_lib.Plan("adaptive", 2),),
   )
   def test_rows_stand_alone(self, plan):
     many = _drawn(("two_stream", 1), plan, B=50)
@@ -198,23 +199,23 @@ def _steps_seen(method, ran):
 
 class StagesTest(parameterized.TestCase):
   @parameterized.parameters(
-    (("two_stream", 2), decode.Plan(), False),
-    (("decoupled_rope", 1), decode.Plan("parallel", 2), True),
+    (("two_stream", 2), plan_lib.Plan(), False),
+    (("decoupled_rope", 1), plan_lib.Plan("parallel", 2), True),
     # A wider round does not fit into the first stage.
-    (("two_stream", 1), decode.Plan("speculative", 2), False),
-    (("two_stream", 2), decode.Plan("adaptive", 1), True),
+    (("two_stream", 1), plan_lib.Plan("speculative", 2), False),
+    (("two_stream", 2), plan_lib.Plan("adaptive", 1), True),
   )
   def test_a_growing_cache_changes_nothing(self, case, plan, traced):
     """Of rows with 8 or 6 blanks: 8 or 9 slots, and fewer at first."""
     B, T = 6, 8
-    made = tiny.bind(*case, T=T, V=_V, D=8, N=2)
+    made = tiny.make(*case, T=T, V=_V, D=8, N=2)
     known = np.tile(np.arange(T) < 2, (B, 1)) & (np.arange(B) % 2 == 1)[:, None]
     inputs = tiny.tokens(B, T, _V), known, tiny.orders_of(case[0], B, T)
 
     def run(most_known):
       return tiny.quick_jit(
         lambda params, key, most, *args: decode.generate(
-          made(params), key, *args, _LAW, plan=plan, most_known=most_known,
+          made, params, key, *args, _LAW, plan=plan, most_known=most_known,
           most_blanks=most if traced and most_known else None,
         )
       )(tiny.sharp(made), jax.random.key(1), np.int32(T), *inputs)  # fmt: skip
@@ -237,7 +238,7 @@ class CallsTest(parameterized.TestCase):
     made, params = _network("two_stream", 1)
     run = tiny.quick_jit(
       lambda params, most, *args: decode.generate(
-        made(params), jax.random.key(1), *args, _LAW, most_blanks=most
+        made, params, jax.random.key(1), *args, _LAW, most_blanks=most
       )
     )
     (tokens, _, order), ran = _prompts(20), []
@@ -259,17 +260,17 @@ class CallsTest(parameterized.TestCase):
   def test_sequential_and_parallel(self):
     """One pass for the prompt, and one a step."""
     case = ("two_stream", 1)
-    out = _drawn(case, decode.Plan(), B=50)
+    out = _drawn(case, plan_lib.Plan(), B=50)
     self.assertTrue((out.calls[::2] == 1 + 4).all())
     self.assertTrue((out.calls[1::2] == 1 + 2).all())
-    out = _drawn(case, decode.Plan("parallel", 3), B=50)
+    out = _drawn(case, plan_lib.Plan("parallel", 3), B=50)
     self.assertTrue((out.calls[::2] == 1 + 2).all())
     self.assertTrue((out.calls[1::2] == 1 + 1).all())
 
   @parameterized.product(schedule=("linear", "cosine"), steps=(1, 2, 3, 4))
   def test_in_so_many_steps(self, schedule, steps):
     """Of the larger prompt; the smaller one may take fewer."""
-    plan = decode.Plan("parallel", steps=steps, schedule=schedule)
+    plan = plan_lib.Plan("parallel", steps=steps, schedule=schedule)
     out = _drawn(("decoupled_rope", 1), plan, B=50)
     self.assertTrue((out.calls[::2] == 1 + steps).all())
     self.assertTrue((out.calls[1::2] <= 1 + min(steps, 2)).all())
@@ -278,7 +279,7 @@ class CallsTest(parameterized.TestCase):
   def test_speculative_takes_no_more_calls_than_tokens(self):
     """Two calls decide at least two tokens: the first draft is always kept."""
     for case in _CASES:
-      out = _drawn(case, decode.Plan("speculative", 4), B=2000)
+      out = _drawn(case, plan_lib.Plan("speculative", 4), B=2000)
       self.assertTrue((out.calls[::2] <= 1 + 4).all())
       self.assertTrue((out.calls[1::2] <= 1 + 2).all())
       self.assertLess(out.calls[::2].mean(), 1 + 3.9)
@@ -294,10 +295,10 @@ class CallsTest(parameterized.TestCase):
 
   def test_single_drafts_are_all_accepted(self):
     """They are drawn from the law itself; other methods have none."""
-    out = _drawn(_CASES[0], decode.Plan("speculative", 1), B=64)
+    out = _drawn(_CASES[0], plan_lib.Plan("speculative", 1), B=64)
     self.assertEqual(out.accepted[::2].tolist(), [4] * 32)
     self.assertEqual(out.accepted[1::2].tolist(), [2] * 32)
-    out = _drawn(_CASES[0], decode.Plan("sequential"), B=64)
+    out = _drawn(_CASES[0], plan_lib.Plan("sequential"), B=64)
     self.assertEqual(out.accepted.tolist(), [0] * 64)
 
 
@@ -306,10 +307,10 @@ class PredictTest(parameterized.TestCase):
   def test_equals_each_target_next(self, mechanism, s):
     """Ragged: 3 slots are cached, or 1; 1, 2 or 3 more come, junk behind."""
     T, B, V = 7, 3, 5
-    made = tiny.bind(mechanism, s)
+    made = tiny.make(mechanism, s)
     params = tiny.sharp(made)
     tokens, order = tiny.tokens(B, T, V), tiny.orders_of(mechanism, B, T)
-    slots = orders.to_slots(tokens, order, s, V)
+    slots = orders.to_slots(tokens, order, made.layout)
     slots = orders.Slots(*(np.asarray(x) for x in slots[:3]))
     start, count = np.array([3, 1, 2], np.int32), np.array([1, 3, 2], np.int32)
     S = T + s - 1
@@ -327,14 +328,14 @@ class PredictTest(parameterized.TestCase):
 
     @tiny.quick_jit
     def predict(params, slots, part, start, count, targets):
-      network = cached.Cached(made(params))
+      network = cached.Cached(made.bind(params))
       cache = network.prefill(slots, network.empty_cache(B, S))
       after = jnp.arange(S)[:, None] >= start[:, None, None, None]
       cache = jax.tree.map(lambda x: jnp.where(after, 1e3, x), cache)
       return network.predict(part, cache, start, count, targets)[0]
 
     got = predict(params, slots, part, start, count, targets)
-    uncached = tiny.quick_jit(lambda params, slots: made(params)(slots))
+    uncached = tiny.quick_jit(made.apply)
     for q in range(3):
       if mechanisms.MECHANISMS[mechanism].left_to_right and q:
         continue  # Its rows do not know what they predict.
@@ -342,7 +343,7 @@ class PredictTest(parameterized.TestCase):
       for b, r in enumerate(rank):
         swapped[b, [r, r + q]] = order[b, [r + q, r]]
       logits = np.asarray(
-        uncached(params, orders.to_slots(tokens, swapped, s, V))
+        uncached(params, orders.to_slots(tokens, swapped, made.layout))
       )
       want = logits[np.arange(B), rank + s - 1]
       tiny.assert_same(got[:, q], want)
@@ -359,9 +360,9 @@ class AdaptiveTest(parameterized.TestCase):
     """Followed by hand, greedily, with uncached passes."""
     made, params = _network(*case)
     out = _drawn(
-      case, decode.Plan("adaptive", width, score=score), _GREEDY, B=2
+      case, plan_lib.Plan("adaptive", width, score=score), _GREEDY, B=2
     )
-    network = tiny.quick_jit(lambda params, slots: made(params)(slots))
+    network = tiny.quick_jit(made.apply)
     for b in range(2):
       text = np.ones(_T, np.int32)
       done = list(_KNOWN[b])
@@ -398,11 +399,11 @@ class AdaptiveTest(parameterized.TestCase):
     with mock.patch.object(decode_steps, "CHUNK", 3):
       got = _drawn(
         ("two_stream", 2),
-        decode.Plan("adaptive", schedule="cosine"),
+        plan_lib.Plan("adaptive", schedule="cosine"),
         _GREEDY,
         B=20,
       )
-    want = _drawn(("two_stream", 2), decode.Plan("adaptive"), _GREEDY, B=20)
+    want = _drawn(("two_stream", 2), plan_lib.Plan("adaptive"), _GREEDY, B=20)
     # The prompt, and for each token a pass and those of the chunks not done:
     # of 4 targets 2, 2, 2, 1 chunks, of the last 2 of them 2, 1.
     self.assertEqual(got.calls[:2].tolist(), [1 + 4 + 7, 1 + 2 + 3])

@@ -14,6 +14,7 @@ from absl.testing import absltest, parameterized
 from aoarm_jax import objective, orders
 from aoarm_jax.generation import diffusion
 from aoarm_jax.generation import law as sampling
+from aoarm_jax.generation import plan as plan_lib
 
 _T, _V, _LONG, _MANY = 4, 3, 6, 40_000
 # On the older Python alone: tests/api_test.py does much of it on both.
@@ -22,7 +23,7 @@ _PLAIN = sampling.Sampling(np.float32(1), np.int32(0), np.float32(1))
 
 
 def _bind(s, T=_T):
-  return tiny.bind("mdlm", s, T=T, V=_V, D=8, N=2)
+  return tiny.make("mdlm", s, T=T, V=_V, D=8, N=2)
 
 
 @functools.cache
@@ -32,7 +33,7 @@ def _masked_nll(s, T=_T):
   params = tiny.sharp(made)
   run = tiny.quick_jit(
     lambda tokens, masked: objective.masked_nll(
-      made(params), tokens, masked, sentinels=s, vocabulary=_V
+      made.bind(params), made.layout, tokens, masked
     )
   )
   return lambda *args: np.asarray(run(*args), np.float64)
@@ -45,7 +46,7 @@ def _chain(s):
   params = tiny.sharp(made)
   run = tiny.quick_jit(
     lambda tokens, order: objective.order_nll(
-      made(params), tokens, order, sentinels=s, vocabulary=_V, masked=True
+      made.bind(params), made.layout, tokens, order
     )
   )
   return lambda *args: np.asarray(run(*args), np.float64)
@@ -83,7 +84,9 @@ class LikelihoodTest(parameterized.TestCase):
     made = _bind(s)
     params = tiny.sharp(made)
     logits = jax.jit(
-      lambda tokens: made(params)(orders.to_masked_slots(tokens, masked, s, _V))
+      lambda tokens: made.apply(
+        params, orders.to_masked_slots(tokens, masked, made.layout)
+      )
     )
     hidden = np.where(masked, (tokens + 1) % _V, tokens)
     shown = np.where(masked, tokens, (tokens + 1) % _V)
@@ -133,7 +136,7 @@ def _training_nll(s):
   params = tiny.sharp(made)
   return tiny.quick_jit(
     lambda tokens, draws: objective.training_nll(
-      made(params), tokens, draws, sentinels=s, vocabulary=_V
+      made.bind(params), made.layout, tokens, draws
     )
   )
 
@@ -176,7 +179,7 @@ def _generate(s, method, steps, T=_T):
   made = _bind(s, T)
   return tiny.sharp(made), tiny.quick_jit(
     lambda params, *args: diffusion.generate(
-      made(params), *args, method=method, steps=steps
+      made, params, *args, plan=plan_lib.Plan(method, steps=steps)
     )
   )
 
@@ -256,11 +259,12 @@ class GenerateTest(parameterized.TestCase):
     with mock.patch.object(jax.random, "categorical", likeliest):
       out = run(params, jax.random.key(0), tokens, known, order, _PLAIN)
     self.assertTrue((out.calls == steps).all())
-    network, jumps = jax.jit(lambda slots: _bind(1)(params)(slots)), 0
+    made, jumps = _bind(1), 0
+    network = jax.jit(lambda slots: made.apply(params, slots))
     for b in range(3):
       text, masked, came = tokens[b].copy(), ~known[b], [3]
       for step in range(steps):
-        slots = orders.to_masked_slots(text[None], masked[None], 1, _V)
+        slots = orders.to_masked_slots(text[None], masked[None], made.layout)
         log_p = np.asarray(jax.nn.log_softmax(network(slots)[0, 1:]))
         count = -(-masked.sum() // (steps - step))
         left = np.flatnonzero(masked)

@@ -34,15 +34,15 @@ def _config(**order_options):
 
 @functools.cache
 def _pieces():
-  """(mesh, bind, params on the mesh)."""
+  """(mesh, network, params on the mesh)."""
   mesh = sharding.make_mesh(config.Mesh(data=1))
-  bind = tiny.bind(T=_T, V=_V, L=1)
-  return mesh, bind, sharding.put(mesh, tiny.sharp(bind))
+  network = tiny.make(T=_T, V=_V, L=1, mesh=mesh)
+  return mesh, network, sharding.put(mesh, tiny.sharp(network))
 
 
 def _evaluator(**order_options):
-  mesh, bind, _ = _pieces()
-  return evaluate.Evaluator(_config(**order_options), bind, _V, mesh)
+  _, network, _ = _pieces()
+  return evaluate.Evaluator(_config(**order_options), network)
 
 
 _shared = functools.cache(_evaluator)
@@ -70,10 +70,10 @@ def _estimate(estimator, batches, evaluator=None, step=2000, **kwargs):
 @functools.cache
 def _nll():
   """Jitted (params, tokens, order) -> [B, T] nats, without an Evaluator."""
-  _, bind, _ = _pieces()
+  _, network, _ = _pieces()
   return tiny.quick_jit(
     lambda params, tokens, order: objective.order_nll(
-      bind(params), tokens, order, sentinels=1, vocabulary=_V
+      network.bind(params), network.layout, tokens, order
     )
   )
 
@@ -175,21 +175,23 @@ class EstimateTest(parameterized.TestCase):
 
   def test_context_ensembled(self):
     """Every conditional is a mean over permutations of its context."""
-    bind = tiny.bind(T=_T, V=_V, L=2)  # With one layer all contexts are sets.
-    params = tiny.sharp(bind)
+    network = tiny.make(
+      T=_T, V=_V, L=2
+    )  # With one layer all contexts are sets.
+    params = tiny.sharp(network)
     tokens, order = tiny.tokens(3, _T, _V), tiny.orders_of("two_stream", 3, _T)
     keys = objective.row_keys(jax.random.key(0), 3)
     many = 300
     nats = jax.jit(
       lambda params: objective.context_ensembled_nll(
-        bind(params), keys, tokens, order, sentinels=1, vocabulary=_V,
+        network.bind(params), network.layout, keys, tokens, order,
         contexts=many,
       )
     )(params)  # fmt: skip
 
     def in_order(order):
       nats = objective.order_nll(
-        bind(params), tokens, order, sentinels=1, vocabulary=_V
+        network.bind(params), network.layout, tokens, order
       )
       return np.asarray(nats, np.float64)
 
@@ -297,8 +299,9 @@ class ElboTest(parameterized.TestCase):
   def test_two_estimators_of_one_quantity(self):
     """Within joint standard errors; a wrong schedule is not."""
     T, V = 5, 3
-    mesh, bind = _pieces()[0], tiny.bind("mdlm", T=T, V=V, L=1)
-    params = sharding.put(mesh, tiny.sharp(bind))
+    mesh = _pieces()[0]
+    network = tiny.make("mdlm", T=T, V=V, L=1, mesh=mesh)
+    params = sharding.put(mesh, tiny.sharp(network))
 
     def estimate(estimator, least_time=1e-3):
       made = config.Config(
@@ -306,7 +309,7 @@ class ElboTest(parameterized.TestCase):
         train=config.Train(least_time=least_time),
         eval=config.Eval(times=8),
       )
-      evaluator = evaluate.Evaluator(made, bind, V, mesh)
+      evaluator = evaluate.Evaluator(made, network)
       tokens = tiny.tokens(4000, T, V).astype(np.uint8)
       with jax.set_mesh(mesh):
         return evaluator.estimate(

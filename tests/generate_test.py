@@ -20,6 +20,7 @@ from aoarm_jax.devices import sharding
 from aoarm_jax.generation import decode, prompts
 from aoarm_jax.generation import law as sampling
 from aoarm_jax.generation import texts as generate
+from aoarm_jax.model import network as network_lib
 
 _T, _V, _MANY = 4, 3, 60_000
 # Positions of the network: more than are generated, for the first mechanism.
@@ -125,12 +126,12 @@ def _generate(mechanism, s):
   """(params, jitted (params, key, tokens, known, order, law))."""
   made = _bind(mechanism, s)
   return tiny.sharp(made), tiny.quick_jit(
-    lambda params, *args: decode.generate(made(params), *args)
+    lambda params, *args: decode.generate(made, params, *args)
   )
 
 
 def _bind(mechanism, s):
-  return tiny.bind(mechanism, s, T=_LONGER.get(mechanism, _T), V=_V, D=8, N=2)
+  return tiny.make(mechanism, s, T=_LONGER.get(mechanism, _T), V=_V, D=8, N=2)
 
 
 @functools.cache
@@ -139,8 +140,8 @@ def _logits(mechanism, s, order, end):
   made = _bind(mechanism, s)
   texts = tiny.all_sequences(_V, _T)
   tiled = np.tile(np.array(order, np.int32), (len(texts), 1))
-  slots = orders.to_slots(texts, tiled, s, _V, end=end)
-  network = tiny.quick_jit(lambda params, slots: made(params)(slots))
+  slots = orders.to_slots(texts, tiled, orders.Layout(s, _V, end))
+  network = tiny.quick_jit(made.apply)
   return np.asarray(network(tiny.sharp(made), slots), np.float64)[:, s - 1 :]
 
 
@@ -281,7 +282,8 @@ class GenerateTest(parameterized.TestCase):
 
     def run(params, prefill):
       return decode.generate(
-        made(params),
+        made,
+        params,
         jax.random.key(0),
         tokens,
         known,
@@ -342,9 +344,9 @@ def _sampler(mechanism="two_stream", **sample):
     sample=config.Sample(**dict(count=3) | sample),
     compute=config.Compute(dtype="float32", attention="xla"),
   )
-  made = tiny.bind(mechanism, T=7, V=_CHAR27.V, D=8, L=1, N=2)
   mesh = sharding.make_mesh(config.Mesh(data=1))
-  sampler = generate.Sampler(options, made, _CHAR27, mesh)
+  made = network_lib.Network(options, mesh)
+  sampler = generate.Sampler(options, made)
   params = sharding.put(mesh, tiny.sharp(made))
 
   def draw(text=None):

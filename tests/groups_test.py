@@ -31,11 +31,11 @@ _GROUPS = np.stack([_starts(2, 3, 2), _starts(1, 1, 4, 1), _starts(7)])
 @functools.cache
 def _nll(s, T=_T, V=_V, **shape):
   """Jitted (tokens, order, group_start) -> nats by rank."""
-  made = tiny.bind("two_stream", s, T=T, V=V, **shape)
+  made = tiny.make("two_stream", s, T=T, V=V, **shape)
   params = tiny.sharp(made)
   run = tiny.quick_jit(
     lambda tokens, order, groups, ranks: objective.order_nll(
-      made(params), tokens, order, sentinels=s, vocabulary=V,
+      made.bind(params), made.layout, tokens, order,
       group_start=groups, ranks=ranks,
     )
   )  # fmt: skip
@@ -52,7 +52,9 @@ class GroupsTest(parameterized.TestCase):
 
   @parameterized.parameters(1, 2)
   def test_what_each_row_sees(self, s):
-    slots = orders.to_slots(self.tokens, self.order, s, _V, group_start=_GROUPS)
+    slots = orders.to_slots(
+      self.tokens, self.order, tiny.layout(s, _V, _T), group_start=_GROUPS
+    )
     for b, start in enumerate(_GROUPS):
       ends = [*np.flatnonzero(start)[1:], _T]
       for i in range(_T + s - 1):
@@ -101,7 +103,9 @@ class GroupsTest(parameterized.TestCase):
 
   def logits(self, s, tokens):
     params, run = _logits(s)
-    slots = orders.to_slots(tokens, self.order, s, _V, group_start=_GROUPS)
+    slots = orders.to_slots(
+      tokens, self.order, tiny.layout(s, _V, _T), group_start=_GROUPS
+    )
     return np.asarray(run(params, slots))[:, s - 1 :]
 
   def test_order_inside_a_group_is_no_order(self):
@@ -146,8 +150,8 @@ class GroupsTest(parameterized.TestCase):
 
 @functools.cache
 def _logits(s):
-  made = tiny.bind("two_stream", s)
-  run = jax.jit(lambda params, slots: made(params)(slots))
+  made = tiny.make("two_stream", s)
+  run = jax.jit(made.apply)
   return tiny.sharp(made), run
 
 
@@ -166,13 +170,13 @@ class QueryFractionTest(parameterized.TestCase):
 
   def test_the_loss_is_unbiased(self):
     """The mean over all choices of 2 of 7 ranks is the whole; so of slopes."""
-    made = tiny.bind("two_stream", 1)
+    made = tiny.make("two_stream", 1)
     params = tiny.sharp(made)
 
     def loss(params, ranks):
       draws = objective.Draws(self.order, ranks=ranks)
       return objective.training_nll(
-        made(params), self.tokens, draws, sentinels=1, vocabulary=_V
+        made.bind(params), made.layout, self.tokens, draws
       ).sum()
 
     value_and_slope = tiny.quick_jit(jax.value_and_grad(loss))

@@ -21,7 +21,7 @@ from aoarm_jax import main
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import sharding
 from aoarm_jax.runs import checkpoint
-from aoarm_jax.training import state as train_state
+from aoarm_jax.training import program as program_lib
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TINY = str(ROOT / "configs" / "two_stream.py:tiny")
@@ -191,7 +191,7 @@ def finish(process: subprocess.Popen) -> tuple[int, str, str]:
 def final_state(workdir: pathlib.Path, config: config_lib.Config):
   """(Saved, TrainState) of a run's newest checkpoint, on one device."""
   mesh = sharding.make_mesh(config.mesh)
-  _, abstract, _ = train_state.create(config, 27, mesh)
+  abstract = program_lib.make(config, mesh=mesh).abstract
   checkpoints = checkpoint.Checkpoints(
     epath.Path(workdir) / "checkpoints", keep_last=1, keep_best=0
   )

@@ -14,8 +14,6 @@ from aoarm_jax.tools import matching
 # On the older Python alone, for time.
 pytestmark = pytest.mark.once
 
-_V = 27
-
 
 def _config(mechanism, by="training_flops", change="steps", **model):
   sizes = dict(T=64, D=64, L=3, N=2) | model
@@ -43,7 +41,7 @@ class MatchTest(parameterized.TestCase):
     sizes = dict(D=256, L=12, N=4)
     other = _config("two_stream", **sizes)
     own = _config(mechanism, by, change, **sizes)
-    matched = matching.match(own, other, _V)
+    matched = matching.match(own, other)
     section = "train" if change == "steps" else "model"
     value = getattr(getattr(matched, section), change)
     unit = {"D": 32, "mlp_width": 8}.get(change, 1)
@@ -53,9 +51,9 @@ class MatchTest(parameterized.TestCase):
       part = dataclasses.replace(getattr(own, section), **{change: count})
       changed = dataclasses.replace(own, **{section: part})
       if by == "parameters":
-        sizes = (matching.parameters(c.model, _V) for c in (changed, other))
+        sizes = (matching.parameters(c) for c in (changed, other))
       else:
-        sizes = (matching.training_flops(c, _V) for c in (changed, other))
+        sizes = (matching.training_flops(c) for c in (changed, other))
       mine, wanted = sizes
       return abs(mine - wanted)
 
@@ -72,9 +70,9 @@ class MatchTest(parameterized.TestCase):
   def test_itself(self):
     """What is equal already stays."""
     own = _config("ao_gpt", "parameters", "mlp_width")
-    self.assertEqual(matching.match(own, own, _V).model.mlp_width, 256)
+    self.assertEqual(matching.match(own, own).model.mlp_width, 256)
     own = _config("ao_gpt")
-    self.assertEqual(matching.match(own, own, _V), own)
+    self.assertEqual(matching.match(own, own), own)
 
   def test_flops_of_a_run(self):
     one, two = _config("causal"), _config("causal", L=6)
@@ -83,12 +81,11 @@ class MatchTest(parameterized.TestCase):
         dataclasses.replace(
           one, train=config_lib.Train(steps=1600, batch_size=64)
         ),
-        _V,
       ),
-      2 * matching.training_flops(one, _V),
+      2 * matching.training_flops(one),
     )
     self.assertGreater(
-      matching.training_flops(two, _V), 1.9 * matching.training_flops(one, _V)
+      matching.training_flops(two), 1.9 * matching.training_flops(one)
     )
 
   def test_what_cannot_be_matched(self):
@@ -97,25 +94,25 @@ class MatchTest(parameterized.TestCase):
     with self.assertRaisesRegex(
       config_lib.ConfigError, "config.match.change='mlp_width': .* has .* of"
     ):
-      matching.match(own, large, _V)
+      matching.match(own, large)
     # What is a fifth off is not equal.
     with self.assertRaisesRegex(config_lib.ConfigError, "no L gives ao_gpt"):
       few = _config("two_stream", L=3)
-      matching.match(_config("ao_gpt", "parameters", "L"), few, _V)
+      matching.match(_config("ao_gpt", "parameters", "L"), few)
 
   def test_table(self):
-    table = matching.table(_config("two_stream"), _V).splitlines()
+    table = matching.table(_config("two_stream")).splitlines()
     self.assertLen(table, 2 + len(mechanisms.MECHANISMS))
     self.assertLen(set(map(len, table)), 1)
     rows = {line.split()[0]: line.split() for line in table[2:]}
-    count = matching.parameters(_config("two_stream").model, _V)
+    count = matching.parameters(_config("two_stream"))
     self.assertEqual(rows["two_stream"][1], f"{count:,}")
     self.assertEqual(rows["two_stream"][-1], "800")
     self.assertEqual(rows["mdlm"][4], "0")
 
   def test_table_where_nothing_comes_near(self):
     """One layer cannot become fewer."""
-    table = matching.table(_config("two_stream", L=1), _V).splitlines()
+    table = matching.table(_config("two_stream", L=1)).splitlines()
     self.assertLen(table, 2 + len(mechanisms.MECHANISMS))
     rows = {line.split()[0]: line.split() for line in table[2:]}
     self.assertEqual(rows["ao_gpt"][5], "-")
@@ -127,7 +124,7 @@ class MatchTest(parameterized.TestCase):
     part = dataclasses.replace(
       whole, train=dataclasses.replace(whole.train, query_fraction=0.25)
     )
-    table = matching.table(part, _V).splitlines()
+    table = matching.table(part).splitlines()
     rows = {line.split()[0]: line.split() for line in table[2:]}
 
     def passes(name):
@@ -157,7 +154,7 @@ class ResolveTest(absltest.TestCase):
         match=config_lib.Match(**match),
       )
       return config, matching.resolve(
-        config, os.path.join(folder, "own.py:default"), _V
+        config, os.path.join(folder, "own.py:default")
       )
 
   def test_nothing_to_match(self):

@@ -102,11 +102,11 @@ class ExperimentTest(parameterized.TestCase):
       before = set(mechanisms.MECHANISMS)
       exec(code, vars(mechanisms))  # As if the line stood there.
       (name,) = set(mechanisms.MECHANISMS) - before
-      made = tiny.bind(name, T=4, V=3, D=8, N=2)
+      made = tiny.make(name, T=4, V=3, D=8, N=2)
       texts = tiny.all_sequences(3, 4)
       order = np.tile(np.array([3, 1, 4, 2]), (len(texts), 1))
       nats = objective.order_nll(
-        made(tiny.sharp(made)), texts, order, sentinels=1, vocabulary=3
+        made.bind(tiny.sharp(made)), made.layout, texts, order
       )
     p = np.exp(-np.asarray(nats, np.float64).sum(axis=1))
     self.assertAlmostEqual(p.sum(), 1.0, delta=1e-5)

@@ -20,7 +20,7 @@ import pallas_kernels
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import hlo, sharding
 from aoarm_jax.model import network as network_lib
-from aoarm_jax.training import loop as train
+from aoarm_jax.training import program as program_lib
 from aoarm_jax.training import state as train_state
 
 V, B = 27, 16
@@ -102,19 +102,12 @@ def take_step(config, devices):
   mesh = sharding.make_mesh(config.mesh, devices)
   sharding.check(mesh, config)
   with jax.set_mesh(mesh), pallas_kernels.interpret(True):
-    bind, abstract, init = train_state.create(config, V, mesh)
+    program = program_lib.make(config, mesh=mesh)
     tokens = np.random.default_rng(0).integers(0, V, (B, config.model.T))
-    step = jax.jit(
-      train.make_step(config, bind, V),
-      out_shardings=(
-        jax.tree.map(lambda leaf: leaf.sharding, abstract),
-        sharding.replicated(mesh),
-      ),
-    )
     batch = sharding.put_batch(mesh, tokens.astype(np.uint8))
-    compiled = step.lower(abstract, batch).compile()
-    state, sums = compiled(init(), batch)
-  return Step(abstract, state, float(sums["nats"]), compiled.as_text())
+    compiled = program.step.lower(program.abstract, program.tokens).compile()
+    state, sums = compiled(program.init(np.int32(config.seed)), batch)
+  return Step(program.abstract, state, float(sums["nats"]), compiled.as_text())
 
 
 def difference(got, want):
@@ -209,7 +202,7 @@ def errors():
       sharding.check_batch(
         made, "config.train.batch_size", batch, config.compute.accumulate
       )
-      train_state.create(config, V, made)
+      program_lib.make(config, mesh=made)
     except config_lib.ConfigError as error:
       return str(error)
     return ""
@@ -301,13 +294,15 @@ class MeshTest(parameterized.TestCase):
 
   def test_what_is_sent(self):
     config = configuration("two_stream", MESHES["8"])
-    bind = network_lib.Bind(config.model, config.compute, V)
-    size = 4 * sum(leaf.size for leaf in jax.tree.leaves(bind.abstract_params))
+    network = network_lib.Network(config)
+    size = 4 * sum(
+      leaf.size for leaf in jax.tree.leaves(network.abstract_params)
+    )
     matrices = 4 * sum(
       leaf.size
       for leaf, axes in zip(
-        jax.tree.leaves(bind.abstract_params),
-        jax.tree.leaves(bind.axes, is_leaf=lambda x: isinstance(x, tuple)),
+        jax.tree.leaves(network.abstract_params),
+        jax.tree.leaves(network.axes, is_leaf=lambda x: isinstance(x, tuple)),
       )
       if "embed" in axes
     )
@@ -376,10 +371,9 @@ class MeshTest(parameterized.TestCase):
     config = configuration("two_stream", config_lib.Mesh())
     one = jax.sharding.AbstractMesh((1, 1, 1, 1), sharding.AXES)
     for on, smallest_shard, whole in ((mesh, 4, 0), (mesh, 5, 8), (one, 99, 0)):
-      bind = network_lib.Bind(
-        config.model, config.compute, V, on, smallest_shard
-      )
-      self.assertEqual(bind.kept_whole, whole)
+      cut = config.replace("mesh.smallest_shard", smallest_shard)
+      network = network_lib.Network(cut, on)
+      self.assertEqual(network.kept_whole, whole)
 
 
 if __name__ == "__main__":

@@ -160,7 +160,10 @@ def _in_natural_order(mechanism, written, tokens, order):
 
 def _sequence_nll(network, params, tokens, order, s, V):
   return objective.order_nll(
-    functools.partial(network, params), tokens, order, sentinels=s, vocabulary=V
+    functools.partial(network, params),
+    tiny.layout(s, V, tokens.shape[1]),
+    tokens,
+    order,
   ).sum(axis=1)
 
 
@@ -204,7 +207,7 @@ class LeakTest(parameterized.TestCase):
   @parameterized.parameters(*tiny.CASES)
   def test_only_visible_tokens_move_logits(self, mechanism, s):
     """Every token moves the slots that see it, and no bit of any other."""
-    _, params, network = tiny.network(mechanism, s)
+    _, params, network = tiny.jitted(mechanism, s)
     tokens = tiny.tokens(_B, _T, _V)
     families = config.ORDER_FAMILIES
     if mechanisms.MECHANISMS[mechanism].left_to_right:
@@ -218,7 +221,7 @@ class LeakTest(parameterized.TestCase):
   @parameterized.parameters(*tiny.ANY_ORDER)
   def test_the_order_to_come_moves_nothing(self, mechanism, s):
     """Logits at rank r know sigma(r), and nothing of sigma(> r)."""
-    _, params, network = tiny.network(mechanism, s)
+    _, params, network = tiny.jitted(mechanism, s)
     tokens = tiny.tokens(_B, _T, _V)
     order = tiny.orders_of(mechanism, _B, _T)
     base = network(params, _slots(tokens, order, s))
@@ -232,11 +235,11 @@ class LeakTest(parameterized.TestCase):
 
   @parameterized.parameters("two_stream", "decoupled_rope")
   def test_a_planted_leak_is_found(self, mechanism):
-    made = tiny.bind(mechanism, 2, L=1)
+    made = tiny.make(mechanism, 2, L=1)
     order = tiny.orders_of(mechanism, _B, _T)
     tokens = tiny.tokens(_B, _T, _V)
     with _plant():
-      network = jax.jit(lambda params, slots: made(params)(slots))
+      network = jax.jit(made.apply)
       reaches = _reaches(network, tiny.sharp(made), tokens, order, 2)
     leaks = reaches & ~_may_reach(_T, 2)
     # Every row but the last, which has no next slot, sees its own target.
@@ -264,7 +267,7 @@ class NormalisationTest(parameterized.TestCase):
 
   def totals(self, mechanism, s):
     """Sum over all sequences of p(x | sigma), by order."""
-    made = tiny.bind(mechanism, s, T=self.T, V=self.V, D=8, N=2)
+    made = tiny.make(mechanism, s, T=self.T, V=self.V, D=8, N=2)
     params = tiny.sharp(made)
     every = tiny.all_orders(self.T)
     if mechanisms.MECHANISMS[mechanism].left_to_right:
@@ -272,7 +275,7 @@ class NormalisationTest(parameterized.TestCase):
     texts = tiny.all_sequences(self.V, self.T)
     tokens = np.tile(texts, (len(every), 1))
     order = np.repeat(every, len(texts), axis=0)
-    network = lambda params, slots: made(params)(slots)  # noqa: E731
+    network = made.apply
     nll = tiny.quick_jit(
       functools.partial(_sequence_nll, network, s=s, V=self.V)
     )(params, tokens, order)
@@ -306,7 +309,7 @@ class WrittenTest(parameterized.TestCase):
 
   def both(self, mechanism, s):
     """(written by hand, slots, logits [B, S, V] of the library)."""
-    model, params, network = tiny.network(mechanism, s)
+    model, params, network = tiny.jitted(mechanism, s)
     self.order = tiny.orders_of(mechanism, _B, _T)
     slots = _slots(self.tokens, self.order, s)
     logits = np.asarray(network(params, slots))
@@ -329,7 +332,7 @@ class WrittenTest(parameterized.TestCase):
   @parameterized.parameters(1, 2)
   def test_decoupled_rope_left_to_right_is_rope_with_a_shift(self, s):
     """The query at position p turns by p + 1, the key by p."""
-    model, params, network = tiny.network("decoupled_rope", s)
+    model, params, network = tiny.jitted("decoupled_rope", s)
     natural = np.tile(np.arange(1, _T + 1), (_B, 1))
     logits = network(params, _slots(self.tokens, natural, s))
     written = _Written(model, params)
@@ -367,7 +370,7 @@ class WrittenTest(parameterized.TestCase):
   @parameterized.parameters(*tiny.ANY_ORDER)
   def test_swapping_two_earlier_slots_moves_logits(self, mechanism, s):
     """No invariance of causal orders: earlier rows see other prefixes."""
-    _, params, network = tiny.network(mechanism, s)
+    _, params, network = tiny.jitted(mechanism, s)
     order = tiny.orders_of(mechanism, _B, _T)
     swapped = order.copy()
     swapped[:, [1, 2]] = order[:, [2, 1]]
@@ -384,7 +387,7 @@ class WrittenTest(parameterized.TestCase):
     Not so where the target enters by more than rotation.
     """
     kind = mechanisms.MECHANISMS[mechanism]
-    _, params, network = tiny.network(mechanism, s)
+    _, params, network = tiny.jitted(mechanism, s)
     natural = np.arange(1, _T + 1)
     order = np.array([np.roll(natural, -2 * b) for b in range(_B)])
     first = network(params, _slots(self.tokens, order, s))[:, s - 1]
@@ -397,9 +400,9 @@ class WrittenTest(parameterized.TestCase):
 
 @functools.cache
 def _extend(mechanism, s):
-  made = tiny.bind(mechanism, s)
+  made = tiny.make(mechanism, s)
   return tiny.quick_jit(
-    lambda params, *args: cached.Cached(made(params)).extend(*args)
+    lambda params, *args: cached.Cached(made.bind(params)).extend(*args)
   )
 
 
@@ -410,7 +413,7 @@ class CacheTest(parameterized.TestCase):
 
   def prepare(self, mechanism, s):
     """(extend, slots, uncached logits, empty cache)."""
-    model, params, network = tiny.network(mechanism, s)
+    model, params, network = tiny.jitted(mechanism, s)
     order = tiny.orders_of(mechanism, _B, _T)
     slots = _slots(self.tokens, order, s)
     cache = cached.empty_cache(
@@ -465,14 +468,12 @@ class CacheTest(parameterized.TestCase):
 
 def _value_and_gradients(mechanism, L, gradients=True, **compute):
   """(nll [B], gradients of its sum or None) at parameters drawn for L."""
-  made = tiny.bind(mechanism, 1, L=L, **compute)
+  made = tiny.make(mechanism, 1, L=L, **compute)
   tokens = tiny.tokens(_B, _T, _V)
   order = tiny.orders_of(mechanism, _B, _T)
 
   def loss(params):
-    nll = _sequence_nll(
-      lambda params, slots: made(params)(slots), params, tokens, order, 1, _V
-    )
+    nll = _sequence_nll(made.apply, params, tokens, order, 1, _V)
     return nll.sum(), nll
 
   params = tiny.sharp(made)
@@ -538,7 +539,7 @@ class ComputeTest(parameterized.TestCase):
 
   def test_initial_parameters(self):
     """Float32, of the documented scale, and of no two layers alike."""
-    made = tiny.bind(L=3, D=32, V=27, N=2)
+    made = tiny.make(L=3, D=32, V=27, N=2)
     params = tiny.quick_jit(made.init)(jax.random.key(0))
     chex.assert_trees_all_equal_shapes_and_dtypes(params, made.abstract_params)
     chex.assert_tree_all_finite(params)
@@ -570,7 +571,7 @@ class CountTest(parameterized.TestCase):
       "ao_gpt": P * D + adaln,
       "mdlm": D,
     }.get(mechanism, 0)
-    params = tiny.bind(mechanism, s, T=T, V=V, D=D, L=L, N=N).abstract_params
+    params = tiny.make(mechanism, s, T=T, V=V, D=D, L=L, N=N).abstract_params
     self.assertEqual(
       sum(leaf.size for leaf in jax.tree.leaves(params)), count + own
     )
@@ -590,33 +591,35 @@ class CountTest(parameterized.TestCase):
 
   def check_count(self, mechanism, s, L, slots, **options):
     T, V, D, N = 511, 27, 128, 1  # Attention is a third of it.
-    made = tiny.bind(
+    made = tiny.make(
       mechanism, s, T=T, V=V, D=D, L=L, N=N, attention="reference"
     )
     model = config.Model(mechanism=mechanism, sentinels=s, T=T, D=D, L=L, N=N)
-    lowered = jax.jit(lambda params, slots: made(params)(slots)).lower(
-      made.abstract_params, slots(model)
+    lowered = jax.jit(made.apply).lower(made.abstract_params, slots(model))
+    counts = config.Config(
+      model=model, train=config.Train(batch_size=1, **options)
     )
-    expected = cost.forward_flops(model, V, 1, visible_only=False, **options)
+    expected = cost.forward_flops(counts, visible_only=False)
     counted = lowered.cost_analysis()["flops"]
     self.assertAlmostEqual(counted / expected, 1.0, delta=0.05)
     # One layer's rows more, or a causal program, would be seen.
     self.assertGreater(model.S * 24 * D * D / expected, 0.1)
     if not model.kind.masked:
-      needed = cost.forward_flops(model, V, 1, **options)
+      needed = cost.forward_flops(counts)
       self.assertGreater(expected / needed, 1.1)
 
   def test_by_hand(self):
     """Two streams, two layers: every matmul of one sequence."""
-    D, F, S, V = 12, 48, 7, 5
+    D, F, S, V = 12, 48, 7, 27
     model = config.Model(mechanism="two_stream", T=7, D=D, L=2, N=3)
     attend = 4 * D * sum(range(1, S + 1))
     projections = S * 2 * D * D
     mlp = 2 * S * 2 * D * F
     stream = 2 * projections + attend + mlp  # Queries, outputs.
     total = 3 * stream + 2 * 2 * projections + 2 * S * D * V
-    self.assertEqual(cost.forward_flops(model, V, 3), 3 * total)
-    self.assertEqual(cost.training_flops_per_token(model, V, 3), 3 * total / 7)
+    run = config.Config(model=model, train=config.Train(batch_size=3))
+    self.assertEqual(cost.forward_flops(run), 3 * total)
+    self.assertEqual(cost.training_flops_per_token(run), 3 * total / 7)
     self.assertEqual(cost.cache_bytes_per_token(model, "bfloat16"), 2 * 24 * 2)
 
 

@@ -24,9 +24,8 @@ def _network(slots):
 
 @functools.cache
 def _jitted(s):
-  return jax.jit(
-    functools.partial(objective.order_nll, _network, sentinels=s, vocabulary=_V)
-  )
+  layout = tiny.layout(s, _V, _T)
+  return jax.jit(functools.partial(objective.order_nll, _network, layout))
 
 
 def _slow_nll(tokens, order, s):
@@ -74,8 +73,9 @@ class ObjectiveTest(parameterized.TestCase):
     logits = logits.astype(np.float32)
 
     def loss(logits):
+      layout = tiny.layout(2, _V, _T)
       return objective.order_nll(
-        lambda slots: logits, tokens, order, sentinels=2, vocabulary=_V
+        lambda slots: logits, layout, tokens, order
       ).sum()
 
     gradient = jax.jit(jax.grad(loss))(logits)

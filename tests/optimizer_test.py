@@ -77,7 +77,7 @@ class ScheduleTest(parameterized.TestCase):
 class ChainTest(parameterized.TestCase):
   @parameterized.parameters(*tiny.MECHANISMS)
   def test_matrices_decay_and_vectors_do_not(self, mechanism):
-    bind = tiny.bind(mechanism)
+    bind = tiny.make(mechanism)
     mask = optimizer.decay_mask(bind.axes)
     jax.tree.map(lambda *_: None, mask, bind.abstract_params)  # One structure.
     for path, decays in jax.tree_util.tree_leaves_with_path(mask):

@@ -139,17 +139,17 @@ class DrawTest(_Test):
 class SlotsTest(_Test):
   def test_layout_with_one_sentinel(self):
     tokens, order = jnp.array([[10, 20, 30, 40]]), jnp.array([[3, 1, 4, 2]])
-    slots = orders.to_slots(tokens, order, 1, 99)
+    slots = orders.to_slots(tokens, order, orders.Layout(1, 99, 6))
     np.testing.assert_array_equal(slots.tokens, [[99, 30, 10, 40]])
     np.testing.assert_array_equal(slots.position, [[0, 3, 1, 4]])
     np.testing.assert_array_equal(slots.target_position, [[3, 1, 4, 2]])
 
-  @parameterized.parameters((None, 5), (9, 9))
-  def test_layout_with_two_sentinels(self, end, at):
+  @parameterized.parameters(5, 9)
+  def test_layout_with_two_sentinels(self, end):
     tokens, order = jnp.array([[10, 20, 30, 40]]), jnp.array([[3, 1, 4, 2]])
-    slots = orders.to_slots(tokens, order, 2, 99, end=end)
+    slots = orders.to_slots(tokens, order, orders.Layout(2, 99, end))
     np.testing.assert_array_equal(slots.tokens, [[99, 100, 30, 10, 40]])
-    np.testing.assert_array_equal(slots.position, [[0, at, 3, 1, 4]])
+    np.testing.assert_array_equal(slots.position, [[0, end, 3, 1, 4]])
     np.testing.assert_array_equal(slots.target_position, [[0, 3, 1, 4, 2]])
 
   @parameterized.parameters(1, 2)
@@ -157,7 +157,7 @@ class SlotsTest(_Test):
     """Slot i holds rank i - s and predicts rank i - s + 1."""
     tokens = tiny.tokens(_B, _T, 5).astype(np.uint8)
     order = _draw("uniform")[:_B]
-    slots = orders.to_slots(jnp.asarray(tokens), order, s, 5)
+    slots = orders.to_slots(jnp.asarray(tokens), order, orders.Layout(s, 5, 4))
     chex.assert_shape(slots[:3], (_B, _T + s - 1))
     chex.assert_type(list(slots[:3]), jnp.int32)
     self.assertEqual(slots[3:], (None, None))
@@ -169,13 +169,17 @@ class SlotsTest(_Test):
         self.assertEqual(slots.target_position[b, i], t)
 
   def test_one_target(self):
-    slots = orders.to_slots(jnp.array([[3]]), jnp.array([[1]]), 2, 5)
+    slots = orders.to_slots(
+      jnp.array([[3]]), jnp.array([[1]]), orders.Layout(2, 5, 2)
+    )
     np.testing.assert_array_equal(slots.tokens, [[5, 6]])
     np.testing.assert_array_equal(slots.target_position, [[0, 1]])
 
   def test_shapes_must_agree(self):
     with self.assertRaises(AssertionError):
-      orders.to_slots(jnp.ones((2, 3), int), jnp.ones((2, 4), int), 1, 5)
+      orders.to_slots(
+        jnp.ones((2, 3), int), jnp.ones((2, 4), int), orders.Layout(1, 5, 4)
+      )
 
   def test_known_first(self):
     order = _draw("uniform")[:32]

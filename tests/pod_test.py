@@ -78,7 +78,7 @@ class ReportTest(parameterized.TestCase):
   @parameterized.parameters("", "v5p", "h100:8", "v5e:4by4", "v5e:0x", "4x4")
   def test_topologies_that_cannot_be(self, topology):
     with self.assertRaisesRegex(config_lib.ConfigError, "--topology=.* give"):
-      pod.estimate(small(), 27, topology)
+      pod.estimate(small(), topology)
 
   @parameterized.parameters(
     ("os.kill(os.getpid(), 11)", "the TPU compiler crashed .SIGSEGV. on v5e"),
@@ -94,7 +94,7 @@ class ReportTest(parameterized.TestCase):
         mock.patch.object(sys, "executable", str(program)),
         self.assertRaisesRegex(pod.PodError, message) as caught,
       ):
-        pod.estimate(small(), 27, "v5e:2x2")
+        pod.estimate(small(), "v5e:2x2")
     self.assertNotIn("\n", str(caught.exception))
 
   @parameterized.parameters(
@@ -116,7 +116,7 @@ class ReportTest(parameterized.TestCase):
     if importlib.util.find_spec("libtpu") is not None:
       self.skipTest("libtpu is installed")
     with self.assertRaisesRegex(config_lib.ConfigError, "pip install -e"):
-      pod.estimate(small(), 27, "v5e:2x2")
+      pod.estimate(small(), "v5e:2x2")
 
   def test_the_command_line(self):
     for words, message in (
@@ -137,9 +137,9 @@ class CompilerTest(parameterized.TestCase):
       self.skipTest("libtpu is not installed: pip install -e '.[tpu]'")
 
   def test_memory_falls_with_chips_and_what_is_sent(self):
-    few = pod.estimate(small(fsdp=0), 27, "v5e:2x2")
-    many = pod.estimate(small(fsdp=0), 27, "v5e:4x4")
-    alone = pod.estimate(small(), 27, "v5e:4x4")
+    few = pod.estimate(small(fsdp=0), "v5e:2x2")
+    many = pod.estimate(small(fsdp=0), "v5e:4x4")
+    alone = pod.estimate(small(), "v5e:4x4")
     self.assertEqual((few.chips, many.chips), (4, 16))
     # All but the vectors is sharded.
     self.assertAlmostEqual(
@@ -165,7 +165,7 @@ class CompilerTest(parameterized.TestCase):
     with self.assertRaisesRegex(
       pod.PodError, "v5e:2x2: does not fit: needs at least"
     ):
-      pod.estimate(large, 27, "v5e:2x2")
+      pod.estimate(large, "v5e:2x2")
 
 
 class TableTest(parameterized.TestCase):
@@ -192,9 +192,9 @@ class TableTest(parameterized.TestCase):
     config = helpers.config_of([f"--config={file}:{variant}", *command])
     if memory.startswith("refused: "):
       with self.assertRaisesRegex(pod.PodError, memory[len("refused: ") :]):
-        pod.estimate(config, 27, topology)
+        pod.estimate(config, topology)
       return
-    report = pod.estimate(config, 27, topology)
+    report = pod.estimate(config, topology)
     self.assertEqual((report.chips, report.mesh), (int(chips), mesh))
     used, state = map(float, re.findall(r"[\d.]+", memory)[:2])
     self.assertAlmostEqual(report.memory_bytes / 1e9, used, delta=0.06)

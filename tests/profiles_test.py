@@ -40,10 +40,8 @@ def slow_sums(w, place, position, s):
 
 def maps(bind, params, tokens, order):
   """Softmax maps of every layer [B, R, S, heads], by numpy."""
-  network = bind(params)
-  slots = orders.to_slots(
-    tokens, order, network.model.sentinels, network.vocabulary
-  )
+  network = bind.bind(params)
+  slots = orders.to_slots(tokens, order, network.layout)
   earlier, last = profiles.observe(
     network, slots, lambda q, k, v, visible: (q, k)
   )
@@ -63,12 +61,12 @@ def maps(bind, params, tokens, order):
 class ProfileTest(parameterized.TestCase):
   @parameterized.parameters(("two_stream", 2), ("decoupled_rope", 1))
   def test_is_that_of_the_maps_written_out(self, mechanism, s):
-    bind = tiny.bind(mechanism, s, L=3)
+    bind = tiny.make(mechanism, s, L=3)
     params = tiny.sharp(bind)
     tokens = tiny.tokens(B, T, 5)
     order = tiny.orders_of(mechanism, B, T)
     sums = tiny.quick_jit(
-      lambda params: profiles.profile(bind(params), tokens, order, REAL)
+      lambda params: profiles.profile(bind.bind(params), tokens, order, REAL)
     )(params)
     kind = mechanisms.MECHANISMS[mechanism]
     arrays = profiles.to_arrays(*sums, kind)
@@ -105,7 +103,7 @@ class ProfileTest(parameterized.TestCase):
   def of_weights(self, choose):
     """Indices [2] where every row attends to the slot that `choose` names."""
     order = tiny.orders_of("two_stream", 1, 12)
-    slots = orders.to_slots(tiny.tokens(1, 12, 5), order, 1, 5)
+    slots = orders.to_slots(tiny.tokens(1, 12, 5), order, tiny.layout(1, 5, 12))
     c, t = np.asarray(slots.position[0]), np.asarray(slots.target_position[0])
     w = np.zeros((1, 1, 12, 12), np.float32)
     for i in range(12):
@@ -143,7 +141,7 @@ class ProfileTest(parameterized.TestCase):
 
   def test_a_network_that_attends_to_the_nearest_position(self):
     """Queries and keys are one vector, turned slowly by t and by c."""
-    bind = tiny.bind("decoupled_rope", T=12, D=4, L=1, N=1)
+    bind = tiny.make("decoupled_rope", T=12, D=4, L=1, N=1)
     params = tiny.sharp(bind)
     attention = params["blocks"]["attention"]
     for name in ("query", "key"):
@@ -157,7 +155,7 @@ class ProfileTest(parameterized.TestCase):
     tokens = tiny.tokens(B, 12, 5)
     order = tiny.orders_of("decoupled_rope", B, 12)
     sums = tiny.quick_jit(
-      lambda params: profiles.profile(bind(params), tokens, order, REAL)
+      lambda params: profiles.profile(bind.bind(params), tokens, order, REAL)
     )(params)
     kind = mechanisms.MECHANISMS["decoupled_rope"]
     arrays = profiles.to_arrays(*sums, kind)

@@ -15,11 +15,11 @@ from studies import V, config
 from aoarm_jax.devices import sharding
 from aoarm_jax.generation import decode, diffusion
 from aoarm_jax.generation import law as sampling
+from aoarm_jax.generation import plan as plan_lib
 from aoarm_jax.study import cells as cells_lib
 from aoarm_jax.study import programs
-from aoarm_jax.training import loop as train
 from aoarm_jax.training import optimizer
-from aoarm_jax.training import state as train_state
+from aoarm_jax.training import program as program_lib
 
 # On the older Python alone, but for what profiles_test.py and coherence_test.py
 # say of the measures.
@@ -30,20 +30,25 @@ class TemperaturesTest(parameterized.TestCase):
   @parameterized.parameters("decoupled_rope", "mdlm")
   def test_a_law_a_row_is_the_law_of_each_row(self, mechanism):
     """All temperatures in one batch give what one batch for each would."""
-    bind = tiny.bind(mechanism, L=1)
-    params, B, T = tiny.sharp(bind), 4, 7
+    network = tiny.make(mechanism, L=1)
+    params, B, T = tiny.sharp(network), 4, 7
     order = tiny.orders_of(mechanism, B, T)
 
     @tiny.quick_jit
     def texts(params, temperature):
       law = sampling.Sampling(temperature, jnp.int32(0), jnp.float32(1))
       blank = jnp.zeros((B, T), jnp.int32)
-      network, key = bind(params), jax.random.key(0)
-      arguments = network, key, blank, blank > 0, order, law
+      arguments = (
+        network,
+        params,
+        jax.random.key(0),
+        blank,
+        blank > 0,
+        order,
+        law,
+      )
       if mechanism == "mdlm":
-        return diffusion.generate(
-          *arguments, method="sequential", steps=0
-        ).tokens
+        return diffusion.generate(*arguments, plan=plan_lib.Plan()).tokens
       return decode.generate(*arguments).tokens
 
     levels = np.float32([0.1, 3.0, 0.1, 3.0])
@@ -59,23 +64,20 @@ class ProgramsTest(parameterized.TestCase):
     base = config("T=16 size=16x1x2", tokens_per_step=32)
     (cell,) = cells_lib.expand(base)
     mesh = sharding.of_run(base, "train", "eval")
-    made = programs.Programs(mesh, V)
+    made = programs.Programs(mesh)
     self.addCleanup(made.close)
-    other = cells_lib.resolve(cell, base, 5e-3, V)
+    other = cells_lib.resolve(cell, base, 5e-3)
     step = made._future("train", other)
     for rate, seed in ((5e-3, 1), (1e-3, 0)):
-      got = cells_lib.resolve(
-        dataclasses.replace(cell, seed=seed), base, rate, V
-      )
+      got = cells_lib.resolve(dataclasses.replace(cell, seed=seed), base, rate)
       self.assertIs(made._future("train", got), step)
     with jax.set_mesh(mesh):
       tokens = sharding.put(mesh, np.arange(32, dtype=np.uint8) % V)
       tokens = tokens.reshape(2, 16)
-      bind, _, _ = train_state.create(got, V, mesh)
-      wanted = train.make_step(got, bind, V)
+      wanted = program_lib.make(got, mesh=mesh).step
       start = made._future("init", got).result()
       one, two = (start(jnp.int32(3)) for _ in range(2))
-      sums = jax.jit(wanted)(one, tokens)[1]
+      sums = wanted(one, tokens)[1]
       # Made for a rate of 5e-3; told the rate of the other's first step.
       rate = optimizer.schedule(got.optimizer, got.train.steps)(0)
       found = step.result()(two, tokens, jnp.float32(rate))[1]
@@ -88,7 +90,7 @@ class ProgramsTest(parameterized.TestCase):
       base, model=dataclasses.replace(base.model, sentinels=sentinels)
     )
     (cell,) = cells_lib.expand(base)
-    got = cells_lib.resolve(cell, base, 1e-3, V)
+    got = cells_lib.resolve(cell, base, 1e-3)
     mesh = sharding.of_run(got, "train", "eval")
     with (
       mock.patch.multiple(decode, _LARGE=0, _TILE=1),
@@ -96,7 +98,8 @@ class ProgramsTest(parameterized.TestCase):
         decode.cached, "resized", side_effect=decode.cached.resized
       ) as resized,
     ):
-      program, arguments, _ = programs._sample_program(got, V, mesh)
+      made = program_lib.make(got, mesh=mesh)
+      program, arguments = programs._sample_program(made)
       tokens = jax.eval_shape(program, *arguments)
     self.assertEqual(tokens.shape[1], 16)
     lengths = [call.args[1] for call in resized.call_args_list]

@@ -8,7 +8,7 @@ from etils import epath
 
 from aoarm_jax.config import rules as config_rules
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.runs import restore
+from aoarm_jax.runs import opening
 
 
 class AsTrainedTest(absltest.TestCase):
@@ -24,7 +24,7 @@ class AsTrainedTest(absltest.TestCase):
     )
 
   def as_trained(self, config=None, overridden=()):
-    return restore.as_trained(
+    return opening.as_trained(
       config or config_lib.Config(), self.workdir, overridden
     )
 

@@ -47,19 +47,19 @@ def tearDownModule():
 
 @functools.cache
 def _made(mechanism, s, T=6):
-  """(config, bind, mesh, params on it)."""
+  """(config, network, mesh, params on it)."""
   model = config.Model(mechanism=mechanism, sentinels=s, T=T, D=8, L=2, N=2)
   compute = config.Compute(dtype="float32", attention="xla")
-  bind = tiny.bind(mechanism, s, T=T, V=_ABC.V, D=8, N=2)
   mesh = sharding.make_mesh(config.Mesh(data=1))
   options = config.Config(model=model, compute=compute)
-  return options, bind, mesh, sharding.put(mesh, tiny.sharp(bind))
+  network = network_lib.Network(options, mesh, _ABC)
+  return options, network, mesh, sharding.put(mesh, tiny.sharp(network))
 
 
 @functools.cache
 def _scorer(mechanism, s):
-  options, bind, mesh, params = _made(mechanism, s)
-  return score.Scorer(options, bind, _ABC, mesh), params
+  options, network, _, params = _made(mechanism, s)
+  return score.Scorer(options, network), params
 
 
 def _score(case, texts, order="left_to_right", given=(), **options):
@@ -102,7 +102,7 @@ class LawTest(parameterized.TestCase):
   @parameterized.parameters(*_CASES)
   def test_generation_says_the_same(self, *case):
     """Cached and uncached: texts of 5 of the model's 6 tokens."""
-    base, bind, mesh, params = _made(*case)
+    base, network, mesh, params = _made(*case)
     order = _order_of(case[0])
     pattern = "b[{}{}{}]" if order == "left_to_right" else "[{}]b[{}{}]c"
     prompt = prompts.parse_prompt(
@@ -111,7 +111,7 @@ class LawTest(parameterized.TestCase):
     options = config.Config(
       model=base.model, sample=config.Sample(count=6, order=order)
     )
-    sampler = generate.Sampler(options, bind, _ABC, mesh)
+    sampler = generate.Sampler(options, network)
     with jax.set_mesh(mesh):
       (texts,) = sampler.fill(params, [prompt])
     for text in texts[:3]:
@@ -139,13 +139,12 @@ class LawTest(parameterized.TestCase):
     case = ("two_stream", 2)
     (scored,) = _score(case, ["a[bc]a__"], "right_to_left")
     self.assertEqual((scored.positions, scored.order), ([2, 3], [3, 2]))
-    _, bind, _, params = _made(*case)
+    _, network, _, params = _made(*case)
     nats = objective.order_nll(
-      bind(params),
+      network.bind(params),
+      network.layout._replace(end=7),
       np.array([[0, 1, 2, 0, 0, 0]]),
       np.array([[1, 4, 3, 2, 5, 6]], np.int32),
-      sentinels=2,
-      vocabulary=3,
     )
     np.testing.assert_allclose(
       scored.token_log_p, [-nats[0, 3], -nats[0, 2]], atol=1e-5
@@ -216,18 +215,18 @@ class AttentionTest(parameterized.TestCase):
     for name, count in (("cudnn", base.model.L), ("xla", 0)):
       compute = config.Compute(dtype="float32", attention=name)
       options = config.Config(model=base.model, compute=compute)
-      bind = network_lib.Bind(base.model, compute, _ABC.V)
+      network = network_lib.Network(options, mesh, _ABC)
       with (
         jax.set_mesh(mesh),
         mock.patch.object(pallas_kernels, "any_order_attention", attention),
       ):
         called.clear()
-        made = score.Scorer(options, bind, _ABC, mesh)
+        made = score.Scorer(options, network)
         (got,) = made.score(params, texts)
         self.assertAlmostEqual(got.log_p, want[0].log_p, delta=1e-5)
         self.assertLen(called, count)  # Once a layer; and of the prompt.
         called.clear()
-        generate.Sampler(options, bind, _ABC, mesh).sample(params, prompt)
+        generate.Sampler(options, network).sample(params, prompt)
         self.assertLen(called, count)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from absl.testing import absltest
 from etils import epath
-from studies import V, config
+from studies import config
 
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import tokenizers
@@ -54,7 +54,7 @@ class SharesTest(absltest.TestCase):
   def test_a_limit_shorter_than_a_cell_is_said(self):
     study = config("mechanism=two_stream,mdlm", limit_seconds=10)
     cells, clock = cells_lib.expand(study), sweep._Clock()
-    results = sweep.Results(study, epath.Path("/absent"), V)
+    results = sweep.Results(study, epath.Path("/absent"))
     for seconds, said in (
       (30.0, "takes about 30 s: raise the limit"),
       (8.0, "start the same command again"),
@@ -76,7 +76,7 @@ class SharesTest(absltest.TestCase):
     """The lengths of the cells that are begun."""
     study = config("T=32,8,64,16 mechanism=two_stream")
     with tempfile.TemporaryDirectory() as folder:
-      results = sweep.Results(study, epath.Path(folder), V)
+      results = sweep.Results(study, epath.Path(folder))
       with (
         mock.patch.object(
           sweep, "_fits", side_effect=lambda _, cell, *args: fits(cell)
@@ -185,7 +185,7 @@ class FailureTest(absltest.TestCase):
     other = self.folder / "cells/other/result.json"
     other.parent.mkdir(parents=True)
     other.write_text('{"cell"')
-    results = sweep.Results(self.config, self.folder, V)
+    results = sweep.Results(self.config, self.folder)
     with self.assertLogs(level="WARNING") as logs:
       self.assertEqual(results.every(), [])
     self.assertIn("other/result.json: damaged", logs.output[0])
@@ -230,7 +230,7 @@ class FailureTest(absltest.TestCase):
 
   def test_the_report_has_an_empty_cell_with_the_reason(self):
     cells = cells_lib.expand(self.config)
-    results = sweep.Results(self.config, self.folder, V)
+    results = sweep.Results(self.config, self.folder)
     measure.note_failure(results.folder(cells[1]), "loss is nan", again=False)
     folder = self.folder / "report"
     sweep.report.write(self.config, cells, results, folder, [""])
@@ -270,7 +270,7 @@ class FailureTest(absltest.TestCase):
       program.result()
 
     (cell,) = cells_lib.expand(config("seed=0"))
-    results = sweep.Results(self.config, self.folder, V)
+    results = sweep.Results(self.config, self.folder)
     sweep._run_cell(mock.Mock(run=run), results, cell, sweep._Clock(), 0.0)
     self.assertTrue(results.failure(cell)["again"])
     self.assertIsNone(seen[0]())
@@ -289,7 +289,7 @@ class RateTest(absltest.TestCase):
     (self.cell,) = cells_lib.expand(self.study)
     self.trials = cells_lib.trials(self.cell, self.study)
     folder = epath.Path(self.enter_context(tempfile.TemporaryDirectory()))
-    self.results = sweep.Results(self.study, folder, V)
+    self.results = sweep.Results(self.study, folder)
 
   def end(self, trial, bits, unigram=4.0):
     folder = self.results.folder(trial)

@@ -6,8 +6,10 @@ import itertools
 import jax
 import numpy as np
 
+from aoarm_jax import orders
 from aoarm_jax.config import mechanisms
 from aoarm_jax.config import schema as config_lib
+from aoarm_jax.data import tokenizers
 from aoarm_jax.model import network as network_lib
 
 # A mechanism added to the schema is tested from then on.
@@ -33,19 +35,39 @@ quick_jit = functools.partial(
 )
 
 
+def tokenizer(V: int) -> tokenizers.Tokenizer:
+  """An alphabet of V bytes."""
+  return tokenizers.Tokenizer(f"first{V}", bytes(range(V)))
+
+
 @functools.cache
-def bind(
-  mechanism="two_stream", sentinels=1, *, T=7, V=5, D=12, L=2, N=3, **compute
-) -> network_lib.Bind:
+def make(
+  mechanism="two_stream",
+  sentinels=1,
+  *,
+  T=7,
+  V=5,
+  D=12,
+  L=2,
+  N=3,
+  mesh=None,
+  **compute,
+) -> network_lib.Network:
   """A float32 network with XLA's attention, unless `compute` says otherwise."""
   model = config_lib.Model(
     mechanism=mechanism, sentinels=sentinels, T=T, D=D, L=L, N=N
   )
   compute = dict(dtype="float32", attention="xla") | compute
-  return network_lib.Bind(model, config_lib.Compute(**compute), V)
+  config = config_lib.Config(model=model, compute=config_lib.Compute(**compute))
+  return network_lib.Network(config, mesh, tokenizer(V))
 
 
-def sharp(bind: network_lib.Bind, seed=0):
+def layout(sentinels: int, V: int, T: int) -> orders.Layout:
+  """The layout of a network of T positions that is not masked."""
+  return orders.Layout(sentinels, V, T + 1)
+
+
+def sharp(network: network_lib.Network, seed=0):
   """Parameters whose laws are far from uniform and norm scales far from 1.
 
   Drawn by numpy: to compile the library's own draw takes seconds.
@@ -62,20 +84,15 @@ def sharp(bind: network_lib.Bind, seed=0):
     return 0.5 * normal
 
   return jax.device_put(
-    jax.tree_util.tree_map_with_path(draw, bind.abstract_params)
+    jax.tree_util.tree_map_with_path(draw, network.abstract_params)
   )
 
 
 @functools.cache
-def network(*args, **kwargs):
+def jitted(*args, **kwargs):
   """(model, sharp parameters, jitted (params, slots) -> logits)."""
-  made = bind(*args, **kwargs)
-  params = sharp(made)
-  return (
-    made(params).model,
-    params,
-    jax.jit(lambda params, slots: made(params)(slots)),
-  )
+  made = make(*args, **kwargs)
+  return made.model, sharp(made), jax.jit(made.apply)
 
 
 def tokens(B: int, T: int, V: int, seed=0) -> np.ndarray:

@@ -234,14 +234,16 @@ class TpuTest(parameterized.TestCase):
     """Through the chooser: logits and gradients of two streams."""
     B, T, V = 2, 7, 5
     slots = orders.to_slots(
-      tiny.tokens(B, T, V), tiny.orders_of("two_stream", B, T), 1, V
+      tiny.tokens(B, T, V),
+      tiny.orders_of("two_stream", B, T),
+      tiny.layout(1, V, T),
     )
     results = []
     for name in ("xla", "mosaic_tpu"):
-      bind = tiny.bind(attention=name)
+      bind = tiny.make(attention=name)
 
       def loss(params, bind=bind):
-        logits = bind(params)(slots)
+        logits = bind.apply(params, slots)
         return (logits**2).mean(), logits
 
       params = tiny.sharp(bind)

@@ -26,11 +26,10 @@ from etils import epath
 from aoarm_jax import main
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import corpora
-from aoarm_jax.devices import sharding
 from aoarm_jax.runs import directory as run_dir
 from aoarm_jax.runs import manifest, telemetry
 from aoarm_jax.training import loop as train
-from aoarm_jax.training import state as train_state
+from aoarm_jax.training import program as program_lib
 
 _folder: pathlib.Path  # Of this module's runs.
 _contexts = contextlib.ExitStack()
@@ -513,7 +512,7 @@ class StopTest(TrainTest):
 
   def test_loss_that_is_no_number_keeps_the_last_good_state(self):
     workdir, well = _folder / "not_finite", _folder / "well"
-    make_step = train.make_step
+    make_step = program_lib.make_step
 
     def bad_at(step):
       """One program to the compiler whatever the step: equal bits."""
@@ -528,7 +527,7 @@ class StopTest(TrainTest):
 
         return bad_step
 
-      return absltest.mock.patch.object(train, "make_step", make_bad_step)
+      return absltest.mock.patch.object(program_lib, "make_step", make_bad_step)
 
     with bad_at(8):
       message = self.refused(main.RUN_ERRORS, arguments(workdir, SHORT))
@@ -565,20 +564,18 @@ def _pieces(changes):
   config = helpers.config_of(
     helpers.arguments(_folder, {"model.L": 3, **changes})
   )
-  mesh = sharding.make_mesh(config.mesh)
-  return config, mesh, *train_state.create(config, 27, mesh)
+  return program_lib.make(config, "train")
 
 
 @functools.cache
 def three_steps(*changes):
   """(state, [sums]) after three steps of three layers."""
-  config, mesh, bind, _, init = _pieces(dict(changes))
-  with jax.set_mesh(mesh):
-    step = jax.jit(train.make_step(config, bind, 27))
-    state, sums = init(), []
+  program = _pieces(dict(changes))
+  with jax.set_mesh(program.network.mesh):
+    state, sums = program.init(np.int32(0)), []
     for seed in range(3):
       tokens = np.random.default_rng(seed).integers(0, 27, (8, 16), np.uint8)
-      state, out = step(state, jnp.asarray(tokens))
+      state, out = program.step(state, jnp.asarray(tokens))
       sums.append(jax.device_get(out))
   return state, sums
 
@@ -598,7 +595,7 @@ class StepTest(TrainTest):
     self.assertEqual(got_sums[0]["tokens"], 8 * 16)
     # Adam divides: where a gradient is nearly zero, rounding shows most.
     chex.assert_trees_all_close(got.params, want.params, atol=1e-4)
-    initial = _pieces({})[-1]().params
+    initial = _pieces({}).init(np.int32(0)).params
     moved = jax.tree.map(lambda p, q: jnp.abs(p - q).max(), got.params, initial)
     self.assertGreater(min(jax.tree.leaves(moved)), 5e-3)
 
@@ -624,7 +621,7 @@ class StepTest(TrainTest):
 
   def test_seeds_differ(self):
     one, other = (
-      np.ravel(_pieces({"seed": seed})[-1]().params["embedding"])
+      np.ravel(_pieces({}).init(np.int32(seed)).params["embedding"])
       for seed in (0, 1)
     )
     self.assertLess(abs(np.corrcoef(one, other)[0, 1]), 0.3)

@@ -615,6 +615,18 @@ class Config:
   distributed: Distributed = Distributed()
   study: Study = Study()
 
+  def replace(self, path: str, value: Any) -> "Config":
+    """Returns the config with another value of one field.
+
+    Args:
+      path: as in "train.steps" or "seed", or a whole section, as in "orders".
+      value: of the field's type; whether it can be, config_rules.validate says.
+    """
+    name, _, rest = path.partition(".")
+    if rest:
+      value = dataclasses.replace(getattr(self, name), **{rest: value})
+    return dataclasses.replace(self, **{name: value})
+
   @property
   def eval_batch_size(self) -> int:
     return self.eval.batch_size or self.train.batch_size

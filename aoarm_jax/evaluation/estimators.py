@@ -39,9 +39,8 @@ _GROUPS, _ROWS = (2**31 + purpose for purpose in range(2))
 
 def estimate(
   estimator: str,
-  bind: network_lib.Bind,
   config: config_lib.Config,
-  vocabulary: int,
+  network: network_lib.Network,
   params,
   key: jax.Array,
   step: jax.Array,
@@ -53,10 +52,9 @@ def estimate(
 
   Args:
     estimator: a name of config.ESTIMATORS.
-    bind: params -> network.
-    config: its model, orders, eval and train.least_time.
-    vocabulary: V.
-    params: the parameters.
+    config: its orders, eval and train.least_time.
+    network: whose likelihood it is.
+    params: of the network.
     key: typed PRNG key.
     step: of the parameters; training_order under a curriculum depends on it.
     first_row: index of row 0 among all sequences.
@@ -70,11 +68,8 @@ def estimate(
   """
   tokens = tokens.astype(jnp.int32)
   B, T = tokens.shape
-  network, kind = bind(params), config.model.kind
-  layout = dict(sentinels=config.model.sentinels, vocabulary=vocabulary)
-  order_nll = functools.partial(
-    objective.order_nll, network, tokens, masked=kind.masked, **layout
-  )
+  law = network.bind(params), network.layout
+  order_nll = functools.partial(objective.order_nll, *law, tokens)
 
   def draw(key, family="uniform"):
     options = dataclasses.replace(config.orders, family=family)
@@ -96,18 +91,21 @@ def estimate(
       )
     case "context_ensembled":
       nats = objective.context_ensembled_nll(
-        network,
+        *law,
         row_keys,
         tokens,
         draw(key),
         contexts=config.eval.ensemble_orders,
-        **layout,
       ).sum(axis=1)
     case "elbo":
       nats = _elbo(
-        network, tokens, row_keys, of_draw, config.eval.times,
-        config.train.least_time, layout,
-      )  # fmt: skip
+        law,
+        tokens,
+        row_keys,
+        of_draw,
+        config.eval.times,
+        config.train.least_time,
+      )
     case _:
       groups = None
       if estimator == "training_order":
@@ -122,7 +120,7 @@ def estimate(
   return nats, sums, real, first_row + B
 
 
-def _elbo(network, tokens, row_keys, of_draw, times, least_time, layout):
+def _elbo(law, tokens, row_keys, of_draw, times, least_time):
   """Mean over times, which are evenly spread for every sequence: [B]."""
   spread = jax.vmap(
     lambda row_key: objective.draw_times(row_key, times, least_time)
@@ -133,7 +131,7 @@ def _elbo(network, tokens, row_keys, of_draw, times, least_time, layout):
     masked = objective.draw_masked(
       objective.fold_rows(row_keys, k), of_draw(k), time
     )
-    nats = objective.masked_nll(network, tokens, masked, **layout)
+    nats = objective.masked_nll(*law, tokens, masked)
     return nats.sum(axis=1) / time
 
   return jax.lax.map(of_time, (jnp.arange(times), spread.T)).mean(axis=0)

@@ -15,12 +15,12 @@ from absl import logging
 from etils import epath
 
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.data import corpora, pipeline, tokenizers
+from aoarm_jax.data import corpora, pipeline
 from aoarm_jax.devices import sharding
 from aoarm_jax.evaluation import estimators
 from aoarm_jax.model import network as network_lib
 from aoarm_jax.runs import directory as run_dir
-from aoarm_jax.runs import figures, restore, telemetry
+from aoarm_jax.runs import figures, opening, telemetry
 
 _SECONDS_BETWEEN_LINES = 15.0
 _EVALUATION = 101  # Sets these keys apart from training's of the same seed.
@@ -100,15 +100,9 @@ class Estimate:
 class Evaluator:
   """The estimators of one run; jitted once each."""
 
-  def __init__(
-    self,
-    config: config_lib.Config,
-    bind: network_lib.Bind,
-    vocabulary: int,
-    mesh: jax.sharding.Mesh,
-  ):
-    self._config, self._bind, self._mesh = config, bind, mesh
-    self._vocabulary = vocabulary
+  def __init__(self, config: config_lib.Config, network: network_lib.Network):
+    self._config, self._network = config, network
+    self._mesh = network.mesh
     self._jitted = {}
 
   def estimate(
@@ -122,7 +116,7 @@ class Evaluator:
     """Averages an estimator over batches.
 
     Args:
-      params: as the Bind's; on the mesh.
+      params: of the network; on the mesh.
       batches: of (tokens uint8 [B, T], real bool [B]); rows that are not real
         are padding of the last batch and count nowhere.
       estimator: a name of config.ESTIMATORS.
@@ -136,11 +130,7 @@ class Evaluator:
     if estimator not in self._jitted:
       self._jitted[estimator] = jax.jit(
         functools.partial(
-          estimators.estimate,
-          estimator,
-          self._bind,
-          self._config,
-          self._vocabulary,
+          estimators.estimate, estimator, self._config, self._network
         ),
         out_shardings=sharding.replicated(self._mesh),
       )
@@ -238,38 +228,28 @@ def evaluate(config: config_lib.Config, workdir: epath.Path) -> None:
   slot_curve_<split>.png and nearness_<split>.png to the run directory.
 
   Raises:
-    CheckpointError, ConfigError: see restore.restore.
+    CheckpointError, ConfigError: see opening.open_run.
     DataError: the split is missing or wrong.
   """
-  restore.check_trained(config, workdir)  # Before the text, which takes long.
-  tokenizer = tokenizers.get(config.data.tokenizer)
-  corpus = corpora.load(config.data.corpus, config.data.path, tokenizer)
+  run = opening.open_run(workdir, config, "eval")
+  network = run.network
+  corpus = corpora.load(config.data.corpus, config.data.path, network.tokenizer)
   logging.info("text: %s", corpus.describe(config.eval.split))
-  tokens = corpus.split(config.eval.split)
-  mesh = sharding.of_run(config, "eval")
-  with jax.set_mesh(mesh):
-    run = restore.restore(config, workdir, mesh)
-    restore.warn_other_text(run.saved, corpus, config.eval.split)
-    batches = evaluation_batches(config, tokens, mesh)
-    # training_order is the family that the checkpoint was trained on.
-    trained = config_lib.from_json(run.saved.config_json).orders
-    given = config.orders.given or trained.given
-    evaluator = Evaluator(
-      dataclasses.replace(
-        config, orders=dataclasses.replace(trained, given=given)
-      ),
-      run.bind,
-      tokenizer.V,
-      mesh,
-    )
+  opening.warn_other_text(run.text, corpus, config.eval.split)
+  batches = evaluation_batches(network, corpus.split(config.eval.split))
+  # training_order is the family that the checkpoint was trained on.
+  given = config.orders.given or run.trained.orders.given
+  trained = dataclasses.replace(run.trained.orders, given=given)
+  evaluator = Evaluator(config.replace("orders", trained), network)
+  with jax.set_mesh(network.mesh):
     estimates = []
     for estimator in config.eval.estimators:
       estimates.append(
-        evaluator.estimate(run.params, batches, estimator, run.saved.step)
+        evaluator.estimate(run.params, batches, estimator, run.step)
       )
       logging.info("%s  %s", config.eval.split, estimates[-1])
   if jax.process_index() == 0:
-    _write(config, workdir, run.saved.step, corpus, estimates)
+    _write(config, workdir, run.step, corpus, estimates)
 
 
 def _write(config, workdir, step, corpus, estimates):
@@ -306,14 +286,20 @@ def _write(config, workdir, step, corpus, estimates):
 
 
 def evaluation_batches(
-  config: config_lib.Config, tokens: np.ndarray, mesh: jax.sharding.Mesh
+  network: network_lib.Network, tokens: np.ndarray
 ) -> pipeline.EvalBatches:
-  """The windows of the split that every evaluation of this config reads."""
+  """Returns the windows of a split that every evaluation of a run reads.
+
+  Args:
+    network: with the config; its mesh says which rows are read here.
+    tokens: uint8 [n], of the split.
+  """
+  config = network.config
   return pipeline.eval_batches(
     tokens,
     T=config.model.T,
     batch_size=config.eval_batch_size,
     batches=config.eval.batches,
     seed=config.eval.seed,
-    rows=sharding.local_rows(mesh, config.eval_batch_size),
+    rows=sharding.local_rows(network.mesh, config.eval_batch_size),
   )

@@ -25,7 +25,7 @@ from aoarm_jax.data import tokenizers
 from aoarm_jax.devices import sharding
 from aoarm_jax.generation import prompts
 from aoarm_jax.model import network as network_lib
-from aoarm_jax.runs import restore
+from aoarm_jax.runs import opening
 
 _AT_ONCE = 1024  # Texts scored of a file before they are printed.
 _SCORING = 103  # Sets these keys apart from training's of the same seed.
@@ -61,19 +61,13 @@ class Score(NamedTuple):
 class Scorer:
   """Scores texts; compiled once for every shape."""
 
-  def __init__(
-    self,
-    config: config_lib.Config,
-    bind: network_lib.Bind,
-    tokenizer: tokenizers.Tokenizer,
-    mesh: jax.sharding.Mesh,
-  ):
-    self._config, self._bind, self._mesh = config, bind, mesh
-    self._tokenizer = tokenizer
+  def __init__(self, config: config_lib.Config, network: network_lib.Network):
+    self._config, self._network = config, network
+    self._mesh = network.mesh
     self._jitted = jax.jit(
       self._nats,
       static_argnames=("family", "count", "most"),
-      out_shardings=sharding.replicated(mesh),
+      out_shardings=sharding.replicated(network.mesh),
     )
 
   def score(
@@ -89,7 +83,7 @@ class Scorer:
     on the seed: they can be compared, and the average is a law of texts too.
 
     Args:
-      params: as the Bind's; on the mesh.
+      params: of the network; on the mesh.
       texts: as they are written, and parsed; of n <= T tokens each.
       config: its score and orders.given, instead of the Scorer's own.
       given: with config.score.order="given", a permutation of 1..n for every
@@ -151,17 +145,12 @@ class Scorer:
   def _nats(self, params, key, tokens, kinds, given, *, family, count, most):
     """(nats float32 [K, B, R], positions int32 [K, B, R]) of scored ranks."""
     B, T = tokens.shape
-    network, model = self._bind(params), self._config.model
+    model = self._network.model
     options = dataclasses.replace(self._config.orders, family=family)
     first = (kinds == _KNOWN).sum(axis=1)[:, None]
     ranks = jnp.minimum(first + jnp.arange(most), T - 1)
     nll = functools.partial(
-      objective.order_nll,
-      network,
-      sentinels=model.sentinels,
-      vocabulary=self._tokenizer.V,
-      masked=model.kind.masked,
-      end=model.T + 1,
+      objective.order_nll, self._network.bind(params), self._network.layout
     )
     # Rows of chosen ranks belong to no slot, and so to no device of a sequence;
     # what each sees is its own, which cuDNN by name does not know.
@@ -232,7 +221,7 @@ def score(
   """--mode=score: prints a Score a text, as JSON lines.
 
   Raises:
-    CheckpointError, ConfigError: see restore.restore.
+    CheckpointError, ConfigError: see opening.open_run.
     PromptError: a text that this model cannot score.
   """
   tokenizer = tokenizers.get(config.data.tokenizer)
@@ -246,10 +235,9 @@ def score(
     )
     for name, line in lines
   ]
-  mesh = sharding.of_run(config)
-  with jax.set_mesh(mesh):
-    run = restore.restore(config, workdir, mesh)
-    scorer = Scorer(config, run.bind, tokenizer, mesh)
+  run = opening.open_run(workdir, config)
+  with jax.set_mesh(run.network.mesh):
+    scorer = Scorer(config, run.network)
     # By parts, so that what was done is there whatever comes after.
     for start in range(0, len(texts), _AT_ONCE):
       scores = scorer.score(run.params, texts[start : start + _AT_ONCE])

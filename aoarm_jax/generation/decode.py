@@ -14,7 +14,7 @@ Known tokens come first, by position, and are prefilled in one pass, causally
 among themselves, so the density stays that of the chain rule.
 """
 
-from typing import NamedTuple
+from typing import Any
 
 import chex
 import jax
@@ -22,8 +22,10 @@ import jax.numpy as jnp
 
 from aoarm_jax import objective, orders
 from aoarm_jax.generation import law as sampling
+from aoarm_jax.generation import plan as plan_lib
 from aoarm_jax.generation import steps as decode_steps
-from aoarm_jax.model import cached, transformer
+from aoarm_jax.model import cached
+from aoarm_jax.model import network as network_lib
 
 # A cache of so many bytes grows in so many stages, each a compiled loop of its
 # own: a shorter one is read in less time, which a small one does not repay.
@@ -35,63 +37,16 @@ _TILE = 128
 _GROUP = 8
 
 
-class State(NamedTuple):
-  """Where the generation of a batch stands.
-
-  Attributes:
-    content: int32 [B, S + 1], tokens by slot; slot s + r holds rank r.
-    order: int32 [B, T], known positions first.
-    done: int32 [B], ranks that are decided.
-    end: int32 [B], ranks to be decided.
-    filled: int32 [B], leading slots in the cache; those up to done + s - 1 are
-      decided but may not be in it yet.
-    cache: of S slots.
-    log_p: float32 [B], nats: log-probability of what was drawn so far.
-    calls, accepted: int32 [B], see sampling.Generation.
-    keys: typed PRNG keys [B].
-  """
-
-  content: jax.Array
-  order: jax.Array
-  done: jax.Array
-  end: jax.Array
-  filled: jax.Array
-  cache: cached.Cache
-  log_p: jax.Array
-  calls: jax.Array
-  accepted: jax.Array
-  keys: jax.Array
-
-
-class Plan(NamedTuple):
-  """How to go through the ranks; static.
-
-  Attributes:
-    method: sequential, parallel, speculative or adaptive.
-    width: tokens a step, drafts of speculative; sequential has 1.
-    steps: parallel: all tokens in so many steps instead; 0: by width.
-    schedule: parallel in `steps`: linear, as many in every step; or cosine,
-      few at first.
-    score: adaptive: confidence (highest probability), entropy (lowest) or
-      margin (of the two likeliest).
-  """
-
-  method: str = "sequential"
-  width: int = 1
-  steps: int = 0
-  schedule: str = "linear"
-  score: str = "confidence"
-
-
 def generate(
-  network: transformer.Transformer,
+  network: network_lib.Network,
+  params: Any,
   key: jax.Array,
   tokens: jax.Array,
   known: jax.Array,
   order: jax.Array,
   law: sampling.Sampling,
   *,
-  plan: Plan | None = None,
+  plan: plan_lib.Plan | None = None,
   prefill: bool = True,
   most_known: int | None = None,
   most_blanks: int | jax.Array | None = None,
@@ -105,6 +60,7 @@ def generate(
 
   Args:
     network: of T_max >= T positions.
+    params: of the network.
     key: typed PRNG key.
     tokens: int32 [B, T], natural order; anything where not known.
     known: bool [B, T].
@@ -129,17 +85,17 @@ def generate(
   chex.assert_equal_shape([tokens, known, order])
   B, T = tokens.shape
   s = network.model.sentinels
-  network = cached.Cached(network)
+  cached_network = cached.Cached(network.bind(params))
   rows = jnp.arange(B) if rows is None else rows
   length = jnp.full(B, T) if length is None else length
   order = orders.known_first(order, known, length)
   keys = objective.keys_of(key, rows)
-  state = _start(network, keys, tokens, known, order, length, prefill)
+  state = _start(cached_network, keys, tokens, known, order, length, prefill)
   state = _run(
-    network,
+    cached_network,
     state,
     law,
-    plan or Plan(),
+    plan or plan_lib.Plan(),
     T if most_known is None else most_known,
     T if most_blanks is None else most_blanks,
   )
@@ -166,7 +122,7 @@ def _run(network, state, law, plan, most_known, most_blanks):
     after = advance(i, state)
     return after._replace(calls=state.calls + running * passes(state))
 
-  width = decode_steps.width_of(plan, T)
+  width = plan.tokens_per_step(T)
   fixed = isinstance(most_blanks, int)
   least, group = (min, 1) if fixed else (jnp.minimum, _GROUP)
   steps = least(plan.steps or -(-most_blanks // width), most_blanks)
@@ -211,9 +167,7 @@ def _repeat(step, first, until, state):
 def _start(network, keys, tokens, known, order, length, prefill):
   B, T = tokens.shape
   s = network.model.sentinels
-  slots = orders.to_slots(
-    tokens, order, s, network.vocabulary, end=network.model.T + 1
-  )
+  slots = orders.to_slots(tokens, order, network.layout)
   cache = network.empty_cache(B, T + s - 1)
   if prefill:
     # One pass over all slots keeps shapes static. Slots of blanks hold anything
@@ -222,7 +176,7 @@ def _start(network, keys, tokens, known, order, length, prefill):
   # Slot i + 1 receives what slot i predicts; the last one is never content.
   last = jnp.take_along_axis(tokens, order[:, -1:] - 1, axis=1)
   done = jnp.sum(known, axis=1)
-  return State(
+  return plan_lib.State(
     content=jnp.concatenate([slots.tokens, last.astype(jnp.int32)], axis=1),
     order=order,
     done=done,

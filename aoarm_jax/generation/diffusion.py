@@ -10,6 +10,7 @@ confidence   in each step the tokens that were drawn with the highest
 """
 
 import functools
+from typing import Any
 
 import chex
 import jax
@@ -17,19 +18,20 @@ import jax.numpy as jnp
 
 from aoarm_jax import objective, orders
 from aoarm_jax.generation import law as sampling
-from aoarm_jax.model import transformer
+from aoarm_jax.generation import plan as plan_lib
+from aoarm_jax.model import network as network_lib
 
 
 def generate(
-  network: transformer.Transformer,
+  network: network_lib.Network,
+  params: Any,
   key: jax.Array,
   tokens: jax.Array,
   known: jax.Array,
   order: jax.Array,
   law: sampling.Sampling,
   *,
-  method: str,
-  steps: int,
+  plan: plan_lib.Plan,
   rows: jax.Array | None = None,
   length: jax.Array | None = None,
 ) -> sampling.Generation:
@@ -40,13 +42,14 @@ def generate(
   Args:
     network: of a masked mechanism with T_max >= T positions; those after T
       stay masked.
+    params: of the network.
     key: typed PRNG key.
     tokens: int32 [B, T], natural order; anything where not known.
     known: bool [B, T].
     order: int32 [B, T], permutations of 1..T, followed by `sequential`.
     law: of every draw.
-    method: sequential, ancestral or confidence.
-    steps: of ancestral and confidence, at most; 0 is T.
+    plan: its method is sequential, ancestral or confidence; the latter two take
+      `plan.steps` steps at most, or T if that is 0.
     rows: int32 [B], the rows' indices; None is 0 to B - 1.
     length: int32 [B], 1 to T: the positions of each row; those beyond stay
       masked. None is T.
@@ -57,8 +60,8 @@ def generate(
   """
   chex.assert_equal_shape([tokens, known, order])
   B, T = tokens.shape
-  s, V, T_max = network.model.sentinels, network.vocabulary, network.model.T
-  count = T if method == "sequential" else steps or T
+  s, T_max = network.layout.sentinels, network.model.T
+  count = T if plan.method == "sequential" else plan.steps or T
   keys = objective.keys_of(key, jnp.arange(B) if rows is None else rows)
   length = jnp.full(B, T) if length is None else length
   beyond = jnp.arange(T) >= length[:, None]
@@ -76,14 +79,13 @@ def generate(
     slots = orders.to_masked_slots(
       jnp.pad(tokens, window),
       jnp.pad(masked, window, constant_values=True),
-      s,
-      V,
+      network.layout,
     )
-    log_p = sampling.log_law(network(slots)[:, s : s + T], law)
+    log_p = sampling.log_law(network.apply(params, slots)[:, s : s + T], law)
     step_keys = objective.fold_rows(keys, i)
     token_keys, coin_keys = jax.vmap(jax.random.split, out_axes=1)(step_keys)
     drawn = jax.vmap(jax.random.categorical)(token_keys, log_p)
-    match method:
+    match plan.method:
       case "sequential":
         chosen = (rank_of == next_rank + i) & open_
       case "ancestral":
@@ -93,7 +95,7 @@ def generate(
         left = open_.sum(axis=1, keepdims=True)
         chosen = _surest(log_p, drawn, open_) < -(-left // (count - i))
       case _:
-        raise ValueError(f"unknown method {method!r}")
+        raise ValueError(f"unknown method {plan.method!r}")
     nats = sampling.log_p_of(log_p, drawn)
     return (
       i + 1,

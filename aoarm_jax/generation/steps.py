@@ -3,10 +3,8 @@
 A method is (network, law, plan, state) -> (advance, passes), from the state
 before all steps: advance(i, state) -> state is step i, and passes(state) the
 passes of the network that it takes, one number or one a row: those that the row
-would take alone. Types: decode.State, decode.Plan.
+would take alone. Types: plan.State, plan.Plan.
 """
-
-import math
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +64,7 @@ def _commit(state, s, tokens, log_p, count):
 def _parallel(network, law, plan, start):
   """`width` ranks a step, or all blanks in `steps`, from their marginals."""
   s = network.model.sentinels
-  width = width_of(plan, start.order.shape[1])
+  width = plan.tokens_per_step(start.order.shape[1])
   blanks = start.end - start.done
 
   def advance(i, state):
@@ -94,16 +92,6 @@ def _share_left(done, schedule):
   return 1 - jnp.minimum(done, 1)
 
 
-def width_of(plan, T):
-  """The most tokens that a step of the plan decides."""
-  if not plan.steps:
-    return min(plan.width, T)
-  n = plan.steps
-  # The steepest step of either schedule is the last one.
-  steepest = math.sin(math.pi / 2 / n) if plan.schedule == "cosine" else 1 / n
-  return min(T, math.ceil(T * steepest) + 1)
-
-
 def _predict(network, state, R, targets):
   """Puts what is pending, at most R slots, into the cache, and predicts."""
   s = network.model.sentinels
@@ -123,7 +111,7 @@ def _adaptive(network, law, plan, start):
   """The surest `width` of all targets that are left."""
   draw, _ = _parallel(network, law, plan, start)
   T = start.order.shape[1]
-  width, chunk = width_of(plan, T), min(CHUNK, T)
+  width, chunk = plan.tokens_per_step(T), min(CHUNK, T)
 
   def chunks(state):
     """The first chunk with a target that is left, and that after the last."""
@@ -189,7 +177,7 @@ def _score(p, name):
 
 def _speculative(network, law, plan, start):
   """Drafts `width` tokens from their marginals; keeps what the chain allows."""
-  s, width = network.model.sentinels, width_of(plan, start.order.shape[1])
+  s, width = network.model.sentinels, plan.tokens_per_step(start.order.shape[1])
 
   def advance(i, state):
     del i

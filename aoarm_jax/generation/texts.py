@@ -21,9 +21,10 @@ from aoarm_jax.data import tokenizers
 from aoarm_jax.devices import sharding
 from aoarm_jax.generation import decode, diffusion, prompts
 from aoarm_jax.generation import law as sampling
+from aoarm_jax.generation import plan as plan_lib
 from aoarm_jax.model import network as network_lib
 from aoarm_jax.runs import directory as run_dir
-from aoarm_jax.runs import restore
+from aoarm_jax.runs import opening
 
 _AT_ONCE = 1024  # Texts drawn of a file before they are printed.
 _GENERATION = 102  # Sets these keys apart from training's of the same seed.
@@ -58,26 +59,20 @@ class Text(NamedTuple):
 class Sampler:
   """Draws texts; compiled once for every shape and method."""
 
-  def __init__(
-    self,
-    config: config_lib.Config,
-    bind: network_lib.Bind,
-    tokenizer: tokenizers.Tokenizer,
-    mesh: jax.sharding.Mesh,
-  ):
-    self._config, self._tokenizer, self._mesh = config, tokenizer, mesh
-    self._bind = bind
+  def __init__(self, config: config_lib.Config, network: network_lib.Network):
+    self._config, self._network = config, network
+    self._mesh = network.mesh
     self._jitted = jax.jit(
       self._draw,
-      static_argnames=("options", "prefill", "most_known"),
-      out_shardings=sharding.replicated(mesh),
+      static_argnames=("plan", "family", "prefill", "most_known"),
+      out_shardings=sharding.replicated(network.mesh),
     )
 
   def sample(self, params, prompt: prompts.Prompt | None = None) -> list[Text]:
     """Draws config.sample.count texts, as `fill` does.
 
     Args:
-      params: as the Bind's; on the mesh.
+      params: of the network; on the mesh.
       prompt: None generates all T tokens.
     """
     if prompt is None:
@@ -100,7 +95,7 @@ class Sampler:
     prompts.
 
     Args:
-      params: as the Bind's; on the mesh.
+      params: of the network; on the mesh.
       texts: the prompts, each of n <= T tokens: positions 1..n are generated,
         nothing beyond.
       config: its sample and orders.given, instead of the Sampler's own.
@@ -164,13 +159,14 @@ class Sampler:
       params,
       *everywhere,
       *sharding.put_rows(self._mesh, (tokens, known, length, index, order)),
-      options=_static(sample),
+      plan=plan_lib.Plan.of(sample),
+      family=sample.order,
       prefill=prefill,
       most_known=T if known.any() else 0,
     )
     return {
       row: Text(
-        self._tokenizer.decode(text[:n]),
+        self._network.tokenizer.decode(text[:n]),
         text[:n].tolist(),
         by[:n].tolist(),
         float(nats),
@@ -184,42 +180,23 @@ class Sampler:
 
   def _draw(
     self, params, key, law, most_blanks, tokens, known, length, index, order,
-    *, options, prefill, most_known,
+    *, plan, family, prefill, most_known,
   ):  # fmt: skip
     order_key, draw_key = jax.random.split(key)
-    if options.order != "given":
-      family = dataclasses.replace(self._config.orders, family=options.order)
-      order = orders.draw(order_key, *tokens.shape, family, rows=index)
-    network = self._bind(params)
-    shared = dict(rows=index, length=length)
-    if network.model.kind.masked:
-      return diffusion.generate(
-        network, draw_key, tokens, known, order, law,
-        method=options.method, steps=options.steps, **shared,
-      )  # fmt: skip
-    plan = decode.Plan(
-      options.method,
-      options.width,
-      options.steps,
-      options.schedule,
-      options.score,
-    )
+    if family != "given":
+      options = dataclasses.replace(self._config.orders, family=family)
+      order = orders.draw(order_key, *tokens.shape, options, rows=index)
+    texts = self._network, params, draw_key, tokens, known, order, law
+    shared = dict(plan=plan, rows=index, length=length)
+    if self._network.layout.masked:
+      return diffusion.generate(*texts, **shared)
     return decode.generate(
-      network, draw_key, tokens, known, order, law, plan=plan,
-      prefill=prefill, most_known=most_known, most_blanks=most_blanks, **shared,
-    )  # fmt: skip
-
-
-def _static(sample):
-  """What of the options a compiled program depends on."""
-  default = config_lib.Sample()
-  traced = (
-    "count", "batch_size", "temperature", "top_k", "top_p", "blank", "every",
-    "seed",
-  )  # fmt: skip
-  return dataclasses.replace(
-    sample, **{name: getattr(default, name) for name in traced}
-  )
+      *texts,
+      prefill=prefill,
+      most_known=most_known,
+      most_blanks=most_blanks,
+      **shared,
+    )
 
 
 def _check(prompt, model):
@@ -259,7 +236,7 @@ def sample(
   written, with their orders, to samples/ in the run directory.
 
   Raises:
-    CheckpointError, ConfigError: see restore.restore.
+    CheckpointError, ConfigError: see opening.open_run.
     PromptError: a prompt that this model cannot fill.
   """
   tokenizer = tokenizers.get(config.data.tokenizer)
@@ -270,10 +247,9 @@ def sample(
   parsed = [
     prompts.parse_prompt(line, tokenizer, blank, name) for name, line in lines
   ]
-  mesh = sharding.of_run(config)
-  with jax.set_mesh(mesh):
-    run = restore.restore(config, workdir, mesh)
-    sampler = Sampler(config, run.bind, tokenizer, mesh)
+  run = opening.open_run(workdir, config)
+  with jax.set_mesh(run.network.mesh):
+    sampler = Sampler(config, run.network)
     if input_file:
       # By parts, so that what was done is there whatever comes after.
       at_once = -(-_AT_ONCE // config.sample.count)
@@ -292,7 +268,7 @@ def sample(
     name: getattr(config.sample, name)
     for name in ("seed", "method", "order", "temperature", "top_k", "top_p")
   }
-  write(path, texts, run.saved.step, prompt=prompt, **facts)
+  write(path, texts, run.step, prompt=prompt, **facts)
   logging.info("written with their orders: %s", path)
   for text in texts:
     print(text.text)

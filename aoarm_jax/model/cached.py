@@ -58,7 +58,7 @@ class Cached:
 
   def __init__(self, network: transformer.Transformer):
     self.model, self.compute = network.model, network.compute
-    self.vocabulary = network.vocabulary
+    self.layout = network.layout
 
     def cast(path, param):
       names = {getattr(key, "name", getattr(key, "key", "")) for key in path}

@@ -4,29 +4,26 @@ import jax.numpy as jnp
 
 from aoarm_jax import orders
 from aoarm_jax.config import schema as config_lib
+from aoarm_jax.data import tokenizers
 
 
 def forward_flops(
-  model: config_lib.Model,
-  vocabulary: int,
-  batch: int,
-  *,
-  query_fraction: float = 1.0,
-  visible_only: bool = True,
+  config: config_lib.Config, *, visible_only: bool = True
 ) -> float:
-  """Matmul FLOPs of one pass over `batch` sequences.
+  """Returns the matmul FLOPs of one pass over a batch of training.
 
-  No recomputation and no one-hot embedding; sequences are generated one token
-  after the other, not in groups.
+  Recomputation and the one-hot embedding are left out. Sequences are generated
+  one token after the other, not in groups.
 
   Args:
-    model: the model.
-    vocabulary: V.
-    batch: B; what is computed once for all sequences counts once.
-    query_fraction: of the ranks that two streams predict.
+    config: its model, alphabet, train.batch_size and train.query_fraction; what
+      is computed once for all sequences counts once.
     visible_only: whether rows attend to the slots that they see, which is what
       the model needs, or to all, as a plain implementation does.
   """
+  model, batch = config.model, config.train.batch_size
+  vocabulary = tokenizers.get(config.data.tokenizer).V
+  query_fraction = config.train.query_fraction
   D, F, L, S, T = model.D, model.F, model.L, model.S, model.T
   kind = model.kind
   seen = (S + 1) / 2 if visible_only and not kind.masked else S
@@ -44,17 +41,10 @@ def forward_flops(
   return batch * sequence + modulation
 
 
-def training_flops_per_token(
-  model: config_lib.Model,
-  vocabulary: int,
-  batch: int,
-  query_fraction: float = 1.0,
-) -> float:
-  """Of forward and backward (3 x forward), per token of the text."""
-  forward = forward_flops(
-    model, vocabulary, batch, query_fraction=query_fraction
-  )
-  return 3 * forward / (batch * model.T)
+def training_flops_per_token(config: config_lib.Config) -> float:
+  """Returns FLOPs of forward and backward (3 x forward) per token of text."""
+  tokens = config.train.batch_size * config.model.T
+  return 3 * forward_flops(config) / tokens
 
 
 def cache_bytes_per_token(model: config_lib.Model, dtype: str) -> int:

@@ -50,6 +50,14 @@ class Transformer(nnx.Module):
       rngs, (model.D, vocabulary), ("embed", "vocabulary")
     )
 
+  @property
+  def layout(self) -> orders.Layout:
+    """How this network wants tokens laid out."""
+    model = self.model
+    return orders.Layout(
+      model.sentinels, self.vocabulary, model.T + 1, model.kind.masked
+    )
+
   def __call__(self, slots: orders.Slots) -> jax.Array:
     """Logits of every slot that predicts, from all slots at once.
 

@@ -264,7 +264,7 @@ def _error(line, what):
 
 @functools.cache
 def resolve(
-  cell: Cell, config: config_lib.Config, rate: float, vocabulary: int
+  cell: Cell, config: config_lib.Config, rate: float
 ) -> config_lib.Config:
   """The configuration that a cell is trained and measured with.
 
@@ -277,7 +277,6 @@ def resolve(
     cell: of `expand`.
     config: of the study.
     rate: peak learning rate.
-    vocabulary: V.
 
   Raises:
     ConfigError: values that cannot be together.
@@ -298,7 +297,6 @@ def resolve(
         dataclasses.replace(plain, study=config_lib.Study()),
         dataclasses.replace(_plain(other, config), study=config_lib.Study()),
         cell.budget,
-        vocabulary,
       )
     except config_lib.ConfigError as error:
       why = str(error).partition(": ")[2]
@@ -371,17 +369,12 @@ def _with(config, seed=None, **sections):
 
 
 @functools.cache
-def _matched(config, other, budget, vocabulary):
+def _matched(config, other, budget):
   by, change = ("training_flops", "steps")
   if budget == "parameters":
     by, change = ("parameters", "mlp_width")
-  matched = matching.match(
-    dataclasses.replace(
-      config, match=config_lib.Match(other.model.mechanism, by, change)
-    ),
-    other,
-    vocabulary,
-  )
+  wanted = config_lib.Match(other.model.mechanism, by, change)
+  matched = matching.match(config.replace("match", wanted), other)
   return getattr(matched.train if change == "steps" else matched.model, change)
 
 

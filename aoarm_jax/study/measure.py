@@ -40,7 +40,6 @@ from aoarm_jax.study import coherence, profiles, trunks
 from aoarm_jax.study import programs as programs_lib
 from aoarm_jax.tools import matching
 from aoarm_jax.training import optimizer
-from aoarm_jax.training import state as train_state
 
 RESULT, FAILED = "result.json", "failed.json"
 _SAMPLES = 104  # Sets these keys apart from training's.
@@ -143,8 +142,8 @@ class Lab:
       "cell": dataclasses.asdict(cell),
       "estimate": estimate,
       "estimates": estimates,
-      "parameters": matching.parameters(config.model, self.tokenizer.V),
-      "training_flops": matching.training_flops(config, self.tokenizer.V),
+      "parameters": matching.parameters(config),
+      "training_flops": matching.training_flops(config),
       "steps_taken": taken,
       "tokens_per_second": speed,
       "training_nats_per_token": _marks(losses),
@@ -206,10 +205,9 @@ class Lab:
 
   def _start(self, config, programs, keeper):
     """(steps taken, state, nats per token of these steps) to go on from."""
-    if keeper:
-      _, abstract, _ = train_state.create(config, self.tokenizer.V, self.mesh)
-      if restored := keeper.restore(abstract):
-        return restored
+    restored = keeper and keeper.restore(self.programs.abstract_state(config))
+    if restored:
+      return restored
     seed = sharding.put(self.mesh, np.int32(config.seed))
     return 0, programs["init"].result()(seed), []
 
@@ -217,7 +215,7 @@ class Lab:
     """(what result.json says of every estimator and weights, windows.npz)."""
     reports, arrays = [], {}
     batches = evaluate.evaluation_batches(
-      config, self.corpus.split(config.eval.split), self.mesh
+      self.programs.network(config), self.corpus.split(config.eval.split)
     )
     seed = sharding.put(self.mesh, np.int32(config.eval.seed))
     first = config.eval.estimators[0]

@@ -175,7 +175,7 @@ def profile(
   model = network.model
   if model.kind.masked:
     raise ValueError(f"{model.mechanism}: slots have no order of generation")
-  slots = orders.to_slots(tokens, order, model.sentinels, network.vocabulary)
+  slots = orders.to_slots(tokens, order, network.layout)
   places = jnp.stack([slots.position, slots.target_position])  # [2, B, S]
 
   def look(q, k, v, visible):

@@ -7,7 +7,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from aoarm_jax import orders
 from aoarm_jax.config import schema as config_lib
@@ -15,10 +14,10 @@ from aoarm_jax.devices import sharding
 from aoarm_jax.evaluation import estimators
 from aoarm_jax.generation import decode, diffusion
 from aoarm_jax.generation import law as sampling
+from aoarm_jax.generation import plan as plan_lib
+from aoarm_jax.model import network as network_lib
 from aoarm_jax.study import profiles
-from aoarm_jax.training import loop as train
-from aoarm_jax.training import optimizer
-from aoarm_jax.training import state as train_state
+from aoarm_jax.training import program as program_lib
 
 _ORDERS = 103  # Sets these keys apart from training's.
 # Full passes keep no cache but all scores: fewer rows at once.
@@ -33,8 +32,8 @@ class Programs:
   their seeds or learning rates alone share them.
   """
 
-  def __init__(self, mesh: jax.sharding.Mesh, vocabulary: int):
-    self._mesh, self._vocabulary = mesh, vocabulary
+  def __init__(self, mesh: jax.sharding.Mesh):
+    self._mesh = mesh
     self._pool = concurrent.futures.ThreadPoolExecutor(4)
     self._made = {}
 
@@ -49,6 +48,14 @@ class Programs:
     if config.study.profile_sequences and not config.model.kind.masked:
       names.append("profile")
     return {name: self._future(name, config) for name in names}
+
+  def network(self, config: config_lib.Config) -> network_lib.Network:
+    """The network of a cell."""
+    return network_lib.Network(config, self._mesh)
+
+  def abstract_state(self, config: config_lib.Config):
+    """The shapes of a cell's training state, with shardings."""
+    return program_lib.make(config, mesh=self._mesh).abstract
 
   def _future(self, name, config):
     # Every step is told its learning rate, so the schedule is left out.
@@ -76,10 +83,10 @@ class Programs:
     kind, _, estimator = name.partition(":")
     own = (estimator,) if estimator else ()
     with jax.set_mesh(self._mesh):  # That of a thread is its own.
-      function, arguments, options = _PROGRAMS[kind](
-        config, self._vocabulary, self._mesh, *own
+      function, arguments = _PROGRAMS[kind](
+        program_lib.make(config, mesh=self._mesh, told_rate=True), *own
       )
-      return jax.jit(function, **options).lower(*arguments).compile()
+      return function.lower(*arguments).compile()
 
 
 def evaluate_name(estimator: str) -> str:
@@ -94,106 +101,86 @@ def _abstract(mesh, *shape, dtype=jnp.int32, batch=False):
   )
 
 
-def _init_program(config, vocabulary, mesh):
-  bind, abstract, _ = train_state.create(config, vocabulary, mesh)
-  # The rate leaves no trace in a fresh state.
-  chain = optimizer.make(
-    config.optimizer, optax.constant_schedule(0.0), bind.axes
-  )
-
-  def init(seed):
-    return train_state.init(bind, chain, seed, config.optimizer.ema_decay > 0)
-
-  shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-  return init, (_abstract(mesh),), dict(out_shardings=shardings)
+def _init_program(program):
+  return program.init, (_abstract(program.network.mesh),)
 
 
-def _train_program(config, vocabulary, mesh):
-  bind, abstract, _ = train_state.create(config, vocabulary, mesh)
-  shape = config.train.batch_size, config.model.T
-  tokens = _abstract(mesh, *shape, dtype=jnp.uint8, batch=True)
-  shardings = (
-    jax.tree.map(lambda leaf: leaf.sharding, abstract),
-    sharding.replicated(mesh),
-  )
-  options = dict(donate_argnums=0, out_shardings=shardings)
-
-  def program(state, tokens, rate):
-    """`train.make_step`; the call gives the learning rate of its step."""
-    step = train.make_step(config, bind, vocabulary, lambda _: rate)
-    return step(state, tokens)
-
-  rate = _abstract(mesh, dtype=jnp.float32)
-  return program, (abstract, tokens, rate), options
+def _train_program(program):
+  rate = _abstract(program.network.mesh, dtype=jnp.float32)
+  return program.step, (program.abstract, program.tokens, rate)
 
 
-def _params(config, vocabulary, mesh):
-  bind, abstract, _ = train_state.create(config, vocabulary, mesh)
-  return bind, abstract.read_out_params
+def _jitted(network, function):
+  return jax.jit(function, out_shardings=sharding.replicated(network.mesh))
 
 
-def _evaluate_program(config, vocabulary, mesh, estimator):
-  bind, params = _params(config, vocabulary, mesh)
-  estimate = functools.partial(
-    estimators.estimate, estimator, bind, config, vocabulary
-  )
+def _evaluate_program(program, estimator):
+  network, mesh = program.network, program.network.mesh
+  config = network.config
+  estimate = functools.partial(estimators.estimate, estimator, config, network)
 
-  def program(params, seed, first_row, tokens, real):
+  def evaluate(params, seed, first_row, tokens, real):
     # The step matters to the law of a curriculum alone, which none asks for.
     step, key = jnp.int32(0), jax.random.key(seed)
     return estimate(params, key, step, first_row, tokens, real)
 
   B, T = config.eval_batch_size, config.model.T
-  arguments = (
-    params, _abstract(mesh), _abstract(mesh),
+  return _jitted(network, evaluate), (
+    network.abstract_params,
+    _abstract(mesh),
+    _abstract(mesh),
     _abstract(mesh, B, T, dtype=jnp.uint8, batch=True),
     _abstract(mesh, B, dtype=jnp.bool_, batch=True),
-  )  # fmt: skip
-  return program, arguments, dict(out_shardings=sharding.replicated(mesh))
+  )
 
 
-def _sample_program(config, vocabulary, mesh):
-  bind, params = _params(config, vocabulary, mesh)
+def _sample_program(program):
+  network, mesh = program.network, program.network.mesh
+  config = network.config
   model, rows = config.model, rows_at_once(config)
   options = dataclasses.replace(config.orders, family=config.sample.order)
 
-  def program(params, seed, first_row, temperature):
+  def sample(params, seed, first_row, temperature):
     """Texts of rows first_row.. of all rows: int32 [rows, T]."""
     order_key, key = jax.random.split(jax.random.key(seed))
-    network, blank = bind(params), jnp.zeros((rows, model.T), jnp.int32)
+    blank = jnp.zeros((rows, model.T), jnp.int32)
     # One law a row, so that all temperatures are one batch.
     law = sampling.Sampling(temperature[:, None, None])
     order = orders.draw(order_key, rows, model.T, options, first_row=first_row)
-    arguments = network, key, blank, blank > 0, order, law
+    arguments = network, params, key, blank, blank > 0, order, law
     index = first_row + jnp.arange(rows)
     if model.kind.masked:
       return diffusion.generate(
-        *arguments, method="sequential", steps=0, rows=index
+        *arguments, plan=plan_lib.Plan(), rows=index
       ).tokens
     return decode.generate(
       *arguments, prefill=model.sentinels > 1, most_known=0, rows=index
     ).tokens
 
-  arguments = (
-    params, _abstract(mesh), _abstract(mesh),
+  return _jitted(network, sample), (
+    network.abstract_params,
+    _abstract(mesh),
+    _abstract(mesh),
     _abstract(mesh, rows, dtype=jnp.float32),
-  )  # fmt: skip
-  return program, arguments, dict(out_shardings=sharding.replicated(mesh))
+  )
 
 
-def _profile_program(config, vocabulary, mesh):
-  bind, params = _params(config, vocabulary, mesh)
+def _profile_program(program):
+  network, mesh = program.network, program.network.mesh
+  config = network.config
 
-  def program(params, tokens, real):
+  def profile(params, tokens, real):
     order = profiles.orders_of(config, _ORDERS)
-    return profiles.profile(bind(params), tokens.astype(jnp.int32), order, real)
+    return profiles.profile(
+      network.bind(params), tokens.astype(jnp.int32), order, real
+    )
 
   B, T = config.study.profile_sequences, config.model.T
-  arguments = (
-    params, _abstract(mesh, B, T, dtype=jnp.uint8),
+  return _jitted(network, profile), (
+    network.abstract_params,
+    _abstract(mesh, B, T, dtype=jnp.uint8),
     _abstract(mesh, B, dtype=jnp.bool_),
-  )  # fmt: skip
-  return program, arguments, dict(out_shardings=sharding.replicated(mesh))
+  )
 
 
 _PROGRAMS = {

@@ -45,11 +45,8 @@ class FailedCellsError(RuntimeError):
 class Results:
   """What a run directory holds of a sweep."""
 
-  def __init__(
-    self, config: config_lib.Config, workdir: epath.Path, vocabulary: int
-  ):
+  def __init__(self, config: config_lib.Config, workdir: epath.Path):
     self.config, self.workdir = config, workdir
-    self._vocabulary = vocabulary
     # What is done and what is decided stays so: it is read once.
     self._done: dict[epath.Path, dict] = {}
     self._rates: dict[cells_lib.Cell, float] = {}
@@ -108,7 +105,7 @@ class Results:
     rate = self.rate(cell)
     if rate is None:
       return None
-    return cells_lib.resolve(cell, self.config, rate, self._vocabulary)
+    return cells_lib.resolve(cell, self.config, rate)
 
   def folder(self, cell: cells_lib.Cell) -> epath.Path | None:
     resolved = self.resolved(cell)
@@ -227,18 +224,15 @@ def study(
       "config.distributed.enabled=True: a study runs in one process; give each "
       "its share by --config.study.share_index and share_count"
     )
-  vocabulary = tokenizers.get(config.data.tokenizer).V
   cells = cells_lib.expand(config)
   folder = epath.Path(config.study.report or workdir / "report")
   if folder.exists() and not folder.is_dir():
     raise config_lib.ConfigError(
       f"config.study.report={config.study.report!r}: name a folder, not a file"
     )
-  results = Results(config, workdir, vocabulary)
+  results = Results(config, workdir)
   for cell in cells:  # Whatever cannot be is said before anything runs.
-    cells_lib.resolve(
-      cell, config, config.optimizer.peak_learning_rate, vocabulary
-    )
+    cells_lib.resolve(cell, config, config.optimizer.peak_learning_rate)
   if config.study.part != "report":
     _run_cells(config, cells, results)
   elif not any(
@@ -333,9 +327,9 @@ def _run_cells(config, cells, results):
     return
   rate = config.optimizer.peak_learning_rate  # Whatever: of no matter here.
   for cell in todo:
-    resolved = cells_lib.resolve(cell, config, rate, tokenizer.V)
+    resolved = cells_lib.resolve(cell, config, rate)
     mesh = sharding.of_run(resolved, "train", "eval")  # The same for all.
-  programs = programs_lib.Programs(mesh, tokenizer.V)
+  programs = programs_lib.Programs(mesh)
   with jax.set_mesh(mesh), contextlib.closing(programs):
     _prepare(programs, results, fitting[:2])  # While the text is read.
     corpus = corpora.load(config.data.corpus, config.data.path, tokenizer)
@@ -408,11 +402,8 @@ def _say_what_is_left(clock, cells, results):
 def _seconds_left(clock, cells, results):
   """What cells will take; of those whose rate is open, at any rate."""
   config, rate = results.config, results.config.optimizer.peak_learning_rate
-  vocabulary = tokenizers.get(config.data.tokenizer).V
   flops = sum(
-    matching.training_flops(
-      cells_lib.resolve(cell, config, rate, vocabulary), vocabulary
-    )
+    matching.training_flops(cells_lib.resolve(cell, config, rate))
     for cell in cells
   )
   return clock.estimate(flops, len(cells))

@@ -20,7 +20,6 @@ import sys
 import tempfile
 
 import jax
-import jax.numpy as jnp
 from absl import logging
 from jax.experimental import topologies
 
@@ -29,8 +28,7 @@ from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import hlo, peaks, sharding
 from aoarm_jax.model import cost
 from aoarm_jax.runs import telemetry, text
-from aoarm_jax.training import loop as train
-from aoarm_jax.training import state as train_state
+from aoarm_jax.training import program as program_lib
 
 
 class PodError(Exception):
@@ -109,14 +107,11 @@ class Report:
     ))  # fmt: skip
 
 
-def estimate(
-  config: config_lib.Config, vocabulary: int, topology: str
-) -> Report:
+def estimate(config: config_lib.Config, topology: str) -> Report:
   """Compiles a training step for a slice, in a process of its own.
 
   Args:
     config: its mesh is over the slice's chips. attention=auto is mosaic_tpu.
-    vocabulary: V.
     topology: chip and shape, as in v5e:16x16, v5p:4x4x8, v6e:8x8.
 
   Raises:
@@ -131,7 +126,6 @@ def estimate(
     )
   given = {
     "config": dataclasses.asdict(config),
-    "vocabulary": vocabulary,
     "topology": topology,
   }
   with _alone():
@@ -175,7 +169,7 @@ def _alone():
     yield
 
 
-def _compile(config: config_lib.Config, vocabulary: int, topology: str) -> dict:
+def _compile(config: config_lib.Config, topology: str) -> dict:
   """What the child process does: the fields of Report."""
   try:
     devices = topologies.get_topology_desc(
@@ -187,41 +181,26 @@ def _compile(config: config_lib.Config, vocabulary: int, topology: str) -> dict:
       "comes with pip install -e '.[tpu]'"
     ) from error
   if config.compute.attention == "auto":
-    compute = dataclasses.replace(config.compute, attention="mosaic_tpu")
-    config = dataclasses.replace(config, compute=compute)
-  mesh = sharding.of_run(config, "train", devices=devices)
-  B, T = config.train.batch_size, config.model.T
-  bind, abstract, _ = train_state.create(config, vocabulary, mesh)
-  step = jax.jit(
-    train.make_step(config, bind, vocabulary),
-    donate_argnums=0,
-    out_shardings=(
-      jax.tree.map(lambda leaf: leaf.sharding, abstract),
-      sharding.replicated(mesh),
-    ),
-  )
-  tokens = jax.ShapeDtypeStruct(
-    (B, T), jnp.uint8, sharding=sharding.named(mesh, "batch")
-  )
+    config = config.replace("compute.attention", "mosaic_tpu")
+  program = program_lib.make(config, "train", devices=devices)
+  mesh = program.network.mesh
   # The mesh without devices: these cannot compute the constants of a trace.
   with (
     jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
     pallas_kernels.interpret(False),
   ):
-    lowered = step.lower(abstract, tokens)
+    lowered = program.step.lower(program.abstract, program.tokens)
   compiled = lowered.compile()
-  forward = cost.forward_flops(
-    config.model, vocabulary, B, query_fraction=config.train.query_fraction
-  )
+  forward = cost.forward_flops(config)
   return dict(
     topology=topology,
     chips=len(devices),
     mesh=sharding.describe(mesh),
-    tokens=B * T,
+    tokens=math.prod(program.tokens.shape),
     parameter_bytes=float(
       sum(
         leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
-        for leaf in jax.tree.leaves(abstract)
+        for leaf in jax.tree.leaves(program.abstract)
       )
     ),
     memory_bytes=float(hlo.memory_bytes(compiled)),
@@ -236,11 +215,7 @@ def _compile(config: config_lib.Config, vocabulary: int, topology: str) -> dict:
 
 def _answer(given: dict) -> dict:
   try:
-    return _compile(
-      config_lib.from_dict(given["config"]),
-      given["vocabulary"],
-      given["topology"],
-    )
+    return _compile(config_lib.from_dict(given["config"]), given["topology"])
   except config_lib.ConfigError as error:
     return {"config_error": str(error)}
   except pallas_kernels.UnsupportedError as error:

@@ -18,10 +18,11 @@ from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import hlo
 from aoarm_jax.generation import decode, diffusion
 from aoarm_jax.generation import law as sampling
+from aoarm_jax.generation import plan as plan_lib
 from aoarm_jax.generation import steps as decode_steps
 from aoarm_jax.model import cost
 from aoarm_jax.model import network as network_lib
-from aoarm_jax.runs import restore, telemetry, text
+from aoarm_jax.runs import opening, telemetry, text
 from aoarm_jax.tools import table
 
 # The masked diffusion model that the others are compared with. The method of
@@ -30,7 +31,6 @@ MASKED = next(
   name for name, kind in mechanisms.MECHANISMS.items() if kind.masked
 )
 _BEST = (256, 1024, 4096)  # Batches tried for the best one, which is named 0.
-_VOCABULARY = 27
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +170,7 @@ class _Job(NamedTuple):
 class Benchmark:
   """Times cells of one mechanism, or of one run."""
 
-  def __init__(self, options: Options, run: restore.Restored | None):
+  def __init__(self, options: Options, run: opening.Run | None):
     self._options, self._run = options, run
     self._law = sampling.make_law()
     self._jobs: dict[Cell, _Job] = {}
@@ -220,16 +220,16 @@ class Benchmark:
       mechanism = MASKED
     model = dataclasses.replace(cell.model, mechanism=mechanism)
     if self._run is not None and model == cell.model:
-      bind, abstract = self._run.bind, self._run.params
+      network, abstract = self._run.network, self._run.params
       params = lambda: self._run.params  # noqa: E731
     else:
       compute = config_lib.Compute(attention=self._options.attention)
-      bind = _bind(model, compute)
-      abstract = bind.abstract_params
-      params = functools.partial(_fresh, bind)
+      network = _network(config_lib.Config(model=model, compute=compute))
+      abstract = network.abstract_params
+      params = functools.partial(_fresh, network)
     make = {"uncached": self._uncached, MASKED: self._masked}
     programs, results = make.get(cell.method, self._cached)(
-      cell, bind, abstract
+      cell, network, abstract
     )
     compiled = [
       functools.partial(_compile, program, abstract) for program in programs
@@ -262,7 +262,7 @@ class Benchmark:
 
   # Each returns its programs, and results() of their times.
 
-  def _cached(self, cell, bind, params):
+  def _cached(self, cell, network, params):
     """By decode.generate."""
     model, B, T = cell.model, cell.B, cell.model.T
     method = cell.method.partition("-")[0]
@@ -273,19 +273,19 @@ class Benchmark:
     first = T - blanks
     if not in_rounds:
       first = min(first, max(0, T * 5 // 8 - blanks))
-    plan = decode.Plan(method, cell.width)
+    plan = plan_lib.Plan(method, cell.width)
 
     def generate(params, key):
       order = orders.draw(key, B, T, config_lib.Orders())
       # The cache of what counts as known is empty, which takes as long.
       known = jnp.argsort(order, axis=1) < first
       return decode.generate(
-        bind(params), key, jnp.zeros((B, T), jnp.int32), known, order,
+        network, params, key, jnp.zeros((B, T), jnp.int32), known, order,
         self._law, plan=plan, prefill=False, most_known=first,
         most_blanks=blanks,
       )  # fmt: skip
 
-    dtype = bind(params).compute.dtype
+    dtype = network.config.compute.dtype
     slots = B * model.S / 2
     moved = slots * cost.cache_bytes_per_token(model, dtype)
     moved += _weight_bytes(params, dtype)
@@ -306,7 +306,7 @@ class Benchmark:
 
     return [generate], results
 
-  def _uncached(self, cell, bind, params):
+  def _uncached(self, cell, network, params):
     """At two lengths, Gauss's, which give the mean of a cubic exactly.
 
     Two streams: one query row behind the content rows, or a query row for
@@ -326,7 +326,7 @@ class Benchmark:
         )  # fmt: skip
 
         def step(i, tokens):
-          logits = bind(params)(slots._replace(tokens=tokens))[:, -1]
+          logits = network.apply(params, slots._replace(tokens=tokens))[:, -1]
           log_p = sampling.log_law(logits, self._law)
           drawn = jax.random.categorical(jax.random.fold_in(key, i), log_p)
           return tokens.at[:, 0].set(drawn)
@@ -341,10 +341,11 @@ class Benchmark:
       for share in (0.5 - 0.75**0.5 / 3, 0.5 + 0.75**0.5 / 3)
       for one_query in kinds
     ]
-    dtype = bind(params).compute.dtype
+    dtype = network.config.compute.dtype
     half = dataclasses.replace(cell.model, T=max(1, T // 2))
+    train = config_lib.Train(batch_size=B, query_fraction=1e-9 if two else 1.0)
     flops = cost.forward_flops(
-      half, _VOCABULARY, B, **({"query_fraction": 1e-9} if two else {})
+      dataclasses.replace(network.config, model=half, train=train)
     )
     moved = _weight_bytes(params, dtype)
 
@@ -359,7 +360,7 @@ class Benchmark:
 
     return programs, results
 
-  def _masked(self, cell, bind, params):
+  def _masked(self, cell, network, params):
     """By diffusion.generate, whose steps all cost the same."""
     B, T = cell.B, cell.model.T
     steps = min(T, 4)
@@ -367,14 +368,14 @@ class Benchmark:
     def generate(params, key):
       order = orders.draw(key, B, T, config_lib.Orders())
       return diffusion.generate(
-        bind(params), key, jnp.zeros((B, T), jnp.int32),
+        network, params, key, jnp.zeros((B, T), jnp.int32),
         jnp.zeros((B, T), bool), order, self._law,
-        method="ancestral", steps=steps,
+        plan=plan_lib.Plan("ancestral", steps=steps),
       ).tokens  # fmt: skip
 
-    network = bind(params)
-    flops = cost.forward_flops(network.model, _VOCABULARY, B)
-    moved = _weight_bytes(params, network.compute.dtype)
+    config = network.config.replace("train", config_lib.Train(batch_size=B))
+    flops = cost.forward_flops(config)
+    moved = _weight_bytes(params, config.compute.dtype)
 
     def results(timings):
       (timing,) = timings
@@ -426,14 +427,14 @@ def _key():
 
 
 @functools.cache
-def _bind(model, compute):
-  return network_lib.Bind(model, compute, _VOCABULARY)
+def _network(config):
+  return network_lib.Network(config)
 
 
 @functools.lru_cache(maxsize=1)
-def _fresh(bind):
+def _fresh(network):
   """Parameters; those of the last cell, where the model is the same."""
-  return jax.jit(bind.init)(_key())
+  return jax.jit(network.init)(_key())
 
 
 def _compile(program, params):

@@ -35,8 +35,8 @@ from etils import epath
 import pallas_kernels
 from aoarm_jax.config import mechanisms
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.devices import peaks, sharding
-from aoarm_jax.runs import checkpoint, figures, restore
+from aoarm_jax.devices import peaks
+from aoarm_jax.runs import checkpoint, figures, opening
 from aoarm_jax.tools import arguments, decode_timing, table
 
 _SIZES = {
@@ -253,10 +253,10 @@ def _restore(options):
   if not options.workdir:
     return None, list(cells(options, None))
   workdir = epath.Path(options.workdir)
-  config = restore.read_config(workdir)
+  config = opening.read_config(workdir)
   every = list(cells(options, config))
-  mesh = sharding.make_mesh(config_lib.Mesh(data=1))
-  return restore.restore(config, workdir, mesh), every
+  config = config.replace("mesh", config_lib.Mesh(data=1))
+  return opening.open_run(workdir, config), every
 
 
 def _plot(path):

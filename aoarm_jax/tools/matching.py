@@ -1,6 +1,5 @@
 """Fair comparisons: equal parameters, or equal FLOPs of training."""
 
-import dataclasses
 import runpy
 
 import jax
@@ -19,39 +18,29 @@ _LARGEST = 1 << 26  # Steps, layers, widths in units.
 _EQUAL = 0.1  # What is off by more is not called equal.
 
 
-def parameters(model: config_lib.Model, vocabulary: int) -> int:
-  """How many numbers are trained."""
-  bind = network_lib.Bind(model, config_lib.Compute(), vocabulary)
-  return sum(leaf.size for leaf in jax.tree.leaves(bind.abstract_params))
+def parameters(config: config_lib.Config) -> int:
+  """Returns how many numbers are trained."""
+  network = network_lib.Network(config)
+  return sum(leaf.size for leaf in jax.tree.leaves(network.abstract_params))
 
 
-def training_flops(config: config_lib.Config, vocabulary: int) -> float:
-  """Of all steps: see cost.training_flops_per_token."""
-  per_token = cost.training_flops_per_token(
-    config.model,
-    vocabulary,
-    config.train.batch_size,
-    config.train.query_fraction,
-  )
+def training_flops(config: config_lib.Config) -> float:
+  """Returns the FLOPs of all steps, see cost.training_flops_per_token."""
   tokens = config.model.T * config.train.batch_size * config.train.steps
-  return per_token * tokens
+  return cost.training_flops_per_token(config) * tokens
 
 
-_MEASURES = {
-  "parameters": lambda config, V: parameters(config.model, V),
-  "training_flops": training_flops,
-}
+_MEASURES = {"parameters": parameters, "training_flops": training_flops}
 
 
 def match(
-  config: config_lib.Config, other: config_lib.Config, vocabulary: int
+  config: config_lib.Config, other: config_lib.Config
 ) -> config_lib.Config:
   """Changes config.match.change until config.match.by equals that of `other`.
 
   Args:
     config: to be changed.
-    other: what it is to be as large or as long as.
-    vocabulary: V.
+    other: the config that it is to be as large or as long as.
 
   Returns:
     The config with the nearest value: a whole number of steps or layers, heads
@@ -62,19 +51,16 @@ def match(
   """
   by, change = config.match.by, config.match.change
   measure = _MEASURES[by]
-  target = measure(other, vocabulary)
+  target = measure(other)
   unit = {"D": _MULTIPLE * config.model.N, "mlp_width": _MULTIPLE}.get(
     change, 1
   )
 
   def with_value(count):
-    part = dataclasses.replace(
-      getattr(config, _section(change)), **{change: count * unit}
-    )
-    return dataclasses.replace(config, **{_section(change): part})
+    return config.replace(f"{_section(change)}.{change}", count * unit)
 
   def size(count):
-    return measure(with_value(count), vocabulary)
+    return measure(with_value(count))
 
   # The largest count below the target; one of it and the next is the nearest.
   low, high = 1, 2
@@ -104,15 +90,12 @@ def _changed(config):
   return f"{getattr(getattr(config, _section(change)), change):,}"
 
 
-def resolve(
-  config: config_lib.Config, config_file: str, vocabulary: int
-) -> config_lib.Config:
+def resolve(config: config_lib.Config, config_file: str) -> config_lib.Config:
   """The config, matched to the experiment that config.match.to names.
 
   Args:
     config: nothing is changed where match.to is "".
     config_file: path of its own file; the other's lies beside it.
-    vocabulary: V.
 
   Raises:
     ConfigError: there is no such file or variant, or no match; see `match`.
@@ -129,22 +112,21 @@ def resolve(
   get_config = runpy.run_path(str(path))["get_config"]
   other = config_lib.from_config_dict(get_config(variant or config.variant))
   if wanted.steps:
-    train = dataclasses.replace(other.train, steps=wanted.steps)
-    other = dataclasses.replace(other, train=train)
-  matched = match(config, other, vocabulary)
+    other = other.replace("train.steps", wanted.steps)
+  matched = match(config, other)
   measure = _MEASURES[wanted.by]
   logging.info(
     "match: %s=%s has %.4f of the %s of %s",
     wanted.change,
     _changed(matched),
-    measure(matched, vocabulary) / measure(other, vocabulary),
+    measure(matched) / measure(other),
     wanted.by.replace("_", " "),
     wanted.to,
   )
   return matched
 
 
-def table(config: config_lib.Config, vocabulary: int) -> str:
+def table(config: config_lib.Config) -> str:
   """What every mechanism costs at this config's sizes, as aligned text.
 
   The last columns say which one change gives a mechanism the parameters (L,
@@ -160,27 +142,23 @@ def table(config: config_lib.Config, vocabulary: int) -> str:
   )  # fmt: skip
   rows = [header, units]
   for name in mechanisms.MECHANISMS:
-    own = dataclasses.replace(
-      config, model=dataclasses.replace(config.model, mechanism=name)
-    )
+    own = config.replace("model.mechanism", name)
     if own.model.kind.streams == 1:
       # Every row of a lone stream predicts.
-      train = dataclasses.replace(own.train, query_fraction=1.0)
-      own = dataclasses.replace(own, train=train)
-    B, T = own.train.batch_size, own.model.T
-    forward = cost.forward_flops(own.model, vocabulary, B) / (B * T)
-    training = cost.training_flops_per_token(
-      own.model, vocabulary, B, own.train.query_fraction
-    )
+      own = own.replace("train.query_fraction", 1.0)
+    tokens = own.train.batch_size * own.model.T
+    every = own.replace("train.query_fraction", 1.0)
+    forward = cost.forward_flops(every) / tokens
+    training = cost.training_flops_per_token(own)
     rows.append(
       (
         name,
-        f"{parameters(own.model, vocabulary):,}",
+        f"{parameters(own):,}",
         f"{forward / 1e6:.2f}",
         f"{training / 1e6:.2f}",
         f"{cost.cache_bytes_per_token(own.model, own.compute.dtype):,}",
         *(
-          _matched(own, config, vocabulary, by, change)
+          _matched(own, config, by, change)
           for by, change in (
             ("parameters", "L"),
             ("parameters", "mlp_width"),
@@ -192,11 +170,9 @@ def table(config: config_lib.Config, vocabulary: int) -> str:
   return text.aligned(rows, "<" + ">" * len(units[1:])).rstrip("\n")
 
 
-def _matched(own, config, vocabulary, by, change):
-  own = dataclasses.replace(
-    own, match=config_lib.Match(config.model.mechanism, by, change)
-  )
+def _matched(own, config, by, change):
+  wanted = config_lib.Match(config.model.mechanism, by, change)
   try:
-    return _changed(match(own, config, vocabulary))
+    return _changed(match(own.replace("match", wanted), config))
   except config_lib.ConfigError:
     return "-"  # No value comes near.

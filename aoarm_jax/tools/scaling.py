@@ -45,8 +45,7 @@ from aoarm_jax.devices import distributed, hlo, peaks, sharding
 from aoarm_jax.model import cost
 from aoarm_jax.runs import telemetry
 from aoarm_jax.tools import arguments, table
-from aoarm_jax.training import loop as train
-from aoarm_jax.training import state as train_state
+from aoarm_jax.training import program as program_lib
 
 _VOCABULARY = 27
 _SCALING = ("weak", "strong")
@@ -121,7 +120,7 @@ class Program(NamedTuple):
 
   Attributes:
     mesh: of its devices.
-    init: () -> state, compiled.
+    init: (seed int32 []) -> state, compiled.
     step: (state, tokens) -> (state, sums).
   """
 
@@ -140,24 +139,13 @@ def compile_step(config: config_lib.Config, devices) -> Program:
   Raises:
     ConfigError: the mesh does not divide the model or the batch.
   """
-  mesh = sharding.of_run(config, "train", devices=devices)
-  shape = config.train.batch_size, config.model.T
-  with jax.set_mesh(mesh):
-    bind, abstract, init = train_state.create(config, _VOCABULARY, mesh)
-    shardings = (
-      jax.tree.map(lambda leaf: leaf.sharding, abstract),
-      sharding.replicated(mesh),
-    )
-    step = jax.jit(
-      train.make_step(config, bind, _VOCABULARY),
-      donate_argnums=0,
-      out_shardings=shardings,
-    )
-    tokens = jax.ShapeDtypeStruct(
-      shape, np.uint8, sharding=sharding.named(mesh, "batch")
-    )
+  program = program_lib.make(config, "train", devices=devices)
+  seed = jax.ShapeDtypeStruct((), np.int32)
+  with jax.set_mesh(program.network.mesh):
     return Program(
-      mesh, init.lower().compile(), step.lower(abstract, tokens).compile()
+      program.network.mesh,
+      program.init.lower(seed).compile(),
+      program.step.lower(program.abstract, program.tokens).compile(),
     )
 
 
@@ -176,7 +164,7 @@ def measure(config: config_lib.Config, program: Program, steps: int) -> dict:
   devices = list(mesh.devices.flat)
   B, T = config.train.batch_size, config.model.T
   with jax.set_mesh(mesh):
-    state = init()
+    state = init(np.int32(0))
     rows = sharding.local_rows(mesh, B)
     tokens = np.random.default_rng(0).integers(0, _VOCABULARY, (B, T), np.uint8)
     batch = sharding.put_batch(mesh, tokens[rows])
@@ -193,7 +181,7 @@ def measure(config: config_lib.Config, program: Program, steps: int) -> dict:
     seconds = (time.perf_counter() - start) / steps
     collectives, alone, idle = _profiled(lambda: run(steps), devices[0])
   speed = B * T / seconds
-  flops = cost.training_flops_per_token(config.model, _VOCABULARY, B)
+  flops = cost.training_flops_per_token(config)
   peak = peaks.of_kind(devices[0].device_kind).flops
   return {
     "ms/step": 1e3 * seconds,

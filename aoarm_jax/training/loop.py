@@ -1,31 +1,27 @@
-"""The main job: the pure step, and the loop around it."""
+"""The main job: the loop around the training step."""
 
 import contextlib
-import dataclasses
 import functools
 import math
 import signal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from aoarm_jax import objective, orders
+from aoarm_jax import orders
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.data import corpora, pipeline, tokenizers
+from aoarm_jax.data import corpora, pipeline
 from aoarm_jax.devices import distributed, sharding
 from aoarm_jax.evaluation import evaluate
 from aoarm_jax.generation import texts as generate
 from aoarm_jax.model import cost
-from aoarm_jax.model import network as network_lib
-from aoarm_jax.runs import checkpoint, figures, restore, telemetry
+from aoarm_jax.runs import checkpoint, figures, opening, telemetry
 from aoarm_jax.runs import directory as run_dir
-from aoarm_jax.training import optimizer, resuming
-from aoarm_jax.training import state as train_state
+from aoarm_jax.training import program as program_lib
+from aoarm_jax.training import resuming
 
 
 class Preempted(Exception):
@@ -40,96 +36,6 @@ class Preempted(Exception):
     )
     # EX_TEMPFAIL tells a launcher to start the command again; 130 is Ctrl-C's.
     self.exit_code = 130 if signal_number == signal.SIGINT else 75
-
-
-def make_step(
-  config: config_lib.Config,
-  bind: network_lib.Bind,
-  vocabulary: int,
-  learning_rate: optax.Schedule | None = None,
-):
-  """The pure training step.
-
-  Args:
-    config: of the run.
-    bind: parameters -> network.
-    vocabulary: V.
-    learning_rate: step -> learning rate; None: as the config schedules it.
-
-  Returns:
-    (state, tokens uint8 [B, T]) -> (state, sums): `sums` holds float32 scalars
-    nats (summed), tokens (counted), gradient_norm, update_norm, learning_rate.
-  """
-  schedule = learning_rate or optimizer.schedule(
-    config.optimizer, config.train.steps
-  )
-  chain = optimizer.make(config.optimizer, schedule, bind.axes)
-  accumulate = config.compute.accumulate
-  # Like the parameters, and not as the compiler sees fit.
-  pin = functools.partial(sharding.constrain_parameters, axes=bind.axes)
-
-  def loss(params, tokens, draws):
-    return objective.training_nll(
-      bind(params),
-      tokens,
-      draws,
-      sentinels=config.model.sentinels,
-      vocabulary=vocabulary,
-    ).sum()
-
-  def gradient(params, *batch):
-    """Summed nats and their gradient, over micro-batches."""
-
-    def one(*batch):
-      nats, grads = jax.value_and_grad(loss)(params, *batch)
-      return nats, pin(grads)
-
-    if accumulate == 1:
-      return one(*batch)
-
-    # Strided rows: every device keeps its own in every micro-batch.
-    def split(x):
-      return x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)
-
-    def add(total, micro_batch):
-      return jax.tree.map(jnp.add, total, one(*micro_batch)), None
-
-    zero = (jnp.zeros(()), pin(jax.tree.map(jnp.zeros_like, params)))
-    return jax.lax.scan(add, zero, jax.tree.map(split, batch))[0]
-
-  def step(state: train_state.TrainState, tokens: jax.Array):
-    tokens = tokens.astype(jnp.int32)
-    draws = objective.draw(
-      jax.random.fold_in(state.key, state.step),
-      *tokens.shape,
-      config.orders,
-      config.train,
-      config.model.kind,
-      state.step,
-    )
-    # Each device draws those of its own rows.
-    draws = jax.tree.map(lambda x: sharding.constrain(x, "batch"), draws)
-    nats, grads = gradient(state.params, tokens, draws)
-    grads = jax.tree.map(lambda g: g / tokens.size, grads)
-    updates, opt_state = chain.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    ema = state.ema
-    if config.optimizer.ema_decay > 0:
-      ema = optimizer.update_ema(
-        ema, params, state.step, config.optimizer.ema_decay
-      )
-    sums = {
-      "nats": nats,
-      "tokens": jnp.float32(tokens.size),
-      "gradient_norm": optax.tree.norm(grads),
-      "update_norm": optax.tree.norm(updates),
-      "learning_rate": jnp.float32(schedule(state.step)),
-    }
-    return dataclasses.replace(
-      state, step=state.step + 1, params=params, opt_state=opt_state, ema=ema
-    ), sums
-
-  return step
 
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -185,14 +91,20 @@ def train(config: config_lib.Config, workdir: epath.Path, argv: list[str]):
     NonFiniteError: the loss is no number; the last checkpoint is good.
     Preempted: after SIGTERM or SIGINT, when the state is saved.
   """
-  mesh = sharding.of_run(config, "train", "eval")
+  program = program_lib.make(config, "train", "eval")
+  network = program.network
   checkpoints = checkpoint.Checkpoints(
     workdir / "checkpoints",
     keep_last=config.checkpoint.keep_last,
     keep_best=config.checkpoint.keep_best,
   )
   watchdog = distributed.Watchdog(config.distributed.step_timeout_seconds)
-  with checkpoints, jax.set_mesh(mesh), watchdog, _Signals(watchdog) as signals:
+  with (
+    checkpoints,
+    jax.set_mesh(network.mesh),
+    watchdog,
+    _Signals(watchdog) as signals,
+  ):
     saved = checkpoints.newest()
     if saved:
       resuming.check_resume(saved, config)
@@ -206,14 +118,15 @@ def train(config: config_lib.Config, workdir: epath.Path, argv: list[str]):
           workdir, f"{step:,}", f"{config.train.steps:,}",
         )  # fmt: skip
         return
-    tokenizer = tokenizers.get(config.data.tokenizer)
-    corpus = corpora.load(config.data.corpus, config.data.path, tokenizer)
+    corpus = corpora.load(
+      config.data.corpus, config.data.path, network.tokenizer
+    )
     splits = list(dict.fromkeys(("train", config.eval.split)))
     logging.info("text: %s", corpus.describe(*splits))
     if saved:
-      restore.warn_other_text(saved, corpus, *splits)
+      opening.warn_other_text(saved.data_state["text"], corpus, *splits)
     with run_dir.lock(workdir):
-      run = _Run(config, workdir, argv, mesh, tokenizer, corpus, checkpoints)
+      run = _Run(program, workdir, argv, corpus, checkpoints)
       run.loop(saved, signals)
 
 
@@ -234,14 +147,11 @@ def _samples_path(workdir, step):
 class _Run:
   """What the loop holds: built once, in the order of the lines below."""
 
-  def __init__(
-    self, config, workdir, argv, mesh, tokenizer, corpus, checkpoints
-  ):
-    self.config, self.workdir, self.mesh = config, workdir, mesh
-    self.tokenizer, self.checkpoints = tokenizer, checkpoints
-    self.bind, self.abstract, self.init = train_state.create(
-      config, tokenizer.V, mesh
-    )
+  def __init__(self, program, workdir, argv, corpus, checkpoints):
+    self.program, self.network = program, program.network
+    self.config = config = self.network.config
+    self.mesh, self.workdir = self.network.mesh, workdir
+    self.checkpoints = checkpoints
     train_tokens = corpus.split("train")
     self.batches = pipeline.train_batches(
       train_tokens,
@@ -249,25 +159,19 @@ class _Run:
       batch_size=config.train.batch_size,
       seed=config.seed,
       workers=config.data.workers,
-      rows=sharding.local_rows(mesh, config.train.batch_size),
+      rows=sharding.local_rows(self.mesh, config.train.batch_size),
     )
     valid_tokens = corpus.split(config.eval.split)
-    self.eval_batches = evaluate.evaluation_batches(config, valid_tokens, mesh)
+    self.eval_batches = evaluate.evaluation_batches(self.network, valid_tokens)
     self.text = {
       "train": corpus.hash("train"),
       config.eval.split: corpus.hash(config.eval.split),
     }
-    self.unigram_bits = corpora.unigram_entropy(valid_tokens, tokenizer.V)
-    self.evaluator = evaluate.Evaluator(config, self.bind, tokenizer.V, mesh)
-    self.sampler = generate.Sampler(config, self.bind, tokenizer, mesh)
-    self.step = jax.jit(
-      make_step(config, self.bind, tokenizer.V),
-      donate_argnums=0,
-      out_shardings=(
-        jax.tree.map(lambda leaf: leaf.sharding, self.abstract),
-        sharding.replicated(mesh),
-      ),
+    self.unigram_bits = corpora.unigram_entropy(
+      valid_tokens, self.network.vocabulary
     )
+    self.evaluator = evaluate.Evaluator(config, self.network)
+    self.sampler = generate.Sampler(config, self.network)
     self.primary = jax.process_index() == 0
     self.told_eta = False  # Early, since the first log line may be hours away.
     if self.primary:
@@ -275,7 +179,7 @@ class _Run:
         workdir,
         config_json=config_lib.to_json(config),
         argv=argv,
-        params=self.bind.abstract_params,
+        params=self.network.abstract_params,
       )
     self._greet()
 
@@ -286,16 +190,16 @@ class _Run:
     logging.info(
       "model: %s, %s parameters; %d x %s%s%s",
       c.model.mechanism,
-      f"{run_dir.parameter_count(self.bind.abstract_params):,}",
+      f"{run_dir.parameter_count(self.network.abstract_params):,}",
       len(devices), devices[0].device_kind,
       f" ({sharding.describe(self.mesh)})" * (len(devices) > 1),
       f", {idle} more are idle (config.mesh)" * (idle > 0),
     )  # fmt: skip
-    if whole := self.bind.kept_whole:
+    if whole := self.network.kept_whole:
       logging.info(
         "%d of %d arrays of parameters stay whole along fsdp: pieces would be "
         "shorter than config.mesh.smallest_shard=%d",
-        whole, len(jax.tree.leaves(self.bind.abstract_params)),
+        whole, len(jax.tree.leaves(self.network.abstract_params)),
         c.mesh.smallest_shard,
       )  # fmt: skip
     if devices[0].platform == "cpu" and c.variant != "tiny":
@@ -322,9 +226,7 @@ class _Run:
       total_steps=c.train.steps,
       start_step=start,
       tokens_per_step=c.train.batch_size * c.model.T,
-      flops_per_token=cost.training_flops_per_token(
-        c.model, self.tokenizer.V, c.train.batch_size, c.train.query_fraction
-      ),
+      flops_per_token=cost.training_flops_per_token(c),
       devices=list(self.mesh.devices.flatten()),
     )
     profile = telemetry.ProfileWindow(
@@ -361,7 +263,7 @@ class _Run:
         # No transfer but those that are asked for.
         with jax.transfer_guard("disallow"), profile.annotation(step):
           batch = sharding.put_batch(self.mesh, next(self.batches))
-          former, (state, sums) = sums, self.step(state, batch)
+          former, (state, sums) = sums, self.program.step(state, batch)
         # Fetched after the next step is dispatched, so the device never waits.
         self._settle(step, former)
     self.checkpoints.wait()
@@ -375,9 +277,10 @@ class _Run:
     records = run_dir.read_metrics(self.workdir) if saved else []
     self.former_records = [r for r in records if r["step"] <= saved.step]
     if not saved:
-      return self.init(), 0
+      seed = sharding.put(self.mesh, np.int32(self.config.seed))
+      return self.program.init(seed), 0
     self.interval = saved.data_state["interval"]
-    state = self.checkpoints.restore(saved, self.abstract)
+    state = self.checkpoints.restore(saved, self.program.abstract)
     self.batches.set_state(saved.data_state["iterator"])
     logging.info("resumed from step %s", f"{saved.step:,}")
     return state, saved.step

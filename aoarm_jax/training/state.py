@@ -1,4 +1,4 @@
-"""The training state: one pytree of arrays, abstract and real."""
+"""The training state: one pytree of arrays."""
 
 import dataclasses
 import functools
@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from aoarm_jax.config import schema as config_lib
 from aoarm_jax.model import network as network_lib
 from aoarm_jax.training import optimizer
 
@@ -37,43 +36,27 @@ class TrainState:
   key: jax.Array
 
   @property
-  def read_out_params(self):
-    """What is evaluated and sampled: the EMA where there is one."""
+  def read_out_params(self) -> Any:
+    """The parameters to evaluate and sample: the EMA if there is one."""
     return self.ema or self.params
 
 
-def init(
-  bind: network_lib.Bind,
-  chain: optax.GradientTransformation,
-  seed: int,
-  ema: bool,
-) -> TrainState:
-  """A fresh state. Call it under jit with out_shardings."""
+def init(network: network_lib.Network, seed: jax.Array | int) -> TrainState:
+  """Draws a fresh state. Call it under jit with out_shardings.
+
+  Args:
+    network: with the run's config.
+    seed: int32 [], at least 0.
+  """
+  options = network.config.optimizer
   init_key, step_key = jax.random.split(jax.random.key(seed))
-  params = bind.init(init_key)
+  params = network.init(init_key)
+  # A schedule leaves no trace in a fresh state.
+  chain = optimizer.make(options, optax.constant_schedule(0.0), network.axes)
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
     opt_state=chain.init(params),
-    ema=jax.tree.map(jnp.copy, params) if ema else {},
+    ema=jax.tree.map(jnp.copy, params) if options.ema_decay > 0 else {},
     key=step_key,
   )
-
-
-def create(config: config_lib.Config, vocabulary: int, mesh: jax.sharding.Mesh):
-  """The pieces of a run.
-
-  Returns:
-    (bind, abstract state with shardings, jitted () -> TrainState).
-  """
-  bind = network_lib.Bind(
-    config.model, config.compute, vocabulary, mesh, config.mesh.smallest_shard
-  )
-  schedule = optimizer.schedule(config.optimizer, config.train.steps)
-  chain = optimizer.make(config.optimizer, schedule, bind.axes)
-  make = functools.partial(
-    init, bind, chain, config.seed, config.optimizer.ema_decay > 0
-  )
-  abstract = network_lib.abstract_on(bind, jax.eval_shape(make))
-  shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-  return bind, abstract, jax.jit(make, out_shardings=shardings)

@@ -1,4 +1,4 @@
-"""What an earlier run left: its config and its parameters."""
+"""Opening a run that was trained before: its config, network and parameters."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -10,30 +10,34 @@ from etils import epath
 
 from aoarm_jax.config import rules as config_rules
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.data import tokenizers
+from aoarm_jax.devices import sharding
 from aoarm_jax.model import network as network_lib
 from aoarm_jax.runs import checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
-class Restored:
-  """What reading a run needs.
+class Run:
+  """A run that is open for reading.
 
   Attributes:
-    saved: the checkpoint's record.
-    bind: params -> network.
+    config: what it is read with.
+    trained: the config that the checkpoint was trained with.
+    step: of the checkpoint.
+    network: with the run's tokenizer, on the mesh of the devices here.
     params: the EMA where the run kept one, else the parameters; on the mesh.
-    tokenizer: the model's.
+    text: sha256 of the splits that the run read, by split.
   """
 
-  saved: checkpoint.Saved
-  bind: network_lib.Bind
+  config: config_lib.Config
+  trained: config_lib.Config
+  step: int
+  network: network_lib.Network
   params: Any
-  tokenizer: tokenizers.Tokenizer
+  text: dict[str, str]
 
 
 def read_config(workdir: epath.Path) -> config_lib.Config:
-  """The configuration of a run, as it was last started.
+  """Returns the configuration of a run, as it was last started.
 
   Raises:
     CheckpointError: there is no run.
@@ -50,24 +54,24 @@ def read_config(workdir: epath.Path) -> config_lib.Config:
     raise config_lib.ConfigError(f"{path}: {error}") from error
   if config.data.corpus != "docstrings":
     return config
-  # Runs of earlier versions: their models need no text to generate and score.
+  # Earlier versions trained on docstrings. Generation and scoring need no text.
   logging.warning(
     "%s: config.data.corpus='docstrings': this program no longer reads "
     "docstrings. An evaluation reads the built-in novels, which this run was "
-    "not trained on, unless --config.data.path= names a text", path,
-  )  # fmt: skip
-  data = dataclasses.replace(config.data, corpus="auto")
-  return dataclasses.replace(config, data=data)
+    "not trained on, unless --config.data.path= names a text",
+    path,
+  )
+  return config.replace("data.corpus", "auto")
 
 
-# What an evaluation takes from the run beside its model: the text and the law.
+# An evaluation takes these from the run beside its model: the text and the law.
 _EVALUATED = ("data.corpus", "data.path", "train.least_time")
 
 
 def as_trained(
   config: config_lib.Config, workdir: epath.Path, overridden: Iterable[str]
 ) -> config_lib.Config:
-  """The config, but of the model and the text that the run in `workdir` has.
+  """Returns the config with the model and the text of the run in `workdir`.
 
   How to evaluate and to sample stays the config's, and differs by mechanism.
 
@@ -75,7 +79,7 @@ def as_trained(
     config: of the command line.
     workdir: of the run; without a config.json `config` is returned as it is.
     overridden: paths as "model.T" that the command line set, which stay; if
-      they do not fit, `restore` says so.
+      they do not fit, `open_run` says so.
 
   Raises:
     ConfigError: the run is of another mechanism than the config.
@@ -92,89 +96,80 @@ def as_trained(
     )
   for path, field, value in config_lib.leaves(run):
     path = path.removeprefix("config.")
-    section, _, name = path.partition(".")
     taken = field.metadata.get("binds") == "model" or path in _EVALUATED
     if taken and path not in kept:
-      part = dataclasses.replace(getattr(config, section), **{name: value})
-      config = dataclasses.replace(config, **{section: part})
+      config = config.replace(path, value)
   return config
 
 
-def check_trained(config: config_lib.Config, workdir: epath.Path) -> None:
-  """Raises CheckpointError where there is no checkpoint; reads none of any."""
-  if not _checkpoints(workdir).steps():
-    raise _no_checkpoint(config, workdir)
-
-
-def _checkpoints(workdir):
-  return checkpoint.Checkpoints(
-    workdir / "checkpoints", keep_last=1, keep_best=0
-  )
-
-
-def _no_checkpoint(config, workdir):
-  validated = " with a validation" * (config.checkpoint.read == "best")
-  return checkpoint.CheckpointError(
-    f"no checkpoint{validated} in {workdir / 'checkpoints'}: train first, or "
-    "name the run with --workdir"
-  )
-
-
-def restore(
-  config: config_lib.Config, workdir: epath.Path, mesh: jax.sharding.Mesh
-) -> Restored:
-  """Restores the newest, or best, whole checkpoint onto any mesh.
+def open_run(
+  workdir: epath.Path, config: config_lib.Config, *batches: str
+) -> Run:
+  """Restores the newest, or best, whole checkpoint onto the devices here.
 
   Args:
-    config: of the command line; its model must be the checkpoint's.
     workdir: of the run.
-    mesh: any number of devices.
+    config: of the command line; its model must be the checkpoint's, its mesh
+      may be any.
+    *batches: what the mesh must divide, see sharding.of_run.
 
   Raises:
     CheckpointError: there is no (whole) checkpoint.
     ConfigError: the checkpoint is of another model; names the field.
   """
-  checkpoints = _checkpoints(workdir)
+  checkpoints = checkpoint.Checkpoints(
+    workdir / "checkpoints", keep_last=1, keep_best=0
+  )
+  mesh = sharding.of_run(config, *batches)
   best = config.checkpoint.read == "best"
   saved = checkpoints.best() if best else checkpoints.newest()
   if saved is None:
-    raise _no_checkpoint(config, workdir)
-  before = config_lib.from_json(saved.config_json)
-  for path, old, new in config_rules.differences(before, config, ("model",)):
+    raise checkpoint.CheckpointError(
+      f"no checkpoint{' with a validation' * best} in "
+      f"{workdir / 'checkpoints'}: train first, or name the run with --workdir"
+    )
+  trained = config_lib.from_json(saved.config_json)
+  for path, old, new in config_rules.differences(trained, config, ("model",)):
     raise config_lib.ConfigError(
       f"{path}={new!r}: the checkpoint in {workdir} has {old!r}; it is of "
       "another model: set the field to its value, or name another --workdir"
     )
-  tokenizer = tokenizers.get(config.data.tokenizer)
-  bind = network_lib.Bind(
-    config.model,
-    config.compute,
-    tokenizer.V,
-    mesh,
-    config.mesh.smallest_shard,
-  )
-  field = "ema" if before.optimizer.ema_decay > 0 else "params"
-  abstract = network_lib.abstract_on(bind, bind.abstract_params)
-  params = checkpoints.restore(saved, {field: abstract})[field]
+  network = network_lib.Network(config, mesh)
+  field = "ema" if trained.optimizer.ema_decay > 0 else "params"
+  with jax.set_mesh(mesh):
+    params = checkpoints.restore(saved, {field: network.abstract_params})[field]
   logging.info(
     "restored step %s of %s%s",
-    f"{saved.step:,}", workdir, " (EMA)" if field == "ema" else "",
-  )  # fmt: skip
-  return Restored(saved, bind, params, tokenizer)
+    f"{saved.step:,}",
+    workdir,
+    " (EMA)" if field == "ema" else "",
+  )
+  return Run(
+    config, trained, saved.step, network, params, saved.data_state["text"]
+  )
 
 
-def warn_other_text(saved: checkpoint.Saved, corpus, *splits: str) -> None:
-  """Says so where a text is not the one that the checkpoint knows."""
+def warn_other_text(text: dict[str, str], corpus, *splits: str) -> None:
+  """Warns where a text is not the one that the run read.
+
+  Args:
+    text: sha256 by split, of the run.
+    corpus: corpora.Corpus, of now.
+    *splits: that are read.
+  """
   for split in splits:
-    recorded = saved.data_state["text"].get(split)
+    recorded = text.get(split)
     if recorded is None:
       logging.info(
         "the checkpoint knows no %s text: whether this one is its run's is not "
-        "checked", split,
-      )  # fmt: skip
+        "checked",
+        split,
+      )
     elif recorded != corpus.hash(split):
       logging.warning(
         "the %s text is not the checkpoint's (sha256 %s now, %s then): numbers "
         "cannot be compared with that run's",
-        split, corpus.hash(split)[:12], recorded[:12],
-      )  # fmt: skip
+        split,
+        corpus.hash(split)[:12],
+        recorded[:12],
+      )

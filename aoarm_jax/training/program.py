@@ -1,0 +1,168 @@
+"""The training program of a run: its network, its state and its jitted step.
+
+Whoever trains takes the program from here: the loop, the study, the compiler
+for TPU slices and the scaling tool.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from aoarm_jax import objective
+from aoarm_jax.config import schema as config_lib
+from aoarm_jax.devices import sharding
+from aoarm_jax.model import network as network_lib
+from aoarm_jax.training import optimizer
+from aoarm_jax.training import state as train_state
+
+
+class Program(NamedTuple):
+  """What it takes to train.
+
+  Attributes:
+    network: of the run, on the run's mesh.
+    abstract: train_state.TrainState of jax.ShapeDtypeStruct, with shardings.
+    tokens: jax.ShapeDtypeStruct of a global batch, uint8 [B, T].
+    init: jitted (seed int32 []) -> TrainState.
+    step: jitted (state, tokens) -> (state, sums), see make_step; the state is
+      donated. With a told rate: (state, tokens, learning rate float32 []).
+  """
+
+  network: network_lib.Network
+  abstract: train_state.TrainState
+  tokens: jax.ShapeDtypeStruct
+  init: Callable[..., Any]
+  step: Callable[..., Any]
+
+
+def make(
+  config: config_lib.Config,
+  *batches: str,
+  mesh: jax.sharding.Mesh | None = None,
+  devices: Sequence[jax.Device] | None = None,
+  told_rate: bool = False,
+) -> Program:
+  """Makes the program of a run; compiles nothing.
+
+  Args:
+    config: of the run.
+    *batches: what the mesh must divide: "train", "eval", see sharding.of_run.
+    mesh: None: the config's, over `devices`.
+    devices: None: all that are here.
+    told_rate: whether every call of `step` gives the learning rate, in place of
+      the config's schedule. Then runs of any schedule share the program.
+
+  Raises:
+    ConfigError: a mesh that does not divide the model or the batch.
+  """
+  if mesh is None:
+    mesh = sharding.of_run(config, *batches, devices=devices)
+  network = network_lib.Network(config, mesh)
+  init = functools.partial(train_state.init, network)
+  abstract = network.placed(jax.eval_shape(init, 0))
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+  shape = config.train.batch_size, config.model.T
+
+  def at_rate(state, tokens, rate):
+    return make_step(network, lambda _: rate)(state, tokens)
+
+  return Program(
+    network=network,
+    abstract=abstract,
+    tokens=jax.ShapeDtypeStruct(
+      shape, jnp.uint8, sharding=sharding.named(mesh, "batch")
+    ),
+    init=jax.jit(init, out_shardings=shardings),
+    step=jax.jit(
+      at_rate if told_rate else make_step(network),
+      donate_argnums=0,
+      out_shardings=(shardings, sharding.replicated(mesh)),
+    ),
+  )
+
+
+def make_step(
+  network: network_lib.Network, learning_rate: optax.Schedule | None = None
+) -> Callable[..., Any]:
+  """Returns the pure training step of a network.
+
+  Args:
+    network: with the run's config.
+    learning_rate: step -> learning rate; None: as the config schedules it.
+
+  Returns:
+    (state, tokens uint8 [B, T]) -> (state, sums). `sums` holds float32 scalars:
+    nats (summed), tokens (counted), gradient_norm, update_norm, learning_rate.
+  """
+  config = network.config
+  schedule = learning_rate or optimizer.schedule(
+    config.optimizer, config.train.steps
+  )
+  chain = optimizer.make(config.optimizer, schedule, network.axes)
+  accumulate = config.compute.accumulate
+  # Gradients lie like the parameters, and not as the compiler sees fit.
+  pin = functools.partial(sharding.constrain_parameters, axes=network.axes)
+
+  def loss(params, tokens, draws):
+    return objective.training_nll(
+      network.bind(params), network.layout, tokens, draws
+    ).sum()
+
+  def gradient(params, *batch):
+    """Summed nats and their gradient, over micro-batches."""
+
+    def of_micro_batch(*batch):
+      nats, grads = jax.value_and_grad(loss)(params, *batch)
+      return nats, pin(grads)
+
+    if accumulate == 1:
+      return of_micro_batch(*batch)
+
+    # Strided rows: every device keeps its own rows in every micro-batch.
+    def split(x):
+      return x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)
+
+    def add(total, micro_batch):
+      return jax.tree.map(jnp.add, total, of_micro_batch(*micro_batch)), None
+
+    zero = (jnp.zeros(()), pin(jax.tree.map(jnp.zeros_like, params)))
+    return jax.lax.scan(add, zero, jax.tree.map(split, batch))[0]
+
+  def step(state: train_state.TrainState, tokens: jax.Array):
+    tokens = tokens.astype(jnp.int32)
+    draws = objective.draw(
+      jax.random.fold_in(state.key, state.step),
+      *tokens.shape,
+      config.orders,
+      config.train,
+      config.model.kind,
+      state.step,
+    )
+    # Each device draws for its own rows.
+    draws = jax.tree.map(lambda x: sharding.constrain(x, "batch"), draws)
+    nats, grads = gradient(state.params, tokens, draws)
+    grads = jax.tree.map(lambda g: g / tokens.size, grads)
+    updates, opt_state = chain.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema
+    if config.optimizer.ema_decay > 0:
+      ema = optimizer.update_ema(
+        ema, params, state.step, config.optimizer.ema_decay
+      )
+    sums = {
+      "nats": nats,
+      "tokens": jnp.float32(tokens.size),
+      "gradient_norm": optax.tree.norm(grads),
+      "update_norm": optax.tree.norm(updates),
+      "learning_rate": jnp.float32(schedule(state.step)),
+    }
+    return dataclasses.replace(
+      state, step=state.step + 1, params=params, opt_state=opt_state, ema=ema
+    ), sums
+
+  return step
