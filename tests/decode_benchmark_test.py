@@ -15,7 +15,7 @@ from absl.testing import absltest, parameterized
 
 import pallas_kernels
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.tools import decode_timing
+from aoarm_jax.tools import decode_cells, decode_timing, table
 from aoarm_jax.tools import generation_speed as decode_benchmark
 
 
@@ -27,7 +27,7 @@ class BenchmarkTest(parameterized.TestCase):
     sizes = {"8m": dict(D=8, L=1, N=2)}
     out = io.StringIO()
     with (
-      mock.patch.object(decode_benchmark, "_SIZES", sizes),
+      mock.patch.dict(table.SIZES, sizes),
       contextlib.redirect_stdout(out),
     ):
       decode_benchmark.main(
@@ -81,7 +81,7 @@ class BenchmarkTest(parameterized.TestCase):
     sizes = {"tiny": dict(D=8, L=1, N=2)}
     command = ["--quick", "--T", "8", "--batches", "2", "--only", "sequential"]
     with (
-      mock.patch.object(decode_benchmark, "_SIZES", sizes),
+      mock.patch.dict(table.SIZES, sizes),
       contextlib.redirect_stdout(out),
       contextlib.redirect_stderr(err),
     ):
@@ -112,7 +112,7 @@ class BenchmarkTest(parameterized.TestCase):
 
   def test_what_does_not_fit_is_left_out(self):
     """One line; the other cells are measured, other errors are not hidden."""
-    fits = decode_timing.Result("8m", 8, 1, "mdlm", 1.0, 1.0, 1.0, 0, 1.0, "x")
+    fits = decode_cells.Result("8m", 8, 1, "mdlm", 1.0, 1.0, 1.0, 0, 1.0, "x")
     full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
     other = jax.errors.JaxRuntimeError("INTERNAL: another")
     command = ["--sizes", "8m", "--T", "8", "--methods", "mdlm", "--batches"]
@@ -147,7 +147,7 @@ class BenchmarkTest(parameterized.TestCase):
 
   def test_attention_that_is_not_supported(self):
     """One line; the other cells are measured; an error if there are none."""
-    fits = decode_timing.Result("8m", 8, 1, "mdlm", 1.0, 1.0, 1.0, 0, 1.0, "x")
+    fits = decode_cells.Result("8m", 8, 1, "mdlm", 1.0, 1.0, 1.0, 0, 1.0, "x")
     no = pallas_kernels.UnsupportedError("attention 'cudnn': no such device")
     command = ["--sizes", "8m", "--T", "8", "--methods", "mdlm", "--batches"]
 

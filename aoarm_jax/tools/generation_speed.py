@@ -37,13 +37,14 @@ from aoarm_jax.config import mechanisms
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import peaks
 from aoarm_jax.runs import checkpoint, figures, opening
-from aoarm_jax.tools import arguments, decode_timing, table
+from aoarm_jax.tools import (
+  arguments,
+  decode_cells,
+  decode_programs,
+  decode_timing,
+  table,
+)
 
-_SIZES = {
-  "tiny": dict(D=64, L=3, N=2),
-  "8m": dict(D=256, L=10, N=4),
-  "base": dict(D=768, L=12, N=12),
-}
 _METHODS = (
   "sequential",
   "parallel-4",
@@ -51,17 +52,17 @@ _METHODS = (
   "speculative-4",
   "adaptive",
   "uncached",
-  decode_timing.MASKED,
+  decode_cells.MASKED,
 )
 _NUMBERED = ("parallel", "speculative")
 # The columns that the picture needs.
 _COLUMNS = {"size", "T", "B", "method", "tokens_per_second", "device"}
-_QUICK = f"(sequential|parallel-16|uncached|{decode_timing.MASKED})$"
+_QUICK = f"(sequential|parallel-16|uncached|{decode_cells.MASKED})$"
 
 
 def cells(
   options: argparse.Namespace, config: config_lib.Config | None
-) -> Iterator[decode_timing.Cell]:
+) -> Iterator[decode_cells.Cell]:
   """All of the lengths, batches and methods that the options name.
 
   Args:
@@ -72,7 +73,10 @@ def cells(
     ConfigError: a method that the mechanism does not have.
   """
   models = [
-    (size, config_lib.Model(mechanism=options.mechanism, T=T, **_SIZES[size]))
+    (
+      size,
+      config_lib.Model(mechanism=options.mechanism, T=T, **table.SIZES[size]),
+    )
     for size in options.sizes
     for T in options.T
   ]
@@ -82,7 +86,7 @@ def cells(
   for size, model in models:
     for B in options.batches:
       for method in methods:
-        yield decode_timing.Cell(size, model, B, method)
+        yield decode_cells.Cell(size, model, B, method)
 
 
 def _methods(asked, model):
@@ -91,8 +95,8 @@ def _methods(asked, model):
   def has(method):
     # A masked model of the same size is timed beside every other model. It has
     # no cache, and its rows are the whole text.
-    if method == decode_timing.MASKED or model.kind.masked:
-      return method == decode_timing.MASKED
+    if method == decode_cells.MASKED or model.kind.masked:
+      return method == decode_cells.MASKED
     return method == "uncached" or _family(method) in model.kind.methods
 
   possible = list(filter(has, _METHODS))
@@ -134,7 +138,7 @@ def _parser():
     action="store_true",
     help="other defaults: four methods at 8m T1024 B64; on a CPU tiny T128 B8",
   )
-  add("--sizes", nargs="+", default=["8m", "base"], choices=_SIZES)
+  add("--sizes", nargs="+", default=["8m", "base"], choices=table.SIZES)
   add(
     "--methods",
     nargs="+",
@@ -220,7 +224,7 @@ def _how(options, device):
       f"the memory bandwidth of {device!r} is not known: no floors, unless "
       "--bandwidth gives it"
     )
-  return decode_timing.Options(
+  return decode_programs.Options(
     options.steps,
     options.whole,
     bandwidth,
@@ -232,7 +236,7 @@ def _how(options, device):
 def _fill(benchmark, chosen, path, device):
   """Measures, prints and saves; returns whether any cell could be measured."""
   benchmark.compile(chosen)
-  print(decode_timing.header(), flush=True)
+  print(decode_cells.header(), flush=True)
   saved = []
   for cell, results, failure in table.measured(chosen, benchmark.measure):
     if failure:

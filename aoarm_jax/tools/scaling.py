@@ -26,11 +26,9 @@ processes it measures all their devices only, and no efficiency.
 import argparse
 import dataclasses
 import functools
-import glob
 import itertools
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -41,7 +39,7 @@ import numpy as np
 import pallas_kernels
 from aoarm_jax.config import mechanisms
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.devices import distributed, hlo, peaks, sharding
+from aoarm_jax.devices import distributed, hlo, peaks, sharding, trace
 from aoarm_jax.model import cost
 from aoarm_jax.runs import telemetry
 from aoarm_jax.tools import arguments, table
@@ -49,12 +47,6 @@ from aoarm_jax.training import program as program_lib
 
 _VOCABULARY = 27
 _SCALING = ("weak", "strong")
-MODELS = {
-  "tiny": dict(D=64, L=2, N=4),
-  "8m": {},
-  "base": dict(D=768, L=12, N=12),
-  "350m": dict(D=1024, L=24, N=16),
-}
 # Name -> sizes of the axes of n devices.
 MESHES = {
   "data": lambda n: dict(data=n),
@@ -104,7 +96,7 @@ def configuration(
   if scaling == "weak":
     batch_size *= devices
   return config_lib.Config(
-    model=config_lib.Model(mechanism=mechanism, T=T, **MODELS[model]),
+    model=config_lib.Model(mechanism=mechanism, T=T, **table.SIZES[model]),
     train=config_lib.Train(batch_size=batch_size, steps=1000),
     compute=config_lib.Compute(
       attention=flags.attention,
@@ -179,7 +171,7 @@ def measure(config: config_lib.Config, program: Program, steps: int) -> dict:
     start = time.perf_counter()
     loss = run(steps)
     seconds = (time.perf_counter() - start) / steps
-    collectives, alone, idle = _profiled(lambda: run(steps), devices[0])
+    collectives, alone, idle = trace.shares(lambda: run(steps), devices[0])
   speed = B * T / seconds
   flops = cost.training_flops_per_token(config)
   peak = peaks.of_kind(devices[0].device_kind).flops
@@ -194,56 +186,6 @@ def measure(config: config_lib.Config, program: Program, steps: int) -> dict:
     "idle": idle,
     "nats/token": loss,
   }
-
-
-def _profiled(work, device):
-  """_shares of the device's own streams of kernels; a CPU has none: Nones."""
-  unknown = None, None, None
-  if device.platform != "gpu":
-    return unknown
-  with tempfile.TemporaryDirectory() as folder:
-    with jax.profiler.trace(folder):
-      start = time.perf_counter()
-      work()
-      seconds = time.perf_counter() - start
-    paths = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
-    if not paths:
-      return unknown
-    profile = jax.profiler.ProfileData.from_file(paths[0])
-  name = f"/device:GPU:{device.local_hardware_id}"
-  plane = next((p for p in profile.planes if p.name == name), None)
-  if plane is None:
-    return unknown
-  network, other = [], []
-  for line in plane.lines:
-    if not line.name.startswith("Stream"):
-      continue
-    for event in line.events:
-      into = network if "nccl" in event.name.lower() else other
-      into.append((event.start_ns, event.start_ns + event.duration_ns))
-  return _shares(network, other, 1e9 * seconds)
-
-
-def _shares(network, other, total):
-  """Of a total: in collectives, in them alone, in no kernel.
-
-  Args:
-    network: (start, end) of every collective.
-    other: (start, end) of every other kernel.
-    total: length of it all.
-  """
-  both = _covered(network + other)
-  alone = both - _covered(other)
-  return _covered(network) / total, alone / total, 1 - both / total
-
-
-def _covered(intervals):
-  """Length of the union of (start, end)."""
-  total, reached = 0.0, -np.inf
-  for start, end in sorted(intervals):
-    total += max(end - max(start, reached), 0)
-    reached = max(reached, end)
-  return total
 
 
 def _parser():
@@ -266,7 +208,7 @@ def _parser():
     several(str, MESHES),
     "axes that they form; data_fsdp of 4, 6, 8 ... alone",
   )
-  add("--models", ["base", "350m"], several(str, MODELS), "sizes")
+  add("--models", ["base", "350m"], several(str, table.SIZES), "sizes")
   add(
     "--mechanisms",
     _MECHANISMS,

@@ -23,6 +23,13 @@ from aoarm_jax.config import schema as config_lib
 from aoarm_jax.runs import directory as run_dir
 from aoarm_jax.runs import telemetry
 
+# Sizes of the models that are measured: name -> fields of config.model.
+SIZES = {
+  "tiny": dict(D=64, L=2, N=4),
+  "8m": dict(D=256, L=10, N=4),
+  "base": dict(D=768, L=12, N=12),
+  "350m": dict(D=1024, L=24, N=16),
+}
 _SECONDS_BETWEEN_PROGRESS = 10.0
 
 Key = TypeVar("Key", bound=Hashable)
