@@ -1,10 +1,12 @@
 """--mode=compile: would this run fit a TPU slice, and how fast could it be?
 
-The whole training step is compiled for the slice by the real TPU compiler,
-which needs no TPU (it comes with the extra `tpu`). It may crash and wants to be
-alone, so it runs in a process of its own, one at a time on this machine.
-Nothing is run: memory and collectives are the compiler's, FLOPs are counted
-(model/cost.py), the time is the largest of what they need at the chip's peaks.
+The real TPU compiler compiles the whole training step for the slice. It needs
+no TPU and comes with the extra `tpu`. It may crash, and refuses to run twice at
+a time: so it runs in a process of its own, one at a time on this machine.
+
+Nothing is executed. Memory and collectives are read from the compiled program,
+and FLOPs are counted by model/cost.py. The time of a step is a lower bound: the
+longest of the times that matrix products, memory and links need at their peaks.
 """
 
 import contextlib
@@ -40,15 +42,15 @@ class Report:
   """What a training step needs on a slice; see `estimate`.
 
   Attributes:
-    topology: as in v5p:4x4x8.
-    chips: how many.
-    mesh: as in "fsdp 128".
-    tokens: of a step.
-    parameter_bytes: of parameters, optimizer and EMA, on a chip.
-    memory_bytes: of all that the step needs, on a chip.
-    model_flops: of a step, on a chip: forward and backward.
-    flops: the same and what is recomputed: all of the forward pass, at most.
-    sent_bytes: by kind of collective, on a chip.
+    topology: chip and shape, as in v5p:4x4x8.
+    chips: number of chips.
+    mesh: its axes, as in "fsdp 128".
+    tokens: of a step, over all chips.
+    parameter_bytes: of parameters, optimizer and EMA, on one chip.
+    memory_bytes: all that the step needs on one chip.
+    model_flops: of the forward and backward pass of a step, on one chip.
+    flops: model_flops, and with remat a second forward pass.
+    sent_bytes: kind of collective -> bytes that one chip sends in a step.
   """
 
   topology: str
@@ -63,25 +65,27 @@ class Report:
 
   @property
   def chip(self) -> peaks.Peaks:
+    """The peaks of one chip."""
     return peaks.CHIPS[self.topology.partition(":")[0]]
 
   @property
   def seconds(self) -> dict[str, float]:
-    """What each part of a step needs at its peak."""
+    """Seconds that each resource needs for a step at its peak."""
     return {
       "matmuls": self.flops / self.chip.flops,
-      # Adam reads and writes its state and the parameters once, and a gradient.
+      # Adam reads and writes parameters and state once, and reads a gradient.
       "state in memory": 2 * self.parameter_bytes / self.chip.memory_bandwidth,
       "collectives": sum(self.sent_bytes.values()) / self.chip.link_bandwidth,
     }
 
   @property
   def step_seconds(self) -> float:
-    """The longest part: all others at the same time."""
+    """Seconds of a step if all resources are busy at the same time."""
     return max(self.seconds.values())
 
   @property
   def mfu_bound(self) -> float:
+    """The MFU of a step that takes step_seconds, a fraction."""
     return self.model_flops / self.chip.flops / self.step_seconds
 
   def __str__(self):
@@ -92,7 +96,7 @@ class Report:
     parts = ", ".join(
       f"{name} {1e3 * s:.3g} ms" for name, s in self.seconds.items()
     )
-    return "\n".join((
+    lines = (
       f"{self.topology}: {self.chips} chips, mesh {self.mesh}; "
       "compiled, not run",
       f"memory a chip   {self.memory_bytes / 1e9:.2f} GB of "
@@ -104,18 +108,21 @@ class Report:
       f"roofline        {1e3 * self.step_seconds:.3g} ms a step ({parts})",
       f"bounds          {self.tokens / self.step_seconds / self.chips:,.0f} "
       f"tokens/s a chip, MFU {self.mfu_bound:.1%}",
-    ))  # fmt: skip
+    )
+    return "\n".join(lines)
 
 
 def estimate(config: config_lib.Config, topology: str) -> Report:
   """Compiles a training step for a slice, in a process of its own.
 
   Args:
-    config: its mesh is over the slice's chips. attention=auto is mosaic_tpu.
+    config: its mesh is over the slice's chips. attention=auto becomes
+      mosaic_tpu.
     topology: chip and shape, as in v5e:16x16, v5p:4x4x8, v6e:8x8.
 
   Raises:
-    ConfigError: no such topology, a mesh that does not fit it, no compiler.
+    ConfigError: there is no such topology, the mesh does not fit it, or the
+      compiler is not installed.
     PodError: the step does not fit the memory, or the compiler failed.
   """
   name, _, shape = topology.partition(":")
@@ -132,11 +139,15 @@ def estimate(config: config_lib.Config, topology: str) -> Report:
     done = subprocess.run(
       [sys.executable, "-m", "aoarm_jax.tools.compile"],
       input=json.dumps(given),
-      env=os.environ
-      | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1",
-         "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-      capture_output=True, text=True,
-    )  # fmt: skip
+      env={
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+      },
+      capture_output=True,
+      text=True,
+    )
   if done.returncode < 0:
     raise PodError(
       f"the TPU compiler crashed ({signal.Signals(-done.returncode).name}) on "
@@ -156,8 +167,8 @@ def estimate(config: config_lib.Config, topology: str) -> Report:
 
 @contextlib.contextmanager
 def _alone():
-  """The compiler library refuses a second process: wait for the first."""
-  import fcntl  # Not on Windows, where nothing else here needs it.
+  """Waits until no other process compiles: the library refuses a second one."""
+  import fcntl  # Windows has no fcntl; only this function needs it.
 
   path = pathlib.Path(tempfile.gettempdir()) / f"aoarm_jax_pod_{os.getuid()}"
   with open(path, "w") as file:
@@ -170,12 +181,12 @@ def _alone():
 
 
 def _compile(config: config_lib.Config, topology: str) -> dict:
-  """What the child process does: the fields of Report."""
+  """Compiles in the child process, and returns the fields of Report."""
   try:
     devices = topologies.get_topology_desc(
       platform="tpu", topology_name=topology
     ).devices
-  except Exception as error:  # Of many types, by what is missing.
+  except Exception as error:  # The library raises many types.
     raise config_lib.ConfigError(
       f"--topology={topology}: {text.first_line(error)}; the TPU compiler "
       "comes with pip install -e '.[tpu]'"
@@ -184,7 +195,8 @@ def _compile(config: config_lib.Config, topology: str) -> dict:
     config = config.replace("compute.attention", "mosaic_tpu")
   program = program_lib.make(config, "train", devices=devices)
   mesh = program.network.mesh
-  # The mesh without devices: these cannot compute the constants of a trace.
+  # A mesh without devices: a device that is not there cannot compute the
+  # constants of a trace.
   with (
     jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
     pallas_kernels.interpret(False),
@@ -214,6 +226,7 @@ def _compile(config: config_lib.Config, topology: str) -> dict:
 
 
 def _answer(given: dict) -> dict:
+  """Returns the fields of Report, or the error as one field."""
   try:
     return _compile(config_lib.from_dict(given["config"]), given["topology"])
   except config_lib.ConfigError as error:
@@ -226,7 +239,7 @@ def _answer(given: dict) -> dict:
     return {"error": f"{given['topology']}: {_does_not_fit(str(error))}"}
 
 
-# The compiler says it in one way or the other, by when it notices.
+# The compiler has two messages, by the moment when it notices.
 _TOO_MUCH = (
   r"Used (?P<used>[\d.]+\w) of (?P<there>[\d.]+\w) hbm",
   r"\((?P<used>[\d.]+\w)\) exceeds available HBM \((?P<there>[\d.]+\w)\)",
@@ -234,10 +247,12 @@ _TOO_MUCH = (
 
 
 def _does_not_fit(message):
-  found = next(filter(None, (re.search(p, message) for p in _TOO_MUCH)), None)
+  """Returns one line about a step that needs too much memory."""
+  matches = (re.search(pattern, message) for pattern in _TOO_MUCH)
+  sizes = next(filter(None, matches), None)
   what = (
-    f"needs at least {found['used']}iB of the {found['there']}iB of a chip"
-    if found
+    f"needs at least {sizes['used']}iB of the {sizes['there']}iB of a chip"
+    if sizes
     else text.first_line(message)
   )
   return (
@@ -250,4 +265,4 @@ def _does_not_fit(message):
 if __name__ == "__main__":
   print(json.dumps(_answer(json.load(sys.stdin))))
   sys.stdout.flush()
-  os._exit(0)  # The compiler library takes its time, or crashes, at exit.
+  os._exit(0)  # At a regular exit the compiler library is slow, or crashes.

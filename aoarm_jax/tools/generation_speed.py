@@ -1,24 +1,24 @@
 """Speed of generation: python -m aoarm_jax.tools.generation_speed
 
-One cell is a model size, a length T, a batch B and a method; --only picks cells
-by a regular expression over names such as "8m T1024 B64 sequential". Weights
-are random unless --workdir names a run: then its own model is timed, and what
-speculative decoding accepts is that of a trained model.
+A cell of the table is a model size, a length T, a batch B and a method. --only
+is a regular expression that picks cells by names such as "8m T1024 B64
+sequential". Weights are random unless --workdir names a run. Then the run's own
+model is timed, and speculative decoding accepts the drafts of a trained model.
 
-sequential    one token a step, one cache (exact)
-parallel-m    m tokens a step (not exact)
-speculative-m m drafts a round of two passes (exact); with random weights nearly
-              all drafts pass: only its time a round means something
-adaptive      the surest of all targets, scored anew in every step, one a step
+sequential    one token per step, from a cache (exact)
+parallel-m    m tokens per step (not exact)
+speculative-m m drafts per round of two passes (exact). With random weights
+              nearly all drafts pass: only the time of a round means something
+adaptive      the surest of all targets, one per step; every step scores all
 uncached      every step computes its visible content rows and one query row
 mdlm          masked diffusion of the same size: T and T / 4 full passes
 
-Cells time --steps steps in the middle of a text (uncached: at two lengths) and
-are scaled to all of it, which the table says; --whole times whole texts.
-`floor` is what one step must read, weights and half of a full cache for each of
-its passes, over --bandwidth, and `floors` how many of them a step takes; -
-where the bandwidth is not known. `launches` counts the kernels of a step in the
-compiled program.
+A cell times --steps steps in the middle of a text, or steps at two lengths, and
+scales them to a whole text. The column `timed` says which. --whole times whole
+texts. `floor` is the time that one step needs for the bytes that each of its
+passes must read, the weights and half of a full cache, or for its FLOPs.
+`floors` is the time of a step over its floor; both are - where the bandwidth is
+not known. `launches` counts the kernels of a step in the compiled program.
 """
 
 import argparse
@@ -63,14 +63,14 @@ _QUICK = f"(sequential|parallel-16|uncached|{decode_cells.MASKED})$"
 def cells(
   options: argparse.Namespace, config: config_lib.Config | None
 ) -> Iterator[decode_cells.Cell]:
-  """All of the lengths, batches and methods that the options name.
+  """Yields a cell for every size, length, batch and method of the options.
 
   Args:
-    options: as parsed.
+    options: the parsed command line.
     config: of the run that is timed; None for random weights.
 
   Raises:
-    ConfigError: a method that the mechanism does not have.
+    ConfigError: the mechanism does not have a method that is asked for.
   """
   models = [
     (
@@ -253,7 +253,7 @@ def _fill(benchmark, chosen, path, device):
 
 
 def _restore(options):
-  """The run to be timed, or None, and all cells."""
+  """Returns the run to be timed, or None, and all cells."""
   if not options.workdir:
     return None, list(cells(options, None))
   workdir = epath.Path(options.workdir)

@@ -2,25 +2,28 @@
 
   python -m aoarm_jax.tools.scaling --devices=1,2
 
-Prints one table, a row for every model, mechanism, length, mesh and number of
-devices. weak: as many tokens a device; strong: as many tokens in all. Text and
-orders are random, parameters fresh.
+Prints one table, with a row for every model, mechanism, length, mesh and number
+of devices. With weak scaling the tokens of a step grow with the devices; with
+strong scaling they stay the same. Texts, orders and parameters are random.
 
-  tokens/s     of all devices, and of each
-  MFU          model FLOPs over the devices' bf16 peak (PaLM, appendix B)
-  memory       arguments and temporaries of the step, by the compiler, a device
-  collectives  share of the time in which they run, on the first device, by a
-               profile; 'alone' where nothing else runs there
-  idle         share of the time in which nothing runs there, by that profile
-  efficiency   tokens/s a device over that of the first row of its kind
+  tokens/s      of all devices together
+  a device      tokens/s of each device
+  MFU           FLOPs of the model over the devices' bfloat16 peak (PaLM,
+                appendix B)
+  GB a device   memory that the compiled step needs
+  collectives   share of the time in which collectives run on the first device,
+                from a profile
+  alone         share of the time in which nothing else runs beside them
+  idle          share of the time in which no kernel runs there
+  efficiency    tokens/s per device, relative to the first row of its kind
 
-Ends with 1 where no row could be measured.
+The exit status is 1 where no row could be measured.
 
---dry-run takes 8 virtual CPU devices, which share one processor, and unless
-told otherwise two streams of a tiny model on 1 and 4 of them (six programs, a
-minute or two on 2 cores, most of it compiling): its times mean nothing, and it
-shows no efficiency. Started by launch.local or launch.slurm as several
-processes it measures all their devices only, and no efficiency.
+--dry-run uses 8 virtual CPU devices, which share one processor. By default it
+measures a tiny model with two streams on 1 and on 4 of them: six programs, a
+minute or two on 2 cores. Its times mean nothing, so it shows no efficiency.
+Several processes, started by launch.local or launch.slurm, measure
+all their devices only, and show no efficiency either.
 """
 
 import argparse
@@ -47,7 +50,7 @@ from aoarm_jax.training import program as program_lib
 
 _VOCABULARY = 27
 _SCALING = ("weak", "strong")
-# Name -> sizes of the axes of n devices.
+# Name of a mesh -> number of devices -> sizes of its axes.
 MESHES = {
   "data": lambda n: dict(data=n),
   "fsdp": lambda n: dict(data=1, fsdp=n),
@@ -57,7 +60,7 @@ MESHES = {
 }
 # Two streams and one stream: the package's own mechanisms come first.
 _MECHANISMS = list(mechanisms.MECHANISMS)[:2]
-# What --dry-run takes instead of the defaults.
+# The defaults of --dry-run.
 _DRY = dict(
   devices=[1, 4],
   models=["tiny"],
@@ -91,7 +94,7 @@ _COLUMNS = (
 def configuration(
   flags: argparse.Namespace, scaling, model, mechanism, T, mesh, devices
 ) -> config_lib.Config:
-  """One row's config."""
+  """Returns the config of a row."""
   batch_size = max(flags.tokens // T, 1)
   if scaling == "weak":
     batch_size *= devices
@@ -108,10 +111,10 @@ def configuration(
 
 
 class Program(NamedTuple):
-  """A row's training step, compiled.
+  """The compiled training step of a row.
 
   Attributes:
-    mesh: of its devices.
+    mesh: of the row's devices.
     init: (seed int32 []) -> state, compiled.
     step: (state, tokens) -> (state, sums).
   """
@@ -122,11 +125,11 @@ class Program(NamedTuple):
 
 
 def compile_step(config: config_lib.Config, devices) -> Program:
-  """Compiles one row's training step; allocates nothing.
+  """Compiles the training step of a row; allocates nothing on the devices.
 
   Args:
     config: of the row.
-    devices: those of the mesh.
+    devices: of the mesh.
 
   Raises:
     ConfigError: the mesh does not divide the model or the batch.
@@ -142,15 +145,15 @@ def compile_step(config: config_lib.Config, devices) -> Program:
 
 
 def measure(config: config_lib.Config, program: Program, steps: int) -> dict:
-  """Trains for a few steps.
+  """Trains for a few steps and measures them.
 
   Args:
     config: of the row.
     program: of the row.
-    steps: timed, and then profiled, each.
+    steps: how many are timed, and how many are profiled after that.
 
   Returns:
-    {column: number}, without efficiency.
+    Column of the table -> number, without the efficiency.
   """
   mesh, init, step = program
   devices = list(mesh.devices.flat)
@@ -248,7 +251,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def rows(flags: argparse.Namespace):
-  """Yields ({column: value}, config, number of devices) to be measured."""
+  """Yields the rows to be measured, as (columns, config, devices).
+
+  The columns are those that are known before: name -> value.
+  """
   total = jax.device_count()
   counts = flags.devices or [n for n in (1, 2, 4, 8, 16) if n <= total]
   if jax.process_count() > 1:
@@ -257,7 +263,8 @@ def rows(flags: argparse.Namespace):
     flags.scaling, flags.models, flags.mechanisms, flags.lengths, counts
   ):
     for mesh in flags.meshes:
-      # Of one device there is one mesh, and of three no product.
+      # One device has only one mesh. data_fsdp needs an even number of
+      # devices, at least 4.
       if (n == 1 and mesh != flags.meshes[0]) or (
         mesh == "data_fsdp" and n > 1 and (n < 4 or n % 2)
       ):
