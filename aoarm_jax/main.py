@@ -22,15 +22,14 @@ from etils import epath
 from ml_collections import config_flags
 
 import pallas_kernels
+from aoarm_jax.config import errors
 from aoarm_jax.config import rules as config_rules
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.data import corpora
 from aoarm_jax.devices import distributed
 from aoarm_jax.evaluation import evaluate, score
-from aoarm_jax.generation import prompts
 from aoarm_jax.generation import texts as generate
-from aoarm_jax.runs import checkpoint, opening, telemetry
 from aoarm_jax.runs import directory as run_dir
+from aoarm_jax.runs import opening, telemetry
 from aoarm_jax.study import sweep
 from aoarm_jax.tools import compile as pod
 from aoarm_jax.tools import matching
@@ -40,16 +39,6 @@ MODES = ("train", "eval", "sample", "score", "count", "study", "compile")
 _NO_CONFIG = (
   "--config is missing: name an experiment, as in "
   "--config=configs/two_stream.py"
-)
-
-# What a user can mend: shown as one line.
-COMMAND_ERRORS = (config_lib.ConfigError, prompts.PromptError, flags.Error)
-RUN_ERRORS = (
-  checkpoint.CheckpointError,
-  corpora.DataError,
-  pod.PodError,
-  sweep.FailedCellsError,
-  telemetry.NonFiniteError,
 )
 
 _GOES_ON = {"study": ": the same command goes on with the cell that was lost"}
@@ -224,7 +213,7 @@ def _last_line(error: Exception) -> str:
 
 
 def run(flag_values: flags.FlagValues, argv: list[str]) -> None:
-  """Runs one mode. Raises COMMAND_ERRORS, RUN_ERRORS or Preempted."""
+  """Runs one mode. Raises UserError, flags.Error or Preempted."""
   workdir = epath.Path(
     flag_values.workdir
     or f"runs/{flag_values.config.name}-{flag_values.config.variant}"
@@ -325,10 +314,10 @@ def main(argv: list[str]) -> None:
     sys.exit(stop.exit_code)
   except KeyboardInterrupt:
     _fail("interrupted" + _GOES_ON.get(flags.FLAGS.mode, ""), 130)
-  except COMMAND_ERRORS as error:
+  except flags.Error as error:
     _fail(error, 2)
-  except RUN_ERRORS as error:
-    _fail(error, 1)
+  except errors.UserError as error:
+    _fail(error, error.exit_code)
   except pallas_kernels.UnsupportedError as error:
     _fail(f"config.compute.attention: {error}", 2)
   except OSError as error:
@@ -358,7 +347,7 @@ def _fail(error, code):
 def _parse_or_exit(argv):
   try:
     return parse(argv)
-  except COMMAND_ERRORS as error:
+  except (errors.UserError, flags.Error) as error:
     return _fail(_last_line(error), 2)
 
 

@@ -13,14 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from aoarm_jax import orders
-from aoarm_jax.config import mechanisms
+from aoarm_jax.config import mechanisms, purposes
 from aoarm_jax.config import schema as config_lib
 
 # int32 slots [B, S] -> float32 logits [B, R, V]; Network.apply with parameters.
 Apply = Callable[[orders.Slots], jax.Array]
-
-# Set keys apart from each other and from those of rows.
-_GROUPS, _RANKS, _TIMES, _MASKS = (2**31 + purpose for purpose in range(4))
 
 
 def order_nll(
@@ -200,15 +197,15 @@ def draw(
 
   order = orders.draw(key, batch, T, options, step=step)
   if kind.masked:
-    time = draw_times(fold(_TIMES), batch, train.least_time)
-    masked = draw_masked(row_keys(fold(_MASKS), batch), order, time)
+    time = draw_times(fold(purposes.TIMES), batch, train.least_time)
+    masked = draw_masked(row_keys(fold(purposes.MASKS), batch), order, time)
     return Draws(order, time=time, masked=masked)
   ranks = None
   if train.query_fraction < 1:
     R = orders.query_count(T, train.query_fraction)
-    noise = uniform(row_keys(fold(_RANKS), batch), T)
+    noise = uniform(row_keys(fold(purposes.RANKS), batch), T)
     ranks = jnp.sort(jnp.argsort(noise, axis=1)[:, :R], axis=1)
-  groups = orders.draw_groups(fold(_GROUPS), batch, T, options)
+  groups = orders.draw_groups(fold(purposes.GROUPS), batch, T, options)
   return Draws(order, group_start=groups, ranks=ranks)
 
 

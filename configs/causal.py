@@ -7,8 +7,7 @@ any-order number; docs/results has the run):
   default  one H200, 2,000 steps in 85 s: 1.608 bits/char (books27, 1 seed)
   :long    not run yet
   :base    not run yet; needs text8, --config.data.path=text8.zip
-  :tiny    2 CPU cores, 800 steps in 75 s: 1.98 bits/char (built-in text: a
-           smoke test, not a benchmark; its unigram entropy is 4.12)
+  :tiny    for a CPU; not run yet on the built-in novels
 """
 
 from aoarm_jax.config import experiments

@@ -6,8 +6,7 @@ Hardware, time, validation result (any order; docs/results has the runs):
   default  one H200, 2,000 steps in 80 s: 2.128 bits/char (books27, 2 seeds)
   :long    one H200, 2,000 steps in 95 s: 2.110 bits/char (books27, 2 seeds)
   :base    not run yet; needs text8, --config.data.path=text8.zip
-  :tiny    2 CPU cores, 800 steps in 80 s: 3.19 bits/char (built-in text: a
-           smoke test, not a benchmark; its unigram entropy is 4.12)
+  :tiny    for a CPU; not run yet on the built-in novels
 """
 
 from aoarm_jax.config import experiments

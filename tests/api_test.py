@@ -18,6 +18,7 @@ import pytest
 from absl.testing import absltest, parameterized
 
 import aoarm_jax
+from aoarm_jax.config import errors
 from aoarm_jax.config import schema as config
 from aoarm_jax.data import tokenizers
 from aoarm_jax.generation import prompts
@@ -26,7 +27,6 @@ from aoarm_jax.tools import strip
 
 pytestmark = pytest.mark.once
 
-_README = (helpers.ROOT / "README.md").read_text()
 _contexts = contextlib.ExitStack()
 _folder: pathlib.Path
 _model = None
@@ -69,6 +69,18 @@ def _run(*command):
   return out.getvalue().splitlines()
 
 
+def _printed_by(page):
+  """The lines that the Python code of a page prints, with the run of here."""
+  text = (helpers.ROOT / page).read_text()
+  code = "".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+  shown = '"runs/two_stream-tiny"'
+  assert code.count(shown) == 1, page
+  out = io.StringIO()
+  with contextlib.redirect_stdout(out):
+    exec(code.replace(shown, repr(str(_folder / "run"))), {})
+  return out.getvalue().splitlines()
+
+
 class ModelTest(parameterized.TestCase):
   def test_import_is_cheap(self):
     code = (
@@ -79,18 +91,13 @@ class ModelTest(parameterized.TestCase):
       [sys.executable, "-c", code], check=True, env=helpers.environment()
     )
 
-  def test_the_readme_runs(self):
-    section = _README.split("## From Python")[1].split("\n## ")[0]
-    code = "".join(re.findall(r"```python\n(.*?)```", section, re.DOTALL))
-    self.assertIn('"runs/two_stream-tiny"', code)
-    code = code.replace('"runs/two_stream-tiny"', repr(str(_folder / "run")))
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-      exec(code, {})
-    lines = out.getvalue().splitlines()
-    self.assertLen(lines, 3 + 4 + 1 + 2 + 1)
+  def test_the_documentation_runs(self):
+    lines = _printed_by("README.md")
+    self.assertLen(lines, 3 + 4 + 1)
     for line in lines[3:7]:
       self.assertRegex(line, r"^she said noth... to her moth.. -\d")
+    lines = _printed_by("docs/python.md")
+    self.assertLen(lines, 2 + 1)
     drawn, blanks, everything = map(float, lines[-1].split())
     self.assertAlmostEqual(drawn, blanks, delta=1e-3)
     self.assertLess(everything, blanks - 1)
@@ -359,7 +366,7 @@ class CommandTest(parameterized.TestCase):
     with self.assertRaisesRegex(Exception, message.format(**files)) as caught:
       _run(f"--mode={mode}", *rest)
     self.assertLen(str(caught.exception).splitlines(), 1)
-    self.assertIsInstance(caught.exception, helpers.main.COMMAND_ERRORS)
+    self.assertIsInstance(caught.exception, errors.UserError)
 
 
 if __name__ == "__main__":

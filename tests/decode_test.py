@@ -374,7 +374,7 @@ class AdaptiveTest(parameterized.TestCase):
         for target in left:
           rest = [p for p in left if p != target]
           slots = orders.to_slots(
-            text[None], np.array([[*done, target, *rest]]), case[1], _V
+            text[None], np.array([[*done, target, *rest]]), made.layout
           )
           logits = np.asarray(network(params, slots), np.float64)
           law = np.exp(logits[0, len(done) + case[1] - 1])

@@ -11,6 +11,7 @@ import tiny
 from absl.testing import absltest, parameterized
 
 from aoarm_jax import objective, orders
+from aoarm_jax.config import purposes
 from aoarm_jax.config import schema as config
 from aoarm_jax.data import pipeline
 from aoarm_jax.devices import sharding
@@ -57,7 +58,7 @@ def _batches(batch_size):
 
 
 def _key():
-  return jax.random.fold_in(jax.random.key(3), evaluate._EVALUATION)
+  return jax.random.fold_in(jax.random.key(3), purposes.EVALUATION)
 
 
 def _estimate(estimator, batches, evaluator=None, step=2000, **kwargs):

@@ -24,8 +24,8 @@ FLOORS = (
   "runs",
   "model",
   "objective devices",
-  "orders",
-  "config data pallas_kernels",
+  "orders data",
+  "config pallas_kernels",
 )
 # Rooms that may not import all that is below.
 ONLY = {
@@ -45,7 +45,7 @@ KEPT_IN = {
   r"orbax": ("runs",),
   r"grain": ("data",),
   r"flax": ("model",),
-  r"matplotlib": ("runs", "study"),
+  r"matplotlib": ("runs",),
   r"tensorboardX": ("runs",),
   r"tensorflow|torch|clu": (),
 }

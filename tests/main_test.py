@@ -15,6 +15,7 @@ from absl import flags
 from absl.testing import absltest, parameterized
 
 from aoarm_jax import main
+from aoarm_jax.config import errors
 from aoarm_jax.data import corpora
 
 # On the older Python alone, for time.
@@ -69,7 +70,7 @@ class ParseTest(parameterized.TestCase):
     taken = absltest.mock.patch.object(
       corpora, "load", side_effect=AssertionError("the command was taken")
     )
-    with self.assertRaises(main.COMMAND_ERRORS) as caught, taken:
+    with self.assertRaises((errors.UserError, flags.Error)) as caught, taken:
       helpers.run(command)
     self.assertEqual(os.listdir(self.folder), [])
     # What parse raises is reprinted by its last line, what run raises whole.
@@ -118,7 +119,7 @@ class ParseTest(parameterized.TestCase):
     ("optimizer.peak_learning_rate", "nan", "must be finite"),
     ("model.mechanism", "mamba", "'mamba' is not one of two_stream"),
     ("model.N", "3", "must divide config.model.D=64"),
-    ("compute.accumulate", "5", "must divide config.train.batch_size=64"),
+    ("compute.accumulate", "5", "must divide config.train.batch_size=32"),
     ("eval.estimators", "5", "5 is not one of any_order"),
     ("eval.estimators", "('any_order','typo')", "'typo' is not one of"),
     ("eval.estimators", "()", "at least one"),
@@ -224,7 +225,7 @@ class ParseTest(parameterized.TestCase):
   def test_prompt_that_cannot_be(self, prompt, message):
     # The longer one is known after the model is: there is none here.
     if "_" in prompt:
-      with self.assertRaisesRegex(main.RUN_ERRORS, "no checkpoint in"):
+      with self.assertRaisesRegex(errors.UserError, "no checkpoint in"):
         helpers.run([TINY, f"--workdir={self.folder}", "--mode=sample",
                      f"--prompt={prompt}"])  # fmt: skip
       return
@@ -242,7 +243,7 @@ class ParseTest(parameterized.TestCase):
     """Said before the text is read."""
     unread = mock.patch.object(corpora, "load", side_effect=AssertionError)
     no_checkpoint = self.assertRaisesRegex(
-      main.RUN_ERRORS, "no checkpoint in .*train first, or .*--workdir"
+      errors.UserError, "no checkpoint in .*train first, or .*--workdir"
     )
     with no_checkpoint, unread:
       helpers.run(helpers.arguments(self.folder / "run", {}, f"--mode={mode}"))
@@ -250,7 +251,7 @@ class ParseTest(parameterized.TestCase):
 
   def test_text_that_is_not_there(self):
     with self.assertRaisesRegex(
-      main.RUN_ERRORS, "config.data.path=/absent: no such file or folder"
+      errors.UserError, "config.data.path=/absent: no such file or folder"
     ):
       helpers.run(
         helpers.arguments(self.folder / "run", {"data.path": "/absent"})
@@ -266,7 +267,7 @@ class ParseTest(parameterized.TestCase):
 
   def test_base_without_its_text(self):
     path = helpers.TINY.removesuffix(":tiny")
-    with self.assertRaisesRegex(main.RUN_ERRORS, "get it from http.*text8"):
+    with self.assertRaisesRegex(errors.UserError, "get it from http.*text8"):
       helpers.run([f"--config={path}:base", f"--workdir={self.folder}"])
 
   def test_flags_can_be_defined_anew(self):

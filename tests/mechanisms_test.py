@@ -94,10 +94,10 @@ class ExperimentTest(parameterized.TestCase):
       self.assertRegex(text["text"], "^ab[a-z ]{2}$")
       self.assertEqual(text["order"][:2], [1, 2])
 
-  def test_the_readme_adds_one(self):
+  def test_contributing_adds_one(self):
     """Its law sums to one, and it is one that was not there."""
-    readme = (helpers.ROOT / "README.md").read_text()
-    (code,) = re.findall(r"```python\n(MECHANISMS\[.*?)```", readme, re.DOTALL)
+    page = (helpers.ROOT / "CONTRIBUTING.md").read_text()
+    (code,) = re.findall(r"```python\n(MECHANISMS\[.*?)```", page, re.DOTALL)
     with mock.patch.dict(mechanisms.MECHANISMS):
       before = set(mechanisms.MECHANISMS)
       exec(code, vars(mechanisms))  # As if the line stood there.

@@ -1,24 +1,162 @@
-"""The README says what is there: commands, files, fields."""
+"""The README and the pages show what is there: commands, files, fields.
 
+Reports that the program wrote by itself (docs/study*/) and the changelog are
+read for their commands and links only.
+"""
+
+import argparse
+import configparser
 import contextlib
+import dataclasses
 import importlib
+import importlib.util
 import io
 import pathlib
 import re
+import runpy
 import shlex
+import sys
+import warnings
+from unittest import mock
 
-from absl import flags
-from absl.testing import absltest
+import imports_test
+from absl import app, flags
+from absl.testing import absltest, parameterized
 
 from aoarm_jax import main
+from aoarm_jax.config import rules as config_rules
+from aoarm_jax.config import schema as config_lib
 from launch import common
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+LINKED = {
+  path.relative_to(ROOT).as_posix(): path.read_text()
+  for path in sorted(
+    [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"),
+     ROOT / "aoarm_jax/data/books/README.md"]
+  )
+}  # fmt: skip
+PAGES = {
+  name: text
+  for name, text in LINKED.items()
+  if not name.startswith(("docs/study/", "docs/study_text8/", "CHANGELOG"))
+}
+SECTIONS = {
+  field.name: field for field in dataclasses.fields(config_lib.Config)
+}
 
 
-class ReadmeTest(absltest.TestCase):
-  def test_every_bash_block_is_run_by_ci(self):
+class Parsed(Exception):
+  """A program has read its command line and would start its work now."""
+
+
+def blocks(text: str) -> list[tuple[str, str]]:
+  """(language, content) of every fenced block."""
+  return re.findall(r"^ *```(\w*)\n(.*?)^ *```$", text, re.DOTALL | re.M)
+
+
+def spans(text: str) -> list[str]:
+  """Inline code outside of fenced blocks, each on one line."""
+  text = re.sub(r"^ *```.*?^ *```$", "", text, flags=re.DOTALL | re.MULTILINE)
+  return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text)]
+
+
+def commands(text: str, program: str) -> list[list[str]]:
+  """The words of every command line that starts with `program`."""
+  lines = spans(text)
+  for language, content in blocks(text):
+    entered = content.replace("\\\n", " ").splitlines()
+    if language == "console":  # The other lines are output.
+      entered = [x.removeprefix("$ ") for x in entered if x.startswith("$ ")]
+    if language != "python":
+      lines += map(str.strip, entered)
+  return [shlex.split(x) for x in lines if x.startswith(f"{program} ")]
+
+
+def every_command(program: str) -> list[tuple[str, list[str]]]:
+  """(page, words) of every command line, each once."""
+  seen = {}
+  for name, text in LINKED.items():
+    for words in commands(text, program):
+      seen.setdefault(tuple(words), name)
+  return [(name, list(words)) for words, name in seen.items()]
+
+
+def check(words: list[str]) -> None:
+  """Parses `python -m module ...` as the module does; nothing else is run.
+
+  Raises:
+    AssertionError: the module does not exist or refuses its arguments.
+  """
+  assert words[:2] == ["python", "-m"], words
+  module, arguments = words[2], words[3:]
+  if "--" in arguments:
+    split = arguments.index("--")
+    check(arguments[split + 1 :])
+    arguments = arguments[:split]
+  assert importlib.util.find_spec(module), f"there is no module {module}"
+  if module == "aoarm_jax.main":
+    check_main(arguments)
+  elif module == "pytest":
+    check_pytest(arguments)
+  elif arguments:
+    check_arguments(module, arguments)
+
+
+def check_main(arguments: list[str], *, alone: bool = False) -> None:
+  """The flags and fields; unless `alone`, whether they fit together too."""
+  argv = ["main", *arguments]
+  argv = [re.sub("^--config=", f"--config={ROOT}/", a) for a in argv]
+  values = flags.FlagValues()
+  main.define_flags(values, argv)
+  main.parse(argv, values)
+  if alone:
+    return
+  config_rules.validate(config_lib.from_config_dict(values.config))
+  main._check_flags(values)
+
+
+def check_pytest(arguments: list[str]) -> None:
+  """Files exist, and marks are declared."""
+  declared = (ROOT / "pyproject.toml").read_text()
+  for before, word in zip(["", *arguments], arguments):
+    if before == "-m":
+      assert f'"{word}: ' in declared, f"no mark {word}"
+    elif word.startswith("tests/"):
+      assert (ROOT / word).exists(), f"no file {word}"
+
+
+def check_arguments(module: str, arguments: list[str]) -> None:
+  """Starts the module, and stops it where argparse is done."""
+  parse_args = argparse.ArgumentParser.parse_args
+
+  def parse_and_stop(self, args=None, namespace=None):
+    parse_args(self, args, namespace)
+    raise Parsed
+
+  complaint = io.StringIO()
+  with (
+    mock.patch.object(argparse.ArgumentParser, "parse_args", parse_and_stop),
+    mock.patch.object(app, "run", side_effect=Parsed),
+    mock.patch.object(sys, "argv", [module, *arguments]),
+    warnings.catch_warnings(),
+    contextlib.redirect_stderr(complaint),
+  ):
+    # The module may have been imported before, which does not matter here.
+    warnings.filterwarnings("ignore", ".* found in sys.modules", RuntimeWarning)
+    try:
+      runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except Parsed:
+      return
+    except SystemExit:
+      pass
+  raise AssertionError(f"{module} refuses {arguments}: {complaint.getvalue()}")
+
+
+class CommandsTest(parameterized.TestCase):
+  def test_every_bash_block_of_the_readme_is_run_by_ci(self):
     """The headings whose blocks .ci/run runs are the ones that have blocks."""
     sections = re.split(r"^(#+ .*)$", README, flags=re.MULTILINE)
     with_block = [
@@ -32,73 +170,119 @@ class ReadmeTest(absltest.TestCase):
     self.assertNotEmpty(with_block)
     self.assertEqual(set(with_block), set(run))
 
-  def test_every_file_of_the_package_is_in_the_file_map(self):
-    file_map = README.split("## File map")[1].split("\n## ")[0]
-    named = set()
-    for row in re.findall(r"^\| (`[^|]*) \|", file_map, flags=re.MULTILINE):
-      first, *others = re.findall(r"`([^`]*)`", row)
-      beside = first.rpartition("/")[0]
-      named |= {first}
-      named |= {s if "/" in s else f"{beside}/{s}" for s in others}
-    for name in named:
-      self.assertTrue((ROOT / name).exists(), name)
-    for path in (ROOT / "aoarm_jax").rglob("*.py"):
-      name = path.relative_to(ROOT)
-      if name.name != "__init__.py":
-        self.assertNotEmpty({f"{name}", f"{name.parent}/"} & named, name)
+  def test_every_command_parses(self):
+    found = every_command("python -m")
+    modules = {words[2] for _, words in found}
+    self.assertContainsSubset(
+      {"aoarm_jax.main", "aoarm_jax.tools.scaling", "launch.local", "pytest"},
+      modules,
+    )
+    for name, words in found:
+      with self.subTest(page=name, command=shlex.join(words)):
+        check(words)
 
-  def test_the_planning_table_is_that_of_docs_pods(self):
-    def table(text):
-      lines = [s for s in text.splitlines() if s.startswith("| ")]
-      return [[c.strip() for c in s.strip("|").split("|")] for s in lines]
+  @parameterized.parameters(
+    "python -m aoarm_jax.absent",
+    "python -m aoarm_jax.main --config=configs/absent.py",
+    "python -m aoarm_jax.main --config=configs/causal.py:absent",
+    "python -m aoarm_jax.main --config=configs/causal.py --mode=absent",
+    "python -m aoarm_jax.main --config=configs/causal.py --config.model.x=1",
+    "python -m aoarm_jax.main --config=configs/causal.py --config.model.T=x",
+    "python -m aoarm_jax.main --config=configs/causal.py --config.model.T=0",
+    "python -m aoarm_jax.main --config=configs/causal.py --text=x",
+    "python -m aoarm_jax.tools.scaling --absent",
+    "python -m aoarm_jax.tools.generation_speed --methods absent",
+    "python -m launch.local --processes=2 -- python -m aoarm_jax.main --mode=x",
+    "python -m pytest -m absent",
+    "python -m pytest tests/absent_test.py",
+  )
+  def test_what_is_wrong_is_seen(self, command):
+    with self.assertRaises(Exception):  # noqa: B017
+      check(shlex.split(command))
 
-    pods = {
-      (name, T, topology): (int(T) * int(batch) // int(chips), memory, step)
-      for name, T, topology, chips, batch, _, memory, _, _, step, _ in table(
-        (ROOT / "docs/pods.md").read_text()
-      )[1:]
-    }
-    text = README.split("**compiled and not run**:")[1].split("\n\n")[1]
-    heading, *lines = table(text)
-    self.assertNotEmpty(lines)
-    for name, T, tokens, *cells in lines:
-      for slice_, cell in zip(heading[3:], cells):
-        if not cell:
-          continue
-        with self.subTest(name, T=T, slice=slice_):
-          a_chip, memory, step = pods[name, T, slice_.split(",")[0]]
-          self.assertEqual(f"{a_chip:,}", tokens)
-          self.assertStartsWith(memory, cell.split()[0].replace("does", "ref"))
-          if cell != "does not fit":
-            self.assertEqual(step, cell.split(", ")[1])
-
-  def test_every_link_leads_somewhere(self):
-    for target in re.findall(r"\]\(([^)#:]+)\)", README):
-      self.assertTrue((ROOT / target).exists(), target)
-
-  def test_every_command_and_override_parses(self):
-    commands = re.findall(r"python -m aoarm_jax\.main ([^\n`]*)", README)
-    overrides = re.findall(r"`(--config\.[^`=]*=[^`]*)`", README)
-    for text in commands + [
-      f"--config=configs/causal.py {o}" for o in overrides
-    ]:
-      argv = ["main", *re.sub(r' ?--(prompt|text)="[^"]*"', "", text).split()]
-      argv = [re.sub("^--config=", f"--config={ROOT}/", a) for a in argv]
-      with self.subTest(text):
-        flag_values = flags.FlagValues()
-        main.define_flags(flag_values, argv)
-        main.parse(argv, flag_values)
+  def test_overrides_and_fields_exist(self):
+    for name, text in PAGES.items():
+      for span in spans(text):
+        if re.match(r"--config\.[^`=]*=", span):
+          with self.subTest(page=name, override=span):
+            experiment = "--config=configs/two_stream.py"
+            check_main([experiment, *shlex.split(span)], alone=True)
+        field = re.fullmatch(r"(?:--)?(?:config\.)?(\w+)\.(\w+)", span)
+        if field and field[1] in SECTIONS and field[2] not in ("py", "txt"):
+          section = SECTIONS[field[1]].default
+          with self.subTest(page=name, field=span):
+            self.assertTrue(hasattr(section, field[2]))
 
   def test_every_launcher_takes_its_command(self):
-    commands = re.findall(r"python -m launch\.(\w+) ([^\n`]*)", README)
-    self.assertNotEmpty(commands)
-    for name, text in commands:
-      module = importlib.import_module(f"launch.{name}")
-      with self.subTest(name), contextlib.redirect_stdout(io.StringIO()):
-        code = common.main(
-          module.make_parser, module.start, ["--dry-run", *shlex.split(text)]
-        )
-        self.assertEqual(code, 0)
+    for name, text in PAGES.items():
+      if name == "docs/launching.md":
+        continue  # tests/launch_test.py compares that page's outputs.
+      for words in commands(text, "python -m launch.local"):
+        module = importlib.import_module(words[2])
+        with (
+          self.subTest(page=name, command=shlex.join(words)),
+          contextlib.redirect_stdout(io.StringIO()),
+        ):
+          code = common.main(
+            module.make_parser, module.start, ["--dry-run", *words[3:]]
+          )
+          self.assertEqual(code, 0)
+
+  def test_every_extra_exists(self):
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    for name, words in every_command("pip install"):
+      extras = re.findall(r"\.\[(.*)\]", words[-1])
+      for extra in extras[0].split(",") if extras else ():
+        self.assertIn(extra, setup["options.extras_require"], name)
+
+
+class PagesTest(parameterized.TestCase):
+  def test_the_readme_is_a_door(self):
+    self.assertLessEqual(len(README.splitlines()), 150)
+
+  @parameterized.parameters(*LINKED)
+  def test_every_link_leads_somewhere(self, name):
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", LINKED[name]):
+      self.assertTrue((ROOT / name).parent.joinpath(target).exists(), target)
+
+  @parameterized.parameters(*PAGES)
+  def test_every_file_that_is_named_exists(self, name):
+    folders = "aoarm_jax|pallas_kernels|configs|launch|tests|docs"
+    for span in spans(PAGES[name]):
+      if re.fullmatch(rf"({folders})/[\w./]*", span):
+        self.assertTrue((ROOT / span).exists(), span)
+
+  def test_python_is_run_by_a_test(self):
+    """tests/api_test.py runs two pages, tests/mechanisms_test.py a third."""
+    with_code = {
+      name
+      for name, text in PAGES.items()
+      if any(language == "python" for language, _ in blocks(text))
+    }
+    self.assertEqual(
+      with_code, {"README.md", "docs/python.md", "CONTRIBUTING.md"}
+    )
+
+  def test_every_folder_is_in_the_file_map(self):
+    file_map = CONTRIBUTING.split("## File map")[1].split("\n## ")[0]
+    named = set(re.findall(r"^\| `([^`]*)/` \|", file_map, flags=re.MULTILINE))
+    folders = {
+      path.parent.relative_to(ROOT).as_posix()
+      for top in ("aoarm_jax", "pallas_kernels", "configs", "launch", "tests")
+      for path in (ROOT / top).rglob("*.py")
+    }
+    self.assertEqual(named, folders | {"docs"})
+
+  def test_the_arrows_are_those_of_the_test(self):
+    (shown,) = re.findall(r"```text\n(launch .*?)```", CONTRIBUTING, re.DOTALL)
+    self.assertEqual(tuple(shown.splitlines()), imports_test.FLOORS)
+
+  def test_the_pod_table_stands_once(self):
+    with_rows = [
+      name for name, text in PAGES.items() if "| v5p:4x4x8 | 128 |" in text
+    ]
+    self.assertEqual(with_rows, ["docs/pods.md"])
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import pytest
 from absl.testing import absltest, parameterized
 from etils import epath
 
-from aoarm_jax import main
+from aoarm_jax.config import errors
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import corpora
 from aoarm_jax.runs import directory as run_dir
@@ -530,7 +530,7 @@ class StopTest(TrainTest):
       return absltest.mock.patch.object(program_lib, "make_step", make_bad_step)
 
     with bad_at(8):
-      message = self.refused(main.RUN_ERRORS, arguments(workdir, SHORT))
+      message = self.refused(errors.UserError, arguments(workdir, SHORT))
     self.assertStartsWith(message, "loss is nan at step 9; ")
     self.assertIn("peak_learning_rate", message)
     steps = sorted(os.listdir(workdir / "checkpoints"))
@@ -630,7 +630,7 @@ class StepTest(TrainTest):
 class MeshTest(TrainTest):
   def test_more_devices_than_there_are(self):
     message = self.refused(
-      main.COMMAND_ERRORS,
+      errors.UserError,
       arguments(_folder / "mesh", SHORT | {"mesh.data": 64}),
     )
     self.assertStartsWith(

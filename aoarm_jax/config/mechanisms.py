@@ -12,6 +12,14 @@ import dataclasses
 # Generation from a cache: config.sample.method.
 _LEFT_TO_RIGHT = ("sequential", "parallel", "speculative")
 _ANY_ORDER = (*_LEFT_TO_RIGHT, "adaptive")
+# Likelihoods by the chain rule: config.eval.estimators.
+_CHAIN_RULE = (
+  "any_order",
+  "training_order",
+  "left_to_right",
+  "given_order",
+  "ensembled",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +43,9 @@ class Mechanism:
       of them MASK, all visible to all: a masked diffusion model, without cache.
     left_to_right: whether this is the only order that it knows.
     methods: the values of config.sample.method by which it generates.
+    estimators: the likelihoods that it has, see evaluation/estimators.py.
+    changes_one_thing_of: the mechanism that an ablation is compared with, "" if
+      it is none.
   """
 
   source: str
@@ -45,6 +56,8 @@ class Mechanism:
   masked: bool = False
   left_to_right: bool = False
   methods: tuple[str, ...] = _ANY_ORDER
+  estimators: tuple[str, ...] = (*_CHAIN_RULE, "context_ensembled")
+  changes_one_thing_of: str = ""
 
 
 _TARGET_WIDTH = 128  # AO-GPT's.
@@ -57,11 +70,13 @@ MECHANISMS = {
   "decoupled_rope_content": Mechanism(
     "ablation: the query carries its content position too",
     query=("target", "content"),
+    changes_one_thing_of="decoupled_rope",
   ),
   "decoupled_rope_adaln": Mechanism(
     "ablation: decoupled_rope with ao_gpt's conditioning",
     query=("target",),
     condition=_TARGET_WIDTH,
+    changes_one_thing_of="decoupled_rope",
   ),
   "sigma_gpt": Mechanism(
     "sigma-GPT, arXiv 2404.09562", added=("content", "target")
@@ -74,11 +89,14 @@ MECHANISMS = {
     query=("content",),
     left_to_right=True,
     methods=_LEFT_TO_RIGHT,
+    estimators=("left_to_right",),
   ),
   "mdlm": Mechanism(
     "MDLM, arXiv 2406.07524",
     query=("content",),
     masked=True,
     methods=("sequential", "ancestral", "confidence"),
+    # It does not know the order of its context, so it averages over none.
+    estimators=(*_CHAIN_RULE, "elbo"),
   ),
 }

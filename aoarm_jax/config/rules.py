@@ -19,9 +19,11 @@ def validate(config: config_lib.Config) -> config_lib.Config:
     )
   for path, field, value in config_lib.leaves(config):
     _check_range(path, field.metadata, value)
-  for path, value, good, fix in _relations(config):
-    if not good:
-      raise config_lib.ConfigError(f"{path}={value!r}: {fix}")
+  for path, holds, fix in _relations(config):
+    if not holds:
+      section, _, name = path.partition(".")
+      value = getattr(getattr(config, section), name)
+      raise config_lib.ConfigError(f"config.{path}={value!r}: {fix}")
   return config
 
 
@@ -54,154 +56,170 @@ def _check_range(path, metadata, value):
 
 
 def _relations(config):
-  """Yields (path, value, holds, fix) of conditions between fields."""
-  m, o, t = config.model, config.orders, config.train
-  yield (
-    "config.model.N", m.N, m.D % m.N == 0 and (m.D // m.N) % 2 == 0,
-    f"must divide config.model.D={m.D} into heads of even width (rotary pairs)",
-  )  # fmt: skip
-  one_way = m.kind.left_to_right
-  yield (
-    "config.orders.family", o.family,
-    not one_way or o.family == "left_to_right",
-    f"mechanism {m.mechanism} generates left to right only",
-  )  # fmt: skip
-  yield (
-    "config.sample.order", config.sample.order,
-    not one_way or config.sample.order == "left_to_right",
-    f"mechanism {m.mechanism} generates left to right only",
-  )  # fmt: skip
-  yield (
-    "config.score.order", config.score.order,
-    not one_way or config.score.order == "left_to_right",
-    f"mechanism {m.mechanism} generates left to right only",
-  )  # fmt: skip
-  yield (
-    "config.eval.estimators", config.eval.estimators,
-    len(config.eval.estimators) > 0, "name at least one estimator",
-  )  # fmt: skip
-  yield (
-    "config.eval.estimators", config.eval.estimators,
-    not one_way or set(config.eval.estimators) <= {"left_to_right"},
-    f"mechanism {m.mechanism} has a left_to_right likelihood only",
-  )  # fmt: skip
+  """Returns rows (path, whether it holds, how to mend it) between fields."""
+  return [
+    *_of_the_mechanism(config),
+    *_of_orders(config),
+    *_of_training(config),
+    *_of_a_study(config.study),
+    *_of_texts(config),
+  ]
+
+
+def _of_the_mechanism(config):
+  """What the table of mechanisms says that a mechanism can do."""
+  m, kind = config.model, config.model.kind
+  estimators = set(config.eval.estimators)
+  one_way = f"mechanism {m.mechanism} generates left to right only"
+  two_streams = kind.streams == 2
+  no_streams = f"need two streams, which {m.mechanism} has not"
+  return [
+    *(
+      (path, not kind.left_to_right or order == "left_to_right", one_way)
+      for path, order in (
+        ("orders.family", config.orders.family),
+        ("sample.order", config.sample.order),
+        ("score.order", config.score.order),
+      )
+    ),
+    ("eval.estimators", estimators, "name at least one estimator"),
+    (
+      "eval.estimators",
+      estimators <= set(kind.estimators),
+      f"mechanism {m.mechanism} has the likelihoods: "
+      + ", ".join(kind.estimators),
+    ),
+    (
+      "sample.method",
+      config.sample.method in kind.methods,
+      f"mechanism {m.mechanism} generates by: {', '.join(kind.methods)}",
+    ),
+    (
+      "orders.groups",
+      two_streams or config.orders.groups == "none",
+      f"groups {no_streams}",
+    ),
+    (
+      "train.query_fraction",
+      two_streams or config.train.query_fraction == 1,
+      f"query rows {no_streams}",
+    ),
+  ]
+
+
+def _of_orders(config):
+  m, o, T = config.model, config.orders, config.model.T
   needs_given = (
-    o.family == "given"
-    or "given" in (config.sample.order, config.score.order)
+    "given" in (o.family, config.sample.order, config.score.order)
     or "given_order" in config.eval.estimators
   )
-  yield (
-    "config.orders.given", o.given,
-    sorted(o.given) == list(range(1, m.T + 1)) if (needs_given or o.given)
-    else True,
-    f"must be a permutation of 1..{m.T} (config.model.T)",
-  )  # fmt: skip
-  yield (
-    "config.eval.estimators", config.eval.estimators,
-    m.kind.masked or "elbo" not in config.eval.estimators,
-    f"elbo is an estimator of masked mechanisms; {m.mechanism} is not masked",
-  )  # fmt: skip
-  yield (
-    "config.eval.estimators", config.eval.estimators,
-    not m.kind.masked or "context_ensembled" not in config.eval.estimators,
-    f"mechanism {m.mechanism} does not know the order of its context",
-  )  # fmt: skip
-  methods = (
-    ("sequential", "ancestral", "confidence") if m.kind.masked
-    else ("sequential", "parallel", "speculative") if one_way
-    else ("sequential", "parallel", "speculative", "adaptive")
-  )  # fmt: skip
-  yield (
-    "config.sample.method", config.sample.method,
-    config.sample.method in methods,
-    f"mechanism {m.mechanism} generates by: {', '.join(methods)}",
-  )  # fmt: skip
-  yield (
-    "config.sample.steps", config.sample.steps,
-    not config.sample.steps
-    or config.sample.method in ("parallel", "ancestral", "confidence"),
-    "is for parallel, ancestral and confidence; must be 0 with "
-    f"config.sample.method={config.sample.method}",
-  )  # fmt: skip
-  two = m.kind.streams == 2
-  yield (
-    "config.orders.groups", o.groups, two or o.groups == "none",
-    f"groups need two streams, which {m.mechanism} has not",
-  )  # fmt: skip
-  yield (
-    "config.orders.group_sizes", o.group_sizes,
-    o.groups != "given" or (sum(o.group_sizes) == m.T
-                            and min(o.group_sizes) > 0),
-    f"must be positive numbers that sum to config.model.T={m.T}",
-  )  # fmt: skip
-  yield (
-    "config.train.query_fraction", t.query_fraction,
-    two or t.query_fraction == 1,
-    f"query rows need two streams, which {m.mechanism} has not",
-  )  # fmt: skip
-  yield (
-    "config.orders.block_width", o.block_width,
-    "block" not in o.family or o.block_width <= m.T,
-    f"must be at most config.model.T={m.T}",
-  )  # fmt: skip
-  yield (
-    "config.compute.accumulate", config.compute.accumulate,
-    t.batch_size % config.compute.accumulate == 0,
-    f"must divide config.train.batch_size={t.batch_size}",
-  )  # fmt: skip
-  yield (
-    "config.match.change", config.match.change,
-    config.match.by != "parameters" or config.match.change != "steps",
-    "steps change no parameters: choose L, D or mlp_width",
-  )  # fmt: skip
-  opt = config.optimizer
-  yield (
-    "config.optimizer.decay_steps", opt.decay_steps,
-    opt.schedule != "stable_decay"
-    or opt.warmup_steps + opt.decay_steps <= t.steps,
-    f"with config.optimizer.warmup_steps={opt.warmup_steps} it must fit into "
-    f"config.train.steps={t.steps}",
-  )  # fmt: skip
-  yield (
-    "config.compute.dtype", config.compute.dtype,
-    config.compute.attention != "cudnn" or config.compute.dtype == "bfloat16",
-    "config.compute.attention=cudnn computes in bfloat16 only",
-  )  # fmt: skip
-  study = config.study
-  yield (
-    "config.study.share_index", study.share_index,
-    study.share_index < study.share_count,
-    f"must be below config.study.share_count={study.share_count}",
-  )  # fmt: skip
-  yield (
-    "config.study.temperature_low", study.temperature_low,
-    study.temperature_low < study.temperature_high,
-    f"must be below config.study.temperature_high={study.temperature_high}",
-  )  # fmt: skip
-  yield (
-    "config.study.rates", study.rates,
-    len(study.rates) > 0 and all(0 < x < math.inf for x in study.rates),
-    "name at least one learning rate; all above 0",
-  )  # fmt: skip
-  yield (
-    "config.study.tune_lengths", study.tune_lengths,
-    all(T > 0 for T in study.tune_lengths), "must be lengths of at least 1",
-  )  # fmt: skip
-  yield (
-    "config.study.tune_seeds", study.tune_seeds,
-    len(set(study.tune_seeds)) == 2, "must be two different seeds",
-  )  # fmt: skip
-  yield (
-    "config.sample.blank", config.sample.blank, len(config.sample.blank) <= 1,
-    "must be one character, or '' for none",
-  )  # fmt: skip
-  marks = config.score.marks
-  yield (
-    "config.score.marks", marks,
-    not marks or (len(marks) == len({*marks, config.sample.blank}) - 1 == 2),
-    "must be two characters that differ from each other and from "
-    f"config.sample.blank={config.sample.blank!r}, or ''",
-  )  # fmt: skip
+  is_permutation = sorted(o.given) == list(range(1, T + 1))
+  return [
+    (
+      "model.N",
+      m.D % m.N == 0 and (m.D // m.N) % 2 == 0,
+      f"must divide config.model.D={m.D} into heads of even width (rotary "
+      "pairs)",
+    ),
+    (
+      "orders.given",
+      is_permutation or not (needs_given or o.given),
+      f"must be a permutation of 1..{T} (config.model.T)",
+    ),
+    (
+      "orders.group_sizes",
+      o.groups != "given"
+      or (sum(o.group_sizes) == T and min(o.group_sizes) > 0),
+      f"must be positive numbers that sum to config.model.T={T}",
+    ),
+    (
+      "orders.block_width",
+      "block" not in o.family or o.block_width <= T,
+      f"must be at most config.model.T={T}",
+    ),
+  ]
+
+
+def _of_training(config):
+  t, optimizer, compute = config.train, config.optimizer, config.compute
+  return [
+    (
+      "compute.accumulate",
+      t.batch_size % compute.accumulate == 0,
+      f"must divide config.train.batch_size={t.batch_size}",
+    ),
+    (
+      "match.change",
+      config.match.by != "parameters" or config.match.change != "steps",
+      "steps change no parameters: choose L, D or mlp_width",
+    ),
+    (
+      "optimizer.decay_steps",
+      optimizer.schedule != "stable_decay"
+      or optimizer.warmup_steps + optimizer.decay_steps <= t.steps,
+      f"with config.optimizer.warmup_steps={optimizer.warmup_steps} it must "
+      f"fit into config.train.steps={t.steps}",
+    ),
+    (
+      "compute.dtype",
+      compute.attention != "cudnn" or compute.dtype == "bfloat16",
+      "config.compute.attention=cudnn computes in bfloat16 only",
+    ),
+  ]
+
+
+def _of_a_study(study):
+  return [
+    (
+      "study.share_index",
+      study.share_index < study.share_count,
+      f"must be below config.study.share_count={study.share_count}",
+    ),
+    (
+      "study.temperature_low",
+      study.temperature_low < study.temperature_high,
+      f"must be below config.study.temperature_high={study.temperature_high}",
+    ),
+    (
+      "study.rates",
+      study.rates and all(0 < rate < math.inf for rate in study.rates),
+      "name at least one learning rate; all above 0",
+    ),
+    (
+      "study.tune_lengths",
+      all(T > 0 for T in study.tune_lengths),
+      "must be lengths of at least 1",
+    ),
+    (
+      "study.tune_seeds",
+      len(set(study.tune_seeds)) == len(study.tune_seeds) == 2,
+      "must be two different seeds",
+    ),
+  ]
+
+
+def _of_texts(config):
+  sample, marks = config.sample, config.score.marks
+  in_steps = ("parallel", "ancestral", "confidence")
+  return [
+    (
+      "sample.steps",
+      not sample.steps or sample.method in in_steps,
+      f"is for {', '.join(in_steps[:2])} and {in_steps[2]}; must be 0 with "
+      f"config.sample.method={sample.method}",
+    ),
+    (
+      "sample.blank",
+      len(sample.blank) <= 1,
+      "must be one character, or '' for none",
+    ),
+    (
+      "score.marks",
+      not marks or len(marks) == len({*marks, sample.blank}) - 1 == 2,
+      "must be two characters that differ from each other and from "
+      f"config.sample.blank={sample.blank!r}, or ''",
+    ),
+  ]
 
 
 def differences(

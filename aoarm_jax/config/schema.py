@@ -19,7 +19,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from aoarm_jax.config import mechanisms
+from aoarm_jax.config import errors, mechanisms
 
 ORDER_FAMILIES = (
   "uniform",
@@ -42,8 +42,10 @@ ESTIMATORS = (
 )
 
 
-class ConfigError(ValueError):
+class ConfigError(errors.UserError, ValueError):
   """A value that cannot be: one line that names field, value and fix."""
+
+  exit_code = 2
 
 
 def _field(

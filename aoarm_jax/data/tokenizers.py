@@ -10,9 +10,11 @@ import functools
 
 import numpy as np
 
+from aoarm_jax.config import errors
 
-class DataError(ValueError):
-  """One clear line: what is wrong, where, and how to mend it."""
+
+class DataError(errors.UserError, ValueError):
+  """A text that is missing or wrong."""
 
 
 class TokenizerError(DataError):

@@ -17,13 +17,13 @@ They are different quantities (but elbo and any_order, which estimate one):
 never put two of them in one column.
 """
 
-import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 
 from aoarm_jax import objective, orders
+from aoarm_jax.config import purposes
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import sharding
 from aoarm_jax.model import network as network_lib
@@ -33,8 +33,6 @@ _FAMILIES = {
   "left_to_right": "left_to_right",
   "given_order": "given",
 }
-# Set keys apart from each other and from those of rows.
-_GROUPS, _ROWS = (2**31 + purpose for purpose in range(2))
 
 
 def estimate(
@@ -72,14 +70,15 @@ def estimate(
   order_nll = functools.partial(objective.order_nll, *law, tokens)
 
   def draw(key, family="uniform"):
-    options = dataclasses.replace(config.orders, family=family)
+    options = config.replace("orders.family", family).orders
     order = orders.draw(key, B, T, options, step=step, first_row=first_row)
     return sharding.constrain(order, "batch")
 
   def of_draw(k):
     return draw(jax.random.fold_in(key, k))
 
-  row_keys = objective.row_keys(jax.random.fold_in(key, _ROWS), B, first_row)
+  row_key = jax.random.fold_in(key, purposes.ROWS)
+  row_keys = objective.row_keys(row_key, B, first_row)
   sums = {}
   match estimator:
     case "ensembled":
@@ -110,7 +109,7 @@ def estimate(
       groups = None
       if estimator == "training_order":
         groups = orders.draw_groups(
-          jax.random.fold_in(key, _GROUPS),
+          jax.random.fold_in(key, purposes.GROUPS),
           B, T, config.orders, first_row=first_row,
         )  # fmt: skip
       order = draw(key, _FAMILIES.get(estimator, config.orders.family))

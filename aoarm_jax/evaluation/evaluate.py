@@ -14,6 +14,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from aoarm_jax.config import purposes
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import corpora, pipeline
 from aoarm_jax.devices import sharding
@@ -23,7 +24,6 @@ from aoarm_jax.runs import directory as run_dir
 from aoarm_jax.runs import figures, opening, telemetry
 
 _SECONDS_BETWEEN_LINES = 15.0
-_EVALUATION = 101  # Sets these keys apart from training's of the same seed.
 
 
 class Bin(NamedTuple):
@@ -135,7 +135,7 @@ class Evaluator:
         out_shardings=sharding.replicated(self._mesh),
       )
     key = jax.random.fold_in(
-      jax.random.key(self._config.eval.seed), _EVALUATION
+      jax.random.key(self._config.eval.seed), purposes.EVALUATION
     )
     key, step = sharding.put(self._mesh, (key, np.int32(step)))
     found = over_batches(

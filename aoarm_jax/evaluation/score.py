@@ -6,7 +6,6 @@ text, or of a masked mechanism one for every scored token. Averaged over K
 uniform orders it is log mean_k p(scored | known, sigma_k).
 """
 
-import dataclasses
 import functools
 import json
 import math
@@ -20,6 +19,7 @@ import numpy as np
 from etils import epath
 
 from aoarm_jax import objective, orders
+from aoarm_jax.config import purposes
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import tokenizers
 from aoarm_jax.devices import sharding
@@ -28,7 +28,6 @@ from aoarm_jax.model import network as network_lib
 from aoarm_jax.runs import opening
 
 _AT_ONCE = 1024  # Texts scored of a file before they are printed.
-_SCORING = 103  # Sets these keys apart from training's of the same seed.
 
 
 class Score(NamedTuple):
@@ -127,7 +126,7 @@ class Scorer:
       if options.order == "given":
         order[b] = prompts.within(given[row], T)
     counts = (kinds == _SCORED).sum(axis=1)
-    key = jax.random.fold_in(jax.random.key(options.seed), _SCORING)
+    key = jax.random.fold_in(jax.random.key(options.seed), purposes.SCORING)
     out = self._jitted(
       params,
       sharding.put(self._mesh, key),
@@ -146,7 +145,7 @@ class Scorer:
     """(nats float32 [K, B, R], positions int32 [K, B, R]) of scored ranks."""
     B, T = tokens.shape
     model = self._network.model
-    options = dataclasses.replace(self._config.orders, family=family)
+    options = self._config.replace("orders.family", family).orders
     first = (kinds == _KNOWN).sum(axis=1)[:, None]
     ranks = jnp.minimum(first + jnp.arange(most), T - 1)
     nll = functools.partial(

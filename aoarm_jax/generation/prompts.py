@@ -8,11 +8,14 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from aoarm_jax.config import errors
 from aoarm_jax.data import tokenizers
 
 
-class PromptError(ValueError):
+class PromptError(errors.UserError, ValueError):
   """A text that cannot be: one line that names what and where."""
+
+  exit_code = 2
 
 
 class Prompt(NamedTuple):

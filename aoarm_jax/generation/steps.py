@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from aoarm_jax import orders
+from aoarm_jax.config import purposes
 from aoarm_jax.generation import law as sampling
 
-# Set the keys of a row apart: those of draws are numbered by slot.
-_COIN, _AGAIN = 2**29, 2**30
 # Rows scored at once where the next target is chosen.
 CHUNK = 64
 
@@ -203,7 +202,7 @@ def _speculative(network, law, plan, start):
       )
     kept = _kept(state.keys, at, log_p, log_q, drafts)
     residual = jnp.log(jnp.maximum(jnp.exp(log_p) - jnp.exp(log_q), 0.0))
-    again = _draw(state.keys, at + _AGAIN, residual)
+    again = _draw(state.keys, at + purposes.AGAIN, residual)
     tokens = jnp.where(jnp.arange(width) < kept[:, None], drafts, again)
     count = jnp.minimum(jnp.minimum(kept + 1, width), state.end - state.done)
     state = _commit(state, s, tokens, sampling.log_p_of(log_p, tokens), count)
@@ -218,7 +217,7 @@ def _speculative(network, law, plan, start):
 def _kept(keys, at, log_p, log_q, drafts):
   """How many leading drafts are accepted, each with min(1, p / q): [B]."""
   fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))
-  coins = jax.vmap(jax.vmap(jax.random.uniform))(fold(keys, at + _COIN))
+  coins = jax.vmap(jax.vmap(jax.random.uniform))(fold(keys, at + purposes.COIN))
   log_ratio = sampling.log_p_of(log_p, drafts) - sampling.log_p_of(
     log_q, drafts
   )

@@ -3,7 +3,6 @@
 decode.py and diffusion.py generate; each method's exactness is said there.
 """
 
-import dataclasses
 import datetime
 import json
 import sys
@@ -16,6 +15,7 @@ from absl import logging
 from etils import epath
 
 from aoarm_jax import orders
+from aoarm_jax.config import purposes
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import tokenizers
 from aoarm_jax.devices import sharding
@@ -27,7 +27,6 @@ from aoarm_jax.runs import directory as run_dir
 from aoarm_jax.runs import opening
 
 _AT_ONCE = 1024  # Texts drawn of a file before they are printed.
-_GENERATION = 102  # Sets these keys apart from training's of the same seed.
 
 
 class Text(NamedTuple):
@@ -150,7 +149,7 @@ class Sampler:
     everywhere = sharding.put(
       self._mesh,
       (
-        jax.random.fold_in(jax.random.key(sample.seed), _GENERATION),
+        jax.random.fold_in(jax.random.key(sample.seed), purposes.GENERATION),
         sampling.make_law(sample.temperature, sample.top_k, sample.top_p),
         np.int32((length - known.sum(axis=1)).max()),
       ),
@@ -184,7 +183,7 @@ class Sampler:
   ):  # fmt: skip
     order_key, draw_key = jax.random.split(key)
     if family != "given":
-      options = dataclasses.replace(self._config.orders, family=family)
+      options = self._config.replace("orders.family", family).orders
       order = orders.draw(order_key, *tokens.shape, options, rows=index)
     texts = self._network, params, draw_key, tokens, known, order, law
     shared = dict(plan=plan, rows=index, length=length)

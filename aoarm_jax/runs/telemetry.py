@@ -18,6 +18,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from aoarm_jax.config import errors
 from aoarm_jax.devices import peaks
 
 # Libraries whose progress messages are dropped; their warnings are shown.
@@ -37,7 +38,7 @@ _NOISY = (
 _SPEED_WINDOW_SECONDS = 60.0
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(errors.UserError, RuntimeError):
   """A loss or gradient norm that is NaN or infinite: training must stop."""
 
 

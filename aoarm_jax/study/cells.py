@@ -133,9 +133,8 @@ def trials(cell: Cell, config: config_lib.Config) -> list[Cell]:
 
 
 def unablated(mechanism: str) -> str:
-  """What an ablation changes one thing of; any other mechanism is itself."""
-  plain = "decoupled_rope"
-  return plain if mechanism.startswith(f"{plain}_") else mechanism
+  """The mechanism of which an ablation changes one thing; else itself."""
+  return mechanisms.MECHANISMS[mechanism].changes_one_thing_of or mechanism
 
 
 def with_trials(
@@ -294,8 +293,8 @@ def resolve(
     )
     try:
       value = _matched(
-        dataclasses.replace(plain, study=config_lib.Study()),
-        dataclasses.replace(_plain(other, config), study=config_lib.Study()),
+        plain.replace("study", config_lib.Study()),
+        _plain(other, config).replace("study", config_lib.Study()),
         cell.budget,
       )
     except config_lib.ConfigError as error:
@@ -307,7 +306,8 @@ def resolve(
       plain = _with(plain, train=dict(steps=value))
     elif value != plain.model.F:
       plain = _with(plain, model=dict(mlp_width=value))
-  plain = _with(plain, optimizer=dict(peak_learning_rate=rate), seed=cell.seed)
+  plain = plain.replace("optimizer.peak_learning_rate", rate)
+  plain = plain.replace("seed", cell.seed)
   if share := config.study.decay_share:
     decay = max(1, round(share * plain.train.steps))
     plain = _with(
@@ -358,14 +358,12 @@ def _plain(cell, config):
   return _with(plain, **_changes(cell.changes))
 
 
-def _with(config, seed=None, **sections):
-  changed = {
-    name: dataclasses.replace(getattr(config, name), **fields)
-    for name, fields in sections.items()
-  }
-  if seed is not None:
-    changed["seed"] = seed
-  return dataclasses.replace(config, **changed)
+def _with(config, **sections):
+  """The config with other values of some fields of some sections."""
+  for section, fields in sections.items():
+    for name, value in fields.items():
+      config = config.replace(f"{section}.{name}", value)
+  return config
 
 
 @functools.cache

@@ -3,6 +3,7 @@
   README.md        what was run, and the two tables that answer the question
   runs.csv         every run: budget, rate, bits by estimator, bits of training
   rates.csv        every trial of a learning rate
+  chosen.csv       the rates that these trials decide
   differences.csv  bits of each arm minus those of the reference, paired
   delays.csv       ratio of steps to equal loss, see delay
   bits.png, .svg   bits over FLOPs, every seed a dot
@@ -238,15 +239,29 @@ def rates_table(
         rows[trial.arm, trial.seed, rate] = {
           "mechanism": trial.mechanism,
           "T": trial.T,
-          "steps": trial.steps,
+          "reference_steps": trial.steps,
           "seed": trial.seed,
           "rate": rate,
           "bits_per_char": bits,
         }
-  return sorted(
-    rows.values(),
-    key=lambda r: (-r["T"], r["mechanism"], r["steps"], r["seed"], r["rate"]),
-  )
+  order = ("T", "mechanism", "reference_steps", "seed", "rate")
+  return sorted(rows.values(), key=lambda row: [row[name] for name in order])
+
+
+def chosen_table(cells: list[cells_lib.Cell], results) -> list[tables.Row]:
+  """One row an arm, length and budget whose rate is searched or checked."""
+  rows = {}
+  for cell in cells:
+    if rates.parse(cell.rate):
+      rate = results.rate(cell)
+      rows[cell.mechanism, cell.T, cell.steps, cell.rate] = {
+        "mechanism": cell.mechanism,
+        "T": cell.T,
+        "reference_steps": cell.steps,
+        "rule": cell.rate,
+        "rate": "open" if rate is None else f"{rate:g}",
+      }
+  return list(rows.values())
 
 
 def write(
@@ -270,11 +285,13 @@ def write(
   made = {
     "runs": runs_table(runs),
     "rates": rates_table(cells, config, results),
+    "chosen": chosen_table(cells, results),
     "differences": differences(runs, reference),
     "delays": delays(runs, reference, config.study.bootstrap),
   }
   for name, rows in made.items():
-    run_dir.write_atomically(folder / f"{name}.csv", tables.to_csv(rows))
+    if rows:
+      run_dir.write_atomically(folder / f"{name}.csv", tables.to_csv(rows))
   drawn = []
   if runs:
     plots.bits_over_flops(made["runs"], folder, "bits")
@@ -291,9 +308,13 @@ def _page(made, drawn, shown, asked, done):
   """README.md."""
   parts = [
     "# The budget curve\n",
-    f"{done} runs are done; the sweep names {asked}, some of them twice. "
-    f"Made by `{shown}`. "
-    "Every number says how many seeds it is of. One seed is a pilot.\n",
+    "Does a second stream pay, and from which budget on? The question, the "
+    "budgets, the seeds and the rule for the learning rates were declared "
+    "before the runs, in the docstring of the study's config file.\n",
+    f"So far {done} of the {asked} runs that the sweep names are done. Runs "
+    "with a checked rate that equals the searched one count twice. Every "
+    "number says how many seeds stand behind it; one seed is a pilot and no "
+    f"result. Made by `{shown}`.\n",
   ]
   tables_shown = (
     ("differences", "Bits per character, arm minus reference",
@@ -305,14 +326,18 @@ def _page(made, drawn, shown, asked, done):
      {"mechanism": "", "T": "", "characters": ",", "bound": "",
       "delay": ".2f", "low": ".2f", "high": ".2f", "cost_ratio": ".3f",
       "seeds": ""}),
-    ("rates", "Trials of learning rates",
-     {"mechanism": "", "T": "", "steps": "", "seed": "", "rate": "g",
+    ("rates", "Trials of learning rates, at the FLOPs of the reference's steps",
+     {"mechanism": "", "T": "", "reference_steps": "", "seed": "", "rate": "g",
       "bits_per_char": ".4f"}),
+    ("chosen", "Rates that the trials decide",
+     {"mechanism": "", "T": "", "reference_steps": "", "rule": "", "rate": ""}),
   )  # fmt: skip
   for name, title, columns in tables_shown:
     parts.append(f"## {title}\n\n{_table(made[name], columns)}\n")
-    parts.append(f"[{name}.csv]({name}.csv)\n")
-  parts.append("All runs: [runs.csv](runs.csv)\n")
+    if made[name]:
+      parts.append(f"[{name}.csv]({name}.csv)\n")
+  if made["runs"]:
+    parts.append("All runs: [runs.csv](runs.csv)\n")
   parts += [f"![{name}]({name}.png)\n" for name in drawn]
   return "\n".join(parts)
 

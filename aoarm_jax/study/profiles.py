@@ -22,7 +22,6 @@ these keys. 1: all goes to the nearest key; 0: as far as uniform attention
 goes; below 0: farther.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -32,7 +31,7 @@ import numpy as np
 
 import pallas_kernels
 from aoarm_jax import orders
-from aoarm_jax.config import mechanisms
+from aoarm_jax.config import mechanisms, purposes
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.model import transformer
 
@@ -284,11 +283,14 @@ def uniform_own(slots: int) -> float:
   return float(np.mean(1 / np.arange(1, slots + 1)))
 
 
-def orders_of(config: config_lib.Config, seed: int) -> jax.Array:
-  """The orders of the profiled windows, as of generated texts."""
+def orders_of(config: config_lib.Config) -> jax.Array:
+  """Returns the orders of the profiled windows, the same for every run.
+
+  They are of the family of generated texts: int32 [profile_sequences, T].
+  """
   return orders.draw(
-    jax.random.key(seed),
+    jax.random.fold_in(jax.random.key(0), purposes.STUDY_ATTENTION),
     config.study.profile_sequences,
     config.model.T,
-    dataclasses.replace(config.orders, family=config.sample.order),
+    config.replace("orders.family", config.sample.order).orders,
   )

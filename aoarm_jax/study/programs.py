@@ -1,7 +1,6 @@
 """The compiled programs of a cell: init, train, evaluate, sample, profile."""
 
 import concurrent.futures
-import dataclasses
 import functools
 
 import jax
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from aoarm_jax import orders
+from aoarm_jax.config import purposes
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import sharding
 from aoarm_jax.evaluation import estimators
@@ -19,7 +19,6 @@ from aoarm_jax.model import network as network_lib
 from aoarm_jax.study import profiles
 from aoarm_jax.training import program as program_lib
 
-_ORDERS = 103  # Sets these keys apart from training's.
 # Full passes keep no cache but all scores: fewer rows at once.
 _MASKED_TOKENS = 1 << 17
 _LEAST_TEXTS = 8  # At each temperature, however long.
@@ -58,22 +57,18 @@ class Programs:
     return program_lib.make(config, mesh=self._mesh).abstract
 
   def _future(self, name, config):
-    # Every step is told its learning rate, so the schedule is left out.
-    plain, own = config_lib.Optimizer(), config.optimizer
-    schedule = dataclasses.replace(
-      own,
-      peak_learning_rate=plain.peak_learning_rate,
-      schedule=plain.schedule,
-      warmup_steps=plain.warmup_steps,
-      final_share=plain.final_share,
-      decay_steps=plain.decay_steps,
-    )
-    if name not in ("init", "train"):  # Does not depend on how it was trained.
-      schedule = dataclasses.replace(plain, ema_decay=own.ema_decay)
-    train = dataclasses.replace(config.train, steps=1)
-    config = dataclasses.replace(
-      config, seed=0, optimizer=schedule, train=train
-    )
+    # Every step is told its learning rate, so the schedule is left out. The
+    # other programs do not depend on how the parameters were trained.
+    default = config_lib.Optimizer()
+    told = ("peak_learning_rate", "schedule", "warmup_steps", "final_share")
+    for field in (*told, "decay_steps"):
+      value = getattr(default, field)
+      config = config.replace(f"optimizer.{field}", value)
+    if name not in ("init", "train"):
+      decay = config.optimizer.ema_decay
+      config = config.replace("optimizer", default)
+      config = config.replace("optimizer.ema_decay", decay)
+    config = config.replace("train.steps", 1).replace("seed", 0)
     key = name, config
     if key not in self._made:
       self._made[key] = self._pool.submit(self._compile, name, config)
@@ -138,11 +133,12 @@ def _sample_program(program):
   network, mesh = program.network, program.network.mesh
   config = network.config
   model, rows = config.model, rows_at_once(config)
-  options = dataclasses.replace(config.orders, family=config.sample.order)
+  options = config.replace("orders.family", config.sample.order).orders
 
   def sample(params, seed, first_row, temperature):
     """Texts of rows first_row.. of all rows: int32 [rows, T]."""
-    order_key, key = jax.random.split(jax.random.key(seed))
+    key = jax.random.fold_in(jax.random.key(seed), purposes.STUDY_TEXTS)
+    order_key, key = jax.random.split(key)
     blank = jnp.zeros((rows, model.T), jnp.int32)
     # One law a row, so that all temperatures are one batch.
     law = sampling.Sampling(temperature[:, None, None])
@@ -170,7 +166,7 @@ def _profile_program(program):
   config = network.config
 
   def profile(params, tokens, real):
-    order = profiles.orders_of(config, _ORDERS)
+    order = profiles.orders_of(config)
     return profiles.profile(
       network.bind(params), tokens.astype(jnp.int32), order, real
     )

@@ -23,6 +23,7 @@ import jax
 from absl import logging
 from etils import epath
 
+from aoarm_jax.config import errors
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import corpora, pipeline, tokenizers
 from aoarm_jax.devices import sharding
@@ -38,7 +39,7 @@ _LEAST_PART_SECONDS = 20.0  # Of a cell that can be interrupted.
 _UNTRAINED = 0.1  # Bits below the letters' entropy that a run has to be.
 
 
-class FailedCellsError(RuntimeError):
+class FailedCellsError(errors.UserError, RuntimeError):
   """Cells of a sweep failed; all others were run as far as was asked for."""
 
 

@@ -26,6 +26,7 @@ from absl import logging
 from jax.experimental import topologies
 
 import pallas_kernels
+from aoarm_jax.config import errors
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import hlo, peaks, sharding
 from aoarm_jax.model import cost
@@ -33,7 +34,7 @@ from aoarm_jax.runs import telemetry, text
 from aoarm_jax.training import program as program_lib
 
 
-class PodError(Exception):
+class PodError(errors.UserError):
   """Why a step does not compile for a slice, or does not fit it; one line."""
 
 

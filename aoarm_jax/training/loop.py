@@ -12,6 +12,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from aoarm_jax import orders
+from aoarm_jax.config import errors
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import corpora, pipeline
 from aoarm_jax.devices import distributed, sharding
@@ -24,7 +25,7 @@ from aoarm_jax.training import program as program_lib
 from aoarm_jax.training import resuming
 
 
-class Preempted(Exception):
+class Preempted(errors.UserError):
   """A signal ended the run after a save; the same command continues it."""
 
   def __init__(self, signal_number: int, step: int):
