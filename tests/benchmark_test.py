@@ -29,10 +29,19 @@ class BenchmarkTest(parameterized.TestCase):
   def test_rows_columns_and_settings(self):
     """Both passes of a row that trains; what is left of backward."""
     shown = io.StringIO()
-    found = [{"cudnn": (2.0, 0.0), "ours": (1.0, 0.0)},
-             {"cudnn": (6.0, 0.0), "ours": (3.0, 0.0)}]  # fmt: skip
-    arguments = ["--only", "^causal 512x128x8x64$", "--skip", "xla",
-                 "--set", "stages=3", "pingpong=0"]  # fmt: skip
+    found = [
+      {"cudnn": (2.0, 0.0), "ours": (1.0, 0.0)},
+      {"cudnn": (6.0, 0.0), "ours": (3.0, 0.0)},
+    ]
+    arguments = [
+      "--only",
+      "^causal 512x128x8x64$",
+      "--skip",
+      "xla",
+      "--set",
+      "stages=3",
+      "pingpong=0",
+    ]
     with (
       contextlib.redirect_stdout(shown),
       mock.patch.object(benchmark, "measure", side_effect=found) as measure,

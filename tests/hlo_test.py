@@ -1,7 +1,9 @@
-"""Collectives in compiled programs, as the three compilers write them."""
+"""Compiled programs, as the three compilers write them."""
 
 import re
 
+import jax
+import jax.numpy as jnp
 from absl.testing import absltest, parameterized
 
 from aoarm_jax.devices import hlo
@@ -47,6 +49,39 @@ UNKNOWN = TPU.replace("constant(11)", "parameter(0)")
 KNOWN = UNKNOWN.replace(
   "body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"7"}}'
 )
+
+LOOP = """
+HloModule x
+
+%fused (p: f32[]) -> f32[] {
+  %p = f32[] parameter(0)
+  ROOT %n = f32[] negate(%p)
+}
+
+%called (p: f32[]) -> f32[] {
+  %p = f32[] parameter(0)
+  %a = f32[] fusion(%p), kind=kLoop, calls=%fused
+  ROOT %b = f32[] custom-call(%a), custom_call_target="gemm"
+}
+
+%body (p: (f32[], s32[])) -> (f32[], s32[]) {
+  %p = (f32[], s32[]) parameter(0)
+  %x = f32[] get-tuple-element(%p), index=0
+  %y = (f32[], /*index=1*/f32[]) fusion(%x), kind=kInput, calls=%fused
+  %z = f32[] call(%x), to_apply=%called
+  %c = f32[] copy(%z)
+  ROOT %t = (f32[], s32[]) tuple(%c, %x)
+}
+
+%cond (p: (f32[], s32[])) -> pred[] {
+  ROOT %p = pred[] constant(true)
+}
+
+ENTRY %main (p: (f32[], s32[])) -> (f32[], s32[]) {
+  %p = (f32[], s32[]) parameter(0)
+  ROOT %w = (f32[], s32[]) while(%p), condition=%cond, body=%body
+}
+"""
 
 
 class HloTest(parameterized.TestCase):
@@ -100,6 +135,19 @@ class HloTest(parameterized.TestCase):
       ValueError, "^which devices take part. " + re.escape(groups)
     ):
       hlo.traffic(GPU.replace("{{0,1,2,3,4}}", groups))
+
+  def test_launches_of_a_loop(self):
+    """A fusion, a copy, and two kernels in the computation that is called."""
+    self.assertEqual(hlo.launches(LOOP), 4)
+    self.assertEqual(hlo.launches("HloModule x"), 0)
+
+  def test_memory_of_a_donated_argument_counts_once(self):
+    x = jax.ShapeDtypeStruct((256, 256), jnp.float32)
+    twice, once = (
+      hlo.memory_bytes(jax.jit(jnp.sin, **options).lower(x).compile())
+      for options in ({}, {"donate_argnums": 0})
+    )
+    self.assertEqual(twice - once, 256 * 256 * 4)
 
   def test_a_loop_without_end(self):
     with self.assertRaisesRegex(ValueError, "how often does this loop run"):

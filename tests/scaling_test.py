@@ -19,13 +19,23 @@ class ScalingTest(parameterized.TestCase):
   def test_dry_run(self):
     with helpers.quick_compilation():
       out = subprocess.run(
-        [sys.executable, "-m", "aoarm_jax.tools.scaling", "--dry-run",
-         "--devices=1,8", "--meshes=data,tensor", "--scaling=weak",
-         "--mechanisms=decoupled_rope"],
+        [
+          sys.executable,
+          "-m",
+          "aoarm_jax.tools.scaling",
+          "--dry-run",
+          "--devices=1,8",
+          "--meshes=data,tensor",
+          "--scaling=weak",
+          "--mechanisms=decoupled_rope",
+        ],
         env=helpers.environment(),
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=True,
         timeout=200,
-      ).stdout.splitlines()  # fmt: skip
+      ).stdout.splitlines()
     self.assertStartsWith(out[0], "8 x cpu, jax ")
     # The table is in one piece.
     start = next(i for i, line in enumerate(out) if line[0] == "|")
@@ -127,17 +137,6 @@ class ScalingTest(parameterized.TestCase):
     self.assertLen(err.getvalue().splitlines(), 1)
     self.assertIn(message, err.getvalue())
     self.assertNotIn("|", out.getvalue())
-
-  @parameterized.parameters(
-    ([], 0), ([(3, 5), (0, 2)], 4), ([(0, 4), (1, 2), (3, 6), (8, 9)], 7)
-  )
-  def test_covered(self, intervals, length):
-    self.assertEqual(scaling._covered(intervals), length)
-
-  def test_shares(self):
-    """A collective of which half is hidden, one that is, and a pause."""
-    network, other = [(0, 2), (3, 5), (3.5, 4)], [(1, 4), (1.5, 2)]
-    self.assertEqual(scaling._shares(network, other, 8), (4 / 8, 2 / 8, 3 / 8))
 
 
 if __name__ == "__main__":

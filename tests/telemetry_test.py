@@ -108,28 +108,6 @@ class ProgressTest(parameterized.TestCase):
       progress.tick(2)
       self.assertIsNone(progress.mfu)
 
-  @parameterized.parameters(
-    ("NVIDIA H100 80GB HBM3", 989e12),
-    ("NVIDIA H100 PCIe", 756e12),
-    ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
-    ("NVIDIA H200", 989e12),
-    ("NVIDIA A100-SXM4-40GB", 312e12),
-    ("NVIDIA RTX A1000", None),
-    ("NVIDIA B200", 2250e12),
-    ("NVIDIA L40S", 362e12),
-    ("NVIDIA L4", 121e12),
-    ("TPU v4", 275e12),
-    ("TPU v4 lite", None),
-    ("TPU v5 lite", 197e12),
-    ("TPU v5", 459e12),
-    ("TPU v5p", 459e12),
-    ("TPU v6 lite", 918e12),
-    ("TPU v99", None),
-    ("cpu", None),
-  )
-  def test_peak_flops(self, kind, peak):
-    self.assertEqual(telemetry.peak_flops(_Device(kind)), peak)
-
 
 class LogTest(parameterized.TestCase):
   @parameterized.parameters(

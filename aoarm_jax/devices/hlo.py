@@ -1,12 +1,14 @@
-"""What a compiled program sends between devices, read from its text.
+"""Reads compiled programs: traffic between devices, kernel launches, memory.
 
-The text is that of `jax.stages.Compiled.as_text()`, of the CPU, GPU or TPU
-compiler.
+A program's text is what `jax.stages.Compiled.as_text()` returns. The CPU, GPU
+and TPU compilers write it a little differently; all three are read.
 """
 
 import dataclasses
 import math
 import re
+
+import jax
 
 KINDS = (
   "all-gather",
@@ -16,7 +18,12 @@ KINDS = (
   "collective-permute",
 )
 
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{\s*$")
+_INSTRUCTION = re.compile(
+  r"\s+(?:ROOT )?%?[\w.-]+ = (?:\(.*?\)|\S+) ([\w-]+)\("
+)
+# Instructions that launch no kernel.
+_FREE = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant")
 _COLLECTIVE = re.compile(
   rf" = (.*?) (?:ragged-)?({'|'.join(KINDS)})(-start)?\("
 )
@@ -26,19 +33,21 @@ _CALLED = re.compile(
   r"false_computation)=\{?(%?[\w.-]+(?:, *%?[\w.-]+)*)"
 )
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-# Sizes by axis, perhaps the devices in their order, and the axes of a group.
+# The size of each axis, then the order of the devices (may be missing), then
+# the axes along which a group lies.
 _MESH_GROUPS = re.compile(r"mesh\[(.*?)\](?:, device_ids=\(.*?\))? \{([^}]*)\}")
 _CONSTANT = re.compile(r"= [su](?:32|64)\[\](?:\{[^}]*\})? constant\((\d+)\)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-  """What one kind of collective does in a run of the program.
+  """How often one kind of collective runs, and how much it sends.
 
   Attributes:
-    count: how often it is executed.
-    sent_bytes: by every device, around a ring of its group: of n devices and
-      an array of s bytes (n - 1) / n * s, and twice that for all-reduce.
+    count: executions in one run of the program.
+    sent_bytes: bytes that each device sends around the ring of its group. In a
+      group of n devices, an array of s bytes costs (n - 1) / n * s bytes, and
+      all-reduce costs twice as much.
   """
 
   count: int = 0
@@ -52,18 +61,69 @@ class Traffic:
 
 
 def traffic(text: str) -> dict[str, Traffic]:
-  """Traffic by kind; what stands in a loop counts as often as it runs.
+  """Returns the traffic of one run of a program, by kind of collective.
+
+  A collective in a loop counts once for each iteration.
+
+  Args:
+    text: of the compiled program.
 
   Raises:
-    ValueError: collectives in a loop whose trip count the text does not tell,
-      or of groups that it does not tell.
+    ValueError: the text does not say how often a loop with collectives runs,
+      or which devices form the groups of a collective.
   """
   computations, entry = _computations(text)
   return _total(entry, computations, {})
 
 
+def launches(text: str) -> int:
+  """Returns the number of kernels in one step of a program's largest loop.
+
+  Args:
+    text: of the compiled program.
+
+  Returns:
+    The instructions in the loop's body that launch a kernel. 0 if the program
+    has no loop, or if the body contains another loop.
+  """
+  computations, _ = _computations(text)
+  bodies = re.findall(r"\bbody=%?([\w.-]+)", text)
+
+  def count(computation):
+    total = 0
+    for line in computations.get(computation, ()):
+      match = _INSTRUCTION.match(line)
+      if not match or match[1] in _FREE:
+        continue
+      if match[1] == "while":
+        return 0
+      is_call = match[1] == "call" and "to_apply=" in line
+      total += count(_called(line, "to_apply")) if is_call else 1
+    return total
+
+  if not bodies:
+    return 0
+  return count(max(bodies, key=lambda body: len(computations.get(body, ()))))
+
+
+def memory_bytes(compiled: jax.stages.Compiled) -> int:
+  """Returns the bytes that a compiled program needs on each device.
+
+  Counts arguments, outputs, temporaries and code. An output that takes the
+  memory of a donated argument counts once.
+  """
+  memory = compiled.memory_analysis()
+  return (
+    memory.argument_size_in_bytes
+    + memory.output_size_in_bytes
+    + memory.temp_size_in_bytes
+    + memory.generated_code_size_in_bytes
+    - memory.alias_size_in_bytes
+  )
+
+
 def _computations(text):
-  """({name: its lines}, name of the entry)."""
+  """Returns ({name of a computation: its lines}, name of the entry)."""
   computations, entry, lines = {}, None, None
   for line in text.splitlines():
     if match := _COMPUTATION.match(line):
@@ -77,28 +137,40 @@ def _computations(text):
 
 
 def _total(name, computations, known):
-  """Of one execution of a computation, loops in it included."""
+  """Returns the traffic of one execution of a computation, with its loops.
+
+  Args:
+    name: of the computation.
+    computations: as `_computations` returns them.
+    known: the totals found so far, by name; this one is added.
+  """
   if name not in known:
     collectives, loops = {}, []
     _read(name, computations, collectives, loops, set())
     total = dict.fromkeys(KINDS, Traffic())
-    for kind, one in collectives.values():
-      total[kind] += one
+    for kind, traffic_once in collectives.values():
+      total[kind] += traffic_once
     for line in loops:
       body = _total(_called(line, "body"), computations, known)
-      if any(one.count for one in body.values()):
+      if any(of_kind.count for of_kind in body.values()):
         times = _trip_count(line, computations)
-        for kind, one in body.items():
-          total[kind] += one * times
+        for kind, of_kind in body.items():
+          total[kind] += of_kind * times
     known[name] = total
   return known[name]
 
 
 def _read(name, computations, collectives, loops, seen):
-  """Finds collectives and loops in all that is called.
+  """Collects the collectives and loops of a computation and all that it calls.
 
-  The TPU compiler writes a collective that runs beside a chain of fusions into
-  each of them.
+  Args:
+    name: of the computation.
+    computations: as `_computations` returns them.
+    collectives: receives key -> (kind, Traffic). The key is the chain that a
+      collective belongs to: where one runs beside a chain of fusions, the TPU
+      compiler writes it into every fusion.
+    loops: receives the lines of the loops.
+    seen: names of the computations that were read already.
   """
   if name in seen or name not in computations:
     return
@@ -111,7 +183,7 @@ def _read(name, computations, collectives, loops, seen):
       kind = "reduce-scatter" if scatters else match[2]
       ways = _group_size(line)
       if ways > 1:
-        collectives[key] = (kind, _one(match, ways, scatters))
+        collectives[key] = (kind, _traffic_once(match, ways, scatters))
     elif " while(" in line:
       loops.append(line)
     else:
@@ -122,22 +194,22 @@ def _read(name, computations, collectives, loops, seen):
         _read(_called(line, "to_apply"), computations, collectives, loops, seen)
 
 
-def _one(match, ways, scatters):
-  """Traffic of one collective.
+def _traffic_once(match, ways, scatters):
+  """Returns the Traffic of one execution of a collective.
 
   Args:
-    match: of its line.
-    ways: devices in a group.
-    scatters: the TPU compiler's reduce-scatter, written as an all-reduce of
-      which each device keeps its part.
+    match: of _COLLECTIVE on its line.
+    ways: number of devices in a group.
+    scatters: whether this is the TPU compiler's reduce-scatter. The compiler
+      writes an all-reduce, whose result each device cuts to its own share.
   """
   sizes = [
     math.prod(int(dim) for dim in dims.split(",") if dim) * _item_bytes(name)
     for name, dims in _SHAPE.findall(match[1])
   ]
   kind = match[2]
-  # The type of a start has operands first, then results (and, of permutations,
-  # what is counted in scalars).
+  # The type of a start lists the operands, then the results. A permutation adds
+  # scalars that count, which are left out.
   if match[3] and kind not in ("all-reduce",):
     sizes = [size for size in sizes if size > 4] or sizes
     sizes = sizes[len(sizes) // 2 :]
@@ -145,7 +217,7 @@ def _one(match, ways, scatters):
   share = (ways - 1) / ways
   sent = {
     "all-gather": share * size,
-    "reduce-scatter": (ways - 1) * size,  # Its result is one part.
+    "reduce-scatter": (ways - 1) * size,  # The result is one share.
     "all-reduce": (1 if scatters else 2) * share * size,
     "all-to-all": share * size,
     "collective-permute": size,
@@ -154,21 +226,21 @@ def _one(match, ways, scatters):
 
 
 def _item_bytes(name):
-  """Of an element, by a name such as bf16, s32, f8e4m3fn or pred."""
+  """Returns the bytes of an element: name is bf16, s32, f8e4m3fn, pred ..."""
   bits = re.search(r"\d+", name)
   return max(int(bits[0]) // 8, 1) if bits else 1
 
 
 def _group_size(line):
-  """How many devices take part in one group of a collective."""
+  """Returns the number of devices in one group of a collective."""
   if "source_target_pairs" in line:
     return 2
   _, _, groups = line.partition("replica_groups=")
   if match := _MESH_GROUPS.match(groups):
     sizes = dict(re.findall(r"'([\w.-]+)'=(\d+)", match[1]))
-    parts = re.findall(r"'([\w.-]+)'(?::\(\d+\)(\d+))?", match[2])
-    if parts or not match[2]:
-      return math.prod(int(part or sizes[axis]) for axis, part in parts)
+    axes = re.findall(r"'([\w.-]+)'(?::\(\d+\)(\d+))?", match[2])
+    if axes or not match[2]:
+      return math.prod(int(share or sizes[axis]) for axis, share in axes)
   if match := re.match(r"\[(\d+),(\d+)\]", groups):
     return int(match[2])
   if match := re.match(r"\{\{([\d,]*)\}", groups):

@@ -30,7 +30,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1
 
 from aoarm_jax.devices import distributed
-from aoarm_jax.runs import manifest
+from aoarm_jax.runs import manifest, text
 
 FORMAT_VERSION = manifest.FORMAT_VERSION
 CheckpointError = manifest.CheckpointError
@@ -235,7 +235,7 @@ class Checkpoints:
       raise
     except Exception as error:
       raise CheckpointError(
-        f"cannot read checkpoint {directory}: {_first_line(error)}; if a "
+        f"cannot read checkpoint {directory}: {text.first_line(error)}; if a "
         "run is training there it may have removed it just now: try again"
       ) from error
     return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
@@ -304,9 +304,11 @@ class Checkpoints:
           self._steps.clean()
       raise
     logging.info(
-      "saved checkpoint step %d: %.1f MB in %.2f s", step,
-      sum(f["bytes"] for f in files.values()) / 1e6, time.monotonic() - start,
-    )  # fmt: skip
+      "saved checkpoint step %d: %.1f MB in %.2f s",
+      step,
+      sum(f["bytes"] for f in files.values()) / 1e6,
+      time.monotonic() - start,
+    )
     try:
       self._steps.retain(step, self._keep_last, self._keep_best)
       self._steps.clean()
@@ -325,7 +327,7 @@ class Checkpoints:
   def _save_error(self, step, error):
     wrapped = CheckpointError(
       f"checkpoint step {step} was not saved in {self._steps.directory}: "
-      f"{_first_line(error)}; mend that (free space? permissions?) and run "
+      f"{text.first_line(error)}; mend that (free space? permissions?) and run "
       f"again; whole steps there: {_listed(self.steps())}"
     )
     wrapped.__cause__ = error
@@ -439,10 +441,6 @@ def _with_sharding(leaf):
     jax.local_devices()[0]
   )
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _first_line(error):
-  return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _listed(steps):

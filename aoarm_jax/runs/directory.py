@@ -1,10 +1,10 @@
 """The files that make a run directory explain itself.
 
 config.json      the whole configuration of the last start
-command.txt      when and with which command the run was started, every time
+command.txt      the time and the command of every start
 versions.json    interpreter, libraries, devices, git commit
 parameters.txt   path, shape, dtype and count of every parameter
-metrics.jsonl    what was measured, one JSON object a line
+metrics.jsonl    measurements, one JSON object per line
 """
 
 import contextlib
@@ -29,6 +29,7 @@ from absl import logging
 from etils import epath
 
 from aoarm_jax.config import schema as config
+from aoarm_jax.runs import text
 
 try:
   import fcntl
@@ -37,19 +38,35 @@ except ImportError:  # Windows.
 
 METRICS_FILE = "metrics.jsonl"
 
-_LIBRARIES = ("aoarm_jax", "jax", "jaxlib", "flax", "optax",
-              "orbax-checkpoint", "grain", "numpy")  # fmt: skip
-# Object stores cannot append: there the file is rewritten, this often.
+_LIBRARIES = (
+  "aoarm_jax",
+  "jax",
+  "jaxlib",
+  "flax",
+  "optax",
+  "orbax-checkpoint",
+  "grain",
+  "numpy",
+)
+# Object stores cannot append, so the file is rewritten at this interval.
 _REMOTE_FLUSH_SECONDS = 30.0
 
 
 def write_atomically(path: epath.PathLike, content: str | bytes):
-  """Writes a file that is whole at any moment: temporary file, then rename."""
+  """Writes a file that is whole at any moment: temporary file, then rename.
+
+  Args:
+    path: of the file, local or in a bucket. Missing folders are made.
+    content: of the whole file.
+
+  Raises:
+    OSError: the file cannot be written; names `path`.
+  """
   path = epath.Path(path)
   data = content.encode() if isinstance(content, str) else content
   path.parent.mkdir(parents=True, exist_ok=True)
   if not _is_local(path):
-    path.write_bytes(data)  # object stores show an object when it is complete
+    path.write_bytes(data)  # Object stores show an object when it is complete.
     return
   temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   try:
@@ -67,11 +84,11 @@ def write_atomically(path: epath.PathLike, content: str | bytes):
 def lock(workdir: epath.PathLike) -> Iterator[None]:
   """Keeps a second training run out of a local run directory.
 
-  The lock dies with the process, however that ends. Where the system has no
-  such locks, or the folder is remote, nothing is locked.
+  The lock ends with the process, even if the process is killed. Nothing is
+  locked where the folder is remote, or the system has no such locks.
 
   Raises:
-    config.ConfigError: another process holds it; names the process.
+    config.ConfigError: another process holds the lock; names the process.
   """
   workdir = epath.Path(workdir)
   if fcntl is None or not _is_local(workdir) or jax.process_index() != 0:
@@ -98,7 +115,11 @@ def _is_local(path) -> bool:
 
 
 def check_tensorboard(wanted: bool):
-  """Raises config.ConfigError if TensorBoard is wanted and not installed."""
+  """Refuses a config that wants TensorBoard where it is not installed.
+
+  Raises:
+    config.ConfigError: TensorBoard is wanted and not installed.
+  """
   if wanted and importlib.util.find_spec("tensorboardX") is None:
     raise config.ConfigError(
       "config.telemetry.tensorboard=True: tensorboardX is not installed; "
@@ -107,10 +128,10 @@ def check_tensorboard(wanted: bool):
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
-  """The records of metrics.jsonl in order; [] if there is no such file.
+  """Returns the records of metrics.jsonl in order; [] if there is no file.
 
-  A partial last line, left by a killed process, is passed over. Any other
-  line that is no record is too, with a warning.
+  A partial last line, left by a killed process, is skipped. Any other line that
+  is no record is skipped with a warning.
   """
   path = epath.Path(workdir) / METRICS_FILE
   if not path.exists():
@@ -122,7 +143,7 @@ def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
       record = json.loads(line)
       if not isinstance(record, dict) or "step" not in record:
         raise ValueError("not a JSON object with a step")
-    except ValueError as error:  # includes JSON and Unicode errors
+    except ValueError as error:  # JSON and Unicode errors too.
       if number == len(lines):
         break
       logging.warning("%s, line %d is left out: %s", path, number, error)
@@ -134,23 +155,29 @@ def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
 class MetricsWriter:
   """Appends records to metrics.jsonl and, if asked for, to TensorBoard.
 
-  One strict JSON object a line: {"step": n, "kind": "train" | "valid", ...}.
-  Values that are not finite are written as null. For the run that owns the
-  folder only: on start it drops what it is about to write again.
+  A line is a strict JSON object: {"step": n, "kind": "train" | "valid", ...}.
+  Values that are not finite are written as null. Only the run that owns the
+  folder may use it: at its start it drops the records that it will write again.
   """
 
-  def __init__(self, workdir: epath.PathLike, *, start_step: int,
-               tensorboard: bool, primary: bool):  # fmt: skip
+  def __init__(
+    self,
+    workdir: epath.PathLike,
+    *,
+    start_step: int,
+    tensorboard: bool,
+    primary: bool,
+  ):
     """Opens the files.
 
     Args:
       workdir: the run directory, local or gs://.
-      start_step: the step resumed from. Records of later steps, left by a run
-        that was killed after its last checkpoint, are dropped, and so is a
-        partial last line; the file then continues as if nothing had happened.
-        0 starts the file anew.
+      start_step: the step from which the run resumes. 0 begins a new file.
+        Otherwise a partial last line is dropped. The records of later steps are
+        dropped too: they are left from a run that was killed after its last
+        checkpoint.
       tensorboard: also write TensorBoard events to workdir/tensorboard.
-      primary: only the primary process writes; the others do nothing.
+      primary: whether this is the primary process; the others write nothing.
 
     Raises:
       config.ConfigError: tensorboard without tensorboardX.
@@ -169,16 +196,18 @@ class MetricsWriter:
     if len(kept) < len(records):
       logging.info(
         "%s: dropped %d records after step %d, to be written again",
-        METRICS_FILE, len(records) - len(kept), start_step,
-      )  # fmt: skip
-    # Validation at the very step resumed from may run a second time.
+        METRICS_FILE,
+        len(records) - len(kept),
+        start_step,
+      )
+    # The validation of the step from which the run resumes may run twice.
     self._held = {_key(r) for r in kept if r["step"] == start_step}
     self._lines = [json.dumps(r) + "\n" for r in kept]
     self._rewrite()
     if _is_local(self._path):
       self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
     if tensorboard:
-      import tensorboardX  # an extra: not everyone has it
+      import tensorboardX  # An extra that is not always installed.
 
       self._events = tensorboardX.SummaryWriter(
         str(epath.Path(workdir) / "tensorboard"),
@@ -186,7 +215,7 @@ class MetricsWriter:
       )
 
   def write(self, step: int, kind: str, **values):
-    """Writes one record, at once (in a gs:// folder: within half a minute).
+    """Writes one record at once, or in a gs:// folder within half a minute.
 
     Args:
       step: optimizer steps done.
@@ -194,7 +223,7 @@ class MetricsWriter:
       **values: floats, ints, strings, None, arrays, or flat lists of floats.
 
     Raises:
-      TypeError: a value of another type, naming it.
+      TypeError: a value has another type; names the value.
       ValueError: the writer is closed.
     """
     if not self._primary:
@@ -230,7 +259,7 @@ class MetricsWriter:
     self._rewritten = time.monotonic()
 
   def close(self):
-    """Writes what is pending; may be called again."""
+    """Writes pending records and closes the files; may be called again."""
     if not self._primary or self._closed:
       return
     self._closed = True
@@ -253,7 +282,7 @@ def _key(record):
 
 
 def _plain(name, value):
-  """Arrays and NumPy scalars to Python's; not finite to None."""
+  """Returns a value of JSON: arrays become lists, and NaN and inf None."""
   if isinstance(value, (np.ndarray, np.generic, jax.Array)):
     value = np.asarray(value).tolist()
   if isinstance(value, (list, tuple)):
@@ -268,15 +297,16 @@ def _plain(name, value):
   )
 
 
-def describe_run(workdir: epath.PathLike, *, config_json: str,
-                 argv: Sequence[str], params: Any):  # fmt: skip
+def describe_run(
+  workdir: epath.PathLike, *, config_json: str, argv: Sequence[str], params: Any
+):
   """Writes config.json, command.txt, versions.json and parameters.txt.
 
-  Call it once a start, on the primary process, with the devices initialized.
+  Call it once per start, on the primary process, when devices are initialized.
 
   Args:
     workdir: the run directory, local or gs://; made if absent.
-    config_json: of config.to_json.
+    config_json: the result of config.to_json.
     argv: sys.argv of this start.
     params: pytree of arrays or jax.ShapeDtypeStruct.
   """
@@ -292,7 +322,7 @@ def describe_run(workdir: epath.PathLike, *, config_json: str,
 
 
 def _command_line(argv):
-  """One line that a shell would understand."""
+  """Returns the command as one line that a shell understands."""
   main = getattr(sys.modules["__main__"], "__spec__", None)
   if main is not None and main.origin == argv[0]:
     argv = ["python", "-m", main.name, *argv[1:]]
@@ -308,7 +338,7 @@ def _versions():
     try:
       versions[name] = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-      versions[name] = None  # run from a source tree, not installed
+      versions[name] = None  # The package runs from its sources.
   devices = jax.devices()
   versions["device_kind"] = devices[0].device_kind
   versions["device_count"] = len(devices)
@@ -320,34 +350,37 @@ def _versions():
 
 
 def _git_state(source: pathlib.Path):
-  """(commit, has uncommitted changes) of the checkout of `source`, or Nones.
+  """Returns (commit, has uncommitted changes) of the checkout of `source`.
 
-  A package installed into an environment inside somebody else's checkout is
-  not part of it: git must track the file itself.
+  Both are None where git does not track the file itself. The package may be
+  installed in an environment inside the checkout of another project.
   """
   try:
     _git(source, "ls-files", "--error-unmatch", source.name)
     commit = _git(source, "rev-parse", "HEAD").strip()
     return commit, bool(_git(source, "status", "--porcelain").strip())
-  except (OSError, subprocess.SubprocessError):  # no git, no checkout
+  except (OSError, subprocess.SubprocessError):  # No git, or no checkout.
     return None, None
 
 
 def _git(source, *arguments):
   return subprocess.run(
     ["git", "-C", str(source.parent), *arguments],
-    check=True, capture_output=True, text=True, timeout=20,
+    check=True,
+    capture_output=True,
+    text=True,
+    timeout=20,
     env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"},
-  ).stdout  # fmt: skip
+  ).stdout
 
 
 def parameter_count(params: Any) -> int:
-  """Numbers in a pytree of arrays or jax.ShapeDtypeStruct."""
+  """Returns how many numbers a pytree of arrays or their shapes has."""
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
 def parameter_table(params: Any) -> str:
-  """Path, shape, dtype and count of every parameter, and the total.
+  """Returns path, shape, dtype and count of every parameter, and the total.
 
   Args:
     params: pytree of arrays or jax.ShapeDtypeStruct.
@@ -360,12 +393,9 @@ def parameter_table(params: Any) -> str:
     count = math.prod(leaf.shape)
     size += count * dtype.itemsize
     shape = " x ".join(map(str, leaf.shape)) or "scalar"
-    # A Flax variable keeps its array in an attribute of that name.
+    # A Flax variable keeps its array in an attribute called value.
     rows.append((name.removesuffix("/value"), shape, dtype.name, f"{count:,}"))
-  rows.append(("total", "", f"{size / 2**20:,.1f} MiB",
-               f"{parameter_count(params):,}"))  # fmt: skip
-  widths = [max(map(len, column)) for column in zip(*rows)]
-  return "".join(
-    f"{p:<{widths[0]}}  {s:<{widths[1]}}  {d:<{widths[2]}}  {c:>{widths[3]}}\n"
-    for p, s, d, c in rows
+  rows.append(
+    ("total", "", f"{size / 2**20:,.1f} MiB", f"{parameter_count(params):,}")
   )
+  return text.aligned(rows, "<<<>")

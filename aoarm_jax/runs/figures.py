@@ -1,11 +1,6 @@
-"""The pictures of a run directory, as PNG files.
-
-Matplotlib is imported where a picture is drawn and never through pyplot, so
-that nothing here opens a window or keeps figures alive.
-"""
+"""The pictures of a run directory, as PNG files."""
 
 import contextlib
-import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,45 +8,23 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from aoarm_jax.runs import directory as run_dir
+from aoarm_jax.runs import canvas
 
-_INCHES = (9.4, 4.2)
-_DPI = 150
-# Okabe and Ito's colours, told apart with every kind of colour vision; black
-# and yellow are left out.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
-_GREY = "#6b6b6b"
-STYLE = {
-  "font.size": 11,
-  "axes.titlesize": 12,
-  "axes.titlelocation": "left",
-  "axes.titlepad": 10,
-  "axes.spines.top": False,
-  "axes.spines.right": False,
-  "axes.edgecolor": _GREY,
-  "axes.grid": True,
-  "axes.axisbelow": True,
-  "grid.color": "#e6e6e6",
-  "grid.linewidth": 0.8,
-  "xtick.color": _GREY,
-  "ytick.color": _GREY,
-  "xtick.labelcolor": "black",
-  "ytick.labelcolor": "black",
-  "legend.frameon": False,
-  "lines.solid_capstyle": "round",
-}
-# A linear step axis hides the start of a run as long as this, in ratio.
+# A linear axis hides the start of a run whose last step is this many times
+# the first one.
 _LOG_STEPS_FROM = 500
 
 
 def loss_curve(
   records: Sequence[Mapping[str, Any]], path: epath.PathLike, *, title: str
 ):
-  """Draws bits a character over steps: training, validation, unigram entropy.
+  """Draws bits per character over steps, of training and of validation.
+
+  A dashed line shows the unigram entropy.
 
   Args:
-    records: as telemetry.read_metrics returns them; any number, also none.
+    records: as directory.read_metrics returns them; may be empty.
     path: of the PNG file.
     title: of the picture.
   """
@@ -62,16 +35,21 @@ def loss_curve(
     steps, bits = _series(train, "bits_per_char")
     is_empty = not len(steps)
     if len(steps):
-      _draw_noisy(axes, steps, bits, COLOURS[0], "training")
+      _draw_noisy(axes, steps, bits, canvas.COLOURS[0], "training")
     for i, name in enumerate(names):
       chosen = [r for r in valid if r.get("estimator", "") == name]
       points, bits = _series(chosen, "bits_per_char")
       if len(points):
         label = f"validation, {_words(name)}" if name else "validation"
         axes.plot(
-          points, bits, color=COLOURS[1 + i % 5], lw=1.2, ms=6,
-          marker=_MARKERS[i % 6], label=f"{label}: {bits[-1]:.3f}",
-        )  # fmt: skip
+          points,
+          bits,
+          color=canvas.COLOURS[1 + i % 5],
+          lw=1.2,
+          ms=6,
+          marker=_MARKERS[i % 6],
+          label=f"{label}: {bits[-1]:.3f}",
+        )
         steps, is_empty = np.append(steps, points), False
     if is_empty:
       _say_empty(axes)
@@ -87,10 +65,10 @@ def loss_curve(
 def slot_curve(
   curves: Mapping[str, Sequence[float]], path: epath.PathLike, *, title: str
 ):
-  """Draws bits a character by rank in the generation order.
+  """Draws bits per character over the rank in the generation order.
 
   Args:
-    curves: label to the bits per character of ranks 1..T; T may differ.
+    curves: label -> bits per character of ranks 1..T. T may differ.
     path: of the PNG file.
     title: of the picture.
   """
@@ -104,7 +82,7 @@ def slot_curve(
       share = (np.arange(len(bits)) + 1) / len(bits)
       label = f"{_words(label)}: mean {np.nanmean(bits):.3f}"
       good = np.isfinite(bits)
-      _draw_noisy(axes, share[good], bits[good], COLOURS[i % 6], label)
+      _draw_noisy(axes, share[good], bits[good], canvas.COLOURS[i % 6], label)
     if is_empty:
       _say_empty(axes)
     else:
@@ -118,16 +96,17 @@ def slot_curve(
 def nearness(
   reports: Mapping[str, Mapping[str, Any]], path: epath.PathLike, *, title: str
 ):
-  """Draws bits a character by what is known near the target.
+  """Draws bits per character over the distance to the nearest known token.
 
   Args:
-    reports: label to bins by_distance and by_recency, of the nearest known
-      token: each a list of {low, high, bits_per_char, tokens}.
+    reports: label -> {"by_distance": bins, "by_recency": bins}. The bins are a
+      list of {low, high, bits_per_char, tokens}: distance in positions, and
+      recency in steps since the nearest known token was generated.
     path: of the PNG file.
     title: of the picture.
   """
-  # Hollow and larger, so that the first shows where both are one, as of left
-  # to right.
+  # Hollow and larger markers: the first line stays visible where the second
+  # lies on it, as for orders from left to right.
   hollow = dict(marker="s", ms=10, markerfacecolor="none")
   lines = (
     ("by_distance", "-", "positions to the nearest known token", {}),
@@ -137,18 +116,20 @@ def nearness(
     is_empty = True
     for i, (label, report) in enumerate(reports.items()):
       for name, style, words, marker in lines:
-        bins = [each for each in report[name] if each["low"] > 0]
+        bins = [bin for bin in report[name] if bin["low"] > 0]
         if not bins:
           continue
         is_empty = False
         axes.plot(
-          [math.sqrt(each["low"] * each["high"]) for each in bins],
-          [each["bits_per_char"] for each in bins],
-          # Of one point the legend has no line either.
-          ls=style if len(bins) > 1 else "", color=COLOURS[i % 6], lw=1.6,
+          [math.sqrt(bin["low"] * bin["high"]) for bin in bins],
+          [bin["bits_per_char"] for bin in bins],
+          # A single point has no line in the legend either.
+          ls=style if len(bins) > 1 else "",
+          color=canvas.COLOURS[i % 6],
+          lw=1.6,
           label=f"{_words(label)}, by {words}",
           **dict(marker="o", ms=6) | marker,
-        )  # fmt: skip
+        )
     if is_empty:
       _say_empty(axes)
     else:
@@ -163,15 +144,16 @@ def nearness(
 def decode_speed(
   rows: Sequence[Mapping[str, Any]], path: epath.PathLike, *, title: str
 ):
-  """Draws tokens a second over T, a line for each method and batch.
+  """Draws tokens per second over T: a panel for each batch, a line per method.
 
-  Of several lengths, what is there of one only is a table's matter: left out.
+  Where any line has several lengths, the lines with one length are left out.
 
   Args:
-    rows: of generation_speed's CSV file: size, T, B, best, method,
-      tokens_per_second, device.
+    rows: of generation_speed's CSV file. The columns size, T, B, best, method,
+      tokens_per_second and device are read.
     path: of the PNG file.
-    title: of the picture; the device is put to it, or to each panel.
+    title: of the picture. The device is added to it, or to each panel where
+      there are several devices.
   """
   devices = sorted({str(row["device"]) for row in rows})
   if len(devices) == 1:
@@ -186,13 +168,19 @@ def decode_speed(
     lines.setdefault(name, []).append(point)
   lengths = sorted({T for points in lines.values() for T, _ in points})
   drawn = {
-    name: points for name, points in lines.items()
+    name: points
+    for name, points in lines.items()
     if len({T for T, _ in points}) > 1
-  }  # fmt: skip
+  }
   lines = drawn or lines
   groups = list(dict.fromkeys(group for _, group in lines))
   methods = list(dict.fromkeys(method for method, _ in lines))
-  with _axes(path, title, max(1, len(groups))) as all_axes:
+  with canvas.draw([path], 1, max(1, len(groups)), sharey=True) as (
+    picture,
+    grid,
+  ):
+    picture.suptitle(title, parse_math=False)
+    all_axes = grid[0]
     for axes, group in zip(all_axes, groups):
       axes.set_title(group[0])
       axes.margins(y=0.1)
@@ -201,15 +189,23 @@ def decode_speed(
         points = sorted(lines.get((method, group), ()))
         if points:
           axes.plot(
-            *zip(*points), color=COLOURS[i % 6], marker=_MARKERS[i % 6],
-            ls="-" if i < 6 else "--", lw=1.6, ms=6, label=_words(method),
-          )  # fmt: skip
+            *zip(*points),
+            color=canvas.COLOURS[i % 6],
+            marker=_MARKERS[i % 6],
+            ls="-" if i < 6 else "--",
+            lw=1.6,
+            ms=6,
+            label=_words(method),
+          )
         for point in points if len(lengths) == 1 else ():
-          # On one vertical line, where without a slope the numbers count.
+          # With one length there is no slope to see: the numbers are shown.
           axes.annotate(
-            f"{point[1]:,.0f}", point, (9, 0), va="center",
+            f"{point[1]:,.0f}",
+            point,
+            (9, 0),
+            va="center",
             textcoords="offset points",
-          )  # fmt: skip
+          )
       axes.set_xscale("log", base=2)
       axes.xaxis.set_major_formatter("{x:g}")
       axes.set_xticks(lengths)
@@ -219,9 +215,10 @@ def decode_speed(
     if lines:
       all_axes[0].set_ylabel("tokens per second")
       entries = {
-        label: handle for axes in all_axes
+        label: handle
+        for axes in all_axes
         for handle, label in zip(*axes.get_legend_handles_labels())
-      }  # fmt: skip
+      }
       all_axes[-1].legend(
         entries.values(), entries, loc="upper left", bbox_to_anchor=(1.0, 1.0)
       )
@@ -236,32 +233,39 @@ def generation_strip(
   title: str,
   frames: int = 7,
 ):
-  """Draws how texts come about, a panel each, from top to bottom.
+  """Draws how texts are generated: a panel for each text, time downwards.
 
   Args:
-    panels: label to (what stands at each position, the order of the positions
-      1..n), all of one length.
+    panels: label -> (the symbol at each position, the generation order of the
+      positions 1..n). All texts have the same length n.
     path: of the PNG file.
     title: of the picture.
-    frames: moments shown of each, evenly spread; the last one is the end.
+    frames: rows of a panel, evenly spread over the steps up to the last.
   """
   from matplotlib import colors
 
   n = max(len(order) for _, order in panels.values())
   shades = colors.ListedColormap(["white", "#ececec", "#ffd9b8"])
   inches = (0.125 * n + 0.9, len(panels) * (0.21 * frames + 0.5) + 0.3)
-  with _axes(path, title, len(panels), stacked=True, inches=inches) as all_axes:
-    for axes, (label, (text, order)) in zip(all_axes, panels.items()):
+  with canvas.draw([path], len(panels), inches=inches) as (picture, grid):
+    picture.suptitle(title, parse_math=False)
+    for axes, (label, (text, order)) in zip(grid[:, 0], panels.items()):
       rank = np.argsort(np.asarray(order))
       ends = np.linspace(0, n, frames + 1).round()[:, None]
       kinds = (rank < ends[1:]) * 1 + ((rank < ends[1:]) & (rank >= ends[:-1]))
       axes.imshow(kinds, cmap=shades, vmin=0, vmax=2, aspect="auto")
       for (frame, at), kind in np.ndenumerate(kinds):
         axes.text(
-          at, frame, text[at] if kind else "·", ha="center", va="center",
-          family="monospace", fontsize=8.5, parse_math=False,
+          at,
+          frame,
+          text[at] if kind else "·",
+          ha="center",
+          va="center",
+          family="monospace",
+          fontsize=8.5,
+          parse_math=False,
           color=("#b5b5b5", "#333333", "#a34700")[kind],
-        )  # fmt: skip
+        )
       axes.set_title(label)
       axes.set_yticks(range(frames), [f"{int(end)}" for end in ends[1:, 0]])
       axes.set_xticks([])
@@ -273,35 +277,25 @@ def generation_strip(
 
 
 @contextlib.contextmanager
-def _axes(path, title, count=0, *, stacked=False, inches=_INCHES):
-  """One pair of axes, or `count`, saved to `path` where the block ends well."""
-  import matplotlib
-  from matplotlib import figure
-  from matplotlib.backends import backend_agg
-
-  with matplotlib.rc_context(STYLE):
-    picture = figure.Figure(inches, _DPI, layout="constrained")
-    backend_agg.FigureCanvasAgg(picture)
-    if count:
-      picture.suptitle(title, parse_math=False)
-      shape = (count, 1) if stacked else (1, count)
-      yield picture.subplots(*shape, sharey=not stacked, squeeze=False).ravel()
-    else:
-      axes = picture.add_subplot()
-      axes.set_title(title, parse_math=False)
-      yield axes
-    data = io.BytesIO()
-    picture.savefig(data, format="png", dpi=_DPI)
-    run_dir.write_atomically(path, data.getvalue())
+def _axes(path, title):
+  """Yields the only axes of a picture that is saved to `path`."""
+  with canvas.draw([path]) as (_, grid):
+    grid[0, 0].set_title(title, parse_math=False)
+    yield grid[0, 0]
 
 
 def _words(name):
-  """A label; Matplotlib hides those that begin with an underscore."""
+  """Returns a label; Matplotlib hides one that begins with an underscore."""
   return str(name).replace("_", " ").strip()
 
 
 def _series(records, name):
-  """(steps, values) of the records that have a finite value of that name."""
+  """Returns (steps, values) of the records whose value is finite.
+
+  Args:
+    records: of metrics.jsonl.
+    name: of the value. A record may lack it.
+  """
   pairs = [(r["step"], r[name]) for r in records if r.get(name) is not None]
   steps, values = np.array(pairs, float).reshape(-1, 2).T
   good = np.isfinite(values)
@@ -309,7 +303,7 @@ def _series(records, name):
 
 
 def _draw_noisy(axes, x, y, colour, label):
-  """The values thin and their running mean thick; few values just as dots."""
+  """Draws a thin line and its thick running mean, or dots for a few values."""
   width = len(x) // 40
   if width < 2:
     marker = "o" if len(x) <= 40 else ""
@@ -320,29 +314,34 @@ def _draw_noisy(axes, x, y, colour, label):
 
 
 def _running_mean(y, width):
-  """Centred mean over at most 2 width + 1 values, fewer towards the ends."""
+  """Returns the centred mean over 2 width + 1 values, fewer at the ends."""
   sums = np.concatenate([[0.0], np.cumsum(y)])
   index = np.arange(len(y))
-  # The window stays symmetric, or a steep start would be pulled down.
+  # A window that is not symmetric would pull a steep start down.
   reach = np.minimum(width, np.minimum(index, len(y) - 1 - index))
   return (sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1)
 
 
 def _draw_reference(axes, bits):
-  """Draws the unigram entropy; returns how high a legend may reach, 0..1."""
-  axes.axhline(bits, color=_GREY, lw=1.2, ls=(0, (5, 3)), zorder=1)
+  """Draws the unigram entropy; returns the legend's highest place, 0..1."""
+  axes.axhline(bits, color=canvas.GREY, lw=1.2, ls=(0, (5, 3)), zorder=1)
   axes.annotate(
-    f"unigram entropy: {bits:.3f}", (0.995, bits), (0, 3), ha="right",
-    xycoords=("axes fraction", "data"), textcoords="offset points",
-    color=_GREY, fontsize=10,
-  )  # fmt: skip
+    f"unigram entropy: {bits:.3f}",
+    (0.995, bits),
+    (0, 3),
+    ha="right",
+    xycoords=("axes fraction", "data"),
+    textcoords="offset points",
+    color=canvas.GREY,
+    fontsize=10,
+  )
   low, high = axes.get_ylim()
   share = (bits - low) / (high - low)
   return share - 0.01 if share > 0.5 else 1.0
 
 
 def _step_axis(axes, steps):
-  """Thousands separated; logarithmic where a run is long."""
+  """Formats the axis of steps, which is logarithmic where a run is long."""
   from matplotlib import ticker
 
   first, last = steps[steps > 0].min(initial=np.inf), steps.max()
@@ -356,5 +355,12 @@ def _step_axis(axes, steps):
 def _say_empty(axes):
   axes.set_xticks([])
   axes.set_yticks([])
-  axes.text(0.5, 0.5, "nothing measured yet", transform=axes.transAxes,
-            ha="center", va="center", color=_GREY)  # fmt: skip
+  axes.text(
+    0.5,
+    0.5,
+    "nothing measured yet",
+    transform=axes.transAxes,
+    ha="center",
+    va="center",
+    color=canvas.GREY,
+  )

@@ -1,7 +1,8 @@
 """Manifests: which checkpoint steps are whole. Files only, no arrays.
 
-The array store notices neither a flipped bit in its data nor, always, a file
-cut short. So each step carries `manifest.json`, written last and atomically:
+The array store does not notice a flipped bit in its data, and sometimes not a
+file that was cut short. So each step has a `manifest.json`, which is written
+last and atomically:
 
   {"record": {..., "files": {name: {"bytes": int, "blake2b": hex}}},
    "blake2b": hex digest of the record}
@@ -14,19 +15,18 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 from typing import Any
 
 from absl import logging
 from etils import epath
 
 from aoarm_jax.config import errors
+from aoarm_jax.runs import directory as run_dir
 
-# Of the record and of the state's layout on disk. Whatever changes, the
-# manifest must stay readable far enough to tell its format_version.
+# Version of the record and of the state's layout on disk. Every later version
+# must be able to read the format_version of a manifest.
 FORMAT_VERSION = 1
 NAME = "manifest.json"
-_TEMPORARY_NAME = NAME + ".tmp"
 _ORBAX_TEMPORARY = ".orbax-checkpoint-tmp"  # A save in flight, or killed.
 _CHUNK_BYTES = 1 << 22
 _DIGEST_BYTES = 32
@@ -141,7 +141,7 @@ class Steps:
     return self._first_whole(self._by_metric)
 
   def delete(self, step: int) -> None:
-    # First the manifest: half a step must not pass for a checkpoint.
+    # The manifest goes first: half a step must not look like a checkpoint.
     (self.at(step) / NAME).unlink(missing_ok=True)
     self.at(step).rmtree()
 
@@ -230,13 +230,7 @@ def write(directory: epath.Path, record: dict) -> None:
     directory: the step's folder.
     record: JSON values only; `record["files"]` as `checksums` returns it.
   """
-  temporary = directory / _TEMPORARY_NAME
-  with temporary.open("wb") as file:
-    file.write(_encode(record))
-    if "://" not in str(directory):  # A bucket has no descriptor to sync.
-      file.flush()
-      os.fsync(file.fileno())
-  temporary.replace(directory / NAME)
+  run_dir.write_atomically(directory / NAME, _encode(record))
 
 
 def read(directory: epath.Path) -> dict:
@@ -255,7 +249,7 @@ def read(directory: epath.Path) -> dict:
     record = json.loads(raw)["record"]
   except (ValueError, KeyError, TypeError):
     raise BrokenError(f"{NAME}: {len(raw)} bytes that do not parse") from None
-  # The bytes, not the values: no flipped bit is too harmless to be noticed.
+  # Bytes are compared, not values: so every flipped bit is noticed.
   if _encode(record) != raw:
     raise BrokenError(f"{NAME}: checksum differs")
   return record
@@ -269,7 +263,7 @@ def verify(directory: epath.Path, record: dict) -> None:
   """
   for name, wanted in record["files"].items():
     try:
-      # The size first: it costs nothing and tells more than a checksum.
+      # The size comes first: it costs nothing and says more than a checksum.
       length = (directory / name).stat().length
       if length != wanted["bytes"]:
         raise BrokenError(f"{name}: {length} bytes, not {wanted['bytes']}")
@@ -308,5 +302,5 @@ def _names(directory, prefix=""):
   for path in directory.iterdir():
     if path.is_dir():
       yield from _names(path, f"{prefix}{path.name}/")
-    elif prefix or path.name not in (NAME, _TEMPORARY_NAME):
+    elif prefix or path.name != NAME:
       yield prefix + path.name

@@ -1,7 +1,7 @@
-"""What a run reports: log lines, metrics, speed, time left, profile, NaN guard.
+"""What a run reports: log lines, speed, time left, profile, NaN guard.
 
 Everything here runs on the host, at the edge of the training loop, on plain
-floats. What it writes into the run directory is in directory.py.
+floats. directory.py writes the files of the run directory.
 """
 
 import collections
@@ -10,7 +10,7 @@ import importlib.util
 import logging as python_logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,42 +19,23 @@ from absl import logging
 from etils import epath
 
 from aoarm_jax.config import errors
+from aoarm_jax.devices import peaks
 
-# Their progress messages are not ours; their warnings are.
-_NOISY = ("orbax", "grain", "jax", "jaxlib", "flax", "etils", "fsspec",
-          "matplotlib", "tensorboardX")  # fmt: skip
-# Speed is the mean over this much time, so it follows a machine that slows
-# down and yet does not jump between log lines.
-_SPEED_WINDOW_SECONDS = 60.0
-_SECONDS_BETWEEN_PROGRESS = 10.0
-
-# Dense bf16 peak, FLOP/s a device, by part of jax.Device.device_kind; the first
-# match counts. Sources: NVIDIA's datasheet of each part (half of the figure
-# "with sparsity") and Google Cloud's page of each TPU ("peak compute per chip,
-# bf16"). A None guards a lesser part against a match further down. Parts
-# without bf16 matrix units (V100, T4) are left out.
-_PEAK_FLOPS = (
-  ("MIG", None),  # a slice of a chip: its share is not in the name
-  ("GH200", 989e12),
-  ("H200 NVL", 835e12),
-  ("H200", 989e12),
-  ("H100 NVL", 835e12),
-  ("H100 PCIe", 756e12),
-  ("H100", 989e12),
-  ("NVIDIA A100", 312e12),
-  ("GB200", 2500e12),
-  ("B200", 2250e12),
-  ("L40S", 362e12),
-  ("L40", 181e12),
-  ("NVIDIA L4", 121e12),
-  ("TPU v4 lite", None),
-  ("TPU v4", 275e12),
-  ("TPU v5 lite", 197e12),
-  ("TPU v5e", 197e12),
-  ("TPU v5", 459e12),
-  ("TPU v6 lite", 918e12),
-  ("TPU v6e", 918e12),
+# Libraries whose progress messages are dropped; their warnings are shown.
+_NOISY = (
+  "orbax",
+  "grain",
+  "jax",
+  "jaxlib",
+  "flax",
+  "etils",
+  "fsspec",
+  "matplotlib",
+  "tensorboardX",
 )
+# Speed is the mean over this time. It follows a machine that slows down, and
+# does not jump between log lines.
+_SPEED_WINDOW_SECONDS = 60.0
 
 
 class NonFiniteError(errors.UserError, RuntimeError):
@@ -78,7 +59,7 @@ def check_finite(step: int, values: Mapping[str, float]):
 
 
 class _ShortLines(python_logging.Formatter):
-  """'HH:MM:SS message'; the level only where it is a warning or worse."""
+  """Writes 'HH:MM:SS message', and the level of warnings and errors."""
 
   def __init__(self):
     super().__init__("%(asctime)s %(mark)s%(message)s", "%H:%M:%S")
@@ -90,10 +71,10 @@ class _ShortLines(python_logging.Formatter):
 
 
 class _QuietLibraries(python_logging.Filter):
-  """Drops what noisy libraries say below warnings.
+  """Drops the messages of noisy libraries that are less than warnings.
 
-  Orbax and grain log through absl's one logger, as we do, so the name of the
-  logger does not tell them apart; the file that logs does.
+  Orbax and grain log through absl's only logger, as this package does. So the
+  file that logs tells them apart, and not the name of the logger.
   """
 
   def __init__(self):
@@ -113,10 +94,10 @@ class _QuietLibraries(python_logging.Filter):
 
 
 def setup_logging(*, primary: bool = True):
-  """Short log lines on stderr; may be called again.
+  """Writes short log lines on stderr; may be called again.
 
   Args:
-    primary: whether this process speaks for the run; the others of a
+    primary: whether this process speaks for the run. The other processes of a
       distributed run report warnings only.
   """
   handler = logging.get_absl_handler()
@@ -131,46 +112,41 @@ def setup_logging(*, primary: bool = True):
   logging.set_verbosity(logging.INFO if primary else logging.WARNING)
 
 
-def peak_flops(device: jax.Device) -> float | None:
-  """Dense bf16 peak of one device, FLOP/s; None where it is not known."""
-  return of_kind(_PEAK_FLOPS, device.device_kind)
-
-
-def of_kind(
-  table: Sequence[tuple[str, float | None]], device_kind: str
-) -> float | None:
-  """The number beside the first part of (part, number) that the kind has."""
-  return next((x for part, x in table if part in device_kind), None)
-
-
 def is_out_of_memory(error: jax.errors.JaxRuntimeError) -> bool:
-  """Whether a device had too little memory for a program."""
-  # The CPU's own error has no code.
+  """Returns whether a device had too little memory for a program."""
+  # The error of a CPU has no code.
   return any(
     words in str(error) for words in ("RESOURCE_EXHAUSTED", "Out of memory")
   )
 
 
 class Progress:
-  """Steady-state speed and time left, pauses and compilation left out.
+  """Steady-state speed and time left, without pauses and compilation.
 
-  Steps are dispatched ahead of their execution, so a clock read after a
+  Steps are dispatched ahead of their execution, so a clock that is read after a
   dispatch tells little. Call `tick(step)` where the host has just waited for
-  the results of `step`: after the first step (whose compilation is thereby
-  left out) and at each log line. Any subset of the steps will do.
+  the results of `step`: after the first step, which leaves its compilation out,
+  and at each log line. Any subset of the steps is enough.
   """
 
-  def __init__(self, *, total_steps: int, start_step: int,
-               tokens_per_step: int, flops_per_token: float | None,
-               devices: Sequence[jax.Device],
-               clock=time.monotonic):  # fmt: skip
+  def __init__(
+    self,
+    *,
+    total_steps: int,
+    start_step: int,
+    tokens_per_step: int,
+    flops_per_token: float | None,
+    devices: Sequence[jax.Device],
+    clock=time.monotonic,
+  ):
     """Starts with no speed known.
 
     Args:
       total_steps: the step at which training ends.
       start_step: the step resumed from.
-      tokens_per_step: tokens a step, over all devices.
-      flops_per_token: model FLOPs of training, a token; None if not known.
+      tokens_per_step: tokens of a step, over all devices.
+      flops_per_token: FLOPs that the model needs to train on one token; None
+        if not known.
       devices: all devices of the mesh.
       clock: seconds, for tests.
     """
@@ -178,8 +154,8 @@ class Progress:
     self._step = start_step
     self._tokens_per_step = tokens_per_step
     self._flops_per_token = flops_per_token
-    peaks = [peak_flops(device) for device in devices]
-    self._peak_flops = None if None in peaks else sum(peaks)
+    flops = [peaks.of_kind(device.device_kind).flops for device in devices]
+    self._peak_flops = None if None in flops else sum(flops)
     self._clock = clock
     self._paused_seconds = 0.0
     self._marks = collections.deque()  # (step, seconds without pauses)
@@ -195,11 +171,11 @@ class Progress:
 
   @contextlib.contextmanager
   def pause(self, wait_for: Any = None) -> Iterator[None]:
-    """Leaves the time inside out of the speed: validation, samples, saves.
+    """Does not count the time inside: validation, samples, saves.
 
     Args:
-      wait_for: a pytree of arrays of the last step dispatched; waiting for it
-        first keeps that step's own time from being taken for a pause.
+      wait_for: a pytree of arrays of the last step that was dispatched. The
+        pause begins when they are there, so that the step itself counts.
     """
     jax.block_until_ready(wait_for)
     start = self._clock()
@@ -210,7 +186,7 @@ class Progress:
 
   @property
   def step_seconds(self) -> float | None:
-    """Seconds a step; None until two ticks."""
+    """Seconds per step; None until two ticks."""
     if len(self._marks) < 2:
       return None
     (first, start), (last, end) = self._marks[0], self._marks[-1]
@@ -218,7 +194,7 @@ class Progress:
 
   @property
   def tokens_per_second(self) -> float | None:
-    """Tokens a second, over all devices."""
+    """Tokens per second, over all devices."""
     seconds = self.step_seconds
     return self._tokens_per_step / seconds if seconds else None
 
@@ -235,14 +211,14 @@ class Progress:
 
   @property
   def eta_seconds(self) -> float | None:
-    """Seconds until the last step, without the pauses still to come."""
+    """Seconds until the last step, without future pauses."""
     if self.step_seconds is None:
       return None
     return max(self._total_steps - self._step, 0) * self.step_seconds
 
 
 def format_duration(seconds: float) -> str:
-  """'12s', '3m20s', '1h02m' or '2d03h'."""
+  """Returns a duration as '12s', '3m20s', '1h02m' or '2d03h'."""
   s = round(seconds)
   if s < 60:
     return f"{s}s"
@@ -254,29 +230,11 @@ def format_duration(seconds: float) -> str:
 
 
 def format_count(count: float) -> str:
-  """'870', '53.1k', '2.12M' or '1.05B': three digits."""
+  """Returns a count with three digits: '870', '53.1k', '2.12M' or '1.05B'."""
   for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
     if count >= 0.9995 * size:
       return f"{count / size:#.3g}".rstrip(".") + unit
   return f"{count:.0f}"
-
-
-def say_compiled(counts: Iterable[tuple[int, int]], file=None):
-  """Prints how many programs are compiled, now and then and when all are.
-
-  Args:
-    counts: (compiled so far, of how many), after each.
-    file: as of print.
-  """
-  start = told = time.monotonic()
-  for done, count in counts:
-    now = time.monotonic()
-    if now - told > _SECONDS_BETWEEN_PROGRESS or done == count:
-      told = now
-      print(
-        f"{done} of {count} programs compiled, {now - start:.0f} s",
-        file=file, flush=True,
-      )  # fmt: skip
 
 
 _LOG_FIELDS = {
@@ -291,13 +249,13 @@ _LOG_FIELDS = {
 
 
 def log_line(step: int, total: int, values: Mapping[str, Any]) -> str:
-  """One line for people: the fields of _LOG_FIELDS that `values` has.
+  """Returns one line for people, with the values that _LOG_FIELDS names.
 
   Args:
     step: optimizer steps done.
     total: steps of the whole run.
-    values: by the names of metrics.jsonl, and eta_seconds; None counts as
-      absent, and other names are for the file only.
+    values: name in metrics.jsonl, or eta_seconds -> value. None counts as
+      absent. Other names are for the file only.
   """
   parts = [f"step {step:>{len(f'{total:,}')},}/{total:,}"]
   for name, show in _LOG_FIELDS.items():
@@ -309,15 +267,16 @@ def log_line(step: int, total: int, values: Mapping[str, Any]) -> str:
 class ProfileWindow:
   """Traces a few steps to workdir/profile, for XProf or Perfetto."""
 
-  def __init__(self, workdir: epath.PathLike, start: int, steps: int,
-               primary: bool):  # fmt: skip
+  def __init__(
+    self, workdir: epath.PathLike, start: int, steps: int, primary: bool
+  ):
     """Plans the window.
 
     Args:
       workdir: the run directory.
-      start: first step traced; -1 for none.
-      steps: how many.
-      primary: only the primary process traces.
+      start: the first step that is traced; -1 traces no step.
+      steps: number of steps.
+      primary: whether this is the primary process; the others do not trace.
     """
     self._folder = epath.Path(workdir) / "profile"
     self._start = start
@@ -329,8 +288,8 @@ class ProfileWindow:
 
     Args:
       step: the step about to be dispatched.
-      wait_for: arrays of the step before, so that the trace holds its
-        execution, which lags behind its dispatch; waited for at both edges.
+      wait_for: arrays of the step before. Execution lags behind dispatch, so
+        the trace opens and closes only when they are there.
     """
     inside = self._start <= step < self._stop
     if inside == self._is_open:

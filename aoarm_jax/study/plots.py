@@ -1,22 +1,17 @@
-"""The pictures of the report, each as PNG and SVG.
-
-Matplotlib is imported where a picture is drawn, and never through pyplot.
-"""
+"""The pictures of the report, each as PNG and SVG."""
 
 import contextlib
-import io
 
 import numpy as np
 from etils import epath
 
-from aoarm_jax.runs import directory as run_dir
-from aoarm_jax.runs import figures
+from aoarm_jax.runs import canvas
 from aoarm_jax.study import coherence, profiles, tables
 
 _COLOURS = dict(
   zip(
     ("two_stream", "decoupled_rope", "mdlm", "ao_gpt", "sigma_gpt", "causal"),
-    figures.COLOURS,
+    canvas.COLOURS,
   )
 )
 _OTHER = "#444444"
@@ -28,24 +23,19 @@ def colour(mechanism: str) -> str:
 
 @contextlib.contextmanager
 def _picture(folder: epath.Path, name: str, columns: int, rows=1, **options):
-  """A grid of axes [rows, columns], saved where the block ends well."""
-  import matplotlib
-  from matplotlib import figure
-  from matplotlib.backends import backend_agg
+  """Yields (picture, grid of axes [rows, columns]); saved as PNG and SVG.
 
-  style = figures.STYLE | {"svg.hashsalt": name}  # The same bytes again.
-  with matplotlib.rc_context(style):
-    size = options.pop("inches", (max(7, 4.7 * columns), 4.4 * rows))
-    picture = figure.Figure(size, layout="constrained")
-    backend_agg.FigureCanvasAgg(picture)
-    grid = picture.subplots(rows, columns, squeeze=False, **options)
+  Axes in which nothing was drawn are hidden.
+  """
+  paths = [folder / f"{name}.{suffix}" for suffix in ("png", "svg")]
+  inches = options.pop("inches", (max(7, 4.7 * columns), 4.4 * rows))
+  with canvas.draw(paths, rows, columns, inches=inches, dpi=130, **options) as (
+    picture,
+    grid,
+  ):
     yield picture, grid
     for axes in grid.flat:
       axes.set_visible(axes.has_data())
-    for suffix, metadata in (("png", {}), ("svg", {"Date": None})):
-      data = io.BytesIO()
-      picture.savefig(data, format=suffix, dpi=130, metadata=metadata)
-      run_dir.write_atomically(folder / f"{name}.{suffix}", data.getvalue())
 
 
 def _shape(count):
@@ -63,9 +53,11 @@ def _legend(picture, grid):
     found |= dict(zip(labels, handles))
   if found:
     picture.legend(
-      found.values(), found.keys(), loc="outside lower center",
+      found.values(),
+      found.keys(),
+      loc="outside lower center",
       ncols=min(columns, len(found)),
-    )  # fmt: skip
+    )
 
 
 def _main(found, budgets=("steps",)):
@@ -127,15 +119,25 @@ def coherence_diversity(found, folder: epath.Path, rule: str) -> bool:
         if arm.orders == "curriculum":
           style = "-."
         axes.plot(
-          x, y, style, marker=".", ms=5, lw=1.5, color=colour(arm.mechanism),
+          x,
+          y,
+          style,
+          marker=".",
+          ms=5,
+          lw=1.5,
+          color=colour(arm.mechanism),
           label=_name(arm),
-        )  # fmt: skip
+        )
         axes.errorbar(
-          x, y,
+          x,
+          y,
           xerr=_arms_of(x, curve.low[:, x_at], curve.high[:, x_at]),
           yerr=_arms_of(y, curve.low[:, y_at], curve.high[:, y_at]),
-          fmt="none", lw=0.7, alpha=0.45, color=colour(arm.mechanism),
-        )  # fmt: skip
+          fmt="none",
+          lw=0.7,
+          alpha=0.45,
+          color=colour(arm.mechanism),
+        )
         real = curve.real
       axes.plot(
         real[x_at], real[y_at], "*", ms=14, color="black", label="real text"
@@ -181,9 +183,14 @@ def _profiles(found, folder, T, limit=4):
         good = np.isfinite(ratio[:, i]).any(axis=0)
         values = np.log2(np.maximum(ratio[:, i][:, good], 2.0**-limit))
         image = axes.imshow(
-          values, aspect="auto", origin="lower", cmap="RdBu_r",
-          vmin=-limit, vmax=limit, interpolation="nearest",
-        )  # fmt: skip
+          values,
+          aspect="auto",
+          origin="lower",
+          cmap="RdBu_r",
+          vmin=-limit,
+          vmax=limit,
+          interpolation="nearest",
+        )
         shown = profiles.bin_edges(T + 1)[: len(good)][good]
         ticks = np.arange(0, len(shown), 3)
         axes.set_xticks(ticks, [f"{shown[t]}" for t in ticks])
@@ -195,9 +202,11 @@ def _profiles(found, folder, T, limit=4):
       line[0].set_title(f"{_name(arm)}{rows_of}, T = {T}", fontsize=10)
       line[0].set_ylabel("layer")
     picture.colorbar(
-      image, ax=grid, label="log2 of attention / uniform attention",
+      image,
+      ax=grid,
+      label="log2 of attention / uniform attention",
       shrink=min(1.0, 3 / len(rows)),
-    )  # fmt: skip
+    )
 
 
 def locality_plane(found, folder: epath.Path) -> bool:
@@ -225,15 +234,23 @@ def locality_plane(found, folder: epath.Path) -> bool:
           words = _name(arm) + (f", {stream}" if stream != "only" else "")
           filled = stream != "content"
           axes.plot(
-            index[..., 1].ravel(), index[..., 0].ravel(), marks[stream], ms=5,
-            color=colour(arm.mechanism), alpha=0.7, label=words,
+            index[..., 1].ravel(),
+            index[..., 0].ravel(),
+            marks[stream],
+            ms=5,
+            color=colour(arm.mechanism),
+            alpha=0.7,
+            label=words,
             mfc=colour(arm.mechanism) if filled else "none",
-          )  # fmt: skip
+          )
           axes.plot(
-            *np.nanmean(index, axis=(0, 1))[::-1], marks[stream], ms=13,
-            color=colour(arm.mechanism), mec="black",
+            *np.nanmean(index, axis=(0, 1))[::-1],
+            marks[stream],
+            ms=13,
+            color=colour(arm.mechanism),
+            mec="black",
             mfc=colour(arm.mechanism) if filled else "white",
-          )  # fmt: skip
+          )
       axes.locator_params(axis="x", nbins=5)
       axes.set_title(f"T = {T}")
       axes.set_xlabel("structural locality")
@@ -254,9 +271,14 @@ def _errors(axes, x, rows, marker, **style):
   axes.errorbar(x, y, yerr=error, marker=marker, capsize=3, **style)
   one = [i for i, r in enumerate(rows) if r["seeds"] == 1]
   axes.plot(
-    [x[i] for i in one], [y[i] for i in one], marker, ls="",
-    color=style["color"], mfc="white", zorder=5,
-  )  # fmt: skip
+    [x[i] for i in one],
+    [y[i] for i in one],
+    marker,
+    ls="",
+    color=style["color"],
+    mfc="white",
+    zorder=5,
+  )
 
 
 def differences(rows, folder: epath.Path) -> bool:
@@ -286,11 +308,14 @@ def differences(rows, folder: epath.Path) -> bool:
           key=lambda r: r["T"],
         )
         _errors(
-          axes, [r["T"] for r in line], line, color=colour(mechanism),
+          axes,
+          [r["T"] for r in line],
+          line,
+          color=colour(mechanism),
           ls="-" if size == main else ":",
           marker="D" if family != "uniform" else "o" if size == main else "s",
           label=_trained(mechanism, family) + f", {size}" * (size != main),
-        )  # fmt: skip
+        )
       axes.set_xscale("log", base=2)
       axes.xaxis.set_major_formatter("{x:g}")
       axes.set_title(f"equal {budget}")
@@ -331,10 +356,14 @@ def blocks(rows, folder: epath.Path) -> bool:
       found = tables.find(chosen, mechanism=mechanism, budget=budget, size=size)
       widths, line = zip(*tables.by_width(found))
       _errors(
-        axes, widths, line, color=colour(mechanism), marker="o",
+        axes,
+        widths,
+        line,
+        color=colour(mechanism),
+        marker="o",
         ls="-" if budget == "steps" else "--",
         label=f"{mechanism}, equal {budget}",
-      )  # fmt: skip
+      )
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_title(f"T = {T}")
@@ -366,13 +395,17 @@ def bits_over_flops(rows, folder: epath.Path, name: str) -> None:
           means.setdefault(row["training_flops"], []).append(row["any_order"])
         flops = sorted(means)
         axes.plot(
-          flops, [np.mean(means[x]) for x in flops], color=colour(mechanism),
+          flops,
+          [np.mean(means[x]) for x in flops],
+          color=colour(mechanism),
           label=mechanism,
-        )  # fmt: skip
+        )
         axes.plot(
           [row["training_flops"] for row in own],
-          [row["any_order"] for row in own], ".", color=colour(mechanism),
-        )  # fmt: skip
+          [row["any_order"] for row in own],
+          ".",
+          color=colour(mechanism),
+        )
       axes.set_xscale("log")
       axes.set_title(f"T = {T:,}")
       axes.set_xlabel("training FLOPs")
@@ -393,7 +426,7 @@ def delay_over_budget(rows, folder: epath.Path, name: str) -> None:
   arms = list(dict.fromkeys((row["mechanism"], row["T"]) for row in rows))
   with _picture(folder, name, 1) as (all_, grid):
     axes = grid[0, 0]
-    for (mechanism, T), shade in zip(arms, figures.COLOURS):
+    for (mechanism, T), shade in zip(arms, canvas.COLOURS):
       own = [r for r in rows if (r["mechanism"], r["T"]) == (mechanism, T)]
       x = np.array([row["characters"] for row in own])
       y = np.array([row["delay"] for row in own])
@@ -401,18 +434,23 @@ def delay_over_budget(rows, folder: epath.Path, name: str) -> None:
       for row in own:
         ends = (row["low"], row["high"])
         if all(map(np.isfinite, ends)) and not row["bound"]:
-          axes.plot([row["characters"]] * 2, ends, color=shade, linewidth=3,
-                    alpha=0.4)  # fmt: skip
+          axes.plot(
+            [row["characters"]] * 2, ends, color=shade, linewidth=3, alpha=0.4
+          )
         elif row["bound"] == ">":
           axes.annotate(
-            "", (row["characters"], 1.15 * row["delay"]),
+            "",
+            (row["characters"], 1.15 * row["delay"]),
             (row["characters"], row["delay"]),
             arrowprops=dict(arrowstyle="->", color=shade),
-          )  # fmt: skip
+          )
       axes.plot(
-        x, [row["cost_ratio"] for row in own], "--", color=shade,
+        x,
+        [row["cost_ratio"] for row in own],
+        "--",
+        color=shade,
         label=f"cost of a step, T = {T:,}",
-      )  # fmt: skip
+      )
     axes.set_xscale("log")
     axes.set_xlabel("characters that the reference reads")
     axes.set_ylabel("delay: steps over the reference's steps")

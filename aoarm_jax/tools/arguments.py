@@ -1,18 +1,22 @@
-"""Command lines of the tools beside main.py, whose errors are one line."""
+"""The command lines of the tools: one parser, and the types of arguments.
+
+A command line that cannot be is refused in one line.
+"""
 
 import argparse
 import math
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection
 
 from etils import epath
 
 
 def parser(module: str, description: str) -> argparse.ArgumentParser:
-  """A parser that shows an error without the usage before it.
+  """Returns a parser that shows an error without the usage before it.
 
   Args:
-    module: of aoarm_jax.tools, as in scaling.
+    module: name of a module of aoarm_jax.tools, as in scaling.
     description: the module's docstring.
   """
   return argparse.ArgumentParser(
@@ -25,7 +29,12 @@ def parser(module: str, description: str) -> argparse.ArgumentParser:
 
 
 def number(kind: type, low: float) -> Callable[[str], int | float]:
-  """The type of an argument that is an int or float of at least `low`."""
+  """Returns the type of an argument that is a number of at least `low`.
+
+  Args:
+    kind: int or float.
+    low: the smallest value.
+  """
 
   def read(text):
     try:
@@ -42,12 +51,44 @@ def number(kind: type, low: float) -> Callable[[str], int | float]:
   return read
 
 
+def several(
+  kind: Callable[[str], object], choices: Collection = ()
+) -> Callable[[str], list]:
+  """Returns the type of an argument that lists values, separated by commas.
+
+  Args:
+    kind: the type of a value.
+    choices: the values that are allowed; () allows all.
+  """
+
+  def read(text):
+    values = [kind(word) for word in text.split(",")]
+    for value in values:
+      if choices and value not in choices:
+        raise argparse.ArgumentTypeError(
+          f"{value!r} is not one of {', '.join(choices)}"
+        )
+    return values
+
+  return read
+
+
+def pattern(text: str) -> re.Pattern:
+  """The type of an argument that is a regular expression."""
+  try:
+    return re.compile(text)
+  except re.error as error:
+    raise argparse.ArgumentTypeError(
+      f"{text!r} is not a regular expression: {error}"
+    ) from None
+
+
 def output(text: str) -> str:
   """The type of an argument that names a file to be written."""
   path = epath.Path(text)
   if not path.name or path.is_dir():
     raise argparse.ArgumentTypeError(f"{text!r}: name a file, not a folder")
-  # Nearest first; of a bucket there are none.
+  # The nearest folder that exists. A bucket has no such folder.
   for folder in filter(os.path.exists, path.parents):
     if not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
       raise argparse.ArgumentTypeError(

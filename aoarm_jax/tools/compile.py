@@ -1,10 +1,12 @@
 """--mode=compile: would this run fit a TPU slice, and how fast could it be?
 
-The whole training step is compiled for the slice by the real TPU compiler,
-which needs no TPU (it comes with the extra `tpu`). It may crash and wants to be
-alone, so it runs in a process of its own, one at a time on this machine.
-Nothing is run: memory and collectives are the compiler's, FLOPs are counted
-(model/cost.py), the time is the largest of what they need at the chip's peaks.
+The real TPU compiler compiles the whole training step for the slice. It needs
+no TPU and comes with the extra `tpu`. It may crash, and refuses to run twice at
+a time: so it runs in a process of its own, one at a time on this machine.
+
+Nothing is executed. Memory and collectives are read from the compiled program,
+and FLOPs are counted by model/cost.py. The time of a step is a lower bound: the
+longest of the times that matrix products, memory and links need at their peaks.
 """
 
 import contextlib
@@ -26,35 +28,10 @@ from jax.experimental import topologies
 import pallas_kernels
 from aoarm_jax.config import errors
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.devices import hlo, sharding
+from aoarm_jax.devices import hlo, peaks, sharding
 from aoarm_jax.model import cost
-from aoarm_jax.runs import telemetry
+from aoarm_jax.runs import telemetry, text
 from aoarm_jax.training import program as program_lib
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-  """Of one chip, by https://docs.cloud.google.com/tpu/docs/system-architecture.
-
-  Attributes:
-    flops: bf16 peak, FLOP/s.
-    memory: HBM, bytes.
-    memory_speed: bytes/s.
-    link_speed: bytes/s sent over all its links, half of what is given for both
-      directions.
-  """
-
-  flops: float
-  memory: float
-  memory_speed: float
-  link_speed: float
-
-
-CHIPS = {
-  "v5e": Chip(197e12, 16e9, 819e9, 200e9),
-  "v5p": Chip(459e12, 95e9, 2765e9, 600e9),
-  "v6e": Chip(918e12, 32e9, 1640e9, 400e9),
-}
 
 
 class PodError(errors.UserError):
@@ -66,15 +43,15 @@ class Report:
   """What a training step needs on a slice; see `estimate`.
 
   Attributes:
-    topology: as in v5p:4x4x8.
-    chips: how many.
-    mesh: as in "fsdp 128".
-    tokens: of a step.
-    parameter_bytes: of parameters, optimizer and EMA, on a chip.
-    memory_bytes: of all that the step needs, on a chip.
-    model_flops: of a step, on a chip: forward and backward.
-    flops: the same and what is recomputed: all of the forward pass, at most.
-    sent_bytes: by kind of collective, on a chip.
+    topology: chip and shape, as in v5p:4x4x8.
+    chips: number of chips.
+    mesh: its axes, as in "fsdp 128".
+    tokens: of a step, over all chips.
+    parameter_bytes: of parameters, optimizer and EMA, on one chip.
+    memory_bytes: all that the step needs on one chip.
+    model_flops: of the forward and backward pass of a step, on one chip.
+    flops: model_flops, and with remat a second forward pass.
+    sent_bytes: kind of collective -> bytes that one chip sends in a step.
   """
 
   topology: str
@@ -88,26 +65,28 @@ class Report:
   sent_bytes: dict[str, float]
 
   @property
-  def chip(self) -> Chip:
-    return CHIPS[self.topology.partition(":")[0]]
+  def chip(self) -> peaks.Peaks:
+    """The peaks of one chip."""
+    return peaks.CHIPS[self.topology.partition(":")[0]]
 
   @property
   def seconds(self) -> dict[str, float]:
-    """What each part of a step needs at its peak."""
+    """Seconds that each resource needs for a step at its peak."""
     return {
       "matmuls": self.flops / self.chip.flops,
-      # Adam reads and writes its state and the parameters once, and a gradient.
-      "state in memory": 2 * self.parameter_bytes / self.chip.memory_speed,
-      "collectives": sum(self.sent_bytes.values()) / self.chip.link_speed,
+      # Adam reads and writes parameters and state once, and reads a gradient.
+      "state in memory": 2 * self.parameter_bytes / self.chip.memory_bandwidth,
+      "collectives": sum(self.sent_bytes.values()) / self.chip.link_bandwidth,
     }
 
   @property
   def step_seconds(self) -> float:
-    """The longest part: all others at the same time."""
+    """Seconds of a step if all resources are busy at the same time."""
     return max(self.seconds.values())
 
   @property
   def mfu_bound(self) -> float:
+    """The MFU of a step that takes step_seconds, a fraction."""
     return self.model_flops / self.chip.flops / self.step_seconds
 
   def __str__(self):
@@ -118,7 +97,7 @@ class Report:
     parts = ", ".join(
       f"{name} {1e3 * s:.3g} ms" for name, s in self.seconds.items()
     )
-    return "\n".join((
+    lines = (
       f"{self.topology}: {self.chips} chips, mesh {self.mesh}; "
       "compiled, not run",
       f"memory a chip   {self.memory_bytes / 1e9:.2f} GB of "
@@ -130,25 +109,28 @@ class Report:
       f"roofline        {1e3 * self.step_seconds:.3g} ms a step ({parts})",
       f"bounds          {self.tokens / self.step_seconds / self.chips:,.0f} "
       f"tokens/s a chip, MFU {self.mfu_bound:.1%}",
-    ))  # fmt: skip
+    )
+    return "\n".join(lines)
 
 
 def estimate(config: config_lib.Config, topology: str) -> Report:
   """Compiles a training step for a slice, in a process of its own.
 
   Args:
-    config: its mesh is over the slice's chips. attention=auto is mosaic_tpu.
+    config: its mesh is over the slice's chips. attention=auto becomes
+      mosaic_tpu.
     topology: chip and shape, as in v5e:16x16, v5p:4x4x8, v6e:8x8.
 
   Raises:
-    ConfigError: no such topology, a mesh that does not fit it, no compiler.
+    ConfigError: there is no such topology, the mesh does not fit it, or the
+      compiler is not installed.
     PodError: the step does not fit the memory, or the compiler failed.
   """
   name, _, shape = topology.partition(":")
-  if name not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
+  if name not in peaks.CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
     raise config_lib.ConfigError(
       f"--topology={topology!r}: give chip and shape, as in v5e:16x16, "
-      f"v5p:4x4x8 or v6e:8x8; chips: {', '.join(CHIPS)}"
+      f"v5p:4x4x8 or v6e:8x8; chips: {', '.join(peaks.CHIPS)}"
     )
   given = {
     "config": dataclasses.asdict(config),
@@ -158,11 +140,15 @@ def estimate(config: config_lib.Config, topology: str) -> Report:
     done = subprocess.run(
       [sys.executable, "-m", "aoarm_jax.tools.compile"],
       input=json.dumps(given),
-      env=os.environ
-      | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1",
-         "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-      capture_output=True, text=True,
-    )  # fmt: skip
+      env={
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+      },
+      capture_output=True,
+      text=True,
+    )
   if done.returncode < 0:
     raise PodError(
       f"the TPU compiler crashed ({signal.Signals(-done.returncode).name}) on "
@@ -182,8 +168,8 @@ def estimate(config: config_lib.Config, topology: str) -> Report:
 
 @contextlib.contextmanager
 def _alone():
-  """The compiler library refuses a second process: wait for the first."""
-  import fcntl  # Not on Windows, where nothing else here needs it.
+  """Waits until no other process compiles: the library refuses a second one."""
+  import fcntl  # Windows has no fcntl; only this function needs it.
 
   path = pathlib.Path(tempfile.gettempdir()) / f"aoarm_jax_pod_{os.getuid()}"
   with open(path, "w") as file:
@@ -196,30 +182,28 @@ def _alone():
 
 
 def _compile(config: config_lib.Config, topology: str) -> dict:
-  """What the child process does: the fields of Report."""
+  """Compiles in the child process, and returns the fields of Report."""
   try:
     devices = topologies.get_topology_desc(
       platform="tpu", topology_name=topology
     ).devices
-  except Exception as error:  # Of many types, by what is missing.
+  except Exception as error:  # The library raises many types.
     raise config_lib.ConfigError(
-      f"--topology={topology}: {_first_line(error)}; the TPU compiler comes "
-      "with pip install -e '.[tpu]'"
+      f"--topology={topology}: {text.first_line(error)}; the TPU compiler "
+      "comes with pip install -e '.[tpu]'"
     ) from error
   if config.compute.attention == "auto":
     config = config.replace("compute.attention", "mosaic_tpu")
   program = program_lib.make(config, "train", devices=devices)
   mesh = program.network.mesh
-  # The mesh without devices: these cannot compute the constants of a trace.
+  # A mesh without devices: a device that is not there cannot compute the
+  # constants of a trace.
   with (
     jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
     pallas_kernels.interpret(False),
   ):
     lowered = program.step.lower(program.abstract, program.tokens)
   compiled = lowered.compile()
-  memory = compiled.memory_analysis()
-  used = memory.argument_size_in_bytes + memory.output_size_in_bytes
-  used += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
   forward = cost.forward_flops(config)
   return dict(
     topology=topology,
@@ -232,17 +216,18 @@ def _compile(config: config_lib.Config, topology: str) -> dict:
         for leaf in jax.tree.leaves(program.abstract)
       )
     ),
-    memory_bytes=float(used - memory.alias_size_in_bytes),
+    memory_bytes=float(hlo.memory_bytes(compiled)),
     model_flops=3 * forward / len(devices),
     flops=(4 if config.compute.remat else 3) * forward / len(devices),
     sent_bytes={
-      kind: one.sent_bytes
-      for kind, one in hlo.traffic(compiled.as_text()).items()
+      kind: traffic.sent_bytes
+      for kind, traffic in hlo.traffic(compiled.as_text()).items()
     },
   )
 
 
 def _answer(given: dict) -> dict:
+  """Returns the fields of Report, or the error as one field."""
   try:
     return _compile(config_lib.from_dict(given["config"]), given["topology"])
   except config_lib.ConfigError as error:
@@ -251,11 +236,11 @@ def _answer(given: dict) -> dict:
     return {"config_error": f"config.compute.attention: {error}"}
   except jax.errors.JaxRuntimeError as error:
     if not telemetry.is_out_of_memory(error):
-      return {"error": f"the TPU compiler failed: {_first_line(error)}"}
+      return {"error": f"the TPU compiler failed: {text.first_line(error)}"}
     return {"error": f"{given['topology']}: {_does_not_fit(str(error))}"}
 
 
-# The compiler says it in one way or the other, by when it notices.
+# The compiler has two messages, by the moment when it notices.
 _TOO_MUCH = (
   r"Used (?P<used>[\d.]+\w) of (?P<there>[\d.]+\w) hbm",
   r"\((?P<used>[\d.]+\w)\) exceeds available HBM \((?P<there>[\d.]+\w)\)",
@@ -263,11 +248,13 @@ _TOO_MUCH = (
 
 
 def _does_not_fit(message):
-  found = next(filter(None, (re.search(p, message) for p in _TOO_MUCH)), None)
+  """Returns one line about a step that needs too much memory."""
+  matches = (re.search(pattern, message) for pattern in _TOO_MUCH)
+  sizes = next(filter(None, matches), None)
   what = (
-    f"needs at least {found['used']}iB of the {found['there']}iB of a chip"
-    if found
-    else _first_line(message)
+    f"needs at least {sizes['used']}iB of the {sizes['there']}iB of a chip"
+    if sizes
+    else text.first_line(message)
   )
   return (
     f"does not fit: {what}; take more chips, a smaller "
@@ -276,11 +263,7 @@ def _does_not_fit(message):
   )
 
 
-def _first_line(error):
-  return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 if __name__ == "__main__":
   print(json.dumps(_answer(json.load(sys.stdin))))
   sys.stdout.flush()
-  os._exit(0)  # The compiler library takes its time, or crashes, at exit.
+  os._exit(0)  # At a regular exit the compiler library is slow, or crashes.

@@ -1,24 +1,24 @@
 """Speed of generation: python -m aoarm_jax.tools.generation_speed
 
-One cell is a model size, a length T, a batch B and a method; --only picks cells
-by a regular expression over names such as "8m T1024 B64 sequential". Weights
-are random unless --workdir names a run: then its own model is timed, and what
-speculative decoding accepts is that of a trained model.
+A cell of the table is a model size, a length T, a batch B and a method. --only
+is a regular expression that picks cells by names such as "8m T1024 B64
+sequential". Weights are random unless --workdir names a run. Then the run's own
+model is timed, and speculative decoding accepts the drafts of a trained model.
 
-sequential    one token a step, one cache (exact)
-parallel-m    m tokens a step (not exact)
-speculative-m m drafts a round of two passes (exact); with random weights nearly
-              all drafts pass: only its time a round means something
-adaptive      the surest of all targets, scored anew in every step, one a step
+sequential    one token per step, from a cache (exact)
+parallel-m    m tokens per step (not exact)
+speculative-m m drafts per round of two passes (exact). With random weights
+              nearly all drafts pass: only the time of a round means something
+adaptive      the surest of all targets, one per step; every step scores all
 uncached      every step computes its visible content rows and one query row
 mdlm          masked diffusion of the same size: T and T / 4 full passes
 
-Cells time --steps steps in the middle of a text (uncached: at two lengths) and
-are scaled to all of it, which the table says; --whole times whole texts.
-`floor` is what one step must read, weights and half of a full cache for each of
-its passes, over --bandwidth, and `floors` how many of them a step takes; -
-where the bandwidth is not known. `launches` counts the kernels of a step in the
-compiled program.
+A cell times --steps steps in the middle of a text, or steps at two lengths, and
+scales them to a whole text. The column `timed` says which. --whole times whole
+texts. `floor` is the time that one step needs for the bytes that each of its
+passes must read, the weights and half of a full cache, or for its FLOPs.
+`floors` is the time of a step over its floor; both are - where the bandwidth is
+not known. `launches` counts the kernels of a step in the compiled program.
 """
 
 import argparse
@@ -35,15 +35,16 @@ from etils import epath
 import pallas_kernels
 from aoarm_jax.config import mechanisms
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.runs import checkpoint, figures, opening, telemetry
-from aoarm_jax.runs import directory as run_dir
-from aoarm_jax.tools import arguments, decode_timing
+from aoarm_jax.devices import peaks
+from aoarm_jax.runs import checkpoint, figures, opening
+from aoarm_jax.tools import (
+  arguments,
+  decode_cells,
+  decode_programs,
+  decode_timing,
+  table,
+)
 
-_SIZES = {
-  "tiny": dict(D=64, L=3, N=2),
-  "8m": dict(D=256, L=10, N=4),
-  "base": dict(D=768, L=12, N=12),
-}
 _METHODS = (
   "sequential",
   "parallel-4",
@@ -51,30 +52,31 @@ _METHODS = (
   "speculative-4",
   "adaptive",
   "uncached",
-  "mdlm",
+  decode_cells.MASKED,
 )
+_NUMBERED = ("parallel", "speculative")
+# The columns that the picture needs.
 _COLUMNS = {"size", "T", "B", "method", "tokens_per_second", "device"}
-_QUICK = "(sequential|parallel-16|uncached|mdlm)$"
-_HEADER = (
-  "size           T     B method              tokens/s    step ms  floor ms  "
-  "floors  launches tok/step  timed"
-)
+_QUICK = f"(sequential|parallel-16|uncached|{decode_cells.MASKED})$"
 
 
 def cells(
   options: argparse.Namespace, config: config_lib.Config | None
-) -> Iterator[decode_timing.Cell]:
-  """All of the lengths, batches and methods that the options name.
+) -> Iterator[decode_cells.Cell]:
+  """Yields a cell for every size, length, batch and method of the options.
 
   Args:
-    options: as parsed.
+    options: the parsed command line.
     config: of the run that is timed; None for random weights.
 
   Raises:
-    ConfigError: a method that the mechanism does not have.
+    ConfigError: the mechanism does not have a method that is asked for.
   """
   models = [
-    (size, config_lib.Model(mechanism=options.mechanism, T=T, **_SIZES[size]))
+    (
+      size,
+      config_lib.Model(mechanism=options.mechanism, T=T, **table.SIZES[size]),
+    )
     for size in options.sizes
     for T in options.T
   ]
@@ -84,16 +86,18 @@ def cells(
   for size, model in models:
     for B in options.batches:
       for method in methods:
-        yield decode_timing.Cell(size, model, B, method)
+        yield decode_cells.Cell(size, model, B, method)
 
 
 def _methods(asked, model):
-  """Those that are asked for, or all that the model has."""
+  """Returns the methods that are asked for, or all that the model has."""
 
   def has(method):
-    if model.kind.masked:  # It has no cache, and its rows are the whole text.
-      return method == "mdlm"
-    return method != "adaptive" or not model.kind.left_to_right
+    # A masked model of the same size is timed beside every other model. It has
+    # no cache, and its rows are the whole text.
+    if method == decode_cells.MASKED or model.kind.masked:
+      return method == decode_cells.MASKED
+    return method == "uncached" or _family(method) in model.kind.methods
 
   possible = list(filter(has, _METHODS))
   for method in asked or ():
@@ -105,57 +109,67 @@ def _methods(asked, model):
   return asked or possible
 
 
+def _family(method):
+  """Returns a method's name without its number, as in parallel-4."""
+  return method.partition("-")[0]
+
+
 def _method(name):
-  if re.fullmatch(r"sequential|adaptive|uncached|mdlm", name):
-    return name
-  if re.fullmatch(r"(parallel|speculative)-[1-9]\d*", name):
-    return name
-  raise argparse.ArgumentTypeError(
-    f"{name!r} is not one of sequential, parallel-M, speculative-M, adaptive, "
-    "uncached, mdlm, where M is any whole number from 1"
-  )
-
-
-def _pattern(text):
-  try:
-    return re.compile(text)
-  except re.error as error:
+  """The type of an argument that is a method."""
+  plain = [method for method in _METHODS if _family(method) not in _NUMBERED]
+  numbered = re.fullmatch(rf"({'|'.join(_NUMBERED)})-[1-9]\d*", name)
+  if name not in plain and not numbered:
+    choices = (*plain, *(f"{family}-M" for family in _NUMBERED))
     raise argparse.ArgumentTypeError(
-      f"{text!r} is not a regular expression: {error}"
-    ) from None
+      f"{name!r} is not one of {', '.join(choices)}, where M is any whole "
+      "number from 1"
+    )
+  return name
 
 
 def _parser():
   parser = arguments.parser("generation_speed", __doc__)
   add, whole = parser.add_argument, arguments.number(int, 1)
-  add("--only", type=_pattern, help="regular expression of cells' names")
   add(
-    "--quick", action="store_true",
+    "--only", type=arguments.pattern, help="regular expression of cells' names"
+  )
+  add(
+    "--quick",
+    action="store_true",
     help="other defaults: four methods at 8m T1024 B64; on a CPU tiny T128 B8",
-  )  # fmt: skip
-  add("--sizes", nargs="+", default=["8m", "base"], choices=_SIZES)
+  )
+  add("--sizes", nargs="+", default=["8m", "base"], choices=table.SIZES)
   add(
-    "--methods", nargs="+", type=_method,
+    "--methods",
+    nargs="+",
+    type=_method,
     help="default: all that the mechanism has",
-  )  # fmt: skip
+  )
   add("--T", nargs="+", type=whole, default=[128, 1024, 4096])
   add(
-    "--batches", nargs="+", type=arguments.number(int, 0), default=[1, 64, 0],
+    "--batches",
+    nargs="+",
+    type=arguments.number(int, 0),
+    default=[1, 64, 0],
     help="0: the best",
-  )  # fmt: skip
+  )
   chain = [name for name, m in mechanisms.MECHANISMS.items() if not m.masked]
-  add("--mechanism", default="two_stream", choices=chain)
+  add("--mechanism", default=config_lib.Model().mechanism, choices=chain)
   add(
-    "--attention", default="auto", help="of uncached and mdlm passes",
+    "--attention",
+    default="auto",
+    help="of uncached and mdlm passes",
     choices=("auto", *pallas_kernels.IMPLEMENTATIONS),
-  )  # fmt: skip
+  )
   add("--steps", type=whole, default=128, help="steps timed a cell")
   add("--whole", action="store_true", help="time whole texts")
   add(
-    "--bandwidth", type=arguments.number(float, 0), default=0.0,
-    help="bytes/s, for the floor; 0: this device's, as measured (H100, H200), "
-    "or no floor",
-  )  # fmt: skip
+    "--bandwidth",
+    type=arguments.number(float, 0),
+    default=0.0,
+    help="bytes/s, for the floor; 0: this device's, where devices/peaks.py "
+    "knows it, or no floor",
+  )
   add("--workdir", default="", help="a run, instead of random weights")
   add("--out", type=arguments.output, help="CSV file")
   add("--plot", default="", help="draw this CSV file beside it, and no more")
@@ -176,7 +190,7 @@ def _parse(argv):
 
 
 def main(argv=None) -> None:
-  """Prints a line a cell as it is measured, and writes the CSV file."""
+  """Prints a line for each cell as it is measured, and writes the CSV file."""
   options = _parse(argv)
   if options.plot:
     return _plot(epath.Path(options.plot))
@@ -191,49 +205,55 @@ def main(argv=None) -> None:
       f"no cell has a name with {only.pattern!r}; the first one's is {every[0]}"
     )
   device = jax.devices()[0].device_kind
-  bandwidth = options.bandwidth or decode_timing.peak_bandwidth(device)
-  if not bandwidth:
-    print(
-      f"the memory bandwidth of {device!r} is not known: no floors, unless "
-      "--bandwidth gives it"
-    )
+  how = _how(options, device)
   print(f"jax {jax.__version__}, {device}")
   if run is None and options.quick and jax.default_backend() == "cpu":
     print(
       "--quick on a CPU is of a tiny model; choose by --sizes, --T, --batches"
     )
-  how = decode_timing.Options(
-    options.steps, options.whole, bandwidth, options.attention
+  if not _fill(decode_timing.Benchmark(how, run), chosen, options.out, device):
+    sys.exit("no cell could be measured; each says why")
+
+
+def _how(options, device):
+  """Returns how to measure on a device of that kind."""
+  peak = peaks.of_kind(device)
+  bandwidth = options.bandwidth or peak.attainable_bandwidth
+  if not bandwidth:
+    print(
+      f"the memory bandwidth of {device!r} is not known: no floors, unless "
+      "--bandwidth gives it"
+    )
+  return decode_programs.Options(
+    options.steps,
+    options.whole,
+    bandwidth,
+    peak.attainable_flops,
+    options.attention,
   )
-  benchmark, results = decode_timing.Benchmark(how, run), []
-  telemetry.say_compiled(benchmark.compile(chosen))
-  print(_HEADER)
-  unsupported = 0
-  for cell in chosen:
-    try:
-      found = (benchmark.measure if cell.B else benchmark.best)(cell)
-    except jax.errors.JaxRuntimeError as error:
-      if not telemetry.is_out_of_memory(error):
-        raise
-      print(f"{cell}: out of device memory", flush=True)
+
+
+def _fill(benchmark, chosen, path, device):
+  """Measures, prints and saves; returns whether any cell could be measured."""
+  benchmark.compile(chosen)
+  print(decode_cells.header(), flush=True)
+  saved = []
+  for cell, results, failure in table.measured(chosen, benchmark.measure):
+    if failure:
+      print(f"{cell}: {failure}", flush=True)
       continue
-    except pallas_kernels.UnsupportedError as error:
-      print(f"{cell}: {error}", flush=True)
-      unsupported += 1
-      continue
-    if not found:
-      print(f"{cell}: out of device memory at every batch", flush=True)
-    for result in found:
+    for result in results:
       print(result, flush=True)
-      results.append(result)
-    if options.out:
-      _write(options.out, results, device)
-  if unsupported == len(chosen):
-    sys.exit(1)
+      saved.append(
+        dataclasses.asdict(result) | {"device": device, "jax": jax.__version__}
+      )
+    if path:
+      table.write_csv(path, saved)
+  return bool(saved)
 
 
 def _restore(options):
-  """The run to be timed, or None, and all cells."""
+  """Returns the run to be timed, or None, and all cells."""
   if not options.workdir:
     return None, list(cells(options, None))
   workdir = epath.Path(options.workdir)
@@ -260,17 +280,6 @@ def _plot(path):
   title = "speed of generation"
   figures.decode_speed(rows, path.with_suffix(".png"), title=title)
   print(path.with_suffix(".png"))
-
-
-def _write(path, results, device):
-  text = io.StringIO(newline="")
-  names = [field.name for field in dataclasses.fields(decode_timing.Result)]
-  writer = csv.DictWriter(text, [*names, "device", "jax"], lineterminator="\n")
-  writer.writeheader()
-  for result in results:
-    more = {"device": device, "jax": jax.__version__}
-    writer.writerow(dataclasses.asdict(result) | more)
-  run_dir.write_atomically(epath.Path(path), text.getvalue())
 
 
 if __name__ == "__main__":

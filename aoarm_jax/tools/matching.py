@@ -2,7 +2,6 @@
 
 import runpy
 
-import jax
 from absl import logging
 from etils import epath
 
@@ -10,17 +9,20 @@ from aoarm_jax.config import mechanisms
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.model import cost
 from aoarm_jax.model import network as network_lib
+from aoarm_jax.runs import directory as run_dir
+from aoarm_jax.runs import text
 
-# Head dims stay multiples of 8, which fused attention wants; so does F.
+# Fused attention needs heads whose width is a multiple of 8. The width of the
+# MLP is kept a multiple of 8 too.
 _MULTIPLE = 8
-_LARGEST = 1 << 26  # Steps, layers, widths in units.
-_EQUAL = 0.1  # What is off by more is not called equal.
+_LARGEST = 1 << 26  # The most steps, layers, or multiples of 8 that are tried.
+_TOLERANCE = 0.1  # A match that is further off, relatively, is refused.
 
 
 def parameters(config: config_lib.Config) -> int:
   """Returns how many numbers are trained."""
   network = network_lib.Network(config)
-  return sum(leaf.size for leaf in jax.tree.leaves(network.abstract_params))
+  return run_dir.parameter_count(network.abstract_params)
 
 
 def training_flops(config: config_lib.Config) -> float:
@@ -35,15 +37,16 @@ _MEASURES = {"parameters": parameters, "training_flops": training_flops}
 def match(
   config: config_lib.Config, other: config_lib.Config
 ) -> config_lib.Config:
-  """Changes config.match.change until config.match.by equals that of `other`.
+  """Changes one field until a config has the parameters or FLOPs of another.
 
   Args:
-    config: to be changed.
-    other: the config that it is to be as large or as long as.
+    config: to be changed. Its match.change names the field, and its match.by
+      the measure that becomes equal.
+    other: the config whose measure is the target.
 
   Returns:
-    The config with the nearest value: a whole number of steps or layers, heads
-    whose width is a multiple of 8, an MLP width that is.
+    The config with the value that comes nearest: a whole number of steps or
+    layers, or a width of heads or of the MLP that is a multiple of 8.
 
   Raises:
     ConfigError: no value comes within 10%.
@@ -61,7 +64,7 @@ def match(
   def size(count):
     return measure(with_value(count))
 
-  # The largest count below the target; one of it and the next is the nearest.
+  # Bisection: low stays below the target, unless 1 is too large already.
   low, high = 1, 2
   while size(high) < target and high < _LARGEST:
     low, high = high, 2 * high
@@ -70,7 +73,7 @@ def match(
     low, high = (middle, high) if size(middle) < target else (low, middle)
   count = min((low, high), key=lambda count: abs(size(count) - target))
   share = size(count) / target
-  if abs(share - 1) > _EQUAL:
+  if abs(share - 1) > _TOLERANCE:
     raise config_lib.ConfigError(
       f"config.match.change={change!r}: no {change} gives "
       f"{config.model.mechanism} the {by} of {config.match.to}; the nearest "
@@ -84,17 +87,18 @@ def _section(change):
 
 
 def _changed(config):
-  """The value that was matched, readable."""
+  """Returns the value that was matched, for people."""
   change = config.match.change
   return f"{getattr(getattr(config, _section(change)), change):,}"
 
 
 def resolve(config: config_lib.Config, config_file: str) -> config_lib.Config:
-  """The config, matched to the experiment that config.match.to names.
+  """Matches a config to the experiment that config.match.to names.
 
   Args:
-    config: nothing is changed where match.to is "".
-    config_file: path of its own file; the other's lies beside it.
+    config: to be changed. It stays as it is where match.to is "".
+    config_file: path of the config's file. The other experiment's file lies in
+      the same folder.
 
   Raises:
     ConfigError: there is no such file or variant, or no match; see `match`.
@@ -126,24 +130,36 @@ def resolve(config: config_lib.Config, config_file: str) -> config_lib.Config:
 
 
 def table(config: config_lib.Config) -> str:
-  """What every mechanism costs at this config's sizes, as aligned text.
+  """Returns a table of what every mechanism costs at this config's sizes.
 
-  The last columns say which one change gives a mechanism the parameters (L,
-  mlp_width) or the training FLOPs (steps) of the config's own.
+  The last columns say which L or mlp_width gives a mechanism as many parameters
+  as the config's mechanism has, and which number of steps as many FLOPs.
   """
   header = (
-    "mechanism", "parameters", "forward", "training", "cache",
-    "L", "mlp_width", "steps",
-  )  # fmt: skip
+    "mechanism",
+    "parameters",
+    "forward",
+    "training",
+    "cache",
+    "L",
+    "mlp_width",
+    "steps",
+  )
   units = (
-    "", "", "MFLOP/token", "MFLOP/token", "bytes/token",
-    "equal parameters", "equal parameters", "equal FLOPs",
-  )  # fmt: skip
+    "",
+    "",
+    "MFLOP/token",
+    "MFLOP/token",
+    "bytes/token",
+    "equal parameters",
+    "equal parameters",
+    "equal FLOPs",
+  )
   rows = [header, units]
   for name in mechanisms.MECHANISMS:
     own = config.replace("model.mechanism", name)
     if own.model.kind.streams == 1:
-      # Every row of a lone stream predicts.
+      # With one stream, every row predicts.
       own = own.replace("train.query_fraction", 1.0)
     tokens = own.train.batch_size * own.model.T
     every = own.replace("train.query_fraction", 1.0)
@@ -166,12 +182,7 @@ def table(config: config_lib.Config) -> str:
         ),
       )
     )
-  widths = [max(map(len, column)) for column in zip(*rows)]
-  return "\n".join(
-    row[0].ljust(widths[0])
-    + "".join(cell.rjust(width + 2) for cell, width in zip(row[1:], widths[1:]))
-    for row in rows
-  )
+  return text.aligned(rows, "<" + ">" * len(units[1:])).rstrip("\n")
 
 
 def _matched(own, config, by, change):
@@ -179,4 +190,4 @@ def _matched(own, config, by, change):
   try:
     return _changed(match(own.replace("match", wanted), config))
   except config_lib.ConfigError:
-    return "-"  # No value comes near.
+    return "-"  # No value comes within the tolerance.

@@ -2,36 +2,36 @@
 
   python -m aoarm_jax.tools.scaling --devices=1,2
 
-Prints one table, a row for every model, mechanism, length, mesh and number of
-devices. weak: as many tokens a device; strong: as many tokens in all. Text and
-orders are random, parameters fresh.
+Prints one table, with a row for every model, mechanism, length, mesh and number
+of devices. With weak scaling the tokens of a step grow with the devices; with
+strong scaling they stay the same. Texts, orders and parameters are random.
 
-  tokens/s     of all devices, and of each
-  MFU          model FLOPs over the devices' bf16 peak (PaLM, appendix B)
-  memory       arguments and temporaries of the step, by the compiler, a device
-  collectives  share of the time in which they run, on the first device, by a
-               profile; 'alone' where nothing else runs there
-  idle         share of the time in which nothing runs there, by that profile
-  efficiency   tokens/s a device over that of the first row of its kind
+  tokens/s      of all devices together
+  a device      tokens/s of each device
+  MFU           FLOPs of the model over the devices' bfloat16 peak (PaLM,
+                appendix B)
+  GB a device   memory that the compiled step needs
+  collectives   share of the time in which collectives run on the first device,
+                from a profile
+  alone         share of the time in which nothing else runs beside them
+  idle          share of the time in which no kernel runs there
+  efficiency    tokens/s per device, relative to the first row of its kind
 
-Ends with 1 where no row could be measured.
+The exit status is 1 where no row could be measured.
 
---dry-run takes 8 virtual CPU devices, which share one processor, and unless
-told otherwise two streams of a tiny model on 1 and 4 of them (six programs, a
-minute or two on 2 cores, most of it compiling): its times mean nothing, and it
-shows no efficiency. Started by launch.local or launch.slurm as several
-processes it measures all their devices only, and no efficiency.
+--dry-run uses 8 virtual CPU devices, which share one processor. By default it
+measures a tiny model with two streams on 1 and on 4 of them: six programs, a
+minute or two on 2 cores. Its times mean nothing, so it shows no efficiency.
+Several processes, started by launch.local or launch.slurm, measure
+all their devices only, and show no efficiency either.
 """
 
 import argparse
-import concurrent.futures
 import dataclasses
-import glob
+import functools
 import itertools
-import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -42,21 +42,15 @@ import numpy as np
 import pallas_kernels
 from aoarm_jax.config import mechanisms
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.devices import distributed, sharding
+from aoarm_jax.devices import distributed, hlo, peaks, sharding, trace
 from aoarm_jax.model import cost
 from aoarm_jax.runs import telemetry
-from aoarm_jax.tools import arguments
+from aoarm_jax.tools import arguments, table
 from aoarm_jax.training import program as program_lib
 
 _VOCABULARY = 27
 _SCALING = ("weak", "strong")
-MODELS = {
-  "tiny": dict(D=64, L=2, N=4),
-  "8m": {},
-  "base": dict(D=768, L=12, N=12),
-  "350m": dict(D=1024, L=24, N=16),
-}
-# Name -> sizes of the axes of n devices.
+# Name of a mesh -> number of devices -> sizes of its axes.
 MESHES = {
   "data": lambda n: dict(data=n),
   "fsdp": lambda n: dict(data=1, fsdp=n),
@@ -64,27 +58,48 @@ MESHES = {
   "sequence": lambda n: dict(data=1, sequence=n),
   "data_fsdp": lambda n: dict(data=max(n // 2, 1), fsdp=min(n, 2)),
 }
-# What --dry-run takes instead of the defaults.
+# Two streams and one stream: the package's own mechanisms come first.
+_MECHANISMS = list(mechanisms.MECHANISMS)[:2]
+# The defaults of --dry-run.
 _DRY = dict(
-  devices=[1, 4], models=["tiny"], mechanisms=["two_stream"], lengths=[32],
-  scaling=["weak"], tokens=512, steps=2,
-)  # fmt: skip
+  devices=[1, 4],
+  models=["tiny"],
+  mechanisms=_MECHANISMS[:1],
+  lengths=[32],
+  scaling=["weak"],
+  tokens=512,
+  steps=2,
+)
 _COLUMNS = (
-  "scaling", "model", "mechanism", "T", "mesh", "devices", "batch",
-  "ms/step", "tokens/s", "a device", "MFU", "GB a device", "collectives",
-  "alone", "idle", "efficiency", "nats/token",
-)  # fmt: skip
+  "scaling",
+  "model",
+  "mechanism",
+  "T",
+  "mesh",
+  "devices",
+  "batch",
+  "ms/step",
+  "tokens/s",
+  "a device",
+  "MFU",
+  "GB a device",
+  "collectives",
+  "alone",
+  "idle",
+  "efficiency",
+  "nats/token",
+)
 
 
 def configuration(
   flags: argparse.Namespace, scaling, model, mechanism, T, mesh, devices
 ) -> config_lib.Config:
-  """One row's config."""
+  """Returns the config of a row."""
   batch_size = max(flags.tokens // T, 1)
   if scaling == "weak":
     batch_size *= devices
   return config_lib.Config(
-    model=config_lib.Model(mechanism=mechanism, T=T, **MODELS[model]),
+    model=config_lib.Model(mechanism=mechanism, T=T, **table.SIZES[model]),
     train=config_lib.Train(batch_size=batch_size, steps=1000),
     compute=config_lib.Compute(
       attention=flags.attention,
@@ -96,10 +111,10 @@ def configuration(
 
 
 class Program(NamedTuple):
-  """A row's training step, compiled.
+  """The compiled training step of a row.
 
   Attributes:
-    mesh: of its devices.
+    mesh: of the row's devices.
     init: (seed int32 []) -> state, compiled.
     step: (state, tokens) -> (state, sums).
   """
@@ -110,11 +125,11 @@ class Program(NamedTuple):
 
 
 def compile_step(config: config_lib.Config, devices) -> Program:
-  """Compiles one row's training step; allocates nothing.
+  """Compiles the training step of a row; allocates nothing on the devices.
 
   Args:
     config: of the row.
-    devices: those of the mesh.
+    devices: of the mesh.
 
   Raises:
     ConfigError: the mesh does not divide the model or the batch.
@@ -130,15 +145,15 @@ def compile_step(config: config_lib.Config, devices) -> Program:
 
 
 def measure(config: config_lib.Config, program: Program, steps: int) -> dict:
-  """Trains for a few steps.
+  """Trains for a few steps and measures them.
 
   Args:
     config: of the row.
     program: of the row.
-    steps: timed, and then profiled, each.
+    steps: how many are timed, and how many are profiled after that.
 
   Returns:
-    {column: number}, without efficiency.
+    Column of the table -> number, without the efficiency.
   """
   mesh, init, step = program
   devices = list(mesh.devices.flat)
@@ -159,19 +174,16 @@ def measure(config: config_lib.Config, program: Program, steps: int) -> dict:
     start = time.perf_counter()
     loss = run(steps)
     seconds = (time.perf_counter() - start) / steps
-    collectives, alone, idle = _profiled(lambda: run(steps), devices[0])
+    collectives, alone, idle = trace.shares(lambda: run(steps), devices[0])
   speed = B * T / seconds
   flops = cost.training_flops_per_token(config)
-  peak = telemetry.peak_flops(devices[0])
-  memory = step.memory_analysis()
-  kept = memory.argument_size_in_bytes + memory.output_size_in_bytes
-  kept += memory.temp_size_in_bytes - memory.alias_size_in_bytes
+  peak = peaks.of_kind(devices[0].device_kind).flops
   return {
     "ms/step": 1e3 * seconds,
     "tokens/s": speed,
     "a device": speed / len(devices),
     "MFU": peak and speed * flops / (len(devices) * peak),
-    "GB a device": kept / 1e9,
+    "GB a device": hlo.memory_bytes(step) / 1e9,
     "collectives": collectives,
     "alone": alone,
     "idle": idle,
@@ -179,71 +191,11 @@ def measure(config: config_lib.Config, program: Program, steps: int) -> dict:
   }
 
 
-def _profiled(work, device):
-  """_shares of the device's own streams of kernels; a CPU has none: Nones."""
-  unknown = None, None, None
-  if device.platform != "gpu":
-    return unknown
-  with tempfile.TemporaryDirectory() as folder:
-    with jax.profiler.trace(folder):
-      start = time.perf_counter()
-      work()
-      seconds = time.perf_counter() - start
-    paths = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
-    if not paths:
-      return unknown
-    profile = jax.profiler.ProfileData.from_file(paths[0])
-  name = f"/device:GPU:{device.local_hardware_id}"
-  plane = next((p for p in profile.planes if p.name == name), None)
-  if plane is None:
-    return unknown
-  network, other = [], []
-  for line in plane.lines:
-    if not line.name.startswith("Stream"):
-      continue
-    for event in line.events:
-      into = network if "nccl" in event.name.lower() else other
-      into.append((event.start_ns, event.start_ns + event.duration_ns))
-  return _shares(network, other, 1e9 * seconds)
-
-
-def _shares(network, other, total):
-  """Of a total: in collectives, in them alone, in no kernel.
-
-  Args:
-    network: (start, end) of every collective.
-    other: (start, end) of every other kernel.
-    total: length of it all.
-  """
-  both = _covered(network + other)
-  alone = both - _covered(other)
-  return _covered(network) / total, alone / total, 1 - both / total
-
-
-def _covered(intervals):
-  """Length of the union of (start, end)."""
-  total, reached = 0.0, -np.inf
-  for start, end in sorted(intervals):
-    total += max(end - max(start, reached), 0)
-    reached = max(reached, end)
-  return total
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
+def _parser():
   parser = arguments.parser("scaling", __doc__)
   whole = arguments.number(int, 1)
 
-  def several(kind, choices=None):
-    def read(text):
-      values = [kind(word) for word in text.split(",")]
-      for value in values:
-        if choices and value not in choices:
-          raise argparse.ArgumentTypeError(
-            f"{value!r} is not one of {', '.join(choices)}"
-          )
-      return values
-
-    return read
+  several = arguments.several
 
   def add(name, default, kind, doc):
     parser.add_argument(
@@ -259,20 +211,24 @@ def parse(argv: list[str]) -> argparse.Namespace:
     several(str, MESHES),
     "axes that they form; data_fsdp of 4, 6, 8 ... alone",
   )
-  add("--models", ["base", "350m"], several(str, MODELS), "sizes")
+  add("--models", ["base", "350m"], several(str, table.SIZES), "sizes")
   add(
-    "--mechanisms", ["two_stream", "decoupled_rope"],
-    several(str, mechanisms.MECHANISMS), "names",
-  )  # fmt: skip
+    "--mechanisms",
+    _MECHANISMS,
+    several(str, mechanisms.MECHANISMS),
+    "names",
+  )
   add("--lengths", [1024, 4096], several(whole), "T")
   add("--scaling", list(_SCALING), several(str, _SCALING), "which is fixed")
   add("--tokens", 32768, whole, "of a step: a device (weak), in all (strong)")
   add("--steps", 20, whole, "timed, and then profiled, a row")
   add("--json", None, arguments.output, "file to which rows are added as lines")
   parser.add_argument(
-    "--attention", default="auto", help="config.compute.attention",
+    "--attention",
+    default="auto",
+    help="config.compute.attention",
     choices=("auto", *pallas_kernels.IMPLEMENTATIONS),
-  )  # fmt: skip
+  )
   for name, doc in (
     ("--scan-layers", "config.compute.scan_layers: slower on GPUs"),
     ("--remat", "config.compute.remat: less memory"),
@@ -283,13 +239,22 @@ def parse(argv: list[str]) -> argparse.Namespace:
     ),
   ):
     parser.add_argument(name, action="store_true", help=doc)
+  return parser
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+  """Returns the flags of a command line; --dry-run has its own defaults."""
+  parser = _parser()
   if parser.parse_args(argv).dry_run:
     parser.set_defaults(**_DRY)
   return parser.parse_args(argv)
 
 
 def rows(flags: argparse.Namespace):
-  """Yields ({column: value}, config, number of devices) to be measured."""
+  """Yields the rows to be measured, as (columns, config, devices).
+
+  The columns are those that are known before: name -> value.
+  """
   total = jax.device_count()
   counts = flags.devices or [n for n in (1, 2, 4, 8, 16) if n <= total]
   if jax.process_count() > 1:
@@ -298,16 +263,22 @@ def rows(flags: argparse.Namespace):
     flags.scaling, flags.models, flags.mechanisms, flags.lengths, counts
   ):
     for mesh in flags.meshes:
-      # Of one device there is one mesh, and of three no product.
+      # One device has only one mesh. data_fsdp needs an even number of
+      # devices, at least 4.
       if (n == 1 and mesh != flags.meshes[0]) or (
         mesh == "data_fsdp" and n > 1 and (n < 4 or n % 2)
       ):
         continue
       config = configuration(flags, scaling, model, mechanism, T, mesh, n)
       row = dict(
-        scaling=scaling, model=model, mechanism=mechanism, T=T, mesh=mesh,
-        devices=n, batch=config.train.batch_size,
-      )  # fmt: skip
+        scaling=scaling,
+        model=model,
+        mechanism=mechanism,
+        T=T,
+        mesh=mesh,
+        devices=n,
+        batch=config.train.batch_size,
+      )
       yield row, config, n
 
 
@@ -318,79 +289,58 @@ def main(argv: list[str]) -> int:
     jax.config.update("jax_num_cpu_devices", 8)
   distributed.start(config_lib.Distributed())
   devices = jax.devices()
-  speaks = jax.process_index() == 0
-  if speaks:
+  if jax.process_index() == 0:
     kind = devices[0].device_kind
     print(f"{len(devices)} x {kind}, jax {jax.__version__}", flush=True)
   chosen = list(rows(flags))
   most = max((n for _, _, n in chosen), default=0)
   if most > len(devices):
-    return _refuse(f"--devices={most}: there are {len(devices)}, ask for less")
+    _parser().error(f"--devices={most}: there are {len(devices)}, ask for less")
   if not chosen:
-    return _refuse("--meshes=data_fsdp: it takes 4 devices, or 6, or 8 ...")
-  programs = _compiled(chosen, devices, speaks)
+    _parser().error("--meshes=data_fsdp: it takes 4 devices, or 6, or 8 ...")
+  if not _fill(chosen, devices, flags):
+    print("no row could be measured; each says why", file=sys.stderr)
+    return 1
+  return 0
+
+
+def _fill(chosen, devices, flags):
+  """Measures, prints and saves; returns whether any row could be measured."""
+  speaks = jax.process_index() == 0
+  programs = {
+    config: functools.partial(compile_step, config, devices[:n])
+    for _, config, n in chosen
+  }
+  if speaks:
+    print(f"compiling {len(programs)} training steps", file=sys.stderr)
+  compiled = table.compile_all(programs)
   if speaks:
     _print_row(_COLUMNS)
     _print_row(["---"] * len(_COLUMNS))
-  first, measured = {}, {}
-  for row, config, _ in chosen:
-    try:
-      # The weak and the strong row of one device are the same.
-      if config not in measured:
-        measured[config] = measure(
-          config, programs[config].result(), flags.steps
-        )
-      row |= measured[config]
-    except (config_lib.ConfigError, pallas_kernels.UnsupportedError) as error:
-      row["failed"] = str(error)
-    except jax.errors.JaxRuntimeError as error:
-      if not telemetry.is_out_of_memory(error):
-        raise
-      row["failed"] = "out of memory"
+
+  @functools.cache  # On one device, the weak and the strong row are the same.
+  def measure_once(config):
+    return measure(config, compiled[config].result(), flags.steps)
+
+  first, is_any = {}, False
+  for (row, config, _), result, failure in table.measured(
+    chosen, lambda item: measure_once(item[1])
+  ):
+    row |= {"failed": failure} if failure else result
     kind = tuple(row[c] for c in ("scaling", "model", "mechanism", "T"))
     base = first.setdefault(kind, row.get("a device"))
-    if "failed" not in row:
+    if not failure:
+      is_any = True
       no_base = not base or flags.dry_run or jax.process_count() > 1
       row["efficiency"] = None if no_base else row["a device"] / base
     if speaks:
       shown = [_cell(row, column) for column in _COLUMNS if column in row]
-      _print_row(shown + ([row["failed"]] if "failed" in row else []))
+      _print_row(shown + ([failure] if failure else []))
       if flags.json:
-        os.makedirs(os.path.dirname(flags.json) or ".", exist_ok=True)
-        with open(flags.json, "a") as file:
-          file.write(
-            json.dumps(row | {"config": dataclasses.asdict(config)}) + "\n"
-          )
-  if not measured:
-    return _refuse("no row could be measured; each says why", code=1)
-  return 0
-
-
-def _refuse(message, code=2):
-  print(f"scaling: error: {message}", file=sys.stderr)
-  return code
-
-
-def _compiled(chosen, devices, speaks):
-  """Config -> future of its program, of all rows side by side.
-
-  Nothing is timed while something compiles: choices of kernels are timed then.
-  """
-  # Several processes must compile in one order.
-  threads = 1 if jax.process_count() > 1 else min(16, os.cpu_count() or 1)
-  with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-    programs = {}
-    for _, config, n in chosen:
-      if config not in programs:
-        programs[config] = pool.submit(compile_step, config, devices[:n])
-    if speaks:
-      print(f"compiling {len(programs)} training steps", file=sys.stderr)
-      finished = concurrent.futures.as_completed(programs.values())
-      telemetry.say_compiled(
-        ((done, len(programs)) for done, _ in enumerate(finished, 1)),
-        sys.stderr,
-      )
-  return programs
+        table.append_json(
+          flags.json, row | {"config": dataclasses.asdict(config)}
+        )
+  return is_any
 
 
 def _print_row(cells):

@@ -2,8 +2,8 @@
 
   python -m aoarm_jax.tools.strip --workdir=RUN --out=x.png
 
-Draws frames of one text each in random, adaptive and left-to-right order, of a
-run whose mechanism generates in any order from a cache.
+Draws three texts as they are generated: in random, adaptive and left-to-right
+order. The run's mechanism must generate in any order from a cache.
 """
 
 import sys
@@ -22,7 +22,7 @@ _PANELS = {
 
 
 def _symbol(tokenizer, token: int) -> str:
-  """What is shown of a token, which need not be a whole character."""
+  """Returns what is shown of a token, which may be part of a character."""
   text = tokenizer.decode([token])
   return text if text.isprintable() else "\N{REPLACEMENT CHARACTER}"
 

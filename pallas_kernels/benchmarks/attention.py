@@ -2,10 +2,11 @@
 
   python -m pallas_kernels.benchmarks.attention
 
-One process and interleaved rounds; medians in milliseconds, with the relative
-error against float32 beside every speed. Two streams (query heads of one
-group) unless said otherwise. `floor` is the larger of bytes / 4.3 TB/s and
-FLOPs / 790 TFLOP/s, an H200's; masked-out and recomputed work is not counted.
+All implementations are measured in one process, in interleaved rounds. Each
+time is a median in milliseconds; beside it stands the relative error against
+float32. A row has two streams (two query heads in a group) unless its name says
+otherwise. `floor` is the time that an H200 needs for the bytes or the FLOPs,
+whichever is longer (hopper/peaks.py). It counts no masked-out or repeated work.
 """
 
 import argparse
@@ -23,12 +24,12 @@ import jax.numpy as jnp
 import pallas_kernels
 from pallas_kernels import reference, tuning
 from pallas_kernels.hopper import attention as hopper
+from pallas_kernels.hopper import peaks
 
-_BYTES_PER_SECOND, _FLOPS_PER_SECOND = 4.3e12, 790e12
-# The plain path is left out where its scores would be larger.
+# The plain implementation is left out where it would have more scores.
 _MOST_SCORES = 6e9
 _COLUMNS = ("xla", "cudnn", "cudnn x2", "ours")
-# Calls in one program where a call takes as long as its dispatch.
+# A call of decoding takes as long as its dispatch. So a program has this many.
 _CHAIN = 16
 _SWEEP = dict(
   short=(0, 128),
@@ -97,7 +98,7 @@ class Row:
     return jnp.broadcast_to(counts, (self.B, *counts.shape))
 
   def floor(self, backward: bool) -> float:
-    """Milliseconds; of forward, or of forward and backward."""
+    """Returns the least milliseconds of a forward (and backward) pass."""
     visible = self.visible()
     if visible is None:
       pairs = self.B * self.T * (self.T + 1) / 2 * self.group
@@ -109,9 +110,11 @@ class Row:
     keys = self.B * self.slots * self.N * self.H * 2
     if visible is not None and self.mask == "ragged":
       keys = float(visible.max(axis=1).sum()) * self.N * self.H * 2
-    # q, k, v, out; then q, k, v, out, d_out, dq, dk, dv.
+    # Forward: q, k, v, out. Backward: q, k, v, out, d_out, dq, dk, dv.
     moved = 2 * rows + 2 * keys + backward * (4 * rows + 4 * keys)
-    return 1e3 * max(moved / _BYTES_PER_SECOND, flops / _FLOPS_PER_SECOND)
+    return 1e3 * max(
+      moved / peaks.BYTES_PER_SECOND, flops / peaks.FLOPS_PER_SECOND
+    )
 
 
 _TRAINING = (
@@ -159,7 +162,7 @@ def _xla(row, q, k, v):
 
 
 def _cudnn(row, q, k, v):
-  """One call; a mask that is not causal is given as it is."""
+  """Calls cuDNN once. A mask that is not causal becomes an array."""
   attend = functools.partial(
     jax.nn.dot_product_attention, implementation="cudnn"
   )
@@ -168,7 +171,7 @@ def _cudnn(row, q, k, v):
   if row.mask == "ragged":
     lengths = row.visible().max(axis=1)
     rows = jnp.full(row.B, row.T, jnp.int32)
-    # Every row sees all of the prefix: a little more than asked for.
+    # cuDNN lets every row see the whole prefix, which is a little more work.
     return attend(
       q, k, v, query_seq_lengths=rows, key_value_seq_lengths=lengths
     )
@@ -179,7 +182,14 @@ def _cudnn(row, q, k, v):
 
 
 def _cudnn_twice(row, q, k, v):
-  """One call for each head of the group; q as by `_apart`."""
+  """Calls cuDNN once for each head of the group.
+
+  Args:
+    row: of the table.
+    q: tuple of arrays, as `_apart` returns it.
+    k: keys.
+    v: values.
+  """
   attend = functools.partial(
     jax.nn.dot_product_attention, is_causal=True, implementation="cudnn"
   )
@@ -187,12 +197,12 @@ def _cudnn_twice(row, q, k, v):
 
 
 def _apart(row, x):
-  """The heads of a group as arrays of their own."""
+  """Returns a tuple with an array for each head of the group."""
   return tuple(jnp.array(x[:, :, g :: row.group]) for g in range(row.group))
 
 
 def _together(x):
-  """The inverse of `_apart`; leaves other arrays as they are."""
+  """Inverts `_apart`; returns an array that is no tuple as it is."""
   if not isinstance(x, tuple):
     return x
   B, T, N, H = x[0].shape
@@ -219,12 +229,13 @@ def _candidates(row: Row, config) -> dict[str, Callable]:
 
 
 def _program(attend, backward: bool, chain: int = 1):
-  """Jitted (q, k, v, cotangent) -> outputs.
+  """Returns a jitted function (q, k, v, cotangent) -> outputs.
 
   Args:
     attend: (q, k, v) -> out.
     backward: whether gradients are outputs too.
-    chain: forward calls, each of the output of the one before.
+    chain: number of forward calls. Each takes the output of the call before as
+      its q.
   """
 
   def both(q, k, v, cotangent):
@@ -241,7 +252,10 @@ def _program(attend, backward: bool, chain: int = 1):
 
 
 def _error(row: Row, results, arrays) -> float:
-  """Largest relative error over the outputs, of one sequence and key head."""
+  """Returns the largest relative error over the outputs.
+
+  One sequence and one key head are compared.
+  """
   q, k, v, cotangent = (
     x[-1:, :, : row.group if x.shape[2] > row.N or row.group == 1 else 1]
     for x in arrays
@@ -253,11 +267,13 @@ def _error(row: Row, results, arrays) -> float:
   def expected(*arrays):
     q, k, v, cotangent = (x.astype(jnp.float32) for x in arrays)
     out, pull = jax.vjp(
-      lambda q, k, v: reference.attention(
-        q, k, v, visible, None, row.H**-0.5
-      )[0],
-      q, k, v,
-    )  # fmt: skip
+      lambda q, k, v: reference.attention(q, k, v, visible, None, row.H**-0.5)[
+        0
+      ],
+      q,
+      k,
+      v,
+    )
     return out, *pull(cotangent)
 
   with jax.default_matmul_precision("highest"):
@@ -282,7 +298,7 @@ def _seconds(program, arrays, calls: int) -> float:
 def measure(
   row: Row, candidates: dict[str, Callable], backward: bool, rounds: int
 ) -> dict[str, tuple[float, float] | str]:
-  """(median milliseconds, relative error) of each, or why it failed."""
+  """Returns name -> (median milliseconds, relative error), or why it failed."""
   arrays = _arrays(row)
   found, programs = {}, {}
   chain = _CHAIN if row.mask == "ragged" else 1
@@ -296,9 +312,10 @@ def measure(
     try:
       results = [_together(x) for x in program(*given[name])]
       error = _error(row, results, arrays)
-    # What a compiler or a library refuses must not end the table.
+    # If a compiler or a library refuses a row, the table goes on.
     except (ValueError, NotImplementedError, RuntimeError) as problem:
-      found[name] = str(problem).splitlines()[0][:90]
+      message = str(problem).strip() or type(problem).__name__
+      found[name] = message.splitlines()[0][:90]
       continue
     if chain > 1:
       program = _program(attend, backward, chain)
@@ -316,7 +333,16 @@ def measure(
 
 
 def _show(row, title, results, floor, less=None):
-  """Prints what was measured; with `less`, what is left without that too."""
+  """Prints the measurements of a row.
+
+  Args:
+    row: of the table.
+    title: of the passes that were measured.
+    results: as `measure` returns them.
+    floor: least milliseconds.
+    less: results of the forward pass alone. If they are given, the time of the
+      backward pass is shown too.
+  """
   print(f"{row} {title}: floor {floor:.3f}")
   rival = results.get("cudnn")
   for name, result in results.items():
@@ -337,7 +363,7 @@ def _show(row, title, results, floor, less=None):
 
 
 def sweep(row: Row, config: tuning.Hopper, rounds: int) -> tuning.Hopper:
-  """The best choice found by changing one field after another."""
+  """Returns the best choice that changing one field after another finds."""
 
   def cost(config):
     ours = {"ours": functools.partial(_ours, row, config=config)}
@@ -372,7 +398,7 @@ def _rounds(text: str) -> int:
 
 
 def _change(text: str) -> tuple[str, int | bool]:
-  """name=value, of a field of tuning.Hopper."""
+  """The type of an argument name=number that sets a field of tuning.Hopper."""
   name, _, value = text.partition("=")
   fields = [field.name for field in dataclasses.fields(tuning.Hopper)]
   if name not in fields or not value.isdecimal():
@@ -393,9 +419,11 @@ def _options(arguments):
   )
   parser.add_argument("--quick", action="store_true", help="few shapes")
   parser.add_argument(
-    "--only", type=_pattern, default="",
+    "--only",
+    type=_pattern,
+    default="",
     help="rows that match this regular expression, as in '^causal 64x1024'",
-  )  # fmt: skip
+  )
   parser.add_argument("--skip", choices=_COLUMNS, help="column to leave out")
   parser.add_argument(
     "--rounds", type=_rounds, default=7, help="of interleaved measurements"
@@ -404,9 +432,13 @@ def _options(arguments):
     "--sweep", action="store_true", help="try tile sizes of ours, row by row"
   )
   parser.add_argument(
-    "--set", nargs="*", type=_change, default=[], metavar="NAME=NUMBER",
+    "--set",
+    nargs="*",
+    type=_change,
+    default=[],
+    metavar="NAME=NUMBER",
     help="fields of tuning.Hopper",
-  )  # fmt: skip
+  )
   options = parser.parse_args(arguments)
   rows = (*_TRAINING, *_ONE_STREAM, *_MASKED, *_DECODING)
   if options.quick:

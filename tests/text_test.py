@@ -1,0 +1,24 @@
+"""Aligned tables, and errors on one line."""
+
+from absl.testing import absltest
+
+from aoarm_jax.runs import text
+
+
+class TextTest(absltest.TestCase):
+  def test_aligned(self):
+    table = text.aligned([("name", "count"), ("a", "12,000"), ("", "7")], "<>")
+    self.assertEqual(table, "name   count\na     12,000\n           7\n")
+
+  def test_a_longer_cell_is_not_cut(self):
+    self.assertEqual(
+      text.padded(("abc", "1", "x"), (2, 3, 2), "<><"), "abc    1  x "
+    )
+
+  def test_first_line(self):
+    self.assertEqual(text.first_line(ValueError("\n one\ntwo")), "one")
+    self.assertEqual(text.first_line(KeyError()), "KeyError")
+
+
+if __name__ == "__main__":
+  absltest.main()
