@@ -93,13 +93,8 @@ class _QuietLibraries(python_logging.Filter):
     )
 
 
-def setup_logging(*, primary: bool = True):
-  """Writes short log lines on stderr; may be called again.
-
-  Args:
-    primary: whether this process speaks for the run. The other processes of a
-      distributed run report warnings only.
-  """
+def setup_logging() -> None:
+  """Writes short log lines on stderr; may be called again."""
   handler = logging.get_absl_handler()
   handler.setFormatter(_ShortLines())
   for old in [f for f in handler.filters if isinstance(f, _QuietLibraries)]:
@@ -109,7 +104,7 @@ def setup_logging(*, primary: bool = True):
     python_logging.getLogger(name).setLevel(python_logging.WARNING)
   logging.use_absl_handler()
   logging.set_stderrthreshold("info")
-  logging.set_verbosity(logging.INFO if primary else logging.WARNING)
+  logging.set_verbosity(logging.INFO)
 
 
 def is_out_of_memory(error: jax.errors.JaxRuntimeError) -> bool:

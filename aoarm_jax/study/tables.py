@@ -21,8 +21,6 @@ from aoarm_jax.study import coherence, profiles, statistics
 Row = dict[str, Any]
 _ARM = ("mechanism", "size", "T", "orders", "budget", "steps")
 _AT_ONE = ("familiarity", "repetition")
-# Estimators of one quantity, the mean over orders of -log p(x | sigma).
-_ANY_ORDER = ("any_order", "training_order", "elbo")
 
 
 def arms(cells: list[cells_lib.Cell]) -> dict[cells_lib.Cell, list]:
