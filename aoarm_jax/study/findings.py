@@ -10,6 +10,7 @@ windows it was measured on.
 import math
 from typing import NamedTuple
 
+from aoarm_jax.config import mechanisms
 from aoarm_jax.study import statistics, tables
 
 YES, NO, UNCLEAR, OPEN = "yes", "no", "unclear", "not measured"
@@ -20,7 +21,19 @@ LEAST_AREA = LEAST_LOCALITY = 0.02
 LEVEL = f"no (within {LEAST_AREA:g})"
 # Bits: a standard error over seeds beyond which seeds part widely.
 _WIDE = 0.02
-_SINGLE = "decoupled_rope"
+# The two arms of the paper: the first single stream that knows any order, and
+# the masked mechanism.
+_SINGLE = next(
+  name
+  for name, kind in mechanisms.MECHANISMS.items()
+  if kind.streams == 1 and not kind.left_to_right
+)
+_TWO_STREAMS = next(
+  name for name, kind in mechanisms.MECHANISMS.items() if kind.streams == 2
+)
+_MASKED = next(
+  name for name, kind in mechanisms.MECHANISMS.items() if kind.masked
+)
 
 
 class Answer(NamedTuple):
@@ -96,15 +109,15 @@ def _areas(rows, reference):
       at = f"T = {T}, equal {budget}"
       found = {
         name: _area(rows, name, T, budget)
-        for name in (_SINGLE, "mdlm", reference)
+        for name in (_SINGLE, _MASKED, reference)
       }
       if T in paper:
         level = T == 128
         answers.append(
           _pair(
-            f"{at}: is {_SINGLE} {'level with' if level else 'behind'} mdlm "
-            "(coherence-diversity)?",
-            *(("mdlm", _SINGLE), found), level=level,
+            f"{at}: is {_SINGLE} {'level with' if level else 'behind'} "
+            f"{_MASKED} (coherence-diversity)?",
+            *((_MASKED, _SINGLE), found), level=level,
           )
         )  # fmt: skip
       mine = (found[_SINGLE], found[reference])
@@ -255,7 +268,7 @@ def _parting(rows):
     mine = tables.find(rows, T=T, budget="steps", orders="uniform")
     two = {
       (r["index"], r["stream"]): r
-      for r in tables.find(mine, mechanism="two_stream")
+      for r in tables.find(mine, mechanism=_TWO_STREAMS)
     }
     one = {r["index"]: r for r in tables.find(mine, mechanism=_SINGLE)}
     part = "query - content"

@@ -5,12 +5,18 @@ import contextlib
 import numpy as np
 from etils import epath
 
+from aoarm_jax.config import mechanisms
 from aoarm_jax.runs import canvas
 from aoarm_jax.study import coherence, profiles, tables
 
+# By the order of the table; ablations share a colour of their own.
 _COLOURS = dict(
   zip(
-    ("two_stream", "decoupled_rope", "mdlm", "ao_gpt", "sigma_gpt", "causal"),
+    (
+      name
+      for name, kind in mechanisms.MECHANISMS.items()
+      if not kind.changes_one_thing_of
+    ),
     canvas.COLOURS,
   )
 )
@@ -214,7 +220,7 @@ def locality_plane(found, folder: epath.Path) -> bool:
   chosen = {
     arm: files
     for arm, files in _main(found).items()
-    if arm.mechanism != "causal"
+    if not mechanisms.MECHANISMS[arm.mechanism].left_to_right
   }
   panels = sorted({arm.T for arm in chosen})
   if not panels:
