@@ -249,7 +249,7 @@ def draw_masked(
   """Mask the last Binomial(T, time) tokens of every order.
 
   With a uniform order, this masks every token independently with probability
-  `time`. That is the linear schedule of MDLM (arXiv 2406.07524).
+  `time`: the linear schedule of MDLM (arXiv 2406.07524).
 
   Args:
     keys: typed PRNG keys [B].

@@ -248,7 +248,7 @@ def draw(
         coin = jax.random.uniform(coin_key)
         return jnp.where(coin < uniform_share[options.family], uniform, natural)
       case "block":
-        # A stable sort of a uniform order by window: uniform inside each.
+        # A stable sort by window keeps the order uniform inside each window.
         return uniform[jnp.argsort(window[uniform - 1], stable=True)]
       case "shuffled_blocks":
         windows = -(-T // options.block_width)
@@ -335,8 +335,8 @@ class Nearest(NamedTuple):
 def nearest(order: jax.Array) -> Nearest:
   """Return the known token that stands nearest to each target.
 
-  Sentinels do not count. Of two known tokens at the same distance, the more
-  recent token is taken.
+  Sentinels do not count. If two known tokens stand at the same distance, the
+  more recent token is taken.
 
   Args:
     order: int32 [B, T], permutations of 1..T.

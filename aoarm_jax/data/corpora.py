@@ -173,9 +173,9 @@ def unigram_entropy(tokens: np.ndarray, V: int) -> float:
 
 def _at_path(corpus: str, path: str, tokenizer: tokenizers.Tokenizer) -> Corpus:
   """Return the corpus of a file or folder: auto, text8 or folder."""
-  where = epath.Path(path).expanduser()
+  location = epath.Path(path).expanduser()
   try:
-    exists, is_folder = where.exists(), where.is_dir()
+    exists, is_folder = location.exists(), location.is_dir()
   except (ImportError, OSError) as error:  # For example, gs:// has no client.
     raise DataError(f"config.data.path={path}: {error}") from error
   if not exists:
@@ -191,9 +191,9 @@ def _at_path(corpus: str, path: str, tokenizer: tokenizers.Tokenizer) -> Corpus:
       "--config.data.corpus=text8 to have it split"
     )
   if is_folder:
-    read = functools.partial(_read_folder, where, tokenizer)
+    read = functools.partial(_read_folder, location, tokenizer)
     return Corpus("folder", f"folder {path}", tokenizer, read)
-  text = _Text8(where, tokenizer)
+  text = _Text8(location, tokenizer)
   return Corpus("text8", f"text8 {path}", tokenizer, text.split, text.note)
 
 
@@ -233,7 +233,7 @@ class _Text8:
   """One file, split by the shares that are customary for text8.
 
   A file of 100,000,000 characters gives 90, 5 and 5 million. A shorter file is
-  split by the same shares. Of a longer file only the first 100,000,000
+  split by the same shares. In a longer file only the first 100,000,000
   characters are used, so text8 with something appended is still text8.
   """
 
@@ -287,7 +287,7 @@ def _read(path: epath.Path) -> bytes:
       return unpack(file) if unpack else file.read()
   except (
     *(OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError),
-    # zipfile raises the last two for an unknown method and for a password.
+    # zipfile raises the last two for an unknown method and a missing password.
     *(zipfile.BadZipFile, NotImplementedError, RuntimeError),
   ) as error:
     packed = " (truncated or damaged?)" if path.suffix in _UNPACKERS else ""

@@ -170,8 +170,8 @@ def _one_collective(match: re.Match[str], ways: int, scatters: bool) -> Traffic:
     for name, dims in _SHAPE.findall(match[1])
   ]
   kind = match[2]
-  # The type of a start lists the operands first and then the results. That of a
-  # permutation also has scalars, which are left out.
+  # The type of a start lists the operands first and then the results. A
+  # permutation also has scalars in its type, which are left out.
   if match[3] and kind not in ("all-reduce",):
     sizes = [size for size in sizes if size > 4] or sizes
     sizes = sizes[len(sizes) // 2 :]
@@ -204,9 +204,10 @@ def _group_size(line: str) -> int:
   _, _, groups = line.partition("replica_groups=")
   if match := _MESH_GROUPS.match(groups):
     sizes = dict(re.findall(r"'([\w.-]+)'=(\d+)", match[1]))
-    parts = re.findall(r"'([\w.-]+)'(?::\(\d+\)(\d+))?", match[2])
-    if parts or not match[2]:
-      return math.prod(int(part or sizes[axis]) for axis, part in parts)
+    # An axis may be followed by the size of the part of it that is used.
+    axes = re.findall(r"'([\w.-]+)'(?::\(\d+\)(\d+))?", match[2])
+    if axes or not match[2]:
+      return math.prod(int(size or sizes[axis]) for axis, size in axes)
   if match := re.match(r"\[(\d+),(\d+)\]", groups):
     return int(match[2])
   if match := re.match(r"\{\{([\d,]*)\}", groups):

@@ -183,10 +183,10 @@ def check_batch(
   """
   ways = _batch_ways(mesh)
   if batch_size % (ways * micro_batches):
-    where = f" in each of {micro_batches} micro-batches" * (micro_batches > 1)
+    scope = f" in each of {micro_batches} micro-batches" * (micro_batches > 1)
     raise config_lib.ConfigError(
       f"{path}={batch_size}: must be a multiple of the {ways} devices along "
-      f"the batch (config.mesh.data and fsdp){where}"
+      f"the batch (config.mesh.data and fsdp){scope}"
     )
 
 

@@ -291,8 +291,8 @@ def _gelu(x):
   """Return GELU in its tanh form (arXiv 1606.08415), computed in float32.
 
   The formula uses 1 + tanh(u) = 2 sigmoid(2 u), because an exponential is
-  cheaper than a tanh. The value is recomputed in the backward pass. That is
-  cheaper than saving and reading the slope.
+  cheaper than a tanh. The value is recomputed in the backward pass, because
+  saving and reading the slope would cost more.
   """
   wide = x.astype(jnp.float32)
   u = math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)

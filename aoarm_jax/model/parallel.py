@@ -33,8 +33,8 @@ def sequence_ways(S: int) -> int:
 def collect_logits(x: jax.Array, ways: int) -> jax.Array:
   """Return logits in the order of the slots, after `deal_slots`.
 
-  Every device sends each of its two chunks once. Of the two chunks one is even
-  and one is odd, and chunk c of the result belongs to device c // 2.
+  Every device sends each of its two chunks once. One chunk is even and the
+  other is odd. Chunk c of the result belongs to device c // 2.
 
   Args:
     x: [B, S, V], logits of slots that lie as `deal_slots` lays them.
