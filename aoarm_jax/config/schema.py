@@ -120,8 +120,8 @@ class Model:
   )
   rope_base: float = _field(
     10000.0,
-    "base of the rotary frequencies: the longest wavelength divided by 2 pi, "
-    "in positions",
+    "base of the rotary frequencies; the longest wavelength divided by 2 pi is "
+    "about this many positions",
     low=1.0,
     binds="model",
   )
