@@ -1,8 +1,11 @@
-"""Slots and logits -> nats: the only place that defines a likelihood.
+"""The only place that defines a likelihood: from slots and logits to nats.
 
-log p(x | sigma) = sum over ranks r of log p(x_sigma(r) | x_sigma(<r), sigma)
-(arXiv 2602.16092, the chain rule in a given order). What differs between
-estimators is where the orders come from; estimators.py names them.
+The chain rule in a given order sigma is (arXiv 2602.16092)
+
+  log p(x | sigma) = sum over ranks r of log p(x_sigma(r) | x_sigma(<r), sigma).
+
+Estimators differ in where their orders come from. evaluation/estimators.py
+lists them.
 """
 
 from collections.abc import Callable
@@ -16,7 +19,8 @@ from aoarm_jax import orders
 from aoarm_jax.config import mechanisms, purposes
 from aoarm_jax.config import schema as config_lib
 
-# int32 slots [B, S] -> float32 logits [B, R, V]; Network.apply with parameters.
+# Maps int32 slots [B, S] to float32 logits [B, R, V]. Network.apply with bound
+# parameters is such a function.
 Apply = Callable[[orders.Slots], jax.Array]
 
 
@@ -29,25 +33,26 @@ def order_nll(
   group_start: jax.Array | None = None,
   ranks: jax.Array | None = None,
 ) -> jax.Array:
-  """-log p(x_sigma(r) | x_sigma(<r), sigma), by rank.
+  """Return -log p(x_sigma(r) | x_sigma(<r), sigma), by rank r.
+
+  With a masked mechanism, every rank takes its own pass, in which this rank and
+  all later ranks are masked.
 
   Args:
-    apply: slots -> logits.
-    layout: of the network. If its mechanism is masked, every rank takes a pass
-      of its own, in which this rank and all later ones are masked. Its `end` is
-      larger than T + 1 where only the first T positions of its window are
-      scored.
+    apply: maps slots to logits.
+    layout: the layout of the network. Its `end` is larger than T + 1 if only
+      the first T positions of its window are scored.
     tokens: int [B, T], natural order.
     order: int32 [B, T], permutations of 1..T.
-    group_start: bool [B, T], see orders.to_slots: then each rank is conditioned
-      on the groups before its own, and a row's sum is the log-probability of
+    group_start: bool [B, T], see orders.to_slots. Each rank is then conditioned
+      on the groups before its own. The sum of a row is the log-probability of
       generating whole groups at once.
-    ranks: int32 [B, R], the only ranks to compute, of two streams or a masked
-      mechanism; None is all.
+    ranks: int32 [B, R], the only ranks to compute, for two streams or a masked
+      mechanism. None means all ranks.
 
   Returns:
-    float32 [B, T] nats; column r is rank r ([B, R] where `ranks` are given). A
-    row's sum is -log p(x | sigma).
+    float32 [B, T] nats. Column r is rank r, and the sum of a row is -log p(x |
+    sigma). If `ranks` are given, the shape is [B, R].
   """
   chex.assert_equal_shape([tokens, order])
   if layout.masked:
@@ -64,26 +69,27 @@ def order_nll(
 
 
 def _nll(logits, tokens):
-  """-log softmax(logits [..., V]) at `tokens` [...]."""
+  """Return -log softmax(logits [..., V]) at `tokens` [...], in nats."""
   log_p = jax.nn.log_softmax(logits)
-  # A one-hot product, since the gradient of a gather is a scatter.
+  # A one-hot product replaces a gather, whose gradient would be a scatter.
   chosen = jax.nn.one_hot(tokens, logits.shape[-1], dtype=log_p.dtype)
   return -jnp.sum(log_p * chosen, axis=-1)
 
 
 def _masked_chain_nll(apply, layout, tokens, order, ranks):
+  """Return `order_nll` of a masked mechanism."""
   rank_of = jnp.argsort(order, axis=1)
   if ranks is None:
     ranks = jnp.broadcast_to(jnp.arange(order.shape[1])[None], order.shape)
-  # The rest of the network's window is there, and masked.
+  # Positions after T belong to the network's window. They are masked.
   window = ((0, 0), (0, layout.end - 1 - order.shape[1]))
   tokens = jnp.pad(tokens, window)
   rank_of = jnp.pad(rank_of, window, constant_values=layout.end)
 
   def of_rank(rank):
     by_position = masked_nll(apply, layout, tokens, rank_of >= rank[:, None])
-    at = jnp.take_along_axis(order, rank[:, None], axis=1) - 1
-    return jnp.take_along_axis(by_position, at, axis=1)[:, 0]
+    index = jnp.take_along_axis(order, rank[:, None], axis=1) - 1
+    return jnp.take_along_axis(by_position, index, axis=1)[:, 0]
 
   return jax.lax.map(of_rank, ranks.T).T
 
@@ -91,16 +97,16 @@ def _masked_chain_nll(apply, layout, tokens, order, ranks):
 def masked_nll(
   apply: Apply, layout: orders.Layout, tokens: jax.Array, masked: jax.Array
 ) -> jax.Array:
-  """-log p(x_p | the tokens that are not masked), by position.
+  """Return -log p(x_p | the unmasked tokens), by position p.
 
   Args:
-    apply: slots -> logits, of a masked mechanism.
-    layout: of the network.
+    apply: maps slots to logits, with a masked mechanism.
+    layout: the layout of the network.
     tokens: int [B, T].
     masked: bool [B, T].
 
   Returns:
-    float32 [B, T] nats; 0 where a token is not masked.
+    float32 [B, T] nats. The entry is 0 where a token is not masked.
   """
   logits = apply(orders.to_masked_slots(tokens, masked, layout))
   nats = _nll(logits[:, layout.sentinels :], tokens.astype(jnp.int32))
@@ -108,14 +114,14 @@ def masked_nll(
 
 
 def ensembled_nll(sequence_nats: jax.Array) -> jax.Array:
-  """-log mean_k p(x | sigma_k).
+  """Return -log mean_k p(x | sigma_k).
 
   Args:
     sequence_nats: float32 [K, B], -log p(x | sigma_k).
 
   Returns:
-    float32 [B] nats. Its mean over orders is at most the mean of
-    `sequence_nats` (Jensen), so never compare it with any_order.
+    float32 [B] nats. By Jensen's inequality this is at most the mean of
+    `sequence_nats` over k. So never compare it with any_order.
   """
   K = sequence_nats.shape[0]
   return jnp.log(K) - jax.nn.logsumexp(-sequence_nats, axis=0)
@@ -130,30 +136,31 @@ def context_ensembled_nll(
   *,
   contexts: int,
 ) -> jax.Array:
-  """-log mean_k p(x_sigma(r) | x_sigma(<r) in order pi_k), by rank.
+  """Return -log mean_k p(x_sigma(r) | x_sigma(<r) in order pi_k), by rank r.
 
-  Every conditional is averaged over permutations of what it is conditioned on
-  (AO-GPT, arXiv 2506.19935), which are drawn anew for every rank. A normalised
-  density in the order sigma, at T * contexts passes.
+  Every conditional is averaged over random permutations pi_k of its context
+  (AO-GPT, arXiv 2506.19935). New permutations are drawn for every rank. The
+  result is a normalised density in the order sigma. It costs T * contexts
+  passes.
 
   Args:
-    apply: slots -> logits, of a mechanism that is not masked.
-    layout: of the network.
+    apply: maps slots to logits, with a mechanism that is not masked.
+    layout: the layout of the network.
     keys: typed PRNG keys [B].
     tokens: int [B, T].
     order: int32 [B, T], sigma.
-    contexts: K permutations.
+    contexts: K, the number of permutations per rank.
 
   Returns:
-    float32 [B, T] nats by rank.
+    float32 [B, T] nats, by rank.
   """
   T = order.shape[1]
-  at = jnp.arange(T)[None]
+  all_ranks = jnp.arange(T)[None]
 
   def of_draw(rank_and_draw):
     rank, draw = rank_and_draw
     noise = uniform(fold_rows(keys, rank * contexts + draw), T)
-    place = jnp.where(at < rank, noise, 1.0 + at)
+    place = jnp.where(all_ranks < rank, noise, 1.0 + all_ranks)
     shuffled = jnp.take_along_axis(order, jnp.argsort(place, axis=1), axis=1)
     nats = order_nll(apply, layout, tokens, shuffled)
     return jax.lax.dynamic_index_in_dim(nats, rank, axis=1, keepdims=False)
@@ -164,14 +171,17 @@ def context_ensembled_nll(
 
 
 class Draws(NamedTuple):
-  """What a training step draws for each sequence; None where not used.
+  """The random choices of one training step, for each sequence.
+
+  A choice that the loss does not use is None.
 
   Attributes:
     order: int32 [B, T].
     group_start: bool [B, T], see orders.to_slots.
-    ranks: int32 [B, R], the ranks predicted.
-    time: float32 [B], a masked mechanism's share of masked tokens, expected.
-    masked: bool [B, T], by position.
+    ranks: int32 [B, R], the ranks that are predicted.
+    time: float32 [B], for a masked mechanism, the expected share of masked
+      tokens.
+    masked: bool [B, T], by position: whether the token is masked.
   """
 
   order: jax.Array
@@ -190,7 +200,17 @@ def draw(
   kind: mechanisms.Mechanism,
   step: jax.Array,
 ) -> Draws:
-  """Draws a training step's orders and whatever else its loss needs."""
+  """Draw the orders of a training step and the other draws of its loss.
+
+  Args:
+    key: typed PRNG key of the step.
+    batch: B.
+    T: the number of positions.
+    options: the orders and groups of training.
+    train: gives query_fraction and least_time.
+    kind: the mechanism.
+    step: the training step, for the curriculum.
+  """
 
   def fold(purpose):
     return jax.random.fold_in(key, purpose)
@@ -210,7 +230,15 @@ def draw(
 
 
 def draw_times(key: jax.Array, batch: int, least: float) -> jax.Array:
-  """Times in [least, 1), each uniform, together evenly spread: float32 [B]."""
+  """Draw stratified times in [least, 1): float32 [B].
+
+  Each time is uniform, and together they are evenly spread.
+
+  Args:
+    key: typed PRNG key.
+    batch: B.
+    least: the least time.
+  """
   share = jax.random.uniform(key) + jnp.arange(batch) / batch
   return least + (1 - least) * (share % 1)
 
@@ -218,10 +246,10 @@ def draw_times(key: jax.Array, batch: int, least: float) -> jax.Array:
 def draw_masked(
   keys: jax.Array, order: jax.Array, time: jax.Array
 ) -> jax.Array:
-  """Masks the last tokens of every order, Binomial(T, time) of them.
+  """Mask the last Binomial(T, time) tokens of every order.
 
-  Of a uniform order this masks every token with probability `time`, each on
-  its own: the linear schedule of MDLM.
+  With a uniform order, this masks every token independently with probability
+  `time`: the linear schedule of MDLM (arXiv 2406.07524).
 
   Args:
     keys: typed PRNG keys [B].
@@ -239,45 +267,58 @@ def draw_masked(
 def row_keys(
   key: jax.Array, batch: int, first_row: jax.Array | int = 0
 ) -> jax.Array:
-  """A key for every row, of (key, first_row + b) alone: typed keys [B]."""
+  """Return a key for every row, as a function of (key, first_row + b) alone.
+
+  Args:
+    key: typed PRNG key.
+    batch: B.
+    first_row: the index of row 0 in a larger batch.
+
+  Returns:
+    Typed PRNG keys [B].
+  """
   return keys_of(key, first_row + jnp.arange(batch))
 
 
 def keys_of(key: jax.Array, rows: jax.Array) -> jax.Array:
-  """A key for every row of indices int32 [B]: typed keys [B]."""
+  """Return a key for every row index in `rows`, int32 [B]: typed keys [B]."""
   return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
 
 
 def fold_rows(keys: jax.Array, data: jax.Array | int) -> jax.Array:
-  """fold_in of the same number into every key of [B]."""
+  """Fold the same number into every key of `keys` [B]: typed keys [B]."""
   return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, data)
 
 
 def uniform(keys: jax.Array, count: int) -> jax.Array:
-  """Numbers in [0, 1) of keys [B]: float32 [B, count]."""
+  """Draw numbers in [0, 1) from each key of `keys` [B]: float32 [B, count]."""
   return jax.vmap(lambda key: jax.random.uniform(key, (count,)))(keys)
 
 
 def training_nll(
   apply: Apply, layout: orders.Layout, tokens: jax.Array, draws: Draws
 ) -> jax.Array:
-  """What training minimises: nats of every sequence.
+  """Return the loss that training minimises: nats of every sequence.
 
-  Without groups an unbiased estimate of -log p(x | sigma), whatever the ranks.
-  Of a masked mechanism under uniform orders, of the negative ELBO of MDLM
-  (arXiv 2406.07524, eq. 8; all times from least_time on), which is the mean of
-  -log p(x | sigma) over uniform orders; under other orders no likelihood.
+  Without groups this is an unbiased estimate of -log p(x | sigma), however the
+  ranks are chosen.
+
+  With a masked mechanism under uniform orders, this is an unbiased estimate of
+  the negative ELBO of MDLM (arXiv 2406.07524, eq. 8), with all times from
+  least_time on. The negative ELBO is the mean of -log p(x | sigma) over uniform
+  orders. Under other orders the loss of a masked mechanism is no likelihood.
 
   Args:
-    apply: slots -> logits.
-    layout: of the network.
+    apply: maps slots to logits.
+    layout: the layout of the network.
     tokens: int [B, T].
-    draws: of this batch.
+    draws: the draws of this batch.
 
   Returns:
     float32 [B].
   """
   if draws.masked is not None:
+    assert draws.time is not None  # `draw` draws the two together.
     nats = masked_nll(apply, layout, tokens, draws.masked)
     return nats.sum(axis=1) / draws.time
   nats = order_nll(

@@ -1,11 +1,13 @@
 """Generation orders, and tokens laid out in generation order.
 
-An order is an int32 row [T]: a permutation of the positions 1..T. Position 0
-is BOS and, with two sentinels, position T + 1 is EOS; both are always known.
-Everything downstream runs in generation order: `to_slots` gathers the tokens
-once, so that an ordinary causal mask over slots is the any-order mask.
+An order is an int32 row [T]: a permutation of the positions 1..T. Position 0 is
+BOS. With two sentinels, position T + 1 is EOS. Sentinels are always known.
 
-Pure jax.numpy. Dimension letters: aoarm_jax/config/schema.py.
+All later code runs in generation order. `to_slots` gathers the tokens once, and
+then an ordinary causal mask over slots is the any-order mask.
+
+This module uses jax.numpy alone and does no I/O. The dimension letters are
+explained in aoarm_jax/config/schema.py.
 """
 
 import functools
@@ -20,14 +22,14 @@ from aoarm_jax.config import schema as config_lib
 
 
 class Layout(NamedTuple):
-  """How a network wants tokens laid out; static.
+  """How a network expects tokens to be laid out; a static value.
 
   Attributes:
     sentinels: s, 1 (BOS) or 2 (BOS and EOS).
-    vocabulary: V; BOS has id V, EOS id V + 1, MASK id V + 2.
-    end: position of EOS, one after the network's last position.
-    masked: whether the mechanism is a masked one, which sees all positions of
-      its window at once.
+    vocabulary: V. BOS has id V, EOS has id V + 1, and MASK has id V + 2.
+    end: the position of EOS, one after the network's last position.
+    masked: whether the mechanism is a masked diffusion model, which sees all
+      positions of its window at once.
   """
 
   sentinels: int
@@ -37,11 +39,11 @@ class Layout(NamedTuple):
 
 
 class Queries(NamedTuple):
-  """Targets to be predicted, apart from those of the slots.
+  """Positions to predict that are given apart from the slots.
 
   Attributes:
-    target_position: int32 [B, Q].
-    visible: int32 [B, Q], how many leading slots each sees.
+    target_position: int32 [B, Q], the positions to predict.
+    visible: int32 [B, Q], the number of leading slots that each query sees.
   """
 
   target_position: jax.Array
@@ -49,19 +51,21 @@ class Queries(NamedTuple):
 
 
 class Slots(NamedTuple):
-  """A batch in generation order (or, in decoding, some of its slots).
+  """A batch in generation order; while decoding, some slots of a batch.
 
-  Of a masked mechanism: a batch in natural order behind the sentinels, where
-  every slot predicts its own position.
+  With a masked mechanism, the batch is in natural order behind the sentinels,
+  and every slot predicts its own position.
 
   Attributes:
     tokens: int32 [B, S], the content of each slot.
     position: int32 [B, S], c, the position of that content.
     target_position: int32 [B, S], t, the position that the slot predicts. With
-      two sentinels slot 0 predicts nothing: its target position is its own, 0.
-    visible: int32 [B, S, 2], how many leading slots the content row and the
-      query row of each slot see, for two streams over groups; None is causal.
-    queries: for two streams, the query rows in place of one for every slot.
+      two sentinels slot 0 predicts nothing, and its target position is its own
+      position, 0.
+    visible: int32 [B, S, 2], the number of leading slots that the content row
+      and the query row of each slot see. It is for two streams over groups.
+      None means causal.
+    queries: for two streams, the query rows. None means one query row per slot.
   """
 
   tokens: jax.Array
@@ -78,20 +82,21 @@ def to_slots(
   group_start: jax.Array | None = None,
   ranks: jax.Array | None = None,
 ) -> Slots:
-  """Lays tokens out in generation order, behind the sentinels.
+  """Return tokens laid out in generation order, behind the sentinels.
 
-  Slot 0 is BOS; with two sentinels slot 1 is EOS; slot i >= s holds the token
-  at position order[i - s]. The last generated token is never content. Rank r
-  is predicted at slot r + s - 1.
+  Slot 0 is BOS. With two sentinels slot 1 is EOS. A slot i >= s holds the token
+  at position order[i - s]. The last generated token is never content. Rank r is
+  predicted at slot r + s - 1.
 
   Args:
-    tokens: int [B, T], natural order; position p is tokens[:, p - 1].
+    tokens: int [B, T], natural order. Position p is tokens[:, p - 1].
     order: int32 [B, T], permutations of 1..T.
-    layout: of the network. Its `end` is larger than T + 1 where only the first
-      T positions of its window are generated.
+    layout: the layout of the network. Its `end` is larger than T + 1 if only
+      the first T positions of its window are generated.
     group_start: bool [B, T], by rank: whether a group of tokens that are
-      generated together starts there; rank 0 always does. None: one by one.
-    ranks: int32 [B, R], the ranks to predict; None: all.
+      generated together starts there. Rank 0 always starts a group. None means
+      that tokens are generated one by one.
+    ranks: int32 [B, R], the ranks to predict. None means all ranks.
 
   Returns:
     Slots with S = T + s - 1.
@@ -106,10 +111,12 @@ def to_slots(
   visible = None if group_start is None else _visible(group_start, sentinels)
   queries = None
   if ranks is not None:
-    seen = ranks + sentinels
+    query_visible = ranks + sentinels
     if visible is not None:
-      seen = jnp.take_along_axis(visible[..., 1], seen - 1, axis=1)
-    queries = Queries(jnp.take_along_axis(order, ranks, axis=1), seen)
+      query_visible = jnp.take_along_axis(
+        visible[..., 1], query_visible - 1, axis=1
+      )
+    queries = Queries(jnp.take_along_axis(order, ranks, axis=1), query_visible)
   return Slots(
     tokens=jnp.concatenate([start(bos), known.astype(jnp.int32)], axis=1),
     position=jnp.concatenate([start(ends), order[:, :-1]], axis=1),
@@ -120,7 +127,11 @@ def to_slots(
 
 
 def _visible(group_start, s):
-  """Content sees to the end of its group, queries to its start: [B, S, 2]."""
+  """Return the visible slots of content and query rows: int32 [B, S, 2].
+
+  Content rows see all slots up to the end of their group. Query rows see all
+  slots before the start of their group.
+  """
   B, T = group_start.shape
   rank = jnp.arange(T)[None]
   start = jax.lax.cummax(
@@ -130,7 +141,8 @@ def _visible(group_start, s):
     group_start[:, 1:], ((0, 0), (0, 1)), constant_values=True
   )
   end = jax.lax.cummin(jnp.where(next_start, rank + 1, T), axis=1, reverse=True)
-  # Slot i holds rank i - s and predicts rank i - s + 1; sentinels see theirs.
+  # Slot i holds rank i - s and predicts rank i - s + 1. A sentinel sees the
+  # slots up to its own.
   alone = jnp.broadcast_to(jnp.arange(1, s + 1)[None], (B, s))
   content = jnp.minimum(end[:, :-1] + s, T + s - 1)
   content = jnp.concatenate([alone, content], axis=1)
@@ -141,15 +153,16 @@ def _visible(group_start, s):
 def to_masked_slots(
   tokens: jax.Array, masked: jax.Array, layout: Layout
 ) -> Slots:
-  """Lays tokens out in natural order behind the sentinels, some as MASK.
+  """Return tokens in natural order behind the sentinels, some as MASK.
 
   Args:
     tokens: int [B, T].
-    masked: bool [B, T], by position.
-    layout: of the network, whose window these are: T = layout.end - 1.
+    masked: bool [B, T], by position: whether the token is replaced by MASK.
+    layout: the layout of the network. The tokens fill its window: T =
+      layout.end - 1.
 
   Returns:
-    Slots with S = T + s; position p is predicted at slot p + s - 1.
+    Slots with S = T + s. Position p is predicted at slot p + s - 1.
   """
   chex.assert_equal_shape([tokens, masked])
   B, T = tokens.shape
@@ -177,35 +190,44 @@ def draw(
   first_row: jax.Array | int = 0,
   rows: jax.Array | None = None,
 ) -> jax.Array:
-  """Draws one order a sequence.
+  """Draw one order per sequence.
 
-  A row depends on the key and its index alone, so neither the batch size nor
-  the number of devices changes it.
+  A row of the result depends on the key and the row's index alone. So neither
+  the batch size nor the number of devices changes it.
+
+  The families, as named by `options.family`:
+
+  - uniform: every permutation is equally likely.
+  - left_to_right, right_to_left: this order alone.
+  - mixture: left to right with probability left_to_right_share, else uniform
+    (AO-GPT, arXiv 2506.19935).
+  - curriculum: uniform with a probability that rises from 0 to 1 over
+    curriculum_steps, else left to right.
+  - block: windows of block_width positions from left to right, with a random
+    order inside each window.
+  - shuffled_blocks: windows in random order, left to right inside each window.
+    The last window may be shorter.
+  - given: the order `options.given`.
 
   Args:
     key: typed PRNG key.
     batch: B.
-    T: positions.
-    options: the family and its numbers. uniform: every permutation alike.
-      left_to_right, right_to_left: that one. mixture: left to right with
-      probability left_to_right_share, else uniform (AO-GPT, arXiv 2506.19935).
-      curriculum: left to right, but uniform with a probability that rises from
-      0 to 1 over curriculum_steps. block: windows of block_width from left to
-      right, in random order inside. shuffled_blocks: windows in random order,
-      left to right inside; the last window may be shorter. given: `given`.
-    step: training step, for the curriculum.
-    first_row: index of row 0 in a larger batch.
-    rows: int32 [B], the rows' indices; None is first_row and those after it.
+    T: the number of positions.
+    options: the family and its parameters.
+    step: the training step, for the curriculum.
+    first_row: the index of row 0 in a larger batch.
+    rows: int32 [B], the indices of the rows. None means `first_row` and the
+      indices after it.
 
   Returns:
     int32 [B, T], permutations of 1..T.
 
   Raises:
-    ValueError: an unknown family.
+    ValueError: the family is unknown.
   """
   natural = jnp.arange(1, T + 1, dtype=jnp.int32)
   window = (natural - 1) // options.block_width
-  uniform_share = {
+  uniform_share: dict[str, jax.Array | float] = {
     "mixture": 1.0 - options.left_to_right_share,
     "curriculum": jnp.clip(step / options.curriculum_steps, 0.0, 1.0),
   }
@@ -226,7 +248,7 @@ def draw(
         coin = jax.random.uniform(coin_key)
         return jnp.where(coin < uniform_share[options.family], uniform, natural)
       case "block":
-        # A stable sort of a uniform order by window: uniform inside each.
+        # A stable sort by window keeps the order uniform inside each window.
         return uniform[jnp.argsort(window[uniform - 1], stable=True)]
       case "shuffled_blocks":
         windows = -(-T // options.block_width)
@@ -246,24 +268,31 @@ def draw_groups(
   *,
   first_row: jax.Array | int = 0,
 ) -> jax.Array | None:
-  """Draws which ranks are generated together (A3, any-subset groups).
+  """Draw the groups of ranks that are generated together.
 
-  Row b depends on (key, first_row + b) alone.
+  Such groups are the any-subset groups of A3. Row b of the result depends on
+  (key, first_row + b) alone.
+
+  The kinds, as named by `options.groups`:
+
+  - none: tokens are generated one by one.
+  - fixed: each group has group_width ranks. The last group may be smaller.
+  - random: every rank after the first starts a group with probability 1 /
+    group_width.
+  - given: the groups have the sizes group_sizes.
 
   Args:
     key: typed PRNG key.
     batch: B.
-    T: ranks.
-    options: groups is none: one by one; fixed: group_width ranks each, the last
-      group may be smaller; random: every rank after the first starts a group
-      with probability 1 / group_width; given: of sizes group_sizes.
-    first_row: index of row 0 in a larger batch.
+    T: the number of ranks.
+    options: the kind of groups and its parameters.
+    first_row: the index of row 0 in a larger batch.
 
   Returns:
-    bool [B, T], whether a group starts at each rank; None for none.
+    bool [B, T], whether a group starts at each rank. None for the kind none.
 
   Raises:
-    ValueError: unknown groups.
+    ValueError: the kind of groups is unknown.
   """
   rank = jnp.arange(T)
   match options.groups:
@@ -287,36 +316,44 @@ def draw_groups(
 
 
 def query_count(T: int, query_fraction: float) -> int:
-  """How many of T ranks are predicted where a fraction of them is."""
+  """Return how many of T ranks are predicted, given their fraction."""
   return max(1, round(query_fraction * T))
 
 
 class Nearest(NamedTuple):
-  """The nearest known token of every target; see `nearest`."""
+  """The distance and the recency of every target's nearest known token.
+
+  Attributes:
+    distance: int32 [B, T], by rank, see `nearest`.
+    recency: int32 [B, T], by rank, see `nearest`.
+  """
 
   distance: jax.Array
   recency: jax.Array
 
 
 def nearest(order: jax.Array) -> Nearest:
-  """The known token that stands nearest to each target.
+  """Return the known token that stands nearest to each target.
+
+  Sentinels do not count. If two known tokens stand at the same distance, the
+  more recent token is taken.
 
   Args:
     order: int32 [B, T], permutations of 1..T.
 
   Returns:
-    int32 [B, T] each, by rank: its distance from the target, positions; and
-    how many steps ago it was generated (1: just before). Of two at the same
-    distance the more recent one. 0 at rank 0, where nothing is known;
-    sentinels do not count.
+    The distance of that token from the target, in positions, and its recency:
+    how many steps ago it was generated (1 means just before). Both are int32
+    [B, T], by rank, and 0 at rank 0, where nothing is known.
   """
   B, T = order.shape
-  at = jnp.arange(1, T + 1)[None]
+  position = jnp.arange(1, T + 1)[None]
 
   def step(rank_at, scanned):
-    """rank_at: [B, T], the rank of what stands there, -1 where unknown."""
+    # rank_at [B, T] is the rank of the token at each position, or -1 where the
+    # token is not known yet.
     rank, target = scanned
-    away = jnp.abs(at - target[:, None])
+    away = jnp.abs(position - target[:, None])
     known = rank_at >= 0
     distance = jnp.where(known, away, T).min(axis=1)
     closest = known & (away == distance[:, None])
@@ -325,8 +362,10 @@ def nearest(order: jax.Array) -> Nearest:
     return rank_at, (distance, recency)
 
   nothing = jnp.full((B, T), -1)
-  _, (distance, recency) = jax.lax.scan(step, nothing, (at[0] - 1, order.T))
-  first = at == 1
+  _, (distance, recency) = jax.lax.scan(
+    step, nothing, (position[0] - 1, order.T)
+  )
+  first = position == 1
   return Nearest(
     jnp.where(first, 0, distance.T), jnp.where(first, 0, recency.T)
   )
@@ -335,12 +374,14 @@ def nearest(order: jax.Array) -> Nearest:
 def known_first(
   order: jax.Array, known: jax.Array, length: jax.Array | None = None
 ) -> jax.Array:
-  """Moves known positions to the front, by position; others keep their order.
+  """Return orders with known positions first, sorted by position.
+
+  The other positions keep their order.
 
   Args:
     order: int32 [B, T], permutations of 1..T.
     known: bool [B, T], by position: known[:, p - 1].
-    length: int32 [B]; positions beyond it are moved to the end. None is T.
+    length: int32 [B]. Positions beyond it are moved to the end. None means T.
 
   Returns:
     int32 [B, T].
@@ -353,10 +394,13 @@ def known_first(
 
 
 def by_class(order: jax.Array, kinds: jax.Array) -> jax.Array:
-  """Sorts positions by class; those of class 0 by position among themselves.
+  """Return orders sorted by the class of each position.
+
+  Positions of class 0 are sorted by position. Within every other class,
+  positions keep their order.
 
   Args:
-    order: int32 [B, T], permutations of 1..T; kept within the other classes.
+    order: int32 [B, T], permutations of 1..T.
     kinds: int32 [B, T], the class of every position: kinds[:, p - 1].
 
   Returns:
@@ -369,12 +413,13 @@ def by_class(order: jax.Array, kinds: jax.Array) -> jax.Array:
 
 
 def alignment(order: jax.Array) -> jax.Array:
-  """Rank correlation of recency with nearness to the target.
+  """Return the rank correlation of recency with nearness to the target.
 
-  For every target with at least two known tokens before it: Spearman's
-  correlation (ties take their mean rank) between how recently a token was
-  generated and how near it stands to the target. Sentinels are left out. 1 for
-  left_to_right and right_to_left, about 0 for uniform orders at large T.
+  For every target with at least two known tokens, this is Spearman's
+  correlation between how recently a token was generated and how near it stands
+  to the target. Ties take their mean rank, and sentinels are left out. The
+  result is 1 for left_to_right and right_to_left, and about 0 for uniform
+  orders at large T.
 
   Args:
     order: int32 [B, T], permutations of 1..T, T >= 3.
@@ -383,11 +428,12 @@ def alignment(order: jax.Array) -> jax.Array:
     float32 [B], the mean over targets.
   """
   T = order.shape[1]
-  rank_of = jnp.argsort(order, axis=1)  # [B, T], rank of position p at p - 1.
+  rank_of = jnp.argsort(order, axis=1)  # [B, T]; the rank of p is at p - 1.
   distance = jnp.arange(1, T)
 
   def of_target(ranks, order_row, r):
     # At most two positions share a distance, so counting replaces sorting.
+    # `left` and `right` are the indices of these two positions.
     left, right = order_row[r] - distance - 1, order_row[r] + distance - 1
     recency = jnp.stack(
       [
@@ -403,7 +449,8 @@ def alignment(order: jax.Array) -> jax.Array:
     x = jnp.where(seen, recency - center, 0.0)
     y = jnp.where(seen, center - distance_rank, 0.0)
     scale = jnp.sqrt((x**2).sum() * (y**2).sum())
-    # Two tokens at one distance (T small): no correlation is defined; count 0.
+    # With small T, all known tokens may stand at one distance. No correlation
+    # is defined then, and 0 is counted.
     return jnp.where(scale > 0, (x * y).sum() / jnp.maximum(scale, 1e-9), 0.0)
 
   def of_order(rows):

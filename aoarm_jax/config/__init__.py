@@ -1,1 +1,1 @@
-"""What a run is: fields, rules, mechanisms, variants."""
+"""The configuration: fields, rules, mechanisms, and variants."""

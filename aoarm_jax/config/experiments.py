@@ -1,4 +1,7 @@
-"""What the files in configs/ are made of: variants and their builder."""
+"""The builder of the files in configs/, and the variants of an experiment."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import ml_collections
 
@@ -15,9 +18,9 @@ _LARGE = {
   "compute.remat": True,
   "mesh.fsdp": 0,
 }
-# What a variant changes, for every mechanism alike; an experiment file may
-# change more.
-VARIANTS = {
+# The fields that each variant changes, for every mechanism alike. An experiment
+# file may change further fields.
+VARIANTS: dict[str, dict[str, Any]] = {
   "default": {},
   "long": {
     "model.T": 1024,
@@ -75,21 +78,25 @@ VARIANTS = {
 
 
 def experiment(
-  name: str, variant: str, variants=VARIANTS, **changes
+  name: str,
+  variant: str,
+  variants: Mapping[str, Mapping[str, Any]] = VARIANTS,
+  **changes: Mapping[str, Any],
 ) -> ml_collections.ConfigDict:
-  """Builds the locked ConfigDict of an experiment file.
+  """Return the locked ConfigDict of an experiment file.
 
   Args:
-    name: of the experiment, usually its file's.
-    variant: a key of `variants`; "" is the default.
-    variants: name -> {"section.field": value}.
-    **changes: section=dict(field=value), applied after the variant's.
+    name: the name of the experiment, usually that of its file.
+    variant: a key of `variants`. "" selects the default variant.
+    variants: the changes of each variant: {name: {"section.field": value}}.
+    **changes: changes by section, as section=dict(field=value). They are
+      applied after the changes of the variant.
 
   Returns:
     A locked ConfigDict with every field of the schema.
 
   Raises:
-    ConfigError: an unknown variant.
+    ConfigError: the variant is unknown.
   """
   variant = variant or "default"
   if variant not in variants:

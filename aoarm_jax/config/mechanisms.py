@@ -1,18 +1,19 @@
-"""Which mechanisms there are, and what each is made of.
+"""The table of mechanisms, and the pieces that each mechanism is made of.
 
-A mechanism is how a row learns which position it predicts. The table below is
-the one place where they differ by name; the pieces that it names are built in
-aoarm_jax/model/rows.py, and no other room knows a mechanism by name.
+A mechanism tells a row which position it predicts. Mechanisms differ by name in
+the table below and nowhere else. aoarm_jax/model/rows.py builds the pieces that
+the table names. No other part of the code knows a mechanism by name.
 
-To add one that is made of these pieces, add a line here and a file in configs/.
+To add a mechanism that is made of these pieces, add a line here and a file in
+configs/.
 """
 
 import dataclasses
 
-# Generation from a cache: config.sample.method.
+# The values of config.sample.method that generate from a cache.
 _LEFT_TO_RIGHT = ("sequential", "parallel", "speculative")
 _ANY_ORDER = (*_LEFT_TO_RIGHT, "adaptive")
-# Likelihoods by the chain rule: config.eval.estimators.
+# The values of config.eval.estimators that are likelihoods by the chain rule.
 _CHAIN_RULE = (
   "any_order",
   "training_order",
@@ -24,28 +25,36 @@ _CHAIN_RULE = (
 
 @dataclasses.dataclass(frozen=True)
 class Mechanism:
-  """What a mechanism is made of.
+  """The pieces that a mechanism is made of.
 
-  c is the position of a row's content, t the position that it predicts.
+  A row has two positions. Its content stands at the content position c, and it
+  predicts the token at the target position t.
 
   Attributes:
-    source: who proposed it.
-    streams: 1, or 2: query rows beside the content rows. A query row starts as
-      one learned vector; keys and values come from content rows alone.
-    query: the positions by which the query of the row that is read out turns:
-      any of "content" and "target". Two of them take turns among the rotary
-      pairs. Keys turn by "content"; without any, neither turns.
-    added: learned position embeddings added to the input, side by side where
-      there are two: any of "content" and "target".
-    condition: width of a learned embedding of t that shifts, scales and gates
-      every layer and scales and shifts the head's input (adaLN); 0 is none.
-    masked: whether rows are in natural order, each at its own position, some
-      of them MASK, all visible to all: a masked diffusion model, without cache.
-    left_to_right: whether this is the only order that it knows.
-    methods: the values of config.sample.method by which it generates.
-    estimators: the likelihoods that it has, see evaluation/estimators.py.
-    changes_one_thing_of: the mechanism that an ablation is compared with, "" if
-      it is none.
+    source: the paper that proposed the mechanism, or its purpose.
+    streams: the number of streams, 1 or 2. With 2 there are query rows beside
+      the content rows. A query row starts as one learned vector. Keys and
+      values come from content rows alone.
+    query: the positions by which the queries of the predicting rows are
+      rotated: any of "content" and "target". Two positions take turns among the
+      rotary pairs. Keys are rotated by "content". If `query` is empty, neither
+      queries nor keys are rotated.
+    added: the learned position embeddings that are added to the input: any of
+      "content" and "target". Two embeddings stand side by side, each with half
+      of the width.
+    condition: the width of a learned embedding of t. The embedding shifts,
+      scales and gates every layer, and shifts and scales the input of the head
+      (adaLN). 0 means no conditioning.
+    masked: whether this is a masked diffusion model. Its rows are in natural
+      order, each at its own position. Some rows hold MASK, every row sees every
+      row, and there is no cache.
+    left_to_right: whether the mechanism knows the order from left to right
+      only.
+    methods: the values of config.sample.method that the mechanism supports.
+    estimators: the likelihoods that the mechanism has; see
+      evaluation/estimators.py.
+    changes_one_thing_of: for an ablation, the name of the mechanism that it is
+      compared with. "" otherwise.
   """
 
   source: str
@@ -60,7 +69,7 @@ class Mechanism:
   changes_one_thing_of: str = ""
 
 
-_TARGET_WIDTH = 128  # AO-GPT's.
+_TARGET_WIDTH = 128  # The value of AO-GPT.
 
 MECHANISMS = {
   "two_stream": Mechanism(
@@ -96,7 +105,8 @@ MECHANISMS = {
     query=("content",),
     masked=True,
     methods=("sequential", "ancestral", "confidence"),
-    # It does not know the order of its context, so it averages over none.
+    # MDLM does not see the order of its context, so there are no orders of the
+    # context to average over.
     estimators=(*_CHAIN_RULE, "elbo"),
   ),
 }

@@ -1,21 +1,23 @@
-"""Numbers that keep random keys of one seed apart.
+"""Numbers that keep the random keys of one seed apart.
 
-A key is folded with the number of its purpose, so that two purposes never draw
-the same numbers. Training folds its key with the step, which stays below 2^31.
+Each purpose of random numbers has a number below. A key is folded with the
+number of its purpose, so two purposes never draw the same numbers. Training
+folds its key with the step, and a step stays below 2^31.
 """
 
-# Folded into jax.random.key(seed), where the seed may be that of training.
+# These are folded into jax.random.key(seed). The seed may be that of training.
 EVALUATION = 101
 GENERATION = 102
 SCORING = 103
 STUDY_TEXTS = 104
 STUDY_ATTENTION = 105
 
-# Folded into the key of one training step, or of one evaluation. Rows and draws
-# are numbered below 2^29.
+# These are folded into the key of one training step or one evaluation. The
+# numbers of rows and draws stay below 2^29.
 GROUPS, RANKS, TIMES, MASKS = (2**31 + number for number in range(4))
-ROWS = RANKS  # An evaluation draws no ranks.
+ROWS = RANKS  # An evaluation draws no ranks, so the number is free there.
 
-# Folded into the key of a generated row, whose draws are numbered by slot.
+# These are folded into the key of a generated row. The draws of a row are
+# numbered by slot.
 COIN = 2**29
 AGAIN = 2**30

@@ -1,15 +1,24 @@
-"""Which configs can be, and which changes a run survives."""
+"""Rules that a config must satisfy, and the changes that a run survives."""
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 from aoarm_jax.config import schema as config_lib
 
 
 def validate(config: config_lib.Config) -> config_lib.Config:
-  """Returns the config if every value can be, alone and together.
+  """Return the config if every value is valid, alone and with the others.
+
+  Args:
+    config: the config to check.
+
+  Returns:
+    The same object.
 
   Raises:
-    ConfigError: naming the field, its value and the fix.
+    ConfigError: a value is not valid. The message names the field, the value,
+      and how to mend it.
   """
   if config.data.corpus == "docstrings":
     raise config_lib.ConfigError(
@@ -28,12 +37,13 @@ def validate(config: config_lib.Config) -> config_lib.Config:
 
 
 def _check_range(path, metadata, value):
+  """Raise ConfigError unless a value lies in its range and its choices."""
   bounds = (
     (metadata.get("low"), lambda x, bound: x >= bound, "at least"),
     (metadata.get("high"), lambda x, bound: x <= bound, "at most"),
     (metadata.get("above"), lambda x, bound: x > bound, "above"),
     (metadata.get("below"), lambda x, bound: x < bound, "below"),
-    # Whole numbers are int32 on the device.
+    # Devices hold whole numbers as int32.
     (2**31 - 1 if type(value) is int else None, lambda x, b: x <= b, "at most"),
   )
   choices = metadata.get("choices")
@@ -49,14 +59,15 @@ def _check_range(path, metadata, value):
       raise config_lib.ConfigError(
         f"{path}={value!r}: {item!r} is not one of {', '.join(choices)}"
       )
-    of = metadata.get("of", int)
-    if isinstance(value, tuple) and not choices and type(item) not in (of, int):
-      kind = {int: "a whole number", float: "a number"}[of]
+    item_type = metadata.get("of", int)
+    is_plain = isinstance(value, tuple) and not choices
+    if is_plain and type(item) not in (item_type, int):
+      kind = {int: "a whole number", float: "a number"}[item_type]
       raise config_lib.ConfigError(f"{path}={value!r}: {item!r} is not {kind}")
 
 
 def _relations(config):
-  """Returns rows (path, whether it holds, how to mend it) between fields."""
+  """Return the rules between fields as (path, whether it holds, the fix)."""
   return [
     *_of_the_mechanism(config),
     *_of_orders(config),
@@ -67,7 +78,7 @@ def _relations(config):
 
 
 def _of_the_mechanism(config):
-  """What the table of mechanisms says that a mechanism can do."""
+  """Return the rules that follow from the table of mechanisms."""
   m, kind = config.model, config.model.kind
   estimators = set(config.eval.estimators)
   one_way = f"mechanism {m.mechanism} generates left to right only"
@@ -108,6 +119,7 @@ def _of_the_mechanism(config):
 
 
 def _of_orders(config):
+  """Return the rules for orders and groups."""
   m, o, T = config.model, config.orders, config.model.T
   needs_given = (
     "given" in (o.family, config.sample.order, config.score.order)
@@ -141,6 +153,7 @@ def _of_orders(config):
 
 
 def _of_training(config):
+  """Return the rules for training, the optimizer and the computation."""
   t, optimizer, compute = config.train, config.optimizer, config.compute
   return [
     (
@@ -169,6 +182,7 @@ def _of_training(config):
 
 
 def _of_a_study(study):
+  """Return the rules for a study."""
   return [
     (
       "study.share_index",
@@ -199,6 +213,7 @@ def _of_a_study(study):
 
 
 def _of_texts(config):
+  """Return the rules for generated and scored texts."""
   sample, marks = config.sample, config.score.marks
   in_steps = ("parallel", "ancestral", "confidence")
   return [
@@ -224,13 +239,14 @@ def _of_texts(config):
 
 def differences(
   saved: config_lib.Config, wanted: config_lib.Config, binds: tuple[str, ...]
-):
-  """Yields (path, saved value, wanted value) of bound fields that differ.
+) -> Iterator[tuple[str, Any, Any]]:
+  """Yield (path, saved value, wanted value) of bound fields that differ.
 
   Args:
-    saved: the checkpoint's config.
-    wanted: the command line's config.
-    binds: ("model",) to use the parameters; ("model", "run") to resume.
+    saved: the config of the checkpoint.
+    wanted: the config of the command line.
+    binds: the bindings to compare. ("model",) covers the use of the parameters.
+      ("model", "run") covers resuming the run.
   """
   for (path, field, old), (_, _, new) in zip(
     config_lib.leaves(saved), config_lib.leaves(wanted)
@@ -242,10 +258,15 @@ def differences(
 def schedule_steps_error(
   saved: config_lib.Config, wanted: config_lib.Config, step: int
 ) -> str:
-  """Why train.steps may not change from `saved` to `wanted` at `step`, or "".
+  """Return why train.steps may not change at `step`, or "" if it may.
 
-  The learning rate of the steps already taken must be what `wanted` would have
-  given them, or the run is no longer one run.
+  The steps already taken must have had the learning rates that `wanted` gives
+  them. Otherwise the result is not one run.
+
+  Args:
+    saved: the config of the checkpoint.
+    wanted: the config of the command line.
+    step: the step of the checkpoint.
   """
   old, new, opt = saved.train.steps, wanted.train.steps, wanted.optimizer
   if old == new or opt.schedule == "constant":

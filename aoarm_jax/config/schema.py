@@ -1,8 +1,9 @@
-"""The whole configuration schema, once: defaults, units, ranges, bindings.
+"""The schema of the configuration: every field, default, unit, and range.
 
-`configs/*.py` return a locked `ml_collections.ConfigDict` built from the
-dataclasses below, so overrides on the command line are type-checked. All code
-receives the frozen (hashable, hence jit-static) dataclasses instead.
+The files `configs/*.py` return a locked `ml_collections.ConfigDict`. The
+dataclasses below define its fields, so overrides on the command line are
+type-checked. All other code receives the dataclasses themselves. They are
+frozen and hashable, so they can be static arguments of `jax.jit`.
 
 Dimension letters used across the project:
 
@@ -14,6 +15,7 @@ Dimension letters used across the project:
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import ml_collections
@@ -43,36 +45,40 @@ ESTIMATORS = (
 
 
 class ConfigError(errors.UserError, ValueError):
-  """A value that cannot be: one line that names field, value and fix."""
+  """A value that the config refuses.
+
+  The message is one line. It names the field, the value, and how to mend it.
+  """
 
   exit_code = 2
 
 
 def _field(
-  default,
-  doc,
+  default: Any,
+  doc: str,
   *,
-  low=None,
-  high=None,
-  above=None,
-  below=None,
-  choices=None,
-  of=int,
-  binds="",
-):
-  """A field with its unit or meaning, its range, and what it binds.
+  low: float | None = None,
+  high: float | None = None,
+  above: float | None = None,
+  below: float | None = None,
+  choices: tuple[str, ...] | None = None,
+  of: type = int,
+  binds: str = "",
+) -> Any:
+  """Return a dataclass field with its documentation, range, and binding.
 
   Args:
-    default: the default value; its type is the field's type.
-    doc: meaning and unit.
-    low: least value allowed, inclusive.
-    high: greatest value allowed, inclusive.
-    above: lower bound, exclusive.
-    below: upper bound, exclusive.
-    choices: the values allowed.
-    of: type of a tuple's items, where there are no choices.
-    binds: "model" if a checkpoint is unusable under another value, "run" if
-      only resuming is, "" if the value may change at any time.
+    default: the default value. Its type is the type of the field.
+    doc: the meaning and the unit, for users.
+    low: the least allowed value, inclusive.
+    high: the greatest allowed value, inclusive.
+    above: the lower bound, exclusive.
+    below: the upper bound, exclusive.
+    choices: the allowed values.
+    of: the type of a tuple's items, for tuples without choices.
+    binds: "model" if another value makes a checkpoint unusable. "run" if
+      another value only prevents resuming a run. "" if the value may change at
+      any time.
   """
   metadata = dict(
     doc=doc,
@@ -99,35 +105,37 @@ class Model:
   )
   sentinels: int = _field(
     1,
-    "1: BOS; 2: BOS and EOS (window boundaries)",
+    "number of sentinels, which mark the ends of the window; 1: BOS; 2: BOS "
+    "and EOS",
     low=1,
     high=2,
     binds="model",
   )
-  T: int = _field(128, "positions to generate", low=1, binds="model")
-  D: int = _field(256, "model width", low=2, binds="model")
-  L: int = _field(10, "layers", low=1, binds="model")
-  N: int = _field(4, "attention heads", low=1, binds="model")
+  T: int = _field(128, "number of positions to generate", low=1, binds="model")
+  D: int = _field(256, "width of the model", low=2, binds="model")
+  L: int = _field(10, "number of layers", low=1, binds="model")
+  N: int = _field(4, "number of attention heads", low=1, binds="model")
   mlp_width: int = _field(
-    0, "hidden width F of the MLP; 0: 4 D", low=0, binds="model"
+    0, "hidden width F of the MLP; 0 means 4 D", low=0, binds="model"
   )
   rope_base: float = _field(
     10000.0,
-    "longest rotary wavelength / 2 pi, positions",
+    "base of the rotary frequencies; the longest wavelength divided by 2 pi is "
+    "about this many positions",
     low=1.0,
     binds="model",
   )
   condition_scale: float = _field(
     0.02,
-    "adaLN: standard deviation of the target's embedding at the start; with "
-    "AO-GPT's, 0.02, all gates are nearly closed",
+    "adaLN only: initial standard deviation of the target's embedding; AO-GPT "
+    "uses 0.02, with which all gates are nearly closed at the start",
     above=0.0,
     binds="run",
   )
 
   @property
   def H(self) -> int:
-    """Head dim."""
+    """Width of one attention head."""
     return self.D // self.N
 
   @property
@@ -137,12 +145,15 @@ class Model:
 
   @property
   def S(self) -> int:
-    """Slots: sentinels and all tokens, or all but the last generated one."""
+    """Number of slots: the sentinels and the tokens that are content.
+
+    The last generated token is never content, except with a masked mechanism.
+    """
     return self.T + self.sentinels - (not self.kind.masked)
 
   @property
   def kind(self) -> mechanisms.Mechanism:
-    """What the mechanism is made of."""
+    """The pieces that the mechanism is made of."""
     return mechanisms.MECHANISMS[self.mechanism]
 
 
@@ -152,15 +163,19 @@ class Data:
 
   corpus: str = _field(
     "auto",
-    "auto: books, which are built in, without a path, text8 for a file, folder "
-    "for a folder",
+    "kind of text; auto: the built-in books without data.path, text8 if "
+    "data.path is a file, folder if data.path is a folder",
     choices=("auto", "books", "text8", "folder"),
   )
-  path: str = _field("", "file or folder of the text; '' is the built-in text")
+  path: str = _field(
+    "", "file or folder of the text; '' means the built-in text"
+  )
   tokenizer: str = _field(
     "char27", "symbols of the text", choices=("char27", "byte"), binds="model"
   )
-  workers: int = _field(0, "loader processes; 0 loads in threads", low=0)
+  workers: int = _field(
+    0, "number of loader processes; 0 means that a thread loads", low=0
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,72 +183,117 @@ class Orders:
   """The generation orders of training (aoarm_jax/orders.py)."""
 
   family: str = _field(
-    "uniform", "order family", choices=ORDER_FAMILIES, binds="run"
+    "uniform",
+    "family that generation orders are drawn from",
+    choices=ORDER_FAMILIES,
+    binds="run",
   )
   left_to_right_share: float = _field(
     0.1,
-    "mixture: share of left-to-right orders",
+    "mixture only: share of left-to-right orders",
     low=0.0,
     high=1.0,
     binds="run",
   )
   curriculum_steps: int = _field(
-    1000, "curriculum: steps until all orders are uniform", low=1, binds="run"
+    1000,
+    "curriculum only: number of steps until all orders are uniform",
+    low=1,
+    binds="run",
   )
   block_width: int = _field(
-    16, "block, shuffled_blocks: window width, positions", low=1, binds="run"
+    16,
+    "block and shuffled_blocks only: width of a window, in positions",
+    low=1,
+    binds="run",
   )
-  given: tuple = _field(
-    (), "given: the order, a permutation of 1..T", binds="run"
+  given: tuple[int, ...] = _field(
+    (), "given only: the order, a permutation of 1..T", binds="run"
   )
   groups: str = _field(
     "none",
-    "two_stream: ranks generated together, independent given those before",
+    "two_stream only: how ranks are grouped; the tokens of a group are "
+    "generated together, independently of each other given earlier groups",
     choices=("none", "fixed", "random", "given"),
     binds="run",
   )
   group_width: int = _field(
-    16, "fixed: ranks a group; random: their mean", low=1, binds="run"
+    16,
+    "number of ranks in a group for groups=fixed; mean number for "
+    "groups=random",
+    low=1,
+    binds="run",
   )
-  group_sizes: tuple = _field(
-    (), "given: ranks of each group, T in all", binds="run"
+  group_sizes: tuple[int, ...] = _field(
+    (),
+    "groups=given only: number of ranks in each group; they sum to T",
+    binds="run",
   )
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-  """AdamW with a schedule (aoarm_jax/training/optimizer.py)."""
+  """AdamW and its learning-rate schedule (aoarm_jax/training/optimizer.py)."""
 
   peak_learning_rate: float = _field(
-    2e-3, "after warmup, per step", above=0.0, binds="run"
+    2e-3,
+    "learning rate per step at the end of the warmup",
+    above=0.0,
+    binds="run",
   )
   schedule: str = _field(
     "cosine",
-    "after warmup; stable_decay: constant, then linear decay",
+    "learning rate after the warmup; stable_decay: constant, then linear decay",
     choices=("cosine", "constant", "stable_decay"),
     binds="run",
   )
-  warmup_steps: int = _field(200, "linear warmup, steps", low=0, binds="run")
+  warmup_steps: int = _field(
+    200, "number of steps of linear warmup", low=0, binds="run"
+  )
   final_share: float = _field(
-    0.1, "last learning rate / peak", low=0.0, high=1.0, binds="run"
+    0.1,
+    "last learning rate divided by the peak",
+    low=0.0,
+    high=1.0,
+    binds="run",
   )
   decay_steps: int = _field(
-    500, "stable_decay: length of the decay, steps", low=1, binds="run"
+    500,
+    "stable_decay only: number of steps of the decay",
+    low=1,
+    binds="run",
   )
-  b1: float = _field(0.9, "Adam, first moment", low=0.0, below=1.0, binds="run")
+  b1: float = _field(
+    0.9,
+    "Adam: decay rate of the first moment",
+    low=0.0,
+    below=1.0,
+    binds="run",
+  )
   b2: float = _field(
-    0.98, "Adam, second moment", low=0.0, below=1.0, binds="run"
+    0.98,
+    "Adam: decay rate of the second moment",
+    low=0.0,
+    below=1.0,
+    binds="run",
   )
-  eps: float = _field(1e-8, "Adam, epsilon", above=0.0, binds="run")
+  eps: float = _field(1e-8, "Adam: epsilon", above=0.0, binds="run")
   weight_decay: float = _field(
-    0.1, "decoupled, matrices only", low=0.0, binds="run"
+    0.1,
+    "decoupled weight decay, applied to matrices only",
+    low=0.0,
+    binds="run",
   )
   clip_norm: float = _field(
-    1.0, "global gradient norm at most", above=0.0, binds="run"
+    1.0,
+    "gradients are scaled down to this global norm at most",
+    above=0.0,
+    binds="run",
   )
   ema_decay: float = _field(
     0.0,
-    "of the parameters, per step; 0 keeps no EMA",
+    "decay rate per step of the exponential moving average (EMA) of the "
+    "parameters; 0 keeps no EMA",
     low=0.0,
     below=1.0,
     binds="run",
@@ -242,22 +302,23 @@ class Optimizer:
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-  """The main job (aoarm_jax/training/loop.py)."""
+  """Training (aoarm_jax/training/loop.py)."""
 
-  steps: int = _field(2000, "optimizer steps", low=1, binds="run")
+  steps: int = _field(2000, "number of optimizer steps", low=1, binds="run")
   batch_size: int = _field(
-    512, "sequences a step, over all devices", low=1, binds="run"
+    512, "number of sequences per step, over all devices", low=1, binds="run"
   )
   query_fraction: float = _field(
     1.0,
-    "two_stream: share of the ranks, drawn at random, that are predicted",
+    "two_stream only: share of the ranks that are predicted; they are drawn "
+    "at random",
     above=0.0,
     high=1.0,
     binds="run",
   )
   least_time: float = _field(
     1e-3,
-    "mdlm: t_min, the least expected share of masked tokens",
+    "mdlm only: t_min, the least expected share of masked tokens",
     above=0.0,
     below=1.0,
     binds="run",
@@ -266,25 +327,29 @@ class Train:
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-  """Makes this experiment as large or as long as another one."""
+  """Makes this experiment as large or as long as another experiment."""
 
   to: str = _field(
     "",
-    "name of a config file beside this one, as in two_stream or "
-    "two_stream:long; without a variant the same one; '': nothing is matched",
+    "name of a config file in the same folder, such as two_stream or "
+    "two_stream:long; without a variant this experiment's variant is used; "
+    "'' matches nothing",
   )
   by: str = _field(
     "training_flops",
-    "what is to be equal: FLOPs of the whole training, or parameters",
+    "quantity that is made equal: the FLOPs of the whole training, or the "
+    "number of parameters",
     choices=("training_flops", "parameters"),
   )
   change: str = _field(
     "steps",
-    "what is changed: train.steps, or a field of model",
+    "field that is changed for this: train.steps, or a field of model",
     choices=("steps", "L", "D", "mlp_width"),
   )
   steps: int = _field(
-    0, "train.steps of the other one; 0: as its config says", low=0
+    0,
+    "train.steps of the other experiment; 0 means the value in its config",
+    low=0,
   )
 
 
@@ -292,56 +357,79 @@ class Match:
 class Eval:
   """Likelihoods of a split (aoarm_jax/evaluation/)."""
 
-  # What decides which checkpoint is best may not change within a run.
+  # Fields that decide which checkpoint is best may not change within a run.
   split: str = _field(
-    "valid", "split read", choices=("train", "valid", "test"), binds="run"
+    "valid",
+    "split that is evaluated",
+    choices=("train", "valid", "test"),
+    binds="run",
   )
-  estimators: tuple = _field(
+  estimators: tuple[str, ...] = _field(
     ("any_order", "left_to_right"),
-    "the first one is training's validation and picks the best checkpoint",
+    "likelihoods to compute; training validates with the first estimator and "
+    "picks the best checkpoint by it",
     choices=ESTIMATORS,
     binds="run",
   )
-  every: int = _field(500, "steps between validations; 0: at the end", low=0)
+  every: int = _field(
+    500, "steps between validations; 0 validates at the end only", low=0
+  )
   batches: int = _field(
-    24, "batches read; 0: the whole split", low=0, binds="run"
+    24,
+    "number of batches to read; 0 reads the whole split",
+    low=0,
+    binds="run",
   )
   batch_size: int = _field(
-    0, "sequences a batch; 0: train.batch_size", low=0, binds="run"
+    0,
+    "number of sequences per batch; 0 means train.batch_size",
+    low=0,
+    binds="run",
   )
   ensemble_orders: int = _field(
     8,
-    "ensembled: orders K a sequence; context_ensembled: permutations a rank",
+    "ensembled: number K of orders per sequence; context_ensembled: number of "
+    "permutations per rank",
     low=1,
     binds="run",
   )
   times: int = _field(
-    8, "elbo: times (masks) drawn a sequence", low=1, binds="run"
+    8,
+    "elbo only: number of times (masks) drawn per sequence",
+    low=1,
+    binds="run",
   )
-  seed: int = _field(1, "of the orders drawn", low=0, binds="run")
+  seed: int = _field(1, "seed of the orders", low=0, binds="run")
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
   """Generation (aoarm_jax/generation/texts.py)."""
 
-  count: int = _field(4, "texts, for each prompt", low=1)
+  count: int = _field(4, "number of texts per prompt", low=1)
   batch_size: int = _field(
-    256, "texts at once, at most, over all devices", low=1
+    256,
+    "greatest number of texts generated at once, over all devices",
+    low=1,
   )
   temperature: float = _field(
-    1.0, "logits / temperature; 0: argmax", low=0.0, high=1e6
+    1.0,
+    "logits are divided by the temperature; 0 takes the likeliest token",
+    low=0.0,
+    high=1e6,
   )
-  top_k: int = _field(0, "keep the k likeliest tokens; 0: all", low=0)
+  top_k: int = _field(
+    0, "only the k likeliest tokens can be drawn; 0 allows all tokens", low=0
+  )
   top_p: float = _field(
     1.0,
-    "keep the likeliest tokens of this total probability",
+    "only the likeliest tokens with this total probability can be drawn",
     above=0.0,
     high=1.0,
   )
   order: str = _field(
     "uniform",
-    "order of the blanks",
+    "order in which the blanks are filled",
     choices=(
       "uniform",
       "left_to_right",
@@ -353,8 +441,9 @@ class Sample:
   )
   method: str = _field(
     "sequential",
-    "sequential, speculative: exact; parallel, adaptive (decode.py) and, of "
-    "mdlm, ancestral, confidence (diffusion.py): not",
+    "how tokens are drawn; sequential and speculative are exact; parallel and "
+    "adaptive (decode.py) are not exact; ancestral and confidence "
+    "(diffusion.py), for mdlm only, are not exact",
     choices=(
       "sequential",
       "speculative",
@@ -365,31 +454,41 @@ class Sample:
     ),
   )
   width: int = _field(
-    4, "parallel, adaptive: tokens a step; speculative: drafts", low=1
+    4,
+    "parallel and adaptive: number of tokens per step; speculative: number of "
+    "drafts",
+    low=1,
   )
   steps: int = _field(
     0,
-    "parallel, ancestral, confidence: steps for all tokens; 0: by width, or as "
-    "many as the text, lengthened to one of few lengths, has positions",
+    "parallel, ancestral and confidence only: number of steps for all tokens; "
+    "with 0, parallel goes by width, and the others take one step per position "
+    "of the text, whose length is first rounded up to one of few lengths",
     low=0,
   )
   schedule: str = _field(
     "linear",
-    "parallel in steps: as many tokens in each, or few at first",
+    "parallel with sample.steps only; linear: equally many tokens in each "
+    "step; cosine: few tokens in the first steps",
     choices=("linear", "cosine"),
   )
   score: str = _field(
     "confidence",
-    "adaptive: what is highest, lowest or highest at the next target",
+    "adaptive only: the next target has the highest confidence, the lowest "
+    "entropy, or the highest margin",
     choices=("confidence", "entropy", "margin"),
   )
   blank: str = _field(
-    "_", "the character of an unknown token in a text; '': none, to score all"
+    "_",
+    "character that stands for an unknown token in a text; '' means no "
+    "character, so that every text can be scored",
   )
   every: int = _field(
-    500, "steps between samples in training; 0: at the end", low=0
+    500,
+    "steps of training between samples; 0 samples at the end only",
+    low=0,
   )
-  seed: int = _field(0, "of orders and draws", low=0)
+  seed: int = _field(0, "seed of the orders and of the drawn tokens", low=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -398,32 +497,38 @@ class Score:
 
   order: str = _field(
     "left_to_right",
-    "order of the scored positions; uniform: averaged over `orders` of them",
+    "order of the scored positions; uniform: probabilities are averaged over "
+    "score.orders random orders",
     choices=("left_to_right", "right_to_left", "uniform", "given"),
   )
   orders: int = _field(
-    8, "uniform: orders K whose probabilities are averaged", low=1
+    8,
+    "uniform only: number K of orders whose probabilities are averaged",
+    low=1,
   )
   marks: str = _field(
-    "[]", "the two characters around a part to score; '': none"
+    "[]",
+    "the two characters around the part of a text to score; '' means no marks",
   )
   batch_size: int = _field(
-    64, "texts at once, at most, over all devices", low=1
+    64, "greatest number of texts scored at once, over all devices", low=1
   )
-  seed: int = _field(0, "of uniform orders", low=0)
+  seed: int = _field(0, "seed of the uniform orders", low=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-  """How the same mathematics is run; may change between restarts."""
+  """How the same mathematics is computed; may change between restarts."""
 
   dtype: str = _field(
-    "bfloat16", "of matmul inputs", choices=("bfloat16", "float32")
+    "bfloat16",
+    "dtype of the inputs of matrix multiplications",
+    choices=("bfloat16", "float32"),
   )
   attention: str = _field(
     "auto",
     "implementation in pallas_kernels for whole sequences; auto: the fastest "
-    "that is supported. A cache is read by xla, whatever is asked for",
+    "supported implementation; attention over a cache always uses xla",
     choices=(
       "auto",
       "reference",
@@ -433,54 +538,74 @@ class Compute:
       "mosaic_tpu",
     ),
   )
-  scan_layers: bool = _field(False, "one compiled layer, looped over")
-  remat: bool = _field(False, "recompute activations in the backward pass")
-  accumulate: int = _field(1, "micro-batches a step", low=1)
+  scan_layers: bool = _field(
+    False, "compile one layer and loop over it, instead of all layers"
+  )
+  remat: bool = _field(
+    False, "recompute activations in the backward pass, to save memory"
+  )
+  accumulate: int = _field(1, "number of micro-batches per step", low=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-  """What is kept (aoarm_jax/runs/checkpoint.py)."""
+  """Saving and choosing checkpoints (aoarm_jax/runs/checkpoint.py)."""
 
   every: int = _field(500, "steps between saves", low=1)
-  keep_last: int = _field(2, "newest checkpoints kept", low=1)
-  keep_best: int = _field(1, "best checkpoints kept, by validation", low=0)
+  keep_last: int = _field(
+    2, "number of newest checkpoints that are kept", low=1
+  )
+  keep_best: int = _field(
+    1, "number of best checkpoints, by validation, that are kept", low=0
+  )
   read: str = _field(
     "newest",
-    "eval, sample: which checkpoint is read; best: by validation",
+    "checkpoint that the modes eval and sample read; best: by validation",
     choices=("newest", "best"),
   )
 
 
 @dataclasses.dataclass(frozen=True)
 class Telemetry:
-  """What is reported (aoarm_jax/runs/telemetry.py)."""
+  """What a run reports (aoarm_jax/runs/telemetry.py)."""
 
   log_every: int = _field(50, "steps between log lines", low=1)
   tensorboard: bool = _field(False, "also write TensorBoard events")
-  profile_start: int = _field(-1, "first step profiled; -1: none", low=-1)
-  profile_steps: int = _field(5, "steps profiled", low=1)
+  profile_start: int = _field(
+    -1, "first step that is profiled; -1 profiles nothing", low=-1
+  )
+  profile_steps: int = _field(5, "number of profiled steps", low=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-  """Devices by axis (aoarm_jax/devices/sharding.py)."""
+  """Number of devices along each axis (aoarm_jax/devices/sharding.py)."""
 
   data: int = _field(
-    0, "copies of the model, along the batch; 0: all that are left", low=0
+    0,
+    "number of copies of the model, which share the batch; 0 uses all "
+    "remaining devices",
+    low=0,
   )
   fsdp: int = _field(
     1,
-    "devices along the batch that share the parameters; 0: all that are left, "
-    "and data is 1 unless given",
+    "number of devices that share the batch and the parameters; 0 uses all "
+    "remaining devices, and mesh.data is then 1 unless it is set",
     low=0,
   )
-  tensor: int = _field(1, "devices along heads and hidden units", low=1)
-  sequence: int = _field(1, "devices along slots (context parallel)", low=1)
+  tensor: int = _field(
+    1, "number of devices that share the heads and the hidden units", low=1
+  )
+  sequence: int = _field(
+    1,
+    "number of devices that share the slots of a sequence (context "
+    "parallelism)",
+    low=1,
+  )
   smallest_shard: int = _field(
     8,
-    "elements: a parameter's dimension is not cut into shorter pieces along "
-    "fsdp, but kept whole",
+    "shortest piece, in elements, that fsdp may cut a dimension of a "
+    "parameter into; a dimension with shorter pieces stays whole",
     low=1,
   )
 
@@ -489,118 +614,158 @@ class Mesh:
 class Distributed:
   """Several processes as one run (aoarm_jax/devices/distributed.py).
 
-  Launchers set the first four by the environment, which goes before: see
-  distributed.VARIABLES.
+  Launchers set the first four fields by environment variables, which override
+  the config. The names are in distributed.VARIABLES.
   """
 
-  enabled: bool = _field(False, "join other processes; never guessed")
+  enabled: bool = _field(False, "join other processes; this is never guessed")
   coordinator_address: str = _field(
-    "", "host:port of process 0; '': Cloud TPU, Slurm or Kubernetes tell"
+    "",
+    "host:port of process 0; '' asks Cloud TPU, Slurm or Kubernetes",
   )
-  process_count: int = _field(0, "0: found with the address", low=0)
+  process_count: int = _field(
+    0, "number of processes; 0 finds it together with the address", low=0
+  )
   process_id: int = _field(
-    -1, "0 to process_count - 1; -1: found with the address", low=-1
+    -1,
+    "number of this process, 0 to process_count - 1; -1 finds it together "
+    "with the address",
+    low=-1,
   )
   heartbeat_timeout_seconds: int = _field(
-    100, "silence of a process after which the others stop", low=1
+    100,
+    "the other processes stop after a process was silent for this time",
+    low=1,
   )
   initialization_timeout_seconds: int = _field(
-    300, "wait for all processes to start", low=1
+    300, "longest wait for all processes to start", low=1
   )
   step_timeout_seconds: int = _field(
     3600,
-    "without a step, a batch of an evaluation or a save done, after which a "
-    "stuck process ends itself; longer than any compilation; 0: never",
+    "a stuck process ends itself after this time without progress: a step, a "
+    "batch of an evaluation, or a save; it must exceed any compilation; 0 "
+    "never ends a process",
     low=0,
   )
 
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-  """A sweep over many runs, and what is measured of each (aoarm_jax/study)."""
+  """A sweep over many runs and its measurements (aoarm_jax/study)."""
 
   sweep: str = _field(
     "",
-    "products of values, one a line (or after ';'): mechanism=two_stream,mdlm "
-    "T=128,1024 seed=0,1; keys and cell order: aoarm_jax/study/cells.py",
+    "the cells of the sweep, as products of values, such as "
+    "mechanism=two_stream,mdlm T=128,1024 seed=0,1; a newline or ';' separates "
+    "products; aoarm_jax/study/cells.py explains the keys and the order",
   )
   reference: str = _field(
     "two_stream",
-    "mechanism that budgets are matched to and differences taken from",
+    "mechanism that budgets are matched to and differences are taken from",
     choices=tuple(mechanisms.MECHANISMS),
   )
-  tokens_per_step: int = _field(65536, "tokens a step, at any T", low=1)
-  rates: tuple = _field(
+  tokens_per_step: int = _field(
+    65536, "number of tokens per step, at every T", low=1
+  )
+  rates: tuple[float, ...] = _field(
     (1e-3, 2e-3, 4e-3, 8e-3),
-    "peak learning rates tried where rate=tuned",
+    "peak learning rates that are tried for rate=tuned",
     of=float,
   )
-  tune_lengths: tuple = _field(
-    (128, 1024), "lengths at which they are tried; (): at each one", of=int
+  tune_lengths: tuple[int, ...] = _field(
+    (128, 1024),
+    "lengths T at which learning rates are tried; () tries them at each length",
+    of=int,
   )
-  tune_seeds: tuple = _field(
+  tune_seeds: tuple[int, ...] = _field(
     (101, 102),
-    "two seeds on which rate=search tries rates, and nothing else is run",
+    "the two seeds on which rate=search tries learning rates; no other run "
+    "uses them",
     of=int,
   )
   tune_steps: int = _field(
-    4000, "steps of the reference mechanism in a trial of rate=search", low=1
+    4000,
+    "rate=search only: number of steps of the reference mechanism in a trial",
+    low=1,
   )
   check_T: int = _field(
-    1024, "length at which rate=checked tries another rate", low=1
+    1024,
+    "length T at which rate=checked tries another learning rate",
+    low=1,
   )
   decay_share: float = _field(
     0.0,
-    "share of a run's steps that decays the rate to zero, linearly; before it "
-    "the rate is constant, and runs that differ by their steps alone share "
-    "this trunk; 0: the optimizer's own schedule",
+    "share of a run's steps in which the learning rate decays linearly to "
+    "zero; before, the rate is constant, and runs that differ in their number "
+    "of steps only share this trunk; 0 uses the optimizer's own schedule",
     low=0.0,
     below=1.0,
   )
   keep_weights: bool = _field(
     False, "also write the last parameters of every run, in bfloat16"
   )
-  temperature_low: float = _field(0.1, "least temperature", above=0.0)
-  temperature_high: float = _field(2.0, "greatest temperature", above=0.0)
-  temperatures: int = _field(30, "evenly spaced temperatures", low=2)
+  temperature_low: float = _field(
+    0.1, "lowest temperature of generation", above=0.0
+  )
+  temperature_high: float = _field(
+    2.0, "highest temperature of generation", above=0.0
+  )
+  temperatures: int = _field(30, "number of evenly spaced temperatures", low=2)
   characters: int = _field(
-    16384, "characters generated at each temperature; 0: none", low=0
+    16384,
+    "number of characters generated at each temperature; 0 generates nothing",
+    low=0,
   )
   vocabulary_split: str = _field(
     "valid",
-    "split whose words and n-grams generated text is held against",
+    "split whose words and n-grams the generated text is compared with",
     choices=("train", "valid", "test"),
   )
-  ngram: int = _field(6, "characters of an n-gram", low=1, high=8)
+  ngram: int = _field(6, "number of characters of an n-gram", low=1, high=8)
   profile_sequences: int = _field(
-    32, "windows whose attention is profiled; 0: none", low=0
+    32,
+    "number of windows whose attention is profiled; 0 profiles nothing",
+    low=0,
   )
-  bootstrap: int = _field(1000, "resamplings behind a band", low=2)
+  bootstrap: int = _field(
+    1000, "number of resamplings for an error band", low=2
+  )
   cells: str = _field(
     "",
-    "only the cells whose label has all words of one of these: "
-    "'mdlm,decoupled_rope T=128 seed=1'",
+    "run selected cells only: those whose label has all words of one of these "
+    "comma-separated groups, such as 'mdlm,decoupled_rope T=128 seed=1'",
   )
-  share_index: int = _field(0, "which share of the cells is run here", low=0)
-  share_count: int = _field(1, "shares of the cells", low=1)
+  share_index: int = _field(
+    0, "index of the share of the cells that runs here", low=0
+  )
+  share_count: int = _field(
+    1, "number of shares that the cells are divided into", low=1
+  )
   limit_seconds: int = _field(
-    0, "no cell is begun that would end later; 0: no limit", low=0
+    0,
+    "no cell starts if it would end after this time; 0 means no limit",
+    low=0,
   )
   part: str = _field(
     "all",
-    "what is done: missing cells and then the report, or one of them",
+    "part of the work to do: cells runs missing cells, report writes the "
+    "report, all does the two in turn",
     choices=("all", "cells", "report"),
   )
-  report: str = _field("", "folder of the report; '': report/ in the workdir")
+  report: str = _field(
+    "", "folder of the report; '' means report/ in the workdir"
+  )
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """One experiment."""
+  """The configuration of one experiment."""
 
   name: str = "experiment"
   variant: str = "default"
-  seed: int = _field(0, "of parameters, batches and orders", low=0, binds="run")
+  seed: int = _field(
+    0, "seed of the parameters, batches and orders", low=0, binds="run"
+  )
   model: Model = Model()
   data: Data = Data()
   orders: Orders = Orders()
@@ -618,47 +783,54 @@ class Config:
   study: Study = Study()
 
   def replace(self, path: str, value: Any) -> "Config":
-    """Returns the config with another value of one field.
+    """Return the config with a new value for one field or section.
 
     Args:
-      path: as in "train.steps" or "seed", or a whole section, as in "orders".
-      value: of the field's type; whether it can be, config_rules.validate says.
+      path: a field, such as "train.steps" or "seed", or a section, such as
+        "orders".
+      value: the new value, of the field's type. rules.validate checks its
+        range.
     """
-    name, _, rest = path.partition(".")
-    if rest:
-      value = dataclasses.replace(getattr(self, name), **{rest: value})
+    name, _, field = path.partition(".")
+    if field:
+      value = dataclasses.replace(getattr(self, name), **{field: value})
     return dataclasses.replace(self, **{name: value})
 
   @property
   def eval_batch_size(self) -> int:
+    """Number of sequences per batch of an evaluation."""
     return self.eval.batch_size or self.train.batch_size
 
 
 def to_config_dict(config: Config) -> ml_collections.ConfigDict:
-  """The schema as a locked ConfigDict, for overrides on the command line."""
+  """Return the config as a locked ConfigDict, for command-line overrides."""
   return ml_collections.ConfigDict(dataclasses.asdict(config)).lock()
 
 
 def from_config_dict(config_dict: ml_collections.ConfigDict) -> Config:
-  """The frozen dataclasses; config_rules.validate checks their values."""
+  """Return the frozen config of a ConfigDict; rules.validate checks values."""
   return from_dict(config_dict.to_dict())
 
 
 def from_dict(tree: dict[str, Any]) -> Config:
-  """Nested dict to Config; absent fields take their defaults.
+  """Return the config of a nested dict; absent fields take their defaults.
+
+  Args:
+    tree: the values by section and field.
 
   Raises:
-    ConfigError: an unknown field or a value of the wrong type.
+    ConfigError: a field is unknown, or a value has the wrong type.
   """
   return _build(Config, tree, "config")
 
 
 def to_json(config: Config) -> str:
+  """Return the config as indented JSON with every field."""
   return json.dumps(dataclasses.asdict(config), indent=2)
 
 
 def from_json(text: str) -> Config:
-  """Inverse of `to_json`; see `from_dict`."""
+  """Return the config that `to_json` wrote; see `from_dict`."""
   return from_dict(json.loads(text))
 
 
@@ -694,8 +866,15 @@ def _cast(kind, value, path):
   return value
 
 
-def leaves(config, path="config"):
-  """Yields (path, dataclass field, value) of every leaf of the schema."""
+def leaves(
+  config: Any, path: str = "config"
+) -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
+  """Yield (path, dataclass field, value) for every field that is no section.
+
+  Args:
+    config: a Config or one of its sections.
+    path: the path of `config`, such as "config.model".
+  """
   for field in dataclasses.fields(config):
     value = getattr(config, field.name)
     if dataclasses.is_dataclass(value):

@@ -1,1 +1,1 @@
-"""The text: corpora and their normal form, tokenizers, batches."""
+"""The text: corpora and their normal form, tokenizers, and batches."""

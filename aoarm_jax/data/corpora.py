@@ -1,8 +1,9 @@
-"""Corpora: where the text comes from, and its splits.
+"""Corpora: sources of text, each in three splits.
 
-books (built in), text8 (one file), folder (a file a split). Files may be
-compressed and may lie wherever etils.epath reaches. Nothing is read before it
-is asked for, and nothing is added to the text: no sentinels, no padding.
+There are three kinds: books (built in), text8 (one file), and folder (one file
+per split). Files may be compressed, and may lie wherever etils.epath reaches.
+Text is read only when a split is asked for. Nothing is added to the text: there
+are no sentinels and no padding.
 """
 
 import bz2
@@ -16,6 +17,7 @@ import string
 import zipfile
 import zlib
 from collections.abc import Callable
+from typing import IO, Any
 
 import numpy as np
 import zstandard
@@ -25,15 +27,16 @@ from aoarm_jax.data import tokenizers
 
 DataError = tokenizers.DataError
 SPLITS = ("train", "valid", "test")
-# Eleven novels, packed; README.md in it names them.
+# Eleven novels, compressed. README.md in this folder names them.
 BOOKS = epath.Path(__file__).parent / "books"
 TEXT8_CHARACTERS = 100_000_000
 TEXT8_URL = "http://mattmahoney.net/dc/text8.zip"
 _FLAG = "--config.data.path="
 _FOLDER_SUFFIXES = ("", ".gz", ".xz", ".bz2", ".zst")
-_CHUNK = 1 << 24  # Bounds the transient memory of a pass over a split.
+_CHUNK = 1 << 24  # Bytes. Bounds the transient memory of a pass over a split.
 _DIGITS = b"zero one two three four five six seven eight nine".split()
-# For bytes.translate: letters in lower case, a space for any other byte.
+# A table for bytes.translate. Letters become lower case, and every other byte
+# becomes a space.
 _LETTERS = bytes(
   byte if chr(byte) in string.ascii_lowercase else ord(" ")
   for byte in bytes(range(256)).lower()
@@ -42,14 +45,15 @@ _LETTERS = bytes(
 
 @dataclasses.dataclass(eq=False)
 class Corpus:
-  """A text in splits, see `load`.
+  """A text in splits; `load` makes it.
 
   Attributes:
     name: books, text8 or folder.
-    source: which text it is, for people.
-    tokenizer: of the ids.
-    read: (split) -> its ids, uint8 [n]; called once a split.
-    note: () -> what must be known of the text, or "".
+    source: a description of the text, for people.
+    tokenizer: the tokenizer of the ids.
+    read: a function from the name of a split to its ids, uint8 [n]. It is
+      called once per split.
+    note: a function that returns what a reader must know about the text, or "".
   """
 
   name: str
@@ -61,10 +65,14 @@ class Corpus:
   _hashes: dict[str, str] = dataclasses.field(default_factory=dict)
 
   def split(self, name: str) -> np.ndarray:
-    """The ids of split train, valid or test: uint8 [n], not to be written to.
+    """Return the ids of a split, uint8 [n]; they must not be written to.
+
+    Args:
+      name: train, valid or test.
 
     Raises:
-      DataError: the split is missing, empty, damaged or of other symbols.
+      DataError: the split is missing, empty or damaged, or has symbols that the
+        tokenizer does not know.
     """
     if name not in SPLITS:
       raise DataError(f"no split {name!r}: there are {', '.join(SPLITS)}")
@@ -76,7 +84,7 @@ class Corpus:
     return self._splits[name]
 
   def hash(self, name: str) -> str:
-    """Hex sha256 of a split's text, as the tokenizer reads it."""
+    """Return the sha256 of a split's text as read by the tokenizer, in hex."""
     if name not in self._hashes:
       ids, digest = self.split(name), hashlib.sha256()
       for start in range(0, len(ids), _CHUNK):
@@ -85,7 +93,11 @@ class Corpus:
     return self._hashes[name]
 
   def describe(self, *splits: str) -> str:
-    """One line: which text, characters in these splits (it reads them)."""
+    """Return one line about the text; this reads the named splits.
+
+    Args:
+      *splits: the splits whose number of characters is given.
+    """
     line = self.source
     if splits:
       sizes = [f"{name} {len(self.split(name)):,}" for name in splits]
@@ -95,15 +107,16 @@ class Corpus:
 
 
 def load(corpus: str, path: str, tokenizer: tokenizers.Tokenizer) -> Corpus:
-  """The corpus that config.Data names; reads no text yet.
+  """Return the corpus that config.Data names; no text is read yet.
 
   Args:
     corpus: auto, books, text8 or folder.
-    path: file or folder, "" for the built-in text; ~ is the home folder.
-    tokenizer: of the ids.
+    path: a file or a folder. "" means the built-in text, and ~ is the home
+      folder.
+    tokenizer: the tokenizer of the ids.
 
   Raises:
-    DataError: the path is missing, needless or of the wrong kind.
+    DataError: the path is missing, not needed, or of the wrong kind.
   """
   if corpus not in ("auto", "books", "text8", "folder"):
     raise DataError(
@@ -132,36 +145,38 @@ def load(corpus: str, path: str, tokenizer: tokenizers.Tokenizer) -> Corpus:
 def normal_form(text: bytes) -> bytes:
   """Return a text in the form of text8: a to z and single spaces.
 
-  As Matt Mahoney's wikifil.pl does, letters become lower case, every digit
-  becomes a word, and every run of other bytes (so also an accented letter)
-  becomes one space. No space is left at either end.
+  The rules are those of Matt Mahoney's wikifil.pl. Letters become lower case,
+  and every digit becomes a word. Every run of other bytes becomes one space. An
+  accented letter is such a run too. No space is left at either end.
   """
   text = re.sub(rb"\d", lambda match: b" %b " % _DIGITS[int(match[0])], text)
   return b" ".join(text.translate(_LETTERS).split())
 
 
 def unigram_entropy(tokens: np.ndarray, V: int) -> float:
-  """Entropy of the symbols of a text: what no context can beat.
+  """Return the entropy of single symbols: the best loss without context.
 
   Args:
     tokens: uint8 [n].
-    V: vocabulary.
+    V: size of the vocabulary.
 
   Returns:
     Bits per character.
   """
   counts = np.zeros(V, np.int64)
-  for start in range(0, len(tokens), _CHUNK):  # bincount casts to 8 bytes.
+  # bincount casts tokens to 8 bytes each, so it gets one chunk at a time.
+  for start in range(0, len(tokens), _CHUNK):
     counts += np.bincount(tokens[start : start + _CHUNK], minlength=V)
   p = counts[counts > 0] / counts.sum()
   return float(-(p * np.log2(p)).sum())
 
 
-def _at_path(corpus, path, tokenizer) -> Corpus:
-  where = epath.Path(path).expanduser()
+def _at_path(corpus: str, path: str, tokenizer: tokenizers.Tokenizer) -> Corpus:
+  """Return the corpus of a file or folder: auto, text8 or folder."""
+  location = epath.Path(path).expanduser()
   try:
-    exists, is_folder = where.exists(), where.is_dir()
-  except (ImportError, OSError) as error:  # gs:// without its client, say.
+    exists, is_folder = location.exists(), location.is_dir()
+  except (ImportError, OSError) as error:  # For example, gs:// has no client.
     raise DataError(f"config.data.path={path}: {error}") from error
   if not exists:
     raise DataError(f"config.data.path={path}: no such file or folder")
@@ -176,14 +191,14 @@ def _at_path(corpus, path, tokenizer) -> Corpus:
       "--config.data.corpus=text8 to have it split"
     )
   if is_folder:
-    read = functools.partial(_read_folder, where, tokenizer)
+    read = functools.partial(_read_folder, location, tokenizer)
     return Corpus("folder", f"folder {path}", tokenizer, read)
-  text = _Text8(where, tokenizer)
+  text = _Text8(location, tokenizer)
   return Corpus("text8", f"text8 {path}", tokenizer, text.split, text.note)
 
 
-def _books(tokenizer) -> Corpus:
-  def read(split):
+def _books(tokenizer: tokenizers.Tokenizer) -> Corpus:
+  def read(split: str) -> np.ndarray:
     text = _read(BOOKS / f"{split}.txt.xz")
     return tokenizer.encode(text if tokenizer.V == 256 else normal_form(text))
 
@@ -196,28 +211,30 @@ def _books(tokenizer) -> Corpus:
   )
 
 
-def _read_folder(folder, tokenizer, split) -> np.ndarray:
-  names = [f"{split}.txt{suffix}" for suffix in _FOLDER_SUFFIXES]
-  found = [name for name in names if (folder / name).exists()]
-  if not found:
+def _read_folder(
+  folder: epath.Path, tokenizer: tokenizers.Tokenizer, split: str
+) -> np.ndarray:
+  candidates = [f"{split}.txt{suffix}" for suffix in _FOLDER_SUFFIXES]
+  names = [name for name in candidates if (folder / name).exists()]
+  if not names:
     raise DataError(
       f"{folder}: the {split} split is asked for, and there is no {split}.txt "
       f"(nor one with {', '.join(_FOLDER_SUFFIXES[1:])})"
     )
-  if len(found) > 1:
+  if len(names) > 1:
     raise DataError(
-      f"{folder}: both {' and '.join(found)}: which is the {split} split? "
+      f"{folder}: both {' and '.join(names)}: which is the {split} split? "
       "Remove one"
     )
-  return _encode(folder / found[0], tokenizer)
+  return _encode(folder / names[0], tokenizer)
 
 
 class _Text8:
-  """One file, split as text8 always is.
+  """One file, split by the shares that are customary for text8.
 
-  At 100,000,000 characters: 90, 5 and 5 million. A shorter file is split by
-  the same shares; of a longer one the rest is not used, so that a text8 with
-  something behind it is still text8.
+  A file of 100,000,000 characters gives 90, 5 and 5 million. A shorter file is
+  split by the same shares. In a longer file only the first 100,000,000
+  characters are used, so text8 with something appended is still text8.
   """
 
   def __init__(self, path: epath.Path, tokenizer: tokenizers.Tokenizer):
@@ -259,10 +276,10 @@ def _encode(path: epath.Path, tokenizer: tokenizers.Tokenizer) -> np.ndarray:
 
 
 def _read(path: epath.Path) -> bytes:
-  """A file's bytes, unpacked by its suffix.
+  """Return a file's bytes, decompressed according to its suffix.
 
   Raises:
-    DataError: it cannot be read, or is damaged.
+    DataError: the file cannot be read, or it is damaged.
   """
   try:
     with path.open("rb") as file:
@@ -270,14 +287,14 @@ def _read(path: epath.Path) -> bytes:
       return unpack(file) if unpack else file.read()
   except (
     *(OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError),
-    # zipfile: an unknown method; a password.
+    # zipfile raises the last two for an unknown method and a missing password.
     *(zipfile.BadZipFile, NotImplementedError, RuntimeError),
   ) as error:
     packed = " (truncated or damaged?)" if path.suffix in _UNPACKERS else ""
     raise DataError(f"{path}: cannot be read{packed}: {error}") from error
 
 
-def _unzip(file) -> bytes:
+def _unzip(file: IO[bytes]) -> bytes:
   with zipfile.ZipFile(file) as archive:
     names = [n for n in archive.namelist() if not n.endswith("/")]
     if len(names) != 1:
@@ -285,24 +302,31 @@ def _unzip(file) -> bytes:
     return archive.read(names[0])
 
 
-def _unzstd(file) -> bytes:
-  """All frames; zstandard's own reader takes a truncated one for whole."""
-  data, parts = file.read(), []
+def _unzstd(file: IO[bytes]) -> bytes:
+  """Return the decompressed bytes of all frames.
+
+  zstandard's own reader accepts a truncated frame as a whole one, so the end of
+  every frame is checked here.
+
+  Raises:
+    EOFError: the last frame is truncated.
+  """
+  data, frames = file.read(), []
   while data:
     frame = zstandard.ZstdDecompressor().decompressobj()
-    parts.append(frame.decompress(data))
+    frames.append(frame.decompress(data))
     if not frame.eof:
       raise EOFError("the file ends within a frame")
     data = frame.unused_data
-  return b"".join(parts)
+  return b"".join(frames)
 
 
-def _unpack(open_packed, file) -> bytes:
+def _unpack(open_packed: Callable[..., Any], file: IO[bytes]) -> bytes:
   with open_packed(file) as unpacked:
     return unpacked.read()
 
 
-_UNPACKERS = {
+_UNPACKERS: dict[str, Callable[[IO[bytes]], bytes]] = {
   ".gz": functools.partial(_unpack, gzip.open),
   ".xz": functools.partial(_unpack, lzma.open),
   ".bz2": functools.partial(_unpack, bz2.open),

@@ -1,9 +1,9 @@
-"""Batches of text, the same for any number of workers and processes.
+"""Batches of text that do not depend on the number of workers or processes.
 
-One grain element is the start indices of one *global* batch, a function of
-(seed, batch index) alone; each process then cuts its own rows. So
-neither workers nor processes change the data, any process count may continue
-what another began, and the state of a loader is one number.
+One grain element holds the start indices of one *global* batch. The element is
+a function of (seed, batch index) alone, and each process then cuts its own
+rows. So neither workers nor processes change the data. A run may continue with
+another number of processes, and the state of a loader is one number.
 """
 
 import multiprocessing
@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+from typing import Any
 
 import grain
 import numpy as np
@@ -19,37 +20,37 @@ from aoarm_jax.data import corpora
 
 
 class TrainBatches:
-  """Iterator of random crops, see `train_batches`."""
+  """Iterator over random crops; `train_batches` makes it."""
 
   def __init__(self, starts: "_Starts", crops: "_Crops", workers: int):
     self._starts, self._crops, self._workers = starts, crops, workers
     self._next_batch = 0
-    self._iterator = None
+    self._iterator: Any = None  # grain's iterator, while it runs.
 
   def __iter__(self) -> "TrainBatches":
     return self
 
   def __next__(self) -> np.ndarray:
-    """uint8 [rows, T]: this process's rows of the next global batch."""
+    """Return this process's rows of the next global batch: uint8 [r, T]."""
     if self._iterator is None:
       self._iterator = iter(self._dataset())
     crops = next(self._iterator)
     self._next_batch += 1
-    # A worker's batch lies in shared memory that grain takes back when the
-    # array goes: no place for what JAX may keep without a copy.
+    # A worker's batch lies in shared memory. grain frees this memory with the
+    # array, but JAX may keep the data without a copy. So the data are copied.
     return np.array(crops) if self._workers else crops
 
   def get_state(self) -> dict[str, int]:
-    """For JSON; the same in every process and for every worker count."""
+    """Return the position as JSON; all processes and worker counts agree."""
     return {"next_batch": self._next_batch}
 
-  def set_state(self, state: dict[str, int]):
-    """Goes to where the loader stood whose `get_state` this is."""
+  def set_state(self, state: dict[str, int]) -> None:
+    """Move to the position that a loader's `get_state` returned."""
     self.close()
     self._next_batch = int(state["next_batch"])
 
-  def close(self):
-    """Ends threads and worker processes; `next` would start them again."""
+  def close(self) -> None:
+    """End threads and worker processes; `next` would start them again."""
     if self._iterator is not None:
       self._iterator.close()
       self._iterator = None
@@ -57,8 +58,8 @@ class TrainBatches:
   def _dataset(self) -> grain.IterDataset:
     batches = grain.MapDataset.range(self._next_batch, sys.maxsize)
     batches = batches.map(self._starts).map(self._crops)
-    # A crop is a copy in memory: one thread hides it, more would only contend
-    # for the interpreter.
+    # A crop is only a copy in memory. One thread hides its cost. More threads
+    # would only contend for the interpreter.
     dataset = batches.to_iter_dataset(
       grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
     )
@@ -81,22 +82,26 @@ def train_batches(
   workers: int = 0,
   rows: np.ndarray | None = None,
 ) -> TrainBatches:
-  """Random crops of a text, with replacement, without end.
+  """Return an endless iterator over random crops of a text.
+
+  Crops are drawn with replacement.
 
   Args:
     tokens: uint8 [n], n >= T. Every worker process gets a copy.
-    T: length of a crop.
-    batch_size: crops of a global batch.
-    seed: of the starts, at least 0.
-    workers: loader processes; 0: a thread. Processes need absl's flags parsed
-      (grain has flags of its own), as absl.app.run does.
-    rows: int [r], the rows of a global batch that are read here; None: all.
+    T: the length of a crop.
+    batch_size: the number of crops in a global batch.
+    seed: the seed of the start indices, at least 0.
+    workers: the number of loader processes. With 0 a thread loads. Loader
+      processes need parsed absl flags, as in a program run by absl.app.run,
+      because grain has flags of its own.
+    rows: int [r], the rows of a global batch that are read here. None means all
+      rows.
 
   Returns:
-    Iterator of uint8 [r, T].
+    An iterator of uint8 [r, T].
 
   Raises:
-    DataError: the text is too short.
+    DataError: the text is shorter than T.
   """
   rows = np.arange(batch_size) if rows is None else rows
   check_length(tokens, T)
@@ -105,10 +110,10 @@ def train_batches(
 
 
 class EvalBatches:
-  """Sequence of (tokens, real), see `eval_batches`.
+  """Sequence of batches (tokens, real); `eval_batches` makes it.
 
   Attributes:
-    sequences: real sequences in all batches, over all processes.
+    sequences: the number of real sequences in all batches, over all processes.
   """
 
   def __init__(self, crops: "_Crops", starts: np.ndarray, batch_size: int):
@@ -119,13 +124,14 @@ class EvalBatches:
     return -(-len(self._starts) // self._batch_size)
 
   def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens uint8 [rows, T], real bool [rows]) of batch `index`."""
+    """Return batch `index`: tokens uint8 [r, T] and real bool [r]."""
     if not 0 <= index < len(self):
       raise IndexError(f"batch {index} of {len(self)}")
     first = index * self._batch_size
     starts = self._starts[first : first + self._batch_size]
     real = np.arange(self._batch_size) < len(starts)
-    # A row that is not real repeats the text's first window: it is not counted.
+    # Rows that are not real repeat the first window of the text. They are not
+    # counted.
     starts = np.pad(starts, (0, self._batch_size - len(starts)))
     return self._crops(starts), real[self._crops.rows]
 
@@ -139,48 +145,53 @@ def eval_batches(
   seed: int = 0,
   rows: np.ndarray | None = None,
 ) -> EvalBatches:
-  """Windows of a text that do not overlap; fewer than T at its end are left.
+  """Return batches of the consecutive windows of a text.
+
+  The windows do not overlap. Tokens after the last whole window are left out.
 
   Args:
     tokens: uint8 [n], n >= T.
-    T: length of a window.
-    batch_size: rows of a global batch.
-    batches: 0: all windows; k: a random part of k * batch_size of them (all,
-      if there are fewer), so that it stands for the whole. In text order.
-    seed: of the part, at least 0. A greater k has all windows of a lesser one.
-    rows: int [r], the rows of a global batch that are read here; None: all.
+    T: the length of a window.
+    batch_size: the number of rows in a global batch.
+    batches: the number k of batches. They hold k * batch_size random windows in
+      text order, or all windows if there are fewer. The random choice makes
+      them stand for the whole text. With 0 all windows are read.
+    seed: the seed of the random choice, at least 0. A greater k keeps all
+      windows of a smaller k.
+    rows: int [r], the rows of a global batch that are read here. None means all
+      rows.
 
   Returns:
-    Sequence of (tokens uint8 [r, T], real bool [r]). The last batch is filled
-    with rows that are not real.
+    A sequence of (tokens uint8 [r, T], real bool [r]). The last batch is filled
+    up with rows that are not real.
 
   Raises:
-    DataError: the text is too short.
+    DataError: the text is shorter than T.
   """
   rows = np.arange(batch_size) if rows is None else rows
   check_length(tokens, T)
   windows = np.arange(len(tokens) // T)
   if batches:
     keys = _random_bits(seed, 0, len(windows), purpose=1)
-    part = np.argsort(keys, kind="stable")[: batches * batch_size]
-    windows = np.sort(part)
+    chosen = np.argsort(keys, kind="stable")[: batches * batch_size]
+    windows = np.sort(chosen)
   return EvalBatches(_Crops(tokens, T, rows), windows * T, batch_size)
 
 
 class _Starts:
-  """Batch index -> start indices of the global batch, int64 [batch_size]."""
+  """Map a batch index to its start indices: int64 [batch_size]."""
 
   def __init__(self, seed: int, batch_size: int, count: int):
     self._seed, self._batch_size, self._count = seed, batch_size, count
 
   def __call__(self, index: int) -> np.ndarray:
     bits = _random_bits(self._seed, index, self._batch_size, purpose=0)
-    # The remainder's bias, count / 2^64, is beyond notice.
+    # The remainder has a bias of count / 2^64, which is negligible.
     return (bits % np.uint64(self._count)).astype(np.int64)
 
 
 class _Crops:
-  """Start indices of the global batch -> this process's rows, uint8 [., T]."""
+  """Map the start indices of a global batch to this process's uint8 [r, T]."""
 
   def __init__(self, tokens: np.ndarray, T: int, rows: np.ndarray):
     self._tokens, self._T, self.rows = tokens, T, rows
@@ -190,34 +201,37 @@ class _Crops:
     return crops[starts[self.rows]]
 
 
-def _start_worker(worker_index: int, worker_count: int):
-  """Ties a loader process's life to its parent's, and to nothing else."""
+def _start_worker(worker_index: int, worker_count: int) -> None:
+  """Tie the life of a loader process to its parent, and to nothing else."""
   del worker_index, worker_count
-  # Launchers and terminals signal the whole process group: the parent must
-  # still get batches until it has saved.
+  # Launchers and terminals signal the whole process group. The workers must
+  # survive this, because the parent needs batches until it has saved.
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   signal.signal(signal.SIGTERM, signal.SIG_IGN)
   threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _exit_with_parent():
-  # Of itself a worker whose parent was killed would wait for ever.
-  multiprocessing.parent_process().join()
+def _exit_with_parent() -> None:
+  # Without this, a worker whose parent was killed would wait for ever.
+  parent: Any = multiprocessing.parent_process()
+  parent.join()
   os._exit(1)
 
 
-def _random_bits(seed, index, size, *, purpose) -> np.ndarray:
-  """uint64 [size], a function of the arguments.
+def _random_bits(
+  seed: int, index: int, size: int, *, purpose: int
+) -> np.ndarray:
+  """Return random bits, uint64 [size], as a function of the arguments.
 
-  Raw bits, which numpy keeps the same from version to version, as it does not
-  keep what its Generator makes of them.
+  numpy keeps raw bits the same from version to version. It does not promise
+  this for the numbers that its Generator makes of them.
   """
   bits = np.random.Philox(key=[seed, index], counter=[0, 0, 0, purpose])
   return bits.random_raw(size)
 
 
 def check_length(tokens: np.ndarray, T: int) -> None:
-  """DataError where a text holds no sequence of T tokens."""
+  """Raise DataError if a text is too short for one sequence of T tokens."""
   if len(tokens) < T:
     raise corpora.DataError(
       f"a text of {len(tokens)} characters holds no sequence of "

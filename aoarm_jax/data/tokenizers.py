@@ -1,24 +1,25 @@
-"""Text to token ids and back: one byte is one token.
+"""Conversion of text to token ids and back: one byte is one token.
 
-char27 is the alphabet of text8: id 0 is the space, 1..26 are a..z. byte takes
-any text, as UTF-8. Sentinels (BOS, EOS) are no business of a tokenizer: their
-ids start at V.
+The tokenizer char27 has the alphabet of text8: id 0 is the space, and 1..26 are
+a..z. The tokenizer byte takes any text, as UTF-8. A tokenizer knows no
+sentinels (BOS, EOS); their ids start at V.
 """
 
 import dataclasses
 import functools
 
 import numpy as np
+import numpy.typing as npt
 
 from aoarm_jax.config import errors
 
 
 class DataError(errors.UserError, ValueError):
-  """A text that is missing or wrong."""
+  """A text is missing or wrong."""
 
 
 class TokenizerError(DataError):
-  """A text, or ids, outside a tokenizer's vocabulary."""
+  """A text has symbols, or ids are numbers, outside the vocabulary."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +27,8 @@ class Tokenizer:
   """A vocabulary of bytes.
 
   Attributes:
-    name: its name in the config.
-    symbols: the byte of each id, in order of ids.
+    name: the name in the config.
+    symbols: the bytes of the vocabulary; the index of a byte is its id.
   """
 
   name: str
@@ -35,20 +36,21 @@ class Tokenizer:
 
   @property
   def V(self) -> int:
-    """Vocabulary, without sentinels."""
+    """Size of the vocabulary, without sentinels."""
     return len(self.symbols)
 
   def encode(self, text: str | bytes) -> np.ndarray:
-    """Token ids of a text.
+    """Return the token ids of a text.
 
     Args:
       text: a string, or its bytes.
 
     Returns:
-      uint8 [n], n bytes; may be read-only.
+      uint8 [n], one id per byte. The array may be read-only.
 
     Raises:
-      TokenizerError: naming the first wrong character and its offset.
+      TokenizerError: a character is not in the vocabulary. The message names
+        the first such character and its offset.
     """
     data = self._bytes(text) if isinstance(text, str) else text
     if self.V == 256:
@@ -59,14 +61,15 @@ class Tokenizer:
       raise TokenizerError(self._complaint(text[offset], offset))
     return ids
 
-  def to_bytes(self, ids) -> bytes:
-    """Inverse of `encode`, as bytes.
+  def to_bytes(self, ids: npt.ArrayLike) -> bytes:
+    """Return the text of token ids, as bytes.
 
     Args:
       ids: integers [n] below V.
 
     Raises:
-      TokenizerError: naming the first wrong id and its offset.
+      TokenizerError: an id is out of range. The message names the first such id
+        and its offset.
     """
     ids = np.asarray(ids)
     if ids.size and (ids.min() < 0 or ids.max() >= self.V):
@@ -77,13 +80,13 @@ class Tokenizer:
       )
     return np.frombuffer(self.symbols, np.uint8)[ids.astype(np.intp)].tobytes()
 
-  def decode(self, ids) -> str:
-    """Inverse of `encode`; bytes that are no UTF-8 become U+FFFD."""
+  def decode(self, ids: npt.ArrayLike) -> str:
+    """Return the text of token ids; bytes that are not UTF-8 become U+FFFD."""
     return self.to_bytes(ids).decode("utf-8", errors="replace")
 
   def _bytes(self, text: str) -> bytes:
     if self.V < 256:
-      # One byte a character, so that offsets count characters.
+      # ASCII has one byte per character, so offsets count characters.
       return text.encode("ascii", errors="replace")
     try:
       return text.encode("utf-8")
@@ -95,11 +98,11 @@ class Tokenizer:
 
   def _complaint(self, symbol: str | int, offset: int) -> str:
     if isinstance(symbol, int):
-      found = f"byte 0x{symbol:02x} ({chr(symbol)!a})"
+      described = f"byte 0x{symbol:02x} ({chr(symbol)!a})"
     else:
-      found = f"character {symbol!r}"
+      described = f"character {symbol!r}"
     return (
-      f"{self.name}: {found} at offset {offset} is not a-z or space: "
+      f"{self.name}: {described} at offset {offset} is not a-z or space: "
       "lower-case the text and spell out the rest; only a model trained with "
       "--config.data.tokenizer=byte takes any text"
     )
@@ -107,7 +110,7 @@ class Tokenizer:
 
 @functools.cache
 def _table(symbols: bytes) -> bytes:
-  """For bytes.translate: the id of each byte, 255 for a wrong one."""
+  """Return a table for bytes.translate: each byte's id, 255 if it has none."""
   table = np.full(256, 255, np.uint8)
   table[np.frombuffer(symbols, np.uint8)] = np.arange(len(symbols))
   return table.tobytes()
@@ -120,10 +123,10 @@ _TOKENIZERS = {
 
 
 def get(name: str) -> Tokenizer:
-  """The tokenizer of that name, see config.Data.tokenizer.
+  """Return the tokenizer with a name of config.Data.tokenizer.
 
   Raises:
-    TokenizerError: there is none.
+    TokenizerError: no tokenizer has this name.
   """
   if name not in _TOKENIZERS:
     raise TokenizerError(

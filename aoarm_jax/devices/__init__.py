@@ -1,1 +1,1 @@
-"""Meshes, processes, and what a compiled program does on them."""
+"""Meshes, processes, and the communication of compiled programs."""

@@ -1,4 +1,4 @@
-"""One run on several processes: JAX's own runtime, started and agreed in."""
+"""Several processes as one run, started and synchronised by JAX's runtime."""
 
 import contextlib
 import dataclasses
@@ -9,6 +9,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,8 +18,9 @@ from jax.experimental import multihost_utils
 
 from aoarm_jax.config import schema as config_lib
 
-# Variable of the environment -> field of config.distributed. They are what
-# differs between launchers and processes, so that the command need not.
+# Environment variables and the fields of config.distributed that they set. They
+# hold all that differs between launchers and processes, so every process can
+# run the same command.
 VARIABLES = {
   "AOARM_DISTRIBUTED": "enabled",
   "AOARM_COORDINATOR_ADDRESS": "coordinator_address",
@@ -30,11 +32,15 @@ VARIABLES = {
 def with_environment(
   fields: config_lib.Distributed, environment: Mapping[str, str]
 ) -> config_lib.Distributed:
-  """The fields, those that the environment sets replaced.
+  """Return the fields, with values from the environment where it sets them.
+
+  Args:
+    fields: the section of the config.
+    environment: variables by name; see VARIABLES.
 
   Raises:
-    ConfigError: a variable that is no value of its field, or fields that do
-      not go together; names both.
+    ConfigError: a variable is not a value of its field, or fields contradict
+      each other. The message names the variable and the field.
   """
   changes = {}
   for variable, field in VARIABLES.items():
@@ -47,6 +53,7 @@ def with_environment(
 
 
 def _parse(variable, text, kind):
+  """Return the text of a variable as a bool, an int or a str."""
   if kind is bool:
     if text not in ("0", "1"):
       raise config_lib.ConfigError(f"{variable}={text!r}: must be 0 or 1")
@@ -60,6 +67,7 @@ def _parse(variable, text, kind):
 
 
 def _check(fields):
+  """Raise ConfigError unless the fields agree with each other."""
   if not fields.enabled:
     return
   given = {
@@ -94,19 +102,23 @@ def start(
   fields: config_lib.Distributed,
   environment: Mapping[str, str] = os.environ,
 ) -> None:
-  """Joins this process to the others; call it before any look at a device.
+  """Join this process to the others; call it before using any device.
 
-  Does nothing unless config.distributed.enabled or AOARM_DISTRIBUTED=1 asks
-  for it. Without an address JAX finds the processes of a Cloud TPU slice, of
-  a Slurm step, of a Kubernetes job.
+  Nothing happens unless config.distributed.enabled or AOARM_DISTRIBUTED=1 asks
+  for it. Without an address, JAX finds the processes of a Cloud TPU slice, a
+  Slurm step, or a Kubernetes job.
+
+  Args:
+    fields: the section of the config.
+    environment: variables that override the fields; see VARIABLES.
 
   Raises:
-    ConfigError: a field that cannot be, or no cluster to be found.
+    ConfigError: a field is not valid, or no cluster is found.
   """
   fields = with_environment(fields, environment)
   if not fields.enabled:
     return
-  explicit = {}
+  explicit: dict[str, Any] = {}
   if fields.coordinator_address:
     explicit = {
       "coordinator_address": fields.coordinator_address,
@@ -119,7 +131,7 @@ def start(
       **explicit,
       heartbeat_timeout_seconds=fields.heartbeat_timeout_seconds,
       initialization_timeout=fields.initialization_timeout_seconds,
-      # What a process that failed waits for the others at its exit.
+      # A process that failed waits this long for the others at its exit.
       shutdown_timeout_seconds=fields.heartbeat_timeout_seconds,
     )
   except ValueError as error:
@@ -134,45 +146,56 @@ def start(
 
 
 class Watchdog:
-  """Ends a process that makes no progress, by SIGALRM, so that it is restarted.
+  """Ends a process that makes no progress, so that it can be restarted.
 
-  JAX notices a process that is gone, not one that is stuck, in a collective
-  whose partner hangs, in a disk, in a lock. A thread says what is wrong and
-  shows where every thread stands; where it cannot, because the interpreter's
-  lock is never released, the kernel's timer ends the process a little later.
+  JAX notices a process that is gone. It does not notice a process that is
+  stuck: in a collective whose partner hangs, in a disk, or in a lock.
+
+  A thread reports the problem, prints the stack of every thread, and raises
+  SIGALRM. The thread cannot run if the interpreter's lock is never released.
+  For this case the kernel's timer raises SIGALRM a little later.
   """
 
   def __init__(self, seconds: float):
-    """Of config.distributed.step_timeout_seconds; 0 never ends anything."""
+    """Set the limit; nothing is watched yet.
+
+    Args:
+      seconds: the longest time without progress, as in
+        config.distributed.step_timeout_seconds. With 0 nothing ever ends.
+    """
     self._seconds = seconds
-    self._sign = threading.Event()
+    self._sign_of_life = threading.Event()
     self._is_over = False
     self._step = 0
 
-  def __enter__(self):
+  def __enter__(self) -> "Watchdog":
     if self._seconds:
       self._thread = threading.Thread(target=self._watch, daemon=True)
       self._thread.start()
       self.beat(0)
     return self
 
-  def __exit__(self, *_):
+  def __exit__(self, *_: object) -> None:
     if self._seconds:
       signal.setitimer(signal.ITIMER_REAL, 0)
       self._is_over = True
-      self._sign.set()
+      self._sign_of_life.set()
 
-  def beat(self, step: int | None = None):
-    """A sign of life, at `step` or where it was."""
+  def beat(self, step: int | None = None) -> None:
+    """Report progress.
+
+    Args:
+      step: the current step. None means that the step has not changed.
+    """
     if self._seconds:
       self._step = self._step if step is None else step
       grace = min(5.0, self._seconds)
       signal.setitimer(signal.ITIMER_REAL, self._seconds + grace)
-      self._sign.set()
+      self._sign_of_life.set()
 
   def _watch(self):
-    while not self._is_over and self._sign.wait(self._seconds):
-      self._sign.clear()
+    while not self._is_over and self._sign_of_life.wait(self._seconds):
+      self._sign_of_life.clear()
     if self._is_over:
       return
     print(
@@ -183,21 +206,23 @@ class Watchdog:
       file=sys.stderr,
       flush=True,
     )
-    faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+    stderr: Any = sys.__stderr__  # None only in a program without a console.
+    faulthandler.dump_traceback(file=stderr, all_threads=True)
     signal.raise_signal(signal.SIGALRM)
 
 
 @contextlib.contextmanager
 def failing_at_once() -> Iterator[None]:
-  """Ends one of several processes as soon as it fails, with its exit code.
+  """End one of several processes as soon as it fails, with its exit code.
 
-  At its exit JAX would have it wait for the others, who wait for it, until
-  all are aborted. A preempted run ends in agreement and may wait.
+  At its exit, JAX would make the process wait for the others. They wait for it
+  in turn, until all are aborted. A preempted run ends in agreement, so it may
+  wait.
   """
   try:
     yield
   except BaseException as error:
-    code = error.code if isinstance(error, SystemExit) else 1
+    code: Any = error.code if isinstance(error, SystemExit) else 1
     if code in (0, None, 75) or not jax.distributed.is_initialized():
       raise
     if not isinstance(error, SystemExit):
@@ -208,9 +233,15 @@ def failing_at_once() -> Iterator[None]:
 
 
 def process_0_says(decide: Callable[[], int]) -> int:
-  """The verdict of process 0 on all; for what depends on files it changes."""
-  # A lone process need not start a backend to read files.
+  """Return the decision of process 0 in every process.
+
+  Use this for decisions that depend on files which process 0 changes.
+
+  Args:
+    decide: makes the decision, an int32. Only process 0 calls it.
+  """
+  # A single process reads files without starting a backend.
   if not jax.distributed.is_initialized() or jax.process_count() == 1:
     return decide()
-  verdict = decide() if jax.process_index() == 0 else 0
-  return int(multihost_utils.broadcast_one_to_all(np.int32(verdict)))
+  decision = decide() if jax.process_index() == 0 else 0
+  return int(multihost_utils.broadcast_one_to_all(np.int32(decision)))

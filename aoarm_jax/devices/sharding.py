@@ -1,5 +1,7 @@
 """Meshes, and the one table from logical axes to mesh axes.
 
+The axes of a mesh:
+
 data      copies of the model, each with its own rows of a batch
 fsdp      rows of a batch too; parameters are split along their width and
           gathered, layer by layer, where they are used (ZeRO 3)
@@ -9,6 +11,8 @@ sequence  slots: keys and values are gathered, see model/parallel.py
 
 import functools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,17 +23,19 @@ from aoarm_jax.config import schema as config_lib
 
 AXES = ("data", "fsdp", "tensor", "sequence")
 
-# Logical axis of an array -> mesh axis, or axes; None is replicated.
-MESH_AXIS = {
+# The mesh axis, or axes, of each logical axis of an array. None means that the
+# array is replicated along this dimension.
+MESH_AXIS: dict[str, str | tuple[str, ...] | None] = {
   "batch": ("data", "fsdp"),
   "slots": "sequence",
   "heads": "tensor",
   "hidden": "tensor",
-  # D of a row or of a parameter that stays whole; and of one that is cut.
+  # The width D is "width" in rows and in parameters that stay whole. It is
+  # "embed" in parameters that are cut.
   "width": None,
   "embed": "fsdp",
-  # Small: symbols, positions, what a mechanism is conditioned on, features of
-  # a head, and vectors such as the scales of norms.
+  # These dimensions are small: symbols, positions, the conditioning of a
+  # mechanism, features of a head, and vectors such as the scales of norms.
   "vocabulary": None,
   "positions": None,
   "condition": None,
@@ -39,11 +45,17 @@ MESH_AXIS = {
 }
 
 
-def make_mesh(mesh: config_lib.Mesh, devices=None) -> jax.sharding.Mesh:
-  """The mesh that the config asks for, over `devices` (None: all).
+def make_mesh(
+  mesh: config_lib.Mesh, devices: Sequence[jax.Device] | None = None
+) -> jax.sharding.Mesh:
+  """Return the mesh that the config asks for.
+
+  Args:
+    mesh: the section of the config.
+    devices: the devices to use. None means all devices.
 
   Raises:
-    ConfigError: it does not fit the devices.
+    ConfigError: the mesh does not fit the devices.
   """
   devices = jax.devices() if devices is None else devices
   count = len(devices)
@@ -51,7 +63,8 @@ def make_mesh(mesh: config_lib.Mesh, devices=None) -> jax.sharding.Mesh:
   kind = f"{count} {platform} device{'s' * (count > 1)}"
 
   def more(needed):
-    # Virtual ones are made at will; a launcher says how many a process has.
+    # A single process can have any number of virtual CPU devices. With several
+    # processes, the launcher decides how many each process has.
     if platform != "cpu" or jax.process_count() > 1:
       return "more devices"
     flag = f"--xla_force_host_platform_device_count={needed}"
@@ -91,17 +104,19 @@ def make_mesh(mesh: config_lib.Mesh, devices=None) -> jax.sharding.Mesh:
 
 
 def of_run(
-  config: config_lib.Config, *batches: str, devices=None
+  config: config_lib.Config,
+  *batches: str,
+  devices: Sequence[jax.Device] | None = None,
 ) -> jax.sharding.Mesh:
-  """The mesh of a run, by which its model and its batches divide.
+  """Return the mesh of a run, after checking the model and the batches.
 
   Args:
-    config: of the run.
-    *batches: "train", "eval": those that it reads.
-    devices: as of make_mesh.
+    config: the config of the run.
+    *batches: the batches that the run reads: "train", "eval".
+    devices: see `make_mesh`.
 
   Raises:
-    ConfigError: it does not fit the devices, the model or a batch.
+    ConfigError: the mesh does not fit the devices, the model or a batch.
   """
   mesh = make_mesh(config.mesh, devices)
   check(mesh, config)
@@ -118,13 +133,13 @@ def of_run(
 
 
 def describe(mesh: jax.sharding.Mesh) -> str:
-  """As in 'data 2 x tensor 4'."""
+  """Return the sizes of a mesh for people, such as 'data 2 x tensor 4'."""
   sizes = [f"{axis} {n}" for axis, n in mesh.shape.items() if n > 1]
   return " x ".join(sizes) or "one device"
 
 
 def check(mesh: jax.sharding.Mesh, config: config_lib.Config) -> None:
-  """Raises ConfigError if the model does not divide by the mesh."""
+  """Raise ConfigError if the mesh does not divide the model."""
   m = config.model
   for axis, path, value in (
     ("tensor", f"config.model.N={m.N} heads", m.N),
@@ -158,68 +173,87 @@ def check(mesh: jax.sharding.Mesh, config: config_lib.Config) -> None:
 def check_batch(
   mesh: jax.sharding.Mesh, path: str, batch_size: int, micro_batches: int = 1
 ) -> None:
-  """Raises ConfigError if a batch of `batch_size` does not divide."""
+  """Raise ConfigError if the mesh does not divide a batch.
+
+  Args:
+    mesh: the mesh of the run.
+    path: the field that gives the batch size, for the message.
+    batch_size: the number of rows in the batch.
+    micro_batches: the number of parts that the batch is split into.
+  """
   ways = _batch_ways(mesh)
   if batch_size % (ways * micro_batches):
-    of = f" in each of {micro_batches} micro-batches" * (micro_batches > 1)
+    scope = f" in each of {micro_batches} micro-batches" * (micro_batches > 1)
     raise config_lib.ConfigError(
       f"{path}={batch_size}: must be a multiple of the {ways} devices along "
-      f"the batch (config.mesh.data and fsdp){of}"
+      f"the batch (config.mesh.data and fsdp){scope}"
     )
 
 
 def named(mesh: jax.sharding.Mesh, *axes: str | None) -> NamedSharding:
-  """The sharding of an array with these logical axes."""
+  """Return the sharding of an array with these logical axes."""
   return NamedSharding(mesh, PartitionSpec(*map(_mesh_axis, axes)))
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+  """Return the sharding of an array that every device holds whole."""
   return NamedSharding(mesh, PartitionSpec())
 
 
-def put(mesh: jax.sharding.Mesh, tree):
-  """Host values to every device of the mesh."""
+def put(mesh: jax.sharding.Mesh, tree: Any) -> Any:
+  """Copy a tree of host arrays to every device of the mesh."""
   return jax.device_put(tree, replicated(mesh))
 
 
 def local_rows(mesh: jax.sharding.Mesh, batch_size: int) -> np.ndarray:
-  """Which rows of a global batch this process's devices hold: int [rows]."""
+  """Return the rows of a global batch that this process holds: int [rows]."""
   rows = batch_size // _batch_ways(mesh)
-  first = rows * np.array(_own_parts(mesh))[:, None]
+  first = rows * np.array(_local_parts(mesh))[:, None]
   return (first + np.arange(rows)).reshape(-1)
 
 
-def put_batch(mesh: jax.sharding.Mesh, tree):
-  """This process's rows of a global batch, as `local_rows` says, to devices."""
-  ways, own = _batch_ways(mesh), _own_parts(mesh)
-  where = named(mesh, "batch")
+def put_batch(mesh: jax.sharding.Mesh, tree: Any) -> Any:
+  """Return the global batch, put together from the rows of each process.
 
-  def put_one(x):
-    rows = len(x) // len(own)
+  Args:
+    mesh: the mesh of the run.
+    tree: arrays of this process's rows, in the order of `local_rows`.
 
-    def part(index):
-      at = own.index((index[0].start or 0) // rows) * rows
-      return x[at : at + rows]
+  Returns:
+    A tree of arrays that are sharded along the batch.
+  """
+  ways, local_parts = _batch_ways(mesh), _local_parts(mesh)
+  placement = named(mesh, "batch")
+
+  def put_leaf(x):
+    rows = len(x) // len(local_parts)
+
+    def rows_at(index):
+      first = local_parts.index((index[0].start or 0) // rows) * rows
+      return x[first : first + rows]
 
     return jax.make_array_from_callback(
-      (rows * ways, *x.shape[1:]), where, part
+      (rows * ways, *x.shape[1:]), placement, rows_at
     )
 
-  # With several processes JAX does not count it as an explicit transfer.
+  # With several processes, JAX does not count this as an explicit transfer.
   with jax.transfer_guard("allow"):
-    return jax.tree.map(put_one, tree)
+    return jax.tree.map(put_leaf, tree)
 
 
-def _batch_ways(mesh):
-  return math.prod(mesh.shape[axis] for axis in MESH_AXIS["batch"])
+def _batch_ways(mesh: jax.sharding.Mesh) -> int:
+  """Return how many parts the mesh divides a batch into."""
+  return math.prod(mesh.shape[axis] for axis in _tuple_of(MESH_AXIS["batch"]))
 
 
-def _own_parts(mesh):
-  """Which of the equal parts of a batch lie on devices of this process."""
-  own = jax.process_index()
-  parts = mesh.devices.reshape(_batch_ways(mesh), -1)
+def _local_parts(mesh: jax.sharding.Mesh) -> list[int]:
+  """Return which parts of a batch lie on devices of this process."""
+  process = jax.process_index()
+  devices = mesh.devices.reshape(_batch_ways(mesh), -1)
   return [
-    i for i, p in enumerate(parts) if any(d.process_index == own for d in p)
+    i
+    for i, part in enumerate(devices)
+    if any(device.process_index == process for device in part)
   ]
 
 
@@ -229,14 +263,16 @@ def parameter_axes(
   shape: tuple[int, ...],
   smallest_shard: int,
 ) -> tuple[str | None, ...]:
-  """Logical axes of a parameter that is cut into no short pieces.
+  """Return the logical axes of a parameter that is not cut too short.
+
+  A dimension whose pieces along fsdp would be shorter than `smallest_shard`
+  gets the name "width", which stays whole, instead of "embed".
 
   Args:
-    mesh: of devices.
-    axes: logical, of the last dimensions; those before are layers.
-    shape: of the parameter.
-    smallest_shard: elements; a dimension whose pieces along fsdp would be
-      shorter is "width", which stays whole, instead of "embed".
+    mesh: the mesh of the run.
+    axes: logical axes of the last dimensions. Dimensions before are layers.
+    shape: the shape of the parameter.
+    smallest_shard: the least length of a piece, in elements.
   """
   ways = mesh.shape["fsdp"]
   return tuple(
@@ -250,25 +286,27 @@ def parameter_axes(
 def parameter(
   mesh: jax.sharding.Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]
 ) -> NamedSharding:
-  """Where a parameter lies, and what the optimizer keeps about it.
+  """Return the sharding of a parameter and of its optimizer state.
 
   Args:
-    mesh: of devices.
-    axes: logical, of the last dimensions; those before are layers.
-    shape: of the parameter.
+    mesh: the mesh of the run.
+    axes: logical axes of the last dimensions. Dimensions before are layers.
+    shape: the shape of the parameter.
 
   Raises:
-    ConfigError: a dimension does not divide.
+    ConfigError: the mesh does not divide a dimension.
   """
   return NamedSharding(mesh, _parameter_spec(mesh, axes, shape))
 
 
-def constrain_parameters(tree, axes):
-  """Pins a tree like the parameters'; nothing happens without a mesh.
+def constrain_parameters(tree: Any, axes: Any) -> Any:
+  """Pin the sharding of a tree with the parameters' structure.
+
+  Without a mesh the tree is returned unchanged.
 
   Args:
-    tree: of arrays.
-    axes: the same tree of logical axes.
+    tree: arrays with the shapes of the parameters.
+    axes: a tree of the same structure with the logical axes of each array.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
@@ -297,7 +335,7 @@ def _parameter_spec(mesh, axes, shape):
 
 
 def gathered(x: jax.Array, *axes: str | None) -> jax.Array:
-  """A parameter where it is used: whole along fsdp; its gradient is not."""
+  """Return a parameter for use: whole along fsdp, with a sharded gradient."""
   mesh = spread()
   if not mesh or mesh.shape["fsdp"] == 1 or "embed" not in axes:
     return x
@@ -314,33 +352,43 @@ def _gathered_forward(x, axes):
 
 
 def _gathered_backward(axes, _, gradient):
-  # Left to itself the gradient would be gathered too, by the constraint's own.
+  # The gradient of a constraint is the same constraint. Without this rule, the
+  # gradient would be gathered too.
   return (constrain(gradient, *axes),)
 
 
 _gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
-def put_rows(mesh: jax.sharding.Mesh, tree):
-  """A global batch, which every process holds, to the devices along the batch.
+def put_rows(mesh: jax.sharding.Mesh, tree: Any) -> Any:
+  """Shard a global batch that every process holds along the batch.
 
-  With several processes each gives its own devices' rows.
+  With several processes, each process gives the rows of its own devices.
+
+  Args:
+    mesh: the mesh of the run.
+    tree: arrays with all rows.
   """
-  where = named(mesh, "batch")
+  placement = named(mesh, "batch")
   with jax.transfer_guard("allow"):
     return jax.tree.map(
       lambda x: jax.make_array_from_callback(
-        x.shape, where, lambda index: x[index]
+        x.shape, placement, lambda index: x[index]
       ),
       tree,
     )
 
 
 def batch_size(mesh: jax.sharding.Mesh, most: int, rows: int) -> int:
-  """Rows a batch for so many in all, of which few sizes come to be compiled.
+  """Return the batch size for `rows` items; few sizes are compiled.
 
-  The next power of two, at most `most`; then a multiple of the devices along
-  the batch.
+  The size is the next power of two, limited to `most`. It is then rounded up to
+  a multiple of the devices along the batch.
+
+  Args:
+    mesh: the mesh of the run.
+    most: the greatest batch size before the last rounding.
+    rows: the number of items in all.
   """
   devices = _batch_ways(mesh)
   rows = min(most, 1 << (rows - 1).bit_length())
@@ -348,34 +396,55 @@ def batch_size(mesh: jax.sharding.Mesh, most: int, rows: int) -> int:
 
 
 def spread() -> jax.sharding.AbstractMesh | None:
-  """The mesh that arrays are spread over here.
+  """Return the mesh that arrays are spread over here, or None.
 
-  None where none is set or it is one device, and in a function that
-  jax.shard_map runs on every device: arrays are a device's own there.
+  The result is None if no mesh is set, and if the mesh has one device. It is
+  also None inside jax.shard_map, where each device has arrays of its own.
   """
   mesh = jax.sharding.get_abstract_mesh()
   return None if mesh.empty or mesh.size == 1 or mesh.manual_axes else mesh
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-  """Pins an activation's sharding; nothing happens where none is spread.
+  """Pin the sharding of an activation; do nothing without a mesh.
 
-  A dimension that does not divide is left whole: texts are generated in
-  batches of any size. Those of training are refused before; see `check`.
+  A dimension that the mesh does not divide stays whole, because texts are
+  generated in batches of any size. For training, such sizes are refused
+  earlier; see `check`.
+
+  Args:
+    x: the activation.
+    *axes: its logical axes.
   """
   if not (mesh := spread()):
     return x
   return jax.lax.with_sharding_constraint(x, spec(mesh, x.shape, *axes))
 
 
-def spec(mesh, shape: tuple[int, ...], *axes: str | None) -> PartitionSpec:
-  """Of an activation; a dimension that does not divide is left whole."""
-  parts = [_mesh_axis(name) for name in axes]
-  for i, axis in enumerate(parts):
-    several = (axis,) if isinstance(axis, str) else axis or ()
-    if shape[i] % math.prod(mesh.shape[a] for a in several):
-      parts[i] = None
-  return PartitionSpec(*parts)
+def spec(
+  mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
+  shape: tuple[int, ...],
+  *axes: str | None,
+) -> PartitionSpec:
+  """Return the partition of an activation.
+
+  A dimension that the mesh does not divide stays whole.
+
+  Args:
+    mesh: the mesh of the run.
+    shape: the shape of the activation.
+    *axes: its logical axes.
+  """
+  mesh_axes = [_mesh_axis(name) for name in axes]
+  for i, axis in enumerate(mesh_axes):
+    if shape[i] % math.prod(mesh.shape[a] for a in _tuple_of(axis)):
+      mesh_axes[i] = None
+  return PartitionSpec(*mesh_axes)
+
+
+def _tuple_of(axis: str | tuple[str, ...] | None) -> tuple[str, ...]:
+  """Return the mesh axes of an entry of MESH_AXIS as a tuple."""
+  return (axis,) if isinstance(axis, str) else axis or ()
 
 
 def _mesh_axis(name):

@@ -1,7 +1,7 @@
-"""The backbone over a KV cache: some slots at a time, in generation order."""
+"""The backbone over a KV cache: a few slots at a time, in generation order."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,20 +12,22 @@ from aoarm_jax.devices import sharding
 from aoarm_jax.model import parallel, transformer
 
 _CACHE = ("batch", "heads", None, "head")
-# Parameters that are used in float32, by name: of norms and modulations, and
-# the embedding of targets. All others are cast to the compute dtype.
+# Names of the parameters that are used in float32: those of norms and
+# modulations, and the embedding of targets. All other parameters are cast to
+# the compute dtype.
 _FLOAT32 = ("scale", "weight", "bias", "target")
 
 
 class Cache(NamedTuple):
   """Keys and values of the slots seen so far, in generation order.
 
-  One array a layer, so that a loop writes into each where it lies; heads before
-  slots, so that a matmul for each of B x N reads it as it lies.
+  There is one array per layer, so that a loop can write into each in place.
+  Heads come before slots, so that a matmul for each of B x N pairs reads the
+  array without a transposition.
 
   Attributes:
-    k: L times [B, N, S, H], rotated keys, compute dtype.
-    v: L times [B, N, S, H], values.
+    k: L arrays [B, N, S, H], rotated keys, compute dtype.
+    v: L arrays [B, N, S, H], values, compute dtype.
   """
 
   k: tuple[jax.Array, ...]
@@ -35,13 +37,17 @@ class Cache(NamedTuple):
 def empty_cache(
   model: config_lib.Model, compute: config_lib.Compute, B: int, S: int
 ) -> Cache:
+  """Return a cache of zeros for B sequences and S slots."""
   zeros = jnp.zeros((B, model.N, S, model.H), compute.dtype)
   zeros = sharding.constrain(zeros, *_CACHE)
   return Cache(k=(zeros,) * model.L, v=(zeros,) * model.L)
 
 
 def resized(cache: Cache, S: int) -> Cache:
-  """With S slots: the first ones, or those there are and empty ones."""
+  """Return a cache with S slots.
+
+  A smaller S keeps the first slots. A greater S adds empty slots.
+  """
 
   def resize(x):
     more = max(0, S - x.shape[2])
@@ -51,16 +57,17 @@ def resized(cache: Cache, S: int) -> Cache:
 
 
 class Cached:
-  """A network that predicts from a cache; made inside jit, before any loop.
+  """A network that predicts from a cache; make it inside jit, before loops.
 
-  Parameters are cast and cut into layers once: XLA would do it in every step.
+  Parameters are cast and split into layers once. Otherwise XLA would do so in
+  every step of a loop.
   """
 
   def __init__(self, network: transformer.Transformer):
     self.model, self.compute = network.model, network.compute
     self.layout = network.layout
 
-    def cast(path, param):
+    def cast(path: Any, param: Any) -> Any:
       names = {getattr(key, "name", getattr(key, "key", "")) for key in path}
       return param if names & {*_FLOAT32} else param.astype(network.dtype)
 
@@ -68,44 +75,46 @@ class Cached:
     self._layers = [self._network.layer(i) for i in range(self.model.L)]
 
   def empty_cache(self, B: int, S: int) -> Cache:
+    """Return a cache of zeros for B sequences and S slots."""
     return empty_cache(self.model, self.compute, B, S)
 
   def prefill(self, slots: orders.Slots, cache: Cache) -> Cache:
-    """Fills the cache from slot 0 on; predicts nothing.
+    """Return the cache filled from slot 0 on; nothing is predicted.
 
     Args:
       slots: int32 [B, R] each: the slots 0 .. R - 1.
-      cache: of at least R slots.
+      cache: has at least R slots.
     """
     B = len(slots.tokens)
     if self.model.kind.streams == 2:
-      none = jnp.zeros((B, 0), jnp.int32)
-      slots = slots._replace(queries=orders.Queries(none, none))
+      no_positions = jnp.zeros((B, 0), jnp.int32)
+      slots = slots._replace(queries=orders.Queries(no_positions, no_positions))
     R = slots.tokens.shape[1]
-    at = jnp.broadcast_to(jnp.arange(R)[None], (B, R))
-    return self._cached(slots, cache, at, None)[1]
+    slot_index = jnp.broadcast_to(jnp.arange(R)[None], (B, R))
+    return self._cached(slots, cache, slot_index, None)[1]
 
   def extend(
     self, slots: orders.Slots, cache: Cache, start: jax.Array
   ) -> tuple[jax.Array, Cache]:
-    """Appends slots to a cache and predicts at each of them.
+    """Append slots to a cache, and predict at each of them.
 
     Args:
       slots: int32 [B, R] each: the slots start .. start + R - 1.
-      cache: of S slots, of which the first `start` are filled.
+      cache: has S slots. The first `start` slots are filled.
       start: int32 [B].
 
     Returns:
-      float32 [B, R, V] logits, equal to the network's on all slots (at
-      `slots.queries` where they are given, [B, Q, V]), and the cache with slots
-      up to start + R - 1 filled.
+      The logits, float32 [B, R, V], and the cache with the slots up to start +
+      R - 1 filled. The logits equal those that the network computes from all
+      slots at once. If `slots.queries` are given, the logits are theirs, [B, Q,
+      V].
     """
     R = slots.tokens.shape[1]
-    at = start[:, None] + jnp.arange(R)
-    seen = at + 1
+    slot_index = start[:, None] + jnp.arange(R)
+    visible = slot_index + 1
     if slots.queries is not None:
-      seen = jnp.concatenate([seen, slots.queries.visible], axis=1)
-    return self._cached(slots, cache, at, seen)
+      visible = jnp.concatenate([visible, slots.queries.visible], axis=1)
+    return self._cached(slots, cache, slot_index, visible)
 
   def predict(
     self,
@@ -115,28 +124,29 @@ class Cached:
     count: jax.Array,
     targets: jax.Array,
   ) -> tuple[jax.Array, Cache]:
-    """Appends slots to a cache and predicts several targets from all of them.
+    """Append slots to a cache, and predict several targets from all of them.
 
-    The targets are independent of each other: each is predicted as if it came
-    next. Two streams add a query row for each. A single stream predicts at its
-    last slot, whose target is the first one; for the others it adds copies of
-    that slot, which see the slots before it and themselves, and are not kept.
+    The targets are independent of each other. Each target is predicted as if it
+    came next. With two streams, each target has a query row. A single stream
+    predicts the first target at its last slot. For each other target it adds a
+    copy of that slot. A copy sees the slots before the last slot and itself,
+    and it does not enter the cache.
 
     Args:
       slots: int32 [B, R] each: the slots from `start` on.
-      cache: of S slots, of which the first `start` are filled.
+      cache: has S slots. The first `start` slots are filled.
       start: int32 [B].
-      count: int32 [B], 1 to R: how many of the slots are real. The cache holds
-        junk after them, which nothing sees and later slots replace.
-      targets: int32 [B, Q] positions; the first is the target of the last real
+      count: int32 [B], 1 to R, the number of real slots. After them the cache
+        holds junk, which nothing sees and later slots replace.
+      targets: int32 [B, Q], positions. The first is the target of the last real
         slot.
 
     Returns:
-      float32 [B, Q, V] logits and the cache.
+      The logits, float32 [B, Q, V], and the cache.
     """
     B, R = slots.tokens.shape
     Q = targets.shape[1]
-    at = start[:, None] + jnp.arange(R)
+    slot_index = start[:, None] + jnp.arange(R)
     filled = (start + count)[:, None]
     if self.model.kind.streams == 2:
       queries = orders.Queries(targets, jnp.broadcast_to(filled, (B, Q)))
@@ -151,52 +161,62 @@ class Cached:
     rows = orders.Slots(
       with_copies(slots.tokens), with_copies(slots.position), targets
     )
-    seen = jnp.concatenate(
-      [at + 1, jnp.repeat(filled - 1, Q - 1, axis=1)], axis=1
+    visible = jnp.concatenate(
+      [slot_index + 1, jnp.repeat(filled - 1, Q - 1, axis=1)], axis=1
     )
-    logits, cache = self._cached(rows, cache, at, seen)
+    logits, cache = self._cached(rows, cache, slot_index, visible)
     first = jnp.take_along_axis(logits, last[..., None], axis=1)
     return jnp.concatenate([first, logits[:, R:]], axis=1), cache
 
-  def _cached(self, slots, cache, at, seen):
-    """Rows [B, W] over a cache, into which the first of them are written.
+  def _cached(
+    self,
+    slots: orders.Slots,
+    cache: Cache,
+    slot_index: jax.Array,
+    visible: jax.Array | None,
+  ) -> tuple[jax.Array, Cache]:
+    """Return logits of slots over a cache, and the cache with these slots.
 
     Args:
-      slots: more than `at` has are copies: they see themselves, and stay out.
+      slots: int32 [B, W] each. Slots after the first R are copies. They see
+        themselves, and they are not written into the cache.
       cache: see `extend`.
-      at: int32 [B, R], where the first R slots are written.
-      seen: int32, how many leading slots of the cache every row sees: [B, W],
-        or [B, R] and then those of slots.queries. None: the rows are the slots
-        from 0 on, and causal, which faster attention knows.
+      slot_index: int32 [B, R], the places in the cache of the first R slots.
+      visible: int32, the number of leading slots of the cache that every row
+        sees. It is [B, W], or [B, R] followed by that of slots.queries. None
+        means that the rows are the causal slots from 0 on. Faster attention can
+        be used for them.
     """
     streams, setting = self._network.enter(slots)
-    R, W = at.shape[1], slots.tokens.shape[1]
+    R, W = slot_index.shape[1], slots.tokens.shape[1]
     keys, values = list(cache.k), list(cache.v)
 
     def attend_in(layer):
-      def attend(q, k, v, visible):
-        del visible  # That of a whole sequence.
-        keys[layer] = _written(keys[layer], k[:, :R], at)
-        values[layer] = _written(values[layer], v[:, :R], at)
-        if seen is None:
+      def attend(q, k, v, sequence_visible):
+        del sequence_visible  # It is for attention without a cache.
+        keys[layer] = _written(keys[layer], k[:, :R], slot_index)
+        values[layer] = _written(values[layer], v[:, :R], slot_index)
+        if visible is None:
           name = self.compute.attention
           return parallel.attention(
             q, k, v, None, implementation=None if name == "auto" else name
           )
-        # The last layer has the rows that are read out, which are the last.
-        mine = seen[:, -q.shape[1] :]
+        # The last layer has only the rows that are read out, and these are the
+        # last rows.
+        row_visible = visible[:, -q.shape[1] :]
         attention = functools.partial(
           parallel.attention,
           q,
           jnp.moveaxis(keys[layer], 1, 2),
           jnp.moveaxis(values[layer], 1, 2),
-          mine,
-          # Reads the cache as it lies; kernels would have it copied every step.
+          row_visible,
+          # xla reads the cache in place. Kernels would need a copy per step.
           implementation="xla",
         )
         if W == R:
           return attention()
-        return _with_self(*attention(return_lse=True), q, k, v, R)
+        out, lse = attention(return_lse=True)
+        return _with_self(out, lse, q, k, v, R)
 
       return attend
 
@@ -209,27 +229,30 @@ class Cached:
     return logits, Cache(tuple(keys), tuple(values))
 
 
-def _written(cache, new, at):
-  """`new` [B, R, N, H] written into a layer's cache at the slots at [B, R]."""
-  rows = jnp.arange(len(at))[:, None]
-  # Slots beyond the last one are dropped.
-  cache = cache.at[rows, :, at].set(new, unique_indices=True)
+def _written(cache, new, slot_index):
+  """Return a layer's cache with `new` [B, R, N, H] at slot_index [B, R]."""
+  rows = jnp.arange(len(slot_index))[:, None]
+  # JAX drops writes to slots beyond the last slot.
+  cache = cache.at[rows, :, slot_index].set(new, unique_indices=True)
   return sharding.constrain(cache, *_CACHE)
 
 
 def _with_self(out, lse, q, k, v, R):
-  """Lets the rows from R on see their own slot too, which is not in the cache.
+  """Return attention in which the rows from R on also see their own slot.
+
+  The slots of these rows are not in the cache.
 
   Args:
-    out, lse: [B, W, N, H] and [B, W, N], of the slots in the cache.
+    out, lse: [B, W, N, H] and [B, W, N], the attention over the cache.
     q, k, v: [B, W, N, H] of the rows.
-    R: rows before.
+    R: the number of rows before them.
   """
   f32 = jnp.float32
   score = (
     jnp.sum(q[:, R:].astype(f32) * k[:, R:], axis=-1) * q.shape[-1] ** -0.5
   )
-  # Of a row that sees nothing else, all.
+  # The share of a row's own slot. It is 1 if the row sees nothing else, because
+  # lse is then -inf.
   share = jax.nn.sigmoid(score - lse[:, R:])[..., None]
-  own = out[:, R:] + share * (v[:, R:].astype(f32) - out[:, R:])
-  return jnp.concatenate([out[:, :R], own.astype(out.dtype)], axis=1)
+  with_self = out[:, R:] + share * (v[:, R:].astype(f32) - out[:, R:])
+  return jnp.concatenate([out[:, :R], with_self.astype(out.dtype)], axis=1)

@@ -1,4 +1,4 @@
-"""What a model costs: the FLOPs of its matmuls, and the bytes of its cache."""
+"""The cost of a model: FLOPs of its matrix products, and bytes of its cache."""
 
 import jax.numpy as jnp
 
@@ -10,28 +10,29 @@ from aoarm_jax.data import tokenizers
 def forward_flops(
   config: config_lib.Config, *, visible_only: bool = True
 ) -> float:
-  """Returns the matmul FLOPs of one pass over a batch of training.
+  """Return the matmul FLOPs of one forward pass over a training batch.
 
   Recomputation and the one-hot embedding are left out. Sequences are generated
-  one token after the other, not in groups.
+  token by token, not in groups.
 
   Args:
-    config: its model, alphabet, train.batch_size and train.query_fraction; what
-      is computed once for all sequences counts once.
-    visible_only: whether rows attend to the slots that they see, which is what
-      the model needs, or to all, as a plain implementation does.
+    config: gives the model, the alphabet, train.batch_size and
+      train.query_fraction. Work that is shared by all sequences counts once.
+    visible_only: if true, rows attend only to the slots that they see, which is
+      the work that the model needs. If false, rows attend to all slots, as in a
+      plain implementation.
   """
   model, batch = config.model, config.train.batch_size
   vocabulary = tokenizers.get(config.data.tokenizer).V
   query_fraction = config.train.query_fraction
   D, F, L, S, T = model.D, model.F, model.L, model.S, model.T
   kind = model.kind
-  seen = (S + 1) / 2 if visible_only and not kind.masked else S
-  row = 2 * (2 * D * D + 2 * D * F) + 4 * D * seen
+  visible = (S + 1) / 2 if visible_only and not kind.masked else S
+  row = 2 * (2 * D * D + 2 * D * F) + 4 * D * visible
   read_out = S
   if query_fraction < 1:
     read_out = orders.query_count(T, query_fraction)
-  # The last layer computes the rows that are read out and no others.
+  # The last layer computes only the rows that are read out.
   rows = (L - 1) * S + read_out
   if kind.streams == 2:
     rows += (L - 1) * read_out
@@ -42,13 +43,23 @@ def forward_flops(
 
 
 def training_flops_per_token(config: config_lib.Config) -> float:
-  """Returns FLOPs of forward and backward (3 x forward) per token of text."""
+  """Return the FLOPs of forward and backward pass per token of text.
+
+  The two passes together count as 3 forward passes.
+  """
   tokens = config.train.batch_size * config.model.T
   return 3 * forward_flops(config) / tokens
 
 
 def cache_bytes_per_token(model: config_lib.Model, dtype: str) -> int:
-  """Keys and values of one slot in all layers; 0 for a masked mechanism."""
+  """Return the bytes of the keys and values of one slot in all layers.
+
+  A masked mechanism has no cache, so the result is 0.
+
+  Args:
+    model: the model's section of the config.
+    dtype: the compute dtype.
+  """
   if model.kind.masked:
     return 0
   return 2 * model.L * model.D * jnp.dtype(dtype).itemsize

@@ -1,15 +1,17 @@
 """Norm, attention and MLP: one pre-norm block over G streams of rows.
 
-Keys and values always come from the content rows, the first S of stream 0.
-Streams share parameters and meet in attention alone; else every one is an array
-of its own, so that the next layer's keys, which need content alone, can be on
-their way to other devices while the queries are still in this layer's MLP.
+Keys and values always come from the content rows, which are the first S rows of
+stream 0. Streams share parameters and meet in attention alone.
+
+Each stream is an array of its own. The keys of the next layer need content
+alone. So they can be on their way to other devices while the queries are still
+in the MLP of this layer.
 """
 
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +22,16 @@ from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import sharding
 from aoarm_jax.model import parallel, rotary
 
-# (q [B, R, N * G, H], k [B, S, N, H], v [B, S, N, H], visible: int32 [B, R] or
-# [B, R, G], int or None) -> [B, R, N * G, H]
+# The attention of a layer. It takes q [B, R, N * G, H], k [B, S, N, H],
+# v [B, S, N, H], and visible: int32 [B, R] or [B, R, G], an int, or None. It
+# returns [B, R, N * G, H].
 Attend = Callable[..., jax.Array]
+# Picks the rows that are read out, from a tuple with one entry per stream. The
+# result is a tuple of one entry; see rows.read_out.
+Pick = Callable[[tuple[Any, ...]], tuple[Any, ...]]
 
 INIT_SCALE = 0.02
-# Logical axes of rows [B, R, D].
+# The logical axes of rows [B, R, D].
 ROWS = ("batch", "slots", "width")
 
 
@@ -35,12 +41,19 @@ def normal(
   axes: tuple[str | None, ...],
   scale: float = INIT_SCALE,
 ) -> nnx.Param:
-  """Normal numbers; `axes` are the logical ones, see sharding.py."""
+  """Return a parameter of normal random numbers.
+
+  Args:
+    rngs: gives the key.
+    shape: the shape of the parameter.
+    axes: its logical axes, see devices/sharding.py.
+    scale: the standard deviation.
+  """
   return nnx.Param(scale * jax.random.normal(rngs.params(), shape), axes=axes)
 
 
-def used(param: nnx.Param, dtype) -> jax.Array:
-  """A parameter as matmuls take it: in compute dtype, gathered."""
+def used(param: nnx.Param, dtype: jax.typing.DTypeLike) -> jax.Array:
+  """Return a parameter for a matmul: in compute dtype, whole along fsdp."""
   return sharding.gathered(param[...].astype(dtype), *param.axes)
 
 
@@ -51,10 +64,10 @@ def _matmuls(equation, streams, param, dtype):
 
 @jax.custom_vjp
 def embed(table: jax.Array, tokens: jax.Array) -> jax.Array:
-  """Rows of `table` [V, D] at int32 `tokens` [...]: [..., D].
+  """Return the rows of `table` [V, D] at int32 `tokens` [...]: [..., D].
 
-  For small vocabularies: the gradient is a one-hot matmul, because that of a
-  gather is a scatter in which all tokens contend for the few rows.
+  This is for small vocabularies. The gradient is a one-hot matmul. The gradient
+  of a gather would be a scatter, in which all tokens contend for few rows.
   """
   return _row_major(table[tokens])
 
@@ -65,13 +78,14 @@ def _pin(x):
 
 
 def _row_major(x):
-  # Left to itself, XLA's GPU layout pass puts the batch innermost here and so
-  # in the whole residual stream: a transposition around every matmul, and
-  # 12% (two streams) or 3% (one) of a training step on an H200.
+  # Without this, XLA's GPU layout pass puts the batch innermost, here and in
+  # the whole residual stream. Every matmul then needs transpositions. On an
+  # H200 they cost 12% of a training step with two streams, and 3% with one.
   mesh = sharding.spread()
   if not mesh or x.ndim != 3:
     return _pin(x)
-  # On each device alone: jax 0.10 would gather the whole batch for it.
+  # Each device pins its own piece. jax 0.10 would gather the whole batch for a
+  # constraint on the whole array.
   spec = sharding.spec(mesh, x.shape, *ROWS)
   return jax.shard_map(_pin, in_specs=spec, out_specs=spec, check_vma=False)(x)
 
@@ -91,14 +105,19 @@ embed.defvjp(_embed_forward, _embed_backward)
 
 @jax.custom_vjp
 def look_up(table: jax.Array, position: jax.Array) -> jax.Array:
-  """Rows of `table` [P, D] at `position` int32 [B, S]: [B, S, D].
+  """Return the rows of `table` [P, D] at `position`: [B, S, D].
 
   Positions must differ within a sequence, as those of slots do. Then the
-  gradient is a gather and a sum over B instead of a contended scatter, and no
-  one-hot matmul, which would cost P / D of a square layer.
+  gradient is a gather and a sum over B. It needs no contended scatter. It also
+  needs no one-hot matmul, which would cost P / D of a square layer.
+
+  Args:
+    table: [P, D].
+    position: int32 [B, S].
   """
-  # Rows in one piece: XLA's GPU layout pass puts positions innermost, so that
-  # the numbers of a row lie far apart, which no cache hides where P is large.
+  # The table is pinned so that each row is contiguous. XLA's GPU layout pass
+  # would put positions innermost. The numbers of a row would then lie far
+  # apart, and with a large P no cache hides this.
   return _pin(table)[position]
 
 
@@ -124,7 +143,7 @@ look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
 class RMSNorm(nnx.Module):
-  """x / rms(x) * scale over the last axis; float32 out."""
+  """Return x / rms(x) * scale over the last axis, in float32."""
 
   def __init__(self, width: int):
     self.scale = nnx.Param(jnp.ones(width), axes=("vector",))
@@ -133,8 +152,9 @@ class RMSNorm(nnx.Module):
     return _normalised(x, self.scale[...])
 
 
-# Recomputed in the backward pass: over unrolled layers the compiler sees for
-# itself that x is enough, but a loop would save all float32 values for it.
+# The norm is recomputed in the backward pass. Over unrolled layers, the
+# compiler finds by itself that saving x is enough. A loop over layers would
+# save all float32 values of the norm.
 @functools.partial(jax.checkpoint, prevent_cse=False)
 def _normalised(x, scale):
   x = x.astype(jnp.float32)
@@ -143,15 +163,15 @@ def _normalised(x, scale):
 
 
 class Setting(NamedTuple):
-  """What the layers of one pass share.
+  """The values that all layers of one pass share.
 
   Attributes:
-    query_rotation: a stream's each, of [B, R] rows, or None.
-    key_rotation: of [B, S] slots, or None.
-    condition: [P, C], one vector a position, or None.
-    target: a stream's each, int32 [B, R], which of these conditions each row,
-      or None.
-    visible: a stream's each, int32 [B, R], an int or None; see rows.Rows.
+    query_rotation: one per stream: the rotation of [B, R] rows, or None.
+    key_rotation: the rotation of [B, S] slots, or None.
+    condition: [P, C], one vector per position, or None.
+    target: one per stream: int32 [B, R], the position whose condition each row
+      takes, or None.
+    visible: one per stream: int32 [B, R], an int or None; see rows.Rows.
   """
 
   query_rotation: tuple[rotary.Rotation | None, ...]
@@ -160,8 +180,8 @@ class Setting(NamedTuple):
   target: tuple[jax.Array | None, ...]
   visible: tuple[jax.Array | int | None, ...]
 
-  def read_out(self, pick: Callable[[tuple], tuple]) -> "Setting":
-    """The setting of the rows that `pick` picks."""
+  def read_out(self, pick: Pick) -> "Setting":
+    """Return the setting of the rows that `pick` picks."""
     return self._replace(
       query_rotation=pick(self.query_rotation),
       target=pick(self.target),
@@ -170,24 +190,28 @@ class Setting(NamedTuple):
 
 
 class Modulation(nnx.Module):
-  """adaLN (arXiv 2212.09748): vectors that depend on the row's target."""
+  """adaLN (arXiv 2212.09748): vectors that depend on the target of a row."""
 
   def __init__(self, C: int, count: int, D: int, *, rngs: nnx.Rngs):
     self.weight = normal(rngs, (C, count, D), ("condition", None, "embed"))
     self.bias = nnx.Param(jnp.zeros((count, D)), axes=(None, "vector"))
 
   def __call__(
-    self, condition: jax.Array, target: jax.Array, dtype
+    self,
+    condition: jax.Array,
+    target: jax.Array,
+    dtype: jax.typing.DTypeLike,
   ) -> list[jax.Array]:
-    """`count` arrays [B, R, D].
+    """Return `count` arrays [B, R, D].
 
-    A target is one of few positions, so the projection is done once for each
-    position and looked up; but where there are fewer rows, for each row.
+    There are few possible targets. So the projection is computed once per
+    position and looked up. If there are fewer rows than positions, it is
+    computed once per row.
 
     Args:
-      condition: [P, C], one vector a position.
-      target: int32 [B, R], a position each.
-      dtype: of the result.
+      condition: [P, C], one vector per position.
+      target: int32 [B, R], the position of each row.
+      dtype: the dtype of the result.
     """
     weight = used(self.weight, jnp.float32)
     if target.size < len(condition):
@@ -202,7 +226,13 @@ class Modulation(nnx.Module):
 class Attention(nnx.Module):
   """Attention of every stream's rows over the content of the slots."""
 
-  def __init__(self, model: config_lib.Model, dtype, *, rngs: nnx.Rngs):
+  def __init__(
+    self,
+    model: config_lib.Model,
+    dtype: jax.typing.DTypeLike,
+    *,
+    rngs: nnx.Rngs,
+  ):
     D, N, H = model.D, model.N, model.H
     self.dtype = dtype
     into = ("embed", "heads", "head")
@@ -225,35 +255,44 @@ class Attention(nnx.Module):
     setting: Setting,
     attend: Attend,
   ) -> list[jax.Array]:
-    """Normalised streams [B, R, D], content [B, S, D] -> streams [B, R, D]."""
+    """Return the update of every stream, [B, R, D] each.
+
+    Args:
+      streams: [B, R, D] each, normalised.
+      content: [B, S, D], the normalised content rows.
+      setting: the setting that the layers share.
+      attend: the attention.
+    """
     k, v = (
       jnp.einsum("bsd,dnh->bsnh", content, used(param, self.dtype))
       for param in (self.key, self.value)
     )
     k = rotary.rotate(self.key_norm(k), setting.key_rotation)
-    q = _matmuls("brd,dnh->brnh", streams, self.query, self.dtype)
-    q = [
+    queries = _matmuls("brd,dnh->brnh", streams, self.query, self.dtype)
+    queries = [
       rotary.rotate(self.query_norm(x), rotation).astype(self.dtype)
-      for x, rotation in zip(q, setting.query_rotation)
+      for x, rotation in zip(queries, setting.query_rotation)
     ]
-    # Streams are the query heads of one group: they share keys and values.
-    B, R, N, H = q[0].shape
-    q = jnp.stack(q, axis=3).reshape(B, R, -1, H)
+    # The streams are the query heads of one group: they share keys and values.
+    B, R, N, H = queries[0].shape
+    q = jnp.stack(queries, axis=3).reshape(B, R, -1, H)
     visible = setting.visible[0]
     if isinstance(visible, jax.Array) and len(streams) > 1:
-      visible = jnp.stack(setting.visible, axis=2)
+      # If one stream has an array, all streams have arrays.
+      arrays = cast(tuple[jax.Array, ...], setting.visible)
+      visible = jnp.stack(arrays, axis=2)
     x = attend(q, k.astype(self.dtype), v, visible).reshape(B, R, N, -1, H)
-    x = [x[:, :, :, g] for g in range(len(streams))]
-    return _matmuls("brnh,nhd->brd", x, self.out, self.dtype)
+    outputs = [x[:, :, :, g] for g in range(len(streams))]
+    return _matmuls("brnh,nhd->brd", outputs, self.out, self.dtype)
 
 
 @jax.checkpoint
 def _gelu(x):
-  """GELU, tanh form (arXiv 1606.08415), float32 inside.
+  """Return GELU in its tanh form (arXiv 1606.08415), computed in float32.
 
-  Written with a sigmoid, since 1 + tanh(u) = 2 sigmoid(2 u) and an exponential
-  is cheaper than a tanh; recomputed in the backward pass, since that is
-  cheaper than to save and read its slope.
+  The formula uses 1 + tanh(u) = 2 sigmoid(2 u), because an exponential is
+  cheaper than a tanh. The value is recomputed in the backward pass, because
+  saving and reading the slope would cost more.
   """
   wide = x.astype(jnp.float32)
   u = math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)
@@ -261,9 +300,15 @@ def _gelu(x):
 
 
 class MLP(nnx.Module):
-  """GELU, no biases."""
+  """Two matmuls with a GELU between them, without biases."""
 
-  def __init__(self, model: config_lib.Model, dtype, *, rngs: nnx.Rngs):
+  def __init__(
+    self,
+    model: config_lib.Model,
+    dtype: jax.typing.DTypeLike,
+    *,
+    rngs: nnx.Rngs,
+  ):
     self.dtype = dtype
     self.up = normal(rngs, (model.D, model.F), ("embed", "hidden"))
     self.down = normal(
@@ -274,17 +319,22 @@ class MLP(nnx.Module):
     )
 
   def __call__(self, streams: Sequence[jax.Array]) -> list[jax.Array]:
-    streams = _matmuls("brd,df->brf", streams, self.up, self.dtype)
-    streams = [
-      _gelu(sharding.constrain(x, *ROWS[:2], "hidden")) for x in streams
-    ]
-    return _matmuls("brf,fd->brd", streams, self.down, self.dtype)
+    """Return the update of every normalised stream, [B, R, D] each."""
+    hidden = _matmuls("brd,df->brf", streams, self.up, self.dtype)
+    hidden = [_gelu(sharding.constrain(x, *ROWS[:2], "hidden")) for x in hidden]
+    return _matmuls("brf,fd->brd", hidden, self.down, self.dtype)
 
 
 class Block(nnx.Module):
   """Pre-norm attention and MLP; the residual stream is in compute dtype."""
 
-  def __init__(self, model: config_lib.Model, dtype, *, rngs: nnx.Rngs):
+  def __init__(
+    self,
+    model: config_lib.Model,
+    dtype: jax.typing.DTypeLike,
+    *,
+    rngs: nnx.Rngs,
+  ):
     self.dtype = dtype
     self.attention_norm = RMSNorm(model.D)
     self.attention = Attention(model, dtype, rngs=rngs)
@@ -295,28 +345,24 @@ class Block(nnx.Module):
 
   def __call__(
     self,
-    streams: Sequence[jax.Array],
+    streams: tuple[jax.Array, ...],
     setting: Setting,
     attend: Attend,
     S: int,
-    read_out: Callable[[tuple], tuple] | None = None,
+    read_out: Pick | None = None,
   ) -> tuple[jax.Array, ...]:
-    """G streams [B, R, D] -> G streams [B, R, D].
+    """Return the streams after this layer, [B, R, D] each.
 
     Args:
-      streams: of rows; the first S of stream 0 are the content of the slots.
-      setting: what the layers share.
+      streams: [B, R, D] each. The first S rows of stream 0 are the content of
+        the slots.
+      setting: the setting that the layers share.
       attend: the attention.
-      S: slots.
-      read_out: in the last layer, picks the rows that are read out, of streams
-        of [B, R, ...]: nothing reads the others' output there.
+      S: the number of slots.
+      read_out: picks the rows that are read out; for the last layer. Nothing
+        reads the output of the other rows there, so it is not computed.
     """
-    # Shift, scale, gate of attention; shift, scale, gate of the MLP.
-    modulations = tuple(
-      None if target is None
-      else self.modulation(setting.condition, target, self.dtype)
-      for target in setting.target
-    )  # fmt: skip
+    modulations = self._modulations(setting)
     normed = self._normed(self.attention_norm, streams, modulations, 0)
     content = normed[0][:, :S]
     if read_out:
@@ -328,6 +374,21 @@ class Block(nnx.Module):
     updates = self.mlp(self._normed(self.mlp_norm, streams, modulations, 3))
     streams = _updated(streams, updates, modulations, 5)
     return tuple(sharding.constrain(x, *ROWS) for x in streams)
+
+  def _modulations(self, setting: Setting) -> tuple[Any, ...]:
+    """Return the modulation of every stream, or None for each.
+
+    A modulation has six arrays [B, R, D]: shift, scale and gate of the
+    attention, then shift, scale and gate of the MLP.
+    """
+    return tuple(
+      None
+      if target is None
+      else self.modulation(
+        cast(jax.Array, setting.condition), target, self.dtype
+      )
+      for target in setting.target
+    )
 
   def _normed(self, norm, streams, modulations, first):
     return tuple(
@@ -344,5 +405,11 @@ def _updated(streams, updates, modulations, gate):
 
 
 def shifted(x: jax.Array, m: list[jax.Array] | None, first: int) -> jax.Array:
-  """x * (1 + scale) + shift, float32; m[first] is the shift, then the scale."""
+  """Return x * (1 + scale) + shift.
+
+  Args:
+    x: [B, R, D], float32.
+    m: the modulation. None returns x.
+    first: m[first] is the shift, and m[first + 1] is the scale.
+  """
   return x if m is None else x * (1 + m[first + 1]) + m[first]

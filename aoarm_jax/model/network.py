@@ -1,4 +1,4 @@
-"""A network and all that follows from its config; parameters as plain trees."""
+"""A network and everything that its config determines."""
 
 import functools
 from typing import Any
@@ -14,19 +14,20 @@ from aoarm_jax.model import transformer
 
 
 class Network:
-  """The network of a config: its alphabet, its mesh and its parameters' shapes.
+  """The network of a config: its alphabet, its mesh, its parameters' shapes.
 
-  The Flax module is split once, where this object is made. From then on state,
-  optimizer and checkpoints see a nested dict of arrays.
+  The Flax module is split once, when this object is made. From then on the
+  state, the optimizer and checkpoints see a nested dict of arrays.
 
   Attributes:
-    config: of the run.
-    mesh: the mesh that the parameters lie on, or None.
-    tokenizer: text to token ids and back.
-    layout: sentinels, vocabulary and last position, see orders.Layout.
-    axes: logical axes of every parameter; the axis of layers has no name.
-    abstract_params: nested dict of jax.ShapeDtypeStruct, float32; with
-      shardings where there is a mesh.
+    config: the config of the run.
+    mesh: the mesh that holds the parameters, or None.
+    tokenizer: converts text to token ids and back.
+    layout: the sentinels, the vocabulary and the last position; see
+      orders.Layout.
+    axes: the logical axes of every parameter. The axis of layers has no name.
+    abstract_params: a nested dict of jax.ShapeDtypeStruct, float32. With a mesh
+      they have shardings.
   """
 
   def __init__(
@@ -35,12 +36,13 @@ class Network:
     mesh: jax.sharding.Mesh | None = None,
     tokenizer: tokenizers.Tokenizer | None = None,
   ):
-    """Computes shapes only.
+    """Compute the shapes of the parameters; no arrays are made.
 
     Args:
-      config: its model, compute, data.tokenizer and mesh.smallest_shard.
-      mesh: the mesh for the parameters; None: they lie wherever they are put.
-      tokenizer: None: the one that the config names.
+      config: gives model, compute, data.tokenizer and mesh.smallest_shard.
+      mesh: the mesh for the parameters. None means that parameters lie wherever
+        they are put.
+      tokenizer: None means the tokenizer that the config names.
     """
     self.config, self.mesh = config, mesh
     self.tokenizer = tokenizer or tokenizers.get(config.data.tokenizer)
@@ -51,7 +53,7 @@ class Network:
     self.layout = abstract.layout
     self._graphdef, self._abstract = nnx.split(abstract)
     if mesh:
-      # The modules must know which of their parameters are not cut.
+      # The modules must know which of their parameters stay whole.
       self._abstract = map_variables(
         lambda variable: variable.replace(
           axes=sharding.parameter_axes(
@@ -74,27 +76,31 @@ class Network:
 
   @property
   def vocabulary(self) -> int:
-    """V: symbols that can be predicted; sentinels are not among them."""
+    """V, the number of symbols that can be predicted, without sentinels."""
     return self.tokenizer.V
 
   @property
   def kept_whole(self) -> int:
-    """Number of parameters that are not cut, as their shards would be short."""
+    """The number of parameters that stay whole to avoid short shards."""
     axes = jax.tree.leaves(self.axes, is_leaf=lambda x: isinstance(x, tuple))
     return sum("width" in names for names in axes)
 
   def init(self, key: jax.Array) -> Any:
-    """Draws parameters from `key`: nested dict of float32 arrays."""
+    """Draw the parameters from `key`: a nested dict of float32 arrays."""
     return nnx.to_pure_dict(nnx.state(self._create(key)))
 
   def bind(self, params: Any) -> transformer.Transformer:
-    """Returns the modules with these parameters. Call it inside jit."""
+    """Return the modules with these parameters; call it inside jit.
+
+    Args:
+      params: nested dict of arrays, as `abstract_params`.
+    """
     state = jax.tree.map(lambda leaf: leaf, self._abstract)
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(self._graphdef, state)
 
   def apply(self, params: Any, slots: orders.Slots) -> jax.Array:
-    """Returns the logits of slots, see transformer.Transformer.__call__.
+    """Return the logits of slots; see transformer.Transformer.__call__.
 
     Args:
       params: nested dict of arrays, as `abstract_params`.
@@ -106,14 +112,17 @@ class Network:
     return self.bind(params)(slots)
 
   def placed(self, tree: Any) -> Any:
-    """Returns the shapes of a state, or a part of one, with their shardings.
+    """Return the shapes of a state, or of a part of it, with their shardings.
 
-    A leaf with the name and shape of a parameter lies where the parameter does:
-    its moments in the optimizer and its average. All others are replicated.
+    A leaf with the name and shape of a parameter lies where the parameter lies.
+    Such leaves are the optimizer's moments and the average of the parameters.
+    All other leaves are replicated.
 
     Args:
-      tree: of arrays or their shapes.
+      tree: arrays or their shapes.
     """
+    mesh = self.mesh
+    assert mesh is not None, "only parameters on a mesh have shardings"
     axes = {
       _names(path): leaf_axes
       for path, leaf_axes in jax.tree.leaves_with_path(
@@ -122,10 +131,10 @@ class Network:
     }
 
     def place(path, leaf):
-      where = sharding.replicated(self.mesh)
+      placement = sharding.replicated(mesh)
       if names := axes.get(_names(path)):
-        where = sharding.parameter(self.mesh, names, leaf.shape)
-      return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+        placement = sharding.parameter(mesh, names, leaf.shape)
+      return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement)
 
     return jax.tree_util.tree_map_with_path(place, tree)
 
@@ -139,7 +148,7 @@ class Network:
 
 
 def _names(path):
-  """The dict keys at the end of a path, which name a parameter."""
+  """Return the dict keys at the end of a path; they name a parameter."""
   keys = []
   for key in reversed(path):
     if not isinstance(key, jax.tree_util.DictKey):

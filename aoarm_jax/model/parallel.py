@@ -1,14 +1,15 @@
-"""Attention and matmuls over a mesh: devices have their own rows and heads.
+"""Attention and matmuls over a mesh: each device has its own rows and heads.
 
-Along the sequence axis several devices share a sequence (context parallelism):
-each computes the rows of its slots over the keys and values of all of them,
-which it gathers. Slots are dealt out as pallas_kernels.shards says. What a row
-sees is still a prefix of the slots in their own order, so nothing but `visible`
-has to say so.
+Along the sequence axis, several devices share a sequence (context parallelism).
+Each device computes the rows of its own slots over the keys and values of all
+slots, which it gathers. The slots are dealt out as pallas_kernels.shards says.
+A row still sees a prefix of the slots in their own order. So only `visible` has
+to describe the mask.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,17 +21,24 @@ from pallas_kernels import shards
 
 
 def sequence_ways(S: int) -> int:
-  """Devices that share the S slots of a sequence; 1 where they cannot."""
+  """Return how many devices share the S slots of a sequence.
+
+  The result is 1 if S cannot be dealt out to the devices.
+  """
   mesh = sharding.spread()
   ways = mesh.shape["sequence"] if mesh else 1
   return ways if shards.can(S, ways) else 1
 
 
 def collect_logits(x: jax.Array, ways: int) -> jax.Array:
-  """Logits [B, S, V] of slots that lie as `deal_slots` lays them, in order.
+  """Return logits in the order of the slots, after `deal_slots`.
 
-  Every device sends each of its two chunks once: one is even, one odd, and
-  chunk c belongs to device c // 2.
+  Every device sends each of its two chunks once. One chunk is even and the
+  other is odd. Chunk c of the result belongs to device c // 2.
+
+  Args:
+    x: [B, S, V], logits of slots that lie as `deal_slots` lays them.
+    ways: the number of devices that share a sequence.
   """
   if ways == 1:
     return x
@@ -41,7 +49,7 @@ def collect_logits(x: jax.Array, ways: int) -> jax.Array:
 
   def local(x):
     first, last = jnp.split(x, 2, axis=1)
-    # The first chunk of an even device is the even one.
+    # On an even device the first chunk is even. On an odd device it is odd.
     swap = jax.lax.axis_index("sequence") % 2 == 1
     halves = jnp.where(swap, last, first), jnp.where(swap, first, last)
     received = [
@@ -65,41 +73,45 @@ def matmuls(
   weight: jax.Array,
   axes: tuple[str | None, ...],
 ) -> list[jax.Array]:
-  """jnp.einsum(equation, x, weight) of every stream [B, R, ...].
+  """Return jnp.einsum(equation, x, weight) for every stream x [B, R, ...].
 
-  On a mesh a device sums its gradients of the weight over streams before they
-  are summed over devices. XLA would sum over devices once for every stream.
+  On a mesh, each device sums its gradients of the weight over streams first,
+  and they are summed over devices once. XLA would sum over devices once per
+  stream.
 
   Args:
-    equation: whose result is [B, R, ...] too.
-    streams: of one shape.
+    equation: an einsum whose result is also [B, R, ...].
+    streams: arrays of the same shape.
     weight: a parameter in compute dtype.
-    axes: its logical axes.
+    axes: the logical axes of the weight.
   """
   rows = None
   if mesh := sharding.spread():
     rows = sharding.spec(mesh, streams[0].shape[:2], "batch", "slots")
-  # One has nothing to sum before; what does not divide is not trained on.
-  if len(streams) == 1 or not rows or None in rows:
+  # One stream has no gradients to sum first. Rows that the mesh does not divide
+  # occur only outside of training, where there are no gradients.
+  if len(streams) == 1 or not mesh or not rows or None in rows:
     weight = sharding.gathered(weight, *axes)
     return [jnp.einsum(equation, x, weight) for x in streams]
   cut = sharding.spec(mesh, weight.shape, *axes)
-  # From D to features of heads or hidden units, or back.
-  D = 0 if axes[0] in ("embed", "width") else len(axes) - 1
-  features = [axis for i, axis in enumerate(cut) if i != D]
+  # The product goes from the width D to features of heads or hidden units, or
+  # back. `width` is the dimension of the weight that has size D.
+  width = 0 if axes[0] in ("embed", "width") else len(axes) - 1
+  features = [axis for i, axis in enumerate(cut) if i != width]
   into, out = jax.P(*rows, None), jax.P(*rows, *features)
-  if D:
+  if width:
     into, out = out, into
-  others = [a for a in jax.tree.leaves(tuple(rows)) if a != cut[D]]
+  others = [a for a in jax.tree.leaves(tuple(rows)) if a != cut[width]]
 
   def local(weight, *streams):
-    # Gradients are summed over devices where a weight begins to vary over them:
-    # not where each stream meets it, and of a piece where it is in pieces.
+    # Gradients are summed over devices at the point where a weight begins to
+    # vary over them. Here this is once, before any stream uses the weight, and
+    # for a piece of the weight if it is cut.
     weight = jax.lax.pcast(weight, tuple(others), to="varying")
-    if cut[D]:
-      weight = jax.lax.all_gather(weight, cut[D], axis=D, tiled=True)
-    streams = [jnp.einsum(equation, x, weight) for x in streams]
-    return jax.lax.psum(streams, "tensor") if "tensor" in into else streams
+    if cut[width]:
+      weight = jax.lax.all_gather(weight, cut[width], axis=width, tiled=True)
+    products = [jnp.einsum(equation, x, weight) for x in streams]
+    return jax.lax.psum(products, "tensor") if "tensor" in into else products
 
   return jax.shard_map(
     local,
@@ -109,10 +121,14 @@ def matmuls(
 
 
 def deal_slots(slots: orders.Slots, ways: int) -> orders.Slots:
-  """All that is known about slots, every device's side by side.
+  """Return slots dealt out to devices, with each device's slots side by side.
+
+  Args:
+    slots: all slots in their own order.
+    ways: the number of devices that share a sequence.
 
   Raises:
-    ValueError: rows of other queries, which belong to no slot.
+    ValueError: `slots` has queries of its own, which belong to no slot.
   """
   if ways > 1 and slots.queries is not None:
     raise ValueError("slots over several devices: queries are not slots")
@@ -134,44 +150,54 @@ def attention(
   visible: jax.Array | int | None,
   *,
   ways: int = 1,
-  **options,
-):
-  """pallas_kernels.any_order_attention, on every device of the mesh.
+  **options: Any,
+) -> Any:
+  """Run pallas_kernels.any_order_attention on every device of the mesh.
 
   Args:
-    q, k, v: see there.
-    visible: see there.
-    ways: devices that share a sequence, whose slots and rows are dealt out
-      (see `deal_slots`); then there are as many rows as slots.
-    **options: implementation, return_lse.
+    q, k, v: see pallas_kernels.any_order_attention.
+    visible: see pallas_kernels.any_order_attention.
+    ways: the number of devices that share a sequence. If it is above 1, slots
+      and rows are dealt out (see `deal_slots`), and there are as many rows as
+      slots.
+    **options: implementation and return_lse.
+
+  Returns:
+    The result of pallas_kernels.any_order_attention: an array, or with
+    return_lse a tuple of two arrays.
   """
-  attend = functools.partial(pallas_kernels.any_order_attention, **options)
+  attend: Callable[..., Any] = functools.partial(
+    pallas_kernels.any_order_attention, **options
+  )
   if not (mesh := sharding.spread()):
     return attend(q, k, v, visible)
-  # An axis of one device is named too, or gradients are summed over it.
+  # The axis is also named if it has one device. Otherwise gradients would be
+  # summed over it.
   slots = "slots" if ways == mesh.shape["sequence"] else None
   keys = sharding.spec(mesh, k.shape, "batch", slots, "heads", "head")
-  # A group of query heads stays with its keys.
+  # The queries are cut like the keys, so a group of query heads stays with its
+  # keys.
   specs = [keys, keys, keys]
   arrays = [q, k, v]
   if isinstance(visible, jax.Array):
     arrays.append(visible)
     specs.append(jax.P(*keys[:2]))
 
-  def local(q, k, v, *seen):
-    seen = seen[0] if seen else visible
+  def local(q, k, v, *local_visible):
+    row_visible = local_visible[0] if local_visible else visible
     if ways > 1:
-      if seen is None:
+      if row_visible is None:
         device = jax.lax.axis_index("sequence")
-        mine = shards.slots(device, q.shape[1], ways)
-        seen = jnp.broadcast_to(mine + 1, q.shape[:2])
+        local_slots = shards.slots(device, q.shape[1], ways)
+        row_visible = jnp.broadcast_to(local_slots + 1, q.shape[:2])
       k, v = (jax.lax.all_gather(x, "sequence") for x in (k, v))
-    return attend(q, k, v, seen)
+    return attend(q, k, v, row_visible)
 
-  out = keys
+  out: Any = keys
   if options.get("return_lse"):
     out = (keys, jax.P(*keys[:3]))
-  # Kernels do not say over which axes their results vary.
+  # Kernels do not declare the axes over which their results vary, so this is
+  # not checked.
   return jax.shard_map(
     local, in_specs=tuple(specs), out_specs=out, check_vma=False
   )(*arrays)

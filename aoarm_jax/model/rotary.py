@@ -8,22 +8,22 @@ import numpy as np
 
 
 class Rotation(NamedTuple):
-  """cos and sin, float32 [..., 1, H / 2]: one rotation for all heads."""
+  """A rotation for all heads: cosines and sines, float32 [..., 1, H / 2]."""
 
   cos: jax.Array
   sin: jax.Array
 
 
 def rotation(position: jax.Array, H: int, base: float) -> Rotation:
-  """R_p for every position.
+  """Return the rotation R_p for every position p (arXiv 2104.09864).
 
   Args:
-    position: int32 [..., K]; pair j turns by position j % K.
-    H: head dim, even.
-    base: pair j turns by position * base ** (-2 j / H) radians.
+    position: int32 [..., K]. Pair j is rotated by position j % K.
+    H: the width of a head, even.
+    base: pair j is rotated by position * base ** (-2 j / H) radians.
 
   Returns:
-    Rotation of arrays [..., 1, H / 2].
+    A Rotation of arrays [..., 1, H / 2].
   """
   frequency = base ** (-jnp.arange(0, H, 2, dtype=jnp.float32) / H)
   position = position[..., np.arange(H // 2) % position.shape[-1]]
@@ -32,7 +32,12 @@ def rotation(position: jax.Array, H: int, base: float) -> Rotation:
 
 
 def rotate(x: jax.Array, by: Rotation | None) -> jax.Array:
-  """R_p x. x: float32 [..., heads, H]; None is no rotation."""
+  """Return R_p x.
+
+  Args:
+    x: float32 [..., heads, H].
+    by: the rotation R_p. None means no rotation.
+  """
   if by is None:
     return x
   first, second = jnp.split(x, 2, axis=-1)

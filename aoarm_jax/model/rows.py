@@ -1,9 +1,9 @@
-"""What the backbone starts from: the pieces that mechanisms are made of.
+"""The input rows of the backbone, built from the pieces of a mechanism.
 
 aoarm_jax/config/mechanisms.py says which mechanism has which piece.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +15,19 @@ from aoarm_jax.model import layers
 
 
 class Rows(NamedTuple):
-  """The rows of a stream, and what is known about each.
+  """The rows of one stream, and what is known about each row.
 
-  The first S rows of stream 0 are the content of the slots. What is read out
-  is the last stream or, where it has more than S rows, the rest of them.
+  The first S rows of stream 0 are the content of the slots. The last stream is
+  read out, which means that its rows make predictions. If the last stream has
+  more than S rows, only the rows after the first S are read out.
 
   Attributes:
     x: [B, R, D], compute dtype.
-    query_position: int32 [B, R, K], the positions by which queries turn, one
-      after the other among the rotary pairs; None: they do not turn.
+    query_position: int32 [B, R, K], the positions by which queries are rotated.
+      They take turns among the rotary pairs. None means no rotation.
     target: int32 [B, R], the position that conditions each row, or None.
-    visible: int32 [B, R], how many leading slots each row sees; an int is the
-      same for all, None is causal.
+    visible: int32 [B, R], the number of leading slots that each row sees. An
+      int holds for all rows, and None means causal.
   """
 
   x: jax.Array
@@ -35,22 +36,26 @@ class Rows(NamedTuple):
   visible: jax.Array | int | None
 
 
-def read_out(streams: tuple, S: int) -> tuple:
-  """Of streams of [B, R, ...], what is read out: one of [B, R', ...].
+def read_out(streams: tuple[Any, ...], S: int) -> tuple[Any, ...]:
+  """Return the rows that are read out, as a tuple of one stream.
 
   Args:
-    streams: arrays, pytrees of arrays, or what is the same for all rows.
-    S: slots.
+    streams: one entry per stream: an array [B, R, ...], a pytree of such
+      arrays, or a value that is the same for all rows.
+    S: the number of slots.
+
+  Returns:
+    A tuple of one entry, with arrays [B, R', ...].
   """
 
-  def rest(x):
+  def after_slots(x):
     return x[:, S:] if isinstance(x, jax.Array) and x.shape[1] > S else x
 
-  return jax.tree.map(rest, tuple(streams[-1:]))
+  return jax.tree.map(after_slots, tuple(streams[-1:]))
 
 
 class Start(nnx.Module):
-  """Content of the slots -> Rows of every stream, from a mechanism's pieces."""
+  """The pieces of a mechanism; they turn content into rows of streams."""
 
   def __init__(self, model: config_lib.Model, *, rngs: nnx.Rngs):
     self.kind, D = model.kind, model.D
@@ -75,7 +80,12 @@ class Start(nnx.Module):
   def __call__(
     self, content: jax.Array, slots: orders.Slots
   ) -> tuple[Rows, ...]:
-    """content [B, S, D] in compute dtype -> the Rows of every stream."""
+    """Return the rows of every stream.
+
+    Args:
+      content: [B, S, D], the embedded tokens, in compute dtype.
+      slots: the slots of this content.
+    """
     kind = self.kind
     places = {"content": slots.position, "target": slots.target_position}
     if kind.added:
@@ -97,7 +107,12 @@ class Start(nnx.Module):
     return self._two_streams(rows, slots) if kind.streams == 2 else (rows,)
 
   def _two_streams(self, rows, slots):
-    """Content and query rows; `rows` has content's x and queries' positions."""
+    """Return the content rows and the query rows.
+
+    Args:
+      rows: has the x of the content rows and the positions of the queries.
+      slots: the slots of this content.
+    """
     B, S, D = rows.x.shape
     visible = slots.visible
     content = rows._replace(
@@ -111,11 +126,12 @@ class Start(nnx.Module):
         visible=None if visible is None else visible[..., 1],
       )
       return content, query
-    # Not one for every slot: then they stand behind the content rows.
-    target, seen = slots.queries
-    own = content.visible
-    if own is None:
-      own = jnp.broadcast_to(jnp.arange(1, S + 1), (B, S))
+    # The queries do not belong to slots. So their rows are appended to the
+    # content rows, and there is one stream.
+    target, query_visible = slots.queries
+    content_visible = content.visible
+    if content_visible is None:
+      content_visible = jnp.broadcast_to(jnp.arange(1, S + 1), (B, S))
     start = jnp.broadcast_to(start, (B, target.shape[1], D))
     return (
       content._replace(
@@ -123,6 +139,6 @@ class Start(nnx.Module):
         query_position=jnp.concatenate(
           [content.query_position, target[..., None]], axis=1
         ),
-        visible=jnp.concatenate([own, seen], axis=1),
+        visible=jnp.concatenate([content_visible, query_visible], axis=1),
       ),
     )

@@ -1,4 +1,4 @@
-"""The one backbone: slots in generation order -> logits at every slot."""
+"""The backbone of all mechanisms: from slots to logits at every slot."""
 
 import functools
 
@@ -15,11 +15,12 @@ from aoarm_jax.model import rows as rows_lib
 
 
 class Transformer(nnx.Module):
-  """Embedding, rows of the mechanism, L blocks, norm, head.
+  """Embedding, rows of the mechanism, L blocks, norm, and head.
 
-  Pre-norm RMSNorm, RMSNorm on queries and keys, rotary pairs, GELU MLP, no
-  biases, untied head. Parameters, norms, softmax and logits are float32,
-  matmul inputs and the residual stream `compute.dtype`.
+  The blocks are pre-norm, with RMSNorm, also on queries and keys. They use
+  rotary pairs and a GELU MLP, and there are no biases. The head is not tied to
+  the embedding. Parameters, norms, softmax and logits are float32. The inputs
+  of matrix products and the residual stream are in `compute.dtype`.
   """
 
   def __init__(
@@ -32,7 +33,8 @@ class Transformer(nnx.Module):
   ):
     self.model, self.compute, self.vocabulary = model, compute, vocabulary
     self.dtype = jnp.dtype(compute.dtype)
-    # More than the vocabulary: BOS, EOS and MASK, which are never predicted.
+    # The embedding also has BOS, EOS and MASK, which are never predicted. So it
+    # has more symbols than the vocabulary.
     symbols = vocabulary + (3 if model.kind.masked else 2)
     self.embedding = layers.normal(
       rngs, (symbols, model.D), ("vocabulary", "embed")
@@ -52,22 +54,23 @@ class Transformer(nnx.Module):
 
   @property
   def layout(self) -> orders.Layout:
-    """How this network wants tokens laid out."""
+    """The layout that this network expects."""
     model = self.model
     return orders.Layout(
       model.sentinels, self.vocabulary, model.T + 1, model.kind.masked
     )
 
   def __call__(self, slots: orders.Slots) -> jax.Array:
-    """Logits of every slot that predicts, from all slots at once.
+    """Return the logits of every slot that predicts, from all slots at once.
 
     Args:
-      slots: int32 [B, S] each; what a row sees is `slots.visible`, or itself
-        and the slots before it, or all slots if the mechanism is masked.
+      slots: int32 [B, S] each. A row sees the slots that `slots.visible` gives.
+        If it is None, a row sees itself and the slots before it, or all slots
+        with a masked mechanism.
 
     Returns:
-      float32 [B, R, V] logits of the token at each slot's target position; at
-      `slots.queries` where they are given, else at all slots: R = S.
+      float32 [B, R, V], the logits of the token at each slot's target position.
+      They are those of `slots.queries` if given, else of all slots: R = S.
     """
     chex.assert_equal_shape(slots[:3])
     S = slots.tokens.shape[1]
@@ -99,7 +102,7 @@ class Transformer(nnx.Module):
   def enter(
     self, slots: orders.Slots
   ) -> tuple[tuple[jax.Array, ...], layers.Setting]:
-    """The streams [B, R, D] before the first layer, and their setting."""
+    """Return the streams [B, R, D] before the first layer, with setting."""
     table = layers.used(self.embedding, self.dtype)
     content = layers.embed(table, slots.tokens)
     kind, streams = self.model.kind, self.start(content, slots)
@@ -121,6 +124,7 @@ class Transformer(nnx.Module):
     return x, setting
 
   def layer(self, index: int) -> layers.Block:
+    """Return the block of one layer."""
     return jax.tree.map(lambda p: p[index], self.blocks)
 
   def read_out(
@@ -131,13 +135,25 @@ class Transformer(nnx.Module):
     attend: layers.Attend,
     S: int,
   ) -> jax.Array:
-    """Last layer, norm and head of the rows that are read out: [B, R, V]."""
+    """Apply the last layer, the norm and the head to the predicting rows.
+
+    Args:
+      last: the last layer.
+      streams: [B, R, D] each, the streams after the other layers.
+      setting: the setting that the layers share.
+      attend: the attention.
+      S: the number of slots.
+
+    Returns:
+      float32 [B, R', V], the logits of the rows that are read out.
+    """
     pick = functools.partial(rows_lib.read_out, S=S)
     (x,) = last(streams, setting, attend, S, pick)
-    m, (target,) = None, pick(setting.target)
+    modulation, (target,) = None, pick(setting.target)
     if target is not None:
-      m = self.modulation(setting.condition, target, self.dtype)
-    x = layers.shifted(self.norm(x), m, 0).astype(self.dtype)
+      assert setting.condition is not None  # The two come together.
+      modulation = self.modulation(setting.condition, target, self.dtype)
+    x = layers.shifted(self.norm(x), modulation, 0).astype(self.dtype)
     return jnp.einsum(
       "brd,dv->brv",
       x,
