@@ -1,12 +1,15 @@
-"""All gradients in one kernel, for short sequences of keys on Hopper.
+"""One backward kernel that computes all gradients, for few slots, on Hopper.
 
-A thread block holds all slots of a key head, 64 a warpgroup, and passes the
-units of its streams once (hopper_masks numbers them): every array is read
-and written once. It also makes the sums sum_j p_ij dp_ij itself, in float32,
-where sum_h out_ih d_out_ih would need `out` and suffer from its rounding.
+A thread block holds all slots of a key head, 64 in each warpgroup, and passes
+over the units of its query heads once (`masks` numbers them). So every array is
+read and written once. The kernel also computes the sum over the slots of weight
+* d_weight in float32. The usual formula, the sum over H of out * d_out, would
+have to read `out` and would suffer from its rounding.
 """
 
+import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -15,38 +18,48 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import tuning
-from pallas_kernels.hopper import forward as hopper_forward
 from pallas_kernels.hopper import masks as hopper_masks
-from pallas_kernels.hopper import mosaic
+from pallas_kernels.hopper import mosaic, pipeline
+from pallas_kernels.hopper import softmax as hopper_softmax
 
 ROWS = hopper_masks.ROWS
 
 
-def backward(q, k, v, prefix, d_out, lse, d_lse, scale, config: tuning.Hopper):
-  """(dq, dk, dv).
+def backward(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  visible: hopper_masks.Visible | None,
+  d_out: jax.Array,
+  lse: jax.Array,
+  d_lse: jax.Array,
+  scale: float,
+  config: tuning.Hopper,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Return (dq, dk, dv), like q, k and v.
 
   Args:
     q: [B, T, Nq, H], T a multiple of 8.
-    k: [B, S, N, H], S a multiple of 8, at least 64.
+    k: [B, S, N, H], S a multiple of 8, at least 64 and at most config.fused.
     v: [B, S, N, H].
-    prefix: None for causal, or the Prefix of hopper_masks.prefix.
-    d_out: [B, T, Nq, H], cotangent of the output.
-    lse: float32 [B, Nq, T rounded up to 64], as the forward kernel's.
-    d_lse: of that shape, its cotangent in nats; 0 where lse is infinite.
-    scale: of the scores.
-    config: tile sizes; S is at most config.fused.
+    visible: None for causal.
+    d_out: [B, T, Nq, H], gradient of the output.
+    lse: float32 [B, Nq, T rounded up to 64], from the forward kernel.
+    d_lse: like lse, its gradient in nats; 0 where lse is infinite.
+    scale: factor of the scores.
+    config: tile sizes.
   """
   B, H = q.shape[0], q.shape[3]
   S, N = k.shape[1:3]
-  C, L = pl.cdiv(S, ROWS), config.fused_stages
-  share = mosaic.share(B * N, config.blocks)
+  C, stages = pl.cdiv(S, ROWS), config.fused_stages
+  share = pipeline.share(B * N, config.blocks)
   depth = min(config.fused_depth, pl.cdiv(share.items, share.blocks))
-  rows = mosaic.tiles((L, ROWS, H), q.dtype)
-  numbers = plgpu.SMEM((L, ROWS), jnp.float32)
-  keys = mosaic.tiles((depth, C, ROWS, H), q.dtype)
-  rings = [rows, rows, numbers, numbers]
-  if prefix is not None:
-    rings.append(plgpu.SMEM((L, ROWS), jnp.int32))
+  row_tiles = mosaic.tiles((stages, ROWS, H), q.dtype)
+  row_numbers = plgpu.SMEM((stages, ROWS), jnp.float32)
+  key_tiles = mosaic.tiles((depth, C, ROWS, H), q.dtype)
+  ring_of_rows = [row_tiles, row_tiles, row_numbers, row_numbers]
+  if visible is not None:
+    ring_of_rows.append(plgpu.SMEM((stages, ROWS), jnp.int32))
   outs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
   return mosaic.kernel(
     functools.partial(_kernel, scale=scale, share=share),
@@ -56,147 +69,293 @@ def backward(q, k, v, prefix, d_out, lse, d_lse, scale, config: tuning.Hopper):
     num_threads=C + 1,
     thread_name="warpgroup",
     scratch_types=[
-      mosaic.ring(*rings, readers=C),
-      mosaic.ring(keys, keys, readers=C, parts=C),
-      # Weights; their cotangents, for the warpgroup that makes dq; dq; sums.
-      mosaic.tiles((C, ROWS, ROWS), q.dtype),
-      mosaic.tiles((C, C, ROWS, ROWS), q.dtype),
-      mosaic.tiles((C, ROWS, H), q.dtype),
-      plgpu.SMEM((2, C, ROWS), jnp.float32),
-      plgpu.Barrier(num_barriers=C, num_arrivals=C),
-      plgpu.Barrier(num_barriers=C),
-      plgpu.Barrier(num_arrivals=C),
+      pipeline.ring(*ring_of_rows, readers=C),
+      pipeline.ring(key_tiles, key_tiles, readers=C, copies=C),
+      *_Scratch(
+        weights=mosaic.tiles((C, ROWS, ROWS), q.dtype),
+        d_scores=mosaic.tiles((C, C, ROWS, ROWS), q.dtype),
+        dq=mosaic.tiles((C, ROWS, H), q.dtype),
+        partial_sums=plgpu.SMEM((2, C, ROWS), jnp.float32),
+        d_scores_full=plgpu.Barrier(num_barriers=C, num_arrivals=C),
+        d_scores_free=plgpu.Barrier(num_barriers=C),
+        summed=plgpu.Barrier(num_arrivals=C),
+      ),
     ],
-  )(q, k, v, d_out, lse, d_lse, *(prefix or ()))
+  )(q, k, v, d_out, lse, d_lse, *(visible or ()))
+
+
+class _Scratch(NamedTuple):
+  """Shared memory and barriers, beside the rings.
+
+  Each of C warpgroups (the consumers) holds 64 slots. In step i all of them
+  compute the d_scores of one unit, and consumer i % C computes dq from them.
+
+  Attributes:
+    weights: [C, 64, 64], the weights of each consumer.
+    d_scores: [C, C, 64, 64], the d_scores that consumer i % C will read, by the
+      consumer that computes them.
+    dq: [C, 64, H], dq on its way to global memory.
+    partial_sums: float32 [2, C, 64], the sum of weight * d_weight over the
+      slots of each consumer, for two steps in turn.
+    d_scores_full: barriers [C] at which d_scores have been written.
+    d_scores_free: barriers [C] at which d_scores have been read.
+    summed: barrier at which partial_sums have been written.
+  """
+
+  weights: mosaic.Ref
+  d_scores: mosaic.Ref
+  dq: mosaic.Ref
+  partial_sums: mosaic.Ref
+  d_scores_full: mosaic.Ref
+  d_scores_free: mosaic.Ref
+  summed: mosaic.Ref
 
 
 def _kernel(q, k, v, d_out, lse, d_lse, *refs, scale, share):
-  *prefix, dq, dk, dv, rows_ring, keys = refs[:-7]
-  weights, shared, dq_smem, parts, shared_full, shared_free, added = refs[-7:]
-  prefix = tuple(prefix) or None
-  T, Nq, H = q.shape[1:]
-  N = k.shape[2]
-  G = Nq // N
-  C = keys.tiles[0].shape[1]
-  count = pl.cdiv(T, ROWS) * G
-  warpgroup = lax.axis_index("warpgroup")
+  size = len(_Scratch._fields)
+  *visible, dq, dk, dv, rows, keys = refs[:-size]
+  block = _ThreadBlock(
+    by_head=(q, d_out),
+    by_row=(lse, d_lse),
+    keys_and_values=(k, v),
+    visible=hopper_masks.Visible(*visible) if visible else None,
+    dq=dq,
+    dk=dk,
+    dv=dv,
+    rows=rows,
+    keys=keys,
+    scratch=_Scratch(*refs[-size:]),
+    scale=scale,
+    share=share,
+    warpgroup=lax.axis_index("warpgroup"),
+  )
+  pipeline.run(
+    block.consumers, share.rounds(), block.work, block.fetch, [rows], keys
+  )
 
-  def item(j):
-    return divmod(share.item(j), N)
 
-  def work(j, passed):
-    b, n = item(j)
-    k_tiles, v_tiles = keys.wait(j)
+@dataclasses.dataclass(frozen=True, eq=False)
+class _ThreadBlock:
+  """The code of a thread block, and all that it refers to.
 
-    def step(i, sums):
-      start, g = i // G * ROWS, i % G
-      rows, d_rows, numbers, d_numbers, *visible = rows_ring.wait(passed + i)
-      mine = (rows, d_rows, k_tiles.at[warpgroup], v_tiles.at[warpgroup])
-      counts = mosaic.load(visible[0], mosaic.ROWS) if prefix else None
-      least, most = hopper_masks.span(prefix, b, g, start)
-      useful = warpgroup * ROWS < most
-      mask = functools.partial(
-        hopper_masks.masked, counts, start, warpgroup * ROWS, least
-      )
-      nothing = (mosaic.full((ROWS, ROWS), 0, mosaic.TILE),) * 2
-      weight, d_weight = lax.cond(
-        useful,
-        lambda: _weights(*mine, numbers, mask, scale),
-        lambda: nothing,
-      )
-      part = parts.at[lax.rem(i, 2)]
-      part.at[warpgroup][...] = (weight * d_weight).sum(axis=1)
-      plgpu.barrier_arrive(added)
-      weights.at[warpgroup][...] = weight.astype(q.dtype)
-      mean = -mosaic.load(d_numbers, mosaic.ROWS)
-      plgpu.barrier_wait(added)
-      for w in range(C):
-        mean += mosaic.load(part.at[w], mosaic.ROWS)
-      d_score = weight * (d_weight - mosaic.along_rows(mean, weight.shape))
-      turn = lax.rem(i, C)
-      pl.when(i >= C)(lambda: plgpu.barrier_wait(shared_free.at[turn]))
-      tile = shared.at[turn, warpgroup]
-      tile[...] = d_score.astype(q.dtype)
-      plgpu.commit_smem()
-      plgpu.barrier_arrive(shared_full.at[turn])
+  Attributes:
+    by_head: references of q and d_out in global memory.
+    by_row: references of lse and d_lse.
+    keys_and_values: references of k and v.
+    visible: references, or None for causal.
+    dq, dk, dv: references of the gradients.
+    rows: ring of what belongs to the rows of a unit.
+    keys: ring of the keys and values of a key head, used once a round.
+    scratch: other shared memory.
+    scale: factor of the scores.
+    share: the items of the thread block: pairs of sequence and key head.
+    warpgroup: index of the warpgroup that runs the code.
+  """
 
-      def products(d_keys, d_values):
-        weight = mosaic.transposed(weights.at[warpgroup])
-        mosaic.product(d_values, weight, d_rows)
-        mosaic.product(d_keys, mosaic.transposed(tile), rows)
+  by_head: tuple[mosaic.Ref, mosaic.Ref]
+  by_row: tuple[mosaic.Ref, mosaic.Ref]
+  keys_and_values: tuple[mosaic.Ref, mosaic.Ref]
+  visible: hopper_masks.Visible | None
+  dq: mosaic.Ref
+  dk: mosaic.Ref
+  dv: mosaic.Ref
+  rows: pipeline.Ring
+  keys: pipeline.Ring
+  scratch: _Scratch
+  scale: float
+  share: pipeline.Share
+  warpgroup: jax.Array
 
-      sums = lax.cond(
-        useful,
-        lambda sums: tuple(mosaic.accumulate(sums, products)),
-        lambda sums: sums,
-        sums,
-      )
-      rows_ring.release(passed + i)
-      pl.when(turn == warpgroup)(
-        lambda: make_dq(dq.at[b, pl.ds(start, ROWS), n * G + g])
-      )
-      return sums
+  @property
+  def consumers(self) -> int:
+    return self.keys.tiles[0].shape[1]
 
-    def make_dq(out):
-      plgpu.barrier_wait(shared_full.at[warpgroup])
+  @property
+  def G(self) -> int:
+    """Query heads of a key head."""
+    return self.by_head[0].shape[2] // self.dk.shape[2]
 
-      def multiply(sum_):
-        for w in range(C):
-          mosaic.product(sum_, shared.at[warpgroup, w], k_tiles.at[w])
-        return mosaic.value(sum_)
+  @property
+  def units(self) -> int:
+    """Units of a key head."""
+    return pl.cdiv(self.by_head[0].shape[1], ROWS) * self.G
 
-      result = mosaic.scoped(multiply, (ROWS, H)) * scale
-      plgpu.barrier_arrive(shared_free.at[warpgroup])
-      plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-      staging = dq_smem.at[warpgroup]
-      staging[...] = result.astype(q.dtype)
-      plgpu.commit_smem()
-      plgpu.copy_smem_to_gmem(staging, out)
+  def item(self, r):
+    """Return sequence and key head of a round."""
+    return divmod(self.share.item(r), self.dk.shape[2])
 
-    zero = mosaic.full((ROWS, H), 0, mosaic.TILE)
-    d_keys, d_values = lax.fori_loop(0, count, step, (zero, zero))
-    # Nobody reads the keys any more when all shared tiles are free again.
-    mosaic.settle(shared_free, count, C)
-    slots = pl.ds(warpgroup * ROWS, ROWS)
-    for tiles, sum_, out in (
-      (k_tiles, d_keys * scale, dk),
-      (v_tiles, d_values, dv),
+  def unit(self, i):
+    """Return first row and query head in its group of the i-th unit."""
+    return i // self.G * ROWS, i % self.G
+
+  def work(self, r, uses):
+    """Compute all gradients of one key head."""
+    b, n = self.item(r)
+    k_tiles, v_tiles = self.keys.wait(r)
+    H, dtype = self.dq.shape[3], self.dq.dtype
+    zero = mosaic.full((ROWS, H), 0, mosaic.TILE_LAYOUT)
+    step = functools.partial(
+      self.step, b=b, n=n, uses=uses, k_tiles=k_tiles, v_tiles=v_tiles
+    )
+    dk_sum, dv_sum = lax.fori_loop(0, self.units, step, (zero, zero))
+    # When all d_scores are free again, no consumer reads the keys any more.
+    pipeline.wait_until_released(
+      self.scratch.d_scores_free, self.units, self.consumers
+    )
+    slots = pl.ds(self.warpgroup * ROWS, ROWS)
+    for tiles, gradient, target in (
+      (k_tiles, dk_sum * self.scale, self.dk),
+      (v_tiles, dv_sum, self.dv),
     ):
-      tile = tiles.at[warpgroup]
-      tile[...] = sum_.astype(q.dtype)
+      tile = tiles.at[self.warpgroup]
+      tile[...] = gradient.astype(dtype)
       plgpu.commit_smem()
-      plgpu.copy_smem_to_gmem(tile, out.at[b, slots, n])
+      plgpu.copy_smem_to_gmem(tile, target.at[b, slots, n])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    keys.release(j)
-    return passed + count
+    self.keys.release(r)
+    return uses + self.units
 
-  def fetch(j, passed):
-    b, n = item(j)
-    slots = [pl.ds(w * ROWS + j * 0, ROWS) for w in range(C)]
-    keys.put(j, [[x.at[b, at, n] for at in slots] for x in (k, v)])
+  def step(self, i, sums, *, b, n, uses, k_tiles, v_tiles):
+    """Add what the i-th unit contributes to the sums of dk and dv.
 
-    def fill(i, _):
-      start, g = i // G * ROWS, i % G
-      sources = hopper_masks.rows_of(
-        (q, d_out), (lse, d_lse), prefix, b, n * G + g, g, start
+    One of the consumers also computes and stores dq of the unit.
+    """
+    start, g = self.unit(i)
+    rows = self.rows.wait(uses + i)
+    q_tile, d_out_tile = rows[:2]
+    warpgroup, scratch = self.warpgroup, self.scratch
+    d_score, sees_slots = self.differentiate(
+      i,
+      rows,
+      k_tiles.at[warpgroup],
+      v_tiles.at[warpgroup],
+      (b, g, start),
+    )
+    turn = lax.rem(i, self.consumers)
+    pl.when(i >= self.consumers)(
+      lambda: plgpu.barrier_wait(scratch.d_scores_free.at[turn])
+    )
+    d_score_tile = scratch.d_scores.at[turn, warpgroup]
+    d_score_tile[...] = d_score.astype(self.dq.dtype)
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(scratch.d_scores_full.at[turn])
+
+    def add(dk_sum, dv_sum):
+      weight_tile = mosaic.transposed(scratch.weights.at[warpgroup])
+      mosaic.wgmma(dv_sum, weight_tile, d_out_tile)
+      mosaic.wgmma(dk_sum, mosaic.transposed(d_score_tile), q_tile)
+
+    sums = lax.cond(
+      sees_slots,
+      lambda sums: tuple(mosaic.accumulate(sums, add)),
+      lambda sums: sums,
+      sums,
+    )
+    self.rows.release(uses + i)
+    pl.when(turn == warpgroup)(
+      lambda: self.store_dq(
+        k_tiles, self.dq.at[b, pl.ds(start, ROWS), n * self.G + g]
       )
-      rows_ring.put(passed + i, sources)
+    )
+    return sums
 
-    lax.fori_loop(0, count, fill, None)
-    return passed + count
+  def differentiate(self, i, rows, k_tile, v_tile, where):
+    """Compute weights and d_scores of a unit for the consumer's slots.
 
-  mosaic.run(C, share.rounds(), work, fetch, [rows_ring], keys)
+    The weights are written to shared memory.
+
+    Args:
+      i: step.
+      rows: references of the unit's rows: q, d_out, lse, d_lse and, unless the
+        mask is causal, `visible`.
+      k_tile: reference of the consumer's keys.
+      v_tile: reference of the consumer's values.
+      where: sequence, query head in its group, and first row of the unit.
+
+    Returns:
+      d_score float32 [64 rows, 64 slots]; whether the unit sees any slot.
+    """
+    q_tile, d_out_tile, lse_tile, d_lse_tile = rows[:4]
+    warpgroup, scratch = self.warpgroup, self.scratch
+    visible = None
+    if self.visible:
+      visible = mosaic.load(rows[4], mosaic.ROW_LAYOUT)
+    least, most = hopper_masks.visible_range(self.visible, *where)
+    sees_slots = warpgroup * ROWS < most
+    mask = functools.partial(
+      hopper_masks.mask_scores, visible, where[2], warpgroup * ROWS, least
+    )
+    zero = mosaic.full((ROWS, ROWS), 0, mosaic.TILE_LAYOUT)
+    zeros = (zero, zero)
+    weight, d_weight = lax.cond(
+      sees_slots,
+      lambda: _weights(
+        q_tile, d_out_tile, k_tile, v_tile, lse_tile, mask, self.scale
+      ),
+      lambda: zeros,
+    )
+    partial_sums = scratch.partial_sums.at[lax.rem(i, 2)]
+    partial_sums.at[warpgroup][...] = (weight * d_weight).sum(axis=1)
+    plgpu.barrier_arrive(scratch.summed)
+    scratch.weights.at[warpgroup][...] = weight.astype(self.dq.dtype)
+    delta = -mosaic.load(d_lse_tile, mosaic.ROW_LAYOUT)
+    plgpu.barrier_wait(scratch.summed)
+    for other in range(self.consumers):
+      delta += mosaic.load(partial_sums.at[other], mosaic.ROW_LAYOUT)
+    d_score = weight * (d_weight - mosaic.along_rows(delta, weight.shape))
+    return d_score, sees_slots
+
+  def store_dq(self, k_tiles, target):
+    """Compute dq of a unit from the d_scores of all consumers, and write it."""
+    warpgroup, scratch = self.warpgroup, self.scratch
+    plgpu.barrier_wait(scratch.d_scores_full.at[warpgroup])
+
+    def multiply(dq_sum):
+      for other in range(self.consumers):
+        d_score_tile = scratch.d_scores.at[warpgroup, other]
+        mosaic.wgmma(dq_sum, d_score_tile, k_tiles.at[other])
+      return mosaic.read_accumulator(dq_sum)
+
+    shape = (ROWS, self.dq.shape[3])
+    dq = mosaic.with_accumulators(multiply, shape) * self.scale
+    plgpu.barrier_arrive(scratch.d_scores_free.at[warpgroup])
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    tile = scratch.dq.at[warpgroup]
+    tile[...] = dq.astype(self.dq.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(tile, target)
+
+  def fetch(self, r, uses):
+    """Load keys, values and all rows of one key head."""
+    b, n = self.item(r)
+    # JAX refuses static slices that reach past the end, where TMA only clips.
+    # Adding r * 0 makes them dynamic.
+    slots = [pl.ds(w * ROWS + r * 0, ROWS) for w in range(self.consumers)]
+    self.keys.load(
+      r, [[x.at[b, at, n] for at in slots] for x in self.keys_and_values]
+    )
+
+    def load_rows(i, _):
+      start, g = self.unit(i)
+      sources = hopper_masks.row_tiles(
+        self.by_head, self.by_row, self.visible, b, n * self.G + g, g, start
+      )
+      self.rows.load(uses + i, sources)
+
+    lax.fori_loop(0, self.units, load_rows, None)
+    return uses + self.units
 
 
-def _weights(rows, d_rows, keys, values, numbers, mask, scale):
-  """Weights of a tile, and the products of d_out with the values."""
+def _weights(q_tile, d_out_tile, k_tile, v_tile, lse_tile, mask, scale):
+  """Return the weights of a unit for 64 slots, and their gradients d_weight."""
 
-  def products(score, d_weight):
-    mosaic.product(score, rows, mosaic.transposed(keys))
-    mosaic.product(d_weight, d_rows, mosaic.transposed(values))
-    log_sum = mosaic.load(numbers, mosaic.ROWS)
-    exponent = mosaic.value(score, pending=1) * (scale / hopper_forward.LN2)
-    exponent -= mosaic.along_rows(log_sum, exponent.shape)
-    return jnp.exp2(mask(exponent)), mosaic.value(d_weight)
+  def compute(score, d_weight):
+    mosaic.wgmma(score, q_tile, mosaic.transposed(k_tile))
+    mosaic.wgmma(d_weight, d_out_tile, mosaic.transposed(v_tile))
+    lse = mosaic.load(lse_tile, mosaic.ROW_LAYOUT)
+    exponent = hopper_softmax.exponents(
+      mosaic.read_accumulator(score, pending=1), lse, scale
+    )
+    return jnp.exp2(mask(exponent)), mosaic.read_accumulator(d_weight)
 
-  return mosaic.scoped(products, (ROWS, ROWS), (ROWS, ROWS))
+  return mosaic.with_accumulators(compute, (ROWS, ROWS), (ROWS, ROWS))
