@@ -280,11 +280,19 @@ def _cudnn_row(
   return jnp.where((visible > 0)[:, :, None, None], out, 0)
 
 
-def _cudnn_row_forward(q, k, v, visible, scale):
+def _cudnn_row_forward(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  visible: jax.Array,
+  scale: float,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
   return _cudnn_row(q, k, v, visible, scale), (q, k, v, visible)
 
 
-def _cudnn_row_backward(scale, residuals, d_out):
+def _cudnn_row_backward(
+  scale: float, residuals: tuple[jax.Array, ...], d_out: jax.Array
+) -> tuple[jax.Array | None, ...]:
   *qkv, visible = residuals
   _, pull = jax.vjp(lambda q, k, v: _xla(q, k, v, visible, None, scale), *qkv)
   return *pull(d_out), None

@@ -1,6 +1,7 @@
 """Any-order attention on Hopper: layouts, choice of kernels, gradients."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -209,7 +210,14 @@ def _merge(
   return merged.astype(out.dtype), lse
 
 
-def _attention_forward(q, k, v, visible, scale, config):
+def _attention_forward(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  visible: hopper_masks.Visible | None,
+  scale: float,
+  config: tuning.Hopper,
+) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, ...]]:
   out_error = None
   if hopper_masks.key_sizes(q, k)[0] <= config.fused:
     out, lse = _attention(q, k, v, visible, scale, config)
@@ -220,10 +228,15 @@ def _attention_forward(q, k, v, visible, scale, config):
   return (out, lse), (q, k, v, visible, out, out_error, lse)
 
 
-def _attention_backward(scale, config, residuals, cotangents):
+def _attention_backward(
+  scale: float,
+  config: tuning.Hopper,
+  residuals: tuple[Any, ...],
+  cotangents: tuple[jax.Array, jax.Array],
+) -> tuple[jax.Array | None, ...]:
   q, k, v, visible, out, out_error, lse = residuals
   d_out, d_lse = cotangents
-  # The kernels return lse in base 2; its gradient here becomes one in nats.
+  # `lse` is in base 2 here. This makes its gradient the one of lse in nats.
   d_lse = jnp.where(jnp.isfinite(lse), d_lse / LN2, 0)
   if out_error is None:
     gradients = hopper_fused.backward(

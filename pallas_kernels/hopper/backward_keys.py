@@ -65,7 +65,7 @@ def by_keys(
 def _by_keys(q, k, v, d_out, lse, delta, *refs, scale, share):
   """The kernel of dk and dv."""
   *masks, dk, dv, rows, keys, staging = refs
-  block = _KeyBlock(
+  thread_block = _KeyBlock(
     inputs=hopper_inputs.Inputs(q, k, v, d_out, lse, delta),
     visible=hopper_masks.Visible(*masks[:3]) if masks else None,
     order=tuple(masks[3:]),
@@ -79,7 +79,12 @@ def _by_keys(q, k, v, d_out, lse, delta, *refs, scale, share):
     warpgroup=lax.axis_index("warpgroup"),
   )
   pipeline.run(
-    block.consumers, share.rounds(), block.work, block.fetch, [rows], keys
+    thread_block.consumers,
+    share.rounds(),
+    thread_block.work,
+    thread_block.fetch,
+    [rows],
+    keys,
   )
 
 
@@ -133,7 +138,7 @@ class _KeyBlock:
   def consumers(self) -> int:
     return self.keys.tiles[0].shape[1]
 
-  def plan(self, r):
+  def plan(self, r: mosaic.Index) -> _KeyRound:
     """Return the _KeyRound of a round."""
     sizes = self.inputs.sizes
     C, G = self.consumers, sizes.G
@@ -152,7 +157,7 @@ class _KeyBlock:
 
     return _KeyRound(b, n, block * C * ROWS, visible_units, unit)
 
-  def work(self, r, uses):
+  def work(self, r: mosaic.Index, uses: jax.Array) -> jax.Array:
     """Compute dk and dv of the consumer's 64 slots of round r."""
     b, n, first, units, unit = self.plan(r)
     first += self.warpgroup * ROWS
@@ -182,8 +187,17 @@ class _KeyBlock:
     return uses + units
 
   def add_unit(
-    self, tiles, k_tile, v_tile, where, first, dk_sum, dv_sum, score, d_weight
-  ):
+    self,
+    tiles: list[mosaic.Ref],
+    k_tile: mosaic.Ref,
+    v_tile: mosaic.Ref,
+    where: tuple[mosaic.Index, mosaic.Index, mosaic.Index],
+    first: mosaic.Index,
+    dk_sum: mosaic.Ref,
+    dv_sum: mosaic.Ref,
+    score: mosaic.Ref,
+    d_weight: mosaic.Ref,
+  ) -> None:
     """Add what one unit contributes to the sums of dk and dv.
 
     Args:
@@ -222,7 +236,14 @@ class _KeyBlock:
     d_score = weight * (d_score - mosaic.along_columns(delta, weight.shape))
     mosaic.wgmma(dk_sum, d_score.astype(dtype), q_tile)
 
-  def store(self, dk_sum, dv_sum, b, first, n):
+  def store(
+    self,
+    dk_sum: jax.Array,
+    dv_sum: jax.Array,
+    b: mosaic.Index,
+    first: mosaic.Index,
+    n: mosaic.Index,
+  ) -> None:
     """Write dk and dv of the consumer's slots to global memory."""
     # The copies of the round before must have left these tiles.
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -236,7 +257,7 @@ class _KeyBlock:
       target = hopper_masks.key_tile(gradient, B, b, first, ROWS, n)
       plgpu.copy_smem_to_gmem(tile, target)
 
-  def fetch(self, r, uses):
+  def fetch(self, r: mosaic.Index, uses: jax.Array) -> jax.Array:
     """Load the keys and values of round r, and the rows that see them."""
     q, k, v, d_out, lse, delta = self.inputs
     sizes = self.inputs.sizes

@@ -6,6 +6,8 @@ passes over the key tiles that its units see. `masks` says what a unit is.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -58,7 +60,7 @@ def by_rows(
 def _by_rows(q, k, v, d_out, lse, delta, *refs, scale, config, share):
   """The kernel of dq."""
   *visible, dq, rows, keys, staging = refs
-  block = _RowBlock(
+  thread_block = _RowBlock(
     inputs=hopper_inputs.Inputs(q, k, v, d_out, lse, delta),
     visible=hopper_masks.Visible(*visible) if visible else None,
     dq=dq,
@@ -73,11 +75,31 @@ def _by_rows(q, k, v, d_out, lse, delta, *refs, scale, config, share):
   pipeline.run(
     config.query_consumers,
     share.rounds(),
-    block.work,
-    block.fetch,
+    thread_block.work,
+    thread_block.fetch,
     [keys],
     rows,
   )
+
+
+class _Rows(NamedTuple):
+  """What belongs to the rows of a unit.
+
+  Attributes:
+    q_tile: reference [64, H].
+    d_out_tile: reference [64, H].
+    lse: float32 [64] in registers, base 2.
+    delta: float32 [64] in registers.
+    visible: int32 [64] in registers; None for causal.
+    start: first row.
+  """
+
+  q_tile: mosaic.Ref
+  d_out_tile: mosaic.Ref
+  lse: jax.Array
+  delta: jax.Array
+  visible: jax.Array | None
+  start: jax.Array
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -106,14 +128,14 @@ class _RowBlock:
   share: pipeline.Share
   warpgroup: jax.Array
 
-  def plan(self, r):
+  def plan(self, r: mosaic.Index) -> tuple[hopper_masks.Block, jax.Array]:
     """Return the Block of a round, and how many key tiles it passes over."""
     _, T, _, N, G, _ = self.inputs.sizes
     C = self.config.query_consumers
     block = hopper_masks.Block(self.share.item(r), T, N, G, C, self.visible)
     return block, pl.cdiv(block.most(), self.config.query_keys)
 
-  def work(self, r, uses):
+  def work(self, r: mosaic.Index, uses: jax.Array) -> jax.Array:
     """Compute dq of the consumer's unit of round r."""
     block, steps = self.plan(r)
     unit = block.unit(self.warpgroup)
@@ -122,7 +144,7 @@ class _RowBlock:
       x.at[self.warpgroup] for x in self.rows.wait(r)
     )
     lse, delta, *visible = (mosaic.load(x, mosaic.ROW_LAYOUT) for x in numbers)
-    rows = (
+    rows = _Rows(
       q_tile,
       d_out_tile,
       lse,
@@ -147,7 +169,15 @@ class _RowBlock:
     pl.when(unit.exists)(lambda: self.store(sums[0], block, unit))
     return uses + steps
 
-  def step(self, i, sums, *, rows, uses, is_masked):
+  def step(
+    self,
+    i: mosaic.Index,
+    sums: Sequence[jax.Array],
+    *,
+    rows: _Rows,
+    uses: jax.Array,
+    is_masked: bool,
+  ) -> Sequence[jax.Array]:
     """Add what the i-th key tile contributes to dq."""
     q_tile, d_out_tile, lse, delta, visible, start = rows
     k_tile, v_tile = self.keys.wait(uses + i)
@@ -177,12 +207,14 @@ class _RowBlock:
     self.keys.release(uses + i)
     return sums
 
-  def skip(self, i, _, *, uses):
+  def skip(self, i: mosaic.Index, _: None, *, uses: jax.Array) -> None:
     """Pass over a key tile that only the other consumers see."""
     self.keys.wait(uses + i)
     self.keys.release(uses + i)
 
-  def store(self, dq_sum, block, unit):
+  def store(
+    self, dq_sum: jax.Array, block: hopper_masks.Block, unit: hopper_masks.Unit
+  ) -> None:
     """Write dq of a unit to global memory."""
     tile = self.staging.at[self.warpgroup]
     # The copy of the round before must have left this tile.
@@ -193,7 +225,7 @@ class _RowBlock:
     target = self.dq.at[block.b, pl.ds(unit.start, ROWS), head]
     plgpu.copy_smem_to_gmem(tile, target)
 
-  def fetch(self, r, uses):
+  def fetch(self, r: mosaic.Index, uses: jax.Array) -> jax.Array:
     """Load the rows of round r, and the keys and values that they see."""
     q, k, v, d_out, lse, delta = self.inputs
     block, steps = self.plan(r)

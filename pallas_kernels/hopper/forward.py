@@ -58,8 +58,8 @@ def forward(
   G = Nq // N
   units = pl.cdiv(T, ROWS) * G
   factor = scale / hopper_softmax.LN2
-  whole = splits == 1 and not return_out_error
-  if max(T, S) <= config.short and units <= 4 and whole:
+  is_plain = splits == 1 and not return_out_error
+  if max(T, S) <= config.short and units <= 4 and is_plain:
     return hopper_short.forward(q, k, v, visible, factor)
   out = jax.ShapeDtypeStruct((B * splits, T, Nq, H), q.dtype)
   lse = jax.ShapeDtypeStruct(
@@ -100,7 +100,7 @@ def _long(q, k, v, *refs, factor, config, share, splits):
   if len(arrays) > 3:
     visible, arrays = hopper_masks.Visible(*arrays[:3]), arrays[3:]
   out, lse, *out_error = arrays
-  block = _ThreadBlock(
+  thread_block = _ThreadBlock(
     q=q,
     k=k,
     v=v,
@@ -123,11 +123,11 @@ def _long(q, k, v, *refs, factor, config, share, splits):
   pipeline.run(
     config.consumers,
     share.rounds(),
-    block.work,
-    block.fetch,
+    thread_block.work,
+    thread_block.fetch,
     [keys, values],
     rows,
-    block.take_turn,
+    thread_block.take_turn,
   )
 
 
@@ -205,8 +205,10 @@ class _ThreadBlock:
   def takes_turns(self) -> bool:
     return self.config.pingpong and self.config.consumers == 2
 
-  def plan(self, r):
-    """Return the Block of a round, its first key tile, and its key tiles."""
+  def plan(
+    self, r: mosaic.Index
+  ) -> tuple[hopper_masks.Block, mosaic.Index, jax.Array]:
+    """Return the Block of a round, its first key tile, and their number."""
     T, Nq = self.q.shape[1:3]
     S, N = hopper_masks.key_sizes(self.q, self.k)
     tiles = pl.cdiv(pl.cdiv(S, self.config.keys), self.splits)
@@ -226,13 +228,13 @@ class _ThreadBlock:
     end = pl.cdiv(block.most(), self.config.keys)
     return block, first, jnp.clip(end - first, least_steps, tiles)
 
-  def take_turn(self):
+  def take_turn(self) -> None:
     """Let the other consumer go on, and wait until it does the same."""
     if self.takes_turns:
       plgpu.barrier_arrive(self.turn)
       plgpu.barrier_wait(self.turn)
 
-  def work(self, r, uses):
+  def work(self, r: mosaic.Index, uses: jax.Array) -> jax.Array:
     """Compute the consumer's unit of round r."""
     block, first, steps = self.plan(r)
     unit = block.unit(self.warpgroup)
@@ -267,7 +269,14 @@ class _ThreadBlock:
     pl.when(unit.exists)(lambda: self.store(carry, b, head, rows))
     return uses + steps
 
-  def step(self, i, carry, *, this_round, is_masked):
+  def step(
+    self,
+    i: mosaic.Index,
+    carry: _Carry,
+    *,
+    this_round: _Round,
+    is_masked: bool,
+  ) -> _Carry:
     """Attend to the i-th key tile of the round."""
     queries, visible, start, first, uses = this_round
     accumulator, row_max, row_sum = carry
@@ -307,7 +316,7 @@ class _ThreadBlock:
     self.values.release(uses + i)
     return _Carry(accumulator, row_max, row_sum)
 
-  def skip(self, i, _, *, uses):
+  def skip(self, i: mosaic.Index, _: None, *, uses: jax.Array) -> None:
     """Pass over a key tile that only the other consumers see."""
     for ring in (self.keys, self.values):
       ring.wait(uses + i)
@@ -315,7 +324,13 @@ class _ThreadBlock:
     self.take_turn()
     self.take_turn()
 
-  def store(self, carry, b, head, rows):
+  def store(
+    self,
+    carry: _Carry,
+    b: mosaic.Index,
+    head: mosaic.Index,
+    rows: slice | pl.Slice,
+  ) -> None:
     """Write the results of a unit to global memory."""
     out_tile = self.out_smem.at[self.warpgroup]
     lse_tile = self.lse_smem.at[self.warpgroup]
@@ -334,7 +349,7 @@ class _ThreadBlock:
       plgpu.commit_smem()
       plgpu.copy_smem_to_gmem(out_tile, self.out_error.at[b, rows, head])
 
-  def fetch(self, r, uses):
+  def fetch(self, r: mosaic.Index, uses: jax.Array) -> jax.Array:
     """Load the queries, keys and values of round r."""
     block, first, steps = self.plan(r)
     block.load(self.rows, r, (self.q,))

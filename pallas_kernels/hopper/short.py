@@ -116,8 +116,28 @@ def _short(q, k, v, *refs, factor):
   plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _attend(q_tile, k_tile, v_tile, visible, start, v_full, lse_tile, factor):
-  """Compute one unit; the output replaces its queries in shared memory."""
+def _attend(
+  q_tile: mosaic.Ref,
+  k_tile: mosaic.Ref,
+  v_tile: mosaic.Ref,
+  visible: jax.Array | None,
+  start: int,
+  v_full: mosaic.Ref | None,
+  lse_tile: mosaic.Ref,
+  factor: float,
+) -> None:
+  """Compute a unit.
+
+  Args:
+    q_tile: reference of the queries; the output replaces them.
+    k_tile: reference of all keys that the unit sees.
+    v_tile: reference of the values.
+    visible: int32 [64] in registers; None for causal.
+    start: first row.
+    v_full: barrier at which the values arrive, if they may still be loading.
+    lse_tile: reference for the log-sum-exp.
+    factor: factor of the scores as exponents of 2.
+  """
   score = hopper_softmax.scores(q_tile, k_tile, k_tile.shape[0])
   shape = score.shape
   mask = hopper_masks.mask(visible, start, 0, shape)

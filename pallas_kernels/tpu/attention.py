@@ -144,7 +144,15 @@ def _attention(
   return _forward(q, k, v, visible, key_rank, call, keep_out_error=False)[0]
 
 
-def _forward(q, k, v, visible, key_rank, call, keep_out_error=True):
+def _forward(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  visible: jax.Array,
+  key_rank: jax.Array | None,
+  call: _Call,
+  keep_out_error: bool = True,
+) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, ...]]:
   """Return (out, lse) and the residuals for `_backward`."""
   Nq, H = q.shape[2:]
   tiling = call.tiling
@@ -173,7 +181,11 @@ def _forward(q, k, v, visible, key_rank, call, keep_out_error=True):
   return (out, lse), residuals
 
 
-def _backward(call, residuals, cotangents):
+def _backward(
+  call: _Call,
+  residuals: tuple[Any, ...],
+  cotangents: tuple[jax.Array, jax.Array],
+) -> tuple[jax.Array | None, ...]:
   q, k, v, visible, key_rank, out, out_error, row_max, row_sum = residuals
   d_out, d_lse = cotangents
   Nq, H = out.shape[2:]
@@ -216,7 +228,14 @@ def _backward(call, residuals, cotangents):
 _attention.defvjp(_forward, _backward)
 
 
-def _backward_of_row_tiles(row_tiles, rows, k, v, key_rank, call):
+def _backward_of_row_tiles(
+  row_tiles: range,
+  rows: tuple[jax.Array, ...],
+  k: jax.Array,
+  v: jax.Array,
+  key_rank: jax.Array | None,
+  call: _Call,
+) -> list[jax.Array]:
   """Return [dq, dk, dv] for a range of row tiles.
 
   Args:
@@ -251,7 +270,14 @@ def _backward_of_row_tiles(row_tiles, rows, k, v, key_rank, call):
   )
 
 
-def _worklist(visible, key_rank, call, row_tiles, *, key_major):
+def _worklist(
+  visible: jax.Array,
+  key_rank: jax.Array | None,
+  call: _Call,
+  row_tiles: range,
+  *,
+  key_major: bool,
+) -> tiles.Worklist:
   """Return the pairs of tiles to visit, for a range of row tiles."""
   tiling = call.tiling
   if call.is_causal:
