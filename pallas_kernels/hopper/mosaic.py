@@ -56,14 +56,9 @@ def load(ref: Ref, layout: Any, optimized: bool = True) -> jax.Array:
   return plgpu.load(ref, *index, layout=layout, optimized=optimized)
 
 
-def full(
-  shape: tuple[int, ...],
-  value: float,
-  layout: Any,
-  dtype: jax.typing.DTypeLike = jnp.float32,
-) -> jax.Array:
-  """Return an array in registers that has one value everywhere."""
-  return plgpu.layout_cast(jnp.full(shape, value, dtype), layout)
+def full(shape: tuple[int, ...], value: float, layout: Any) -> jax.Array:
+  """Return a float32 array in registers that has one value everywhere."""
+  return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
 def along_rows(vector: jax.Array, shape: tuple[int, ...]) -> jax.Array:
