@@ -1,1 +1,1 @@
-"""Starts the training command on several processes, hosts or pods."""
+"""Launchers: each starts the training command on processes, hosts or pods."""

@@ -1,8 +1,8 @@
-"""What the launchers share: the command line, the clients, exit codes.
+"""Command line, clients and exit codes, shared by all launchers.
 
-Every launcher takes the whole command to start after `--`, the same on every
-process. Exit code 75 of that command means: preempted after a save, start the
-same command again.
+Every launcher takes the whole command to start after `--`; it is the same for
+every process. If that command exits with 75, it was preempted and has saved:
+start the same command again.
 """
 
 import argparse
@@ -12,27 +12,32 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-# Where the files of a launcher go, beside the runs; git passes it over.
+# Folder for the files that launchers write. It is beside the runs, and git
+# ignores it.
 FOLDER = "runs/launch"
 PREEMPTED = 75
 INTERRUPTED = 130
 
+# Variables of every process: join the others, and print lines at once.
+ENVIRONMENT = {"AOARM_DISTRIBUTED": "1", "PYTHONUNBUFFERED": "1"}
+
+_SLURM = "this is a Slurm command: run on a login node of the cluster"
 _INSTALL = {
   "gcloud": "https://cloud.google.com/sdk/docs/install",
   "git": "https://git-scm.com/downloads",
   "kubectl": "https://kubernetes.io/docs/tasks/tools",
-  "sbatch": "this is a Slurm command: run on a login node of the cluster",
-  "scancel": "this is a Slurm command: run on a login node of the cluster",
-  "squeue": "this is a Slurm command: run on a login node of the cluster",
+  "sbatch": _SLURM,
+  "scancel": _SLURM,
+  "squeue": _SLURM,
 }
-# Names become those of hosts, jobs and files.
+# Names of launches become names of hosts, jobs and files.
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
 
 
 class LaunchError(Exception):
-  """What a user can mend: one line that names the value and the fix."""
+  """An error that the user can mend; the line names the value and the fix."""
 
   def __init__(self, message: str, exit_code: int = 2):
     super().__init__(message)
@@ -40,22 +45,22 @@ class LaunchError(Exception):
 
 
 class Shell:
-  """Runs commands of a client, or in a dry run prints them instead."""
+  """Runs commands of a client, or prints them in a dry run."""
 
   def __init__(self, dry_run: bool):
     self.dry_run = dry_run
 
   def require(self, client: str) -> None:
-    """Raises LaunchError if a client is missing and not only to be printed."""
+    """Raise LaunchError if the client is not installed; pass in a dry run."""
     if not self.dry_run and shutil.which(client) is None:
       how = _INSTALL.get(client, "install it")
       raise LaunchError(f"{client} is not installed: {how}")
 
   def run(self, *argv: str) -> None:
-    """Runs to its end, with this terminal.
+    """Run a command to its end, in this terminal.
 
     Raises:
-      LaunchError: the client is missing, or the command failed.
+      LaunchError: the client is not installed, or the command failed.
     """
     if self.dry_run:
       print(shlex.join(argv))
@@ -68,20 +73,22 @@ class Shell:
       )
 
   def read(self, *argv: str) -> str | None:
-    """Standard output of a command; None if it failed, with its complaint.
+    """Return what a command prints, or None if it failed.
+
+    The error output of the command goes to this terminal.
 
     Raises:
-      LaunchError: the client is missing.
+      LaunchError: the client is not installed.
     """
     self.require(argv[0])
-    done = subprocess.run(argv, stdout=subprocess.PIPE, text=True)
-    return done.stdout.strip() if done.returncode == 0 else None
+    process = subprocess.run(argv, stdout=subprocess.PIPE, text=True)
+    return process.stdout.strip() if process.returncode == 0 else None
 
   def write(self, path: str, content: str) -> None:
-    """Writes a file; a dry run prints it.
+    """Write a file, or print it in a dry run.
 
     Raises:
-      LaunchError: it cannot be written.
+      LaunchError: the file cannot be written.
     """
     if self.dry_run:
       print(f"# {path}\n{content}")
@@ -94,19 +101,49 @@ class Shell:
         f"{path}: cannot be written here: {error.strerror}", 1
       ) from error
 
+  def submit(self, path: str, content: str, *argv: str) -> None:
+    """Write a file and run the command that reads it.
 
-def print_command(command: Sequence[str], environment: dict[str, str]) -> None:
-  """Prints a command as a shell would take it, variables first."""
-  variables = (f"{k}={shlex.quote(v)}" for k, v in environment.items())
-  print(*variables, shlex.join(command))
+    Raises:
+      LaunchError: the client is not installed (then nothing is written), the
+        file cannot be written, or the command failed.
+    """
+    self.require(argv[0])
+    self.write(path, content)
+    self.run(*argv)
 
 
-def parser(module: str, description: str) -> argparse.ArgumentParser:
-  """A parser whose help names the module; one-line errors come from argparse.
+def path_of(name: str, suffix: str) -> str:
+  """Return the path of a file that belongs to the launch `name`."""
+  return f"{FOLDER}/{name}.{suffix}"
+
+
+def assignments(environment: Mapping[str, str]) -> str:
+  """Return variables as a shell takes them, as in A=1 B='2 3'."""
+  return " ".join(f"{k}={shlex.quote(v)}" for k, v in environment.items())
+
+
+def join_variables(address: str, processes: int) -> dict[str, str]:
+  """Return the variables by which processes find each other.
+
+  AOARM_PROCESS_ID, which differs between the processes, is not among them.
 
   Args:
-    module: as in launch.local.
-    description: the module's docstring.
+    address: host and port of process 0.
+    processes: number of processes.
+  """
+  return {
+    "AOARM_COORDINATOR_ADDRESS": address,
+    "AOARM_PROCESS_COUNT": str(processes),
+  }
+
+
+def parser(module: str, description: str | None) -> argparse.ArgumentParser:
+  """Return a parser whose help names the module.
+
+  Args:
+    module: name of the module, as in launch.local.
+    description: docstring of the module.
   """
   return argparse.ArgumentParser(
     prog=f"python -m {module}",
@@ -116,11 +153,51 @@ def parser(module: str, description: str) -> argparse.ArgumentParser:
   )
 
 
+def add_verbs(
+  to: argparse.ArgumentParser, verbs: Mapping[str, str], *, named: str
+) -> dict[str, argparse.ArgumentParser]:
+  """Add subcommands with the flags --name and --dry-run; return their parsers.
+
+  Args:
+    to: parser of the launcher.
+    verbs: help text of each subcommand.
+    named: what --name names.
+  """
+  subparsers = to.add_subparsers(dest="verb", required=True)
+  parsers = {}
+  for verb, text in verbs.items():
+    parsers[verb] = subparsers.add_parser(verb, help=text)
+    parsers[verb].add_argument(
+      "--name", required=True, help=f"name of the {named}"
+    )
+    add_dry_run(parsers[verb])
+  return parsers
+
+
 def add_dry_run(to: argparse.ArgumentParser) -> None:
+  """Add the flag --dry-run."""
   to.add_argument(
     "--dry-run",
     action="store_true",
     help="print the commands and files, run and write nothing",
+  )
+
+
+def add_max_restarts(
+  to: argparse.ArgumentParser, default: int, after: str
+) -> None:
+  """Add the flag --max-restarts.
+
+  Args:
+    to: parser.
+    default: default number of restarts.
+    after: what a restart follows, for the help.
+  """
+  to.add_argument(
+    "--max-restarts",
+    type=int,
+    default=default,
+    help=f"most restarts after {after} (default: {default})",
   )
 
 
@@ -129,33 +206,38 @@ def main(
   start: Callable[[argparse.Namespace], int],
   argv: Sequence[str] | None = None,
 ) -> int:
-  """Parses, starts, and turns a LaunchError into one line.
+  """Parse the command line, start, and print a LaunchError as one line.
 
   Args:
-    make_parser: of the launcher.
-    start: receives the flags, with `command` (list of str, maybe empty), the
-      words after `--`; returns the exit code.
-    argv: the words after the program's name; None: of this process.
+    make_parser: returns the parser of the launcher.
+    start: takes the flags and returns the exit code. The words after `--` are
+      in the flag `command`, a list of str that may be empty.
+    argv: the words after the program's name; None takes those of this process.
 
   Returns:
-    The exit code: 2 for what cannot be, 1 where a client failed.
+    The exit code: 2 if the command line is wrong, 1 if a client failed.
   """
   words = list(sys.argv[1:] if argv is None else argv)
   split = words.index("--") if "--" in words else len(words)
-  made = make_parser()
-  flags = made.parse_args(words[:split])
+  launcher_parser = make_parser()
+  flags = launcher_parser.parse_args(words[:split])
   flags.command = words[split + 1 :]
   try:
     return start(flags)
   except LaunchError as error:
-    print(f"{made.prog.split()[-1]}: error: {error}", file=sys.stderr)
+    say(launcher_parser.prog.split()[-1], f"error: {error}")
     return error.exit_code
   except KeyboardInterrupt:
     return INTERRUPTED
 
 
+def say(module: str, text: str) -> None:
+  """Print a line of a launcher to the error output."""
+  print(f"{module}: {text}", file=sys.stderr, flush=True)
+
+
 def check_name(name: str) -> None:
-  """Raises LaunchError where a cloud would refuse the name."""
+  """Raise LaunchError if a cloud would refuse the name."""
   if not _NAME.fullmatch(name):
     raise LaunchError(
       f"--name={name}: use up to 40 lower-case letters, digits and hyphens, "
@@ -163,23 +245,25 @@ def check_name(name: str) -> None:
     )
 
 
-def check_no_command(command: Sequence[str], what: str) -> None:
+def check_no_command(command: Sequence[str], verb: str) -> None:
+  """Raise LaunchError if there is a command after `--`."""
   if command:
-    raise LaunchError(f"{what} takes no command after --: drop {command[0]!r}")
+    raise LaunchError(f"{verb} takes no command after --: drop {command[0]!r}")
 
 
 def check_at_least(flag: str, value: float, low: int) -> None:
-  if not value >= low:  # Nor is nan.
+  """Raise LaunchError if the value of a flag is below `low` or is nan."""
+  if not value >= low:
     raise LaunchError(f"{flag}={value}: must be at least {low}")
 
 
 def check_command(command: Sequence[str], *, shared_workdir: str = "") -> None:
-  """Raises LaunchError for a command that could not train here.
+  """Raise LaunchError if the command could not train here.
 
   Args:
     command: the words after `--`.
-    shared_workdir: how a work directory must start for all hosts to see it, as
-      in "gs://"; "" asks for none.
+    shared_workdir: how a work directory that all hosts see begins, as in
+      "gs://"; "" checks no work directory.
   """
   if not command:
     raise LaunchError(
@@ -196,7 +280,8 @@ def check_command(command: Sequence[str], *, shared_workdir: str = "") -> None:
     )
 
 
-def _workdir(command):
+def _workdir(command: Sequence[str]) -> str:
+  """Return the value of --workdir in a command, or ""."""
   for word, following in zip(command, [*command[1:], ""]):
     flag, equals, value = word.partition("=")
     if flag in ("--workdir", "-workdir"):
@@ -205,15 +290,19 @@ def _workdir(command):
 
 
 def died_by_signal(code: int) -> bool:
-  """Whether an exit code of a shell is a crash: killed or aborted, no Ctrl-C.
+  """Return whether a shell's exit code means a crash: killed or aborted.
 
-  The survivors of a lost process are ended by JAX with an abort.
+  Ctrl-C is no crash. When a process is lost, JAX ends the others by an abort.
   """
   return code > 128 and code != INTERRUPTED
 
 
 def restart_test(variable: str) -> str:
-  """Shell: true where an exit code asks for the same command once more."""
+  """Return shell code that is true if the command should be started again.
+
+  Args:
+    variable: shell variable that holds the exit code of the command.
+  """
   return (
     f"[ ${variable} -eq {PREEMPTED} ] || "
     f"{{ [ ${variable} -gt 128 ] && [ ${variable} -ne {INTERRUPTED} ]; }}"

@@ -1,17 +1,17 @@
-"""Runs a command on Kubernetes (GKE), as a JobSet of one pod a host.
+"""Runs a command on Kubernetes (GKE), as a JobSet with one pod on each host.
 
   python -m launch.gke apply --name=base --tpu=v5p:4x4x8 --spot \\
     --image=REGION-docker.pkg.dev/PROJECT/REPOSITORY/aoarm_jax:TAG -- \\
     python -m aoarm_jax.main --config=configs/two_stream.py:base \\
     --workdir=gs://bucket/base
 
-apply writes the manifest and applies it. A pod that exits with 75, or whose
-node is taken away, restarts all pods without end; any other failure restarts
-them --max-restarts times. The image holds this repository and its extra tpu
-or cuda (launch/Dockerfile); the cluster has the JobSet controller, 0.6 or
-newer, and a node pool of the machines asked for.
+apply writes the manifest and applies it. If a pod exits with 75 or loses its
+node, all pods are restarted, without a limit. After any other failure they are
+restarted at most --max-restarts times. The image contains this repository and
+its extra tpu or cuda (launch/Dockerfile). The cluster needs the JobSet
+controller, 0.6 or newer, and a node pool of the machines asked for.
 
-status, logs and delete go by the name. kubectl's current cluster and namespace
+status, logs and delete take the name. kubectl's current cluster and namespace
 are used.
 """
 
@@ -19,30 +19,75 @@ import argparse
 import json
 import math
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 from launch import common
 
 _CONTAINER = "train"
-# Keeps the pods of a slice in one slice, where there are several of its kind.
+# Keeps the pods of a slice in one slice if there are several of its kind.
 _ONE_SLICE = {
   "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
 }
+_SPOT = "cloud.google.com/gke-spot"
 _PORT = 8476
-# Generation: value of the node label, axes, chips a host of a slice of several
-# hosts, most chips of a slice of one host, most chips.
+
+
+class _Tpu(NamedTuple):
+  """A generation of TPUs on GKE.
+
+  Attributes:
+    label: value of the node label.
+    axes: axes of a topology.
+    chips_per_host: chips on a host, in a slice of several hosts.
+    most_on_one_host: most chips of a slice that has one host.
+    most: most chips of a slice.
+  """
+
+  label: str
+  axes: int
+  chips_per_host: int
+  most_on_one_host: int
+  most: int
+
+
 _TPUS = {
-  "v4": ("tpu-v4-podslice", 3, 4, 4, 4096),
-  "v5e": ("tpu-v5-lite-podslice", 2, 4, 8, 256),
-  "v5p": ("tpu-v5p-slice", 3, 4, 4, 6144),
-  "v6e": ("tpu-v6e-slice", 2, 4, 8, 256),
+  "v4": _Tpu("tpu-v4-podslice", 3, 4, 4, 4096),
+  "v5e": _Tpu("tpu-v5-lite-podslice", 2, 4, 8, 256),
+  "v5p": _Tpu("tpu-v5p-slice", 3, 4, 4, 6144),
+  "v6e": _Tpu("tpu-v6e-slice", 2, 4, 8, 256),
 }
 
 
+class _Nodes(NamedTuple):
+  """The machines of a JobSet, as the manifest describes them.
+
+  Attributes:
+    hosts: number of machines, one pod on each.
+    labels: node labels that select them.
+    limits: devices of a pod.
+    variables: environment of a pod, as a list for Kubernetes.
+  """
+
+  hosts: int
+  labels: dict[str, str]
+  limits: dict[str, int]
+  variables: list[dict[str, Any]]
+
+
 def make_parser() -> argparse.ArgumentParser:
+  """Return the parser of this launcher."""
   parser = common.parser("launch.gke", __doc__)
-  verbs = parser.add_subparsers(dest="verb", required=True)
-  apply = verbs.add_parser("apply", help="write the manifest and apply it")
+  verbs = common.add_verbs(
+    parser,
+    {
+      "apply": "write the manifest and apply it",
+      "status": "show the JobSet and its pods",
+      "logs": "follow the output of all pods",
+      "delete": "end and remove the JobSet",
+    },
+    named="JobSet",
+  )
+  apply = verbs["apply"]
   apply.add_argument("--image", required=True, help="container image")
   what = apply.add_mutually_exclusive_group(required=True)
   what.add_argument("--tpu", help="slice, as in v5e:4x4, v5p:4x4x8, v6e:16x16")
@@ -53,48 +98,37 @@ def make_parser() -> argparse.ArgumentParser:
   apply.add_argument(
     "--gpus-per-node", type=int, default=8, help="with --gpu (default: 8)"
   )
-  apply.add_argument("--spot", action="store_true", help="on spot machines")
-  apply.add_argument(
-    "--max-restarts",
-    type=int,
-    default=3,
-    help="after failures other than preemption (default: 3)",
-  )
+  apply.add_argument("--spot", action="store_true", help="use spot machines")
+  common.add_max_restarts(apply, 3, "failures other than preemption")
   apply.add_argument(
     "--grace-seconds",
     type=int,
     default=120,
     help="from SIGTERM to the kill, enough for a save (default: 120)",
   )
-  apply.add_argument("--service-account", default="", help="of the pods")
-  status = verbs.add_parser("status", help="the JobSet and its pods")
-  logs = verbs.add_parser("logs", help="follow the output of all pods")
-  delete = verbs.add_parser("delete", help="end and remove the JobSet")
-  for verb in (apply, status, logs, delete):
-    verb.add_argument("--name", required=True, help="of the JobSet")
-    common.add_dry_run(verb)
+  apply.add_argument(
+    "--service-account", default="", help="service account of the pods"
+  )
   return parser
 
 
 def job_set(flags: argparse.Namespace) -> dict[str, Any]:
-  """The manifest, as of API jobset.x-k8s.io/v1alpha2.
+  """Return the manifest, for API jobset.x-k8s.io/v1alpha2.
 
   Raises:
-    LaunchError: a flag that cannot be.
+    LaunchError: a flag has a value that is not possible.
   """
   common.check_at_least("--max-restarts", flags.max_restarts, 0)
   common.check_at_least("--grace-seconds", flags.grace_seconds, 1)
   common.check_command(flags.command, shared_workdir="gs://")
-  hosts, selector, devices, variables = (
-    _gpu_nodes(flags) if flags.tpu is None else _tpu_slice(flags.tpu)
-  )
-  if flags.spot:
-    selector = selector | {"cloud.google.com/gke-spot": "true"}
+  nodes = _gpu_nodes(flags) if flags.tpu is None else _tpu_slice(flags.tpu)
+  metadata: dict[str, Any] = {"name": flags.name}
+  if flags.tpu:
+    metadata["annotations"] = _ONE_SLICE
   return {
     "apiVersion": "jobset.x-k8s.io/v1alpha2",
     "kind": "JobSet",
-    "metadata": {"name": flags.name}
-    | ({"annotations": _ONE_SLICE} if flags.tpu else {}),
+    "metadata": metadata,
     "spec": {
       "failurePolicy": {
         "maxRestarts": flags.max_restarts,
@@ -110,50 +144,20 @@ def job_set(flags: argparse.Namespace) -> dict[str, Any]:
         {
           "name": "hosts",
           "replicas": 1,
-          "template": {
-            "spec": _job(flags, hosts, selector, devices, variables)
-          },
+          "template": {"spec": _job(flags, nodes)},
         }
       ],
     },
   }
 
 
-def _job(flags, hosts, selector, devices, variables):
-  pod = {
-    "restartPolicy": "Never",
-    "terminationGracePeriodSeconds": flags.grace_seconds,
-    "nodeSelector": selector,
-    "containers": [
-      {
-        "name": _CONTAINER,
-        "image": flags.image,
-        "command": list(flags.command),
-        "env": [
-          {"name": "AOARM_DISTRIBUTED", "value": "1"},
-          {"name": "PYTHONUNBUFFERED", "value": "1"},
-          *variables,
-        ],
-        "resources": {"limits": devices},
-      }
-    ],
-  }
-  if flags.spot:
-    pod["tolerations"] = [
-      {
-        "key": "cloud.google.com/gke-spot",
-        "operator": "Equal",
-        "value": "true",
-        "effect": "NoSchedule",
-      }
-    ]
-  if flags.service_account:
-    pod["serviceAccountName"] = flags.service_account
+def _job(flags: argparse.Namespace, nodes: _Nodes) -> dict[str, Any]:
+  """Return the spec of the Job that has a pod on each host."""
   return {
-    "parallelism": hosts,
-    "completions": hosts,
+    "parallelism": nodes.hosts,
+    "completions": nodes.hosts,
     "completionMode": "Indexed",
-    # One lost process ends the run: the JobSet restarts all.
+    # If one process is lost the Job fails, and the JobSet restarts all of them.
     "backoffLimit": 0,
     "podFailurePolicy": {
       "rules": [
@@ -171,12 +175,47 @@ def _job(flags, hosts, selector, devices, variables):
         },
       ]
     },
-    "template": {"spec": pod},
+    "template": {"spec": _pod(flags, nodes)},
   }
 
 
-def _tpu_slice(text):
-  """(hosts, node labels, devices a host, variables) of one slice.
+def _pod(flags: argparse.Namespace, nodes: _Nodes) -> dict[str, Any]:
+  """Return the spec of a pod."""
+  pod = {
+    "restartPolicy": "Never",
+    "terminationGracePeriodSeconds": flags.grace_seconds,
+    "nodeSelector": nodes.labels | ({_SPOT: "true"} if flags.spot else {}),
+    "containers": [
+      {
+        "name": _CONTAINER,
+        "image": flags.image,
+        "command": list(flags.command),
+        "env": [*_variables(common.ENVIRONMENT), *nodes.variables],
+        "resources": {"limits": nodes.limits},
+      }
+    ],
+  }
+  if flags.spot:
+    pod["tolerations"] = [
+      {
+        "key": _SPOT,
+        "operator": "Equal",
+        "value": "true",
+        "effect": "NoSchedule",
+      }
+    ]
+  if flags.service_account:
+    pod["serviceAccountName"] = flags.service_account
+  return pod
+
+
+def _variables(environment: dict[str, str]) -> list[dict[str, Any]]:
+  """Return environment variables as a manifest lists them."""
+  return [{"name": k, "value": v} for k, v in environment.items()]
+
+
+def _tpu_slice(text: str) -> _Nodes:
+  """Return the hosts of a slice, written as in v5p:4x4x8.
 
   GKE tells the pods of a slice about each other, and JAX reads that.
   """
@@ -185,87 +224,74 @@ def _tpu_slice(text):
     raise common.LaunchError(
       f"--tpu={text}: {generation!r} is not one of {', '.join(_TPUS)}"
     )
-  label, axes, chips_a_host, one_host, most = _TPUS[generation]
+  tpu = _TPUS[generation]
   sizes = topology.split("x")
-  powers = {str(2**n) for n in range(8)} | {"12", "20", "24", "28"}
-  chips = math.prod(int(s) for s in sizes) if set(sizes) <= powers else 0
-  if len(sizes) != axes or not 0 < chips <= most:
-    example = "4x4x8" if axes == 3 else "4x8"
+  allowed_sizes = {str(2**n) for n in range(8)} | {"12", "20", "24", "28"}
+  chips = 0
+  if set(sizes) <= allowed_sizes:
+    chips = math.prod(int(size) for size in sizes)
+  if len(sizes) != tpu.axes or not 0 < chips <= tpu.most:
+    example = "4x4x8" if tpu.axes == 3 else "4x8"
     raise common.LaunchError(
-      f"--tpu={text}: a {generation} slice has {axes} axes and at most {most} "
-      f"chips, as in {generation}:{example}"
+      f"--tpu={text}: a {generation} slice has {tpu.axes} axes and at most "
+      f"{tpu.most} chips, as in {generation}:{example}"
     )
-  if chips > one_host and chips % chips_a_host:
+  has_one_host = chips <= tpu.most_on_one_host
+  if not has_one_host and chips % tpu.chips_per_host:
     raise common.LaunchError(
       f"--tpu={text}: {chips} chips are no whole number of hosts of "
-      f"{chips_a_host}"
+      f"{tpu.chips_per_host}"
     )
-  hosts = 1 if chips <= one_host else chips // chips_a_host
+  hosts = 1 if has_one_host else chips // tpu.chips_per_host
   labels = {
-    "cloud.google.com/gke-tpu-accelerator": label,
+    "cloud.google.com/gke-tpu-accelerator": tpu.label,
     "cloud.google.com/gke-tpu-topology": topology,
   }
-  return hosts, labels, {"google.com/tpu": chips // hosts}, []
+  return _Nodes(hosts, labels, {"google.com/tpu": chips // hosts}, [])
 
 
-def _gpu_nodes(flags):
-  """As _tpu_slice; the processes learn of each other by their variables."""
+def _gpu_nodes(flags: argparse.Namespace) -> _Nodes:
+  """Return the GPU machines; variables tell their processes of each other."""
   if not flags.gpu:
     raise common.LaunchError("--gpu=: write a label, as in nvidia-h100-80gb")
   common.check_at_least("--nodes", flags.nodes, 1)
   common.check_at_least("--gpus-per-node", flags.gpus_per_node, 1)
   index = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
-  # The JobSet controller names pods so, and gives them a service of its name.
-  first = f"{flags.name}-hosts-0-0.{flags.name}"
+  # The JobSet controller gives pod 0 this host name, in a service that has the
+  # name of the JobSet.
+  address = f"{flags.name}-hosts-0-0.{flags.name}:{_PORT}"
   variables = [
-    {"name": "AOARM_COORDINATOR_ADDRESS", "value": f"{first}:{_PORT}"},
-    {"name": "AOARM_PROCESS_COUNT", "value": str(flags.nodes)},
+    *_variables(common.join_variables(address, flags.nodes)),
     {
       "name": "AOARM_PROCESS_ID",
       "valueFrom": {"fieldRef": {"fieldPath": index}},
     },
   ]
-  labels = {"cloud.google.com/gke-accelerator": flags.gpu}
-  return flags.nodes, labels, {"nvidia.com/gpu": flags.gpus_per_node}, variables
-
-
-def to_yaml(tree: Any, indent: int = 0) -> str:
-  """YAML of dicts, lists, strings and whole numbers; strings as in JSON."""
-  pad = "  " * indent
-  lines = []
-  for key, value in tree.items():
-    if isinstance(value, dict):
-      lines += [f"{pad}{key}:", to_yaml(value, indent + 1)]
-    elif isinstance(value, list) and value and isinstance(value[0], dict):
-      lines.append(f"{pad}{key}:")
-      for item in value:
-        block = to_yaml(item, indent + 1)
-        lines.append(f"{pad}- {block.removeprefix(pad + '  ')}")
-    else:
-      lines.append(f"{pad}{key}: {json.dumps(value)}")
-  return "\n".join(lines)
+  return _Nodes(
+    hosts=flags.nodes,
+    labels={"cloud.google.com/gke-accelerator": flags.gpu},
+    limits={"nvidia.com/gpu": flags.gpus_per_node},
+    variables=variables,
+  )
 
 
 def start(flags: argparse.Namespace) -> int:
+  """Carry out the verb; return the exit code."""
   common.check_name(flags.name)
   shell = common.Shell(flags.dry_run)
-  selector = f"jobset.sigs.k8s.io/jobset-name={flags.name}"
+  selector = f"--selector=jobset.sigs.k8s.io/jobset-name={flags.name}"
   if flags.verb == "apply":
-    path = f"{common.FOLDER}/{flags.name}.yaml"
-    content = to_yaml(job_set(flags)) + "\n"
-    shell.require("kubectl")
-    shell.write(path, content)
-    shell.run("kubectl", "apply", f"--filename={path}")
+    path = common.path_of(flags.name, "json")
+    content = json.dumps(job_set(flags), indent=2) + "\n"
+    shell.submit(path, content, "kubectl", "apply", f"--filename={path}")
     return 0
   common.check_no_command(flags.command, flags.verb)
   if flags.verb == "status":
     shell.run("kubectl", "get", f"jobset/{flags.name}")
-    shell.run("kubectl", "get", "pods", f"--selector={selector}")
+    shell.run("kubectl", "get", "pods", selector)
   elif flags.verb == "logs":
-    shell.run(
-      "kubectl", "logs", "--follow", f"--selector={selector}", "--prefix",
-      "--tail=-1", "--max-log-requests=1000",
-    )  # fmt: skip
+    options = ["--prefix", "--tail=-1", "--max-log-requests=1000"]
+    shell.run("kubectl", "logs", "--follow", selector, *options)
   else:
     shell.run("kubectl", "delete", f"jobset/{flags.name}")
   return 0

@@ -1,15 +1,16 @@
-"""Runs a command on a Slurm cluster, one process a GPU or a node.
+"""Runs a command on a Slurm cluster, with one process per GPU or per node.
 
   python -m launch.slurm submit --name=base --nodes=2 --gpus-per-node=8 \\
     --time=24:00:00 -- python -m aoarm_jax.main \\
     --config=configs/two_stream.py:base --workdir=/shared/runs/base
 
-submit writes runs/launch/<name>.sbatch and submits it from the current folder,
-which all nodes must see, as they must the work directory. Ahead of the time
-limit all processes get SIGTERM: they save, exit with 75, and the job is put
-into the queue again, as it is after a crash, at most --max-restarts times.
+submit writes runs/launch/<name>.sbatch and submits it from the current folder.
+All nodes must see this folder and the work directory. Before the time limit all
+processes get SIGTERM: they save and exit with 75, and the job goes into the
+queue again. It also does after a crash. It is queued again at most
+--max-restarts times.
 
-status, logs and cancel go by the name.
+status, logs and cancel take the name.
 """
 
 import argparse
@@ -19,8 +20,8 @@ import sys
 
 from launch import common
 
-# srun gives the others time to end by themselves when one process has ended,
-# and the highest exit code of all as its own, 128 + n after signal n.
+# When one process has ended, srun gives the others time to end by themselves.
+# Its exit code is the highest one of all; after signal n it is 128 + n.
 _SCRIPT = """\
 #!/bin/bash
 #SBATCH --job-name={name}
@@ -34,14 +35,14 @@ _SCRIPT = """\
 #SBATCH --output={log}
 {options}\
 
-export AOARM_DISTRIBUTED=1 PYTHONUNBUFFERED=1
+export {environment}
 restarts=${{SLURM_RESTART_COUNT:-0}}
 echo "start $restarts of job $SLURM_JOB_ID on $SLURM_JOB_NODELIST"
 srun --label --wait={wait} \\
   {command}
 code=$?
 echo "exit code $code"
-if {again}; then
+if {restart_test}; then
   if [ "$restarts" -lt {max_restarts} ]; then
     echo "starting again: the run goes on from its last checkpoint"
     scontrol requeue "$SLURM_JOB_ID"
@@ -55,15 +56,25 @@ _WAIT_SECONDS = 120
 
 
 def make_parser() -> argparse.ArgumentParser:
+  """Return the parser of this launcher."""
   parser = common.parser("launch.slurm", __doc__)
-  verbs = parser.add_subparsers(dest="verb", required=True)
-  submit = verbs.add_parser("submit", help="write the script and submit it")
+  verbs = common.add_verbs(
+    parser,
+    {
+      "submit": "write the script and submit it",
+      "status": "show the job in the queue",
+      "logs": "follow the output of all processes",
+      "cancel": "end the job; it saves if KillWait is enough",
+    },
+    named="job",
+  )
+  submit = verbs["submit"]
   submit.add_argument("--nodes", type=int, required=True, help="machines")
   submit.add_argument(
     "--gpus-per-node",
     type=int,
     default=0,
-    help="one process each; 0: one process a node, on its CPUs (default: 0)",
+    help="one process each; 0: one process per node, on its CPUs (default: 0)",
   )
   submit.add_argument(
     "--time", default="24:00:00", help="limit, [days-]hours:minutes:seconds"
@@ -74,30 +85,17 @@ def make_parser() -> argparse.ArgumentParser:
     default=300,
     help="from SIGTERM to the time limit, enough for a save (default: 300)",
   )
-  submit.add_argument(
-    "--max-restarts",
-    type=int,
-    default=100,
-    help="starts again at most, time limits included (default: 100)",
-  )
-  submit.add_argument("--partition", default="", help="as of sbatch")
-  submit.add_argument("--account", default="", help="as of sbatch")
-  status = verbs.add_parser("status", help="the job in the queue")
-  logs = verbs.add_parser("logs", help="follow the output of all processes")
-  cancel = verbs.add_parser(
-    "cancel", help="end the job; it saves if KillWait is enough"
-  )
-  for verb in (submit, status, logs, cancel):
-    verb.add_argument("--name", required=True, help="of the job")
-    common.add_dry_run(verb)
+  common.add_max_restarts(submit, 100, "a time limit or a crash")
+  submit.add_argument("--partition", default="", help="partition, for sbatch")
+  submit.add_argument("--account", default="", help="account, for sbatch")
   return parser
 
 
 def script(flags: argparse.Namespace) -> str:
-  """The batch script of a job.
+  """Return the batch script of a job.
 
   Raises:
-    LaunchError: a flag that cannot be.
+    LaunchError: a flag has a value that is not possible.
   """
   common.check_at_least("--nodes", flags.nodes, 1)
   common.check_at_least("--gpus-per-node", flags.gpus_per_node, 0)
@@ -118,46 +116,43 @@ def script(flags: argparse.Namespace) -> str:
     resources=f"#SBATCH --gpus-per-node={gpus}\n" if gpus else "",
     time=flags.time,
     notice=flags.notice_seconds,
-    log=_path(flags, "log"),
+    log=common.path_of(flags.name, "log"),
     options="".join(
       f"#SBATCH --{name}={value}\n" for name, value in options.items() if value
     ),
+    environment=common.assignments(common.ENVIRONMENT),
     wait=_WAIT_SECONDS,
     command=shlex.join(flags.command),
-    again=common.restart_test("code"),
+    restart_test=common.restart_test("code"),
     max_restarts=flags.max_restarts,
   )
 
 
-def _path(flags, suffix):
-  return f"{common.FOLDER}/{flags.name}.{suffix}"
-
-
-def _seconds(time):
+def _seconds(time: str) -> int:
+  """Return the seconds of a time limit as Slurm writes it."""
   match = re.fullmatch(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)", time)
   if not match:
     raise common.LaunchError(
       f"--time={time}: write [days-]hours:minutes:seconds, as in 24:00:00"
     )
-  days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+  days, hours, minutes, seconds = (int(x or 0) for x in match.groups())
   return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def start(flags: argparse.Namespace) -> int:
+  """Carry out the verb; return the exit code."""
   common.check_name(flags.name)
   shell = common.Shell(flags.dry_run)
   if flags.verb == "submit":
-    path = _path(flags, "sbatch")
-    content = script(flags)
-    shell.require("sbatch")
-    shell.write(path, content)
-    shell.run("sbatch", path)
+    path = common.path_of(flags.name, "sbatch")
+    shell.submit(path, script(flags), "sbatch", path)
     return 0
   common.check_no_command(flags.command, flags.verb)
   if flags.verb == "status":
     shell.run("squeue", "--me", f"--name={flags.name}")
   elif flags.verb == "logs":
-    shell.run("tail", "-n", "+1", "-F", _path(flags, "log"))
+    log = common.path_of(flags.name, "log")
+    shell.run("tail", "-n", "+1", "-F", log)
   else:
     shell.run("scancel", "--me", f"--name={flags.name}")
   return 0

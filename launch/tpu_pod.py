@@ -11,11 +11,11 @@
 
 create asks for the slice as a queued resource and waits for it. install copies
 the last commit of the repository in the current folder to all hosts and makes
-an environment there. run starts the command on every host and returns; each
+an environment there. run starts the command on every host and returns. Each
 host starts it again after exit code 75 (preempted, saved) and after a crash, at
-most --max-restarts times. resume, with the flags of create and the command of
-run, does what is to be done after the slice was taken away: create it anew,
-install, run. gcloud's current project is used.
+most --max-restarts times. resume is for a slice that was taken away: it creates
+the slice anew, installs and runs. It takes the flags of create and the command
+of run. gcloud's current project is used.
 """
 
 import argparse
@@ -23,19 +23,21 @@ import re
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 
 from launch import common
 
-# Accelerator type: runtime version, its sizes (in cores, or in chips).
 _CHIPS = (1, *(2**n for n in range(2, 9)))
-_TPUS = {
+# Runtime version of each accelerator type, and the sizes it has: in cores for
+# v4 and v5p, in chips for the others.
+_TPUS: dict[str, tuple[str, Sequence[int]]] = {
   "v4": ("tpu-ubuntu2204-base", range(8, 8193, 8)),
   "v5litepod": ("v2-alpha-tpuv5-lite", _CHIPS),
   "v5p": ("v2-alpha-tpuv5", range(8, 12289, 8)),
   "v6e": ("v2-alpha-tpuv6e", _CHIPS),
 }
 _POLL_SECONDS = 30
-# States of a queued resource that waiting does not change.
+# Waiting does not change these states of a queued resource.
 _LOST = ("FAILED", "SUSPENDED", "SUSPENDING", "DELETING")
 
 _IDLE = """\
@@ -45,7 +47,7 @@ if ! flock --nonblock run.lock true; then
 fi
 """
 
-# The system's Python is older than jax wants.
+# uv installs a newer Python: the system's Python is too old for jax.
 _INSTALL = (
   "#!/bin/bash\n"
   + _IDLE
@@ -62,7 +64,7 @@ venv/bin/python -c 'import jax; print("installed: jax", jax.__version__)'
 """
 )
 
-# The lock is held by whoever has file 9 open: the loop and what it starts.
+# Every process that has file 9 open holds the lock: the loop and its children.
 _START = (
   "#!/bin/bash\n"
   + _IDLE
@@ -75,7 +77,7 @@ setsid bash run.sh 9> run.lock >> run.log 2>&1 < /dev/null &
 _RUN = """\
 #!/bin/bash
 flock --nonblock 9 || exit 1
-export PATH="$HOME/venv/bin:$PATH" AOARM_DISTRIBUTED=1 PYTHONUNBUFFERED=1
+export PATH="$HOME/venv/bin:$PATH" {environment}
 cd aoarm_jax
 for restart in $(seq 0 {max_restarts}); do
   echo "$(hostname): start $restart"
@@ -84,7 +86,7 @@ for restart in $(seq 0 {max_restarts}); do
   wait $!
   code=$?
   echo "$(hostname): exit code $code"
-  if [ -e ~/run.stop ] || ! {{ {again}; }}; then
+  if [ -e ~/run.stop ] || ! {{ {restart_test}; }}; then
     break
   fi
 done
@@ -93,80 +95,92 @@ _STOP = "touch run.stop; kill $(cat run.pid)"
 
 
 def make_parser() -> argparse.ArgumentParser:
+  """Return the parser of this launcher."""
   parser = common.parser("launch.tpu_pod", __doc__)
-  verbs = parser.add_subparsers(dest="verb", required=True)
-  made = {
-    verb: verbs.add_parser(verb, help=text)
-    for verb, text in (
-      ("create", "ask for the slice and wait for it"),
-      ("install", "copy this repository to all hosts and install it"),
-      ("run", "start the command after -- on all hosts"),
-      ("logs", "follow the output of the hosts"),
-      ("resume", "create, install and run what preemption left undone"),
-      ("stop", "ask the command to save and stop"),
-      ("delete", "give the slice back"),
-    )
-  }
-  for verb in made.values():
-    verb.add_argument("--name", required=True, help="of the slice")
-    verb.add_argument("--zone", required=True, help="as in us-east5-a")
-    common.add_dry_run(verb)
-  for verb in (made["create"], made["resume"]):
-    verb.add_argument(
-      "--accelerator", required=True, help="as in v5litepod-16, v5p-256, v6e-64"
-    )
-    verb.add_argument("--spot", action="store_true", help="cheap, preemptible")
-    verb.add_argument(
-      "--also",
-      action="append",
-      default=[],
-      metavar="FLAG",
-      help="for gcloud's create, as in --also=--reserved or "
-      "--also=--service-account=...; may be repeated",
-    )
-    verb.add_argument(
-      "--wait-minutes",
-      type=int,
-      default=24 * 60,
-      help="for the slice, at most (default: a day)",
-    )
-  for verb in (made["run"], made["resume"]):
-    verb.add_argument(
-      "--max-restarts",
-      type=int,
-      default=100,
-      help="on a host, starts again at most (default: 100)",
-    )
-  made["logs"].add_argument(
+  verbs = common.add_verbs(
+    parser,
+    {
+      "create": "ask for the slice and wait for it",
+      "install": "copy this repository to all hosts and install it",
+      "run": "start the command after -- on all hosts",
+      "logs": "follow the output of the hosts",
+      "resume": "create, install and run after the slice was taken away",
+      "stop": "ask the command to save and stop",
+      "delete": "give the slice back",
+    },
+    named="slice",
+  )
+  for verb in verbs.values():
+    verb.add_argument("--zone", required=True, help="zone, as in us-east5-a")
+  for verb in (verbs["create"], verbs["resume"]):
+    _add_slice(verb)
+  for verb in (verbs["run"], verbs["resume"]):
+    common.add_max_restarts(verb, 100, "preemption or a crash, on a host")
+  verbs["logs"].add_argument(
     "--worker", default="0", help="number of the host, or all (default: 0)"
   )
   return parser
 
 
+def _add_slice(verb: argparse.ArgumentParser) -> None:
+  """Add the flags that describe a slice to create."""
+  verb.add_argument(
+    "--accelerator", required=True, help="as in v5litepod-16, v5p-256, v6e-64"
+  )
+  verb.add_argument("--spot", action="store_true", help="cheap, preemptible")
+  verb.add_argument(
+    "--also",
+    action="append",
+    default=[],
+    metavar="FLAG",
+    help="flag for gcloud's create, as in --also=--reserved or "
+    "--also=--service-account=...; may be repeated",
+  )
+  verb.add_argument(
+    "--wait-minutes",
+    type=int,
+    default=24 * 60,
+    help="longest wait for the slice (default: a day)",
+  )
+
+
 class _Pod:
-  """The commands for one slice."""
+  """The verbs, for one slice."""
 
   def __init__(self, flags: argparse.Namespace):
     self._flags = flags
     self._shell = common.Shell(flags.dry_run)
     self._zone = f"--zone={flags.zone}"
 
-  def _queued(self, verb, *more):
-    return (
-      "gcloud", "compute", "tpus", "queued-resources", verb,
-      self._flags.name, self._zone, *more,
-    )  # fmt: skip
+  def _queued_resource(self, verb: str, *options: str) -> list[str]:
+    """Return a command of gcloud about the queued resource."""
+    command = ["gcloud", "compute", "tpus", "queued-resources", verb]
+    return [*command, self._flags.name, self._zone, *options]
 
-  def _ssh(self, script, worker="all"):
-    self._shell.run(
-      "gcloud", "compute", "tpus", "tpu-vm", "ssh", self._flags.name,
-      self._zone, f"--worker={worker}", f"--command={script}",
-    )  # fmt: skip
+  def _on_hosts(self, verb: str, *options: str) -> None:
+    """Run a command of gcloud about the hosts: ssh or scp."""
+    self._shell.run("gcloud", "compute", "tpus", "tpu-vm", verb, *options)
 
-  def create(self):
+  def _ssh(self, script: str, worker: str = "all") -> None:
+    """Run a shell script on a host, or on all."""
+    self._on_hosts(
+      "ssh",
+      self._flags.name,
+      self._zone,
+      f"--worker={worker}",
+      f"--command={script}",
+    )
+
+  def _copy(self, *paths: str) -> None:
+    """Copy files to the home folder of all hosts."""
+    target = f"{self._flags.name}:"
+    self._on_hosts("scp", *paths, target, self._zone, "--worker=all")
+
+  def create(self) -> None:
+    """Ask for the slice, and wait until it is there."""
     runtime = _runtime(self._flags.accelerator)
     self._shell.run(
-      *self._queued(
+      *self._queued_resource(
         "create",
         f"--node-id={self._flags.name}",
         f"--accelerator-type={self._flags.accelerator}",
@@ -177,43 +191,41 @@ class _Pod:
     )
     self._wait()
 
-  def _state(self):
-    return self._shell.read(
-      *self._queued("describe", "--format=value(state.state)")
-    )
+  def _describe(self) -> list[str]:
+    return self._queued_resource("describe", "--format=value(state.state)")
 
-  def _wait(self):
+  def _wait(self) -> None:
+    """Wait until the slice is there.
+
+    Raises:
+      LaunchError: it failed, was taken away, or --wait-minutes have passed.
+    """
     minutes = self._flags.wait_minutes
-    describe = self._queued("describe", "--format=value(state.state)")
     if self._flags.dry_run:
       print(f"# until it says ACTIVE, every {_POLL_SECONDS} s, {minutes} min:")
-      return self._shell.run(*describe)
+      self._shell.run(*self._describe())
+      return
     deadline = time.monotonic() + 60 * minutes
-    before = None
-    while (state := self._state()) != "ACTIVE":
+    state_before = None
+    while (state := self._shell.read(*self._describe())) != "ACTIVE":
       if state in _LOST or time.monotonic() > deadline:
         late = f" after {minutes} minutes (--wait-minutes)"
+        why = shlex.join(self._queued_resource("describe"))
         raise common.LaunchError(
           f"{self._flags.name}: the slice is {state}, not ACTIVE"
           + late * (state not in _LOST)
-          + f"; why: {shlex.join(self._queued('describe'))}; it stays in the "
-          "queue until delete",
+          + f"; why: {why}; it stays in the queue until delete",
           1,
         )
-      if state != before:
+      if state != state_before:
         print(f"{self._flags.name}: {state}", flush=True)
-      before = state
+      state_before = state
       time.sleep(_POLL_SECONDS)
 
-  def _copy(self, *paths):
-    self._shell.run(
-      "gcloud", "compute", "tpus", "tpu-vm", "scp", *paths,
-      f"{self._flags.name}:", self._zone, "--worker=all",
-    )  # fmt: skip
-
-  def install(self):
-    archive = f"{common.FOLDER}/aoarm_jax.tar.gz"
-    script = f"{common.FOLDER}/install.sh"
+  def install(self) -> None:
+    """Copy the last commit to all hosts and install it."""
+    archive = common.path_of("aoarm_jax", "tar.gz")
+    script = common.path_of("install", "sh")
     self._shell.write(script, _INSTALL)
     self._shell.run(
       "git", "archive", "--format=tar.gz", f"--output={archive}", "HEAD"
@@ -221,29 +233,38 @@ class _Pod:
     self._copy(archive, script)
     self._ssh("bash install.sh")
 
-  def run(self):
-    loop, script = f"{common.FOLDER}/next.sh", f"{common.FOLDER}/start.sh"
+  def run(self) -> None:
+    """Start the command on all hosts."""
+    loop, script = common.path_of("next", "sh"), common.path_of("start", "sh")
     content = _RUN.format(
+      environment=common.assignments(common.ENVIRONMENT),
       max_restarts=self._flags.max_restarts,
       command=shlex.join(self._flags.command),
-      again=common.restart_test("code"),
+      restart_test=common.restart_test("code"),
     )
     self._shell.write(loop, content)
     self._shell.write(script, _START)
     self._copy(loop, script)
     self._ssh("bash start.sh")
 
-  def logs(self):
+  def logs(self) -> None:
+    """Follow the output of the hosts."""
     self._ssh("tail -n +1 -F run.log", self._flags.worker)
 
-  def stop(self):
+  def stop(self) -> None:
+    """Ask the command to save and stop."""
     self._ssh(_STOP)
 
-  def delete(self):
-    self._shell.run(*self._queued("delete", "--force", "--quiet"))
+  def delete(self) -> None:
+    """Give the slice back."""
+    self._shell.run(*self._queued_resource("delete", "--force", "--quiet"))
 
-  def resume(self):
-    """After preemption the resource stands, SUSPENDED, without its machines."""
+  def resume(self) -> None:
+    """Bring the slice back if it was taken away, and run the command.
+
+    After preemption the queued resource still exists in the state SUSPENDED,
+    but its machines are gone.
+    """
     if self._flags.dry_run:
       print("# if the slice was taken away:")
       self.delete()
@@ -251,8 +272,9 @@ class _Pod:
       self.create()
       self.install()
       print("# in any case:")
-      return self.run()
-    state = self._state()
+      self.run()
+      return
+    state = self._shell.read(*self._describe())
     if state in _LOST:
       self.delete()
       state = None
@@ -265,8 +287,12 @@ class _Pod:
     self.run()
 
 
-def _runtime(accelerator):
-  """Runtime version of an accelerator type, which must exist."""
+def _runtime(accelerator: str) -> str:
+  """Return the runtime version of an accelerator type.
+
+  Raises:
+    LaunchError: the type does not exist.
+  """
   match = re.fullmatch(r"([a-z0-9]+)-(\d+)", accelerator)
   if not match or match[1] not in _TPUS:
     raise common.LaunchError(
@@ -284,6 +310,7 @@ def _runtime(accelerator):
 
 
 def start(flags: argparse.Namespace) -> int:
+  """Carry out the verb; return the exit code."""
   common.check_name(flags.name)
   if not re.fullmatch(r"[a-z]+-[a-z]+\d+-[a-z]", flags.zone):
     raise common.LaunchError(f"--zone={flags.zone}: write as in us-east5-a")

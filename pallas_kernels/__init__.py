@@ -1,4 +1,4 @@
-"""Fused any-order attention: one operation, several implementations."""
+"""Fused any-order attention: one operation with several implementations."""
 
 from pallas_kernels.api import (
   IMPLEMENTATIONS,

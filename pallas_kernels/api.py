@@ -1,6 +1,7 @@
-"""The one entrance: checks shapes, chooses an implementation, calls it."""
+"""The public function: checks shapes, chooses an implementation, calls it."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from pallas_kernels.tpu import attention as tpu
 
 
 class UnsupportedError(NotImplementedError):
-  """The named implementation cannot do this call; says what it lacks."""
+  """The named implementation does not support a call; the message says why."""
 
 
 IMPLEMENTATIONS = ("reference", "xla", "cudnn", "mosaic_gpu", "mosaic_tpu")
@@ -28,79 +29,72 @@ def any_order_attention(
   return_lse: bool = False,
   implementation: str | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-  """Grouped-query attention in which each row sees the lowest-ranked slots.
+  """Compute attention in which each row sees the slots of lowest rank.
 
-  Sequences are usually in generation order, so that the any-order mask is a
-  prefix and a slot's rank is its index. Two streams over shared keys and values
-  are two query heads of one group: query head n * (Nq / N) + g belongs to key
-  head n.
+  A row is a query position, a slot is a key position. Sequences are usually in
+  generation order. Then the rank of a slot is its index, and a row sees the
+  first slots of the sequence.
+
+  Attention is grouped: query head n * (Nq / N) + g reads key head n. Two
+  streams over shared keys and values are two query heads of one group.
 
   Args:
-    q: [B, T, Nq, H] queries; bfloat16, float16 or float32 (float64 in
-      `reference`).
-    k: [B, S, N, H] keys, Nq a multiple of N, same dtype; or, as gathered from P
-      devices that share a sequence, [P, B, S / P, N, H], dealt out as `shards`
-      says, S / P even.
+    q: [B, T, Nq, H] queries; bfloat16, float16 or float32. The implementation
+      `reference` also takes float64.
+    k: [B, S, N, H] keys of q's dtype; Nq is a multiple of N. Keys gathered from
+      P devices that share a sequence are [P, B, S / P, N, H] in the layout of
+      `shards`; S / P is even.
     v: values, of k's shape and dtype.
-    visible: int32 [B, T], or [B, T, Nq / N] where the heads of a group (the
-      streams) differ: the row sees the slots whose rank is below this. A row
-      that sees none gives 0. An int is the same for all rows. None is causal:
+    visible: number of slots that each row sees. A row sees the slots whose rank
+      is below this number; the output of a row that sees no slot is 0. It is
+      int32 [B, T], or int32 [B, T, Nq / N] if the query heads of a group (the
+      streams) see different slots. An int holds for all rows. None is causal:
       row i sees min(i + 1, S) slots.
-    key_rank: int32 [B, S], the ranks of the slots, for sequences that are not
-      in generation order; needs `visible`. None is 0 to S - 1: then row i sees
-      the first visible[b, i] slots.
-    scale: of the scores, a number of Python's; None is H ** -0.5.
-    return_lse: whether to return the log-sum-exp of each row's scores too.
-    implementation: a name of IMPLEMENTATIONS, which means this one or an
-      error; None chooses the fastest that supports the call.
+    key_rank: int32 [B, S], the rank of each slot, for sequences that are not in
+      generation order; needs `visible`. None is 0 to S - 1: row i sees the
+      first visible[b, i] slots.
+    scale: factor of the scores, a Python number; None is H ** -0.5.
+    return_lse: also return the log-sum-exp of the scores of each row.
+    implementation: a name from IMPLEMENTATIONS: this one runs, or the call
+      raises. None chooses the fastest one that supports the call.
 
   Returns:
-    [B, T, Nq, H], dtype of v; with `return_lse` also the log-sum-exp of the
-    scaled scores, float32 [B, T, Nq], nats, -inf for a row that sees nothing.
-    Both are differentiable: attention over a set of slots can be put together
-    from attentions over its parts.
+    The output [B, T, Nq, H] in v's dtype. With `return_lse`, a pair of the
+    output and the log-sum-exp of the scaled scores: float32 [B, T, Nq], in
+    nats, -inf for a row that sees no slot. Both are differentiable, so that
+    attention over disjoint sets of slots can be merged.
 
   Raises:
-    ValueError: shapes or dtypes that do not fit together, arrays without
-      numbers, an unknown name.
-    UnsupportedError: the named implementation does not support the call;
-      the message says what it lacks.
+    ValueError: shapes or dtypes do not fit together, an array is empty, or the
+      name of the implementation is unknown.
+    UnsupportedError: the named implementation does not support the call; the
+      message says what is unsupported.
   """
   gathered = k, v
   if k.ndim == 5 and k.shape == v.shape and k.shape[2] % 2 == 0:
-    # Not made where a kernel takes them as they lie.
+    # XLA drops these copies if the kernel reads the gathered arrays in place.
     k, v = (shards.whole(x) for x in gathered)
   _check(q, k, v, visible, key_rank)
   scale = q.shape[-1] ** -0.5 if scale is None else scale
-  # Our own kernels know prefixes by row.
-  rows = visible
-  if isinstance(visible, int):
-    rows = jnp.full(q.shape[:2], visible, jnp.int32)
-  lacks = {
-    "cudnn": functools.partial(
-      _cudnn_lacks, q, k, visible, key_rank, return_lse
-    ),
-    "mosaic_gpu": functools.partial(hopper.lacks, q, k, rows, key_rank),
-    "mosaic_tpu": functools.partial(tpu.lacks, q, k, rows, key_rank),
-  }
-  if implementation is None:
-    faster = tuning.fastest(jax.default_backend(), q.shape[1], k.shape[1])
-    implementation = next((x for x in faster if not lacks[x]()), "xla")
-  elif implementation in lacks and (missing := lacks[implementation]()):
-    raise UnsupportedError(
-      f"attention {implementation!r} does not support {missing}"
-    )
+  # The kernels of this package take a number of visible slots for each row.
+  visible_array = visible
+  if isinstance(visible_array, int):
+    visible_array = jnp.full(q.shape[:2], visible_array, jnp.int32)
+  implementation = _choose(
+    implementation, q, k, visible, visible_array, key_rank, return_lse
+  )
   match implementation:
-    case "reference":
+    case "xla" if not return_lse:
+      return _xla(q, k, v, visible, key_rank, scale)
+    case "reference" | "xla":
+      # The log-sum-exp of jax.nn has the keys' dtype and no gradient.
       out, lse = reference.attention(q, k, v, visible, key_rank, scale)
-    case "xla":
-      out, lse = _xla(q, k, v, visible, key_rank, scale, return_lse)
     case "cudnn":
       return _cudnn(q, k, v, visible, scale)
     case "mosaic_gpu":
-      out, lse = hopper.attention(q, *gathered, rows, key_rank, scale)
+      out, lse = hopper.attention(q, *gathered, visible_array, key_rank, scale)
     case "mosaic_tpu":
-      out, lse = tpu.attention(q, k, v, rows, key_rank, scale)
+      out, lse = tpu.attention(q, k, v, visible_array, key_rank, scale)
     case _:
       raise ValueError(
         f"unknown attention implementation {implementation!r}; there are: "
@@ -109,16 +103,64 @@ def any_order_attention(
   return (out, lse) if return_lse else out
 
 
-def _check(q, k, v, visible, key_rank):
+def _choose(
+  implementation: str | None,
+  q: jax.Array,
+  k: jax.Array,
+  visible: jax.Array | int | None,
+  visible_array: jax.Array | None,
+  key_rank: jax.Array | None,
+  return_lse: bool,
+) -> str:
+  """Return the implementation to call: the named one, or the fastest.
+
+  Raises:
+    UnsupportedError: the named implementation does not support the call.
+  """
+  unsupported = {
+    "cudnn": functools.partial(
+      _cudnn_unsupported, q, k, visible, key_rank, return_lse
+    ),
+    "mosaic_gpu": functools.partial(
+      hopper.unsupported, q, k, visible_array, key_rank
+    ),
+    "mosaic_tpu": functools.partial(
+      tpu.unsupported, q, k, visible_array, key_rank
+    ),
+  }
+  if implementation is None:
+    fastest = tuning.fastest(jax.default_backend(), q.shape[1], k.shape[1])
+    return next((x for x in fastest if not unsupported[x]()), "xla")
+  if implementation in unsupported and (
+    reason := unsupported[implementation]()
+  ):
+    raise UnsupportedError(
+      f"attention {implementation!r} does not support {reason}"
+    )
+  return implementation
+
+
+def _check(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  visible: jax.Array | int | None,
+  key_rank: jax.Array | None,
+) -> None:
+  """Raise ValueError if the arguments do not fit together."""
   if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
     raise ValueError(
-      "attention wants q [B, T, Nq, H], k and v [B, S, N, H] or of P devices "
-      f"[P, B, S / P, N, H], S / P even; got {q.shape}, {k.shape}, {v.shape}"
+      "attention wants q [B, T, Nq, H], and k and v [B, S, N, H] or, gathered "
+      "from P devices, [P, B, S / P, N, H] with S / P even; got "
+      f"{q.shape}, {k.shape}, {v.shape}"
     )
   if not (q.size and k.size):
-    raise ValueError(f"attention of nothing: q {q.shape}, k {k.shape}")
-  same = q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3]
-  if not same or q.shape[2] % k.shape[2]:
+    raise ValueError(
+      f"attention of nothing: q {q.shape}, k {k.shape} must not have a "
+      "dimension of size 0"
+    )
+  fits = q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3]
+  if not fits or q.shape[2] % k.shape[2]:
     raise ValueError(
       f"attention: q {q.shape} does not fit k {k.shape}: B and H must be equal "
       "and Nq a multiple of N"
@@ -129,22 +171,34 @@ def _check(q, k, v, visible, key_rank):
       "dtype"
     )
   if not jnp.issubdtype(q.dtype, jnp.floating):
-    raise ValueError(f"attention: q, k, v are {q.dtype}, not of floats")
+    raise ValueError(
+      f"attention: q, k, v are {q.dtype}; give them a floating-point dtype"
+    )
+  _check_visible(q, k, visible, key_rank)
+
+
+def _check_visible(
+  q: jax.Array,
+  k: jax.Array,
+  visible: jax.Array | int | None,
+  key_rank: jax.Array | None,
+) -> None:
+  """Raise ValueError if `visible` or `key_rank` does not fit q and k."""
   rows = q.shape[:2]
   group = q.shape[2] // k.shape[2]
-  is_array = visible is not None and not isinstance(visible, int)
-  if is_array and not _are_integers(visible):
-    raise ValueError("attention: visible must be an array of integers")
-  if is_array and visible.shape not in (rows, (*rows, group)):
-    raise ValueError(
-      f"attention: visible {visible.shape} must be [B, T] = {rows} or "
-      f"[B, T, Nq / N] = {(*rows, group)}"
-    )
+  if visible is not None and not isinstance(visible, int):
+    if not _is_integer_array(visible):
+      raise ValueError("attention: visible must be an array of integers")
+    if visible.shape not in (rows, (*rows, group)):
+      raise ValueError(
+        f"attention: visible {visible.shape} must be [B, T] = {rows} or "
+        f"[B, T, Nq / N] = {(*rows, group)}"
+      )
   if key_rank is None:
     return
-  if not _are_integers(key_rank):
+  if not _is_integer_array(key_rank):
     raise ValueError("attention: key_rank must be an array of integers")
-  if not is_array:
+  if visible is None or isinstance(visible, int):
     raise ValueError("attention: key_rank needs an array of visible")
   if key_rank.shape != k.shape[:2]:
     raise ValueError(
@@ -152,38 +206,44 @@ def _check(q, k, v, visible, key_rank):
     )
 
 
-def _are_integers(x) -> bool:
+def _is_integer_array(x: Any) -> bool:
   return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.integer)
 
 
-def _xla(q, k, v, visible, key_rank, scale, return_lse):
-  if return_lse:
-    # That of jax.nn is in the keys' dtype and has no gradient.
-    return reference.attention(q, k, v, visible, key_rank, scale)
+def _xla(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  visible: jax.Array | int | None,
+  key_rank: jax.Array | None,
+  scale: float,
+) -> jax.Array:
+  """Return the output of JAX's attention, compiled by XLA."""
   T, S = q.shape[1], k.shape[1]
-  if isinstance(visible, int) and visible > 0:
-    k, v = k[:, :visible], v[:, :visible]
-    out = jax.nn.dot_product_attention(
-      q, k, v, scale=scale, implementation="xla"
-    )
-    return out, None
-  if visible is None and T <= S:
-    out = jax.nn.dot_product_attention(
-      q, k, v, scale=scale, is_causal=True, implementation="xla"
-    )
-    return out, None
-  seen = reference.mask(T, S, visible, key_rank)
-  if seen.shape[1] > 1:
-    seen = jnp.tile(seen, (1, k.shape[2], 1, 1))
-  out = jax.nn.dot_product_attention(
-    q, k, v, scale=scale, mask=seen, implementation="xla"
+  attend = functools.partial(
+    jax.nn.dot_product_attention, scale=scale, implementation="xla"
   )
-  # A row without keys is the mean of v there; here it is 0.
-  some = jnp.moveaxis(seen.any(axis=-1), 1, 2)
-  return jnp.where(some[..., None], out, 0), None
+  if isinstance(visible, int) and visible > 0:
+    return attend(q, k[:, :visible], v[:, :visible])
+  if visible is None and T <= S:
+    return attend(q, k, v, is_causal=True)
+  mask = reference.mask(T, S, visible, key_rank)
+  if mask.shape[1] > 1:
+    mask = jnp.tile(mask, (1, k.shape[2], 1, 1))
+  out = attend(q, k, v, mask=mask)
+  # jax.nn returns the mean of v for a row that sees no slot; ours returns 0.
+  sees_a_slot = jnp.moveaxis(mask.any(axis=-1), 1, 2)
+  return jnp.where(sees_a_slot[..., None], out, 0)
 
 
-def _cudnn(q, k, v, visible, scale):
+def _cudnn(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  visible: jax.Array | int | None,
+  scale: float,
+) -> jax.Array:
+  """Return the output of cuDNN's fused attention."""
   attend = functools.partial(
     jax.nn.dot_product_attention, scale=scale, implementation="cudnn"
   )
@@ -195,9 +255,18 @@ def _cudnn(q, k, v, visible, scale):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _cudnn_row(q, k, v, visible, scale):
-  """One row a sequence. cuDNN has no gradient of it; that is `_xla`'s."""
-  # It has a length a sequence; for one without keys it promises nothing.
+def _cudnn_row(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  visible: jax.Array,
+  scale: float,
+) -> jax.Array:
+  """Return cuDNN's attention for T = 1; its gradient is the one of `_xla`.
+
+  cuDNN has no gradient for a different number of slots in each sequence.
+  """
+  # cuDNN's result is undefined for a sequence that has no slot.
   lengths = jnp.clip(visible[:, 0], 1, k.shape[1])
   out = jax.nn.dot_product_attention(
     q,
@@ -211,23 +280,35 @@ def _cudnn_row(q, k, v, visible, scale):
   return jnp.where((visible > 0)[:, :, None, None], out, 0)
 
 
-def _cudnn_row_forward(q, k, v, visible, scale):
+def _cudnn_row_forward(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  visible: jax.Array,
+  scale: float,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
   return _cudnn_row(q, k, v, visible, scale), (q, k, v, visible)
 
 
-def _cudnn_row_backward(scale, saved, cotangent):
-  *inputs, visible = saved
-  _, pull = jax.vjp(
-    lambda q, k, v: _xla(q, k, v, visible, None, scale, False)[0], *inputs
-  )
-  return *pull(cotangent), None
+def _cudnn_row_backward(
+  scale: float, residuals: tuple[jax.Array, ...], d_out: jax.Array
+) -> tuple[jax.Array | None, ...]:
+  *qkv, visible = residuals
+  _, pull = jax.vjp(lambda q, k, v: _xla(q, k, v, visible, None, scale), *qkv)
+  return *pull(d_out), None
 
 
 _cudnn_row.defvjp(_cudnn_row_forward, _cudnn_row_backward)
 
 
-def _cudnn_lacks(q, k, visible, key_rank, return_lse) -> str:
-  """What of this call cuDNN's fused attention cannot do, or ""."""
+def _cudnn_unsupported(
+  q: jax.Array,
+  k: jax.Array,
+  visible: jax.Array | int | None,
+  key_rank: jax.Array | None,
+  return_lse: bool,
+) -> str:
+  """Name what cuDNN's attention does not support in this call, or return ""."""
   if isinstance(visible, int):
     fits = visible > 0
   else:
@@ -245,7 +326,7 @@ def _cudnn_lacks(q, k, visible, key_rank, return_lse) -> str:
   if q.shape[-1] % 8 or q.shape[-1] > 128:
     return f"H={q.shape[-1]} (multiples of 8 up to 128)"
   device = jax.local_devices()[0]
-  # "9.0" and the like on NVIDIA's; another maker's says something else.
+  # "8.0" to "12.1" on NVIDIA GPUs; other makers use names such as "gfx942".
   capability = str(getattr(device, "compute_capability", ""))
   if capability[:1] not in tuple("89") and not capability.startswith("1"):
     return f"device {device.device_kind!r} (NVIDIA, Ampere or newer, only)"

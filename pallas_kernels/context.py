@@ -1,9 +1,10 @@
-"""Where the kernels of this package are to run."""
+"""A switch that says where the kernels of this package run."""
 
 import jax
 
-# None: on the default backend, which must be the kernel's own. True, or the
-# InterpretParams of a Pallas backend: interpreted, on any backend, slowly, for
-# tests. False: compiled for the kernel's own platform though this process has
-# another one, as ahead-of-time compilation does.
+# None: on the default backend, which must be the kernel's platform.
+# True, or the InterpretParams of a Pallas backend: in the interpreter. It is
+# slow, runs on any backend and serves tests.
+# False: compiled for the kernel's platform, although this process runs on
+# another one. Ahead-of-time compilation needs this.
 interpret = jax.make_user_context(default_value=None)

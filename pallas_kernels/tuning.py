@@ -1,33 +1,39 @@
-"""Tile sizes and depths of our own kernels, by shape."""
+"""Tile sizes and buffer depths of the kernels, chosen by shape."""
 
 import dataclasses
 from typing import NamedTuple
 
-# By platform, the implementations that beat `xla`, the fastest first; for one
-# row over a long cache see `fastest`.
+# The implementations that are faster than `xla` on each platform, the fastest
+# first. `fastest` has an exception for one row over a long cache.
 _FASTEST = {"gpu": ("mosaic_gpu", "cudnn"), "tpu": ("mosaic_tpu",)}
 
-LANES = 128  # Of a TPU's vector registers: tiles are multiples of it.
+LANES = 128  # Lanes of a TPU vector register; tile sizes are multiples of it.
 
 
 def fastest(platform: str, T: int, S: int) -> tuple[str, ...]:
-  """What to try for T rows over S slots, the fastest first; xla comes last."""
+  """Return the implementations to try before `xla`, the fastest first.
+
+  Args:
+    platform: name of the JAX backend.
+    T: rows.
+    S: slots.
+  """
   if platform == "gpu" and T == 1 and S > 1024:
     return "cudnn", "mosaic_gpu"
   return _FASTEST.get(platform, ())
 
 
 class TpuTiles(NamedTuple):
-  """How the TPU kernel divides a call.
+  """How the TPU kernels divide a call into tiles.
 
   Attributes:
-    positions: of the T in a row tile.
-    rows: of a row tile: the positions times the query heads of a key head,
+    positions: positions of the sequence in a row tile.
+    rows: rows of a row tile: its positions times the query heads of a key head,
       padded to whole lanes.
-    slots: of a key tile.
+    slots: slots of a key tile.
     heads: key heads that one grid step computes.
-    T: padded to whole row tiles.
-    S: padded to whole key tiles.
+    T: positions of a sequence, padded to whole row tiles.
+    S: slots of a sequence, padded to whole key tiles.
   """
 
   positions: int
@@ -46,27 +52,38 @@ class TpuTiles(NamedTuple):
     return self.S // self.slots
 
 
-# A grid step costs about 0.35 us whatever it does (the Pallas documentation's
-# figure), as much as 100,000 scores; larger tiles compute more masked scores.
-# Not tuned on a TPU: none was at hand.
+# A grid step costs about 0.35 us regardless of its work, says the documentation
+# of Pallas. About 100,000 scores take as long, so tiles are large. Still larger
+# tiles would compute more masked scores. These sizes were not tuned on a TPU.
 TPU_ROWS, TPU_SLOTS = 1024, 512
 
 
-def tpu_tiles(T: int, S: int, N: int, group: int) -> TpuTiles:
-  """The tiles for T positions, S slots, N key heads, `group` rows a position.
+def tpu_tiles(T: int, S: int, N: int, G: int) -> TpuTiles:
+  """Return the tiles of a call.
 
-  Short sequences are one tile, and several heads share a grid step.
+  A short sequence is one tile, and several key heads share a grid step.
+
+  Args:
+    T: positions.
+    S: slots.
+    N: key heads.
+    G: query heads of a key head.
   """
-  most = max(TPU_ROWS // group // LANES, 1) * LANES
-  positions = min(T, most)
-  rows = _round_up(positions * group, LANES)
+  most_positions = max(TPU_ROWS // G // LANES, 1) * LANES
+  positions = min(T, most_positions)
+  rows = _round_up(positions * G, LANES)
   slots = min(_round_up(S, LANES), TPU_SLOTS)
-  heads = max(
-    n for n in range(1, N + 1)
-    if N % n == 0 and (n == 1 or n * rows * slots <= TPU_ROWS * TPU_SLOTS)
-  )  # fmt: skip
+  heads = 1
+  for n in range(2, N + 1):
+    if N % n == 0 and n * rows * slots <= TPU_ROWS * TPU_SLOTS:
+      heads = n
   return TpuTiles(
-    positions, rows, slots, heads, _round_up(T, positions), _round_up(S, slots)
+    positions=positions,
+    rows=rows,
+    slots=slots,
+    heads=heads,
+    T=_round_up(T, positions),
+    S=_round_up(S, slots),
   )
 
 
@@ -76,29 +93,31 @@ def _round_up(size: int, multiple: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Hopper:
-  """One choice for the Hopper kernels; sizes in rows or slots.
+  """Tile sizes (in rows or slots) and depths of the Hopper kernels.
 
   Attributes:
-    short: longest T and S for which one warpgroup takes a whole sequence of a
-      key head, forward; at most 128.
-    fused: longest S for which one kernel makes all gradients; at most 128.
-    consumers: warpgroups that compute, 64 rows each, forward.
-    keys: slots of a key tile, forward.
-    stages: key tiles in shared memory, forward.
-    pingpong: whether one of two warpgroups exponentiates while the other
-      multiplies, forward.
-    fused_stages: row tiles in shared memory there.
-    fused_depth: key heads there; with 2, the next is loaded during the work.
-    blocks: thread blocks there; one a multiprocessor.
-    key_consumers: warpgroups that compute, 64 slots each, in the kernel of dk
-      and dv.
-    key_places: for these in shared memory; with 2, the next are loaded during
-      the work.
-    key_stages: row tiles in shared memory there.
-    query_consumers: warpgroups that compute, 64 rows each, in that of dq.
-    query_places: as key_places, for these.
-    query_keys: slots of a key tile there.
-    query_stages: key tiles in shared memory there.
+    short: largest T and S for which one warpgroup computes a whole sequence of
+      a key head in the forward pass; at most 128.
+    fused: largest S for which one kernel computes all gradients; at most 128.
+    consumers: warpgroups that compute in the forward kernel, 64 rows each.
+    keys: slots of a key tile in the forward kernel.
+    stages: key tiles in shared memory in the forward kernel.
+    pingpong: whether the two warpgroups of the forward kernel take turns: one
+      exponentiates while the other multiplies.
+    fused_stages: row tiles in shared memory in the fused backward kernel.
+    fused_depth: key heads in shared memory in the fused backward kernel; with
+      2, the next head is loaded during the work.
+    blocks: thread blocks of a kernel; one per multiprocessor.
+    key_consumers: warpgroups that compute in the kernel of dk and dv, 64 slots
+      each.
+    key_places: sets of their key tiles in shared memory; with 2, the next set
+      is loaded during the work.
+    key_stages: row tiles in shared memory in the kernel of dk and dv.
+    query_consumers: warpgroups that compute in the kernel of dq, 64 rows each.
+    query_places: sets of their row tiles in shared memory; with 2, the next set
+      is loaded during the work.
+    query_keys: slots of a key tile in the kernel of dq.
+    query_stages: key tiles in shared memory in the kernel of dq.
   """
 
   short: int = 128
@@ -120,9 +139,9 @@ class Hopper:
 
 
 def hopper(T: int, S: int, H: int) -> Hopper:
-  """The choice for T rows, S slots and heads of H, 64 or 128."""
+  """Return the sizes for T rows, S slots and heads of size H, 64 or 128."""
   if H == 64:
-    choice = Hopper(
+    config = Hopper(
       consumers=4,
       keys=64,
       stages=4,
@@ -130,23 +149,24 @@ def hopper(T: int, S: int, H: int) -> Hopper:
       query_keys=64 if T <= 512 else 128,
     )
   else:
-    choice = Hopper(
+    config = Hopper(
       fused_stages=2, fused_depth=1, key_places=1, key_stages=2, query_places=1
     )
   if T <= 64 < S:
-    # Few rows: bound by the traffic of the keys, of which more are under way.
+    # With few rows the loads of keys limit the speed: keep more of them going.
     keys = 128 if H == 64 else 64
-    choice = dataclasses.replace(
-      choice, consumers=1, keys=keys, stages=5, pingpong=False
+    config = dataclasses.replace(
+      config, consumers=1, keys=keys, stages=5, pingpong=False
     )
-  return choice
+  return config
 
 
 def hopper_splits(heads: int, S: int, config: Hopper) -> int:
-  """Parts of the slots for few rows: enough items, none of under 4 tiles.
+  """Return into how many splits the slots are divided when rows are few.
 
-  Where the heads alone are several items for every block, parts are merged for
-  more than they win unless they are long: none of under 16 tiles there.
+  Splits give every thread block work. A split has at least 4 key tiles. If the
+  heads alone give every block two items or more, a split has at least 16 tiles:
+  merging shorter splits costs more than it gains.
 
   Args:
     heads: key heads of all sequences.
@@ -154,5 +174,7 @@ def hopper_splits(heads: int, S: int, config: Hopper) -> int:
     config: tile sizes.
   """
   tiles = -(-S // config.keys)
-  least = 4 if heads < 2 * config.blocks else 16
-  return min(max(-(-8 * config.blocks // heads), 1), max(tiles // least, 1))
+  least_tiles = 4 if heads < 2 * config.blocks else 16
+  return min(
+    max(-(-8 * config.blocks // heads), 1), max(tiles // least_tiles, 1)
+  )

@@ -349,7 +349,7 @@ class ChooserTest(parameterized.TestCase):
     ("group", lambda q, k, v: (q[:, :, 1:], k, v), "Nq a multiple of N"),
     ("dtype", lambda q, k, v: (q, k, v.astype(jnp.bfloat16)),
      "float32, float32, bfloat16; give them one"),
-    ("integers", lambda *x: [y.astype(np.int32) for y in x], "not of floats"),
+    ("integers", lambda *x: [y.astype(np.int32) for y in x], "floating-po"),
     ("no_slots", lambda q, k, v: (q, k[:, :0], v[:, :0]), "of nothing: q .* k"),
     ("no_heads", lambda q, k, v: (q, k[:, :, :0], v[:, :, :0]), "of nothing"),
   )  # fmt: skip

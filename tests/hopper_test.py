@@ -225,15 +225,15 @@ class LacksTest(parameterized.TestCase):
     device = mock.Mock(compute_capability="9.0")
     with mock.patch.object(jax, "local_devices", return_value=[device]):
       q, k, _ = _shapes(128, 128)
-      self.assertEqual(hopper.lacks(q, k, None, None), "")
+      self.assertEqual(hopper.unsupported(q, k, None, None), "")
 
 
 class ActiveTest(absltest.TestCase):
   def test_units_that_see_a_block_come_first(self):
     visible = np.zeros((1, 256), np.int32)
     visible[0, 70], visible[0, 200] = 129, 5
-    prefix = hopper_masks.prefix(jnp.asarray(visible), 200)
-    order, count = hopper_masks.active(prefix, 200, 128, 2)
+    summary = hopper_masks.summarize(jnp.asarray(visible), 200)
+    order, count = hopper_masks.active(summary, 200, 128, 2)
     self.assertEqual(count.tolist(), [[4, 2]])
     self.assertEqual(order[0, 0, :4].tolist(), [2, 3, 6, 7])
     self.assertEqual(order[0, 1, :2].tolist(), [2, 3])

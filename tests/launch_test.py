@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import io
+import json
 import os
 import pathlib
 import re
@@ -14,7 +15,6 @@ import tempfile
 import time
 
 import pytest
-import yaml
 from absl.testing import absltest, parameterized
 
 from launch import common, gke, local, slurm, tpu_pod
@@ -213,8 +213,11 @@ class GkeTest(LaunchTest):
   def manifest(self, *flags):
     code, out, err = launch("gke", *APPLY, *flags, "--dry-run")
     self.assertEqual((code, err), (0, ""))
-    self.assertEndsWith(out, "kubectl apply --filename=runs/launch/run.yaml\n")
-    return yaml.safe_load(out.rsplit("\n", 2)[0])
+    path, rest = out.split("\n", 1)
+    manifest, call, _ = rest.rsplit("\n", 2)
+    self.assertEqual(path, "# runs/launch/run.json")
+    self.assertEqual(call, "kubectl apply --filename=runs/launch/run.json")
+    return json.loads(manifest)
 
   @parameterized.parameters(
     ("v5e:2x2", 1, 4), ("v5e:2x4", 1, 8), ("v5e:4x4", 4, 4),
@@ -268,22 +271,13 @@ class GkeTest(LaunchTest):
     self.assertEqual(env["AOARM_PROCESS_COUNT"]["value"], "3")
     self.assertIn("completion-index", str(env["AOARM_PROCESS_ID"]["valueFrom"]))
 
-  def test_yaml_of_odd_strings(self):
-    tree = {
-      "a": {"b": ["yes", "1", "é\n'\"", "# no: comment"], "c": []},
-      "d": [{"e": 1, "f": [{"g": "null"}]}, {"e": 2, "f": []}],
-    }
-    self.assertEqual(yaml.safe_load(gke.to_yaml(tree)), tree)
-
   def test_apply(self):
     self.client("kubectl", 'echo "$@" > called')
     path = f"{self.folder}/bin:{os.environ['PATH']}"
     self.assertEqual(launch("gke", *APPLY, "--tpu=v5e:4x4", path=path)[0], 0)
     called = (self.folder / "called").read_text()
-    self.assertEqual(called, "apply --filename=runs/launch/run.yaml\n")
-    applied = yaml.safe_load(
-      (self.folder / common.FOLDER / "run.yaml").read_text()
-    )
+    self.assertEqual(called, "apply --filename=runs/launch/run.json\n")
+    applied = json.loads((self.folder / common.FOLDER / "run.json").read_text())
     self.assertEqual(applied, self.manifest("--tpu=v5e:4x4"))
 
 
@@ -567,8 +561,8 @@ class LocalTest(LaunchTest):
     ([None, 75], (1, 75)),
     ([1, -6, -9], (2, -9)),
   )
-  def test_who_failed(self, codes, culprit):
-    self.assertEqual(local._culprit(codes), culprit)
+  def test_who_failed(self, codes, failure):
+    self.assertEqual(local._first_failure(codes), failure)
 
 
 if __name__ == "__main__":

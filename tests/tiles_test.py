@@ -12,7 +12,7 @@ _ROWS, _SLOTS = 3, 4  # Of a tile.
 
 def _pairs(work):
   """{(sequence, row tile, key tile): flags}, in the order of the visits."""
-  columns = (np.asarray(c)[: int(work.count)].tolist() for c in work[:4])
+  columns = (np.asarray(c)[: int(work.visits)].tolist() for c in work[:4])
   sequences, rows, keys, flags = columns
   return dict(zip(zip(sequences, rows, keys), flags))
 
@@ -59,7 +59,7 @@ class TilesTest(parameterized.TestCase):
     i, j = np.ogrid[:T, :S]
     want = _brute((j < np.minimum(i + 1, S))[None], key_major)
     self.assertEqual(list(_pairs(work).items()), list(want.items()))
-    self.assertLen(work.flags, work.count)
+    self.assertLen(work.flags, work.visits)
 
   def test_causal_from_a_later_row(self):
     """Rows of a second half see the slots of the first too."""

@@ -283,12 +283,12 @@ class LacksTest(parameterized.TestCase):
     given = dict(T=4, H=8, dtype=jnp.float32) | changes
     q = jax.ShapeDtypeStruct((1, given["T"], 2, given["H"]), given["dtype"])
     visible = jax.ShapeDtypeStruct(q.shape[:2], jnp.int32)
-    self.assertRegex(tpu.lacks(q, q, visible, None), f"^{message}")
-    self.assertEqual(bool(tpu.lacks(q, q, visible, None)), bool(message))
+    self.assertRegex(tpu.unsupported(q, q, visible, None), f"^{message}")
+    self.assertEqual(bool(tpu.unsupported(q, q, visible, None)), bool(message))
 
   def test_causal_is_never_too_long(self):
     q = jax.ShapeDtypeStruct((1, 200_000, 2, 64), jnp.bfloat16)
-    self.assertEqual(tpu.lacks(q, q, None, None), "")
+    self.assertEqual(tpu.unsupported(q, q, None, None), "")
 
 
 def on_four_devices():
@@ -317,8 +317,8 @@ def on_four_devices():
     chex.assert_trees_all_close(got, want, atol=1e-6)
     assert got[0].sharding.spec == heads, got[0].sharding
   with jax.set_mesh(mesh):
-    lacks = tpu.lacks(*arrays[:2], *arrays[3:])
-  assert "outside jax.shard_map" in lacks, lacks
+    unsupported = tpu.unsupported(*arrays[:2], *arrays[3:])
+  assert "outside jax.shard_map" in unsupported, unsupported
 
 
 if __name__ == "__main__":

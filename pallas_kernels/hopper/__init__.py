@@ -1,1 +1,1 @@
-"""Kernels for NVIDIA Hopper, in Pallas Mosaic GPU."""
+"""Kernels for NVIDIA Hopper GPUs, in Pallas Mosaic GPU."""

@@ -1,6 +1,7 @@
-"""Fused any-order attention on Hopper: the project's own kernels."""
+"""Any-order attention on Hopper: layouts, choice of kernels, gradients."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,17 +11,26 @@ from pallas_kernels.hopper import backward as hopper_backward
 from pallas_kernels.hopper import forward as hopper_forward
 from pallas_kernels.hopper import fused as hopper_fused
 from pallas_kernels.hopper import masks as hopper_masks
+from pallas_kernels.hopper import softmax as hopper_softmax
 
 ROWS = hopper_masks.ROWS
+LN2 = hopper_softmax.LN2
 
 
-def lacks(
+def unsupported(
   q: jax.Array,
   k: jax.Array,
   visible: jax.Array | None,
   key_rank: jax.Array | None,
 ) -> str:
-  """What of this call the kernels cannot do, or "". Arguments as of the api."""
+  """Name what the kernels do not support in this call, or return "".
+
+  Args:
+    q: this argument and the others as in `api.any_order_attention`.
+    k: keys.
+    visible: an array, or None for causal.
+    key_rank: ranks of the slots.
+  """
   del k, visible
   if key_rank is not None:
     return "`key_rank` (slots in generation order only)"
@@ -39,156 +49,206 @@ def attention(
   k: jax.Array,
   v: jax.Array,
   visible: jax.Array | None,
-  key_rank: None,
+  key_rank: jax.Array | None,
   scale: float,
   config: tuning.Hopper | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """(out, lse) of softmax attention over prefixes of the slots; see api.
+  """Return (out, lse) of softmax attention; see `api.any_order_attention`.
 
-  Sums are float32; weights and their cotangents are rounded to q's dtype
-  before they are multiplied. The gradient does not depend on timing.
+  Sums are float32. Weights and their gradients are rounded to q's dtype before
+  they are multiplied. The gradient is deterministic.
 
   Args:
     q: [B, T, Nq, H], H up to 128; bfloat16 or float16.
-    k: [B, S, N, H], or [P, B, S / P, N, H] dealt out as `shards` says; read as
-      they lie, unless a tile were to hold slots of two chunks.
+    k: [B, S, N, H], or [P, B, S / P, N, H] in the layout of `shards`. The
+      kernels read the latter in place, unless a tile would have slots of two
+      chunks.
     v: like k.
     visible: int32 [B, T] or [B, T, Nq / N], or None for causal.
     key_rank: must be None.
-    scale: of the scores.
-    config: tile sizes; None is those of `tuning` for the shape.
+    scale: factor of the scores.
+    config: tile sizes; None takes those that `tuning` has for the shape.
+
+  Returns:
+    out [B, T, Nq, H] in q's dtype; lse float32 [B, T, Nq], nats.
 
   Raises:
     ValueError: key_rank is given.
   """
   if key_rank is not None:
-    raise ValueError("hopper.attention: key_rank must be None; see `lacks`")
+    raise ValueError("hopper.attention: key_rank must be None")
   B, T, Nq, H = q.shape
   S = k.size // (B * k.shape[-2] * H)
   if scale <= 0:
-    # The kernels take the largest score before they scale.
+    # The kernels find the largest score before they scale it.
     q, scale = (-q, -scale) if scale else (q * 0, 1.0)
   if visible is None and T > S:
     visible = jnp.minimum(jnp.arange(1, T + 1), S)[None]
     visible = jnp.broadcast_to(visible, q.shape[:2])
   G = Nq // k.shape[-2]
-  packed = visible is not None and G > 1 and T * G <= ROWS
-  if packed:
-    # Of few rows, the whole group is one tile: keys are multiplied once.
+  is_packed = False
+  if visible is not None and G > 1 and T * G <= ROWS:
+    # A group of few rows fits into one tile, so its keys are multiplied once.
+    is_packed = True
     if visible.ndim == 2:
       visible = jnp.repeat(visible, G, axis=1)
     visible = visible.reshape(len(visible), T * G)
     q = _pack(q, G)
   if config is None:
-    config = tuning.hopper(q.shape[1], S, _padded(H))
+    config = tuning.hopper(q.shape[1], S, _padded_head(H))
   if k.ndim == 5:
-    if _in_place(S, H, len(k), config):
+    if _can_read_in_place(S, H, len(k), config):
       k, v = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
     else:
       k, v = shards.whole(k), shards.whole(v)
-  rows = q.shape[1]
+  T = q.shape[1]
   q, k, v = _pad(q, 8), _pad(k, ROWS), _pad(v, ROWS)
-  counts = None if visible is None else hopper_masks.prefix(visible, S)
-  out, lse = _attention(q, k, v, counts, scale, config)
-  # Rows that fill up the last tile are past T here.
-  out, lse = out[:, :rows, :, :H], jnp.swapaxes(lse[:, :, :rows], 1, 2)
-  lse = jnp.where(jnp.isfinite(lse), lse * hopper_forward.LN2, -jnp.inf)
-  return (_unpack(out, G), _unpack(lse, G)) if packed else (out, lse)
+  summary = None if visible is None else hopper_masks.summarize(visible, S)
+  out, lse = _attention(q, k, v, summary, scale, config)
+  # Rows past T are padding.
+  out, lse = out[:, :T, :, :H], jnp.swapaxes(lse[:, :, :T], 1, 2)
+  lse = jnp.where(jnp.isfinite(lse), lse * LN2, -jnp.inf)
+  return (_unpack(out, G), _unpack(lse, G)) if is_packed else (out, lse)
 
 
-def _in_place(S: int, H: int, P: int, config: tuning.Hopper) -> bool:
-  """Whether the kernels read S slots where P devices have dealt them out."""
+def _can_read_in_place(S: int, H: int, P: int, config: tuning.Hopper) -> bool:
+  """Return whether the kernels can read keys as P devices have dealt them."""
   chunk = S // (2 * P)
-  tiles = ROWS, config.keys, config.query_keys
-  if _padded(H) > H or max(config.short, config.fused) >= S:
+  tile_sizes = ROWS, config.keys, config.query_keys
+  if _padded_head(H) > H or max(config.short, config.fused) >= S:
     return False
-  return not any(chunk % size for size in tiles)
+  return not any(chunk % size for size in tile_sizes)
 
 
-def _pack(x, G: int):
-  """[B, T, N * G, ...] -> [B, T * G, N, ...]."""
-  B, T, heads, *rest = x.shape
-  x = jnp.swapaxes(x.reshape(B, T, heads // G, G, *rest), 2, 3)
-  return x.reshape(B, T * G, heads // G, *rest)
+def _pack(x: jax.Array, G: int) -> jax.Array:
+  """Make rows of the query heads of a group: [B, T * G, N, ...].
+
+  Args:
+    x: [B, T, N * G, ...].
+    G: query heads of a key head.
+  """
+  B, T, heads, *features = x.shape
+  x = jnp.swapaxes(x.reshape(B, T, heads // G, G, *features), 2, 3)
+  return x.reshape(B, T * G, heads // G, *features)
 
 
-def _unpack(x, G: int):
-  """[B, T * G, N, ...] -> [B, T, N * G, ...]."""
-  B, rows, N, *rest = x.shape
-  x = jnp.swapaxes(x.reshape(B, rows // G, G, N, *rest), 2, 3)
-  return x.reshape(B, rows // G, N * G, *rest)
+def _unpack(x: jax.Array, G: int) -> jax.Array:
+  """Invert `_pack`."""
+  B, rows, N, *features = x.shape
+  x = jnp.swapaxes(x.reshape(B, rows // G, G, N, *features), 2, 3)
+  return x.reshape(B, rows // G, N * G, *features)
 
 
-def _padded(H: int) -> int:
+def _padded_head(H: int) -> int:
+  """Return the head size that the kernels use for H."""
   return 64 if H <= 64 else 128
 
 
-def _pad(x, least: int):
-  """With `least` rows and a multiple of 8, as TMA asks; H of 64 or 128."""
-  rows = max(least - x.shape[1], -x.shape[1] % 8)
-  H = _padded(x.shape[3]) - x.shape[3]
+def _pad(x: jax.Array, least_rows: int) -> jax.Array:
+  """Pad [B, T, N, H] with zeros to sizes that the kernels support.
+
+  These are H of 64 or 128, at least `least_rows` rows, and a multiple of 8 rows
+  for TMA.
+  """
+  rows = max(least_rows - x.shape[1], -x.shape[1] % 8)
+  H = _padded_head(x.shape[3]) - x.shape[3]
   if not rows and not H:
     return x
   return jnp.pad(x, ((0, 0), (0, rows), (0, 0), (0, H)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attention(q, k, v, counts, scale, config):
-  (B, T, Nq, _), (S, N) = q.shape, hopper_masks.keys(q, k)
+def _attention(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  visible: hopper_masks.Visible | None,
+  scale: float,
+  config: tuning.Hopper,
+) -> tuple[jax.Array, ...]:
+  """Return (out, lse) as the forward kernel lays them out."""
+  (B, T, Nq, _), (S, N) = q.shape, hopper_masks.key_sizes(q, k)
   splits = 1
   if T <= ROWS and Nq == N:
     splits = tuning.hopper_splits(B * N, S, config)
-  found = hopper_forward.forward(q, k, v, counts, scale, config, splits=splits)
-  return found if splits == 1 else _merge(*found, splits)
+  results = hopper_forward.forward(
+    q, k, v, visible, scale, config, splits=splits
+  )
+  if splits == 1:
+    return results
+  out, lse = results
+  return _merge(out, lse, splits)
 
 
-def _merge(out, lse, splits: int):
-  """Attention to all slots, from that to parts of them.
+def _merge(
+  out: jax.Array, lse: jax.Array, splits: int
+) -> tuple[jax.Array, jax.Array]:
+  """Merge attention to the splits of the slots into attention to all slots.
 
   Args:
     out: [B * splits, T, N, H].
-    lse: float32 [B * splits, N, T rounded up to 64], base 2, +inf where a row
-      sees nothing.
-    splits: parts.
+    lse: float32 [B * splits, N, T rounded up to 64], base 2, +inf if a row sees
+      no slot of the split.
+    splits: splits of a sequence.
+
+  Returns:
+    out [B, T, N, H]; lse float32 [B, N, T rounded up to 64], base 2, +inf if a
+    row sees no slot.
   """
   out, lse = (x.reshape(-1, splits, *x.shape[1:]) for x in (out, lse))
   lse = jnp.where(jnp.isfinite(lse), lse, -jnp.inf)
-  largest = lse.max(axis=1)
-  finite = jnp.where(jnp.isfinite(largest), largest, 0.0)
-  share = jnp.exp2(lse - finite[:, None])
-  total = share.sum(axis=1)
-  some = total > 0
-  share /= jnp.where(some, total, 1.0)[:, None]
-  share = jnp.swapaxes(share, 2, 3)[:, :, : out.shape[2], :, None]
-  merged = (out.astype(jnp.float32) * share).sum(axis=1)
-  lse = jnp.where(some, finite + jnp.log2(jnp.where(some, total, 1)), jnp.inf)
+  lse_max = lse.max(axis=1)
+  finite_max = jnp.where(jnp.isfinite(lse_max), lse_max, 0.0)
+  weight = jnp.exp2(lse - finite_max[:, None])
+  weight_sum = weight.sum(axis=1)
+  sees_a_slot = weight_sum > 0
+  weight /= jnp.where(sees_a_slot, weight_sum, 1.0)[:, None]
+  weight = jnp.swapaxes(weight, 2, 3)[:, :, : out.shape[2], :, None]
+  merged = (out.astype(jnp.float32) * weight).sum(axis=1)
+  logarithm = jnp.log2(jnp.where(sees_a_slot, weight_sum, 1))
+  lse = jnp.where(sees_a_slot, finite_max + logarithm, jnp.inf)
   return merged.astype(out.dtype), lse
 
 
-def _attention_forward(q, k, v, counts, scale, config):
-  rest = None
-  if hopper_masks.keys(q, k)[0] <= config.fused:
-    out, lse = _attention(q, k, v, counts, scale, config)
+def _attention_forward(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  visible: hopper_masks.Visible | None,
+  scale: float,
+  config: tuning.Hopper,
+) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, ...]]:
+  out_error = None
+  if hopper_masks.key_sizes(q, k)[0] <= config.fused:
+    out, lse = _attention(q, k, v, visible, scale, config)
   else:
-    out, lse, rest = hopper_forward.forward(
-      q, k, v, counts, scale, config, with_rest=True
+    out, lse, out_error = hopper_forward.forward(
+      q, k, v, visible, scale, config, return_out_error=True
     )
-  return (out, lse), (q, k, v, counts, out, rest, lse)
+  return (out, lse), (q, k, v, visible, out, out_error, lse)
 
 
-def _attention_backward(scale, config, residuals, cotangents):
-  q, k, v, counts, out, rest, lse = residuals
+def _attention_backward(
+  scale: float,
+  config: tuning.Hopper,
+  residuals: tuple[Any, ...],
+  cotangents: tuple[jax.Array, jax.Array],
+) -> tuple[jax.Array | None, ...]:
+  q, k, v, visible, out, out_error, lse = residuals
   d_out, d_lse = cotangents
-  # The cotangent is that of the logarithm in base 2.
-  d_lse = jnp.where(jnp.isfinite(lse), d_lse / hopper_forward.LN2, 0)
-  arguments = (q, k, v, counts, d_out, lse)
-  if rest is None:
-    gradients = hopper_fused.backward(*arguments, d_lse, scale, config)
+  # `lse` is in base 2 here. This makes its gradient the one of lse in nats.
+  d_lse = jnp.where(jnp.isfinite(lse), d_lse / LN2, 0)
+  if out_error is None:
+    gradients = hopper_fused.backward(
+      q, k, v, visible, d_out, lse, d_lse, scale, config
+    )
     return *gradients, None
-  accurate = out.astype(jnp.float32) + rest
-  delta = jnp.moveaxis((accurate * d_out).sum(axis=-1), 1, 2)
+  exact = out.astype(jnp.float32) + out_error
+  delta = jnp.moveaxis((exact * d_out).sum(axis=-1), 1, 2)
   delta = jnp.pad(delta, ((0, 0), (0, 0), (0, lse.shape[2] - delta.shape[2])))
-  gradients = hopper_backward.backward(*arguments, delta - d_lse, scale, config)
+  gradients = hopper_backward.backward(
+    q, k, v, visible, d_out, lse, delta - d_lse, scale, config
+  )
   return *gradients, None
 
 

@@ -1,10 +1,13 @@
-"""Forward kernels for Hopper: attention over prefixes of shared keys.
+"""Forward kernels for Hopper: attention in which rows see leading slots.
 
-hopper_masks says what a unit is.
+`masks` says what a unit is. In a thread block, each of C warpgroups (the
+consumers) computes a unit, and one more warpgroup loads the tiles of keys and
+values that all of them share.
 """
 
+import dataclasses
 import functools
-import math
+from typing import NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -14,308 +17,348 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import tuning
 from pallas_kernels.hopper import masks as hopper_masks
-from pallas_kernels.hopper import mosaic
+from pallas_kernels.hopper import mosaic, pipeline
+from pallas_kernels.hopper import short as hopper_short
+from pallas_kernels.hopper import softmax as hopper_softmax
 
 ROWS = hopper_masks.ROWS
-LN2 = math.log(2)
 
 
 def forward(
-  q,
-  k,
-  v,
-  prefix,
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  visible: hopper_masks.Visible | None,
   scale: float,
   config: tuning.Hopper,
-  with_rest: bool = False,
+  return_out_error: bool = False,
   splits: int = 1,
-):
-  """(out, lse) of attention.
+) -> tuple[jax.Array, ...]:
+  """Return (out, lse) of attention, and out_error if it is asked for.
 
   Args:
     q: [B, T, Nq, H], T a multiple of 8.
-    k: [B, S, N, H], S a multiple of 8, at least 64; or see
-      hopper_masks.key_tile.
+    k: [B, S, N, H], S a multiple of 8, at least 64; or dealt out to devices as
+      masks.key_tile says.
     v: like k.
-    prefix: None for causal, or the Prefix of hopper_masks.prefix.
-    scale: of the scores.
+    visible: None for causal.
+    scale: factor of the scores.
     config: tile sizes.
-    with_rest: whether to return what `out` lost by rounding, too.
-    splits: parts of the slots to attend to apart, for few rows and many slots.
+    return_out_error: whether to return out_error: the exact output minus `out`,
+      which is the rounding error of `out`.
+    splits: into how many splits the slots are divided, for few rows and many
+      slots. Every split is attended to separately.
 
   Returns:
     out [B * splits, T, Nq, H]; lse float32 [B * splits, Nq, T rounded up to 64]
-    in base 2, +inf for a row that sees nothing; the rest, like out.
+    in base 2, +inf for a row that sees no slot; out_error, like out.
   """
   B, T, Nq, H = q.shape
-  S, N = hopper_masks.keys(q, k)
+  S, N = hopper_masks.key_sizes(q, k)
   G = Nq // N
-  tiles = pl.cdiv(T, ROWS)
-  outs = (
-    jax.ShapeDtypeStruct(q.shape, q.dtype),
-    jax.ShapeDtypeStruct((B, Nq, tiles * ROWS), jnp.float32),
+  units = pl.cdiv(T, ROWS) * G
+  factor = scale / hopper_softmax.LN2
+  is_plain = splits == 1 and not return_out_error
+  if max(T, S) <= config.short and units <= 4 and is_plain:
+    return hopper_short.forward(q, k, v, visible, factor)
+  out = jax.ShapeDtypeStruct((B * splits, T, Nq, H), q.dtype)
+  lse = jax.ShapeDtypeStruct(
+    (B * splits, Nq, pl.cdiv(T, ROWS) * ROWS), jnp.float32
   )
-  factor = scale / LN2
-  alone = splits == 1 and not with_rest
-  if max(T, S) <= config.short and tiles * G <= 4 and alone:
-    slots = pl.cdiv(S, ROWS) * ROWS
-    return mosaic.kernel(
-      functools.partial(_short, factor=factor),
-      out_type=outs,
-      grid=(B * N,),
-      grid_names=("item",),
-      scratch_types=[
-        mosaic.tiles((tiles * G, ROWS, H), q.dtype),
-        mosaic.tiles((slots, H), q.dtype),
-        mosaic.tiles((slots, H), q.dtype),
-        plgpu.SMEM((tiles * G, ROWS), jnp.float32),
-        plgpu.Barrier(num_barriers=tiles * G),
-        plgpu.Barrier(num_barriers=2),
-      ],
-    )(q, k, v, *(prefix or ()))
-  outs = [
-    jax.ShapeDtypeStruct((B * splits, *x.shape[1:]), x.dtype) for x in outs
-  ]
-  if with_rest:
-    outs += outs[:1]
-  C, L = config.consumers, config.stages
-  share = mosaic.share(
+  C, stages = config.consumers, config.stages
+  share = pipeline.share(
     hopper_masks.Block.items(B, T, N, G, C, splits), config.blocks
   )
-  own = [mosaic.tiles((1, C, ROWS, H), q.dtype)]
-  if prefix is not None:
-    own.append(plgpu.SMEM((1, C, ROWS), jnp.int32))
-  keys = mosaic.tiles((L, config.keys, H), q.dtype)
+  row_tiles = [mosaic.tiles((1, C, ROWS, H), q.dtype)]
+  if visible is not None:
+    row_tiles.append(plgpu.SMEM((1, C, ROWS), jnp.int32))
+  key_tiles = mosaic.tiles((stages, config.keys, H), q.dtype)
   return mosaic.kernel(
     functools.partial(
       _long, factor=factor, config=config, share=share, splits=splits
     ),
-    out_type=tuple(outs),
+    out_type=(out, lse, out) if return_out_error else (out, lse),
     grid=(share.blocks,),
     grid_names=("block",),
     num_threads=C + 1,
     thread_name="warpgroup",
     scratch_types=[
-      mosaic.ring(*own, readers=C, parts=C),
-      mosaic.ring(keys, readers=C),
-      mosaic.ring(keys, readers=C),
+      pipeline.ring(*row_tiles, readers=C, copies=C),
+      pipeline.ring(key_tiles, readers=C),
+      pipeline.ring(key_tiles, readers=C),
       mosaic.tiles((C, ROWS, H), q.dtype),
       plgpu.SMEM((C, ROWS), jnp.float32),
       plgpu.Barrier(num_arrivals=C),
     ],
-  )(q, k, v, *(prefix or ()))
-
-
-def _scores(q, k, size, wait=None):
-  """q @ k.T of references, in registers."""
-
-  def multiply(score):
-    mosaic.product(score, q, mosaic.transposed(k))
-    if wait is not None:
-      wait()
-    return mosaic.value(score)
-
-  return mosaic.scoped(multiply, (ROWS, size))
-
-
-def _finish(accumulator, largest, total, out, lse):
-  """Writes a unit's output and log-sum-exp to shared memory; the output."""
-  some = total > 0
-  inverse = jnp.where(some, 1 / jnp.where(some, total, 1.0), 0.0)
-  accumulator *= mosaic.along_rows(inverse, accumulator.shape)
-  out[...] = accumulator.astype(out.dtype)
-  logarithm = jnp.log(jnp.where(some, total, 1.0)) / LN2
-  lse[...] = jnp.where(some, largest + logarithm, jnp.inf)
-  return accumulator
-
-
-def _short(q, k, v, *refs, factor):
-  """One warpgroup, one key head: all of it in shared memory, no loop."""
-  *prefix, out, lse, q_smem, k_smem, v_smem, lse_smem, q_full, kv_full = refs
-  prefix = tuple(prefix) or None
-  T, Nq, H = q.shape[1:]
-  N = k.shape[2]
-  G = Nq // N
-  slots = k_smem.shape[0]
-  item = lax.axis_index("item")
-  b, n = item // N, item % N
-  # JAX refuses static slices that hang over the end, where TMA clips.
-  zero = item * 0
-  plgpu.copy_gmem_to_smem(k.at[b, pl.ds(zero, slots), n], k_smem, kv_full.at[0])
-  units = [(p * ROWS, g, p * G + g) for p in range(pl.cdiv(T, ROWS))
-           for g in range(G)]  # fmt: skip
-  for start, g, u in units:
-    plgpu.copy_gmem_to_smem(
-      q.at[b, pl.ds(zero + start, ROWS), n * G + g],
-      q_smem.at[u],
-      q_full.at[u],
-    )
-    if u == 0:
-      plgpu.copy_gmem_to_smem(
-        v.at[b, pl.ds(zero, slots), n], v_smem, kv_full.at[1]
-      )
-  visible = [None] * len(units)
-  if prefix:
-    visible = [
-      mosaic.load(
-        hopper_masks.counts(prefix, b, g, start), mosaic.ROWS, optimized=False
-      )
-      for start, g, _ in units
-    ]
-  plgpu.barrier_wait(kv_full.at[0])
-  for start, g, u in units:
-    # Causal rows see no slot past their own tile.
-    size = slots if prefix else min(start + ROWS, slots)
-    plgpu.barrier_wait(q_full.at[u])
-    score = _scores(q_smem.at[u], k_smem.at[pl.ds(0, size)], size)
-    shape = score.shape
-    mask = hopper_masks.seen(visible[u], start, 0, shape)
-    score = jnp.where(mask, score, -jnp.inf)
-    largest = score.max(axis=1) * factor
-    finite = jnp.where(largest == -jnp.inf, 0.0, largest)
-    weight = jnp.exp2(score * factor - mosaic.along_rows(finite, shape))
-    total = weight.sum(axis=1)
-    weight = weight.astype(v.dtype)
-    if u == 0:
-      plgpu.barrier_wait(kv_full.at[1])
-    (result,) = mosaic.accumulate(
-      (mosaic.full((ROWS, H), 0, mosaic.TILE),),
-      lambda result, weight=weight, size=size: mosaic.product(
-        result, weight, v_smem.at[pl.ds(0, size)]
-      ),
-    )
-    _finish(result, largest, total, q_smem.at[u], lse_smem.at[u])
-    plgpu.commit_smem()
-    head = n * G + g
-    rows = pl.ds(zero + start, ROWS)
-    plgpu.copy_smem_to_gmem(q_smem.at[u], out.at[b, rows, head])
-    plgpu.copy_smem_to_gmem(lse_smem.at[u], lse.at[b, head, rows])
-  plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+  )(q, k, v, *(visible or ()))
 
 
 def _long(q, k, v, *refs, factor, config, share, splits):
-  """Warpgroups of 64 rows each share rings of key tiles that one fills."""
-  *refs, own, keys, values, out_smem, lse_smem, turn = refs
-  prefix = tuple(refs[:3]) if len(refs) > 3 else None
-  out, lse, *rest = refs[3 if prefix else 0 :]
-  B, T, Nq, H = q.shape
-  S, N = hopper_masks.keys(q, k)
-  G = Nq // N
-  C, size = config.consumers, config.keys
-  tiles = pl.cdiv(pl.cdiv(S, size), splits)
-  turns = config.pingpong and C == 2
-  warpgroup = lax.axis_index("warpgroup")
+  """The kernel of sequences of any length."""
+  *arrays, rows, keys, values, out_smem, lse_smem, turn = refs
+  visible = None
+  if len(arrays) > 3:
+    visible, arrays = hopper_masks.Visible(*arrays[:3]), arrays[3:]
+  out, lse, *out_error = arrays
+  thread_block = _ThreadBlock(
+    q=q,
+    k=k,
+    v=v,
+    visible=visible,
+    out=out,
+    lse=lse,
+    out_error=out_error[0] if out_error else None,
+    rows=rows,
+    keys=keys,
+    values=values,
+    out_smem=out_smem,
+    lse_smem=lse_smem,
+    turn=turn,
+    factor=factor,
+    config=config,
+    share=share,
+    splits=splits,
+    warpgroup=lax.axis_index("warpgroup"),
+  )
+  pipeline.run(
+    config.consumers,
+    share.rounds(),
+    thread_block.work,
+    thread_block.fetch,
+    [keys, values],
+    rows,
+    thread_block.take_turn,
+  )
 
-  def take(r):
-    """The block of a round; its first key tile, and how many it passes."""
-    block = hopper_masks.Block(share.item(r), T, N, G, C, prefix, splits)
-    first = block.split * tiles
-    # The last turn of an item is met by the first one of the next: it has one.
-    least = 1 if turns else 0
-    steps = jnp.clip(pl.cdiv(block.most(), size) - first, least, tiles)
-    return block, first, steps
 
-  def take_turn():
-    if turns:
-      plgpu.barrier_arrive(turn)
-      plgpu.barrier_wait(turn)
+class _Round(NamedTuple):
+  """What a consumer knows of its unit in one round.
 
-  def work(r, passed):
-    block, first, steps = take(r)
-    start, g, inside, least, most = block.unit(warpgroup)
-    mine, *visible = (x.at[warpgroup] for x in own.wait(r))
-    visible = mosaic.load(visible[0], mosaic.ROWS) if prefix else None
-    mine = mosaic.load(mine, mosaic.TILE)
-    # That was read by ordinary loads, the next is written by TMA.
-    plgpu.commit_smem()
-    own.release(r)
+  Attributes:
+    queries: [64, H] in registers.
+    visible: int32 [64] in registers; None for causal.
+    start: first row of the unit.
+    first: first key tile.
+    uses: uses of the key rings before this round.
+  """
 
-    def step(i, carry, masked):
-      accumulator, largest, total = carry
-      (k_tile,) = keys.wait(passed + i)
-      score = _scores(mine, k_tile, size, take_turn)
-      keys.release(passed + i)
-      shape = score.shape
-      if masked:
-        mask = hopper_masks.seen(visible, start, (first + i) * size, shape)
-        score = jnp.where(mask, score, -jnp.inf)
-      before, largest = (
-        largest,
-        jnp.maximum(largest, score.max(axis=1) * factor),
-      )
-      finite = largest
-      if masked:
-        # A row that has seen nothing yet has no largest score.
-        finite = jnp.where(largest == -jnp.inf, 0.0, largest)
-      decay = jnp.exp2(before - finite)
-      weight = jnp.exp2(score * factor - mosaic.along_rows(finite, shape))
-      accumulator *= mosaic.along_rows(decay, accumulator.shape)
-      total = total * decay + weight.sum(axis=1)
-      weight = weight.astype(v.dtype)
-      # The sums are done before the wait, not left for after it.
-      accumulator, total, largest, weight = lax.optimization_barrier(
-        (accumulator, total, largest, weight)
-      )
-      if turns:
-        plgpu.barrier_arrive(turn)
-      (v_tile,) = values.wait(passed + i)
-      if turns:
-        plgpu.barrier_wait(turn)
-      (accumulator,) = mosaic.accumulate(
-        (accumulator,),
-        lambda result: mosaic.product(result, weight, v_tile),
-      )
-      values.release(passed + i)
-      return accumulator, largest, total
+  queries: jax.Array
+  visible: jax.Array | None
+  start: jax.Array
+  first: mosaic.Index
+  uses: jax.Array
 
-    def drain(i, _):
-      for ring in (keys, values):
-        ring.wait(passed + i)
-        ring.release(passed + i)
-      take_turn()
-      take_turn()
 
-    carry = (
-      mosaic.full((ROWS, H), 0, mosaic.TILE),
-      mosaic.full((ROWS,), -jnp.inf, mosaic.ROWS),
-      mosaic.full((ROWS,), 0, mosaic.ROWS),
+class _Carry(NamedTuple):
+  """Running results of a unit (online softmax, arXiv 1805.02867).
+
+  Attributes:
+    accumulator: float32 [64, H], sum of the weighted values.
+    row_max: float32 [64], largest scaled score so far, base 2.
+    row_sum: float32 [64], sum of the weights relative to row_max.
+  """
+
+  accumulator: jax.Array
+  row_max: jax.Array
+  row_sum: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _ThreadBlock:
+  """The code of a thread block, and all that it refers to.
+
+  Attributes:
+    q, k, v, visible, out, lse, out_error: references in global memory.
+    rows: ring of query tiles and `visible`, used once a round.
+    keys: ring of key tiles.
+    values: ring of value tiles.
+    out_smem: output tiles on their way to global memory, one per consumer.
+    lse_smem: log-sum-exps on their way to global memory.
+    turn: barrier of two consumers that take turns.
+    factor: factor of the scores as exponents of 2.
+    config: tile sizes.
+    share: the items of the thread block.
+    splits: splits of the slots.
+    warpgroup: index of the warpgroup that runs the code.
+  """
+
+  q: mosaic.Ref
+  k: mosaic.Ref
+  v: mosaic.Ref
+  visible: hopper_masks.Visible | None
+  out: mosaic.Ref
+  lse: mosaic.Ref
+  out_error: mosaic.Ref | None
+  rows: pipeline.Ring
+  keys: pipeline.Ring
+  values: pipeline.Ring
+  out_smem: mosaic.Ref
+  lse_smem: mosaic.Ref
+  turn: mosaic.Ref
+  factor: float
+  config: tuning.Hopper
+  share: pipeline.Share
+  splits: int
+  warpgroup: jax.Array
+
+  @property
+  def takes_turns(self) -> bool:
+    return self.config.pingpong and self.config.consumers == 2
+
+  def plan(
+    self, r: mosaic.Index
+  ) -> tuple[hopper_masks.Block, mosaic.Index, jax.Array]:
+    """Return the Block of a round, its first key tile, and their number."""
+    T, Nq = self.q.shape[1:3]
+    S, N = hopper_masks.key_sizes(self.q, self.k)
+    tiles = pl.cdiv(pl.cdiv(S, self.config.keys), self.splits)
+    block = hopper_masks.Block(
+      self.share.item(r),
+      T,
+      N,
+      Nq // N,
+      self.config.consumers,
+      self.visible,
+      self.splits,
     )
-    whole = jnp.clip(jnp.where(inside, least // size, 0) - first, 0, steps)
-    end = jnp.clip(pl.cdiv(most, size) - first, 0, steps)
-    for low, high, masked in ((0, whole, False), (whole, end, True)):
-      carry = lax.fori_loop(
-        low, high, functools.partial(step, masked=masked), carry
-      )
-    lax.fori_loop(end, steps, drain, None)
-    index = block.b * splits + block.split, block.n * G + g, pl.ds(start, ROWS)
-    pl.when(inside)(lambda: store(carry, *index))
-    return passed + steps
+    first = block.split * tiles
+    # A consumer ends its last turn when the other one begins the next item, so
+    # every item must have a turn.
+    least_steps = 1 if self.takes_turns else 0
+    end = pl.cdiv(block.most(), self.config.keys)
+    return block, first, jnp.clip(end - first, least_steps, tiles)
 
-  def store(carry, b, head, rows):
-    staging, lse_mine = out_smem.at[warpgroup], lse_smem.at[warpgroup]
-    # What was stored before has left.
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    result = _finish(*carry, staging, lse_mine)
+  def take_turn(self) -> None:
+    """Let the other consumer go on, and wait until it does the same."""
+    if self.takes_turns:
+      plgpu.barrier_arrive(self.turn)
+      plgpu.barrier_wait(self.turn)
+
+  def work(self, r: mosaic.Index, uses: jax.Array) -> jax.Array:
+    """Compute the consumer's unit of round r."""
+    block, first, steps = self.plan(r)
+    unit = block.unit(self.warpgroup)
+    q_tile, *visible_tile = (x.at[self.warpgroup] for x in self.rows.wait(r))
+    visible = None
+    if self.visible:
+      visible = mosaic.load(visible_tile[0], mosaic.ROW_LAYOUT)
+    queries = mosaic.load(q_tile, mosaic.TILE_LAYOUT)
+    # These were ordinary loads; the next write to the tile is by TMA.
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(staging, out.at[b, rows, head])
-    plgpu.copy_smem_to_gmem(lse_mine, lse.at[b, head, rows])
-    if rest:
+    self.rows.release(r)
+    this_round = _Round(queries, visible, unit.start, first, uses)
+    H, size = self.q.shape[3], self.config.keys
+    carry = _Carry(
+      mosaic.full((ROWS, H), 0, mosaic.TILE_LAYOUT),
+      mosaic.full((ROWS,), -jnp.inf, mosaic.ROW_LAYOUT),
+      mosaic.full((ROWS,), 0, mosaic.ROW_LAYOUT),
+    )
+    # The first key tiles are visible to all rows and need no mask.
+    unmasked = jnp.where(unit.exists, unit.least // size, 0) - first
+    unmasked = jnp.clip(unmasked, 0, steps)
+    end = jnp.clip(pl.cdiv(unit.most, size) - first, 0, steps)
+    for low, high, is_masked in ((0, unmasked, False), (unmasked, end, True)):
+      step = functools.partial(
+        self.step, this_round=this_round, is_masked=is_masked
+      )
+      carry = lax.fori_loop(low, high, step, carry)
+    lax.fori_loop(end, steps, functools.partial(self.skip, uses=uses), None)
+    b = block.b * self.splits + block.split
+    head = block.n * (self.q.shape[2] // self.k.shape[2]) + unit.g
+    rows = pl.ds(unit.start, ROWS)
+    pl.when(unit.exists)(lambda: self.store(carry, b, head, rows))
+    return uses + steps
+
+  def step(
+    self,
+    i: mosaic.Index,
+    carry: _Carry,
+    *,
+    this_round: _Round,
+    is_masked: bool,
+  ) -> _Carry:
+    """Attend to the i-th key tile of the round."""
+    queries, visible, start, first, uses = this_round
+    accumulator, row_max, row_sum = carry
+    size = self.config.keys
+    (k_tile,) = self.keys.wait(uses + i)
+    score = hopper_softmax.scores(queries, k_tile, size, self.take_turn)
+    self.keys.release(uses + i)
+    shape = score.shape
+    if is_masked:
+      mask = hopper_masks.mask(visible, start, (first + i) * size, shape)
+      score = jnp.where(mask, score, -jnp.inf)
+    row_max_before = row_max
+    row_max = jnp.maximum(row_max, score.max(axis=1) * self.factor)
+    finite_max = row_max
+    if is_masked:
+      # A row that has seen no slot so far has no maximum.
+      finite_max = jnp.where(row_max == -jnp.inf, 0.0, row_max)
+    decay = jnp.exp2(row_max_before - finite_max)
+    weight = jnp.exp2(
+      score * self.factor - mosaic.along_rows(finite_max, shape)
+    )
+    accumulator *= mosaic.along_rows(decay, accumulator.shape)
+    row_sum = row_sum * decay + weight.sum(axis=1)
+    weight = weight.astype(self.v.dtype)
+    # This keeps the compiler from moving the sums behind the wait.
+    accumulator, row_sum, row_max, weight = lax.optimization_barrier(
+      (accumulator, row_sum, row_max, weight)
+    )
+    if self.takes_turns:
+      plgpu.barrier_arrive(self.turn)
+    (v_tile,) = self.values.wait(uses + i)
+    if self.takes_turns:
+      plgpu.barrier_wait(self.turn)
+    (accumulator,) = mosaic.accumulate(
+      (accumulator,), lambda result: mosaic.wgmma(result, weight, v_tile)
+    )
+    self.values.release(uses + i)
+    return _Carry(accumulator, row_max, row_sum)
+
+  def skip(self, i: mosaic.Index, _: None, *, uses: jax.Array) -> None:
+    """Pass over a key tile that only the other consumers see."""
+    for ring in (self.keys, self.values):
+      ring.wait(uses + i)
+      ring.release(uses + i)
+    self.take_turn()
+    self.take_turn()
+
+  def store(
+    self,
+    carry: _Carry,
+    b: mosaic.Index,
+    head: mosaic.Index,
+    rows: slice | pl.Slice,
+  ) -> None:
+    """Write the results of a unit to global memory."""
+    out_tile = self.out_smem.at[self.warpgroup]
+    lse_tile = self.lse_smem.at[self.warpgroup]
+    # The copies of the round before must have left these tiles.
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    exact = hopper_softmax.finish(
+      carry.accumulator, carry.row_max, carry.row_sum, out_tile, lse_tile
+    )
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(out_tile, self.out.at[b, rows, head])
+    plgpu.copy_smem_to_gmem(lse_tile, self.lse.at[b, head, rows])
+    if self.out_error is not None:
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-      rounded = result.astype(q.dtype).astype(jnp.float32)
-      staging[...] = (result - rounded).astype(q.dtype)
+      rounded = exact.astype(self.q.dtype).astype(jnp.float32)
+      out_tile[...] = (exact - rounded).astype(self.q.dtype)
       plgpu.commit_smem()
-      plgpu.copy_smem_to_gmem(staging, rest[0].at[b, rows, head])
+      plgpu.copy_smem_to_gmem(out_tile, self.out_error.at[b, rows, head])
 
-  def fetch(r, passed):
-    block, first, steps = take(r)
-    block.load(own, r, (q,))
+  def fetch(self, r: mosaic.Index, uses: jax.Array) -> jax.Array:
+    """Load the queries, keys and values of round r."""
+    block, first, steps = self.plan(r)
+    block.load(self.rows, r, (self.q,))
+    B, size = self.q.shape[0], self.config.keys
 
-    def fill(i, _):
-      tile = B, block.b, (first + i) * size, size, block.n
-      for ring, source in ((keys, k), (values, v)):
-        ring.put(passed + i, [hopper_masks.key_tile(source, *tile)])
+    def load_tiles(i, _):
+      where = B, block.b, (first + i) * size, size, block.n
+      for ring, source in ((self.keys, self.k), (self.values, self.v)):
+        ring.load(uses + i, [hopper_masks.key_tile(source, *where)])
 
-    lax.fori_loop(0, steps, fill, None)
-    return passed + steps
-
-  mosaic.run(C, share.rounds(), work, fetch, [keys, values], own, take_turn)
+    lax.fori_loop(0, steps, load_tiles, None)
+    return uses + steps

@@ -1,4 +1,7 @@
-"""What both TPU kernels are made of: grid, blocks, masks, products."""
+"""Grid, blocks, masks and products that the TPU kernels share."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -8,25 +11,43 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import context, tuning
 from pallas_kernels.tpu import tiles
 
-# Of the 64 MiB that the smallest of v5e, v5p and v6e has.
+# A reference to memory; Pallas's own classes for them are private.
+Ref: TypeAlias = Any
+
+# What a kernel may use of VMEM; v5e, v5p and v6e have at least 64 MiB.
 VMEM_BYTES = 48 * 2**20
 
 
 class Blocks:
-  """The grid, and the blocks that a pair of the work list needs."""
+  """The grid of a call, and the blocks that each pair of a work list needs.
 
-  def __init__(self, q, k, visible, key_rank, work, tiling):
+  Attributes:
+    masks: BlockSpecs of `visible` and, if the slots have ranks, of `key_rank`.
+    ranks: [key_rank] if the slots have ranks, else [].
+  """
+
+  def __init__(
+    self,
+    q: jax.Array,
+    visible: jax.Array,
+    key_rank: jax.Array | None,
+    work: tiles.Worklist,
+    tiling: tuning.TpuTiles,
+  ):
+    """Make the grid; arguments as for kernels.forward."""
     B, N = q.shape[:2]
-    # A list that all sequences share is walked once for each.
-    shared = visible.shape[0] < B or B == 1
-    self.grid = (B if shared else 1, N // tiling.heads, work.count)
+    # A work list that all sequences share is walked once for each of them.
+    is_shared = visible.shape[0] < B or B == 1
+    self.grid = (B if is_shared else 1, N // tiling.heads, work.visits)
     self.work = work
     self.tiling = tiling
-    self.all = q.shape[3]
-    tile = pl.BlockSpec(
-      (1, 1, tiling.rows), lambda b, n, s, seq, row, *_: (seq[s], 0, row[s])
-    )
-    self.masks, self.ranks = [tile], []
+    self.rows = q.shape[3]
+    self.masks = [
+      pl.BlockSpec(
+        (1, 1, tiling.rows), lambda b, n, s, seq, row, *_: (seq[s], 0, row[s])
+      )
+    ]
+    self.ranks: list[jax.Array] = []
     if key_rank is not None:
       self.masks.append(
         pl.BlockSpec(
@@ -36,19 +57,22 @@ class Blocks:
       )
       self.ranks.append(key_rank)
 
-  def row(self, height):
+  def row(self, height: int) -> pl.BlockSpec:
+    """Return the block of an array [B, N, height, rows] in a row tile."""
     return pl.BlockSpec(
       (1, self.tiling.heads, height, self.tiling.rows),
       lambda b, n, s, seq, row, *_: (b + seq[s], n, 0, row[s]),
     )
 
-  def all_rows(self, height):
+  def all_rows(self, height: int) -> pl.BlockSpec:
+    """Return the block of an array [B, N, height, rows] in all row tiles."""
     return pl.BlockSpec(
-      (1, self.tiling.heads, height, self.all),
+      (1, self.tiling.heads, height, self.rows),
       lambda b, n, s, seq, *_: (b + seq[s], n, 0, 0),
     )
 
-  def key(self, height):
+  def key(self, height: int) -> pl.BlockSpec:
+    """Return the block of an array [B, N, height, slots] in a key tile."""
     return pl.BlockSpec(
       (1, self.tiling.heads, height, self.tiling.slots),
       lambda b, n, s, seq, row, key, _: (b + seq[s], n, 0, key[s]),
@@ -56,15 +80,16 @@ class Blocks:
 
   def call(
     self,
-    kernel,
-    inputs,
+    kernel: Callable[..., None],
+    inputs: Sequence[jax.Array],
     *,
-    in_specs,
-    out_specs,
-    out_shape,
-    scratch_shapes,
-    name,
-  ):
+    in_specs: Sequence[pl.BlockSpec],
+    out_specs: Sequence[pl.BlockSpec],
+    out_shape: Sequence[jax.ShapeDtypeStruct],
+    scratch_shapes: Sequence[Ref],
+    name: str,
+  ) -> list[jax.Array]:
+    """Run a kernel for every pair of the work list; see pl.pallas_call."""
     return pl.pallas_call(
       kernel,
       grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -84,46 +109,76 @@ class Blocks:
     )(*self.work[:4], *inputs)
 
 
-def like(x, shape, dtype):
-  """Under shard_map what is returned varies over the mesh as x does."""
+def like(
+  x: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike
+) -> jax.ShapeDtypeStruct:
+  """Return the type of an output that varies over mesh axes as x does.
+
+  The mesh axes are those of jax.shard_map.
+  """
   return jax.ShapeDtypeStruct(
     shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type
   )
 
 
-def dot(a, b, axis_a, axis_b):
-  """Contracts an axis of matrix a with one of b, in float32."""
-  exact = a.dtype == jnp.float32
+def dot(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
+  """Contract an axis of matrix a with an axis of matrix b, in float32."""
+  is_float32 = a.dtype == jnp.float32
   return jax.lax.dot_general(
     a,
     b,
     (((axis_a,), (axis_b,)), ((), ())),
     preferred_element_type=jnp.float32,
-    precision=jax.lax.Precision.HIGHEST if exact else None,
+    precision=jax.lax.Precision.HIGHEST if is_float32 else None,
   )
 
 
-def _seen(visible_ref, rank_ref, key, slots):
-  """Which scores of the pair count: bool [slots, rows]."""
+def _mask(
+  visible_ref: Ref, rank_ref: Ref | None, key: jax.Array, slots: int
+) -> jax.Array:
+  """Return which scores of a pair are visible: bool [slots, rows].
+
+  Args:
+    visible_ref: int32 [1, 1, rows].
+    rank_ref: int32 [1, 1, slots]; None if the rank of a slot is its index.
+    key: key tile.
+    slots: slots of a key tile.
+  """
   visible = visible_ref[0]
   shape = (slots, visible.shape[1])
   if rank_ref is None:
     index = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     return index < visible - key * slots
-  # The ranks come as lanes and are wanted as sublanes.
+  # The ranks lie along lanes and are needed along sublanes.
   rank = jnp.broadcast_to(rank_ref[0], (tuning.LANES, slots)).T
   return jnp.tile(rank, (1, shape[1] // tuning.LANES)) < visible
 
 
-def at(bit, flags):
-  """Runs the decorated block where the pair's flags have the bit."""
+def at(bit: int, flags: jax.Array) -> Callable[[Callable[[], None]], None]:
+  """Run the decorated function if the pair's flags have the bit."""
   return pl.when(flags & bit != 0)
 
 
-def for_each_head(flags, accumulate, key, visible_ref, rank_ref, k_ref):
-  """Calls accumulate(head, seen), seen being None where nothing is hidden.
+def for_each_head(
+  flags: jax.Array,
+  accumulate: Callable[[int, jax.Array | None], None],
+  key: jax.Array,
+  visible_ref: Ref,
+  rank_ref: Ref | None,
+  k_ref: Ref,
+) -> None:
+  """Call accumulate(head, mask) for the key heads of a grid step.
 
-  Nothing is called where nothing is visible.
+  The mask is None if all scores of the pair are visible. If none is visible,
+  there is no call.
+
+  Args:
+    flags: bits of the pair.
+    accumulate: what to do with each key head.
+    key: key tile of the pair.
+    visible_ref: int32 [1, 1, rows].
+    rank_ref: int32 [1, 1, slots]; None if the rank of a slot is its index.
+    k_ref: [1, heads, H, slots].
   """
   heads, _, slots = k_ref.shape[1:]
 
@@ -134,6 +189,6 @@ def for_each_head(flags, accumulate, key, visible_ref, rank_ref, k_ref):
 
   @at(tiles.SOME, flags)
   def masked():
-    seen = _seen(visible_ref, rank_ref, key, slots)
+    mask = _mask(visible_ref, rank_ref, key, slots)
     for n in range(heads):
-      accumulate(n, seen)
+      accumulate(n, mask)

@@ -1,8 +1,9 @@
-"""Which tiles of the score matrix hold something visible.
+"""Which tiles of the score matrix have something visible.
 
-A row tile is some rows of one sequence, a key tile some consecutive slots. In
-the pair of both every score is visible, or some, or none; this is known from
-the smallest and the largest `visible` of the rows and rank of the slots.
+A row tile is some rows of one sequence, a key tile is some consecutive slots of
+it. A pair of both is a tile of the score matrix, in which all scores are
+visible, or some, or none. The smallest and the largest `visible` of the rows
+and rank of the slots decide which.
 """
 
 from typing import NamedTuple
@@ -12,8 +13,8 @@ import jax.numpy as jnp
 
 # Bits of Worklist.flags.
 FIRST, LAST = 1, 2  # The pair starts, ends the work on its stationary tile.
-OPENS, CLOSES = 4, 8  # It starts, ends the work on its sequence.
-SOME, ALL = 16, 32  # What is visible; neither bit: nothing.
+OPENS, CLOSES = 4, 8  # The pair starts, ends the work on its sequence.
+SOME, ALL = 16, 32  # Some or all scores are visible; without both bits, none.
 _FLAGS = 64
 
 
@@ -25,14 +26,17 @@ class Bounds(NamedTuple):
 
 
 def row_bounds(visible: jax.Array) -> Bounds:
-  """Of `visible`, int32 [B or 1, row tiles, rows]."""
+  """Return the Bounds of `visible`, int32 [B or 1, row tiles, rows]."""
   return Bounds(visible.min(axis=-1), visible.max(axis=-1))
 
 
 def key_bounds(key_rank: jax.Array | None, S: int, size: int) -> Bounds:
-  """Of the ranks of the slots, int32 [B, S], S a multiple of the tile's size.
+  """Return the Bounds of the ranks of the slots.
 
-  None: the rank of a slot is its index.
+  Args:
+    key_rank: int32 [B, S]; None if the rank of a slot is its index.
+    S: slots, a multiple of `size`.
+    size: slots of a key tile.
   """
   if key_rank is None:
     low = jnp.arange(0, S, size, jnp.int32)[None]
@@ -42,34 +46,34 @@ def key_bounds(key_rank: jax.Array | None, S: int, size: int) -> Bounds:
 
 
 class Worklist(NamedTuple):
-  """Pairs of tiles in the order in which a sequential grid visits them.
+  """Pairs of tiles, in the order in which a sequential grid visits them.
 
-  All pairs of a stationary tile follow each other. It has at least one, in
-  which nothing may be visible: its output must be written all the same.
+  One tile of a pair stays in place (is stationary) while the other one moves.
+  All pairs of a stationary tile follow each other. Every stationary tile has at
+  least one pair, because its output must be written even if nothing is visible.
 
   Attributes:
-    sequence: int32 [n], of the pair, in 0 to B - 1, or 0 for a list that all
-      sequences share.
-    row: int32 [n], the row tile.
-    key: int32 [n], the key tile.
-    flags: int32 [n], see above.
-    count: how many of the n are to be visited.
+    sequence: int32 [n], the pair's sequence; 0 if all sequences share the list.
+    row: int32 [n], the pair's row tile.
+    key: int32 [n], the pair's key tile.
+    flags: int32 [n], the bits above.
+    visits: number of pairs to visit; the others of the n are padding.
   """
 
   sequence: jax.Array
   row: jax.Array
   key: jax.Array
   flags: jax.Array
-  count: int | jax.Array
+  visits: int | jax.Array
 
 
 def worklist(rows: Bounds, keys: Bounds, *, key_major: bool) -> Worklist:
-  """The pairs in which something is visible.
+  """Return the pairs in which something is visible.
 
   Args:
-    rows: of `visible`.
-    keys: of the ranks.
-    key_major: whether the key tile is stationary, and not the row tile.
+    rows: bounds of `visible`.
+    keys: bounds of the ranks.
+    key_major: whether the key tile is stationary; otherwise it is the row tile.
   """
   some = keys.low[:, None, :] < rows.high[:, :, None]
   every = keys.high[:, None, :] < rows.low[:, :, None]
@@ -89,8 +93,8 @@ def worklist(rows: Bounds, keys: Bounds, *, key_major: bool) -> Worklist:
     + (last & (stationary == outer - 1)) * CLOSES
     + jnp.where(every, ALL, some * SOME)
   )
-  # One sort of packed numbers, and a few operations around it: this is done
-  # for every call, and on a TPU each operation costs microseconds.
+  # One sort of packed numbers needs few operations. That matters because this
+  # runs in every call, and each operation costs microseconds on a TPU.
   index = jnp.arange(visited.size).reshape(visited.shape)
   packed = jnp.where(visited, index * _FLAGS + flags, jnp.iinfo(jnp.int32).max)
   packed = jnp.sort(packed.ravel().astype(jnp.int32))
@@ -104,10 +108,12 @@ def worklist(rows: Bounds, keys: Bounds, *, key_major: bool) -> Worklist:
 def causal_worklist(
   positions: range, S: int, rows: int, slots: int, *, key_major: bool
 ) -> Worklist:
-  """The same where position i sees min(i + 1, S) slots, without an operation.
+  """Return the work list of the causal mask, as a constant.
+
+  Position i sees min(i + 1, S) slots.
 
   Args:
-    positions: of the rows, from a tile's first on.
+    positions: positions of the rows; the first one begins a row tile.
     S: slots.
     rows: positions of a row tile.
     slots: slots of a key tile.
@@ -120,17 +126,25 @@ def causal_worklist(
     for key, end in enumerate(range(slots, high + slots, slots)):
       pairs.append((row, key, ALL if end <= low else SOME))
   if key_major:
-    seen = {key for _, key, _ in pairs}
-    unseen = set(range(-(-S // slots))) - seen
-    pairs += [(0, key, 0) for key in unseen]
+    visible_keys = {key for _, key, _ in pairs}
+    hidden_keys = set(range(-(-S // slots))) - visible_keys
+    pairs += [(0, key, 0) for key in hidden_keys]
     pairs.sort(key=lambda pair: (pair[1], pair[0]))
   stationary = [None, *(pair[key_major] for pair in pairs), None]
   flags = [pair[2] for pair in pairs]
-  for i, (before, own, after) in enumerate(
+  for i, (before, current, after) in enumerate(
     zip(stationary, stationary[1:], stationary[2:])
   ):
-    flags[i] += FIRST * (before != own) + LAST * (after != own)
+    flags[i] += FIRST * (before != current) + LAST * (after != current)
   flags[0] += OPENS
   flags[-1] += CLOSES
-  columns = [0] * len(pairs), *list(zip(*pairs))[:2], flags
-  return Worklist(*(jnp.array(c, jnp.int32) for c in columns), len(pairs))
+  columns = (
+    [0] * len(pairs),
+    [pair[0] for pair in pairs],
+    [pair[1] for pair in pairs],
+    flags,
+  )
+  sequence, row_column, key_column, flag_column = (
+    jnp.array(column, jnp.int32) for column in columns
+  )
+  return Worklist(sequence, row_column, key_column, flag_column, len(pairs))

@@ -1,0 +1,44 @@
+"""The arrays that the two backward kernels for any number of slots read."""
+
+from typing import NamedTuple
+
+import jax
+
+from pallas_kernels.hopper import masks as hopper_masks
+
+
+class Sizes(NamedTuple):
+  """Dims of a call; `masks` explains the letters."""
+
+  B: int
+  T: int
+  S: int
+  N: int
+  G: int
+  H: int
+
+
+class Inputs(NamedTuple):
+  """Arrays; in a kernel, references to arrays of the same shapes.
+
+  Attributes:
+    q: [B, T, Nq, H].
+    k: [B, S, N, H], or [P * B, S / P, N, H] as masks.key_tile says.
+    v: like k.
+    d_out: [B, T, Nq, H], gradient of the output.
+    lse: float32 [B, Nq, T rounded up to 64], base 2.
+    delta: like lse; see backward.backward.
+  """
+
+  q: jax.Array
+  k: jax.Array
+  v: jax.Array
+  d_out: jax.Array
+  lse: jax.Array
+  delta: jax.Array
+
+  @property
+  def sizes(self) -> Sizes:
+    B, T, Nq, H = self.q.shape
+    S, N = hopper_masks.key_sizes(self.q, self.k)
+    return Sizes(B, T, S, N, Nq // N, H)
