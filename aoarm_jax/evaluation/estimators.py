@@ -56,7 +56,7 @@ def estimate(
   among all sequences, and not on the batch.
 
   Args:
-    estimator: a name of config.ESTIMATORS.
+    estimator: a name of schema.ESTIMATORS.
     config: the config; its sections orders and eval and train.least_time are
       read.
     network: the network whose likelihood is estimated.

@@ -152,7 +152,7 @@ class Evaluator:
     Args:
       params: the network's parameters, on the mesh.
       batches: the sequences to evaluate.
-      estimator: a name of config.ESTIMATORS.
+      estimator: a name of schema.ESTIMATORS.
       step: training steps of the parameters. The orders of training_order
         under a curriculum depend on it.
       is_stopped: called before every batch. A true result ends the evaluation.
