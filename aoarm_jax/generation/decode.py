@@ -182,9 +182,9 @@ def _start(network, keys, tokens, known, order, length, prefill):
   slots = orders.to_slots(tokens, order, network.layout)
   cache = network.empty_cache(B, T + s - 1)
   if prefill:
-    # One pass over all slots keeps shapes static. After it, slots of blanks hold
-    # arbitrary values. No known slot sees them, and each is written again when
-    # its token is decided.
+    # One pass over all slots keeps shapes static. After it, slots of blanks
+    # hold arbitrary values. No known slot sees them, and each is written again
+    # when its token is decided.
     cache = network.prefill(slots, cache)
   # Slot i + 1 receives the token that slot i predicts. So the content has one
   # slot more than the cache: the last token is never an input of the network.
