@@ -71,7 +71,7 @@ def generate(
       front, by position. Blanks keep their order, except in `adaptive`.
     law: the law of every draw.
     plan: the way through the blanks; None decides them one by one.
-    prefill: False skips the pass over known tokens. That is allowed only if
+    prefill: False skips the pass over known tokens. This is allowed only if
       nothing is known and there is one sentinel.
     most_known: upper bound on the known tokens of a row; None means T. If it is
       small, a large cache grows in stages.

@@ -176,8 +176,8 @@ def warn_other_text(
     recorded = text.get(split)
     if recorded is None:
       logging.info(
-        "the checkpoint knows no %s text: whether this one is its run's is not "
-        "checked",
+        "the checkpoint does not record the %s text: this text is not compared "
+        "with the run's",
         split,
       )
     elif recorded != corpus.hash(split):

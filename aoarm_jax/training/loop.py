@@ -314,7 +314,7 @@ class _Run:
         if step == c.train.steps:
           break
         profile.before_step(step, state)
-        # An implicit transfer would make the host wait for the device, so only
+        # An implicit transfer could make the host wait for the device, so only
         # explicit transfers are allowed.
         with jax.transfer_guard("disallow"), profile.annotation(step):
           batch = sharding.put_batch(self.mesh, next(self.batches))
