@@ -19,26 +19,30 @@ from aoarm_jax.runs import opening
 
 
 class Model:
-  """A trained model; every method may be called any number of times.
+  """A trained model. Every method may be called any number of times.
 
-  It runs on all devices that are here, with compute.attention="auto", whatever
-  the run was trained on and with.
+  The model runs on all local devices with compute.attention="auto". The devices
+  and the attention of training do not matter.
 
-  Options are the fields of config.sample (generate, infill) or config.score
-  (score), with the defaults of the run; `order` may also be a permutation of
-  the positions 1..n of every text, or a list of one for each text. The same
-  call gives the same result, on any number of devices, but for rounding.
+  The options of `generate` and `infill` are the fields of config.sample. The
+  options of `score` are the fields of config.score. Their defaults are the
+  values of the run. The option `order` may also be a permutation of the
+  positions 1..n of every text, or a list with one permutation per text. The
+  same call gives the same result on any number of devices, up to rounding.
 
   Attributes:
-    config: of the run.
-    step: of the checkpoint.
+    config: the config of the run, with the mesh and the attention used here.
+    step: training steps of the checkpoint.
   """
 
-  def __init__(self, workdir: os.PathLike | str, *, read: str = "newest"):
-    """See aoarm_jax.load."""
+  def __init__(
+    self, workdir: os.PathLike | str, *, read: str = "newest"
+  ) -> None:
+    """Load a checkpoint. See aoarm_jax.load for the arguments and errors."""
     workdir = epath.Path(workdir)
     config = opening.read_config(workdir)
-    # The devices that are here, and what they can, not those of training.
+    # The mesh and the attention must fit the devices here, and not those of
+    # training.
     config = config.replace("checkpoint.read", read)
     config = config.replace("mesh", config_lib.Mesh())
     self.config = config_rules.validate(
@@ -51,17 +55,17 @@ class Model:
     self._scorer = score_lib.Scorer(self.config, run.network)
 
   def generate(self, count: int = 1, **options: Any) -> list[generate_lib.Text]:
-    """Draws `count` texts of T tokens.
+    """Draw `count` texts of T tokens.
 
     Args:
-      count: how many; several thousand are drawn in batches.
-      **options: fields of config.sample, as temperature, order or method.
+      count: number of texts. Many texts are drawn in several batches.
+      **options: fields of config.sample, such as temperature, order or method.
 
     Returns:
-      generate.Text each: text, tokens, order, log_p (nats), calls, accepted.
+      A list of texts.Text: text, tokens, order, log_p (nats), calls, accepted.
 
     Raises:
-      ConfigError: an option that cannot be.
+      ConfigError: an option is unknown or has an invalid value.
     """
     T = self.config.model.T
     blank = prompts.Prompt(
@@ -72,31 +76,31 @@ class Model:
   def infill(
     self, texts: str | Sequence[str], count: int = 1, **options: Any
   ) -> list[generate_lib.Text] | list[list[generate_lib.Text]]:
-    """Fills the blanks of texts, `count` times each.
+    """Fill the blanks of texts, `count` times each.
 
     Args:
-      texts: one text or several, with a `_` (config.sample.blank) for every
-        token to generate.
-      count: texts for each prompt.
-      **options: fields of config.sample, as temperature, order or method.
+      texts: one text or a sequence of texts, with a `_` (config.sample.blank)
+        for every token to generate.
+      count: number of results for each text.
+      **options: fields of config.sample, such as temperature, order or method.
 
     Returns:
-      generate.Text each; a list of lists for several prompts. log_p is that of
-      the blanks.
+      A list of texts.Text; for a sequence of texts, a list of such lists. log_p
+      is the log-probability of the blanks.
 
     Raises:
-      PromptError: nothing to fill, a character outside the vocabulary, or more
-        tokens than T.
-      ConfigError: an option that cannot be.
+      PromptError: a text has no blank, a character outside the vocabulary, or
+        more than T tokens.
+      ConfigError: an option is unknown or has an invalid value.
     """
-    many = _several(texts, str)
+    several = _several(texts, str)
     blank = self._with("sample", options).sample.blank
     parsed = [
       prompts.parse_prompt(text, self._network.tokenizer, blank, f"text {i}")
-      for i, text in enumerate(many, 1)
+      for i, text in enumerate(several, 1)
     ]
-    found = self._fill(parsed, count, options)
-    return found[0] if isinstance(texts, str) else found
+    filled = self._fill(parsed, count, options)
+    return filled[0] if isinstance(texts, str) else filled
 
   def score(
     self,
@@ -105,26 +109,28 @@ class Model:
     blank: str | None = None,
     **options: Any,
   ) -> score_lib.Score | list[score_lib.Score]:
-    """Log-probabilities of texts, or of their marked parts given the rest.
+    """Return log-probabilities of texts, or of their marked parts.
 
     Args:
-      texts: one text or several, as "the [qu]ick ___": what is in brackets is
-        scored (without brackets all of it), `_` is unknown, the rest is given.
-        Of a generated Text all tokens are scored, whatever they are.
-      blank: the character for an unknown token, '' for none; None is
-        config.sample.blank. marks='' turns brackets into text, too.
-      **options: fields of config.score, as order or, for an average over K
-        uniform orders, order="uniform", orders=K.
+      texts: one text or a sequence of texts, as in "the [qu]ick ___". The part
+        in brackets is scored, and the other known tokens are given. Without
+        brackets all known tokens are scored. `_` is an unknown token. In a
+        generated texts.Text all tokens are scored.
+      blank: the character for an unknown token; '' means that no character is.
+        None takes config.sample.blank.
+      **options: fields of config.score. For example, order="uniform" with
+        orders=K averages over K uniform orders, and marks='' makes brackets
+        ordinary characters.
 
     Returns:
-      score.Score each, in nats and bits.
+      A score.Score, in nats and bits; for a sequence of texts, a list of them.
 
     Raises:
-      PromptError: nothing to score, marks that do not pair, a character outside
-        the vocabulary, or more tokens than T.
-      ConfigError: an option that cannot be.
+      PromptError: there is nothing to score, a mark has no partner, a
+        character is outside the vocabulary, or a text has more than T tokens.
+      ConfigError: an option is unknown or has an invalid value.
     """
-    many = _several(texts, (str, generate_lib.Text))
+    several = _several(texts, (str, generate_lib.Text))
     config = self._with("score", options, blank)
     if "orders" in options and config.score.order != "uniform":
       raise config_lib.ConfigError(
@@ -132,15 +138,16 @@ class Model:
         f"is {config.score.order!r}"
       )
     parsed = [
-      self._marked(text, config, f"text {i}") for i, text in enumerate(many, 1)
+      self._marked(text, config, f"text {i}")
+      for i, text in enumerate(several, 1)
     ]
     given = _orders(options, [marked for _, marked in parsed])
     with jax.set_mesh(self._network.mesh):
-      found = self._scorer.score(self._params, parsed, config, given)
-    return found if many is texts else found[0]
+      scores = self._scorer.score(self._params, parsed, config, given)
+    return scores if several is texts else scores[0]
 
   def _marked(self, text, config, name):
-    """(text, prompts.Marked)."""
+    """Return (text, prompts.Marked) of a text or of a generated Text."""
     if isinstance(text, generate_lib.Text):
       tokens = np.array(text.tokens, np.int32)
       everywhere = np.ones(len(tokens), bool)
@@ -151,13 +158,14 @@ class Model:
     )
 
   def _fill(self, parsed, count, options):
+    """Return `count` texts for each of the parsed prompts."""
     config = self._with("sample", {"count": count, **options})
     given = _orders(options, parsed)
     with jax.set_mesh(self._network.mesh):
       return self._sampler.fill(self._params, parsed, config, given)
 
   def _with(self, section, options, blank=None):
-    """The config with these options; `order` may be one or several."""
+    """Return the validated config with the options of a section."""
     config, options = self.config, dict(options)
     if blank is not None:
       config = config.replace("sample.blank", blank)
@@ -179,52 +187,66 @@ class Model:
 
 
 def _several(texts, kinds):
-  """A list of them, where there is one only."""
-  many = [texts] if isinstance(texts, kinds) else texts
-  if isinstance(many, Sequence) and not isinstance(many, bytes):
-    wrong = [text for text in many if not isinstance(text, kinds)]
+  """Return `texts` as a sequence; a single text becomes a list.
+
+  Raises:
+    PromptError: something in it is not a text of these kinds.
+  """
+  several = [texts] if isinstance(texts, kinds) else texts
+  if isinstance(several, Sequence) and not isinstance(several, bytes):
+    wrong = [text for text in several if not isinstance(text, kinds)]
   else:
-    wrong = [many]
+    wrong = [several]
   if wrong:
     raise prompts.PromptError(
       f"{wrong[0]!r} is no text: give a str or a list of them"
     )
-  return many
+  return several
 
 
 def _orders(options, texts):
-  """A permutation for every text, where option `order` gives any; or None."""
+  """Return the permutation of every text from the option `order`.
+
+  Returns None if the option is absent or is the name of a family.
+
+  Raises:
+    ConfigError: a permutation does not fit its text.
+  """
   order = options.get("order", "")
   if isinstance(order, str):
     return None
   try:
-    several = len(order) and np.ndim(order[0]) == 1
-  except TypeError:  # Neither; said below.
-    several = False
-  each = list(order) if several else [order] * len(texts)
-  if len(each) != len(texts):
+    is_list_of_orders = len(order) and np.ndim(order[0]) == 1
+  except TypeError:  # It is no order at all, which _permutation reports.
+    is_list_of_orders = False
+  orders = list(order) if is_list_of_orders else [order] * len(texts)
+  if len(orders) != len(texts):
     raise config_lib.ConfigError(
-      f"order: {len(each)} orders for {len(texts)} texts; give one, or one each"
+      f"order: {len(orders)} orders for {len(texts)} texts; give one, or one "
+      "each"
     )
-  return [_permutation(one, text) for one, text in zip(each, texts)]
+  return [_permutation(order, text) for order, text in zip(orders, texts)]
 
 
 def _permutation(order, text):
+  """Return `order` as a list of int if it is a permutation for this text."""
   n = len(text.tokens)
   try:
-    found = [operator.index(position) for position in order]
+    positions = [operator.index(position) for position in order]
   except TypeError as error:
     raise config_lib.ConfigError(
       f"order={order!r}: must be a name or a list of positions, counted from 1"
     ) from error
-  if len(found) != n:
+  if len(positions) != n:
     raise config_lib.ConfigError(
-      f"order: has {len(found)} positions, and {text.name} has {n} tokens; it "
-      "must be a permutation of all of them, those of known ones too"
+      f"order: has {len(positions)} positions, and {text.name} has {n} tokens; "
+      "it must be a permutation of all of them, also of the known ones"
     )
-  if sorted(found) != list(range(1, n + 1)):
-    wrong = next((p for p in found if not 0 < p <= n or found.count(p) > 1), 0)
+  if sorted(positions) != list(range(1, n + 1)):
+    wrong = next(
+      (p for p in positions if not 0 < p <= n or positions.count(p) > 1), 0
+    )
     raise config_lib.ConfigError(
       f"order: must be a permutation of 1..{n}, and {wrong} is not in it once"
     )
-  return found
+  return positions

@@ -1,8 +1,12 @@
-"""Command line: python -m aoarm_jax.main --config=configs/two_stream.py
+"""The command line: python -m aoarm_jax.main --config=configs/two_stream.py
 
-An error that a user can mend is one line and a non-zero exit: 1 the run
-failed, 2 the command cannot be, 75 preempted after a save (start the same
-command again), 130 interrupted after a save.
+An error that a user can mend prints one line and ends the program with an exit
+code that is not zero:
+
+  1    The run failed.
+  2    The command cannot be carried out as it was written.
+  75   A SIGTERM stopped the run after a save. The same command continues it.
+  130  Ctrl-C stopped the run.
 """
 
 import dataclasses
@@ -15,6 +19,7 @@ import re
 import signal
 import sys
 import traceback
+from typing import Any
 
 import jax
 from absl import app, flags, logging
@@ -50,7 +55,7 @@ _LESS_MEMORY = {
   "train": _LESS_TRAINING,
   "compile": _LESS_TRAINING,
   "count": "the model is too large",
-  # No part of what a cell is, so that those that are done stay done.
+  # This field is not part of a cell's identity, so finished cells stay valid.
   "study": "set --config.compute.remat=true",
 } | {
   mode: f"lower --config.{mode}.batch_size"
@@ -58,8 +63,16 @@ _LESS_MEMORY = {
 }
 
 
-def define_flags(flag_values: flags.FlagValues, argv: list[str] | None = None):
-  """Defines this program's flags; `argv` is searched for overrides."""
+def define_flags(
+  flag_values: flags.FlagValues, argv: list[str] | None = None
+) -> None:
+  """Define this program's flags.
+
+  Args:
+    flag_values: the flags are added to these.
+    argv: command line that is searched for overrides of single fields. None
+      takes sys.argv.
+  """
   config_flags.DEFINE_config_file(
     "config",
     None,
@@ -72,63 +85,92 @@ def define_flags(flag_values: flags.FlagValues, argv: list[str] | None = None):
     "mode", "train", MODES, "what to do", flag_values=flag_values
   )
   flags.DEFINE_string(
-    "workdir", "", "run directory; '' is runs/<config name>-<variant>",
+    "workdir",
+    "",
+    "run directory; '' is runs/<config name>-<variant>",
     flag_values=flag_values,
-  )  # fmt: skip
+  )
   flags.DEFINE_string(
-    "prompt", "", "sample: text with blanks, as in 'the qu___ of en_land'",
+    "prompt",
+    "",
+    "sample: text with blanks, as in 'the qu___ of en_land'",
     flag_values=flag_values,
-  )  # fmt: skip
+  )
   flags.DEFINE_string(
-    "text", "", "score: text, in which a part may be marked: 'the [qu]ick'",
+    "text",
+    "",
+    "score: text, in which a part may be marked: 'the [qu]ick'",
     flag_values=flag_values,
-  )  # fmt: skip
+  )
   flags.DEFINE_string(
-    "input", "", "sample, score: file of prompts or texts, one a line; "
-    "'-' is standard input. JSON lines come out",
+    "input",
+    "",
+    "sample, score: file of prompts or texts, one per line; '-' is standard "
+    "input. The output is JSON lines",
     flag_values=flag_values,
-  )  # fmt: skip
+  )
   flags.DEFINE_string(
-    "topology", "", "compile: the TPU slice, as in v5p:4x4x8",
+    "topology",
+    "",
+    "compile: the TPU slice, as in v5p:4x4x8",
     flag_values=flag_values,
-  )  # fmt: skip
+  )
 
 
 define_flags(flags.FLAGS)
 
 
-def parse(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS):
-  """Parses the command line; every error is a flags.Error or ConfigError."""
+def parse(
+  argv: list[str], flag_values: flags.FlagValues = flags.FLAGS
+) -> list[str]:
+  """Parse the command line.
+
+  Args:
+    argv: the command line, as sys.argv.
+    flag_values: the flags to set, see `define_flags`.
+
+  Returns:
+    The program's name, argv[0], in a list.
+
+  Raises:
+    flags.Error, ConfigError: the command line or the experiment's file is
+      wrong.
+  """
   for argument in argv[1:]:
     _check_override(argument)
   try:
-    rest = flag_values(argv)
-    if len(rest) > 1:
-      raise flags.Error(f"unexpected argument {rest[1]!r}")
+    arguments = flag_values(argv)
+    if len(arguments) > 1:
+      raise flags.Error(f"unexpected argument {arguments[1]!r}")
     if not flag_values["config"].present:
       raise flags.Error(_NO_CONFIG)
-    str(flag_values.config.name)  # An error of the file shows on first access.
+    # An error in the experiment's file shows at the first access only.
+    str(flag_values.config.name)
   except flags.UnrecognizedFlagError as error:
-    # Fields become flags when --config is read.
+    # The fields of the config become flags only when --config is read.
     is_field = error.flagname.startswith("config.")
     message = _NO_CONFIG if is_field else f"{error}{_fields(error.flagname)}"
     raise flags.Error(message) from None
-  # Of any type: the file is a program of the user's.
+  # The experiment's file is a program of the user, so it can raise any type.
   except Exception as error:
     message = _in_experiment(error) or _in_flags(error, argv)
     if not message:
       raise
     raise config_lib.ConfigError(message) from error
-  return rest
+  return arguments
 
 
 def _in_experiment(error):
-  """File, line and message of an error in the experiment's file, or ""."""
+  """Return file, line and message of an error in the experiment's file.
+
+  Returns "" if the error does not come from that file.
+  """
   while error is not None:
+    # ml_collections imports the experiment's file under this module name.
     lines = [
       (frame.f_code.co_filename, line)
       for frame, line in traceback.walk_tb(error.__traceback__)
-      if frame.f_globals["__name__"] == "config_config"  # ml_collections' name.
+      if frame.f_globals["__name__"] == "config_config"
     ]
     if isinstance(error, SyntaxError) and os.path.exists(error.filename or ""):
       return f"{error.filename}, line {error.lineno}: not Python: {error.msg}"
@@ -142,7 +184,10 @@ def _in_experiment(error):
 
 
 def _in_flags(error, argv):
-  """What to show of an error of parsing, "" of one that is shown as it is."""
+  """Return the message for an error of parsing.
+
+  Returns "" if the error is unexpected and its traceback is to be shown.
+  """
   name = next((a for a in argv if re.match("--?config(=|$)", a)), "--config")
   if isinstance(error, OSError | SyntaxError):
     line = _last_line(error)
@@ -158,28 +203,35 @@ def _in_flags(error, argv):
 
 
 def _no_file(path):
-  """What to say of an experiment's file that is not there."""
+  """Return the message for an experiment's file that does not exist."""
   folder = glob.escape(os.path.dirname(path))
-  there = glob.glob(os.path.join(folder, "*.py")) + glob.glob("configs/*.py")
-  near = difflib.get_close_matches(path, there, 1)
+  files = glob.glob(os.path.join(folder, "*.py")) + glob.glob("configs/*.py")
+  near = difflib.get_close_matches(path, files, 1)
   return f"no file {path}" + "".join(f"; did you mean {p}?" for p in near)
 
 
 def _fields(name):
-  """What to add where an unknown flag has the name of fields; "" if none."""
+  """Return a hint if an unknown flag has the name of fields, else ""."""
   paths = [path for path, _, _ in config_lib.leaves(config_lib.Config())]
-  found = [f"--{path}" for path in paths if path.endswith(f".{name}")]
-  return f"; did you mean {' or '.join(found)}?" if found else ""
+  similar = [f"--{path}" for path in paths if path.endswith(f".{name}")]
+  return f"; did you mean {' or '.join(similar)}?" if similar else ""
 
 
-def _check_override(argument: str):
-  """Refuses a --config.a.b that is not in the schema, naming the field."""
+def _check_override(argument: str) -> None:
+  """Check that a --config.a.b=value fits the schema.
+
+  Other arguments are not checked here.
+
+  Raises:
+    ConfigError: the schema has no such field, or the value has another type.
+  """
   match = re.match(
     r"--?(?:no)?config\.([\w.]+)(?:=(.*))?$", argument, re.DOTALL
   )
   if not match:
     return
-  path, node = "config", config_lib.Config()
+  path = "config"
+  node: Any = config_lib.Config()
   for name in match[1].split("."):
     if not dataclasses.is_dataclass(node):
       raise config_lib.ConfigError(f"{path}.{name}: {path} has no fields")
@@ -198,6 +250,7 @@ def _check_override(argument: str):
 
 
 def _reads_as(kind, text):
+  """Return whether the text of an override can be read as type `kind`."""
   if kind is bool:
     return text.lower() in ("true", "false", "t", "f", "1", "0")
   try:
@@ -207,13 +260,23 @@ def _reads_as(kind, text):
 
 
 def _last_line(error: Exception) -> str:
-  """The message of an error whose text may hold a whole traceback."""
+  """Return the message of an error whose text may hold a whole traceback."""
   lines = [line.strip() for line in str(error).splitlines() if line.strip()]
   return lines[-1].removeprefix("aoarm_jax.config.schema.ConfigError: ")
 
 
 def run(flag_values: flags.FlagValues, argv: list[str]) -> None:
-  """Runs one mode. Raises UserError, flags.Error or Preempted."""
+  """Run the mode that the flags ask for.
+
+  Args:
+    flag_values: the parsed flags.
+    argv: the command line, which is written to the run directory.
+
+  Raises:
+    UserError: the run failed for a reason that the user can mend; Preempted
+      and ConfigError are such errors.
+    flags.Error: the flags do not go together.
+  """
   workdir = epath.Path(
     flag_values.workdir
     or f"runs/{flag_values.config.name}-{flag_values.config.variant}"
@@ -224,7 +287,8 @@ def run(flag_values: flags.FlagValues, argv: list[str]) -> None:
     config = opening.as_trained(config, workdir, overridden)
   config = config_rules.validate(config)
   _check_flags(flag_values)
-  distributed.start(config.distributed)  # Before any look at a device.
+  # JAX must know the other processes before anything looks at a device.
+  distributed.start(config.distributed)
   config_file = config_flags.get_config_filename(flag_values["config"])
   config = config_rules.validate(matching.resolve(config, config_file))
   if flag_values.mode == "train" and config.study.sweep:
@@ -250,7 +314,7 @@ def run(flag_values: flags.FlagValues, argv: list[str]) -> None:
 
 
 def _check_flags(flag_values):
-  """Refuses flags that the mode does not read, or has too few of."""
+  """Raise flags.Error for a flag that the mode does not read, or lacks."""
   mode = flag_values.mode
   for name, modes in (
     ("prompt", ("sample",)),
@@ -268,10 +332,10 @@ def _check_flags(flag_values):
   for name in ("prompt", "input"):
     if flag_values[name].present and not flag_values[name].value:
       raise flags.Error(f"--{name} is empty: leave it out, or give a text")
-  one = flag_values.text or flag_values.prompt
-  if one and flag_values.input:
+  text = flag_values.text or flag_values.prompt
+  if text and flag_values.input:
     raise flags.Error("--input goes without --prompt and --text")
-  if mode == "score" and not (one or flag_values.input):
+  if mode == "score" and not (text or flag_values.input):
     raise flags.Error(
       "--mode=score needs --text='the [qu]ick fox', or --input=FILE with one "
       "text a line ('-' is standard input)"
@@ -279,12 +343,17 @@ def _check_flags(flag_values):
 
 
 def _cache_compilations():
-  """Keeps compiled programs, unless JAX_COMPILATION_CACHE_DIR says where."""
-  if jax.config.jax_compilation_cache_dir is not None:
+  """Keep compiled programs in the user's cache folder.
+
+  A folder that JAX_COMPILATION_CACHE_DIR names stays.
+  """
+  # JAX adds its options as attributes, which type checkers do not see.
+  cache = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+  if cache is not None:
     return
   try:
     folder = cache_folder() / "xla"
-  except RuntimeError:  # No home folder: do without.
+  except RuntimeError:  # Without a home folder there is no cache.
     return
   jax.config.update("jax_compilation_cache_dir", str(folder))
 
@@ -296,7 +365,7 @@ def cache_folder() -> pathlib.Path:
     RuntimeError: the default is needed, and the user has no home folder.
   """
   folder = os.environ.get("XDG_CACHE_HOME", "")
-  # The XDG specification: a relative path is invalid and to be ignored.
+  # By the XDG specification a relative path is invalid and must be ignored.
   if os.path.isabs(folder):
     return pathlib.Path(folder, "aoarm_jax")
   return pathlib.Path.home() / ".cache" / "aoarm_jax"
@@ -304,7 +373,13 @@ def cache_folder() -> pathlib.Path:
 
 @distributed.failing_at_once()
 def main(argv: list[str]) -> None:
-  del argv  # Without flags nothing is left; the whole command is sys.argv.
+  """Run the command line; end the program with its exit code.
+
+  Args:
+    argv: the arguments that are not flags. There are none: the whole command
+      is in sys.argv.
+  """
+  del argv
   telemetry.setup_logging()
   _cache_compilations()
   try:
@@ -323,7 +398,8 @@ def main(argv: list[str]) -> None:
   except OSError as error:
     if error.errno is None:
       raise
-    if error.errno == errno.EPIPE:  # As of `| head`: nobody reads on.
+    # The reader of the output has ended, as `| head` does.
+    if error.errno == errno.EPIPE:
       os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
       sys.exit(128 + signal.SIGPIPE)
     where = f": {error.filename}" if error.filename else ""
@@ -340,11 +416,13 @@ def main(argv: list[str]) -> None:
 
 
 def _fail(error, code):
+  """Print an error in one line and end the program."""
   print(f"aoarm_jax: error: {error}", file=sys.stderr)
   sys.exit(code)
 
 
 def _parse_or_exit(argv):
+  """Parse the command line, or end the program with exit code 2."""
   try:
     return parse(argv)
   except (errors.UserError, flags.Error) as error:

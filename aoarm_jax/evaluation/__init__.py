@@ -1,1 +1,1 @@
-"""Likelihoods: of a split, of given texts."""
+"""Likelihoods of a split of the text, and of given texts."""

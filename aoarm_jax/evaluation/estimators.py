@@ -1,23 +1,27 @@
-"""What each estimator of a likelihood is. Names are never dropped.
+"""The estimators of a likelihood: their names and what each one averages.
 
-| name              | what is averaged over sequences                         |
-|-------------------|---------------------------------------------------------|
-| any_order         | -log p(x | sigma), sigma uniform                        |
-| training_order    | the same, sigma (and groups) as in training             |
-| left_to_right     | the same, sigma = 1..T                                  |
-| given_order       | the same, sigma = config.orders.given                   |
-| ensembled         | -log mean_k p(x | sigma_k) over K uniform orders        |
+| name              | the average over sequences x of                          |
+|-------------------|----------------------------------------------------------|
+| any_order         | -log p(x | sigma), sigma uniform                         |
+| training_order    | the same, with sigma (and groups) drawn as in training   |
+| left_to_right     | the same, with sigma = 1..T                              |
+| given_order       | the same, with sigma = config.orders.given               |
+| ensembled         | -log mean_k p(x | sigma_k) over K uniform orders sigma_k |
 | context_ensembled | sum over ranks of -log mean_k p(x_sigma(r) | its past in |
-|                   | order pi_k), sigma uniform, K permutations pi_k a rank   |
-| elbo              | of a masked mechanism, all times from least_time on; the |
-|                   | mean of any_order, estimated without the chain rule      |
+|                   | order pi_k): sigma uniform, K permutations pi_k per rank |
+|                   | (AO-GPT, arXiv 2506.19935)                               |
+| elbo              | the negative ELBO of a masked mechanism over all times   |
+|                   | from train.least_time on (MDLM, arXiv 2406.07524); it    |
+|                   | estimates the mean of any_order without the chain rule   |
 
-All but elbo are exact likelihoods of the sequences under the named orders.
-They are different quantities (but elbo and any_order, which estimate one):
-never put two of them in one column.
+All estimators but elbo are exact likelihoods of the sequences under the named
+orders. They are different quantities, so a number never appears without the
+name of its estimator, and one column never holds two of them. The only
+exception is elbo and any_order, which estimate the same quantity.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,35 +43,44 @@ def estimate(
   estimator: str,
   config: config_lib.Config,
   network: network_lib.Network,
-  params,
+  params: Any,
   key: jax.Array,
   step: jax.Array,
   first_row: jax.Array,
   tokens: jax.Array,
   real: jax.Array,
-):
-  """One batch's share of an estimate; what row b draws depends on its index.
+) -> tuple[jax.Array, dict[str, Any], jax.Array, jax.Array]:
+  """Return one batch's share of an estimate.
+
+  The random draws for a sequence depend on the key and on the sequence's index
+  among all sequences, and not on the batch.
 
   Args:
-    estimator: a name of config.ESTIMATORS.
-    config: its orders, eval and train.least_time.
-    network: whose likelihood it is.
-    params: of the network.
+    estimator: a name of schema.ESTIMATORS.
+    config: the config; its sections orders and eval and train.least_time are
+      read.
+    network: the network whose likelihood is estimated.
+    params: the network's parameters.
     key: typed PRNG key.
-    step: of the parameters; training_order under a curriculum depends on it.
-    first_row: index of row 0 among all sequences.
+    step: int32 [], training steps of the parameters. The orders of
+      training_order under a curriculum depend on it.
+    first_row: int32 [], index of row 0 among all sequences.
     tokens: int [B, T].
-    real: bool [B]; other rows are padding and are in no sum.
+    real: bool [B]. Rows that are not real are padding and enter no sum.
 
   Returns:
-    nats float32 [B], of each sequence; sums over tokens, {} for an estimator
-    without ranks, else by_rank float32 [T] and, as (nats, tokens) by bin,
-    by_distance and by_recency; `real`; the next batch's first_row.
+    A tuple of four:
+      nats: float32 [B], for each sequence.
+      sums: sums over the real sequences, {} for an estimator without ranks.
+        by_rank is float32 [T] nats. by_distance and by_recency are pairs
+        (nats, tokens) of float32 [bins], with the bins of `bin_edges`.
+      real: as it was given.
+      first_row: int32 [], the first row of the next batch.
   """
   tokens = tokens.astype(jnp.int32)
   B, T = tokens.shape
-  law = network.bind(params), network.layout
-  order_nll = functools.partial(objective.order_nll, *law, tokens)
+  apply, layout = network.bind(params), network.layout
+  order_nll = functools.partial(objective.order_nll, apply, layout, tokens)
 
   def draw(key, family="uniform"):
     options = config.replace("orders.family", family).orders
@@ -90,7 +103,8 @@ def estimate(
       )
     case "context_ensembled":
       nats = objective.context_ensembled_nll(
-        *law,
+        apply,
+        layout,
         row_keys,
         tokens,
         draw(key),
@@ -98,8 +112,7 @@ def estimate(
       ).sum(axis=1)
     case "elbo":
       nats = _elbo(
-        law,
-        tokens,
+        functools.partial(objective.masked_nll, apply, layout, tokens),
         row_keys,
         of_draw,
         config.eval.times,
@@ -110,8 +123,11 @@ def estimate(
       if estimator == "training_order":
         groups = orders.draw_groups(
           jax.random.fold_in(key, purposes.GROUPS),
-          B, T, config.orders, first_row=first_row,
-        )  # fmt: skip
+          B,
+          T,
+          config.orders,
+          first_row=first_row,
+        )
       order = draw(key, _FAMILIES.get(estimator, config.orders.family))
       by_rank = order_nll(order, group_start=groups)
       nats = by_rank.sum(axis=1)
@@ -119,9 +135,20 @@ def estimate(
   return nats, sums, real, first_row + B
 
 
-def _elbo(law, tokens, row_keys, of_draw, times, least_time):
-  """Mean over times, which are evenly spread for every sequence: [B]."""
-  spread = jax.vmap(
+def _elbo(masked_nll, row_keys, of_draw, times, least_time):
+  """Return the negative ELBO (arXiv 2406.07524, eq. 8): float32 [B] nats.
+
+  The times of every sequence are evenly spread over [least_time, 1), which
+  lowers the variance of their mean.
+
+  Args:
+    masked_nll: function from masked, bool [B, T], to nats, float32 [B, T].
+    row_keys: typed PRNG keys [B].
+    of_draw: function from k to the k-th orders, int32 [B, T].
+    times: number of times K for each sequence.
+    least_time: the smallest time, in (0, 1).
+  """
+  row_times = jax.vmap(
     lambda row_key: objective.draw_times(row_key, times, least_time)
   )(row_keys)
 
@@ -130,14 +157,13 @@ def _elbo(law, tokens, row_keys, of_draw, times, least_time):
     masked = objective.draw_masked(
       objective.fold_rows(row_keys, k), of_draw(k), time
     )
-    nats = objective.masked_nll(*law, tokens, masked)
-    return nats.sum(axis=1) / time
+    return masked_nll(masked).sum(axis=1) / time
 
-  return jax.lax.map(of_time, (jnp.arange(times), spread.T)).mean(axis=0)
+  return jax.lax.map(of_time, (jnp.arange(times), row_times.T)).mean(axis=0)
 
 
 def _sums_by(by_rank, order, real):
-  """Sums of nats [B, T] over the sequences that are real."""
+  """Return the sums over real sequences of nats [B, T], see `estimate`."""
   counted = jnp.where(real[:, None], by_rank, 0.0)
   near = orders.nearest(order)
   return {
@@ -148,6 +174,7 @@ def _sums_by(by_rank, order, real):
 
 
 def _binned(number, nats, real):
+  """Return (sums of nats, counts of tokens) by a number [B, T]: each [bins]."""
   edges = jnp.array(bin_edges((number.shape[1] - 1).bit_length() + 2))
   one_hot = jax.nn.one_hot(jnp.searchsorted(edges, number), len(edges))
   one_hot = one_hot * real[:, None, None]
@@ -155,5 +182,9 @@ def _binned(number, nats, real):
 
 
 def bin_edges(count: int) -> list[int]:
-  """The highest numbers of the bins of a distance: 0, 1, 2, 4, 8 and so on."""
+  """Return the highest number in each bin of a distance: 0, 1, 2, 4, 8, ...
+
+  Args:
+    count: number of bins.
+  """
   return [0, *(2**i for i in range(count - 1))]

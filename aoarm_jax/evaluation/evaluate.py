@@ -1,4 +1,4 @@
-"""Likelihood estimators over a split; estimators.py says what each is."""
+"""Average likelihood estimators over a split: --mode=eval."""
 
 import dataclasses
 import datetime
@@ -6,8 +6,8 @@ import functools
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -26,15 +26,34 @@ from aoarm_jax.runs import figures, opening, telemetry
 _SECONDS_BETWEEN_LINES = 15.0
 
 
+class Batches(Protocol):
+  """A sequence of (tokens uint8 [B, T], real bool [B]).
+
+  Rows that are not real are padding of the last batch and count nowhere.
+  """
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: int, /) -> tuple[np.ndarray, np.ndarray]: ...
+
+
 class Bin(NamedTuple):
-  """The tokens for which a number lies in low..high: their mean, and count."""
+  """The tokens for which a number, such as a distance, lies in low..high.
+
+  Attributes:
+    low: lowest number in the bin.
+    high: highest number in the bin, inclusive.
+    nats_per_token: mean over these tokens.
+    tokens: how many tokens there are.
+  """
 
   low: int
   high: int
   nats_per_token: float
   tokens: int
 
-  def record(self) -> dict:
+  def record(self) -> dict[str, Any]:
+    """Return the bin in bits, for a JSON report."""
     bits = self.nats_per_token / math.log(2)
     return {
       "low": self.low,
@@ -46,17 +65,20 @@ class Bin(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-  """The mean over sequences of one estimator.
+  """The mean of one estimator over sequences.
 
   Attributes:
-    estimator: its name.
-    nats_per_token: mean.
-    standard_error_nats: of the mean, over sequences, each with orders of its
-      own (neighbouring windows of one text are taken as independent).
-    sequences: how many.
-    slot_curve_nats: mean by rank, T floats; () where there are no ranks.
-    by_distance: mean by distance to the nearest known token; () likewise.
-    by_recency: mean by how many steps ago that token was generated.
+    estimator: name of the estimator.
+    nats_per_token: the mean.
+    standard_error_nats: standard error of the mean, nats per token, over
+      sequences that each have their own orders. Neighbouring windows of one
+      text are taken as independent.
+    sequences: number of sequences.
+    slot_curve_nats: mean by rank, T floats; () if the estimator has no ranks.
+    by_distance: mean by the distance to the nearest known token, in positions;
+      () if the estimator has no ranks.
+    by_recency: mean by how many steps ago that token was generated; () if the
+      estimator has no ranks.
   """
 
   estimator: str
@@ -69,10 +91,11 @@ class Estimate:
 
   @property
   def bits_per_char(self) -> float:
+    """The mean in bits per token."""
     return self.nats_per_token / math.log(2)
 
-  def record(self) -> dict:
-    """The estimate as a metrics.jsonl record, in bits; without its bins."""
+  def record(self) -> dict[str, Any]:
+    """Return the estimate as a record of metrics.jsonl, without its bins."""
     return {
       "estimator": self.estimator,
       "nats_per_token": self.nats_per_token,
@@ -82,14 +105,14 @@ class Estimate:
       "slot_curve_bits": [x / math.log(2) for x in self.slot_curve_nats],
     }
 
-  def report(self) -> dict:
-    """All of it, in bits."""
+  def report(self) -> dict[str, Any]:
+    """Return the record together with the bins by distance and by recency."""
     return self.record() | {
-      "by_distance": [each.record() for each in self.by_distance],
-      "by_recency": [each.record() for each in self.by_recency],
+      "by_distance": [bin_.record() for bin_ in self.by_distance],
+      "by_recency": [bin_.record() for bin_ in self.by_recency],
     }
 
-  def __str__(self):
+  def __str__(self) -> str:
     return (
       f"{self.estimator:<17}  {self.bits_per_char:.4f} bits/char  "
       f"± {self.standard_error_nats / math.log(2):.4f}  "
@@ -98,34 +121,44 @@ class Estimate:
 
 
 class Evaluator:
-  """The estimators of one run; jitted once each."""
+  """The estimators of one run. Each is compiled once, at its first use."""
 
-  def __init__(self, config: config_lib.Config, network: network_lib.Network):
+  def __init__(
+    self, config: config_lib.Config, network: network_lib.Network
+  ) -> None:
+    """Compile nothing yet.
+
+    Args:
+      config: its sections orders and eval and train.least_time are read.
+      network: the network whose likelihood is estimated; with a mesh.
+    """
+    assert network.mesh is not None
     self._config, self._network = config, network
     self._mesh = network.mesh
-    self._jitted = {}
+    self._jitted: dict[str, Callable[..., Any]] = {}
 
   def estimate(
     self,
-    params,
-    batches: Sequence,
+    params: Any,
+    batches: Batches,
     estimator: str,
     step: int,
     is_stopped: Callable[[], object] = lambda: False,
   ) -> Estimate | None:
-    """Averages an estimator over batches.
+    """Average an estimator over batches.
+
+    The same batches, parameters and config give the same estimate.
 
     Args:
-      params: of the network; on the mesh.
-      batches: of (tokens uint8 [B, T], real bool [B]); rows that are not real
-        are padding of the last batch and count nowhere.
-      estimator: a name of config.ESTIMATORS.
-      step: of the parameters; training_order under a curriculum depends on it.
-      is_stopped: asked before every batch; ends the evaluation.
+      params: the network's parameters, on the mesh.
+      batches: the sequences to evaluate.
+      estimator: a name of schema.ESTIMATORS.
+      step: training steps of the parameters. The orders of training_order
+        under a curriculum depend on it.
+      is_stopped: called before every batch. A true result ends the evaluation.
 
     Returns:
-      The Estimate, or None if stopped. The same batches, parameters and config
-      give the same one.
+      The Estimate, or None if the evaluation was stopped.
     """
     if estimator not in self._jitted:
       self._jitted[estimator] = jax.jit(
@@ -137,49 +170,55 @@ class Evaluator:
     key = jax.random.fold_in(
       jax.random.key(self._config.eval.seed), purposes.EVALUATION
     )
-    key, step = sharding.put(self._mesh, (key, np.int32(step)))
-    found = over_batches(
-      functools.partial(self._jitted[estimator], params, key, step),
+    key, step_here = sharding.put(self._mesh, (key, np.int32(step)))
+    nats_and_sums = over_batches(
+      functools.partial(self._jitted[estimator], params, key, step_here),
       batches,
       self._mesh,
       is_stopped,
     )
-    if found is None:
+    if nats_and_sums is None:
       return None
-    return mean(estimator, self._config.model.T, *found)
+    return mean(estimator, self._config.model.T, *nats_and_sums)
 
 
 def over_batches(
-  estimate: Callable,
-  batches: Sequence,
+  estimate: Callable[..., Any],
+  batches: Batches,
   mesh: jax.sharding.Mesh,
   is_stopped: Callable[[], object] = lambda: False,
-) -> tuple[np.ndarray, dict | None] | None:
-  """What an estimator gives for every real sequence, and its sums over all.
+) -> tuple[np.ndarray, dict[str, Any] | None] | None:
+  """Run an estimator over batches; collect its nats and add its sums up.
 
-  Logs now and then how long it will take.
+  A long evaluation logs its progress and the time left, every 15 seconds at
+  most.
 
   Args:
-    estimate: (first_row, tokens, real) -> what estimators.estimate gives.
-    batches: of (tokens uint8 [B, T], real bool [B]).
-    mesh: where they go.
-    is_stopped: asked before every batch; ends the evaluation.
+    estimate: function (first_row, tokens, real) that returns the tuple of
+      estimators.estimate.
+    batches: the sequences to evaluate.
+    mesh: the mesh that the batches are put on.
+    is_stopped: called before every batch. A true result ends the evaluation.
 
   Returns:
-    Nats of the real sequences, float32 [sequences], and the sums, float64; or
-    None if stopped.
+    The nats of the real sequences, float32 [sequences], and the sums in
+    float64. None if the evaluation was stopped.
   """
   first_row = sharding.put(mesh, np.int32(0))
-  sequence_nats, total = [], None
-  begun = said = time.monotonic()
-  for done, batch in enumerate(batches):
-    if done and time.monotonic() - said > _SECONDS_BETWEEN_LINES:
-      said = time.monotonic()
-      left = (said - begun) / done * (len(batches) - done)
+  sequence_nats: list[np.ndarray] = []
+  total = None
+  start = last_line = time.monotonic()
+  for done in range(len(batches)):
+    batch = batches[done]
+    if done and time.monotonic() - last_line > _SECONDS_BETWEEN_LINES:
+      last_line = time.monotonic()
+      seconds_left = (last_line - start) / done * (len(batches) - done)
       logging.info(
-        "%d of %d batches  ETA %s", done, len(batches),
-        telemetry.format_duration(left),
-      )  # fmt: skip
+        "%d of %d batches  ETA %s",
+        done,
+        len(batches),
+        telemetry.format_duration(seconds_left),
+      )
     if is_stopped():
       return None
     nats, sums, real, first_row = estimate(
@@ -193,16 +232,27 @@ def over_batches(
 
 
 def mean(
-  estimator: str, T: int, sequence_nats: np.ndarray, total: dict | None
+  estimator: str,
+  T: int,
+  sequence_nats: np.ndarray,
+  total: dict[str, Any] | None,
 ) -> Estimate:
-  """The Estimate of what `over_batches` gives."""
+  """Return the Estimate of the results of `over_batches`.
+
+  Args:
+    estimator: name of the estimator.
+    T: tokens of a sequence.
+    sequence_nats: float32 [sequences].
+    total: the sums over all sequences; None or {} for an estimator without
+      ranks.
+  """
   nats, count = sequence_nats.astype(np.float64), len(sequence_nats)
-  spread = nats.std(ddof=1) if count > 1 else math.nan
+  deviation = nats.std(ddof=1) if count > 1 else math.nan
   curve = total["by_rank"] / count if total else ()
   return Estimate(
     estimator=estimator,
     nats_per_token=float(nats.mean() / T),
-    standard_error_nats=float(spread / math.sqrt(count) / T),
+    standard_error_nats=float(deviation / math.sqrt(count) / T),
     sequences=count,
     slot_curve_nats=tuple(map(float, curve)),
     by_distance=_bins(*total["by_distance"]) if total else (),
@@ -211,7 +261,7 @@ def mean(
 
 
 def _bins(nats, tokens):
-  """The bins that are not empty."""
+  """Return the bins that are not empty, from sums and counts [bins]."""
   highs = estimators.bin_edges(len(nats))
   lows = [0, *(high + 1 for high in highs[:-1])]
   return tuple(
@@ -222,10 +272,15 @@ def _bins(nats, tokens):
 
 
 def evaluate(config: config_lib.Config, workdir: epath.Path) -> None:
-  """--mode=eval: every estimator of config.eval on the newest checkpoint.
+  """Evaluate a checkpoint with every estimator of config.eval: --mode=eval.
 
-  Logs them, and writes evaluations/step_<n>_<split>_<time>.json,
-  slot_curve_<split>.png and nearness_<split>.png to the run directory.
+  The estimates are logged. They are also written to the run directory:
+  evaluations/step_<n>_<split>_<time>.json, slot_curve_<split>.png and
+  nearness_<split>.png.
+
+  Args:
+    config: the config; checkpoint.read says which checkpoint is read.
+    workdir: run directory.
 
   Raises:
     CheckpointError, ConfigError: see opening.open_run.
@@ -237,7 +292,8 @@ def evaluate(config: config_lib.Config, workdir: epath.Path) -> None:
   logging.info("text: %s", corpus.describe(config.eval.split))
   opening.warn_other_text(run.text, corpus, config.eval.split)
   batches = evaluation_batches(network, corpus.split(config.eval.split))
-  # training_order is the family that the checkpoint was trained on.
+  # The estimator training_order takes the orders of training, whatever the
+  # command line says about them.
   given = config.orders.given or run.trained.orders.given
   trained = dataclasses.replace(run.trained.orders, given=given)
   evaluator = Evaluator(config.replace("orders", trained), network)
@@ -253,6 +309,7 @@ def evaluate(config: config_lib.Config, workdir: epath.Path) -> None:
 
 
 def _write(config, workdir, step, corpus, estimates):
+  """Write the report and the pictures of an evaluation."""
   split = config.eval.split
   report = {
     "step": step,
@@ -288,12 +345,17 @@ def _write(config, workdir, step, corpus, estimates):
 def evaluation_batches(
   network: network_lib.Network, tokens: np.ndarray
 ) -> pipeline.EvalBatches:
-  """Returns the windows of a split that every evaluation of a run reads.
+  """Return the windows of a split that every evaluation of a run reads.
 
   Args:
-    network: with the config; its mesh says which rows are read here.
-    tokens: uint8 [n], of the split.
+    network: the network, with the run's config. Its mesh says which rows of a
+      batch this process reads.
+    tokens: uint8 [n], the split.
+
+  Raises:
+    DataError: the split is shorter than T tokens.
   """
+  assert network.mesh is not None
   config = network.config
   return pipeline.eval_batches(
     tokens,

@@ -1,9 +1,10 @@
-"""Log-probabilities of given texts, whole or in part: --mode=score.
+"""Log-probabilities of given texts or of parts of them: --mode=score.
 
-log p(scored | known) in an order of the scored positions: known tokens come
-first, by position, unknown ones never. By the chain rule, so exact; one pass a
-text, or of a masked mechanism one for every scored token. Averaged over K
-uniform orders it is log mean_k p(scored | known, sigma_k).
+The score is log p(scored | known) in one order of the scored positions. Known
+tokens come first, by position. Unknown tokens do not come at all. The chain
+rule gives the exact value. It takes one pass of the network for each text. A
+masked mechanism takes one pass for every scored token. Averaged over K uniform
+orders, the score is log mean_k p(scored | known, sigma_k).
 """
 
 import functools
@@ -11,7 +12,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,24 +28,27 @@ from aoarm_jax.generation import prompts
 from aoarm_jax.model import network as network_lib
 from aoarm_jax.runs import opening
 
-_AT_ONCE = 1024  # Texts scored of a file before they are printed.
+# The texts of a file are scored in parts of this many, and each part is printed
+# before the next one is scored.
+_AT_ONCE = 1024
 
 
 class Score(NamedTuple):
-  """How probable a part of a text is, given another part.
+  """The log-probability of a part of a text, given the known part.
 
   Attributes:
-    text: what was scored, as it was given.
-    log_p: nats: log p(scored | known); averaged over orders, the log of the
-      mean of p.
+    text: the text, as it was given.
+    log_p: nats, log p(scored | known). Over several orders, the log of the mean
+      of p.
     bits: -log_p / ln 2.
-    positions: of the scored tokens, 1..n, in ascending order.
-    token_log_p: nats, of each of them, given what came before it; averaged over
-      orders, their mean over these, which does not sum to log_p.
+    positions: positions of the scored tokens, within 1..n, ascending.
+    token_log_p: nats of each scored token, in the order of `positions`, given
+      the tokens before it in the order. Over several orders, the mean over
+      them, so that the sum is not log_p.
     token_bits: -token_log_p / ln 2.
-    order: the scored positions in the order that was followed; None if averaged
-      over several.
-    order_log_p: nats, of each of the orders averaged over.
+    order: the scored positions in the order that was followed; None if there
+      were several orders.
+    order_log_p: nats, log p(scored | known) in each of the orders.
   """
 
   text: str
@@ -58,9 +62,18 @@ class Score(NamedTuple):
 
 
 class Scorer:
-  """Scores texts; compiled once for every shape."""
+  """Scores texts. A program is compiled once for every shape of a batch."""
 
-  def __init__(self, config: config_lib.Config, network: network_lib.Network):
+  def __init__(
+    self, config: config_lib.Config, network: network_lib.Network
+  ) -> None:
+    """Compile nothing yet.
+
+    Args:
+      config: its sections score, orders, model and compute.attention are read.
+      network: the network that gives the probabilities; with a mesh.
+    """
+    assert network.mesh is not None
     self._config, self._network = config, network
     self._mesh = network.mesh
     self._jitted = jax.jit(
@@ -71,25 +84,31 @@ class Scorer:
 
   def score(
     self,
-    params,
+    params: Any,
     texts: Sequence[tuple[str, prompts.Marked]],
     config: config_lib.Config | None = None,
     given: Sequence[Sequence[int]] | None = None,
   ) -> list[Score]:
-    """Scores every text, as config.score says.
+    """Score every text in the orders that config.score names.
 
-    Texts of about the same length are scored in the same orders, which depend
-    on the seed: they can be compared, and the average is a law of texts too.
+    Texts of about the same length are scored in the same orders, drawn from the
+    seed. So their scores can be compared, and the average over orders is a
+    probability law of texts too.
 
     Args:
-      params: of the network; on the mesh.
-      texts: as they are written, and parsed; of n <= T tokens each.
-      config: its score and orders.given, instead of the Scorer's own.
-      given: with config.score.order="given", a permutation of 1..n for every
-        text; None is config.orders.given for all.
+      params: the network's parameters, on the mesh.
+      texts: pairs of the text as it is written and the parsed text, of n <= T
+        tokens each.
+      config: if given, its sections score and orders.given replace those of
+        the Scorer's config.
+      given: for config.score.order="given", a permutation of 1..n for every
+        text. None takes config.orders.given for all texts.
+
+    Returns:
+      One Score per text.
 
     Raises:
-      PromptError: a text that this model cannot score.
+      PromptError: this model cannot score one of the texts.
     """
     config = config or self._config
     model = config.model
@@ -98,23 +117,25 @@ class Scorer:
       _check(text, model)
       T = prompts.padded_length(len(text.tokens), model.T)
       shapes.setdefault(T, []).append(i)
-    found: dict[int, Score] = {}
+    scores: dict[int, Score] = {}
     if given is None:
       given = [config.orders.given] * len(texts)
     for T, rows in shapes.items():
       B = sharding.batch_size(self._mesh, config.score.batch_size, len(rows))
       for first in range(0, len(rows), B):
-        found |= self._batch(
+        scores |= self._batch(
           params, texts, config, given, T, rows[first : first + B], B
         )
-    return [found[i] for i in range(len(texts))]
+    return [scores[i] for i in range(len(texts))]
 
   def _batch(self, params, texts, config, given, T, rows, B):
-    """The scores of these texts by index, in one batch of B."""
+    """Return {index: Score} of the texts at indices `rows`: one batch of B."""
     options = config.score
     tokens = np.zeros((B, T), np.int32)
     kinds = np.full((B, T), _UNKNOWN, np.int32)
-    kinds[:, 0] = _SCORED  # Of rows that only fill the batch.
+    # Rows that only fill the batch score their first token. Rows of texts are
+    # overwritten below.
+    kinds[:, 0] = _SCORED
     order = np.tile(np.arange(1, T + 1, dtype=np.int32), (B, 1))
     for b, row in enumerate(rows):
       text = texts[row][1]
@@ -142,7 +163,21 @@ class Scorer:
     }
 
   def _nats(self, params, key, tokens, kinds, given, *, family, count, most):
-    """(nats float32 [K, B, R], positions int32 [K, B, R]) of scored ranks."""
+    """Return nats and positions of R ranks, from each row's first scored rank.
+
+    Args:
+      params: the network's parameters.
+      key: typed PRNG key of the uniform orders.
+      tokens: int32 [B, T].
+      kinds: int32 [B, T], by position: _KNOWN, _SCORED or _UNKNOWN.
+      given: int32 [B, T], the orders if family is "given".
+      family: name of an order family; static.
+      count: number of orders K; static.
+      most: number of ranks R; static.
+
+    Returns:
+      (nats float32 [K, B, R], positions int32 [K, B, R]).
+    """
     B, T = tokens.shape
     model = self._network.model
     options = self._config.replace("orders.family", family).orders
@@ -151,8 +186,10 @@ class Scorer:
     nll = functools.partial(
       objective.order_nll, self._network.bind(params), self._network.layout
     )
-    # Rows of chosen ranks belong to no slot, and so to no device of a sequence;
-    # what each sees is its own, which cuDNN by name does not know.
+    # Only the scored ranks are computed where this is possible. The query row
+    # of a chosen rank belongs to no slot, so slots must not be spread over
+    # devices. Each such row sees its own number of slots, and cudnn has no such
+    # mask.
     can_pick = model.kind.masked or (
       model.kind.streams == 2
       and self._mesh.shape["sequence"] == 1
@@ -178,7 +215,7 @@ _KNOWN, _SCORED, _UNKNOWN = range(3)
 
 
 def _score(text, nats, order):
-  """A Score from nats [K, n] at positions [K, n]."""
+  """Return the Score of a text from nats [K, n] at positions [K, n]."""
   log_p = -nats.astype(np.float64).sum(axis=1)
   largest = log_p.max()
   total = float(largest + np.log(np.exp(log_p - largest).mean()))
@@ -197,6 +234,7 @@ def _score(text, nats, order):
 
 
 def _check(text, model):
+  """Raise PromptError if the model cannot score the parsed text."""
   n = len(text.tokens)
   if n > model.T:
     raise prompts.PromptError(
@@ -217,11 +255,17 @@ def score(
   text: str = "",
   input_file: str = "",
 ) -> None:
-  """--mode=score: prints a Score a text, as JSON lines.
+  """Print the Score of every text as a line of JSON: --mode=score.
+
+  Args:
+    config: the config; its section score says how.
+    workdir: run directory.
+    text: one text. If it is empty, the texts come from `input_file`.
+    input_file: file with one text per line; '-' is standard input.
 
   Raises:
     CheckpointError, ConfigError: see opening.open_run.
-    PromptError: a text that this model cannot score.
+    PromptError: this model cannot score one of the texts.
   """
   tokenizer = tokenizers.get(config.data.tokenizer)
   lines = [("--text", text)] if text else prompts.read_lines(input_file)
@@ -237,10 +281,10 @@ def score(
   run = opening.open_run(workdir, config)
   with jax.set_mesh(run.network.mesh):
     scorer = Scorer(config, run.network)
-    # By parts, so that what was done is there whatever comes after.
+    # Each part is printed at once, so that a later failure loses nothing of it.
     for start in range(0, len(texts), _AT_ONCE):
       scores = scorer.score(run.params, texts[start : start + _AT_ONCE])
       if jax.process_index() == 0:
-        for each in scores:
-          print(json.dumps(each._asdict()))
+        for text_score in scores:
+          print(json.dumps(text_score._asdict()))
         sys.stdout.flush()

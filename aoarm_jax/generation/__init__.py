@@ -1,1 +1,1 @@
-"""Texts: the law of a draw, decoding, prompts."""
+"""Generation of texts: prompts, the law of one draw, and decoding."""

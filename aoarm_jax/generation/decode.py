@@ -1,19 +1,21 @@
 """Generation from one KV cache, in any order: one state, one loop.
 
-sequential   exact: a text comes out with probability p(x | sigma) under the
-             law of every draw.
-speculative  exact, the same law: several tokens are drafted at once, each from
-             what is known alone, checked by one pass of the chain rule, and
-             kept as far as they pass (ASSD, arXiv 2504.20456).
-parallel     NOT exact: several tokens a step, drawn independently.
-adaptive     NOT exact: the next target is chosen by how sure the model is of
-             it, so the order depends on the text, and the texts' law is not
-             that of any order.
+sequential   Exact: a text has probability p(x | sigma) under the law of every
+             draw.
+speculative  Exact, with the same law. Several tokens are drafted at once, each
+             from the known tokens only. One pass of the chain rule checks the
+             drafts, and the first ones that pass are kept (ASSD,
+             arXiv 2504.20456).
+parallel     NOT exact: the tokens of one step are drawn independently.
+adaptive     NOT exact: the model chooses the target that it is surest of. So
+             the order depends on the text, and the law of the texts is not the
+             law of any order.
 
-Known tokens come first, by position, and are prefilled in one pass, causally
-among themselves, so the density stays that of the chain rule.
+Known tokens come first, by position. One causal pass over them fills the cache,
+so the probability of a text stays that of the chain rule.
 """
 
+import functools
 from typing import Any
 
 import chex
@@ -27,13 +29,14 @@ from aoarm_jax.generation import steps as decode_steps
 from aoarm_jax.model import cached
 from aoarm_jax.model import network as network_lib
 
-# A cache of so many bytes grows in so many stages, each a compiled loop of its
-# own: a shorter one is read in less time, which a small one does not repay.
-# Rounds of speculation are a larger program.
+# A cache of at least _LARGE bytes grows in stages, and each stage is a compiled
+# loop. A shorter cache is read in less time. For a small cache this gain does
+# not repay the compilation. A round of speculation is a larger program, so
+# speculation has fewer stages.
 _LARGE, _STAGES, _STAGES_OF_ROUNDS = 2**28, 4, 2
 _TILE = 128
-# Steps between two looks of the host at how many there are, where that is not
-# known to the compiler: a GPU stands idle while it looks.
+# If the number of steps is not known to the compiler, the host checks it once
+# every _GROUP steps, because a GPU is idle during the check.
 _GROUP = 8
 
 
@@ -53,34 +56,36 @@ def generate(
   rows: jax.Array | None = None,
   length: jax.Array | None = None,
 ) -> sampling.Generation:
-  """Fills the blanks of every text.
+  """Fill the blanks of every text.
 
-  A row's draws depend on the key and its index alone, not on the batch. Rows
-  may have different lengths and numbers of known tokens.
+  The draws of a row depend on the key and on the row's index, and not on the
+  batch. Rows may have different lengths and numbers of known tokens.
 
   Args:
-    network: of T_max >= T positions.
-    params: of the network.
+    network: a network with at least T positions.
+    params: the network's parameters.
     key: typed PRNG key.
-    tokens: int32 [B, T], natural order; anything where not known.
-    known: bool [B, T].
-    order: int32 [B, T], permutations of 1..T; known positions are moved to the
-      front by position, blanks keep their order (but for adaptive).
-    law: of every draw.
-    plan: how to go through the blanks; None is one by one.
-    prefill: may be False where nothing is known and there is one sentinel.
-    most_known: no row has more known tokens; None is T. With few of them, a
-      large cache grows in stages.
-    most_blanks: no row has more blanks, which bounds the steps; None is T. An
-      int is compiled for; an array, int32 [], serves any number, and up to 7
-      steps follow the last one.
-    rows: int32 [B], the rows' indices; None is 0 to B - 1.
-    length: int32 [B], 1 to T: the positions of each row; nothing beyond is
-      generated. None is T.
+    tokens: int32 [B, T], natural order; arbitrary where not known.
+    known: bool [B, T], by position.
+    order: int32 [B, T], permutations of 1..T. Known positions are moved to the
+      front, by position. Blanks keep their order, except in `adaptive`.
+    law: the law of every draw.
+    plan: the way through the blanks; None decides them one by one.
+    prefill: False skips the pass over known tokens. This is allowed only if
+      nothing is known and there is one sentinel.
+    most_known: upper bound on the known tokens of a row; None means T. If it is
+      small, a large cache grows in stages.
+    most_blanks: upper bound on the blanks of a row, which bounds the number of
+      steps; None means T. An int is compiled into the program. An array,
+      int32 [], lets one program serve every number, but up to 7 idle steps
+      follow the last one.
+    rows: int32 [B], the rows' indices; None means 0 to B - 1.
+    length: int32 [B], 1 to T, number of positions in each row. Nothing beyond
+      them is generated. None means T.
 
   Returns:
-    The texts, the orders used (of a shorter row its positions come first), and
-    what was counted on the way.
+    The texts, the orders that were used, and the counts of law.Generation. In
+    the order of a shorter row, the row's own positions come first.
   """
   chex.assert_equal_shape([tokens, known, order])
   B, T = tokens.shape
@@ -109,7 +114,7 @@ def generate(
 
 
 def _run(network, state, law, plan, most_known, most_blanks):
-  """Decides all ranks, in one loop or, where the cache grows, several."""
+  """Decide all ranks: in one loop, or in one loop per length of the cache."""
   s, T = network.model.sentinels, state.order.shape[1]
   if plan.method == "sequential":
     plan = plan._replace(steps=0, width=1)
@@ -123,57 +128,66 @@ def _run(network, state, law, plan, most_known, most_blanks):
     return after._replace(calls=state.calls + running * passes(state))
 
   width = plan.tokens_per_step(T)
-  fixed = isinstance(most_blanks, int)
-  least, group = (min, 1) if fixed else (jnp.minimum, _GROUP)
-  steps = least(plan.steps or -(-most_blanks // width), most_blanks)
-  # Slots that a row may have filled by the end of step i: first + i * width.
-  first, done = most_known + s, 0
+  is_static = isinstance(most_blanks, int)
+  minimum, group = (min, 1) if is_static else (jnp.minimum, _GROUP)
+  steps = minimum(plan.steps or -(-most_blanks // width), most_blanks)
+  # By the end of step i (from 0) a row has filled at most first + i * width
+  # slots.
+  first = most_known + s
+  done: int | jax.Array = 0
   for slots in _lengths(state.cache, first, plan):
     state = state._replace(cache=cached.resized(state.cache, slots))
     if plan.method == "speculative":
       state = jax.lax.while_loop(
-        lambda state, slots=slots: _fits(state, s + width, slots),
-        lambda state: step(0, state),
+        functools.partial(_fits, more=s + width, slots=slots),
+        functools.partial(step, 0),
         state,
       )
       continue
-    until = steps
+    until: int | jax.Array = steps
     if slots < T + s - 1:
-      # Whole groups, or the last one would need more slots.
-      fit = (slots - first) // width + 1
-      until = least(steps, done + (fit - done) // group * group)
+      # Only whole groups of steps run, since the last group of a loop is never
+      # cut short and would need more slots.
+      fitting = (slots - first) // width + 1
+      until = minimum(steps, done + (fitting - done) // group * group)
     state = _repeat(step, done, until, state)
     done = until
-    if fixed and done == steps:
+    if is_static and done == steps:
       break
   return state
 
 
 def _repeat(step, first, until, state):
-  """Steps first.. until, and some more where the number is traced."""
+  """Run the steps from `first` until before `until`.
+
+  If `until` is traced, up to _GROUP - 1 more steps follow.
+  """
   if isinstance(until, int):
-    # A known number of steps: the host need not wait for each to end.
+    # With a static number of steps the host need not wait for each to end.
     return jax.lax.fori_loop(first, until, step, state)
 
-  def some(i, state):
-    at = first + i * _GROUP
+  def run_group(i, state):
+    start = first + i * _GROUP
     return jax.lax.fori_loop(
-      0, _GROUP, lambda j, state: step(at + j, state), state
+      0, _GROUP, lambda j, state: step(start + j, state), state
     )
 
-  return jax.lax.fori_loop(0, -(-(until - first) // _GROUP), some, state)
+  return jax.lax.fori_loop(0, -(-(until - first) // _GROUP), run_group, state)
 
 
 def _start(network, keys, tokens, known, order, length, prefill):
+  """Return the plan.State before the first step."""
   B, T = tokens.shape
   s = network.model.sentinels
   slots = orders.to_slots(tokens, order, network.layout)
   cache = network.empty_cache(B, T + s - 1)
   if prefill:
-    # One pass over all slots keeps shapes static. Slots of blanks hold anything
-    # so far: no known slot sees them, and each is written anew when it comes.
+    # One pass over all slots keeps shapes static. After it, slots of blanks
+    # hold arbitrary values. No known slot sees them, and each is written again
+    # when its token is decided.
     cache = network.prefill(slots, cache)
-  # Slot i + 1 receives what slot i predicts; the last one is never content.
+  # Slot i + 1 receives the token that slot i predicts. So the content has one
+  # slot more than the cache: the last token is never an input of the network.
   last = jnp.take_along_axis(tokens, order[:, -1:] - 1, axis=1)
   done = jnp.sum(known, axis=1)
   return plan_lib.State(
@@ -191,20 +205,38 @@ def _start(network, keys, tokens, known, order, length, prefill):
 
 
 def _lengths(cache, first, plan):
-  """Lengths of the cache, one after the other: every step reads all of it."""
+  """Return the lengths of the cache, slots, ascending: one for each stage.
+
+  Every step reads the whole cache, so a short cache makes early steps faster. A
+  plan with a given number of steps has one stage.
+
+  Args:
+    cache: the cache, with all its slots.
+    first: slots that the first step needs.
+    plan: the plan of the steps.
+  """
   S = cache.k[0].shape[2]
   if plan.steps or sum(x.nbytes for x in jax.tree.leaves(cache)) < _LARGE:
     return [S]
   in_rounds = plan.method == "speculative"
   stages = _STAGES_OF_ROUNDS if in_rounds else _STAGES
   ends = [first + (S - first) * (i + 1) // stages for i in range(stages - 1)]
-  # Whole tiles: matmuls of odd sizes are slow.
-  ends = {end // _TILE * _TILE for end in ends}
-  return [*sorted(end for end in ends if first <= end < S), S]
+  # Lengths are multiples of a tile, since matmuls of odd sizes are slow.
+  aligned = {end // _TILE * _TILE for end in ends}
+  return [*sorted(end for end in aligned if first <= end < S), S]
 
 
 def _fits(state, more, slots):
-  """Whether a row is unfinished, and a round of `more` slots fits into all."""
+  """Return whether a row is unfinished and the cache has room for a round.
+
+  Args:
+    state: the state before the round.
+    more: slots that a round needs beyond the decided ranks.
+    slots: length of the cache. A cache of full length always has room.
+
+  Returns:
+    bool [].
+  """
   S = state.content.shape[1] - 1
   running = state.done < state.end
   most = jnp.max(jnp.where(running, state.done, 0)) + more

@@ -1,12 +1,13 @@
-"""Generation with masked mechanisms: full passes, no cache.
+"""Generation with masked mechanisms, by full passes without a cache.
 
-sequential   exact: a text comes out with probability p(x | sigma), one token a
-             step. That is the chain rule of the any-order likelihoods.
-ancestral    MDLM's sampler (arXiv 2406.07524) for the linear schedule: not
-             exact, since tokens of one step are drawn independently of each
-             other; in the limit of many steps, sequential in a uniform order.
-confidence   in each step the tokens that were drawn with the highest
-             probability stay (as in MaskGIT, arXiv 2202.04200): no known law.
+sequential   Exact: a text has probability p(x | sigma). One token is decided
+             per step, by the chain rule of the any-order likelihoods.
+ancestral    Not exact: MDLM's sampler (arXiv 2406.07524) for the linear
+             schedule. The tokens of one step are drawn independently of each
+             other. With many steps it tends to sequential in a uniform order.
+confidence   Not exact, and its law is not known: every step keeps the tokens
+             that were drawn with the highest probability (as in MaskGIT,
+             arXiv 2202.04200).
 """
 
 import functools
@@ -35,28 +36,33 @@ def generate(
   rows: jax.Array | None = None,
   length: jax.Array | None = None,
 ) -> sampling.Generation:
-  """Fills the blanks of every text.
+  """Fill the blanks of every text.
 
-  A row's draws depend on the key and its index alone, not on the batch.
+  The draws of a row depend on the key and on the row's index, and not on the
+  batch.
 
   Args:
-    network: of a masked mechanism with T_max >= T positions; those after T
-      stay masked.
-    params: of the network.
+    network: a network of a masked mechanism with at least T positions.
+      Positions after T stay masked.
+    params: the network's parameters.
     key: typed PRNG key.
-    tokens: int32 [B, T], natural order; anything where not known.
-    known: bool [B, T].
-    order: int32 [B, T], permutations of 1..T, followed by `sequential`.
-    law: of every draw.
-    plan: its method is sequential, ancestral or confidence; the latter two take
-      `plan.steps` steps at most, or T if that is 0.
-    rows: int32 [B], the rows' indices; None is 0 to B - 1.
-    length: int32 [B], 1 to T: the positions of each row; those beyond stay
-      masked. None is T.
+    tokens: int32 [B, T], natural order; arbitrary where not known.
+    known: bool [B, T], by position.
+    order: int32 [B, T], permutations of 1..T. Only `sequential` follows them.
+    law: the law of every draw.
+    plan: the plan. Its method is sequential, ancestral or confidence. The
+      latter two take at most plan.steps steps, or T if plan.steps is 0.
+    rows: int32 [B], the rows' indices; None means 0 to B - 1.
+    length: int32 [B], 1 to T, number of positions in each row. Positions
+      beyond it stay masked. None means T.
 
   Returns:
-    The texts, and the orders in which tokens came: known ones first, those of
-    one step by position, those beyond a row's length last.
+    The texts, and the orders in which their tokens were decided: known
+    positions first, positions of one step in ascending order, and positions
+    beyond a row's length last.
+
+  Raises:
+    ValueError: the method is unknown.
   """
   chex.assert_equal_shape([tokens, known, order])
   B, T = tokens.shape
@@ -112,18 +118,28 @@ def generate(
     jnp.zeros(B),
     jnp.zeros(B, jnp.int32),
   )
-  # Until all is filled: the host waits for every step to end, which is little
-  # beside a full pass.
+  # The loop ends as soon as no blank is left. The host waits for every step to
+  # end, which costs little compared with a full pass.
   _, tokens, step_of, log_p, calls = jax.lax.while_loop(
     lambda state: (state[0] < count) & is_open(state[2]).any(), step, start
   )
-  came = jnp.argsort(step_of, axis=1, stable=True) + 1
-  none = jnp.zeros_like(calls)
-  return sampling.Generation(tokens, came.astype(jnp.int32), log_p, calls, none)
+  decided = jnp.argsort(step_of, axis=1, stable=True) + 1
+  return sampling.Generation(
+    tokens, decided.astype(jnp.int32), log_p, calls, jnp.zeros_like(calls)
+  )
 
 
 def _surest(log_p, drawn, masked):
-  """The place of each masked position, the surest draw first; others last."""
+  """Return the place of each masked position if the surest draw comes first.
+
+  Args:
+    log_p: float32 [B, T, V].
+    drawn: int32 [B, T], the tokens drawn.
+    masked: bool [B, T]. Other positions come last.
+
+  Returns:
+    int32 [B, T], places from 0.
+  """
   sure = jnp.where(masked, sampling.log_p_of(log_p, drawn), -jnp.inf)
   place = functools.partial(jnp.argsort, axis=1, stable=True)
   return jnp.where(masked, place(place(-sure)), sure.shape[1])

@@ -1,4 +1,4 @@
-"""The law of one draw, and what generation returns."""
+"""The probability law of one draw, and the result of generation."""
 
 from typing import NamedTuple
 
@@ -8,43 +8,47 @@ import numpy as np
 
 
 class Sampling(NamedTuple):
-  """The law of a draw; traced, so a sweep compiles once.
+  """The law of a draw.
+
+  Its numbers are traced, so a sweep over them compiles one program. top_k and
+  top_p are either both given or both None. Without them no token is cut, and
+  no draw sorts.
 
   Attributes:
-    temperature: float32 [], or [B, 1, 1] for one a row; logits are divided by
-      it; 0 takes the likeliest.
-    top_k: int32 [], keeps the k likeliest tokens; 0 keeps all.
-    top_p: float32 [], then keeps the fewest likeliest tokens whose total
-      probability reaches top_p. Where both are None nothing is cut, and no
-      draw sorts.
+    temperature: float32 [], or [B, 1, 1] with one number per row. Logits are
+      divided by it. 0 always takes the likeliest token.
+    top_k: int32 []. Only the k likeliest tokens stay; 0 keeps all tokens.
+    top_p: float32 []. After top_k, only the fewest likeliest tokens stay whose
+      total probability reaches top_p.
   """
 
-  temperature: jax.Array
-  top_k: jax.Array | None = None
-  top_p: jax.Array | None = None
+  temperature: jax.Array | np.float32
+  top_k: jax.Array | np.int32 | None = None
+  top_p: jax.Array | np.float32 | None = None
 
 
 def make_law(
   temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
 ) -> Sampling:
-  """The law of plain numbers."""
+  """Return the law of plain numbers; see `Sampling` for their meaning."""
   if top_k == 0 and top_p >= 1:
     return Sampling(np.float32(temperature))
   return Sampling(np.float32(temperature), np.int32(top_k), np.float32(top_p))
 
 
 class Generation(NamedTuple):
-  """Texts and the orders in which they came.
+  """Generated texts and the orders in which their tokens were generated.
 
   Attributes:
     tokens: int32 [B, T], natural order.
     order: int32 [B, T], known positions first.
-    log_p: float32 [B], nats: log-probability of all that was drawn, each token
-      under the law that decided it.
-    calls: int32 [B], passes of the network until the row was whole: as many as
-      it takes alone. Those after, for other rows of the batch, do not count.
-    accepted: int32 [B], tokens that were drafts and passed (speculative); every
-      other one was drawn anew in the place of a draft that did not.
+    log_p: float32 [B], nats, log-probability of all drawn tokens. Each token
+      counts under the law that decided it.
+    calls: int32 [B], passes of the network until the row was complete. The row
+      alone would take as many. Later passes, for other rows of the batch, do
+      not count.
+    accepted: int32 [B], tokens that were accepted drafts (speculative). Every
+      other generated token was drawn anew in place of a rejected draft.
   """
 
   tokens: jax.Array
@@ -55,30 +59,43 @@ class Generation(NamedTuple):
 
 
 def log_p_of(log_p: jax.Array, tokens: jax.Array) -> jax.Array:
-  """Of laws [..., V], the log-probability of a token each: [...]."""
+  """Return the log-probability of one token under each law.
+
+  Args:
+    log_p: float32 [..., V], log-probabilities.
+    tokens: int32 [...].
+
+  Returns:
+    float32 [...].
+  """
   return jnp.take_along_axis(log_p, tokens[..., None], axis=-1)[..., 0]
 
 
 def log_law(logits: jax.Array, law: Sampling) -> jax.Array:
-  """The sampling law of a conditional.
+  """Return the sampling law of a conditional.
+
+  Temperature acts first, then top_k, then top_p. If tokens at the border of a
+  cut are equally likely, the one with the lower id stays.
 
   Args:
     logits: float32 [..., V].
-    law: temperature, then top-k, then top-p. A tie at the border goes to
-      the lower token id.
+    law: the numbers of the law.
 
   Returns:
-    float32 [..., V] log-probabilities, normalised; -inf where cut.
+    float32 [..., V] log-probabilities, normalised; -inf where a token is cut.
   """
   V = logits.shape[-1]
   greedy = law.temperature == 0
-  # The largest first, so that a small temperature cannot overflow.
+  # The largest logit becomes 0 first, so that the division by a small
+  # temperature cannot overflow.
   logits = logits - logits.max(axis=-1, keepdims=True)
   logits = logits / jnp.where(greedy, 1.0, law.temperature)
   likeliest = jax.nn.one_hot(jnp.argmax(logits, axis=-1), V, dtype=bool)
   logits = jnp.where(greedy & ~likeliest, -jnp.inf, logits)
   if law.top_k is None and law.top_p is None:
     return jax.nn.log_softmax(logits)
+  assert law.top_k is not None  # make_law sets both or none.
+  assert law.top_p is not None
   by_size = jnp.argsort(-logits, axis=-1, stable=True)
   place = jnp.argsort(by_size, axis=-1)
   k = jnp.where(law.top_k == 0, V, law.top_k)
@@ -87,6 +104,7 @@ def log_law(logits: jax.Array, law: Sampling) -> jax.Array:
   sorted_p = jnp.take_along_axis(probability, by_size, axis=-1)
   before = jnp.cumsum(sorted_p, axis=-1) - sorted_p
   before = jnp.take_along_axis(before, place, axis=-1)
-  # Rounded sums reach 1 before the rarest tokens: without a cut, keep them.
+  # Rounded sums reach 1 before the rarest tokens. So top_p = 1 keeps all tokens
+  # explicitly.
   keep = (before < law.top_p) | (place == 0) | (law.top_p >= 1)
   return jax.nn.log_softmax(jnp.where(keep, logits, -jnp.inf))

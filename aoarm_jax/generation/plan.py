@@ -1,4 +1,4 @@
-"""Where a generation from a cache stands, and how it goes on."""
+"""The state of a generation from a cache, and the plan of its steps."""
 
 import math
 from typing import NamedTuple
@@ -10,18 +10,19 @@ from aoarm_jax.model import cached
 
 
 class State(NamedTuple):
-  """Where the generation of a batch stands.
+  """The state of the generation of a batch.
 
   Attributes:
     content: int32 [B, S + 1], tokens by slot; slot s + r holds rank r.
     order: int32 [B, T], known positions first.
-    done: int32 [B], ranks that are decided.
-    end: int32 [B], ranks to be decided.
-    filled: int32 [B], leading slots in the cache; those up to done + s - 1 are
-      decided but may not be in it yet.
-    cache: of S slots.
-    log_p: float32 [B], nats: log-probability of what was drawn so far.
-    calls, accepted: int32 [B], see law.Generation.
+    done: int32 [B], number of leading ranks that are decided.
+    end: int32 [B], number of leading ranks to decide in all.
+    filled: int32 [B], number of leading slots that are in the cache. The slots
+      up to done + s - 1 are decided, but may not be in the cache yet.
+    cache: keys and values of S slots.
+    log_p: float32 [B], nats, log-probability of the tokens drawn so far.
+    calls: int32 [B], see law.Generation.
+    accepted: int32 [B], see law.Generation.
     keys: typed PRNG keys [B].
   """
 
@@ -38,17 +39,20 @@ class State(NamedTuple):
 
 
 class Plan(NamedTuple):
-  """How to go through the ranks; static, so a program is compiled for each.
+  """The way through the ranks. It is static: every plan has its own program.
 
   Attributes:
-    method: a name of config.sample.method.
-    width: tokens a step, or drafts of speculative; sequential has 1.
-    steps: parallel: all tokens in so many steps instead; 0: by width.
-      ancestral, confidence: steps at most; 0: as many as positions.
-    schedule: parallel in `steps`: linear, as many in every step; or cosine,
-      few at first.
-    score: adaptive: confidence (highest probability), entropy (lowest) or
-      margin (of the two likeliest).
+    method: a value of config.sample.method.
+    width: parallel, adaptive: tokens per step. speculative: drafts per round.
+      sequential ignores it and decides 1.
+    steps: parallel: number of steps for all tokens, in place of `width`; 0
+      goes by `width`. ancestral, confidence: largest number of steps; 0 takes
+      as many as there are positions.
+    schedule: parallel in `steps` steps: "linear" decides equally many tokens
+      in every step, "cosine" few at first.
+    score: adaptive: the next target is the one with the highest probability
+      of its likeliest token ("confidence"), the lowest entropy ("entropy") or
+      the largest margin between its two likeliest tokens ("margin").
   """
 
   method: str = "sequential"
@@ -59,17 +63,17 @@ class Plan(NamedTuple):
 
   @classmethod
   def of(cls, sample: config_lib.Sample) -> "Plan":
-    """Returns the plan of a config's section."""
+    """Return the plan of a config's section `sample`."""
     return cls(
       sample.method, sample.width, sample.steps, sample.schedule, sample.score
     )
 
   def tokens_per_step(self, T: int) -> int:
-    """Returns the most tokens that a step decides, of T."""
+    """Return the largest number of tokens that one step decides, of T."""
     if not self.steps:
       return min(self.width, T)
     n = self.steps
-    # The steepest step of either schedule is the last one.
+    # In both schedules no step decides a larger share than the last one.
     cosine = self.schedule == "cosine"
-    steepest = math.sin(math.pi / 2 / n) if cosine else 1 / n
-    return min(T, math.ceil(T * steepest) + 1)
+    last_share = math.sin(math.pi / 2 / n) if cosine else 1 / n
+    return min(T, math.ceil(T * last_share) + 1)

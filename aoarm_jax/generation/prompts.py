@@ -1,4 +1,4 @@
-"""Texts as users write them: blanks to fill, and marked parts to score."""
+"""Parse the texts of users: blanks to fill, and marked parts to score."""
 
 import sys
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from aoarm_jax.data import tokenizers
 
 
 class PromptError(errors.UserError, ValueError):
-  """A text that cannot be: one line that names what and where."""
+  """A text that cannot be used: one line that says what is wrong and where."""
 
   exit_code = 2
 
@@ -22,9 +22,9 @@ class Prompt(NamedTuple):
   """A text with blanks.
 
   Attributes:
-    tokens: int32 [n]; anything where not known.
+    tokens: int32 [n]; arbitrary where not known.
     known: bool [n].
-    name: of where it stands, for messages.
+    name: name of the text's source, for messages.
   """
 
   tokens: np.ndarray
@@ -33,13 +33,13 @@ class Prompt(NamedTuple):
 
 
 class Marked(NamedTuple):
-  """A text of which a part is to be scored.
+  """A text with a part to score.
 
   Attributes:
-    tokens: int32 [n]; anything where neither known nor scored.
-    known: bool [n], what is given.
-    scored: bool [n].
-    name: of where it stands, for messages.
+    tokens: int32 [n]; arbitrary where neither known nor scored.
+    known: bool [n], tokens that are given.
+    scored: bool [n], tokens that are scored.
+    name: name of the text's source, for messages.
   """
 
   tokens: np.ndarray
@@ -54,10 +54,16 @@ def parse_prompt(
   blank: str,
   name: str = "--prompt",
 ) -> Prompt:
-  """Reads a text in which every `blank` is one token to generate.
+  """Parse a text in which every `blank` is one token to generate.
+
+  Args:
+    text: the text, as in "the qu___ of en_land".
+    tokenizer: the model's tokenizer.
+    blank: the character for one token to generate.
+    name: name of the text's source, for messages.
 
   Raises:
-    PromptError: no blank in it, none that is named, or a character that is not
+    PromptError: `blank` is empty, the text has no blank, or a character is not
       in the vocabulary.
   """
   if not blank:
@@ -79,19 +85,20 @@ def parse_marked(
   marks: str,
   name: str = "--text",
 ) -> Marked:
-  """Reads a text whose marked parts are to be scored, given the rest of it.
+  """Parse a text whose marked parts are scored, given its other known tokens.
 
   Args:
-    text: as in "the [qu]ick ___", where ___ is unknown: neither scored nor
-      given. Without a mark all of it is scored, but for what is unknown.
-    tokenizer: the model's.
-    blank: the character for one unknown token; '' for none.
-    marks: the two characters around a scored part; '' for none.
-    name: of where the text stands.
+    text: the text, as in "the [qu]ick ___". The part in marks is scored. A
+      blank is unknown: neither scored nor given. In a text without marks every
+      token is scored, apart from the blanks.
+    tokenizer: the model's tokenizer.
+    blank: the character for one unknown token; '' if no character is a blank.
+    marks: the two characters around a scored part; '' if there are no marks.
+    name: name of the text's source, for messages.
 
   Raises:
-    PromptError: marks that do not pair, nothing to score, or a character that
-      is not in the vocabulary.
+    PromptError: a mark has no partner, there is nothing to score, or a
+      character is not in the vocabulary.
   """
   tokens, kinds = _encode(text, tokenizer, name, blank, marks)
   scored = kinds == _MARKED
@@ -106,16 +113,18 @@ _PLAIN, _MARKED, _UNKNOWN = range(3)
 
 
 def _encode(text, tokenizer, name, blank, marks):
-  """(tokens int32 [n], what each is [n])."""
-  # Blanks and marks are read as some known symbol, and all of the text first,
-  # so that a complaint counts from its start.
+  """Return (tokens int32 [n], kinds int32 [n]): _PLAIN, _MARKED or _UNKNOWN."""
+  # The whole text is encoded once, so that an error gives the offset from its
+  # start. Blanks and marks are replaced by a symbol of the vocabulary for this.
   filler = tokenizer.decode([0])
   special = {ord(character): filler for character in blank + marks}
   try:
     tokenizer.encode(text.translate(special))
   except tokenizers.TokenizerError as error:
     raise PromptError(f"{name}: {error}") from error
-  tokens, kinds, opened = [], [], 0
+  tokens: list[int] = []
+  kinds: list[int] = []
+  opened = 0  # Place of the open mark, counted from 1; 0 if no mark is open.
   for at, character in enumerate(text, 1):
     if marks and character in marks:
       if (character == marks[0]) == bool(opened):
@@ -129,9 +138,9 @@ def _encode(text, tokenizer, name, blank, marks):
       character, kind = filler, _UNKNOWN
     else:
       kind = _MARKED if opened else _PLAIN
-    found = tokenizer.encode(character).tolist()
-    tokens += found
-    kinds += [kind] * len(found)
+    ids = tokenizer.encode(character).tolist()
+    tokens += ids
+    kinds += [kind] * len(ids)
   if opened:
     raise PromptError(
       f"{name}: {marks[0]!r} at offset {opened - 1} has no partner {marks[1]!r}"
@@ -140,13 +149,19 @@ def _encode(text, tokenizer, name, blank, marks):
 
 
 def read_lines(path: str) -> list[tuple[str, str]]:
-  """(name, text) of every line of a file; '-' is standard input.
+  """Read the lines of a UTF-8 file.
 
-  Lines end with a line feed, or that and a carriage return before it; empty
-  ones are left out, with a warning unless they are at the end.
+  Lines end with a line feed, or with a carriage return and a line feed. Empty
+  lines are left out. A warning names them, except at the end of the file.
+
+  Args:
+    path: the file; '-' is standard input.
+
+  Returns:
+    Pairs (name, text): the name is the file and line number, for messages.
 
   Raises:
-    PromptError: no such file, not UTF-8, or nothing in it.
+    PromptError: the file does not exist, is not UTF-8, or has no text.
   """
   name = "standard input" if path == "-" else path
   try:
@@ -154,7 +169,7 @@ def read_lines(path: str) -> list[tuple[str, str]]:
       data = sys.stdin.buffer.read()
     else:
       data = epath.Path(path).read_bytes()
-    # A byte order mark, as some editors write it, is no text.
+    # Some editors write a byte order mark, which is not part of the text.
     lines = data.decode("utf-8-sig").replace("\r\n", "\n").split("\n")
   except UnicodeDecodeError as error:
     raise PromptError(f"{name}: byte {error.start} is no UTF-8") from error
@@ -169,19 +184,30 @@ def read_lines(path: str) -> list[tuple[str, str]]:
   if empty := lines.count(""):
     logging.warning(
       "%s: empty lines left out: %d, the first is line %d",
-      name, empty, lines.index("") + 1,
-    )  # fmt: skip
+      name,
+      empty,
+      lines.index("") + 1,
+    )
   return [
     (f"{name}, line {i}", line) for i, line in enumerate(lines, 1) if line
   ]
 
 
 def within(order: Sequence[int], T: int) -> list[int]:
-  """A permutation of 1..T from one of 1..n: less what is beyond, or more."""
+  """Return a permutation of 1..T that starts as a permutation of 1..n does.
+
+  Args:
+    order: permutation of 1..n. If n > T, positions beyond T are left out. If
+      n < T, the positions n + 1..T follow.
+    T: number of positions wanted.
+  """
   inside = [position for position in order if position <= T]
   return inside + list(range(len(inside) + 1, T + 1))
 
 
 def padded_length(n: int, T: int) -> int:
-  """The next power of two, at least 16, at most T: so few shapes compile."""
+  """Return a length for n <= T tokens, rounded up so that few are compiled.
+
+  The length is the next power of two, at least 16 and at most T.
+  """
   return min(T, max(16, 1 << (n - 1).bit_length()))

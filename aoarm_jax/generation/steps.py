@@ -1,9 +1,14 @@
-"""The steps of generation from a cache: what each method of decode.py does.
+"""The step of every method of generation from a cache, see decode.py.
 
-A method is (network, law, plan, state) -> (advance, passes), from the state
-before all steps: advance(i, state) -> state is step i, and passes(state) the
-passes of the network that it takes, one number or one a row: those that the row
-would take alone. Types: plan.State, plan.Plan.
+A method is a function (network, law, plan, start) -> (advance, passes), where
+`start` is the state before all steps:
+
+  advance(i, state) -> state    is step i.
+  passes(state) -> int          is the number of passes of the network that this
+                                step takes, one number or int32 [B]. It counts
+                                the passes that the row would take alone.
+
+The types are cached.Cached, law.Sampling, plan.Plan and plan.State.
 """
 
 import jax
@@ -13,43 +18,48 @@ from aoarm_jax import orders
 from aoarm_jax.config import purposes
 from aoarm_jax.generation import law as sampling
 
-# Rows scored at once where the next target is chosen.
+# Number of targets that `adaptive` scores at once.
 CHUNK = 64
 
 
 def _window(network, state, start, R):
-  """The R slots from `start` on; after the last slot anything."""
+  """Return the R slots from `start` [B] on; arbitrary after the last slot."""
   s, end = network.model.sentinels, network.model.T + 1
   at = start[:, None] + jnp.arange(R)
-  rank = start - s  # Of the first slot's content; its target is the next one.
+  # The first slot holds the token of this rank and predicts the next rank.
+  rank = start - s
   return orders.Slots(
     jnp.take_along_axis(
       state.content, jnp.minimum(at, state.content.shape[1] - 1), axis=1
     ),
-    # Slot 0 is BOS, at 0; slot 1, with two sentinels, EOS.
+    # Slot 0 is BOS at position 0. With two sentinels slot 1 is EOS at T + 1.
     jnp.where(at < s, at * end, _ranks(state.order, rank, R)),
     jnp.where(at < s - 1, 0, _ranks(state.order, rank + 1, R)),
   )
 
 
 def _ranks(order, first, count):
-  """Positions of the ranks first.. of every row; of no rank anything."""
+  """Return the positions of `count` ranks from `first` [B] on: [B, count].
+
+  Positions are arbitrary past the last rank and before the first one.
+  """
   at = first[:, None] + jnp.arange(count)
   return jnp.take_along_axis(order, jnp.clip(at, 0, order.shape[1] - 1), axis=1)
 
 
 def _draw(keys, slots, log_p):
-  """A token for every slot [B, Q] of laws [B, Q, V], by keys [B]."""
+  """Draw a token for every slot [B, Q] from laws [B, Q, V] with keys [B]."""
   fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))
   return jax.vmap(jax.vmap(jax.random.categorical))(fold(keys, slots), log_p)
 
 
 def _commit(state, s, tokens, log_p, count):
-  """Decides the next `count` [B] ranks: the first of tokens [B, Q]."""
+  """Decide the next `count` [B] ranks by the first of the tokens [B, Q]."""
   B, Q = tokens.shape
   at = state.done[:, None] + s + jnp.arange(Q)
   taken = jnp.arange(Q) < count[:, None]
-  at = jnp.where(taken, at, state.content.shape[1])  # Out of bounds: dropped.
+  # Writes out of bounds are dropped.
+  at = jnp.where(taken, at, state.content.shape[1])
   content = state.content.at[jnp.arange(B)[:, None], at].set(
     tokens, mode="drop"
   )
@@ -61,7 +71,11 @@ def _commit(state, s, tokens, log_p, count):
 
 
 def _parallel(network, law, plan, start):
-  """`width` ranks a step, or all blanks in `steps`, from their marginals."""
+  """Decide several ranks per step, each drawn from its marginal law.
+
+  A step decides `plan.width` ranks. If plan.steps is set, all blanks are spread
+  over that many steps instead.
+  """
   s = network.model.sentinels
   width = plan.tokens_per_step(start.order.shape[1])
   blanks = start.end - start.done
@@ -71,7 +85,8 @@ def _parallel(network, law, plan, start):
     if plan.steps:
       left = blanks * _share_left((i + 1) / plan.steps, plan.schedule)
       count = state.end - jnp.ceil(left - 1e-4).astype(jnp.int32) - state.done
-    # At least one, so that it ends, and none once it has ended.
+    # At least one rank is decided, so that the row ends. No rank is decided
+    # once the row has ended.
     count = jnp.minimum(jnp.clip(count, 1, width), state.end - state.done)
     logits, state = _predict(
       network, state, width, _ranks(state.order, state.done, width)
@@ -85,14 +100,24 @@ def _parallel(network, law, plan, start):
 
 
 def _share_left(done, schedule):
-  """Share of the blanks that is left after a share of the steps."""
+  """Return the share of blanks left after a share `done` of the steps."""
   if schedule == "cosine":
     return jnp.cos(jnp.minimum(done, 1) * (jnp.pi / 2))
   return 1 - jnp.minimum(done, 1)
 
 
 def _predict(network, state, R, targets):
-  """Puts what is pending, at most R slots, into the cache, and predicts."""
+  """Put the pending slots, R at most, into the cache and predict targets.
+
+  Args:
+    network: cached.Cached.
+    state: plan.State.
+    R: most slots that may be pending.
+    targets: int32 [B, Q], the positions to predict, see cached.Cached.predict.
+
+  Returns:
+    (logits float32 [B, Q, V], the state with these slots in its cache).
+  """
   s = network.model.sentinels
   pending = jnp.clip(state.done + s - state.filled, 1, R)
   logits, cache = network.predict(
@@ -107,13 +132,17 @@ def _predict(network, state, R, targets):
 
 
 def _adaptive(network, law, plan, start):
-  """The surest `width` of all targets that are left."""
+  """Decide the `plan.width` targets that the model is surest of.
+
+  A step first scores all targets that are left, in chunks. Then it sorts the
+  order by score and decides the first ranks as `_parallel` does.
+  """
   draw, _ = _parallel(network, law, plan, start)
   T = start.order.shape[1]
   width, chunk = plan.tokens_per_step(T), min(CHUNK, T)
 
   def chunks(state):
-    """The first chunk with a target that is left, and that after the last."""
+    """Return the chunks (first, after the last) with a target that is left."""
     return state.done // chunk, -(-state.end // chunk)
 
   def advance(i, state):
@@ -122,20 +151,23 @@ def _adaptive(network, law, plan, start):
     def score(c, carry):
       scores, cache = carry
       ranks = jnp.full_like(state.done, c * chunk)
-      # A single stream's last slot has the next target, whatever is scored.
+      # In a single stream the last slot always has the next target. So the
+      # next target comes first, and its score is dropped below.
       targets = jnp.concatenate(
         [first, _ranks(state.order, ranks, chunk)], axis=1
       )
       logits, after = _predict(
         network, state._replace(cache=cache), width, targets
       )
-      found = _score(jax.nn.softmax(logits[:, 1:]), plan.score)
+      chunk_scores = _score(jax.nn.softmax(logits[:, 1:]), plan.score)
       at = jnp.minimum(ranks[:, None] + jnp.arange(chunk), T)
       rows = jnp.arange(len(at))[:, None]
-      # The pending slots are written again by every chunk, in place.
-      return scores.at[rows, at].set(found, mode="drop"), after.cache
+      scores = scores.at[rows, at].set(chunk_scores, mode="drop")
+      # Every chunk writes the pending slots again, in place.
+      return scores, after.cache
 
-    # Of rows that are not finished: those that only fill a batch soon are.
+    # Only unfinished rows bound the chunks. Rows that only fill the batch are
+    # finished soon.
     running = state.done < state.end
     lowest, highest = chunks(state)
     scores, cache = jax.lax.fori_loop(
@@ -162,7 +194,7 @@ def _adaptive(network, law, plan, start):
 
 
 def _score(p, name):
-  """How sure the laws p [B, Q, V] are: [B, Q]."""
+  """Return how sure the model is of targets with laws p [B, Q, V]: [B, Q]."""
   match name:
     case "confidence":
       return p.max(axis=-1)
@@ -175,7 +207,11 @@ def _score(p, name):
 
 
 def _speculative(network, law, plan, start):
-  """Drafts `width` tokens from their marginals; keeps what the chain allows."""
+  """Draft `plan.width` tokens from their marginals; keep a checked prefix.
+
+  The first draft that the chain rule rejects is replaced by a draw from the
+  residual law, so the law of a text is exact (ASSD, arXiv 2504.20456).
+  """
   s, width = network.model.sentinels, plan.tokens_per_step(start.order.shape[1])
 
   def advance(i, state):
@@ -186,7 +222,8 @@ def _speculative(network, law, plan, start):
     at = state.done[:, None] + s + jnp.arange(width)
     log_q = sampling.log_law(logits, law)
     drafts = _draw(state.keys, at, log_q)
-    # The chain rule's laws, given the drafts before.
+    # One pass gives the laws of the chain rule: each is conditioned on the
+    # drafts before its own.
     content = state.content.at[rows, at].set(drafts, mode="drop")
     drafted = state._replace(content=content)
     log_p = log_q
@@ -200,29 +237,42 @@ def _speculative(network, law, plan, start):
       log_p = jnp.concatenate(
         [log_q[:, :1], sampling.log_law(logits, law)], axis=1
       )
-    kept = _kept(state.keys, at, log_p, log_q, drafts)
+    accepted = _kept(state.keys, at, log_p, log_q, drafts)
     residual = jnp.log(jnp.maximum(jnp.exp(log_p) - jnp.exp(log_q), 0.0))
     again = _draw(state.keys, at + purposes.AGAIN, residual)
-    tokens = jnp.where(jnp.arange(width) < kept[:, None], drafts, again)
-    count = jnp.minimum(jnp.minimum(kept + 1, width), state.end - state.done)
+    tokens = jnp.where(jnp.arange(width) < accepted[:, None], drafts, again)
+    count = jnp.minimum(
+      jnp.minimum(accepted + 1, width), state.end - state.done
+    )
     state = _commit(state, s, tokens, sampling.log_p_of(log_p, tokens), count)
     return state._replace(
       filled=state.done + s - 1,
-      accepted=state.accepted + jnp.minimum(kept, count),
+      accepted=state.accepted + jnp.minimum(accepted, count),
     )
 
   return advance, lambda state: 1 + (width > 1)
 
 
 def _kept(keys, at, log_p, log_q, drafts):
-  """How many leading drafts are accepted, each with min(1, p / q): [B]."""
+  """Return how many leading drafts are accepted: int32 [B].
+
+  A draft is accepted with probability min(1, p / q).
+
+  Args:
+    keys: typed PRNG keys [B].
+    at: int32 [B, Q], the slots of the drafts.
+    log_p: float32 [B, Q, V], laws of the chain rule.
+    log_q: float32 [B, Q, V], laws that the drafts were drawn from.
+    drafts: int32 [B, Q].
+  """
   fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))
   coins = jax.vmap(jax.vmap(jax.random.uniform))(fold(keys, at + purposes.COIN))
   log_ratio = sampling.log_p_of(log_p, drafts) - sampling.log_p_of(
     log_q, drafts
   )
   accepted = jnp.log(coins) < log_ratio
-  # The first is drawn from the very law that it is checked by.
+  # The first draft is drawn from the same law that checks it, so it passes
+  # whatever the rounding.
   accepted = accepted.at[:, 0].set(True)
   return jnp.cumprod(accepted, axis=1).sum(axis=1)
 

@@ -1,13 +1,14 @@
-"""Texts from a checkpoint: filling prompts, and --mode=sample.
+"""Texts from a checkpoint: filled prompts, and --mode=sample.
 
-decode.py and diffusion.py generate; each method's exactness is said there.
+The methods are in decode.py and diffusion.py. Their docstrings say which
+methods are exact.
 """
 
 import datetime
 import json
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -26,25 +27,30 @@ from aoarm_jax.model import network as network_lib
 from aoarm_jax.runs import directory as run_dir
 from aoarm_jax.runs import opening
 
-_AT_ONCE = 1024  # Texts drawn of a file before they are printed.
+# The texts of a file are drawn in parts of this many, and each part is printed
+# before the next one is drawn.
+_AT_ONCE = 1024
 
 
 class Text(NamedTuple):
   """One generated text.
 
   Attributes:
-    text: readable; bytes that are no UTF-8 are U+FFFD in it.
-    tokens: the ids, which say all: model.score(text) reads these.
-    order: the positions 1..n, in the order of generation; the prompt's known
-      positions come first.
-    log_p: nats: log-probability of what was generated, each token under the law
-      that decided it (temperature and cuts included).
-    calls: passes of the network until the text was whole: one for what is known
-      (or two sentinels), then one a step, but for speculative two a round, and
-      for adaptive another for every 64 targets that it scores. As many as it
-      takes alone: those for longer texts of its batch do not count.
-    accepted: of speculative, how many of the generated tokens were drafts that
-      passed: over all of them, the rate of acceptance.
+    text: the readable text. Bytes that are not UTF-8 appear as U+FFFD.
+    tokens: the token ids. Unlike `text` they lose nothing, so api.Model.score
+      reads the ids of a Text.
+    order: the positions 1..n in the order of generation. The known positions
+      of the prompt come first.
+    log_p: nats, log-probability of the generated tokens. Each token counts
+      under the law that decided it, temperature and cuts included.
+    calls: passes of the network until the text was complete. Known tokens (or
+      two sentinels) take one pass, and every step takes one. A round of
+      speculative takes two. A step of adaptive takes one more for every 64
+      targets that it scores. Passes for longer texts of the same batch do not
+      count.
+    accepted: number of generated tokens that were accepted drafts
+      (speculative). Divided by the number of generated tokens, it is the rate
+      of acceptance.
   """
 
   text: str
@@ -56,9 +62,18 @@ class Text(NamedTuple):
 
 
 class Sampler:
-  """Draws texts; compiled once for every shape and method."""
+  """Draws texts. A program is compiled once for every shape and method."""
 
-  def __init__(self, config: config_lib.Config, network: network_lib.Network):
+  def __init__(
+    self, config: config_lib.Config, network: network_lib.Network
+  ) -> None:
+    """Compile nothing yet.
+
+    Args:
+      config: its sections sample, orders and model are read.
+      network: the network that generates; with a mesh.
+    """
+    assert network.mesh is not None
     self._config, self._network = config, network
     self._mesh = network.mesh
     self._jitted = jax.jit(
@@ -67,12 +82,14 @@ class Sampler:
       out_shardings=sharding.replicated(network.mesh),
     )
 
-  def sample(self, params, prompt: prompts.Prompt | None = None) -> list[Text]:
-    """Draws config.sample.count texts, as `fill` does.
+  def sample(
+    self, params: Any, prompt: prompts.Prompt | None = None
+  ) -> list[Text]:
+    """Draw config.sample.count texts for one prompt, see `fill`.
 
     Args:
-      params: of the network; on the mesh.
-      prompt: None generates all T tokens.
+      params: the network's parameters, on the mesh.
+      prompt: the prompt. None generates all T tokens.
     """
     if prompt is None:
       T = self._config.model.T
@@ -81,32 +98,33 @@ class Sampler:
 
   def fill(
     self,
-    params,
+    params: Any,
     texts: Sequence[prompts.Prompt],
     config: config_lib.Config | None = None,
     given: Sequence[Sequence[int]] | None = None,
     first: int = 0,
   ) -> list[list[Text]]:
-    """Draws config.sample.count texts for every prompt.
+    """Draw config.sample.count texts for every prompt.
 
-    The j-th text of prompt i depends on the seed, (first + i) * count + j and
-    the prompt alone: not on config.sample.batch_size, the devices or the other
-    prompts.
+    The j-th text of prompt i depends on the seed, on the prompt and on the
+    number (first + i) * count + j. It does not depend on
+    config.sample.batch_size, the devices or the other prompts.
 
     Args:
-      params: of the network; on the mesh.
-      texts: the prompts, each of n <= T tokens: positions 1..n are generated,
-        nothing beyond.
-      config: its sample and orders.given, instead of the Sampler's own.
-      given: with config.sample.order="given", a permutation of 1..n for every
-        prompt; None is config.orders.given for all.
+      params: the network's parameters, on the mesh.
+      texts: the prompts, of n <= T tokens each. Positions 1..n are generated,
+        and nothing beyond.
+      config: if given, its sections sample and orders.given replace those of
+        the Sampler's config.
+      given: for config.sample.order="given", a permutation of 1..n for every
+        prompt. None takes config.orders.given for all prompts.
       first: number of the first prompt.
 
     Returns:
-      For every prompt its texts.
+      One list of texts per prompt.
 
     Raises:
-      PromptError: a prompt that this model cannot fill.
+      PromptError: this model cannot fill one of the prompts.
     """
     config, model = config or self._config, self._config.model
     count = config.sample.count
@@ -115,26 +133,31 @@ class Sampler:
       _check(prompt, model)
       T = prompts.padded_length(len(prompt.tokens), model.T)
       prefill = bool(prompt.known.any()) or model.sentinels > 1
-      rows = range(i * count, (i + 1) * count)
-      shapes.setdefault((T, prefill), []).extend(rows)
-    found: dict[int, Text] = {}
+      texts_of_prompt = range(i * count, (i + 1) * count)
+      shapes.setdefault((T, prefill), []).extend(texts_of_prompt)
+    drawn: dict[int, Text] = {}
     if given is None:
       given = [config.orders.given] * len(texts)
     for (T, prefill), rows in shapes.items():
       B = sharding.batch_size(self._mesh, config.sample.batch_size, len(rows))
       for start in range(0, len(rows), B):
-        found |= self._batch(
-          params, texts, config, given, first, T, prefill,
-          rows[start : start + B], B,
-        )  # fmt: skip
+        drawn |= self._batch(
+          params,
+          texts,
+          config,
+          given,
+          first,
+          T,
+          prefill,
+          rows[start : start + B],
+          B,
+        )
     return [
-      [found[i * count + j] for j in range(count)] for i in range(len(texts))
+      [drawn[i * count + j] for j in range(count)] for i in range(len(texts))
     ]
 
-  def _batch(
-    self, params, texts, config, given, first, T, prefill, rows, B
-  ):  # fmt: skip
-    """The texts of these rows by index, in one batch of B."""
+  def _batch(self, params, texts, config, given, first, T, prefill, rows, B):
+    """Return {row: Text} for row numbers `rows`, drawn in one batch of B."""
     sample = config.sample
     tokens, known = np.zeros((B, T), np.int32), np.zeros((B, T), bool)
     length, index = np.ones(B, np.int32), np.zeros(B, np.int32)
@@ -167,38 +190,74 @@ class Sampler:
       row: Text(
         self._network.tokenizer.decode(text[:n]),
         text[:n].tolist(),
-        by[:n].tolist(),
+        text_order[:n].tolist(),
         float(nats),
         int(calls),
         int(accepted),
       )
-      for row, n, text, by, nats, calls, accepted in zip(
+      for row, n, text, text_order, nats, calls, accepted in zip(
         rows, length.tolist(), *jax.device_get(drawn)
       )
     }
 
   def _draw(
-    self, params, key, law, most_blanks, tokens, known, length, index, order,
-    *, plan, family, prefill, most_known,
-  ):  # fmt: skip
+    self,
+    params,
+    key,
+    law,
+    most_blanks,
+    tokens,
+    known,
+    length,
+    index,
+    order,
+    *,
+    plan,
+    family,
+    prefill,
+    most_known,
+  ):
+    """Draw the orders, unless they are given, and generate a batch.
+
+    Arguments after the star are static. See decode.generate for the others.
+    """
     order_key, draw_key = jax.random.split(key)
     if family != "given":
       options = self._config.replace("orders.family", family).orders
-      order = orders.draw(order_key, *tokens.shape, options, rows=index)
-    texts = self._network, params, draw_key, tokens, known, order, law
-    shared = dict(plan=plan, rows=index, length=length)
+      B, T = tokens.shape
+      order = orders.draw(order_key, B, T, options, rows=index)
     if self._network.layout.masked:
-      return diffusion.generate(*texts, **shared)
+      return diffusion.generate(
+        self._network,
+        params,
+        draw_key,
+        tokens,
+        known,
+        order,
+        law,
+        plan=plan,
+        rows=index,
+        length=length,
+      )
     return decode.generate(
-      *texts,
+      self._network,
+      params,
+      draw_key,
+      tokens,
+      known,
+      order,
+      law,
+      plan=plan,
       prefill=prefill,
       most_known=most_known,
       most_blanks=most_blanks,
-      **shared,
+      rows=index,
+      length=length,
     )
 
 
 def _check(prompt, model):
+  """Raise PromptError if the model cannot fill the prompt."""
   if len(prompt.tokens) > model.T:
     raise prompts.PromptError(
       f"{prompt.name} has {len(prompt.tokens)} tokens; the model generates at "
@@ -213,8 +272,17 @@ def _check(prompt, model):
     )
 
 
-def write(path: epath.Path, texts: list[Text], step: int, **facts) -> None:
-  """Writes texts as JSON lines, whole or not at all."""
+def write(
+  path: epath.Path, texts: Sequence[Text], step: int, **facts: Any
+) -> None:
+  """Write texts as JSON lines. The file is complete or absent at any moment.
+
+  Args:
+    path: the file; its folder is made if absent.
+    texts: the texts, one per line.
+    step: training steps of the parameters that generated them.
+    **facts: further JSON values for every line.
+  """
   path.parent.mkdir(parents=True, exist_ok=True)
   lines = (
     json.dumps({"step": step, **facts, **text._asdict()}) for text in texts
@@ -228,18 +296,25 @@ def sample(
   prompt: str = "",
   input_file: str = "",
 ) -> None:
-  """--mode=sample: prints texts and writes them with their orders.
+  """Print texts of a checkpoint: --mode=sample.
 
-  Needs nothing but the checkpoint. Texts go to standard output: one a line, or
-  as JSON lines where prompts come from a file; without a file they are also
-  written, with their orders, to samples/ in the run directory.
+  Without an input file, the texts go to standard output, one per line. They are
+  also written, with their orders, to samples/ in the run directory. With an
+  input file, they go to standard output as JSON lines and are not written.
+
+  Args:
+    config: the config; its section sample says how.
+    workdir: run directory. Only its checkpoint is needed, and no corpus.
+    prompt: a text with blanks. '' generates whole texts.
+    input_file: file with one prompt per line; '-' is standard input; '' is no
+      file.
 
   Raises:
     CheckpointError, ConfigError: see opening.open_run.
-    PromptError: a prompt that this model cannot fill.
+    PromptError: this model cannot fill one of the prompts.
   """
   tokenizer = tokenizers.get(config.data.tokenizer)
-  blank, first = config.sample.blank, jax.process_index() == 0
+  blank, primary = config.sample.blank, jax.process_index() == 0
   lines = prompts.read_lines(input_file) if input_file else []
   if prompt:
     lines = [("--prompt", prompt)]
@@ -250,16 +325,17 @@ def sample(
   with jax.set_mesh(run.network.mesh):
     sampler = Sampler(config, run.network)
     if input_file:
-      # By parts, so that what was done is there whatever comes after.
+      # Each part is printed at once, so that a later failure loses nothing of
+      # it.
       at_once = -(-_AT_ONCE // config.sample.count)
       for start in range(0, len(parsed), at_once):
-        part = slice(start, start + at_once)
-        found = sampler.fill(run.params, parsed[part], first=start)
-        if first:
-          _print_json(lines[part], found)
+        span = slice(start, start + at_once)
+        filled = sampler.fill(run.params, parsed[span], first=start)
+        if primary:
+          _print_json(lines[span], filled)
       return
     texts = sampler.sample(run.params, parsed[0] if parsed else None)
-  if not first:
+  if not primary:
     return
   now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S.%f")
   path = workdir / "samples" / f"{now}.jsonl"
@@ -273,8 +349,9 @@ def sample(
     print(text.text)
 
 
-def _print_json(lines, found):
-  for (_, line), texts in zip(lines, found):
+def _print_json(lines, filled):
+  """Print the texts of every prompt as JSON lines."""
+  for (_, line), texts in zip(lines, filled):
     for text in texts:
       print(json.dumps({"prompt": line, **text._asdict()}))
   sys.stdout.flush()

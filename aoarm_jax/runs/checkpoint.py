@@ -1,25 +1,28 @@
-"""Checkpoints: asynchronous saves, verified restores (the only orbax user).
+"""Checkpoints: asynchronous saves and verified restores.
 
-On disk, in the directory of checkpoints:
+orbax is used in this module only. The directory of checkpoints holds:
 
-  500/                  a step, written by orbax under another name first
-    state/ ...          the arrays, as nested dicts with string keys
-    manifest.json       written last: format version, step, metric, config,
-                        data iterator state, leaf shapes, file checksums
-  550.orbax-checkpoint-tmp...   a save in flight, or one that was killed
+  500/                  A step. Orbax writes it under a temporary name first.
+    state/ ...          The arrays, as nested dicts with string keys.
+    manifest.json       Written last: format version, step, metric, config,
+                        state of the data iterator, shapes, file checksums.
+  550.orbax-checkpoint-tmp...   A save that is running, or that was killed.
 
-A step counts once its manifest stands, and older steps are deleted only after
-that, manifest first. So a process killed at any moment, also while saving or
-deleting, leaves a whole checkpoint behind once the first one was whole.
+A step counts as a checkpoint once its manifest is written. Older steps are
+deleted only after that, and their manifests are deleted first. So after the
+first complete checkpoint there is always one, even if the process is killed
+while it saves or deletes.
 """
 
 import concurrent.futures
 import contextlib
 import functools
 import json
+import logging as python_logging
 import os
 import sys
 import time
+import types
 from typing import Any
 
 import jax
@@ -37,28 +40,32 @@ CheckpointError = manifest.CheckpointError
 Saved = manifest.Saved
 
 _STATE = "state"
-# Said by process 0 instead of a step.
+# Process 0 broadcasts one of these numbers if it has no step to broadcast.
 _NONE, _ERROR = -1, -2
 
 
 class Checkpoints:
   """The checkpoints of one run.
 
-  Reading (`steps`, `newest`, `best`, `at`, `restore`) never writes, so another
-  process may evaluate while the run goes on. All processes of a run call
-  `save`, `wait` and `close` together; process 0 alone writes manifests and
-  deletes. Not thread-safe.
+  The methods that read (`steps`, `newest`, `best`, `at`, `restore`) never
+  write. So another process may evaluate while the run continues. All processes
+  of a run call `save`, `wait` and `close` together. Only process 0 writes
+  manifests and deletes. The class is not thread-safe.
   """
 
   def __init__(
     self, directory: epath.PathLike, *, keep_last: int, keep_best: int
-  ):
-    """Opens a directory, which need not exist: the first save creates it.
+  ) -> None:
+    """Open a directory. It need not exist, since the first save creates it.
 
     Args:
       directory: folder or bucket path ("gs://...").
-      keep_last: newest steps kept, at least 1.
-      keep_best: steps of lowest metric kept besides, at least 0.
+      keep_last: number of newest steps to keep, at least 1.
+      keep_best: number of steps with the lowest metric to keep in addition, at
+        least 0.
+
+    Raises:
+      CheckpointError: keep_last or keep_best is too small.
     """
     if keep_last < 1 or keep_best < 0:
       raise CheckpointError(
@@ -66,24 +73,32 @@ class Checkpoints:
         "and 0 best checkpoints"
       )
     path = epath.Path(directory)
-    if "://" not in str(path):  # Orbax takes absolute paths only.
+    if "://" not in str(path):
+      # Orbax accepts only absolute paths.
       path = epath.Path(os.path.abspath(path.expanduser()))
     self._steps = manifest.Steps(path)
     self._keep_last, self._keep_best = keep_last, keep_best
     self._thread = concurrent.futures.ThreadPoolExecutor(
       1, thread_name_prefix="checkpoint"
     )
-    self._pending = None  # (step, future) of the save in flight.
+    # The step and the future of the save that is running.
+    self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
     _quiet_orbax()
 
-  def __enter__(self):
+  def __enter__(self) -> "Checkpoints":
     return self
 
-  def __exit__(self, kind, error, trace):
+  def __exit__(
+    self,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    trace: types.TracebackType | None,
+  ) -> None:
     if error is None:
       self.close()
-    elif late := self._drain():  # The first error is the one to show.
-      logging.error("%s", late)
+    elif save_error := self._drain():
+      # `error` came first, so it is raised, and the later one is only logged.
+      logging.error("%s", save_error)
 
   def save(
     self,
@@ -94,27 +109,28 @@ class Checkpoints:
     config_json: str,
     metric: float | None = None,
   ) -> None:
-    """Starts to save; the state may be donated as soon as this returns.
+    """Start to save a step. The state may be donated as soon as this returns.
 
-    Waits for the save before, if it is still under way. A step that stands
-    whole is not written again, but takes the metric if it had another; a step
-    that stands broken is replaced.
+    The call first waits for the previous save. A step that is complete on disk
+    is not written again, and only its metric is replaced if the new one
+    differs. A step that is broken on disk is replaced.
 
     Args:
       step: optimizer steps taken.
-      state: any pytree of arrays; typed PRNG keys are fine.
-      data_state: the data iterator's state, JSON values only.
+      state: any pytree of arrays, which may include typed PRNG keys.
+      data_state: the state of the data iterator, JSON values only.
       config_json: the whole configuration.
-      metric: what `best` minimises, e.g. validation nats per token.
+      metric: the number that `best` minimises, such as validation nats per
+        token.
 
     Raises:
-      CheckpointError: this save cannot start, or the one before failed.
+      CheckpointError: this save cannot start, or the previous save failed.
     """
     self.wait()
     if distributed.process_0_says(lambda: self._stands(step, metric)):
       return
     leaves = _leaves_by_name(state)
-    # dumps and loads: the caller may go on changing its dict.
+    # The caller may change its dict later, so dumps and loads copy it.
     record = {
       "format_version": FORMAT_VERSION,
       "step": int(step),
@@ -138,55 +154,62 @@ class Checkpoints:
     )
 
   def wait(self) -> None:
-    """Returns when the last save is whole on disk.
+    """Wait until the last save is complete on disk.
 
     Raises:
-      CheckpointError: it failed; reported once.
+      CheckpointError: the save failed. The error is raised once.
     """
     pending = self._pending is not None
     error = self._drain()
     if pending and jax.process_count() > 1:
-      # Only process 0 knows when the manifest stands.
+      # Only process 0 writes the manifest, so the others wait for it.
       multihost_utils.sync_global_devices("aoarm_jax_checkpoint_wait")
     if error:
       raise error
 
   def close(self) -> None:
-    """Waits, then frees the thread; errors as in `wait`."""
+    """Wait for the last save and free the thread.
+
+    Raises:
+      CheckpointError: see `wait`.
+    """
     try:
       self.wait()
     finally:
       self._thread.shutdown()
 
   def steps(self) -> list[int]:
-    """Steps with a manifest, ascending; whether they verify is not asked."""
+    """Return the steps that have a manifest, ascending, without verifying."""
     return self._steps.finished()
 
   def newest(self) -> Saved | None:
-    """The newest whole step, or None if no checkpoint was ever completed.
+    """Return the newest complete step, or None if there is no checkpoint.
 
-    Every file that a restore reads is compared with the manifest, by process 0,
-    whose step all take. Broken or interrupted steps newer than the returned one
-    are logged as warnings.
+    Process 0 compares every file that a restore reads with the manifest, and
+    all processes take its choice. A warning names every broken or interrupted
+    step that is newer than the returned one.
 
     Raises:
-      CheckpointError: there are checkpoints but none is whole, or the newest
-        is of another format version.
+      CheckpointError: there are checkpoints but none is complete, or the newest
+        has another format version.
     """
     return self._agreed(self._steps.newest)
 
   def best(self) -> Saved | None:
-    """The whole step of lowest metric, or None if none was saved with one.
+    """Return the complete step with the lowest metric.
 
-    Warnings and errors as for `newest`.
+    Warnings and errors are those of `newest`.
+
+    Returns:
+      The step, or None if no step was saved with a metric.
     """
     return self._agreed(self._steps.best)
 
   def at(self, step: int) -> Saved:
-    """One step, verified.
+    """Return one step after verifying its files.
 
     Raises:
-      CheckpointError: it is absent, broken or of another format version.
+      CheckpointError: the step is absent, broken or has another format version.
     """
     try:
       return self._steps.verified(step)
@@ -197,18 +220,20 @@ class Checkpoints:
       ) from error
 
   def restore(self, saved: Saved, abstract_state: Any) -> Any:
-    """Reads a state, or some of its top-level parts.
+    """Read a state, or some of its top-level parts.
 
     Args:
-      saved: what `newest`, `best` or `at` returned (they verify, this not).
-      abstract_state: pytree of jax.ShapeDtypeStruct with shardings, on any
-        devices (no sharding: the default device). Top-level parts may be left
-        out, e.g. {"params": ...} for evaluation; inside a part every leaf is
-        wanted. Containers need not be those of the saved state: leaves are
-        matched by their names (keys, fields, indices).
+      saved: a step that `newest`, `best` or `at` returned. These methods verify
+        the files; `restore` does not verify them again.
+      abstract_state: pytree of jax.ShapeDtypeStruct with shardings on any
+        devices. A leaf without a sharding goes to the default device. Top-level
+        parts may be left out, as in {"params": ...} for evaluation. Inside a
+        part every leaf must be there. Leaves are matched by their names (keys,
+        fields, indices), so the container types may differ from the saved ones.
 
     Returns:
-      The pytree of jax.Array, with the structure and shardings asked for.
+      The pytree of jax.Array with the structure and shardings of
+      `abstract_state`.
 
     Raises:
       CheckpointError: a leaf differs in shape or dtype or is missing on one
@@ -241,19 +266,26 @@ class Checkpoints:
     return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
 
   def _agreed(self, find):
-    """What process 0 finds, on all: a disk may show each another step."""
-    found = error = None
+    """Broadcast process 0's choice of checkpoint to all processes.
 
-    def step():
-      nonlocal found, error
+    Every process may see another newest step on a shared disk, so they must not
+    choose for themselves.
+
+    Args:
+      find: function that returns a Saved or None.
+    """
+    saved = error = None
+
+    def find_step():
+      nonlocal saved, error
       try:
-        found = find()
+        saved = find()
       except CheckpointError as problem:
         error = problem
         return _ERROR
-      return found.step if found else _NONE
+      return saved.step if saved else _NONE
 
-    step = distributed.process_0_says(step)
+    step = distributed.process_0_says(find_step)
     if error:
       raise error
     if step == _ERROR:
@@ -261,18 +293,21 @@ class Checkpoints:
         f"process 0 can use no checkpoint in {self._steps.directory}; its "
         "message says why"
       )
-    if step == _NONE or found:
-      return found
+    if step == _NONE or saved:
+      return saved
     try:
       return self._steps.unverified(step)
-    except manifest.BrokenError as error:
+    except manifest.BrokenError as broken:
       raise CheckpointError(
         f"checkpoint step {step} in {self._steps.directory}, which process 0 "
-        f"takes, cannot be read here: {error}"
-      ) from error
+        f"takes, cannot be read here: {broken}"
+      ) from broken
 
   def _stands(self, step, metric):
-    """Whether the step stands whole; removes it if it stands broken."""
+    """Return whether a step is complete on disk; delete it if it is broken.
+
+    The metric of a complete step is replaced if the new metric differs.
+    """
     directory = self._steps.at(step)
     if not directory.exists():
       return False
@@ -288,7 +323,7 @@ class Checkpoints:
     return True
 
   def _finish(self, response, record, start):
-    """In the thread: waits for orbax, then makes the step a checkpoint."""
+    """Wait for orbax, then write the manifest; runs in the thread."""
     step = record["step"]
     directory = self._steps.at(step)
     try:
@@ -298,7 +333,7 @@ class Checkpoints:
       files = manifest.checksums(directory)
       manifest.write(directory, record | {"files": files})
     except Exception:
-      # Half a checkpoint would keep a full disk full.
+      # If the disk is full, half a checkpoint would keep it full.
       if jax.process_index() == 0:
         with contextlib.suppress(OSError):
           self._steps.clean()
@@ -312,11 +347,12 @@ class Checkpoints:
     try:
       self._steps.retain(step, self._keep_last, self._keep_best)
       self._steps.clean()
-    except OSError as error:  # The save itself stands.
+    except OSError as error:
+      # The save itself has succeeded, so this is only a warning.
       logging.warning("cannot delete old checkpoints: %s", error)
 
   def _drain(self):
-    """Waits for the save in flight; returns its error, or None."""
+    """Wait for the running save and return its CheckpointError or None."""
     if self._pending is None:
       return None
     step, future = self._pending
@@ -325,6 +361,7 @@ class Checkpoints:
     return None if error is None else self._save_error(step, error)
 
   def _save_error(self, step, error):
+    """Return the CheckpointError for a save that failed with `error`."""
     wrapped = CheckpointError(
       f"checkpoint step {step} was not saved in {self._steps.directory}: "
       f"{text.first_line(error)}; mend that (free space? permissions?) and run "
@@ -335,17 +372,20 @@ class Checkpoints:
 
 
 def _context():
+  """Return the options that orbax saves and loads with."""
   context = v1.Context()
-  # Random float32 shrinks by 8% only, in three times the time.
+  # Compression makes random float32 only 8% smaller and takes three times as
+  # long.
   context.array.saving.use_compression = False
-  # A folder that cannot be made fails at once, not in a thread 10 s later.
+  # Then a folder that cannot be made raises at once, and not in a thread after
+  # 10 s.
   context.asynchronous.create_directories_asynchronously = False
   context.pytree.loading.partial_load = True
   return context
 
 
 def _quiet_orbax():
-  """Drops orbax's messages that say nothing new; its warnings pass."""
+  """Drop orbax's messages that say nothing new; let its warnings pass."""
   logger = logging.get_absl_logger()
   if _passes not in logger.filters:
     logger.addFilter(_passes)
@@ -356,23 +396,31 @@ def _quiet_orbax():
 
 
 def _passes(record):
+  """Return whether a log record is shown."""
   if f"{os.sep}orbax{os.sep}" not in record.pathname:
     return True
-  # Tens of INFO lines a save; and the tracebacks of every thread of a failed
-  # save, whose error reaches us, and the user in one line, through result().
+  # Orbax logs tens of INFO lines per save. After a failed save it also logs a
+  # traceback per thread. Its error reaches us through result(), and then the
+  # user in one line.
   return (
-    record.levelno > logging.converter.STANDARD_INFO
+    record.levelno > python_logging.INFO
     and "_SignalingThread.run() raised" not in str(record.msg)
   )
 
 
 def _report_unraisable(report, unraisable):
-  """`report`, but for the writes that outlive a failed save.
+  """Call `report`, except for writes that outlive a failed save.
 
-  The first write to fail ends the save and closes its event loop; each that
-  was still under way then has nobody to tell, and prints a traceback.
+  The first write that fails ends the save and closes its event loop. The writes
+  that are still running then find the loop closed, and each would print a
+  traceback.
+
+  Args:
+    report: the former sys.unraisablehook.
+    unraisable: see sys.unraisablehook.
   """
-  # They name no object, unlike transports that a program forgot to close.
+  # These errors name no object, unlike the errors of transports that a program
+  # forgot to close.
   if (
     unraisable.object is not None
     or str(unraisable.exc_value) != "Event loop is closed"
@@ -381,15 +429,18 @@ def _report_unraisable(report, unraisable):
 
 
 def _leaves_by_name(tree):
-  """{names from the root: leaf}, in the order of jax.tree.leaves.
+  """Return {names from the root: leaf}, in the order of jax.tree.leaves.
 
-  The names are those of dict keys, fields and indices, so that what lies on
-  disk does not depend on the container types of this or that version.
+  The names are dict keys, fields and indices. So the layout on disk does not
+  depend on the container types of a library's version.
+
+  Raises:
+    CheckpointError: a name has a dot or a slash, or is not unique.
   """
   leaves = {}
   for path, leaf in jax.tree.leaves_with_path(tree):
     names = tuple(_key_name(key) for key in path) or ("value",)
-    # Orbax joins names by dots.
+    # Orbax joins names by dots, so names with dots would be ambiguous.
     if names in leaves or any("." in n or "/" in n for n in names):
       raise CheckpointError(
         f"leaf {jax.tree_util.keystr(path)}: names must be unique, without "
@@ -400,6 +451,7 @@ def _leaves_by_name(tree):
 
 
 def _key_name(key):
+  """Return the name of one key of a pytree path."""
   for attribute in ("key", "name", "idx"):
     if hasattr(key, attribute):
       return str(getattr(key, attribute))
@@ -407,7 +459,8 @@ def _key_name(key):
 
 
 def _nest(leaves):
-  tree = {}
+  """Return the nested dict of {names: leaf}."""
+  tree: dict[str, Any] = {}
   for names, leaf in leaves.items():
     node = tree
     for name in names[:-1]:
@@ -417,18 +470,22 @@ def _nest(leaves):
 
 
 def _not_empty(leaves):
-  """Orbax refuses arrays of size zero; their shapes are in the manifest."""
+  """Return the leaves without arrays of size zero, which orbax refuses.
+
+  The manifest records their shapes.
+  """
   return {names: leaf for names, leaf in leaves.items() if leaf.size}
 
 
 def _lookup(tree, names):
+  """Return the leaf of a nested dict by its names."""
   for name in names:
     tree = tree[name]
   return tree
 
 
 def _described(leaves):
-  """{name: dtype and shape}, e.g. {"params/w": "float32[3,7]"}."""
+  """Return {name: dtype and shape}, as in {"params/w": "float32[3,7]"}."""
   return {
     "/".join(names): f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
     for names, leaf in leaves.items()
@@ -436,7 +493,11 @@ def _described(leaves):
 
 
 def _with_sharding(leaf):
-  """Always a sharding: else orbax takes the one saved, on absent devices."""
+  """Return the abstract leaf with a sharding, by default on one local device.
+
+  Without a sharding orbax would take the saved one, and its devices may be
+  absent.
+  """
   sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(
     jax.local_devices()[0]
   )

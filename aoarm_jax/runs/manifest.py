@@ -1,20 +1,21 @@
-"""Manifests: which checkpoint steps are whole. Files only, no arrays.
+"""Manifests, which record that a checkpoint step is complete.
 
-The array store does not notice a flipped bit in its data, and sometimes not a
-file that was cut short. So each step has a `manifest.json`, which is written
-last and atomically:
+This module handles files and no arrays. The array store does not notice a
+flipped bit in its data, and does not always notice a truncated file. So each
+step has a `manifest.json`, which is written last and atomically:
 
   {"record": {..., "files": {name: {"bytes": int, "blake2b": hex}}},
    "blake2b": hex digest of the record}
 
-A step without it is not a checkpoint. Paths are `etils.epath` paths, so a
-bucket works like a folder.
+A step without a manifest is not a checkpoint. Paths are `etils.epath` paths, so
+a bucket works like a folder.
 """
 
 import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 from absl import logging
@@ -23,32 +24,36 @@ from etils import epath
 from aoarm_jax.config import errors
 from aoarm_jax.runs import directory as run_dir
 
-# Version of the record and of the state's layout on disk. Every later version
-# must be able to read the format_version of a manifest.
+# Version of the record and of the state's layout on disk. In every version the
+# manifest must stay readable far enough to give its format_version.
 FORMAT_VERSION = 1
 NAME = "manifest.json"
-_ORBAX_TEMPORARY = ".orbax-checkpoint-tmp"  # A save in flight, or killed.
+# Mark in the name of a save that is running or was killed.
+_ORBAX_TEMPORARY = ".orbax-checkpoint-tmp"
 _CHUNK_BYTES = 1 << 22
 _DIGEST_BYTES = 32
 
 
 class CheckpointError(errors.UserError, RuntimeError):
-  """One line: what is wrong, where, and how to mend it."""
+  """An error of checkpoints: one line with the problem, its place, the fix."""
 
 
 class BrokenError(Exception):
-  """A file of the step is not what was written: "file: what is wrong"."""
+  """A file of a step differs from the file that was written.
+
+  The message is "file: what is wrong".
+  """
 
 
 @dataclasses.dataclass(frozen=True)
 class Saved:
-  """A whole step: everything but its arrays.
+  """A complete step, apart from its arrays.
 
   Attributes:
     step: optimizer steps taken.
-    config_json: the run's configuration, as given to `Checkpoints.save`.
-    data_state: the data iterator's state, as given.
-    metric: the value that `best` minimises, or None if there was none.
+    config_json: the configuration that was given to `Checkpoints.save`.
+    data_state: the state of the data iterator that was given to `save`.
+    metric: the number that `best` minimises; None if none was given.
   """
 
   step: int
@@ -58,35 +63,38 @@ class Saved:
 
 
 class Steps:
-  """The steps in one directory, which need not exist.
+  """The steps in one directory.
 
-  `delete`, `clean` and `retain` change files; the rest only reads.
+  Only `delete`, `clean` and `retain` change files. All other methods only read.
+
+  Attributes:
+    directory: folder of the steps. It need not exist.
   """
 
-  def __init__(self, directory: epath.Path):
+  def __init__(self, directory: epath.Path) -> None:
     self.directory = directory
 
   def at(self, step: int) -> epath.Path:
-    """The step's folder."""
+    """Return the folder of a step."""
     return self.directory / str(int(step))
 
   def folders(self) -> list[int]:
-    """Numbers of all step folders, whole or not, ascending."""
+    """Return the steps that have a folder, complete or not, ascending."""
     if not self.directory.is_dir():
       return []
     names = [path.name for path in self.directory.iterdir()]
     return sorted(int(n) for n in names if n.isdecimal() and n == str(int(n)))
 
   def finished(self) -> list[int]:
-    """Steps that have a manifest, ascending."""
+    """Return the steps that have a manifest, ascending."""
     return [step for step in self.folders() if present(self.at(step))]
 
-  def record(self, step: int) -> dict:
-    """The manifest's record.
+  def record(self, step: int) -> dict[str, Any]:
+    """Return the record in a step's manifest.
 
     Raises:
-      BrokenError: the manifest is missing or not what was written.
-      CheckpointError: it is of another format version.
+      BrokenError: the manifest is missing, or is not what was written.
+      CheckpointError: the manifest has another format version.
     """
     record = read(self.at(step))
     version = record["format_version"]
@@ -99,12 +107,21 @@ class Steps:
     return record
 
   def verified(self, step: int) -> Saved:
-    """The step, if every file is what was written; raises as `record`."""
+    """Return a step after comparing every file with the manifest.
+
+    Raises:
+      BrokenError: a file is missing, or is not what was written.
+      CheckpointError: see `record`.
+    """
     verify(self.at(step), self.record(step))
     return self.unverified(step)
 
   def unverified(self, step: int) -> Saved:
-    """The step as its manifest has it; raises as `record`."""
+    """Return a step as its manifest describes it, without reading its files.
+
+    Raises:
+      BrokenError, CheckpointError: see `record`.
+    """
     record = self.record(step)
     return Saved(
       step=record["step"],
@@ -114,17 +131,22 @@ class Steps:
     )
 
   def check_leaves(self, step: int, wanted: dict[str, str]) -> None:
-    """Compares leaves {"part/name": "float32[3,7]"} with those saved.
+    """Check that the leaves of a state match the saved leaves.
+
+    A whole top-level part may be left out, but nothing inside a part.
+
+    Args:
+      step: the step to compare with.
+      wanted: {"part/name": "float32[3,7]"} of the state asked for.
 
     Raises:
-      CheckpointError: at the first that differs. A whole part may be left
-        out, but nothing inside a part.
-      BrokenError: as `record`.
+      CheckpointError: a leaf differs; names the first one.
+      BrokenError: see `record`.
     """
     saved = self.record(step)["leaves"]
     parts = {name.partition("/")[0] for name in wanted}
-    inside = [name for name in saved if name.partition("/")[0] in parts]
-    for name in [*wanted, *inside]:
+    in_parts = [name for name in saved if name.partition("/")[0] in parts]
+    for name in [*wanted, *in_parts]:
       have, want = saved.get(name, "absent"), wanted.get(name, "absent")
       if have != want:
         raise CheckpointError(
@@ -133,23 +155,29 @@ class Steps:
         )
 
   def newest(self) -> Saved | None:
-    """See `checkpoint.Checkpoints.newest`."""
+    """Return the newest complete step, see `checkpoint.Checkpoints.newest`."""
     return self._first_whole(lambda: self.folders()[::-1])
 
   def best(self) -> Saved | None:
-    """See `checkpoint.Checkpoints.best`."""
+    """Return the step of lowest metric, see `checkpoint.Checkpoints.best`."""
     return self._first_whole(self._by_metric)
 
   def delete(self, step: int) -> None:
-    # The manifest goes first: half a step must not look like a checkpoint.
+    """Delete a step with all its files."""
+    # The manifest goes first, so that half a step never counts as a checkpoint.
     (self.at(step) / NAME).unlink(missing_ok=True)
     self.at(step).rmtree()
 
   def retain(self, saved_step: int, keep_last: int, keep_best: int) -> None:
-    """Deletes what need not be kept now that `saved_step` is whole.
+    """Delete the steps that need not be kept now that `saved_step` is complete.
 
-    Newer steps are left alone and do not count: they stand there because they
-    are broken and the run resumed from before them.
+    Steps after `saved_step` are neither deleted nor counted. They are broken,
+    and the run resumed from an earlier step.
+
+    Args:
+      saved_step: the step that was just saved.
+      keep_last: number of newest steps to keep, at least 1.
+      keep_best: number of steps with the lowest metric to keep in addition.
     """
     older = [step for step in self.finished() if step <= saved_step]
     best = self._by_metric()[:keep_best] if keep_best else []
@@ -158,7 +186,7 @@ class Steps:
         self.delete(step)
 
   def clean(self) -> None:
-    """Removes what killed or failed saves left behind."""
+    """Delete the remains of killed or failed saves."""
     for step in self.folders():
       if not present(self.at(step)):
         self.delete(step)
@@ -168,7 +196,7 @@ class Steps:
         path.rmtree()
 
   def _by_metric(self):
-    """Steps that have a comparable metric, lowest metric first."""
+    """Return the steps whose metric is a number, lowest metric first."""
     metrics = []
     for step in self.finished():
       try:
@@ -180,9 +208,16 @@ class Steps:
         metrics.append((metric, step))
     return [step for _, step in sorted(metrics)]
 
-  def _first_whole(self, candidates):
-    """The first of `candidates()` that verifies; reports those before it."""
-    problems, saved = {}, None
+  def _first_whole(self, candidates: Callable[[], list[int]]) -> Saved | None:
+    """Return the first of `candidates()` that verifies, or None.
+
+    A warning names every broken step before it.
+
+    Raises:
+      CheckpointError: there are steps with a manifest, but none is complete.
+    """
+    problems: dict[int, BrokenError] = {}
+    saved = None
     steps = candidates()
     while steps and saved is None:
       step = steps.pop(0)
@@ -191,17 +226,18 @@ class Steps:
       except BrokenError as error:
         if self.at(step).exists():
           problems[step] = error
-        else:  # The run that goes on has just deleted it; look again.
+        else:
+          # A running training has just deleted the step, so look again.
           steps = [s for s in candidates() if s not in problems]
     if saved is None and any(present(self.at(step)) for step in problems):
-      found = "; ".join(f"step {s}: {e}" for s, e in problems.items())
+      reasons = "; ".join(f"step {s}: {e}" for s, e in problems.items())
       raise CheckpointError(
-        f"no checkpoint in {self.directory} is whole ({found}): restore that "
+        f"no checkpoint in {self.directory} is whole ({reasons}): restore that "
         "folder from a copy, or start in another directory"
       )
     used = f"using step {saved.step} instead" if saved else "there is no other"
-    for step, error in problems.items():
-      self._warn(step, f"{error}; {used}")
+    for step, problem in problems.items():
+      self._warn(step, f"{problem}; {used}")
     return saved
 
   def _warn(self, step, what):
@@ -211,30 +247,35 @@ class Steps:
 
 
 def present(directory: epath.Path) -> bool:
-  """Whether the step claims to be whole; `verify` finds out if it is."""
+  """Return whether a step's folder has a manifest; see also `verify`."""
   return (directory / NAME).exists()
 
 
-def checksums(directory: epath.Path) -> dict[str, dict]:
-  """Sizes (bytes) and checksums of all files below, by relative name."""
+def checksums(directory: epath.Path) -> dict[str, dict[str, Any]]:
+  """Return the sizes and checksums of all files below a folder.
+
+  Returns:
+    {relative name: {"bytes": int, "blake2b": hex digest}}, without the
+    manifest.
+  """
   return {
     name: dict(zip(("bytes", "blake2b"), _digest(directory / name)))
     for name in sorted(_names(directory))
   }
 
 
-def write(directory: epath.Path, record: dict) -> None:
-  """Writes or replaces the manifest, in one step as seen from outside.
+def write(directory: epath.Path, record: dict[str, Any]) -> None:
+  """Write or replace the manifest atomically.
 
   Args:
-    directory: the step's folder.
-    record: JSON values only; `record["files"]` as `checksums` returns it.
+    directory: folder of the step.
+    record: JSON values only; `record["files"]` is the result of `checksums`.
   """
   run_dir.write_atomically(directory / NAME, _encode(record))
 
 
-def read(directory: epath.Path) -> dict:
-  """The record, if the manifest itself is whole.
+def read(directory: epath.Path) -> dict[str, Any]:
+  """Return the record in a folder's manifest, after checking its checksum.
 
   Raises:
     BrokenError: there is no manifest, or it is not what was written.
@@ -249,21 +290,27 @@ def read(directory: epath.Path) -> dict:
     record = json.loads(raw)["record"]
   except (ValueError, KeyError, TypeError):
     raise BrokenError(f"{NAME}: {len(raw)} bytes that do not parse") from None
-  # Bytes are compared, not values: so every flipped bit is noticed.
+  # The bytes are compared, and not the values, so that every flipped bit is
+  # noticed.
   if _encode(record) != raw:
     raise BrokenError(f"{NAME}: checksum differs")
   return record
 
 
-def verify(directory: epath.Path, record: dict) -> None:
-  """Reads every file that the record lists and compares.
+def verify(directory: epath.Path, record: dict[str, Any]) -> None:
+  """Read every file that the record lists and compare it with the record.
+
+  Args:
+    directory: folder of the step.
+    record: the record of the step's manifest.
 
   Raises:
-    BrokenError: naming the first file that is missing or different.
+    BrokenError: a file is missing or differs; names the first one.
   """
   for name, wanted in record["files"].items():
     try:
-      # The size comes first: it costs nothing and says more than a checksum.
+      # The size comes first, since it costs nothing and its message tells more
+      # than the message of a checksum.
       length = (directory / name).stat().length
       if length != wanted["bytes"]:
         raise BrokenError(f"{name}: {length} bytes, not {wanted['bytes']}")
@@ -276,7 +323,7 @@ def verify(directory: epath.Path, record: dict) -> None:
 
 
 def _encode(record):
-  """The one spelling of a manifest in bytes."""
+  """Return the bytes of a manifest. A record has exactly one such encoding."""
   digest = _hasher()
   digest.update(json.dumps(record).encode())
   whole = {"record": record, "blake2b": digest.hexdigest()}
@@ -288,7 +335,7 @@ def _hasher():
 
 
 def _digest(path):
-  """(size in bytes, checksum) of one file."""
+  """Return (size in bytes, checksum) of one file."""
   digest, length = _hasher(), 0
   with path.open("rb") as file:
     while chunk := file.read(_CHUNK_BYTES):
@@ -298,7 +345,7 @@ def _digest(path):
 
 
 def _names(directory, prefix=""):
-  """Yields the relative names of all files below, the manifest left out."""
+  """Yield the relative names of all files below, without the manifest."""
   for path in directory.iterdir():
     if path.is_dir():
       yield from _names(path, f"{prefix}{path.name}/")

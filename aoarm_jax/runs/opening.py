@@ -1,4 +1,4 @@
-"""Opening a run that was trained before: its config, network and parameters."""
+"""Open a trained run: its config, its network and its parameters."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -10,6 +10,7 @@ from etils import epath
 
 from aoarm_jax.config import rules as config_rules
 from aoarm_jax.config import schema as config_lib
+from aoarm_jax.data import corpora
 from aoarm_jax.devices import sharding
 from aoarm_jax.model import network as network_lib
 from aoarm_jax.runs import checkpoint
@@ -20,12 +21,13 @@ class Run:
   """A run that is open for reading.
 
   Attributes:
-    config: what it is read with.
+    config: the config that the run is read with.
     trained: the config that the checkpoint was trained with.
-    step: of the checkpoint.
-    network: with the run's tokenizer, on the mesh of the devices here.
-    params: the EMA where the run kept one, else the parameters; on the mesh.
-    text: sha256 of the splits that the run read, by split.
+    step: training steps of the checkpoint.
+    network: the network with the run's tokenizer, on the mesh of the local
+      devices.
+    params: the EMA if the run has one, else the parameters; on the mesh.
+    text: sha256 of every split that the run read, by the split's name.
   """
 
   config: config_lib.Config
@@ -37,11 +39,14 @@ class Run:
 
 
 def read_config(workdir: epath.Path) -> config_lib.Config:
-  """Returns the configuration of a run, as it was last started.
+  """Return the config of a run, as the run was last started.
+
+  Args:
+    workdir: run directory.
 
   Raises:
-    CheckpointError: there is no run.
-    ConfigError: its config.json cannot be read.
+    CheckpointError: the directory has no config.json.
+    ConfigError: config.json cannot be read.
   """
   path = workdir / "config.json"
   try:
@@ -54,7 +59,8 @@ def read_config(workdir: epath.Path) -> config_lib.Config:
     raise config_lib.ConfigError(f"{path}: {error}") from error
   if config.data.corpus != "docstrings":
     return config
-  # Earlier versions trained on docstrings. Generation and scoring need no text.
+  # Earlier versions could train on docstrings. Generation and scoring need no
+  # text, so such a run can still be opened.
   logging.warning(
     "%s: config.data.corpus='docstrings': this program no longer reads "
     "docstrings. An evaluation reads the built-in novels, which this run was "
@@ -64,40 +70,43 @@ def read_config(workdir: epath.Path) -> config_lib.Config:
   return config.replace("data.corpus", "auto")
 
 
-# An evaluation takes these from the run beside its model: the text and the law.
+# Besides the model, an evaluation takes these fields from the run: the text and
+# the smallest time of the ELBO.
 _EVALUATED = ("data.corpus", "data.path", "train.least_time")
 
 
 def as_trained(
   config: config_lib.Config, workdir: epath.Path, overridden: Iterable[str]
 ) -> config_lib.Config:
-  """Returns the config with the model and the text of the run in `workdir`.
+  """Return the config with the model and the text of the run in `workdir`.
 
-  How to evaluate and to sample stays the config's, and differs by mechanism.
+  All other fields keep the config's values. Among them are the sections eval
+  and sample, whose defaults differ by mechanism.
 
   Args:
-    config: of the command line.
-    workdir: of the run; without a config.json `config` is returned as it is.
-    overridden: paths as "model.T" that the command line set, which stay; if
-      they do not fit, `open_run` says so.
+    config: the config of the command line.
+    workdir: run directory. If it has no config.json, `config` is returned
+      unchanged.
+    overridden: paths of fields that the command line set, such as "model.T".
+      They keep their values. `open_run` refuses values that do not fit.
 
   Raises:
-    ConfigError: the run is of another mechanism than the config.
+    ConfigError: the run has another mechanism than the config.
   """
   if not (workdir / "config.json").exists():
     return config
-  run, kept = read_config(workdir), set(overridden)
-  was, mechanism = run.model.mechanism, config.model.mechanism
-  if was != mechanism:
+  run, overridden = read_config(workdir), set(overridden)
+  trained, mechanism = run.model.mechanism, config.model.mechanism
+  if trained != mechanism:
     raise config_lib.ConfigError(
       f"config.model.mechanism={mechanism!r}: the run in {workdir} is of "
-      f"{was!r}: give the --config that it was trained with (experiment "
+      f"{trained!r}: give the --config that it was trained with (experiment "
       f"{run.name!r}), or another --workdir"
     )
   for path, field, value in config_lib.leaves(run):
     path = path.removeprefix("config.")
-    taken = field.metadata.get("binds") == "model" or path in _EVALUATED
-    if taken and path not in kept:
+    is_taken = field.metadata.get("binds") == "model" or path in _EVALUATED
+    if is_taken and path not in overridden:
       config = config.replace(path, value)
   return config
 
@@ -105,17 +114,21 @@ def as_trained(
 def open_run(
   workdir: epath.Path, config: config_lib.Config, *batches: str
 ) -> Run:
-  """Restores the newest, or best, whole checkpoint onto the devices here.
+  """Restore a checkpoint of a run onto the local devices.
+
+  config.checkpoint.read selects the newest or the best complete checkpoint.
 
   Args:
-    workdir: of the run.
-    config: of the command line; its model must be the checkpoint's, its mesh
-      may be any.
-    *batches: what the mesh must divide, see sharding.of_run.
+    workdir: run directory.
+    config: the config of the command line. Its model must be the model of the
+      checkpoint. Its mesh may differ.
+    *batches: the batches that the mesh must divide: "train", "eval", see
+      sharding.of_run.
 
   Raises:
-    CheckpointError: there is no (whole) checkpoint.
-    ConfigError: the checkpoint is of another model; names the field.
+    CheckpointError: there is no complete checkpoint.
+    ConfigError: the checkpoint has another model, and the message names the
+      field; or the mesh does not fit the devices, the model or a batch.
   """
   checkpoints = checkpoint.Checkpoints(
     workdir / "checkpoints", keep_last=1, keep_best=0
@@ -149,20 +162,22 @@ def open_run(
   )
 
 
-def warn_other_text(text: dict[str, str], corpus, *splits: str) -> None:
-  """Warns where a text is not the one that the run read.
+def warn_other_text(
+  text: dict[str, str], corpus: corpora.Corpus, *splits: str
+) -> None:
+  """Log a warning if a split is not the text that the run read.
 
   Args:
-    text: sha256 by split, of the run.
-    corpus: corpora.Corpus, of now.
-    *splits: that are read.
+    text: sha256 of the run's splits, by the split's name.
+    corpus: the text that is read now.
+    *splits: names of the splits to compare.
   """
   for split in splits:
     recorded = text.get(split)
     if recorded is None:
       logging.info(
-        "the checkpoint knows no %s text: whether this one is its run's is not "
-        "checked",
+        "the checkpoint does not record the %s text: this text is not compared "
+        "with the run's",
         split,
       )
     elif recorded != corpus.hash(split):

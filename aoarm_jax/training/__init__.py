@@ -1,1 +1,1 @@
-"""The training state, the step, the loop, resuming."""
+"""The training program: its state, its step, its loop, and resuming a run."""

@@ -1,4 +1,4 @@
-"""The main job: the loop around the training step."""
+"""The training loop: --mode=train."""
 
 import contextlib
 import functools
@@ -26,16 +26,27 @@ from aoarm_jax.training import resuming
 
 
 class Preempted(errors.UserError):
-  """A signal ended the run after a save; the same command continues it."""
+  """A signal stopped the run after a save. The same command continues it.
 
-  def __init__(self, signal_number: int, step: int):
+  Attributes:
+    exit_code: 130 after SIGINT, else 75.
+  """
+
+  def __init__(self, signal_number: int, step: int) -> None:
+    """Write the message.
+
+    Args:
+      signal_number: the signal, SIGTERM or SIGINT.
+      step: optimizer steps taken. At step 0 there is nothing to save.
+    """
     name = signal.Signals(signal_number).name
     super().__init__(
       f"{name} at step {step:,}"
       + ", which is saved" * (step > 0)
       + ": start the same command again to continue from there"
     )
-    # EX_TEMPFAIL tells a launcher to start the command again; 130 is Ctrl-C's.
+    # 75 is EX_TEMPFAIL, which tells a launcher to start the command again. 130
+    # is the exit code that shells use after Ctrl-C.
     self.exit_code = 130 if signal_number == signal.SIGINT else 75
 
 
@@ -45,21 +56,22 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class _Signals:
   """Remembers the first SIGTERM or SIGINT until the step is done.
 
-  Several processes must stop at the same step: there JAX catches the SIGTERM
-  of any of them and tells the others, and all see it in the same poll.
+  Several processes must stop at the same step. So with several processes JAX
+  catches the SIGTERM of any process and tells the others, and all processes
+  see the signal in the same poll.
   """
 
-  def __init__(self, watchdog: distributed.Watchdog):
+  def __init__(self, watchdog: distributed.Watchdog) -> None:
     self.received = 0
     self._polls = 0
     self._watchdog = watchdog
 
-  def __enter__(self):
-    own = () if jax.distributed.is_initialized() else _SIGNALS
-    self._former = {n: signal.signal(n, self._note) for n in own}
+  def __enter__(self) -> "_Signals":
+    handled = () if jax.distributed.is_initialized() else _SIGNALS
+    self._former = {n: signal.signal(n, self._note) for n in handled}
     return self
 
-  def __exit__(self, *_):
+  def __exit__(self, *_: object) -> None:
     for number, handler in self._former.items():
       signal.signal(number, handler)
 
@@ -70,9 +82,14 @@ class _Signals:
     logging.warning("%s: stopping after this step", signal.Signals(number).name)
 
   def poll(self, step: int | None = None) -> int:
-    """The signal received, or 0; all processes poll equally often.
+    """Return the signal received, or 0 if there was none.
 
-    Whoever asks is alive.
+    All processes must poll equally often. A poll also tells the watchdog that
+    this process is alive.
+
+    Args:
+      step: the step that begins, for the watchdog's message; None within a
+        step.
     """
     self._watchdog.beat(step)
     if jax.distributed.is_initialized() and not self.received:
@@ -82,15 +99,22 @@ class _Signals:
     return self.received
 
 
-def train(config: config_lib.Config, workdir: epath.Path, argv: list[str]):
-  """Trains, or continues, the run in `workdir`.
+def train(
+  config: config_lib.Config, workdir: epath.Path, argv: list[str]
+) -> None:
+  """Train the run in `workdir`, or continue it from its newest checkpoint.
+
+  Args:
+    config: the run's config.
+    workdir: run directory.
+    argv: the command line, which is written to the run directory.
 
   Raises:
-    ConfigError: a config that does not fit the machine or the checkpoint.
-    DataError: a text that is missing or wrong.
-    CheckpointError: a checkpoint that cannot be read or written.
-    NonFiniteError: the loss is no number; the last checkpoint is good.
-    Preempted: after SIGTERM or SIGINT, when the state is saved.
+    ConfigError: the config does not fit the machine or the checkpoint.
+    DataError: the text is missing or wrong.
+    CheckpointError: a checkpoint cannot be read or written.
+    NonFiniteError: the loss is NaN or infinite; the last checkpoint is good.
+    Preempted: SIGTERM or SIGINT came, and the state is saved.
   """
   program = program_lib.make(config, "train", "eval")
   network = program.network
@@ -116,8 +140,10 @@ def train(config: config_lib.Config, workdir: epath.Path, argv: list[str]):
         logging.info(
           "finished: %s holds step %s of %s; choose another --workdir to train "
           "another run",
-          workdir, f"{step:,}", f"{config.train.steps:,}",
-        )  # fmt: skip
+          workdir,
+          f"{step:,}",
+          f"{config.train.steps:,}",
+        )
         return
     corpus = corpora.load(
       config.data.corpus, config.data.path, network.tokenizer
@@ -132,7 +158,7 @@ def train(config: config_lib.Config, workdir: epath.Path, argv: list[str]):
 
 
 def _is_finished(config, workdir, step):
-  """Whether nothing of a run is left to do; pictures come last."""
+  """Return whether the run has all its steps, samples and pictures."""
   products = (
     _samples_path(workdir, step),
     workdir / "loss.png",
@@ -146,11 +172,22 @@ def _samples_path(workdir, step):
 
 
 class _Run:
-  """What the loop holds: built once, in the order of the lines below."""
+  """The objects that the training loop works with, and the loop itself.
 
-  def __init__(self, program, workdir, argv, corpus, checkpoints):
+  The objects are built once, in the order of the lines below.
+  """
+
+  def __init__(
+    self,
+    program: program_lib.Program,
+    workdir: epath.Path,
+    argv: list[str],
+    corpus: corpora.Corpus,
+    checkpoints: checkpoint.Checkpoints,
+  ) -> None:
     self.program, self.network = program, program.network
     self.config = config = self.network.config
+    assert self.network.mesh is not None  # program.make always gives a mesh.
     self.mesh, self.workdir = self.network.mesh, workdir
     self.checkpoints = checkpoints
     train_tokens = corpus.split("train")
@@ -174,7 +211,9 @@ class _Run:
     self.evaluator = evaluate.Evaluator(config, self.network)
     self.sampler = generate.Sampler(config, self.network)
     self.primary = jax.process_index() == 0
-    self.told_eta = False  # Early, since the first log line may be hours away.
+    # The first log line may be hours away, so the ETA is logged once as soon as
+    # it is known.
+    self.told_eta = False
     if self.primary:
       run_dir.describe_run(
         workdir,
@@ -185,6 +224,7 @@ class _Run:
     self._greet()
 
   def _greet(self):
+    """Log the size of the model, the devices and the orders."""
     c = self.config
     devices = self.mesh.devices.flatten()
     idle = jax.device_count() - len(devices)
@@ -192,35 +232,48 @@ class _Run:
       "model: %s, %s parameters; %d x %s%s%s",
       c.model.mechanism,
       f"{run_dir.parameter_count(self.network.abstract_params):,}",
-      len(devices), devices[0].device_kind,
+      len(devices),
+      devices[0].device_kind,
       f" ({sharding.describe(self.mesh)})" * (len(devices) > 1),
       f", {idle} more are idle (config.mesh)" * (idle > 0),
-    )  # fmt: skip
-    if whole := self.network.kept_whole:
+    )
+    if uncut := self.network.kept_whole:
       logging.info(
         "%d of %d arrays of parameters stay whole along fsdp: pieces would be "
         "shorter than config.mesh.smallest_shard=%d",
-        whole, len(jax.tree.leaves(self.network.abstract_params)),
+        uncut,
+        len(jax.tree.leaves(self.network.abstract_params)),
         c.mesh.smallest_shard,
-      )  # fmt: skip
+      )
     if devices[0].platform == "cpu" and c.variant != "tiny":
       logging.info(
         "no accelerator found: ':tiny' is the size for a CPU "
-        "(--config=configs/%s.py:tiny); see the ETA below", c.name,
-      )  # fmt: skip
+        "(--config=configs/%s.py:tiny); see the ETA below",
+        c.name,
+      )
     if c.optimizer.warmup_steps >= c.train.steps:
       logging.warning(
         "config.optimizer.warmup_steps=%d: the run ends after %d steps, before "
         "the learning rate reaches its peak",
-        c.optimizer.warmup_steps, c.train.steps,
-      )  # fmt: skip
+        c.optimizer.warmup_steps,
+        c.train.steps,
+      )
     logging.info(
       "orders: %s, alignment of structure with semantics %+.3f",
-      c.orders.family, _mean_alignment(c),
-    )  # fmt: skip
+      c.orders.family,
+      _mean_alignment(c),
+    )
 
-  def loop(self, saved, signals):
-    """Runs from `saved`, or from scratch, to train.steps."""
+  def loop(self, saved: checkpoint.Saved | None, signals: _Signals) -> None:
+    """Run the training steps up to config.train.steps.
+
+    Args:
+      saved: the checkpoint to continue from. None starts from scratch.
+      signals: the signals that may stop the run.
+
+    Raises:
+      NonFiniteError, Preempted, CheckpointError: see `train`.
+    """
     c = self.config
     state, start = self._start(saved)
     self.progress = telemetry.Progress(
@@ -236,7 +289,7 @@ class _Run:
       c.telemetry.profile_steps,
       self.primary,
     )
-    sums = None  # Device sums of the step before.
+    sums = None  # Sums of the previous step, still on the devices.
     with (
       run_dir.MetricsWriter(
         self.workdir,
@@ -261,20 +314,24 @@ class _Run:
         if step == c.train.steps:
           break
         profile.before_step(step, state)
-        # No transfer but those that are asked for.
+        # An implicit transfer could make the host wait for the device, so only
+        # explicit transfers are allowed.
         with jax.transfer_guard("disallow"), profile.annotation(step):
           batch = sharding.put_batch(self.mesh, next(self.batches))
-          former, (state, sums) = sums, self.program.step(state, batch)
-        # Fetched after the next step is dispatched, so the device never waits.
-        self._settle(step, former)
+          former_sums, (state, sums) = sums, self.program.step(state, batch)
+        # The sums of a step are fetched after the next step is dispatched, so
+        # that the device never waits for the host.
+        self._settle(step, former_sums)
     self.checkpoints.wait()
     if self.primary:
       self._draw_figures()
     logging.info("done: %s", self.workdir)
 
   def _start(self, saved):
-    self.interval = []  # Host sums of the steps since the last log line.
-    # Later ones are of steps that are taken again.
+    """Return the state and the step to start from; set the data iterator."""
+    # Sums, on the host, of the steps since the last log line.
+    self.interval = []
+    # Steps after the checkpoint are taken again, so their records are dropped.
     records = run_dir.read_metrics(self.workdir) if saved else []
     self.former_records = [r for r in records if r["step"] <= saved.step]
     if not saved:
@@ -287,10 +344,15 @@ class _Run:
     return state, saved.step
 
   def _due(self, step, every):
+    """Return whether a task is due that is done every `every` steps.
+
+    All tasks are due at the last step. `every` = 0 means at the last step only.
+    """
     last = step == self.config.train.steps
     return last or (every > 0 and step > 0 and step % every == 0)
 
   def _any_due(self, step):
+    """Return whether an evaluation, a sample or a save is due before `step`."""
     c = self.config
     return any(
       self._due(step, every)
@@ -298,13 +360,14 @@ class _Run:
     )
 
   def _settle(self, step, sums):
-    """Fetches the sums of the step that led to `step`; checks and logs them."""
+    """Fetch the sums of the step that led to `step`; check and log them."""
     if sums is None:
       return
     sums = {name: float(x) for name, x in jax.device_get(sums).items()}
     self.progress.tick(step)
     sums["loss"] = sums["nats"] / sums["tokens"]
-    # A finite update keeps finite parameters finite.
+    # A finite update keeps finite parameters finite, so the parameters need no
+    # check of their own.
     names = ("loss", "gradient_norm", "update_norm")
     telemetry.check_finite(step, {name: sums[name] for name in names})
     self.interval.append(sums)
@@ -312,13 +375,15 @@ class _Run:
       self.told_eta = True
       logging.info(
         "step %s done; ETA %s",
-        step, telemetry.format_duration(self.progress.eta_seconds),
-      )  # fmt: skip
+        step,
+        telemetry.format_duration(self.progress.eta_seconds),
+      )
     if self._due(step, self.config.telemetry.log_every):
       self._report(step)
       self.interval = []
 
   def _report(self, step):
+    """Write and log the means of the steps since the last log line."""
     loss = float(np.mean([sums["loss"] for sums in self.interval]))
     values = {
       "loss_nats_per_token": loss,
@@ -335,10 +400,10 @@ class _Run:
     )
 
   def _visit(self, step, state, signals):
-    """Evaluates, saves and samples the state before `step`, where due.
+    """Evaluate, save and sample the state before `step`, where due.
 
-    What a run that was stopped here has already done is not done again; what
-    it left is. A signal ends an evaluation, so that the save is not late.
+    A run that was stopped during its visit does only the missing tasks when it
+    continues. A signal ends an evaluation early, so that the save is not late.
     """
     c, metric = self.config, None
     if self._due(step, c.eval.every) and not distributed.process_0_says(
@@ -360,8 +425,11 @@ class _Run:
       )
       logging.info(
         "step %s  %s: %s  (unigram entropy %.4f)",
-        f"{step:,}", c.eval.split, estimate, self.unigram_bits,
-      )  # fmt: skip
+        f"{step:,}",
+        c.eval.split,
+        estimate,
+        self.unigram_bits,
+      )
     if self._due(step, c.checkpoint.every):
       self._save(step, state, metric)
     path = _samples_path(self.workdir, step)
@@ -374,12 +442,14 @@ class _Run:
         generate.write(path, texts, step)
 
   def _is_evaluated(self, step):
+    """Return whether the run had evaluated this step before it was stopped."""
     return any(
       record["step"] == step and record["kind"] == "valid"
       for record in self.former_records
     )
 
   def _save(self, step, state, metric=None):
+    """Start to save a checkpoint; `metric` is its validation loss, if known."""
     self.checkpoints.save(
       step,
       state,
@@ -407,7 +477,10 @@ class _Run:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _mean_alignment(config):
-  """Of a few orders as they are at the end of training; 0 if T < 3."""
+  """Return the mean alignment (float32 []) of 16 orders at the last step.
+
+  The result is 0 if T < 3, where no alignment is defined.
+  """
   draws = orders.draw(
     jax.random.key(0),
     16,

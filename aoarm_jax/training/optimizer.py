@@ -1,4 +1,6 @@
-"""Schedule, optax chain, decay mask, EMA."""
+"""The learning rate schedule, AdamW with its decay mask, and the EMA."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +10,17 @@ from aoarm_jax.config import schema as config_lib
 
 
 def schedule(optimizer: config_lib.Optimizer, steps: int) -> optax.Schedule:
-  """Learning rate by step: linear warmup, then the named schedule.
+  """Return the learning rate as a function of the step.
+
+  The rate rises linearly during warmup. Then it follows the named schedule.
 
   Args:
-    optimizer: the schedule's name and numbers.
-    steps: of the whole run; cosine and stable_decay end there.
+    optimizer: section of the config with the schedule's name and numbers.
+    steps: optimizer steps of the whole run. The schedules cosine and
+      stable_decay end there.
+
+  Returns:
+    A function from the step (int32 [], from 0) to the rate (float32 []).
   """
   peak = optimizer.peak_learning_rate
   warmup = optimizer.warmup_steps
@@ -30,16 +38,23 @@ def schedule(optimizer: config_lib.Optimizer, steps: int) -> optax.Schedule:
         optimizer.decay_steps,
         transition_begin=max(steps - warmup - optimizer.decay_steps, 0),
       )
-  # Step 0 already moves: the ramp starts at peak / warmup, not at 0.
+  # The ramp starts at peak / warmup and not at 0, so that step 0 already moves
+  # the parameters.
   ramp = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
   return optax.join_schedules([ramp, after], [warmup])
 
 
-def decay_mask(axes):
-  """True for matrices, False for vectors: scales, biases, learned starts.
+def decay_mask(axes: Any) -> Any:
+  """Return which parameters weight decay applies to.
+
+  Matrices decay. Vectors do not: scales, biases and learned start rows.
 
   Args:
-    axes: logical axes of every parameter, as Bind.axes.
+    axes: pytree of the logical axes (tuples of names) of every parameter, as
+      in Network.axes.
+
+  Returns:
+    The same pytree of bool.
   """
   return jax.tree.map(
     lambda names: names[-1] != "vector",
@@ -49,14 +64,14 @@ def decay_mask(axes):
 
 
 def make(
-  optimizer: config_lib.Optimizer, learning_rate: optax.Schedule, axes
+  optimizer: config_lib.Optimizer, learning_rate: optax.Schedule, axes: Any
 ) -> optax.GradientTransformation:
-  """AdamW with clipping by the global norm (arXiv 1711.05101).
+  """Return AdamW (arXiv 1711.05101) behind clipping by the global norm.
 
   Args:
-    optimizer: its numbers.
-    learning_rate: step -> learning rate, as `schedule` returns.
-    axes: as of `decay_mask`.
+    optimizer: section of the config with the optimizer's numbers.
+    learning_rate: function from the step to the rate, as `schedule` returns.
+    axes: pytree of logical axes, see `decay_mask`.
   """
   return optax.chain(
     optax.clip_by_global_norm(optimizer.clip_norm),
@@ -66,10 +81,18 @@ def make(
   )
 
 
-def update_ema(ema, params, step: jax.Array, decay: float):
-  """ema + (1 - d) (params - ema), d = min(decay, (1 + step) / (10 + step)).
+def update_ema(ema: Any, params: Any, step: jax.Array, decay: float) -> Any:
+  """Return the exponential moving average after one more step.
 
-  The smaller early decay lets the average forget the initial parameters.
+  The update is ema + (1 - d) (params - ema) with
+  d = min(decay, (1 + step) / (10 + step)). The decay is smaller early in
+  training, so that the average forgets the initial parameters.
+
+  Args:
+    ema: pytree of float32 arrays, the average so far.
+    params: the same pytree, the parameters after the step.
+    step: int32 [], optimizer steps taken before this one.
+    decay: the decay d of late steps, in [0, 1).
   """
   d = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
   return jax.tree.map(lambda e, p: e + (1.0 - d) * (p - e), ema, params)

@@ -1,7 +1,7 @@
 """The training program of a run: its network, its state and its jitted step.
 
-Whoever trains takes the program from here: the loop, the study, the compiler
-for TPU slices and the scaling tool.
+The program is put together here only. The loop, the study, the compiler for
+TPU slices and the scaling tool all call `make`.
 """
 
 import dataclasses
@@ -22,15 +22,16 @@ from aoarm_jax.training import state as train_state
 
 
 class Program(NamedTuple):
-  """What it takes to train.
+  """Everything that training needs, for one config and one mesh.
 
   Attributes:
-    network: of the run, on the run's mesh.
+    network: the network of the run, on the run's mesh.
     abstract: train_state.TrainState of jax.ShapeDtypeStruct, with shardings.
     tokens: jax.ShapeDtypeStruct of a global batch, uint8 [B, T].
-    init: jitted (seed int32 []) -> TrainState.
-    step: jitted (state, tokens) -> (state, sums), see make_step; the state is
-      donated. With a told rate: (state, tokens, learning rate float32 []).
+    init: jitted function (seed int32 []) -> TrainState.
+    step: jitted function (state, tokens) -> (state, sums), see `make_step`. It
+      donates the state. If the program was made with told_rate=True, `step`
+      takes the learning rate (float32 []) as a third argument.
   """
 
   network: network_lib.Network
@@ -47,18 +48,20 @@ def make(
   devices: Sequence[jax.Device] | None = None,
   told_rate: bool = False,
 ) -> Program:
-  """Makes the program of a run; compiles nothing.
+  """Put the program of a run together; compile nothing.
 
   Args:
-    config: of the run.
-    *batches: what the mesh must divide: "train", "eval", see sharding.of_run.
-    mesh: None: the config's, over `devices`.
-    devices: None: all that are here.
-    told_rate: whether every call of `step` gives the learning rate, in place of
-      the config's schedule. Then runs of any schedule share the program.
+    config: the run's config.
+    *batches: the batches that the mesh must divide: "train", "eval", see
+      sharding.of_run.
+    mesh: the mesh. None builds the config's mesh over `devices`.
+    devices: the devices of that mesh. None takes all devices.
+    told_rate: if True, every call of `step` gives the learning rate, and the
+      config's schedule is not used. Then runs of all schedules share the
+      program.
 
   Raises:
-    ConfigError: a mesh that does not divide the model or the batch.
+    ConfigError: the mesh does not divide the model or the batch.
   """
   if mesh is None:
     mesh = sharding.of_run(config, *batches, devices=devices)
@@ -88,16 +91,21 @@ def make(
 
 def make_step(
   network: network_lib.Network, learning_rate: optax.Schedule | None = None
-) -> Callable[..., Any]:
-  """Returns the pure training step of a network.
+) -> Callable[
+  [train_state.TrainState, jax.Array],
+  tuple[train_state.TrainState, dict[str, jax.Array]],
+]:
+  """Return the pure training step of a network.
 
   Args:
-    network: with the run's config.
-    learning_rate: step -> learning rate; None: as the config schedules it.
+    network: the network, with the run's config.
+    learning_rate: function from the step to the rate. None takes the schedule
+      of the config.
 
   Returns:
-    (state, tokens uint8 [B, T]) -> (state, sums). `sums` holds float32 scalars:
-    nats (summed), tokens (counted), gradient_norm, update_norm, learning_rate.
+    A function (state, tokens uint8 [B, T]) -> (state, sums). The sums are
+    float32 scalars: nats (summed over the batch), tokens (their number),
+    gradient_norm, update_norm and learning_rate.
   """
   config = network.config
   schedule = learning_rate or optimizer.schedule(
@@ -105,7 +113,8 @@ def make_step(
   )
   chain = optimizer.make(config.optimizer, schedule, network.axes)
   accumulate = config.compute.accumulate
-  # Gradients lie like the parameters, and not as the compiler sees fit.
+  # Gradients get the shardings of the parameters. Without this the compiler
+  # would choose shardings of its own.
   pin = functools.partial(sharding.constrain_parameters, axes=network.axes)
 
   def loss(params, tokens, draws):
@@ -114,7 +123,7 @@ def make_step(
     ).sum()
 
   def gradient(params, *batch):
-    """Summed nats and their gradient, over micro-batches."""
+    """Return the summed nats and their gradient, over all micro-batches."""
 
     def of_micro_batch(*batch):
       nats, grads = jax.value_and_grad(loss)(params, *batch)
@@ -123,7 +132,8 @@ def make_step(
     if accumulate == 1:
       return of_micro_batch(*batch)
 
-    # Strided rows: every device keeps its own rows in every micro-batch.
+    # A micro-batch takes every `accumulate`-th row. So every device keeps its
+    # own rows in every micro-batch.
     def split(x):
       return x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)
 
@@ -133,11 +143,15 @@ def make_step(
     zero = (jnp.zeros(()), pin(jax.tree.map(jnp.zeros_like, params)))
     return jax.lax.scan(add, zero, jax.tree.map(split, batch))[0]
 
-  def step(state: train_state.TrainState, tokens: jax.Array):
+  def step(
+    state: train_state.TrainState, tokens: jax.Array
+  ) -> tuple[train_state.TrainState, dict[str, jax.Array]]:
+    B, T = tokens.shape
     tokens = tokens.astype(jnp.int32)
     draws = objective.draw(
       jax.random.fold_in(state.key, state.step),
-      *tokens.shape,
+      B,
+      T,
       config.orders,
       config.train,
       config.model.kind,

@@ -1,4 +1,4 @@
-"""Whether a run can go on under a config from its checkpoint."""
+"""Check that a changed config can continue a run from its checkpoint."""
 
 from absl import logging
 
@@ -9,7 +9,19 @@ from aoarm_jax.training import optimizer
 
 
 def check_resume(saved: checkpoint.Saved, config: config_lib.Config) -> None:
-  """Raises ConfigError where `config` cannot continue `saved`."""
+  """Check that `config` can continue the run of a checkpoint.
+
+  A changed number of steps is allowed where the schedule permits it, and is
+  logged with its effect on the learning rate.
+
+  Args:
+    saved: the checkpoint from which the run would continue.
+    config: the config of the new start.
+
+  Raises:
+    ConfigError: a field that the run is bound to has another value; names the
+      field and both values.
+  """
   before = config_lib.from_json(saved.config_json)
   for path, old, new in config_rules.differences(
     before, config, ("model", "run")
@@ -30,7 +42,9 @@ def check_resume(saved: checkpoint.Saved, config: config_lib.Config) -> None:
     logging.info(
       "train.steps: %s instead of %s; the learning rate (%s schedule) goes on "
       "at %.3g and ends at %.3g",
-      f"{config.train.steps:,}", f"{before.train.steps:,}",
+      f"{config.train.steps:,}",
+      f"{before.train.steps:,}",
       config.optimizer.schedule,
-      schedule(saved.step), schedule(config.train.steps - 1),
-    )  # fmt: skip
+      schedule(saved.step),
+      schedule(config.train.steps - 1),
+    )

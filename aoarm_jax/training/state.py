@@ -19,14 +19,16 @@ from aoarm_jax.training import optimizer
 )
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-  """Everything that the next step depends on, but the batch.
+  """Everything that the next step depends on, apart from the batch.
 
   Attributes:
     step: int32 [], optimizer steps taken.
     params: nested dict of float32 arrays.
-    opt_state: optax state.
-    ema: like params, or {} without an EMA.
-    key: typed PRNG key; step n's orders come from fold_in(key, n).
+    opt_state: the state of optax.
+    ema: moving average of the parameters, a nested dict like `params`; {} if
+      the run keeps no EMA.
+    key: typed PRNG key []. The orders of step n are drawn from
+      fold_in(key, n).
   """
 
   step: jax.Array
@@ -37,21 +39,22 @@ class TrainState:
 
   @property
   def read_out_params(self) -> Any:
-    """The parameters to evaluate and sample: the EMA if there is one."""
+    """The parameters to evaluate and sample with: the EMA if there is one."""
     return self.ema or self.params
 
 
 def init(network: network_lib.Network, seed: jax.Array | int) -> TrainState:
-  """Draws a fresh state. Call it under jit with out_shardings.
+  """Draw a fresh state. Call it under jit with out_shardings.
 
   Args:
-    network: with the run's config.
+    network: the network, with the run's config.
     seed: int32 [], at least 0.
   """
   options = network.config.optimizer
   init_key, step_key = jax.random.split(jax.random.key(seed))
   params = network.init(init_key)
-  # A schedule leaves no trace in a fresh state.
+  # A fresh optimizer state is the same for every schedule, so a constant rate
+  # serves here.
   chain = optimizer.make(options, optax.constant_schedule(0.0), network.axes)
   return TrainState(
     step=jnp.zeros((), jnp.int32),
