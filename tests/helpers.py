@@ -125,7 +125,8 @@ def config_of(command: Sequence[str]) -> config_lib.Config:
 
 def environment(**more: str) -> dict[str, str]:
   """Of a process of ours: on the CPU, and compiling as this one does."""
-  ours = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+  paths = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+  ours = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": paths}
   return os.environ | ours | _environment | more
 
 

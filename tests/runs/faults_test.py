@@ -102,12 +102,21 @@ def fault(name, what, at="step", call=6, delay=0.0, process=0):
 def launched(name, processes, environment, grace=5, **changes):
   """(exit code, stdout, stderr) of the launcher of faulty processes."""
   done = subprocess.run(
-    [sys.executable, "-m", "launch.local", f"--processes={processes}",
-     f"--grace-seconds={grace}", "--", *helpers.program(FAULT),
-     *arguments(name, **changes)],
+    [
+      sys.executable,
+      "-m",
+      "launch.local",
+      f"--processes={processes}",
+      f"--grace-seconds={grace}",
+      "--",
+      *helpers.program(FAULT),
+      *arguments(name, **changes),
+    ],
     env=helpers.environment(**environment),
-    capture_output=True, text=True, timeout=240,
-  )  # fmt: skip
+    capture_output=True,
+    text=True,
+    timeout=240,
+  )
   return done.returncode, done.stdout, done.stderr
 
 
@@ -160,10 +169,12 @@ class FaultsTest(parameterized.TestCase):
   def test_a_stopped_process_ends_the_others(self):
     """SIGSTOP: it cannot end itself, but those who wait for it can."""
     code, out, err = launched(
-      "stopped", 2, fault("stopped", "SIGSTOP", process=1),
+      "stopped",
+      2,
+      fault("stopped", "SIGSTOP", process=1),
       distributed__step_timeout_seconds=60,
       distributed__heartbeat_timeout_seconds=200,
-    )  # fmt: skip
+    )
     self.assertEqual(code, 0, out + err)
     self.assertIn("process 0 of 2 was stuck and ended itself", err)
     self.assertIn("process 1 did not end within 5 s: killed", err)
@@ -201,16 +212,23 @@ class FaultsTest(parameterized.TestCase):
     """The run on a file system of its own, kept as `name` after its end."""
     own = _folder / f"mount_{name}"
     own.mkdir()
-    command = [sys.executable, "-m", "aoarm_jax.main", *arguments(
-      f"{own.name}/run", **changes)]  # fmt: skip
+    command = [
+      sys.executable,
+      "-m",
+      "aoarm_jax.main",
+      *arguments(f"{own.name}/run", **changes),
+    ]
     script = (
       f'{mount} && "$@"; code=$?; mount -o remount,rw {own}; '
       f"cp -r {own}/run {_folder / name}; exit $code"
     )
     done = subprocess.run(
       ["unshare", "-Urm", "sh", "-c", script.format(own=own), "sh", *command],
-      env=helpers.environment(), capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+      env=helpers.environment(),
+      capture_output=True,
+      text=True,
+      timeout=240,
+    )
     return done.returncode, done.stderr
 
   def require_mounts(self):
@@ -254,10 +272,18 @@ class FaultsTest(parameterized.TestCase):
     if unprivileged and subprocess.run([*unprivileged, "true"]).returncode:
       self.skipTest("root, and cannot be less")
     done = subprocess.run(
-      [*unprivileged, sys.executable, "-m", "aoarm_jax.main",
-       *arguments("forbidden/run")],
-      env=helpers.environment(), capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+      [
+        *unprivileged,
+        sys.executable,
+        "-m",
+        "aoarm_jax.main",
+        *arguments("forbidden/run"),
+      ],
+      env=helpers.environment(),
+      capture_output=True,
+      text=True,
+      timeout=240,
+    )
     self.assertEqual(done.returncode, 1, done.stderr)
     self.assertIn("Permission denied", done.stderr.splitlines()[-1])
     self.assertStartsWith(done.stderr.splitlines()[-1], "aoarm_jax: error: ")

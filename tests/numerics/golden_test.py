@@ -3,7 +3,7 @@
 A change of any number that training computes shows here, also one that no
 property test sees. If it is meant, make the file anew:
 
-  python tests/golden_test.py --write
+  PYTHONPATH=tests python tests/numerics/golden_test.py --write
 """
 
 import json

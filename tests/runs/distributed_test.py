@@ -82,11 +82,20 @@ def arguments(name, *more, **changes):
 def started(*command, processes, **environment):
   """The launcher of processes of the program, joined to one run."""
   process = subprocess.Popen(
-    [sys.executable, "-m", "launch.local", f"--processes={processes}",
-     "--", *helpers.program(SLOW), *command],
+    [
+      sys.executable,
+      "-m",
+      "launch.local",
+      f"--processes={processes}",
+      "--",
+      *helpers.program(SLOW),
+      *command,
+    ],
     env=helpers.environment(**environment),
-    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-  )  # fmt: skip
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
   with process:
     try:
       yield process
@@ -157,10 +166,13 @@ class StartTest(parameterized.TestCase):
     self.assertEqual("coordinator_address" in told, is_explicit)
     if is_explicit:
       self.assertEqual(
-        (told["coordinator_address"], told["num_processes"],
-         told["process_id"]),
+        (
+          told["coordinator_address"],
+          told["num_processes"],
+          told["process_id"],
+        ),
         ("h:1", 3, 2),
-      )  # fmt: skip
+      )
 
   def test_no_cluster(self):
     """The error of a lone machine is shown, not swallowed."""
@@ -256,11 +268,11 @@ class RunTest(parameterized.TestCase):
     self.assertBetween(int(step), 20, 49)
     B, T = helpers.SMALLEST["train.batch_size"], CHANGES["model.T"]
     rows = [
-      np.frombuffer(
-        (watched / str(rank)).read_bytes(), np.uint8
-      ).reshape(50, B // 4, T)
+      np.frombuffer((watched / str(rank)).read_bytes(), np.uint8).reshape(
+        50, B // 4, T
+      )
       for rank in range(4)
-    ]  # fmt: skip
+    ]
     self.assertEqual(
       np.concatenate(rows, axis=1).tobytes(), (watched / "one").read_bytes()
     )

@@ -29,10 +29,14 @@ class StudyTest(absltest.TestCase):
     helpers.write_text(pathlib.Path(folder) / "text", test=False)
     self.enter_context(helpers.quick_compilation())
     self.command = [
-      f"--config={STUDY}:tiny", "--mode=study", f"--workdir={self.workdir}",
-      f"--config.data.path={folder}/text", "--config.train.steps=100",
-      "--config.study.temperatures=2", "--config.study.characters=64",
-    ]  # fmt: skip
+      f"--config={STUDY}:tiny",
+      "--mode=study",
+      f"--workdir={self.workdir}",
+      f"--config.data.path={folder}/text",
+      "--config.train.steps=100",
+      "--config.study.temperatures=2",
+      "--config.study.characters=64",
+    ]
 
   def test_killed_and_started_again(self):
     process = helpers.start(self.command)
@@ -44,9 +48,12 @@ class StudyTest(absltest.TestCase):
     self.assertLen(done, 1)
     # No time is left: nothing is begun.
     helpers.run(
-      [*self.command, "--config.study.limit_seconds=1",
-       "--config.study.part=cells"]
-    )  # fmt: skip
+      [
+        *self.command,
+        "--config.study.limit_seconds=1",
+        "--config.study.part=cells",
+      ]
+    )
     self.assertEqual(self.results(), done)
     with mock.patch.object(
       measure.Lab, "run", autospec=True, side_effect=measure.Lab.run

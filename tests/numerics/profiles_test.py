@@ -89,9 +89,12 @@ class ProfileTest(parameterized.TestCase):
             wanted = [x + y for x, y in zip(wanted, one)]
           for field, value in zip(profiles.Sums._fields, wanted):
             np.testing.assert_allclose(
-              arrays[f"{stream}/{field}"][layer, n], value, 1e-4, 1e-5,
+              arrays[f"{stream}/{field}"][layer, n],
+              value,
+              1e-4,
+              1e-5,
               err_msg=f"{stream} {field} of layer {layer}, head {n}",
-            )  # fmt: skip
+            )
           own = np.trace(w, axis1=1, axis2=2).sum()
           np.testing.assert_allclose(
             arrays[f"{stream}/own"][layer, n], own, 1e-4
@@ -113,8 +116,9 @@ class ProfileTest(parameterized.TestCase):
     sums = profiles.summarise(
       jnp.asarray(w), slots.target_position, slots.position[0], 1
     )
-    arrays = {f"only/{k}": np.asarray(v)[None, :, 0] for k, v in
-              sums._asdict().items()}  # fmt: skip
+    arrays = {
+      f"only/{k}": np.asarray(v)[None, :, 0] for k, v in sums._asdict().items()
+    }
     return profiles.locality(arrays, "only")[0, 0], arrays
 
   def test_last_slot_is_structural_locality_1(self):

@@ -196,20 +196,29 @@ class ModelTest(parameterized.TestCase):
     (lambda m: m.infill("_" * 41), "text 1 has 41 tokens; the model generates"),
     (lambda m: m.score("a" * 41), "text 1 has 41 tokens; the model knows at m"),
     (lambda m: m.score(["a", "[]"]), r"text 2='\[\]': there is nothing to sc"),
-    (lambda m: m.score("ab", order=[1, 1]),
-     r"order: must be a permutation of 1\.\.2, and 1 is not in it once"),
+    (
+      lambda m: m.score("ab", order=[1, 1]),
+      r"order: must be a permutation of 1\.\.2, and 1 is not in it once",
+    ),
     (lambda m: m.score("abc", order=range(3)), "order: .*, and 0 is not in it"),
     (lambda m: m.score("ab", order=[1.5, 2]), r"order=\[1.5, 2\]: must be "),
     (lambda m: m.score("ab", order=None), "order=None: must be a name or a li"),
     (lambda m: m.score("ab", order=["a", "b"]), r"order=\['a', 'b'\]: must be"),
     (lambda m: m.score(["a", "b"], order=[[1]]), "order: 1 orders for 2 texts"),
     (lambda m: m.generate(order=[]), "order: has 0 positions, and a generated"),
-    (lambda m: m.score("abcde", order=[2, 1]), "order: has 2 positions, and te"
-     "xt 1 has 5 tokens; it must be a permutation of all of them"),
-    (lambda m: m.infill(["a_", "_bc"], order=[2, 1]), "order: has 2 positions, "
-     "and text 2 has 3 tokens"),
-    (lambda m: m.generate(order=[1]), "order: has 1 positions, and a generated "
-     "text has 40 tokens"),
+    (
+      lambda m: m.score("abcde", order=[2, 1]),
+      "order: has 2 positions, and te"
+      "xt 1 has 5 tokens; it must be a permutation of all of them",
+    ),
+    (
+      lambda m: m.infill(["a_", "_bc"], order=[2, 1]),
+      "order: has 2 positions, and text 2 has 3 tokens",
+    ),
+    (
+      lambda m: m.generate(order=[1]),
+      "order: has 1 positions, and a generated text has 40 tokens",
+    ),
     (lambda m: m.score("ab", orders=4), "orders=4: counts with order='unifor"),
     (lambda m: m.score(3), "3 is no text: give a str or a list of them"),
     (lambda m: m.score(["a", None]), "None is no text"),
@@ -219,7 +228,7 @@ class ModelTest(parameterized.TestCase):
     (lambda m: m.generate(heat=1.0), "heat: no such option; there are: count"),
     (lambda m: m.generate(0), "config.sample.count=0: must be at least 1"),
     (lambda m: m.generate(method="x"), "config.sample.method='x': 'x' is not"),
-  )  # fmt: skip
+  )
   def test_what_cannot_be(self, call, message):
     errors = (prompts.PromptError, config.ConfigError)
     with self.assertRaisesRegex(errors, f"^{message}") as caught:
@@ -238,8 +247,11 @@ class CommandTest(parameterized.TestCase):
     """Its T of 40 is in config.json; that of the config file is 64."""
     (line,) = _run("--mode=sample", "--config.sample.count=1")
     self.assertLen(line, 40)
-    _run("--mode=eval", "--config.eval.batches=1",
-         f"--config.data.path={_folder / 'text'}")  # fmt: skip
+    _run(
+      "--mode=eval",
+      "--config.eval.batches=1",
+      f"--config.data.path={_folder / 'text'}",
+    )
     with self.assertRaisesRegex(
       config.ConfigError, "config.model.T=50: the checkpoint in .* has 40"
     ):
@@ -357,7 +369,7 @@ class CommandTest(parameterized.TestCase):
     (("score", "--text=a", "--config.score.marks=["), "config.score.marks='.'"),
     (("sample", "--input={bad}"), "{bad}, line 2='cd' has no blank '_'"),
     (("score", "--input={none}"), "{none} is empty: one text a line"),
-  )  # fmt: skip
+  )
   def test_commands_that_cannot_be(self, command, message):
     files = {"bad": str(_folder / "bad"), "none": str(_folder / "none")}
     (_folder / "bad").write_text("a_\ncd\n")

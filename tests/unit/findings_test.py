@@ -29,11 +29,18 @@ WITH_WIDTH = "equal flops: does the deficit against two_stream grow with order"
 class AnswersTest(absltest.TestCase):
   def row(self, T, difference, error, seeds=2, orders="uniform"):
     return {
-      "mechanism": "decoupled_rope", "T": T, "orders": orders, "size": "8x1x1",
-      "budget": "flops", "reference": "two_stream", "seeds": seeds,
-      "difference_bits": difference, "error": error, "degrees": seeds - 1,
+      "mechanism": "decoupled_rope",
+      "T": T,
+      "orders": orders,
+      "size": "8x1x1",
+      "budget": "flops",
+      "reference": "two_stream",
+      "seeds": seeds,
+      "difference_bits": difference,
+      "error": error,
+      "degrees": seeds - 1,
       "error_of": "seeds",
-    }  # fmt: skip
+    }
 
   def deficit(self, rows):
     return self.answer(rows, "equal flops: does decoupled_rope need")
@@ -88,9 +95,12 @@ class AnswersTest(absltest.TestCase):
 
   def test_seeds_that_part_widely_are_named(self):
     arm = {
-      "mechanism": "decoupled_rope", "T": 64, "orders": "uniform",
-      "size": "8x1x1", "budget": "steps",
-    }  # fmt: skip
+      "mechanism": "decoupled_rope",
+      "T": 64,
+      "orders": "uniform",
+      "size": "8x1x1",
+      "budget": "steps",
+    }
     rows = [arm | {"error_over_seeds": error} for error in (0.01, "", 0.0766)]
     self.assertEqual(
       findings.seeds_apart(rows),
@@ -124,17 +134,21 @@ class AnswersTest(absltest.TestCase):
 
   def test_content_is_a_rival_explanation(self):
     row = self.row(128, 0.2, 0.01, seeds=3) | {
-      "mechanism": "decoupled_rope_content", "budget": "steps",
-    }  # fmt: skip
+      "mechanism": "decoupled_rope_content",
+      "budget": "steps",
+    }
     rows = [row, row | {"reference": "decoupled_rope", "difference_bits": 0.0}]
     self.assertEqual(self.answer(rows, "know their content"), "yes")
 
   def test_fewer_seeds_need_a_larger_effect(self):
     """5 standard errors are few of 2 seeds; 3 suffice of 8."""
     for seeds, error, wanted in (
-      (2, 0.04, "unclear"), (3, 0.04, "yes"), (3, 0.05, "unclear"),
-      (8, 0.05, "yes"), (30, 0.05, "yes"),
-    ):  # fmt: skip
+      (2, 0.04, "unclear"),
+      (3, 0.04, "yes"),
+      (3, 0.05, "unclear"),
+      (8, 0.05, "yes"),
+      (30, 0.05, "yes"),
+    ):
       rows = [self.row(128, 0.2, error, seeds)]
       self.assertEqual(self.deficit(rows), wanted)
 
@@ -151,11 +165,15 @@ class AnswersTest(absltest.TestCase):
 
   def area(self, mechanism, value, seeds, T=128):
     return {
-      "mechanism": mechanism, "T": T, "budget": "steps",
-      "orders": "uniform", "size": "8x1x1", "seeds": seeds,
+      "mechanism": mechanism,
+      "T": T,
+      "budget": "steps",
+      "orders": "uniform",
+      "size": "8x1x1",
+      "seeds": seeds,
       "area_from_4": value,
       "area_from_4_error": 0.02 if seeds == 2 else 0.001,
-    }  # fmt: skip
+    }
 
   def test_other_lengths_are_asked_about_where_they_have_seeds(self):
     areas = [
@@ -200,11 +218,18 @@ class AnswersTest(absltest.TestCase):
   def test_streams(self):
     def locality(mechanism, stream, index, value, seeds):
       return {
-        "mechanism": mechanism, "T": 16, "budget": "steps",
-        "orders": "uniform", "size": "8x1x1", "stream": stream, "index": index,
-        "locality": value, "error": 0.01 if seeds > 1 else "",
-        "seeds": seeds, "own_over_uniform": 4.0,
-      }  # fmt: skip
+        "mechanism": mechanism,
+        "T": 16,
+        "budget": "steps",
+        "orders": "uniform",
+        "size": "8x1x1",
+        "stream": stream,
+        "index": index,
+        "locality": value,
+        "error": 0.01 if seeds > 1 else "",
+        "seeds": seeds,
+        "own_over_uniform": 4.0,
+      }
 
     for own, seeds, between, more in (
       (0.5, 3, "yes", "yes"),
@@ -320,10 +345,14 @@ class StatisticsTest(absltest.TestCase):
 
   def test_effects(self):
     for value, error, least, wanted in (
-      (0.1, 0.01, 0.02, 1), (-0.1, 0.01, 0.02, -1), (0.1, 0.1, 0.02, None),
-      (0.01, 0.001, 0.02, 0), (0.01, 0.001, 0.0, 1), (0.0, 0.0, 0.0, 0),
+      (0.1, 0.01, 0.02, 1),
+      (-0.1, 0.01, 0.02, -1),
+      (0.1, 0.1, 0.02, None),
+      (0.01, 0.001, 0.02, 0),
+      (0.01, 0.001, 0.0, 1),
+      (0.0, 0.0, 0.0, 0),
       (0.1, float("nan"), 0.0, None),
-    ):  # fmt: skip
+    ):
       found = statistics.Estimate(value, error, 2, 3)
       self.assertEqual(statistics.effect(found, least), wanted)
 

@@ -30,9 +30,7 @@ def _brute(seen, key_major):
       found[b, i, j] = tiles.ALL if whole else tiles.SOME
   outer = 2 if key_major else 1
   for b, i, j in np.ndindex(shape):
-    alone = not any(
-      x[0] == b and x[outer] == (b, i, j)[outer] for x in found
-    )  # fmt: skip
+    alone = not any(x[0] == b and x[outer] == (b, i, j)[outer] for x in found)
     if alone:
       found[b, i, j] = 0
   inner = 3 - outer

@@ -14,7 +14,7 @@ from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import corpora, tokenizers
 
 RANGE = "must be (at least|at most|above|below) "
-CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
 # Of one run each; cells_test.py has the studies.
 EXPERIMENTS = sorted(
   path.stem
@@ -122,9 +122,10 @@ class ExperimentsTest(parameterized.TestCase):
 
 class SchemaTest(parameterized.TestCase):
   def test_hashable_and_equal_by_value(self):
-    one, two = changed({"orders.given": [2, 1]}), changed(
-      {"orders.given": [2, 1]}
-    )  # fmt: skip
+    one, two = (
+      changed({"orders.given": [2, 1]}),
+      changed({"orders.given": [2, 1]}),
+    )
     self.assertEqual((one, hash(one)), (two, hash(two)))
     self.assertNotEqual(one, changed({"orders.given": [1, 2]}))
     self.assertEqual(pickle.loads(pickle.dumps(one)), one)
@@ -213,10 +214,16 @@ class RulesTest(parameterized.TestCase):
       self.assertNotRegex(str(error), RANGE)
 
   @parameterized.parameters(
-    "model.mechanism", "orders.family", "optimizer.schedule", "eval.split",
-    "sample.order", "compute.dtype", "compute.attention", "data.corpus",
+    "model.mechanism",
+    "orders.family",
+    "optimizer.schedule",
+    "eval.split",
+    "sample.order",
+    "compute.dtype",
+    "compute.attention",
+    "data.corpus",
     "data.tokenizer",
-  )  # fmt: skip
+  )
   def test_choice(self, path):
     self.assertIn("'typo' is not one of", self.refuse({path: "typo"}, path))
 
@@ -246,65 +253,115 @@ class RulesTest(parameterized.TestCase):
     ("odd_heads", {"model.D": 12, "model.N": 4}, "model.N"),
     (
       "causal_order",
-      {"model.mechanism": "causal", "sample.order": "left_to_right",
-       "eval.estimators": ["left_to_right"]},
+      {
+        "model.mechanism": "causal",
+        "sample.order": "left_to_right",
+        "eval.estimators": ["left_to_right"],
+      },
       "orders.family",
     ),
     (
       "causal_sample",
-      {"model.mechanism": "causal", "orders.family": "left_to_right",
-       "eval.estimators": ["left_to_right"]},
+      {
+        "model.mechanism": "causal",
+        "orders.family": "left_to_right",
+        "eval.estimators": ["left_to_right"],
+      },
       "sample.order",
     ),
     (
       "causal_estimator",
-      {"model.mechanism": "causal", "orders.family": "left_to_right",
-       "sample.order": "left_to_right"},
+      {
+        "model.mechanism": "causal",
+        "orders.family": "left_to_right",
+        "sample.order": "left_to_right",
+      },
       "eval.estimators",
     ),
     ("no_estimator", {"eval.estimators": []}, "eval.estimators"),
     ("given_family", {"orders.family": "given"}, "orders.given"),
     ("given_sample", {"sample.order": "given"}, "orders.given"),
     ("given_estimator", {"eval.estimators": ["given_order"]}, "orders.given"),
-    ("given_wrong", {"model.T": 3, "orders.given": [1, 2, 2],
-                     "orders.block_width": 1}, "orders.given"),
-    ("given_from_0", {"model.T": 3, "orders.given": [0, 1, 2]},
-     "orders.given"),
-    ("block", {"orders.family": "block", "orders.block_width": 129},
-     "orders.block_width"),
-    ("blocks", {"orders.family": "shuffled_blocks",
-                "orders.block_width": 129}, "orders.block_width"),
+    (
+      "given_wrong",
+      {"model.T": 3, "orders.given": [1, 2, 2], "orders.block_width": 1},
+      "orders.given",
+    ),
+    ("given_from_0", {"model.T": 3, "orders.given": [0, 1, 2]}, "orders.given"),
+    (
+      "block",
+      {"orders.family": "block", "orders.block_width": 129},
+      "orders.block_width",
+    ),
+    (
+      "blocks",
+      {"orders.family": "shuffled_blocks", "orders.block_width": 129},
+      "orders.block_width",
+    ),
     ("accumulate", {"compute.accumulate": 5}, "compute.accumulate"),
-    ("decay", {"optimizer.schedule": "stable_decay", "train.steps": 699},
-     "optimizer.decay_steps"),
-    ("cudnn", {"compute.attention": "cudnn", "compute.dtype": "float32"},
-     "compute.dtype"),
+    (
+      "decay",
+      {"optimizer.schedule": "stable_decay", "train.steps": 699},
+      "optimizer.decay_steps",
+    ),
+    (
+      "cudnn",
+      {"compute.attention": "cudnn", "compute.dtype": "float32"},
+      "compute.dtype",
+    ),
     ("given_words", {"orders.given": ["a"]}, "orders.given"),
     ("elbo", {"eval.estimators": ["elbo"]}, "eval.estimators"),
-    ("contexts", {"model.mechanism": "mdlm",
-                  "eval.estimators": ["context_ensembled"]},
-     "eval.estimators"),
-    ("groups", {"model.mechanism": "ao_gpt", "orders.groups": "fixed"},
-     "orders.groups"),
-    ("group_sizes", {"orders.groups": "given", "orders.group_sizes": [64, 63]},
-     "orders.group_sizes"),
+    (
+      "contexts",
+      {"model.mechanism": "mdlm", "eval.estimators": ["context_ensembled"]},
+      "eval.estimators",
+    ),
+    (
+      "groups",
+      {"model.mechanism": "ao_gpt", "orders.groups": "fixed"},
+      "orders.groups",
+    ),
+    (
+      "group_sizes",
+      {"orders.groups": "given", "orders.group_sizes": [64, 63]},
+      "orders.group_sizes",
+    ),
     ("no_group", {"orders.groups": "given"}, "orders.group_sizes"),
-    ("queries", {"model.mechanism": "sigma_gpt", "train.query_fraction": 0.5},
-     "train.query_fraction"),
+    (
+      "queries",
+      {"model.mechanism": "sigma_gpt", "train.query_fraction": 0.5},
+      "train.query_fraction",
+    ),
     ("masked_method", {"sample.method": "ancestral"}, "sample.method"),
-    ("cached_method", {"model.mechanism": "mdlm", "eval.estimators": ["elbo"],
-                       "sample.method": "speculative"}, "sample.method"),
-    ("causal_method", {"model.mechanism": "causal",
-                       "orders.family": "left_to_right",
-                       "sample.order": "left_to_right",
-                       "eval.estimators": ["left_to_right"],
-                       "sample.method": "adaptive"}, "sample.method"),
-    ("unused_steps", {"sample.method": "adaptive", "sample.steps": 8},
-     "sample.steps"),
+    (
+      "cached_method",
+      {
+        "model.mechanism": "mdlm",
+        "eval.estimators": ["elbo"],
+        "sample.method": "speculative",
+      },
+      "sample.method",
+    ),
+    (
+      "causal_method",
+      {
+        "model.mechanism": "causal",
+        "orders.family": "left_to_right",
+        "sample.order": "left_to_right",
+        "eval.estimators": ["left_to_right"],
+        "sample.method": "adaptive",
+      },
+      "sample.method",
+    ),
+    (
+      "unused_steps",
+      {"sample.method": "adaptive", "sample.steps": 8},
+      "sample.steps",
+    ),
     ("match", {"match.by": "parameters"}, "match.change"),
     ("tune_lengths", {"study.tune_lengths": (128, 0)}, "study.tune_lengths"),
     ("long_blank", {"sample.blank": "__"}, "sample.blank"),
-  )  # fmt: skip
+  )
   def test_relation(self, changes, field):
     self.refuse(changes, field)
 
@@ -325,12 +382,21 @@ class RulesTest(parameterized.TestCase):
   def test_differences(self):
     old = config_lib.Config()
     new = changed(
-      {"model.D": 64, "seed": 3, "train.steps": 7, "sample.seed": 9,
-       "compute.remat": True, "data.path": "x", "name": "other",
-       "data.tokenizer": "byte"},
-    )  # fmt: skip
-    model = [("config.model.D", 256, 64),
-             ("config.data.tokenizer", "char27", "byte")]  # fmt: skip
+      {
+        "model.D": 64,
+        "seed": 3,
+        "train.steps": 7,
+        "sample.seed": 9,
+        "compute.remat": True,
+        "data.path": "x",
+        "name": "other",
+        "data.tokenizer": "byte",
+      },
+    )
+    model = [
+      ("config.model.D", 256, 64),
+      ("config.data.tokenizer", "char27", "byte"),
+    ]
     self.assertCountEqual(config_rules.differences(old, new, ("model",)), model)
     self.assertCountEqual(
       config_rules.differences(old, new, ("model", "run")),
@@ -357,9 +423,12 @@ class ScheduleStepsTest(parameterized.TestCase):
   def test_rule(self, schedule, then, now, step, refusal):
     def config(steps):
       return changed(
-        {"optimizer.schedule": schedule, "optimizer.decay_steps": 30,
-         "train.steps": steps},
-      )  # fmt: skip
+        {
+          "optimizer.schedule": schedule,
+          "optimizer.decay_steps": 30,
+          "train.steps": steps,
+        },
+      )
 
     error = config_rules.schedule_steps_error(config(then), config(now), step)
     self.assertEqual(bool(error), bool(refusal), error)

@@ -64,10 +64,15 @@ def scored(folder, **changes):
   with contextlib.redirect_stdout(out):
     helpers.run(
       arguments(
-        folder, "one", "--mode=score", "--text=ab[cd]ef",
-        score__order="uniform", score__orders=3, **changes,
+        folder,
+        "one",
+        "--mode=score",
+        "--text=ab[cd]ef",
+        score__order="uniform",
+        score__orders=3,
+        **changes,
       )
-    )  # fmt: skip
+    )
   return json.loads(out.getvalue())["order_log_p"]
 
 
@@ -220,11 +225,22 @@ class ShardingTest(parameterized.TestCase):
     for i, (processes, devices, sizes) in enumerate(EVERY_MESH):
       with self.subTest(processes=processes, devices=devices, **sizes):
         subprocess.run(
-          [sys.executable, "-m", "launch.local", f"--processes={processes}",
-           f"--devices={devices}", "--", sys.executable, "-m",
-           "aoarm_jax.main", *command("moves", 3 * (i + 1), sizes)],
-          env=helpers.environment(), check=True, timeout=400,
-        )  # fmt: skip
+          [
+            sys.executable,
+            "-m",
+            "launch.local",
+            f"--processes={processes}",
+            f"--devices={devices}",
+            "--",
+            sys.executable,
+            "-m",
+            "aoarm_jax.main",
+            *command("moves", 3 * (i + 1), sizes),
+          ],
+          env=helpers.environment(),
+          check=True,
+          timeout=400,
+        )
     config = helpers.config_of(command("moves", steps, {}))
     (got, a), (want, b) = (
       helpers.final_state(_folder / name, config) for name in ("moves", "stays")

@@ -24,7 +24,7 @@ from aoarm_jax.model import network as network_lib
 
 _T, _V, _MANY = 4, 3, 60_000
 # Positions of the network: more than are generated, for the first mechanism.
-# On the older Python alone: tests/api_test.py does much of it on both.
+# On the older Python alone: tests/runs/api_test.py does much of it on both.
 pytestmark = pytest.mark.once
 
 
@@ -380,10 +380,13 @@ class SamplerTest(parameterized.TestCase):
 
   @parameterized.parameters(
     ("two_stream", "abcdefg_", "has 8 tokens; .* at most 7 .config.model.T"),
-    ("causal", "a_c_", "blank at position 2 stands before known text, but "
-     "mechanism causal"),
+    (
+      "causal",
+      "a_c_",
+      "blank at position 2 stands before known text, but mechanism causal",
+    ),
     ("causal", "_b", "blank at position 1 "),
-  )  # fmt: skip
+  )
   def test_prompts_that_cannot_be_filled(self, mechanism, text, message):
     with self.assertRaisesRegex(prompts.PromptError, message):
       _sampler(mechanism, order="left_to_right")(text)
@@ -405,12 +408,28 @@ class SamplerTest(parameterized.TestCase):
     self.assertEqual(
       lines,
       [
-        {"step": 7, "prompt": "a_b", "text": "a b", "tokens": [1, 0, 2],
-         "order": [2, 1, 3], "log_p": -1.5, "calls": 4, "accepted": 2},
-        {"step": 7, "prompt": "a_b", "text": "c", "tokens": [3], "order": [1],
-         "log_p": 0.0, "calls": 1, "accepted": 0},
+        {
+          "step": 7,
+          "prompt": "a_b",
+          "text": "a b",
+          "tokens": [1, 0, 2],
+          "order": [2, 1, 3],
+          "log_p": -1.5,
+          "calls": 4,
+          "accepted": 2,
+        },
+        {
+          "step": 7,
+          "prompt": "a_b",
+          "text": "c",
+          "tokens": [3],
+          "order": [1],
+          "log_p": 0.0,
+          "calls": 1,
+          "accepted": 0,
+        },
       ],
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

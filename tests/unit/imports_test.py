@@ -7,7 +7,7 @@ import sys
 
 from absl.testing import absltest, parameterized
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 # Rooms are the folders, and the modules beside them. From top to bottom: a room
 # may import itself and what is on the floors below its own.

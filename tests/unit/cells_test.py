@@ -25,9 +25,14 @@ class SweepTest(parameterized.TestCase):
     )
     self.assertEqual(
       [(cell.seed, cell.mechanism) for cell in cells],
-      [(0, "two_stream"), (0, "mdlm"), (1, "two_stream"), (1, "mdlm"),
-       (0, "ao_gpt")],
-    )  # fmt: skip
+      [
+        (0, "two_stream"),
+        (0, "mdlm"),
+        (1, "two_stream"),
+        (1, "mdlm"),
+        (0, "ao_gpt"),
+      ],
+    )
 
   def test_trials_come_before_what_needs_them_and_once(self):
     asked = cells_lib.expand(config("seed=0,1 rate=tuned"))
@@ -40,10 +45,13 @@ class SweepTest(parameterized.TestCase):
   def test_arms_that_differ_by_more_than_the_mechanism_share_their_trials(self):
     """At the nearest of two lengths, and at the configuration's own size."""
     for line, T in (
-      ("T=4096", 1024), ("T=256", 128), ("T=512", 1024),
-      ("T=1024 orders=block16", 1024), ("T=128 size=32x2x2 seed=3", 128),
+      ("T=4096", 1024),
+      ("T=256", 128),
+      ("T=512", 1024),
+      ("T=1024 orders=block16", 1024),
+      ("T=128 size=32x2x2 seed=3", 128),
       ("T=128 budget=flops", 128),
-    ):  # fmt: skip
+    ):
       (cell,) = cells_lib.expand(config(f"rate=tuned {line}"))
       (plain,) = cells_lib.expand(config(f"rate=0.001 T={T} seed=0"))
       self.assertEqual(cells_lib.trials(cell, config(""))[0], plain)

@@ -154,9 +154,11 @@ class FailureTest(absltest.TestCase):
         if name in errors:
           raise errors[name]
       result = {
-        "text": lab.text, "training_flops": 1, "seconds": {"all": 1},
+        "text": lab.text,
+        "training_flops": 1,
+        "seconds": {"all": 1},
         "estimate": {"bits_per_char": 2.0},
-      }  # fmt: skip
+      }
       measure._write_json(folder / measure.RESULT, result)
       return result
 

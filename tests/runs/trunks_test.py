@@ -29,12 +29,15 @@ class TrunkTest(absltest.TestCase):
   def study(self, workdir, *options):
     helpers.run(
       [
-        f"--config={_CONFIG}:tiny", "--mode=study",
+        f"--config={_CONFIG}:tiny",
+        "--mode=study",
         f"--workdir={self.folder / workdir}",
         f"--config.data.path={self.folder / 'text'}",
-        "--config.eval.batches=1", "--config.study.part=cells", *options,
+        "--config.eval.batches=1",
+        "--config.study.part=cells",
+        *options,
       ]
-    )  # fmt: skip
+    )
 
   def files(self, workdir, steps):
     """{name: bytes} of the cell of two_stream with so many steps."""

@@ -22,7 +22,7 @@ from launch import common, gke, local, slurm, tpu_pod
 # On the older Python alone, for time.
 pytestmark = pytest.mark.once
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 LAUNCHERS = {"gke": gke, "local": local, "slurm": slurm, "tpu_pod": tpu_pod}
 TRAIN = [
   "python",
@@ -98,19 +98,35 @@ class CommandsTest(LaunchTest):
     ("tpu_pod", ["run", *POD], [], "no command: end with -- python -m"),
     ("gke", [*APPLY, "--tpu="], TRAIN, "--tpu=: '' is not one of v4"),
     ("gke", [*APPLY, "--gpu="], TRAIN, "--gpu=: write a label, as in nvidia"),
-    ("local", ["--processes=1", "--grace-seconds=nan"], TRAIN,
-     "--grace-seconds=nan: must be at least 0"),
+    (
+      "local",
+      ["--processes=1", "--grace-seconds=nan"],
+      TRAIN,
+      "--grace-seconds=nan: must be at least 0",
+    ),
     ("tpu_pod", ["run", *POD], TRAIN[:-1], r"--workdir=\(none\).*gs://bucket"),
-    ("tpu_pod", ["run", *POD], [*TRAIN[:-1], "--workdir", "/tmp/r"],
-     "--workdir=/tmp/r.*gs://bucket"),
+    (
+      "tpu_pod",
+      ["run", *POD],
+      [*TRAIN[:-1], "--workdir", "/tmp/r"],
+      "--workdir=/tmp/r.*gs://bucket",
+    ),
     ("tpu_pod", ["logs", *POD], TRAIN, "logs takes no command.*drop 'python'"),
     ("tpu_pod", ["create", *POD, "--accelerator=v5"], [], "write <type>-<s"),
     ("tpu_pod", ["create", *POD, "--accelerator=v9-8"], [], "one of v4, v5"),
-    ("tpu_pod", ["create", *POD, "--accelerator=v5p-0"], [],
-     "v5p has the sizes 8, 16, .*12288"),
+    (
+      "tpu_pod",
+      ["create", *POD, "--accelerator=v5p-0"],
+      [],
+      "v5p has the sizes 8, 16, .*12288",
+    ),
     ("tpu_pod", ["create", *POD, "--accelerator=v6e-12"], [], "sizes 1, 4, 8"),
-    ("tpu_pod", ["create", *SLICE, "--wait-minutes=0"], [],
-     "--wait-minutes=0: must be at least 1"),
+    (
+      "tpu_pod",
+      ["create", *SLICE, "--wait-minutes=0"],
+      [],
+      "--wait-minutes=0: must be at least 1",
+    ),
     ("tpu_pod", ["create", *SLICE, "--name=My_pod"], [], "--name=My_pod: use"),
     ("tpu_pod", ["create", *SLICE, "--zone=east"], [], "--zone=east: write as"),
     ("gke", [*APPLY, "--tpu=v5:4x4"], TRAIN, "'v5' is not one of v4, v5e, v5p"),
@@ -121,15 +137,23 @@ class CommandsTest(LaunchTest):
     ("gke", [*APPLY, "--tpu=v5e:4x4"], TRAIN[:-1], r"\(none\).*gs://bucket"),
     ("gke", ["status", "--name=run"], TRAIN, "status takes no command"),
     ("slurm", ["submit", "--name=r", "--nodes=0"], TRAIN, "--nodes=0: must"),
-    ("slurm", ["submit", "--name=r", "--nodes=1", "--time=5"], TRAIN,
-     "--time=5: write .*24:00:00"),
-    ("slurm", ["submit", "--name=r", "--nodes=1", "--time=0:05:00"], TRAIN,
-     "--notice-seconds=300: must be below --time=0:05:00"),
+    (
+      "slurm",
+      ["submit", "--name=r", "--nodes=1", "--time=5"],
+      TRAIN,
+      "--time=5: write .*24:00:00",
+    ),
+    (
+      "slurm",
+      ["submit", "--name=r", "--nodes=1", "--time=0:05:00"],
+      TRAIN,
+      "--notice-seconds=300: must be below --time=0:05:00",
+    ),
     ("slurm", ["submit", "--name=r", "--nodes=1"], [], "no command"),
     ("local", ["--processes=0"], TRAIN, "--processes=0: must be at least 1"),
     ("local", ["--processes=2"], [], "no command"),
     ("local", ["--processes=2"], ["/absent"], "/absent: cannot be started: No"),
-  )  # fmt: skip
+  )
   def test_what_cannot_be(self, launcher, flags, command, message):
     self.assertRegex(self.refused(launcher, *flags, command=command), message)
     if "/absent" not in command:  # A dry run refuses the same.
@@ -162,10 +186,12 @@ class CommandsTest(LaunchTest):
         self.assertEqual(out.rstrip(), output.rstrip())
         self.assertEmpty(os.listdir(self.folder))
       seen.add((launcher, words[3] if launcher != "local" else ""))
-    verbs = {"gke": "apply status logs delete", "local": "",
-             "slurm": "submit status logs cancel",
-             "tpu_pod": "create install run logs resume stop delete",
-             }  # fmt: skip
+    verbs = {
+      "gke": "apply status logs delete",
+      "local": "",
+      "slurm": "submit status logs cancel",
+      "tpu_pod": "create install run logs resume stop delete",
+    }
     every = {(k, v) for k, vs in verbs.items() for v in vs.split() or [""]}
     self.assertEqual(seen, every)
     linked = (ROOT / "README.md").read_text()
@@ -182,15 +208,18 @@ JOB_SET = {
     "failurePolicy": {
       "maxRestarts": int,
       "rules": [
-        {"name": str, "action": "RestartJobSetAndIgnoreMaxRestarts",
-         "onJobFailureReasons": ["PodFailurePolicy"]}
+        {
+          "name": str,
+          "action": "RestartJobSetAndIgnoreMaxRestarts",
+          "onJobFailureReasons": ["PodFailurePolicy"],
+        }
       ],
     },
     "replicatedJobs": [
       {"name": str, "replicas": int, "template": {"spec": dict}}
     ],
   },
-}  # fmt: skip
+}
 
 
 def check_fields(tree, schema):
@@ -220,10 +249,14 @@ class GkeTest(LaunchTest):
     return json.loads(manifest)
 
   @parameterized.parameters(
-    ("v5e:2x2", 1, 4), ("v5e:2x4", 1, 8), ("v5e:4x4", 4, 4),
-    ("v6e:16x16", 64, 4), ("v4:2x2x1", 1, 4), ("v5p:4x4x8", 32, 4),
+    ("v5e:2x2", 1, 4),
+    ("v5e:2x4", 1, 8),
+    ("v5e:4x4", 4, 4),
+    ("v6e:16x16", 64, 4),
+    ("v4:2x2x1", 1, 4),
+    ("v5p:4x4x8", 32, 4),
     ("v6e:1x1", 1, 1),
-  )  # fmt: skip
+  )
   def test_tpu_slices(self, tpu, hosts, chips):
     tree = self.manifest(f"--tpu={tpu}")
     self.assertIn("exclusive-topology", str(tree["metadata"]["annotations"]))
@@ -254,8 +287,12 @@ class GkeTest(LaunchTest):
       self.skipTest("kubernetes-validate is not installed (extra test)")
     import kubernetes_validate
 
-    whole = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {},
-             "spec": job}  # fmt: skip
+    whole = {
+      "apiVersion": "batch/v1",
+      "kind": "Job",
+      "metadata": {},
+      "spec": job,
+    }
     kubernetes_validate.validate(whole, "1.31", strict=True)
     job["template"]["spec"]["containers"][0]["imagePolicy"] = "Always"
     with self.assertRaises(kubernetes_validate.ValidationError):
@@ -300,17 +337,28 @@ class SlurmTest(LaunchTest):
     self.client("scontrol", 'echo "$@" > scontrol')
     path = f"{self.folder}/bin:{os.environ['PATH']}"
     self.assertEqual(
-      launch("slurm", "submit", "--name=run", "--nodes=2", "--gpus-per-node=4",
-             "--max-restarts=4", path=path),
+      launch(
+        "slurm",
+        "submit",
+        "--name=run",
+        "--nodes=2",
+        "--gpus-per-node=4",
+        "--max-restarts=4",
+        path=path,
+      ),
       (0, "", ""),
-    )  # fmt: skip
+    )
     done = subprocess.run(
       ["bash", "submitted"],
-      env={"PATH": path, "SLURM_RESTART_COUNT": str(restarts),
-           "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]"},
+      env={
+        "PATH": path,
+        "SLURM_RESTART_COUNT": str(restarts),
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "n[1-2]",
+      },
       capture_output=True,
       text=True,
-    )  # fmt: skip
+    )
     self.assertEqual((done.returncode, done.stderr), (job_code, ""))
     self.assertIn(f"--label --wait=120 {shlex.join(TRAIN)} 1", done.stdout)
     asked = self.folder / "scontrol"
@@ -376,12 +424,14 @@ class TpuPodTest(LaunchTest):
     )
 
   @parameterized.parameters(
-    (["SUSPENDED", "ACTIVE"],
-     "describe delete create describe git scp ssh scp ssh"),
+    (
+      ["SUSPENDED", "ACTIVE"],
+      "describe delete create describe git scp ssh scp ssh",
+    ),
     (["none", "ACTIVE"], "describe create describe git scp ssh scp ssh"),
     (["PROVISIONING", "ACTIVE"], "describe describe git scp ssh scp ssh"),
     (["ACTIVE"], "describe scp ssh"),
-  )  # fmt: skip
+  )
   def test_resume_does_what_is_left(self, states, calls):
     path = self.gcloud(*states)
     code, _, err = launch("tpu_pod", "resume", *SLICE, path=path)
@@ -400,9 +450,12 @@ class TpuPodTest(LaunchTest):
 
   def on_host(self, home, line):
     return subprocess.run(
-      ["bash", "-c", line], cwd=home, env=os.environ | {"HOME": str(home)},
-      capture_output=True, text=True,
-    )  # fmt: skip
+      ["bash", "-c", line],
+      cwd=home,
+      env=os.environ | {"HOME": str(home)},
+      capture_output=True,
+      text=True,
+    )
 
   def wait_for(self, home, text):
     deadline = time.monotonic() + 10
@@ -439,12 +492,23 @@ class LocalTest(LaunchTest):
   def start(self, code, *flags):
     """launch.local of two processes that run this Python code."""
     process = subprocess.Popen(
-      [sys.executable, "-m", "launch.local", "--processes=2", *flags, "--",
-       sys.executable, "-c", "import os, signal, sys, time\n"
-       "me = os.environ['AOARM_PROCESS_ID']\n" + code],
+      [
+        sys.executable,
+        "-m",
+        "launch.local",
+        "--processes=2",
+        *flags,
+        "--",
+        sys.executable,
+        "-c",
+        "import os, signal, sys, time\n"
+        "me = os.environ['AOARM_PROCESS_ID']\n" + code,
+      ],
       env=os.environ | {"PYTHONPATH": str(ROOT)},
-      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
     # A test that fails leaves nothing behind that makes others fail.
     self.addCleanup(process.communicate)
     self.addCleanup(process.kill)
@@ -467,15 +531,22 @@ class LocalTest(LaunchTest):
     self.assertEqual((code, err), (0, ""))
     lines = sorted(out.splitlines())
     port = re.search(r"127.0.0.1:(\d+)", out)[1]
-    self.assertEqual(lines, [
-      line for i in "01" for line in
-      (f"[{i}] 1 127.0.0.1:{port} 2 {i} 3", f"[{i}] to stderr")
-    ])  # fmt: skip
+    self.assertEqual(
+      lines,
+      [
+        line
+        for i in "01"
+        for line in (f"[{i}] 1 127.0.0.1:{port} 2 {i} 3", f"[{i}] to stderr")
+      ],
+    )
 
   def test_gpus_are_given_one_each(self):
     out = launch("local", "--processes=2", "--platform=gpu", "--dry-run")[1]
-    self.assertRegex(out, r"ID=0 .*CUDA_VISIBLE_DEVICES=0 python.*\n.*ID=1 .*"
-                     r"CUDA_VISIBLE_DEVICES=1 python.*\n$")  # fmt: skip
+    self.assertRegex(
+      out,
+      r"ID=0 .*CUDA_VISIBLE_DEVICES=0 python.*\n.*ID=1 .*"
+      r"CUDA_VISIBLE_DEVICES=1 python.*\n$",
+    )
     self.assertNotIn("JAX_PLATFORMS", out)
 
   def test_a_lost_process_ends_the_others(self):
@@ -487,8 +558,9 @@ class LocalTest(LaunchTest):
       "print(f'pid {os.getpid()}', flush=True)\n"
       "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
       "time.sleep(60)",
-      "--grace-seconds=0.5", "--max-restarts=0",
-    )  # fmt: skip
+      "--grace-seconds=0.5",
+      "--max-restarts=0",
+    )
     code, out, err = self.finished(process, 10)
     self.assertEqual(code, 137)
     self.assertIn(
@@ -508,7 +580,7 @@ class LocalTest(LaunchTest):
       "time.sleep(0.2)\n"
       "sys.exit(3)",
       "--grace-seconds=0.5",
-    )  # fmt: skip
+    )
     code, _, err = self.finished(process, 10)
     self.assertEqual(code, 3)
     self.assertIn(

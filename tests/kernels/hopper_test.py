@@ -23,7 +23,7 @@ from pallas_kernels.hopper import attention as hopper
 from pallas_kernels.hopper import masks as hopper_masks
 from pallas_kernels.hopper import mosaic
 
-_ROOT = pathlib.Path(__file__).resolve().parents[1]
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
 _Case = attention_cases.Case
 _MASKS = ("causal", "prompt", "groups", "ragged", "empty")
 _INTERPRETED = {
@@ -128,9 +128,15 @@ def _kernels(function, *shapes) -> int:
 
 class LoweringTest(parameterized.TestCase):
   @parameterized.parameters(
-    (128, 128, 64), (128, 128, 128), (1024, 1024, 64), (1024, 1024, 128),
-    (65, 65, 64), (200, 300, 128), (5, 7, 32), (1, 1000, 64),
-  )  # fmt: skip
+    (128, 128, 64),
+    (128, 128, 128),
+    (1024, 1024, 64),
+    (1024, 1024, 128),
+    (65, 65, 64),
+    (200, 300, 128),
+    (5, 7, 32),
+    (1, 1000, 64),
+  )
   def test_every_mask(self, T, S, H):
     """Forward and backward: 2 kernels where one makes all gradients, or 3."""
     shapes = _shapes(T, S, H=H)
@@ -141,9 +147,11 @@ class LoweringTest(parameterized.TestCase):
       self.assertEqual(_kernels(gradient, *shapes, visible), number)
 
   @parameterized.parameters(
-    (768, 64, 3, True), (1024, 128, 4, True),
-    (512, 64, 8, False), (1024, 32, 2, False),
-  )  # fmt: skip
+    (768, 64, 3, True),
+    (1024, 128, 4, True),
+    (512, 64, 8, False),
+    (1024, 32, 2, False),
+  )
   def test_dealt_out_keys_are_not_moved(self, S, H, P, in_place):
     """Unless a tile of them had slots of two chunks, or must be padded."""
     q, k, v = _shapes(S // P, S, H=H)

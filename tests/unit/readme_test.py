@@ -28,16 +28,19 @@ from aoarm_jax.config import rules as config_rules
 from aoarm_jax.config import schema as config_lib
 from launch import common
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 LINKED = {
   path.relative_to(ROOT).as_posix(): path.read_text()
   for path in sorted(
-    [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"),
-     ROOT / "aoarm_jax/data/books/README.md"]
+    [
+      *ROOT.glob("*.md"),
+      *(ROOT / "docs").rglob("*.md"),
+      ROOT / "aoarm_jax/data/books/README.md",
+    ]
   )
-}  # fmt: skip
+}
 PAGES = {
   name: text
   for name, text in LINKED.items()
@@ -216,7 +219,7 @@ class CommandsTest(parameterized.TestCase):
   def test_every_launcher_takes_its_command(self):
     for name, text in PAGES.items():
       if name == "docs/launching.md":
-        continue  # tests/launch_test.py compares that page's outputs.
+        continue  # tests/runs/launch_test.py compares that page's outputs.
       for words in commands(text, "python -m launch.local"):
         module = importlib.import_module(words[2])
         with (
@@ -254,7 +257,7 @@ class PagesTest(parameterized.TestCase):
         self.assertTrue((ROOT / span).exists(), span)
 
   def test_python_is_run_by_a_test(self):
-    """tests/api_test.py runs two pages, tests/mechanisms_test.py a third."""
+    """runs/api_test.py runs two pages, runs/mechanisms_test.py a third."""
     with_code = {
       name
       for name, text in PAGES.items()

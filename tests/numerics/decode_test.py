@@ -19,15 +19,19 @@ from aoarm_jax.generation import steps as decode_steps
 from aoarm_jax.model import cached
 
 _T, _V, _MANY = 4, 3, 100_000
-# On the older Python alone: tests/api_test.py does much of it on both.
+# On the older Python alone: tests/runs/api_test.py does much of it on both.
 pytestmark = pytest.mark.once
 _LAW = sampling.Sampling(np.float32(1), np.int32(0), np.float32(1))
 _GREEDY = _LAW._replace(temperature=np.float32(0))
 # Seven tests below compare samples with two laws each; were the seed not fixed,
 # each would fail by chance twice in 10,000.
 _LEAST_P = 1e-4
-_CASES = (("two_stream", 1), ("two_stream", 2), ("decoupled_rope", 1),
-          ("ao_gpt", 2))  # fmt: skip
+_CASES = (
+  ("two_stream", 1),
+  ("two_stream", 2),
+  ("decoupled_rope", 1),
+  ("ao_gpt", 2),
+)
 
 
 @functools.cache
@@ -215,10 +219,16 @@ class StagesTest(parameterized.TestCase):
     def run(most_known):
       return tiny.quick_jit(
         lambda params, key, most, *args: decode.generate(
-          made, params, key, *args, _LAW, plan=plan, most_known=most_known,
+          made,
+          params,
+          key,
+          *args,
+          _LAW,
+          plan=plan,
+          most_known=most_known,
           most_blanks=most if traced and most_known else None,
         )
-      )(tiny.sharp(made), jax.random.key(1), np.int32(T), *inputs)  # fmt: skip
+      )(tiny.sharp(made), jax.random.key(1), np.int32(T), *inputs)
 
     want, ran = run(None), []
     with (

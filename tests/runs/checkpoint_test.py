@@ -57,9 +57,12 @@ def make_state(seed=0, width=7):
   updates, opt_state = tx.update(params, opt_state, params)
   ema = optax.apply_updates(params, updates)
   return State(
-    jnp.asarray(seed, jnp.int32), params, opt_state, ema,
+    jnp.asarray(seed, jnp.int32),
+    params,
+    opt_state,
+    ema,
     jax.random.split(jax.random.fold_in(key, 3), 3),
-  )  # fmt: skip
+  )
 
 
 def abstract(tree):
@@ -81,8 +84,11 @@ def run_python(code, *args, **env):
   return subprocess.run(
     [sys.executable, "-c", textwrap.dedent(code), *args],
     env=os.environ | {"JAX_PLATFORMS": "cpu"} | env,
-    check=True, capture_output=True, text=True, timeout=120,
-  ).stdout  # fmt: skip
+    check=True,
+    capture_output=True,
+    text=True,
+    timeout=120,
+  ).stdout
 
 
 class CheckpointTest(parameterized.TestCase):
@@ -102,9 +108,12 @@ class CheckpointTest(parameterized.TestCase):
     state = make_state() if state is None else state
     for step, metric in zip(steps, metrics or [None] * len(steps)):
       checkpoints.save(
-        step, state, data_state={"at": [step]}, config_json=CONFIG,
+        step,
+        state,
+        data_state={"at": [step]},
+        config_json=CONFIG,
         metric=metric,
-      )  # fmt: skip
+      )
     checkpoints.wait()
 
   def folder(self, step):
@@ -113,12 +122,14 @@ class CheckpointTest(parameterized.TestCase):
   def assert_same(self, got, want):
     chex.assert_trees_all_equal_shapes_and_dtypes(got, want)
     bits = lambda x: (  # noqa: E731
-      jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+      jax.random.key_data(x)
+      if jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
       else x
-    )  # fmt: skip
+    )
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
-      self.assertEqual(np.asarray(bits(a)).tobytes(),
-                       np.asarray(bits(b)).tobytes())  # fmt: skip
+      self.assertEqual(
+        np.asarray(bits(a)).tobytes(), np.asarray(bits(b)).tobytes()
+      )
 
 
 class RoundTripTest(CheckpointTest):
@@ -245,8 +256,9 @@ class RoundTripTest(CheckpointTest):
     checkpoints.save(1, state, data_state={}, config_json=CONFIG)
     state["w"] += 1
     checkpoints.wait()
-    got = checkpoints.restore(checkpoints.newest(), jax.eval_shape(
-      lambda: {"w": jnp.zeros(70_001)}))  # fmt: skip
+    got = checkpoints.restore(
+      checkpoints.newest(), jax.eval_shape(lambda: {"w": jnp.zeros(70_001)})
+    )
     np.testing.assert_array_equal(got["w"], 0)
 
   def test_other_device_count(self):

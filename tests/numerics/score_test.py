@@ -24,14 +24,19 @@ from aoarm_jax.generation import prompts
 from aoarm_jax.generation import texts as generate
 from aoarm_jax.model import network as network_lib
 
-# On the older Python alone: tests/api_test.py does much of it on both.
+# On the older Python alone: tests/runs/api_test.py does much of it on both.
 pytestmark = pytest.mark.once
 
 
 _ABC = tokenizers.Tokenizer("abc", b"abc")
 # One of every kind: what is predicted from where, with and without EOS.
-_CASES = (("two_stream", 2), ("decoupled_rope", 1), ("ao_gpt", 2),
-          ("causal", 1), ("mdlm", 2))  # fmt: skip
+_CASES = (
+  ("two_stream", 2),
+  ("decoupled_rope", 1),
+  ("ao_gpt", 2),
+  ("causal", 1),
+  ("mdlm", 2),
+)
 
 
 _contexts = contextlib.ExitStack()

@@ -185,10 +185,14 @@ class EstimateTest(parameterized.TestCase):
     many = 300
     nats = jax.jit(
       lambda params: objective.context_ensembled_nll(
-        network.bind(params), network.layout, keys, tokens, order,
+        network.bind(params),
+        network.layout,
+        keys,
+        tokens,
+        order,
         contexts=many,
       )
-    )(params)  # fmt: skip
+    )(params)
 
     def in_order(order):
       nats = objective.order_nll(
@@ -318,8 +322,10 @@ class ElboTest(parameterized.TestCase):
         )
 
     elbo, chain, late = (
-      estimate("elbo"), estimate("any_order"), estimate("elbo", 0.3)
-    )  # fmt: skip
+      estimate("elbo"),
+      estimate("any_order"),
+      estimate("elbo", 0.3),
+    )
     joint = math.hypot(elbo.standard_error_nats, chain.standard_error_nats)
     # Both see the same sequences, so this is generous.
     self.assertLess(abs(elbo.nats_per_token - chain.nats_per_token), 3 * joint)

@@ -137,8 +137,9 @@ class TrainTest(parameterized.TestCase):
     self.assertEqual(got_saved.step, config.train.steps)
     self.assertEqual(got_saved.data_state, want_saved.data_state)
     self.assertEqual(got_saved.metric, want_saved.metric)
-    self.assertEqual(helpers.leaves_as_bytes(got),
-                     helpers.leaves_as_bytes(want))  # fmt: skip
+    self.assertEqual(
+      helpers.leaves_as_bytes(got), helpers.leaves_as_bytes(want)
+    )
     self.assertEqual(bool(got.ema), config.optimizer.ema_decay > 0)
 
   def refused(self, error, command):
@@ -221,8 +222,9 @@ class RunTest(TrainTest):
     self.matching(r"model: two_stream, [\d,]+ parameters; 1 x cpu", lines)
     self.matching(
       "no accelerator found: ':tiny' is the size for a CPU "
-      ".*configs/two_stream.py:tiny.*ETA", lines
-    )  # fmt: skip
+      ".*configs/two_stream.py:tiny.*ETA",
+      lines,
+    )
     self.matching(
       r"step +20/160  loss .* nats/token  .* bits/char .* tokens/s  ETA", lines
     )
@@ -486,8 +488,9 @@ class StopTest(TrainTest):
     lines = logged(arguments(workdir, changes))
     self.matching(
       r"train.steps: 16 instead of 12; the learning rate \(constant schedule\) "
-      "goes on at 0.01 and ends at 0.01", lines
-    )  # fmt: skip
+      "goes on at 0.01 and ends at 0.01",
+      lines,
+    )
     self.matching("the train text is not the checkpoint's", lines)
     self.matching("resumed from step 12", lines)
     self.assertEqual(measured(workdir)[:14], measured(short()))

@@ -35,10 +35,14 @@ def _nll(s, T=_T, V=_V, **shape):
   params = tiny.sharp(made)
   run = tiny.quick_jit(
     lambda tokens, order, groups, ranks: objective.order_nll(
-      made.bind(params), made.layout, tokens, order,
-      group_start=groups, ranks=ranks,
+      made.bind(params),
+      made.layout,
+      tokens,
+      order,
+      group_start=groups,
+      ranks=ranks,
     )
-  )  # fmt: skip
+  )
   return lambda tokens, order, groups=None, ranks=None: np.asarray(
     run(tokens, order, groups, ranks), np.float64
   )
@@ -196,9 +200,14 @@ class QueryFractionTest(parameterized.TestCase):
   def test_draws(self):
     """Distinct ranks in order, every one as often as any other."""
     draws = objective.draw(
-      jax.random.key(0), 4000, _T, config.Orders(),
-      config.Train(query_fraction=0.4), config.Model().kind, np.int32(0),
-    )  # fmt: skip
+      jax.random.key(0),
+      4000,
+      _T,
+      config.Orders(),
+      config.Train(query_fraction=0.4),
+      config.Model().kind,
+      np.int32(0),
+    )
     ranks = np.asarray(draws.ranks)
     self.assertEqual(ranks.shape, (4000, 3))
     self.assertTrue((np.diff(ranks, axis=1) > 0).all())

@@ -79,14 +79,16 @@ class ParseTest(parameterized.TestCase):
     return message
 
   @parameterized.parameters(
-    ("--config.train.stepz=3", "config.train.stepz: no such field; config.train"
-     " has: steps, batch_size"),
+    (
+      "--config.train.stepz=3",
+      "config.train.stepz: no such field; config.train has: steps, batch_size",
+    ),
     ("--config.trian.steps=3", "config.trian: no such field; config has: name"),
     ("--noconfig.compute.rematt", "config.compute.rematt: no such field"),
     ("-config.train.stepz=3", "config.train.stepz: no such field"),
     ("--config.train.steps.x=3", "config.train.steps.x: config.train.steps"),
     ("--config.train=3", "config.train: a section; set one of its fields"),
-  )  # fmt: skip
+  )
   def test_unknown_field(self, override, message):
     self.assertStartsWith(self.refused(TINY, override), message)
 
@@ -133,10 +135,17 @@ class ParseTest(parameterized.TestCase):
 
   def test_overrides_arrive_with_their_types(self):
     config = helpers.config_of(
-      [TINY, "--config.train.steps", "5", "--config.optimizer.b1=1",
-       "--config.compute.remat", "--config.eval.estimators=ensembled",
-       "--config.orders.given=(2,1)", "--config.data.path=a=b c"],
-    )  # fmt: skip
+      [
+        TINY,
+        "--config.train.steps",
+        "5",
+        "--config.optimizer.b1=1",
+        "--config.compute.remat",
+        "--config.eval.estimators=ensembled",
+        "--config.orders.given=(2,1)",
+        "--config.data.path=a=b c",
+      ],
+    )
     self.assertEqual(config.train.steps, 5)
     self.assertIs(type(config.optimizer.b1), float)
     self.assertIs(config.compute.remat, True)
@@ -226,8 +235,14 @@ class ParseTest(parameterized.TestCase):
     # The longer one is known after the model is: there is none here.
     if "_" in prompt:
       with self.assertRaisesRegex(errors.UserError, "no checkpoint in"):
-        helpers.run([TINY, f"--workdir={self.folder}", "--mode=sample",
-                     f"--prompt={prompt}"])  # fmt: skip
+        helpers.run(
+          [
+            TINY,
+            f"--workdir={self.folder}",
+            "--mode=sample",
+            f"--prompt={prompt}",
+          ]
+        )
       return
     got = self.refused(TINY, "--mode=sample", f"--prompt={prompt}")
     self.assertRegex(got, message)
@@ -300,13 +315,21 @@ class MemoryTest(parameterized.TestCase):
 
 class ProcessTest(parameterized.TestCase):
   @parameterized.named_parameters(
-    ("unknown_field", [TINY, "--config.train.stepz=3"], 2,
-     "config.train.stepz: no such field"),
+    (
+      "unknown_field",
+      [TINY, "--config.train.stepz=3"],
+      2,
+      "config.train.stepz: no such field",
+    ),
     ("unknown_flag", [TINY, "--foo=1"], 2, "'foo'"),
     ("impossible_value", [TINY, "--config.model.N=3"], 2, "config.model.N=3"),
-    ("no_text", [TINY, "--config.data.path=/absent"], 1,
-     "config.data.path=/absent"),
-  )  # fmt: skip
+    (
+      "no_text",
+      [TINY, "--config.data.path=/absent"],
+      1,
+      "config.data.path=/absent",
+    ),
+  )
   def test_one_line_and_the_exit_code(self, command, exit_code, message):
     with tempfile.TemporaryDirectory() as folder:
       process = helpers.start(command, folder=folder)

@@ -116,10 +116,19 @@ class FiguresTest(parameterized.TestCase):
   def test_decode_speed(self, count):
     """Rows as a CSV file has them; more methods than colours."""
     rows = [
-      dict(size="8m", T=str(T), B="64", method=f"parallel-{m}", best=best,
-           device=f"GPU {m % 2}", tokens_per_second=str(1e3 * (m + 1) / T))
-      for m in range(count) for T in (1024, 128) for best in ("True", "False")
-    ]  # fmt: skip
+      dict(
+        size="8m",
+        T=str(T),
+        B="64",
+        method=f"parallel-{m}",
+        best=best,
+        device=f"GPU {m % 2}",
+        tokens_per_second=str(1e3 * (m + 1) / T),
+      )
+      for m in range(count)
+      for T in (1024, 128)
+      for best in ("True", "False")
+    ]
     figures.decode_speed(rows * 2, self.path, title="$x")
     self.check()
     one_length = [row for row in rows if row["T"] == "128"]

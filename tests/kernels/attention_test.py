@@ -347,12 +347,15 @@ class ChooserTest(parameterized.TestCase):
     ("batch", lambda q, k, v: (q[1:], k, v), "does not fit k .* B and H"),
     ("head_dim", lambda q, k, v: (q[..., 1:], k, v), "B and H must be equal"),
     ("group", lambda q, k, v: (q[:, :, 1:], k, v), "Nq a multiple of N"),
-    ("dtype", lambda q, k, v: (q, k, v.astype(jnp.bfloat16)),
-     "float32, float32, bfloat16; give them one"),
+    (
+      "dtype",
+      lambda q, k, v: (q, k, v.astype(jnp.bfloat16)),
+      "float32, float32, bfloat16; give them one",
+    ),
     ("integers", lambda *x: [y.astype(np.int32) for y in x], "floating-po"),
     ("no_slots", lambda q, k, v: (q, k[:, :0], v[:, :0]), "of nothing: q .* k"),
     ("no_heads", lambda q, k, v: (q, k[:, :, :0], v[:, :, :0]), "of nothing"),
-  )  # fmt: skip
+  )
   def test_arguments_that_do_not_fit(self, change, message):
     with self.assertRaisesRegex(ValueError, message):
       pallas_kernels.any_order_attention(*change(*_inputs(5, 7)))

@@ -17,7 +17,7 @@ from aoarm_jax.generation import law as sampling
 from aoarm_jax.generation import plan as plan_lib
 
 _T, _V, _LONG, _MANY = 4, 3, 6, 40_000
-# On the older Python alone: tests/api_test.py does much of it on both.
+# On the older Python alone: tests/runs/api_test.py does much of it on both.
 pytestmark = pytest.mark.once
 _PLAIN = sampling.Sampling(np.float32(1), np.int32(0), np.float32(1))
 
