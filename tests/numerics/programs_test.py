@@ -4,6 +4,7 @@ import dataclasses
 from unittest import mock
 
 import chex
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,6 +61,10 @@ class TemperaturesTest(parameterized.TestCase):
 
 
 class ProgramsTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.enter_context(helpers.quick_compilation())
+
   def test_rates_and_seeds_share_a_training_step_which_is_that_of_a_run(self):
     base = config("T=16 size=16x1x2", tokens_per_step=32)
     (cell,) = cells_lib.expand(base)

@@ -15,6 +15,7 @@ import helpers
 import jax
 import numpy as np
 import pytest
+from absl import flags
 from absl.testing import absltest, parameterized
 
 import aoarm_jax
@@ -378,7 +379,7 @@ class CommandTest(parameterized.TestCase):
     with self.assertRaisesRegex(Exception, message.format(**files)) as caught:
       _run(f"--mode={mode}", *rest)
     self.assertLen(str(caught.exception).splitlines(), 1)
-    self.assertIsInstance(caught.exception, errors.UserError)
+    self.assertIsInstance(caught.exception, (errors.UserError, flags.Error))
 
 
 if __name__ == "__main__":
