@@ -45,9 +45,14 @@ _FAMILY = re.compile(r"(uniform|left_to_right|curriculum|block)(\d*)$")
 _SIZE = re.compile(r"(\d+)x(\d+)x(\d+)$")
 # What of config.study decides the numbers of a cell.
 _MEASURED_BY = (
-  "temperature_low", "temperature_high", "temperatures", "characters",
-  "vocabulary_split", "ngram", "profile_sequences",
-)  # fmt: skip
+  "temperature_low",
+  "temperature_high",
+  "temperatures",
+  "characters",
+  "vocabulary_split",
+  "ngram",
+  "profile_sequences",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -395,11 +400,16 @@ def folder_name(cell: Cell, resolved: config_lib.Config) -> str:
   counts["study"] = {k: getattr(resolved.study, k) for k in _MEASURED_BY}
   digest = hashlib.sha256(json.dumps(counts, sort_keys=True).encode())
   parts = (
-    cell.mechanism, cell.size, f"T{cell.T}", cell.orders,
-    f"F{resolved.model.F}", f"steps{resolved.train.steps}",
-    f"rate{resolved.optimizer.peak_learning_rate:g}", f"seed{cell.seed}",
+    cell.mechanism,
+    cell.size,
+    f"T{cell.T}",
+    cell.orders,
+    f"F{resolved.model.F}",
+    f"steps{resolved.train.steps}",
+    f"rate{resolved.optimizer.peak_learning_rate:g}",
+    f"seed{cell.seed}",
     digest.hexdigest()[:8],
-  )  # fmt: skip
+  )
   return "-".join(parts)
 
 

@@ -317,21 +317,54 @@ def _page(made, drawn, shown, asked, done):
     f"result. Made by `{shown}`.\n",
   ]
   tables_shown = (
-    ("differences", "Bits per character, arm minus reference",
-     {"mechanism": "", "T": "", "characters": ",", "equal": "",
-      "difference_bits": "+.4f", "half_of_95_percent": ".4f", "seeds": "",
-      "answer": ""}),
-    ("delays", "Delay: steps of the arm over steps of the reference at equal "
-     "loss; a second stream pays above the cost ratio",
-     {"mechanism": "", "T": "", "characters": ",", "bound": "",
-      "delay": ".2f", "low": ".2f", "high": ".2f", "cost_ratio": ".3f",
-      "seeds": ""}),
-    ("rates", "Trials of learning rates, at the FLOPs of the reference's steps",
-     {"mechanism": "", "T": "", "reference_steps": "", "seed": "", "rate": "g",
-      "bits_per_char": ".4f"}),
-    ("chosen", "Rates that the trials decide",
-     {"mechanism": "", "T": "", "reference_steps": "", "rule": "", "rate": ""}),
-  )  # fmt: skip
+    (
+      "differences",
+      "Bits per character, arm minus reference",
+      {
+        "mechanism": "",
+        "T": "",
+        "characters": ",",
+        "equal": "",
+        "difference_bits": "+.4f",
+        "half_of_95_percent": ".4f",
+        "seeds": "",
+        "answer": "",
+      },
+    ),
+    (
+      "delays",
+      "Delay: steps of the arm over steps of the reference at equal "
+      "loss; a second stream pays above the cost ratio",
+      {
+        "mechanism": "",
+        "T": "",
+        "characters": ",",
+        "bound": "",
+        "delay": ".2f",
+        "low": ".2f",
+        "high": ".2f",
+        "cost_ratio": ".3f",
+        "seeds": "",
+      },
+    ),
+    (
+      "rates",
+      "Trials of learning rates, at the FLOPs of the reference's steps",
+      {
+        "mechanism": "",
+        "T": "",
+        "reference_steps": "",
+        "seed": "",
+        "rate": "g",
+        "bits_per_char": ".4f",
+      },
+    ),
+    (
+      "chosen",
+      "Rates that the trials decide",
+      {"mechanism": "", "T": "", "reference_steps": "", "rule": "", "rate": ""},
+    ),
+  )
   for name, title, columns in tables_shown:
     parts.append(f"## {title}\n\n{_table(made[name], columns)}\n")
     if made[name]:

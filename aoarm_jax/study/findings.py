@@ -117,17 +117,19 @@ def _areas(rows, reference):
           _pair(
             f"{at}: is {_SINGLE} {'level with' if level else 'behind'} "
             f"{_MASKED} (coherence-diversity)?",
-            *((_MASKED, _SINGLE), found), level=level,
+            *((_MASKED, _SINGLE), found),
+            level=level,
           )
-        )  # fmt: skip
+        )
       mine = (found[_SINGLE], found[reference])
       if T in paper or all(area and area.seeds > 1 for area in mine):
         answers.append(
           _pair(
             f"{at}: is {reference} ahead of {_SINGLE} (coherence-diversity)?",
-            (reference, _SINGLE), found,
+            (reference, _SINGLE),
+            found,
           )
-        )  # fmt: skip
+        )
   return answers
 
 
@@ -273,13 +275,22 @@ def _parting(rows):
     one = {r["index"]: r for r in tables.find(mine, mechanism=_SINGLE)}
     part = "query - content"
     for question, key, sign in (
-      ("have query rows more semantic locality than content rows",
-       ("semantic", part), 1),
-      ("have query rows less structural locality than content rows",
-       ("structural", part), -1),
-      ("do content rows look structurally (locality above 0)",
-       ("structural", "content"), 1),
-    ):  # fmt: skip
+      (
+        "have query rows more semantic locality than content rows",
+        ("semantic", part),
+        1,
+      ),
+      (
+        "have query rows less structural locality than content rows",
+        ("structural", part),
+        -1,
+      ),
+      (
+        "do content rows look structurally (locality above 0)",
+        ("structural", "content"),
+        1,
+      ),
+    ):
       answers.append(
         _locality(f"T = {T}: {question}?", two.get(key), key, sign)
       )
@@ -289,9 +300,11 @@ def _parting(rows):
 
 def _index(row, sign=1):
   return statistics.Estimate(
-    sign * row["locality"], _number(row["error"]), row["seeds"] - 1,
+    sign * row["locality"],
+    _number(row["error"]),
+    row["seeds"] - 1,
     row["seeds"],
-  )  # fmt: skip
+  )
 
 
 def _locality(question, row, key, sign):

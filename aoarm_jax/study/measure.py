@@ -158,7 +158,7 @@ class Lab:
         # Where the text lay is no part of what was run.
         config.replace("data", config_lib.Data())
       ),
-    }  # fmt: skip
+    }
     for name, data in files.items():
       run_dir.write_atomically(folder / name, data)
     _write_json(folder / RESULT, result)
@@ -169,9 +169,11 @@ class Lab:
     train_step, steps = programs["train"].result(), config.train.steps
     first, state, losses = self._start(config, programs, keeper)
     batches = pipeline.train_batches(
-      self.corpus.split("train"), T=config.model.T,
-      batch_size=config.train.batch_size, seed=config.seed,
-    )  # fmt: skip
+      self.corpus.split("train"),
+      T=config.model.T,
+      batch_size=config.train.batch_size,
+      seed=config.seed,
+    )
     batches.set_state({"next_batch": first})
     # Learning rates of all steps, float32 [steps].
     schedule = optimizer.schedule(config.optimizer, steps)
@@ -189,8 +191,11 @@ class Lab:
           left = (told - start) / (n - first) * (steps - n)
           logging.info(
             "  step %d/%d  loss %.4f nats/token  ETA of training %s",
-            n, steps, losses[-1], telemetry.format_duration(left),
-          )  # fmt: skip
+            n,
+            steps,
+            losses[-1],
+            telemetry.format_duration(left),
+          )
         batch = sharding.put_batch(self.mesh, next(batches))
         rate = sharding.put(self.mesh, rates[n])
         state, sums = train_step(state, batch, rate)
@@ -281,19 +286,24 @@ class Lab:
     """As many windows of real text, of a split that is not the reference."""
     split = "valid" if self.study.vocabulary_split == "train" else "train"
     batches = pipeline.eval_batches(
-      self.corpus.split(split), T=config.model.T, batch_size=count,
-      batches=1, seed=config.eval.seed,
-    )  # fmt: skip
+      self.corpus.split(split),
+      T=config.model.T,
+      batch_size=count,
+      batches=1,
+      seed=config.eval.seed,
+    )
     tokens, real = batches[0]
     return tokens[real]
 
   def _profile(self, config, programs, params):
     """profile.npz."""
     batches = pipeline.eval_batches(
-      self.corpus.split(config.eval.split), T=config.model.T,
-      batch_size=config.study.profile_sequences, batches=1,
+      self.corpus.split(config.eval.split),
+      T=config.model.T,
+      batch_size=config.study.profile_sequences,
+      batches=1,
       seed=config.eval.seed,
-    )  # fmt: skip
+    )
     batch = sharding.put(self.mesh, batches[0])
     sums = jax.device_get(programs["profile"].result()(params, *batch))
     return _npz(**profiles.to_arrays(*sums, config.model.kind))

@@ -195,9 +195,11 @@ def samples_per_temperature(config: config_lib.Config) -> int:
 def temperatures(study: config_lib.Study) -> np.ndarray:
   """float32 [temperatures]."""
   return np.linspace(
-    study.temperature_low, study.temperature_high, study.temperatures,
+    study.temperature_low,
+    study.temperature_high,
+    study.temperatures,
     dtype=np.float32,
-  )  # fmt: skip
+  )
 
 
 def rows_at_once(config):

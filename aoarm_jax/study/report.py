@@ -91,9 +91,12 @@ def write(
   drawn += plots.profiles_pictures(profiles, folder)
   _remove_stale(folder, drawn)
   answers = findings.all_of(
-    differences, made["areas"], made["specialisation"],
-    config.study.reference, cells_lib.size_of(config.model),
-  )  # fmt: skip
+    differences,
+    made["areas"],
+    made["specialisation"],
+    config.study.reference,
+    cells_lib.size_of(config.model),
+  )
   shown = command(argv, config.data.path)
   text = _text(config, cells, results, made, drawn, answers, shown)
   run_dir.write_atomically(folder / "README.md", text)
@@ -102,8 +105,9 @@ def write(
   if untrained := len(every) - len(tables.trained(every, results)):
     logging.warning(
       "%d of them learned no more than how frequent letters are: they are in "
-      "no picture and no comparison", untrained,
-    )  # fmt: skip
+      "no picture and no comparison",
+      untrained,
+    )
 
 
 def _remove_stale(folder, drawn):
@@ -310,23 +314,42 @@ def _answers(answers):
 
 _ARM = {"mechanism": "", "T": "", "orders": "", "budget": "", "size": ""}
 _BITS = _ARM | {
-  "estimator": "", "seeds": "", "steps_run": "", "rate": "",
-  "rate_at_edge": "", "bits_per_char": ".4f", "error_over_seeds": ".4f",
-  "error_over_windows": ".4f", "untrained": "",
-}  # fmt: skip
+  "estimator": "",
+  "seeds": "",
+  "steps_run": "",
+  "rate": "",
+  "rate_at_edge": "",
+  "bits_per_char": ".4f",
+  "error_over_seeds": ".4f",
+  "error_over_windows": ".4f",
+  "untrained": "",
+}
 _DIFFERENCES = _ARM | {
-  "reference": "", "seeds": "", "difference_bits": "+.4f", "error": ".4f",
+  "reference": "",
+  "seeds": "",
+  "difference_bits": "+.4f",
+  "error": ".4f",
   "error_of": "",
-}  # fmt: skip
+}
 _AREAS = _ARM | {
-  "seeds": "", "area_from_4": ".3f", "area_from_4_error": ".3f",
-  "area_over_1": ".3f", "area_over_1_error": ".3f", "familiarity": ".3f",
+  "seeds": "",
+  "area_from_4": ".3f",
+  "area_from_4_error": ".3f",
+  "area_over_1": ".3f",
+  "area_over_1_error": ".3f",
+  "familiarity": ".3f",
   "repetition": ".3f",
-}  # fmt: skip
+}
 _LOCALITY = _ARM | {
-  "index": "", "stream": "", "seeds": "", "locality": ".3f", "error": ".3f",
-  "mass_own": ".3f", "own_over_uniform": ".1f", "mass_sentinels": ".3f",
-}  # fmt: skip
+  "index": "",
+  "stream": "",
+  "seeds": "",
+  "locality": ".3f",
+  "error": ".3f",
+  "mass_own": ".3f",
+  "own_over_uniform": ".1f",
+  "mass_sentinels": ".3f",
+}
 
 
 def _markdown(rows, columns):

@@ -169,9 +169,10 @@ class Results:
       if failure:
         folder = self.folder(cell)
         lines[folder] = f"{cell.label}: {failure['reason']} " + (
-          "(the same command tries it again)" if failure["again"]
+          "(the same command tries it again)"
+          if failure["again"]
           else f"(not tried again unless {_FOLDER}/{folder.name} is deleted)"
-        )  # fmt: skip
+        )
     return list(lines.values())
 
   def outcome(self, cell: cells_lib.Cell) -> float | None:
@@ -316,8 +317,10 @@ def _run_cells(config, cells, results):
   todo = _open_cells(mine, results)
   logging.info(
     "study: %d cells here (equal ones are run once), runs left: %d; next: %s",
-    len(mine), len(todo), todo[0].label if todo else "nothing",
-  )  # fmt: skip
+    len(mine),
+    len(todo),
+    todo[0].label if todo else "nothing",
+  )
   fitting = [cell for cell in todo if _fits(clock, cell, start, results)]
   tokenizer = tokenizers.get(config.data.tokenizer)
   if not fitting:
@@ -367,9 +370,12 @@ def _run_all(lab, results, todo, clock, start):
       continue  # A shorter one may follow.
     left = _seconds_left(clock, todo[n:], results)
     logging.info(
-      "cell %d/%d  %s  ETA of all %s", n + 1, len(todo), cell.label,
+      "cell %d/%d  %s  ETA of all %s",
+      n + 1,
+      len(todo),
+      cell.label,
       "unknown" if left is None else telemetry.format_duration(left),
-    )  # fmt: skip
+    )
     after = (c for c in todo[n + 1 :] if _fits(clock, c, start, results))
     _prepare(lab.programs, results, [cell, *itertools.islice(after, 1)])
     late |= not _run_cell(lab, results, cell, clock, start)

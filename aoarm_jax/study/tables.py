@@ -52,10 +52,20 @@ def cells_table(cells, results) -> list[Row]:
     row["done"] = result is not None
     row["failed"] = (results.failure(cell) or {"reason": ""})["reason"]
     columns = (
-      "peak_learning_rate", "cell_steps", "mlp_width", "parameters",
-      "training_flops", "estimator", "bits_per_char", "standard_error_bits",
-      "windows", "tokens_per_second", "seconds", "device", "folder",
-    )  # fmt: skip
+      "peak_learning_rate",
+      "cell_steps",
+      "mlp_width",
+      "parameters",
+      "training_flops",
+      "estimator",
+      "bits_per_char",
+      "standard_error_bits",
+      "windows",
+      "tokens_per_second",
+      "seconds",
+      "device",
+      "folder",
+    )
     row |= dict.fromkeys(columns, "")
     if result:
       estimate = result["estimate"]
@@ -102,10 +112,19 @@ def bits_table(cells, results) -> list[Row]:
   for arm, members in arms(cells).items():
     members = [cell for cell in members if results.result(cell)]
     row = _of_arm(arm) | dict.fromkeys(
-      ("estimator", "seeds", "bits_per_char", "error_over_seeds",
-       "error_over_windows", "rate", "rate_at_edge", "steps_run", "untrained"),
+      (
+        "estimator",
+        "seeds",
+        "bits_per_char",
+        "error_over_seeds",
+        "error_over_windows",
+        "rate",
+        "rate_at_edge",
+        "steps_run",
+        "untrained",
+      ),
       "",
-    )  # fmt: skip
+    )
     if members:
       first = results.result(members[0])
       bits = statistics.over_seeds([results.bits(cell) for cell in members])
@@ -256,9 +275,11 @@ class Curve:
 def curves(cells, results, config) -> dict[cells_lib.Cell, Curve]:
   """Of every arm of which a cell is done."""
   return _by_folders(
-    cells, results, "samples.npz",
+    cells,
+    results,
+    "samples.npz",
     lambda files: _curve(files, config.study.bootstrap),
-  )  # fmt: skip
+  )
 
 
 def _by_folders(cells, results, name, make):
@@ -368,8 +389,10 @@ def locality_table(found) -> list[Row]:
       shares = [profiles.shares(f, stream) for f in files]
       for layer, head in np.ndindex(index.shape[:2]):
         row = _of_arm(arm) | {
-          "stream": stream, "layer": layer + 1, "head": head + 1,
-        }  # fmt: skip
+          "stream": stream,
+          "layer": layer + 1,
+          "head": head + 1,
+        }
         row |= dict(zip(profiles.KINDS, map(_or_empty, index[layer, head])))
         for name in ("own", "sentinels"):
           row[f"mass_{name}"] = float(
@@ -407,10 +430,15 @@ def specialisation_table(found, sentinels: int) -> list[Row]:
       for stream, values in series.items():
         index = statistics.over_seeds(values)
         row = _of_arm(arm) | {
-          "index": kind, "stream": stream, "seeds": index.seeds,
-          "locality": index.value, "error": _or_empty(index.error),
-          "mass_own": "", "mass_sentinels": "", "own_over_uniform": "",
-        }  # fmt: skip
+          "index": kind,
+          "stream": stream,
+          "seeds": index.seeds,
+          "locality": index.value,
+          "error": _or_empty(index.error),
+          "mass_own": "",
+          "mass_sentinels": "",
+          "own_over_uniform": "",
+        }
         if stream in names:
           shares = [profiles.shares(f, stream) for f in files]
           for name in ("own", "sentinels"):
