@@ -100,7 +100,9 @@ def count(tokens: np.ndarray, text: bytes, against: Reference) -> list[int]:
   return [*row, len(codes), known, len(np.unique(codes))]
 
 
-def measures(counts: np.ndarray, weight: np.ndarray | None = None):
+def measures(
+  counts: np.ndarray, weight: np.ndarray | None = None
+) -> np.ndarray:
   """Counts of samples -> MEASURES.
 
   Coherence, familiarity and repetition are ratios of sums over the samples;

@@ -54,7 +54,13 @@ class Answer(NamedTuple):
     return self.answer in (NO, LEVEL, MIXED)
 
 
-def all_of(differences, areas, specialisation, reference, size) -> list[Answer]:
+def all_of(
+  differences: list[tables.Row],
+  areas: list[tables.Row],
+  specialisation: list[tables.Row],
+  reference: str,
+  size: str,
+) -> list[Answer]:
   """The answers, from the tables of the same names, for models of one size."""
   differences, areas, specialisation = (
     tables.find(rows, size=size)
@@ -75,7 +81,7 @@ def all_of(differences, areas, specialisation, reference, size) -> list[Answer]:
   ]
 
 
-def seeds_apart(bits) -> list[str]:
+def seeds_apart(bits: list[tables.Row]) -> list[str]:
   """The arms of the table `bits` whose seeds part widely, with how far."""
   return [
     f"`{row['mechanism']}` {row['size']} at T = {row['T']}, {row['orders']} "
@@ -89,8 +95,8 @@ def _decide(estimate: statistics.Estimate, least: float = 0.0) -> str:
   """Whether something is above 0."""
   if estimate.seeds < 2:
     return ONE_SEED
-  found = statistics.effect(estimate, least)
-  return {1: YES, 0: LEVEL, -1: NO}.get(found, UNCLEAR)
+  answers: dict[int | None, str] = {1: YES, 0: LEVEL, -1: NO}
+  return answers.get(statistics.effect(estimate, least), UNCLEAR)
 
 
 def _number(x):
@@ -179,7 +185,8 @@ def _over(question, rows):
 
 
 def _deficits(rows, reference):
-  answers, former = [], []
+  answers: list[Answer] = []
+  former: list[tuple[int, float]] = []
   for budget in ("steps", "flops", "parameters"):
     found = tables.find(
       rows, mechanism=_SINGLE, budget=budget, orders="uniform"

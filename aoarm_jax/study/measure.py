@@ -107,7 +107,8 @@ class Lab:
       NonFiniteError: the loss is no number.
       OutOfTimeError: the keeper's time is up; the state is saved.
     """
-    clock, start = {}, time.monotonic()
+    clock: dict[str, float] = {}
+    start = time.monotonic()
     programs = self.programs.of(config)
     with _timed(clock, "compile"):  # Those of evaluation, during training.
       for name in ("init", "train"):
@@ -226,9 +227,11 @@ class Lab:
     for estimator in config.eval.estimators:
       program = programs[programs_lib.evaluate_name(estimator)].result()
       for name, params in weights.items():
-        nats, sums = evaluate.over_batches(
+        evaluated = evaluate.over_batches(
           functools.partial(program, params, seed), batches, self.mesh
         )
+        assert evaluated is not None  # Nothing stops this evaluation.
+        nats, sums = evaluated
         found = evaluate.mean(estimator, config.model.T, nats, sums)
         reports.append(
           _report(found.report(), config.eval.split)
@@ -238,7 +241,9 @@ class Lab:
         suffix = "_".join(["", *words])
         arrays[f"nats{suffix}"] = nats
         if len(weights) > 1 and sums:
-          arrays[f"slots{suffix}"] = np.float32(found.slot_curve_nats)
+          arrays[f"slots{suffix}"] = np.asarray(
+            found.slot_curve_nats, np.float32
+          )
     return reports, _npz(**arrays)
 
   def _sample(self, config, programs, params):
@@ -275,8 +280,8 @@ class Lab:
       for t, row in list(zip(levels, tokens))[::3]
       for x in row[:_TEXTS]
     )
-    texts = "".join(line + "\n" for line in lines)
-    return {"samples.npz": counts, "texts.jsonl": texts.encode()}
+    text = "".join(line + "\n" for line in lines)
+    return {"samples.npz": counts, "texts.jsonl": text.encode()}
 
   def _count(self, tokens):
     text = self.tokenizer.to_bytes(tokens)
@@ -305,8 +310,8 @@ class Lab:
       seed=config.eval.seed,
     )
     batch = sharding.put(self.mesh, batches[0])
-    sums = jax.device_get(programs["profile"].result()(params, *batch))
-    return _npz(**profiles.to_arrays(*sums, config.model.kind))
+    earlier, last = jax.device_get(programs["profile"].result()(params, *batch))
+    return _npz(**profiles.to_arrays(earlier, last, config.model.kind))
 
 
 def note_failure(folder: epath.Path, reason: str, again: bool) -> None:

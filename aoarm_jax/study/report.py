@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import textwrap
+from typing import Any
 
 from absl import logging
 from etils import epath
@@ -43,7 +44,7 @@ def command(argv: list[str], text: str) -> str:
 def write(
   config: config_lib.Config,
   cells: list[cells_lib.Cell],
-  results,
+  results: Any,
   folder: epath.Path,
   argv: list[str],
 ) -> None:
@@ -224,7 +225,8 @@ def _method(config, cells, first):
 
 
 def _rate_rule(config, cells):
-  given = {}  # By mechanism and, where others are tuned, length.
+  # By mechanism and, where others are tuned, length.
+  given: dict[str, dict[str, None]] = {}
   tuned = any(cell.rate == cells_lib.TUNED for cell in cells)
   for cell in cells:
     if cell.rate != cells_lib.TUNED:
@@ -369,8 +371,8 @@ def _markdown(rows, columns):
     ]
     merged.setdefault(tuple(shown), []).append(row["budget"])
   at = list(columns).index("budget")
-  for shown, budgets in merged.items():
-    line = [*shown[:at], ", ".join(dict.fromkeys(budgets)), *shown[at:]]
+  for values, budgets in merged.items():
+    line = [*values[:at], ", ".join(dict.fromkeys(budgets)), *values[at:]]
     lines.append("| " + " | ".join(line) + " |")
   return "\n".join(lines)
 

@@ -25,7 +25,7 @@ _AT_ONE = ("familiarity", "repetition")
 
 def arms(cells: list[cells_lib.Cell]) -> dict[cells_lib.Cell, list]:
   """Arm -> its cells."""
-  found = {}
+  found: dict[cells_lib.Cell, list] = {}
   for cell in cells:
     found.setdefault(cell.arm, []).append(cell)
   return found
@@ -35,7 +35,7 @@ def _of_arm(arm):
   return {name: getattr(arm, name) for name in _ARM}
 
 
-def trained(cells, results) -> list[cells_lib.Cell]:
+def trained(cells: list[cells_lib.Cell], results: Any) -> list[cells_lib.Cell]:
   """The cells without those that learned nothing but the letters' shares.
 
   Their differences, texts and attention are of a run that had not begun.
@@ -43,7 +43,7 @@ def trained(cells, results) -> list[cells_lib.Cell]:
   return [cell for cell in cells if not results.is_untrained(cell)]
 
 
-def cells_table(cells, results) -> list[Row]:
+def cells_table(cells: list[cells_lib.Cell], results: Any) -> list[Row]:
   """One row a cell, run or not; `failed` says why where it failed."""
   rows = []
   for cell in cells:
@@ -80,7 +80,7 @@ def cells_table(cells, results) -> list[Row]:
   return rows
 
 
-def runs_table(results) -> list[Row]:
+def runs_table(results: Any) -> list[Row]:
   """One row for every run that is done, of this sweep or of another one."""
   names = ("mechanism", "size", "T", "orders", "seed")
   return [
@@ -106,7 +106,7 @@ def _of_run(folder, result):
   }
 
 
-def bits_table(cells, results) -> list[Row]:
+def bits_table(cells: list[cells_lib.Cell], results: Any) -> list[Row]:
   """Bits a character of every arm; causal's is left to right: another one."""
   rows = []
   for arm, members in arms(cells).items():
@@ -146,7 +146,9 @@ def bits_table(cells, results) -> list[Row]:
   return rows
 
 
-def rates_table(cells, results, config) -> list[Row]:
+def rates_table(
+  cells: list[cells_lib.Cell], results: Any, config: config_lib.Config
+) -> list[Row]:
   """Bits a character at every learning rate, where cells ask for the best.
 
   inf: the loss became no number.
@@ -168,7 +170,9 @@ def rates_table(cells, results, config) -> list[Row]:
   return list(rows.values())
 
 
-def differences_table(cells, results, config) -> list[Row]:
+def differences_table(
+  cells: list[cells_lib.Cell], results: Any, config: config_lib.Config
+) -> list[Row]:
   """Arm - reference, paired: the same windows, orders and seed.
 
   Positive: the arm needs more bits. `error` is over windows and, where there
@@ -181,7 +185,9 @@ def differences_table(cells, results, config) -> list[Row]:
     results: sweep.Results.
     config: of the study.
   """
-  rows, rates = [], {}  # Of an arm whatever its rate.
+  rows = []
+  # Of an arm whatever its rate.
+  rates: dict[cells_lib.Cell, set[str]] = {}
   for cell in cells:
     rates.setdefault(_without_rate(cell.arm), set()).add(cell.rate)
   for arm, members in arms(trained(cells, results)).items():
@@ -272,7 +278,9 @@ class Curve:
   real: np.ndarray
 
 
-def curves(cells, results, config) -> dict[cells_lib.Cell, Curve]:
+def curves(
+  cells: list[cells_lib.Cell], results: Any, config: config_lib.Config
+) -> dict[cells_lib.Cell, Curve]:
   """Of every arm of which a cell is done."""
   return _by_folders(
     cells,
@@ -332,7 +340,7 @@ def _curve(files, resamplings):
   )
 
 
-def curves_table(found) -> list[Row]:
+def curves_table(found: dict[cells_lib.Cell, Curve]) -> list[Row]:
   """One row a temperature and arm, and one of real text a length."""
   rows, lengths = [], set()
   for arm, curve in found.items():
@@ -352,7 +360,9 @@ def curves_table(found) -> list[Row]:
   return rows
 
 
-def areas_table(cells, found) -> list[Row]:
+def areas_table(
+  cells: list[cells_lib.Cell], found: dict[cells_lib.Cell, Curve]
+) -> list[Row]:
   """The dominated area of every arm, by both rules, and beside it what needs
   no spelling: at the temperature nearest to 1."""
   rows = []
@@ -375,12 +385,14 @@ def areas_table(cells, found) -> list[Row]:
   return rows
 
 
-def profiles_of(cells, results) -> dict[cells_lib.Cell, list[dict]]:
+def profiles_of(
+  cells: list[cells_lib.Cell], results: Any
+) -> dict[cells_lib.Cell, list[dict]]:
   """Arm -> profile arrays of its seeds, where there are any."""
   return _by_folders(cells, results, "profile.npz", list)
 
 
-def locality_table(found) -> list[Row]:
+def locality_table(found: dict[cells_lib.Cell, list[dict]]) -> list[Row]:
   """One row an arm, stream, layer and head; means over seeds."""
   rows = []
   for arm, files in found.items():
@@ -406,7 +418,9 @@ def streams_of(arm: cells_lib.Cell) -> tuple[str, ...]:
   return profiles.streams(mechanisms.MECHANISMS[arm.mechanism])
 
 
-def specialisation_table(found, sentinels: int) -> list[Row]:
+def specialisation_table(
+  found: dict[cells_lib.Cell, list[dict]], sentinels: int
+) -> list[Row]:
   """Mean locality of every stream, and what parts two streams.
 
   Over the layers that both streams have and all heads. Specialisation is query
@@ -466,7 +480,7 @@ def _or_empty(x):
   return float(x) if math.isfinite(x) else ""
 
 
-def find(rows: list[Row], **wanted) -> list[Row]:
+def find(rows: list[Row], **wanted: Any) -> list[Row]:
   """The rows that have these values, the measured ones."""
   return [r for r in rows if all(r[k] == v for k, v in wanted.items())]
 
