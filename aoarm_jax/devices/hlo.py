@@ -7,6 +7,7 @@ and TPU compilers write it a little differently; all three are read.
 import dataclasses
 import math
 import re
+from typing import Any
 
 import jax
 
@@ -112,7 +113,7 @@ def memory_bytes(compiled: jax.stages.Compiled) -> int:
   Counts arguments, outputs, temporaries and code. An output that takes the
   memory of a donated argument counts once.
   """
-  memory = compiled.memory_analysis()
+  memory: Any = compiled.memory_analysis()
   return (
     memory.argument_size_in_bytes
     + memory.output_size_in_bytes
@@ -124,7 +125,9 @@ def memory_bytes(compiled: jax.stages.Compiled) -> int:
 
 def _computations(text):
   """Returns ({name of a computation: its lines}, name of the entry)."""
-  computations, entry, lines = {}, None, None
+  computations: dict[str, list[str]] = {}
+  entry: str | None = None
+  lines: list[str] | None = None
   for line in text.splitlines():
     if match := _COMPUTATION.match(line):
       lines = computations[match[2]] = []
@@ -145,7 +148,8 @@ def _total(name, computations, known):
     known: the totals found so far, by name; this one is added.
   """
   if name not in known:
-    collectives, loops = {}, []
+    collectives: dict[Any, tuple[str, Traffic]] = {}
+    loops: list[str] = []
     _read(name, computations, collectives, loops, set())
     total = dict.fromkeys(KINDS, Traffic())
     for kind, traffic_once in collectives.values():
@@ -249,7 +253,9 @@ def _group_size(line):
 
 
 def _called(line, attribute):
-  return re.search(rf"{attribute}=%?([\w.-]+)", line)[1]
+  match = re.search(rf"{attribute}=%?([\w.-]+)", line)
+  assert match is not None, line
+  return match[1]
 
 
 def _trip_count(line, computations):

@@ -47,7 +47,8 @@ def shares(work: Callable[[], Any], device: jax.Device) -> Shares:
   plane = next((p for p in profile.planes if p.name == name), None)
   if plane is None:
     return unknown
-  network, other = [], []
+  network: list[tuple[float, float]] = []
+  other: list[tuple[float, float]] = []
   for line in plane.lines:
     if not line.name.startswith("Stream"):
       continue

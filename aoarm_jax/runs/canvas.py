@@ -20,7 +20,8 @@ _DPI = 150
 # Black and yellow are left out.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 GREY = "#6b6b6b"
-_STYLE = {
+# Matplotlib types the keys as a list of literals, so they are Any here.
+_STYLE: dict[Any, Any] = {
   "font.size": 11,
   "axes.titlesize": 12,
   "axes.titlelocation": "left",
@@ -49,7 +50,7 @@ def draw(
   *,
   inches: tuple[float, float] = _INCHES,
   dpi: int = _DPI,
-  **options,
+  **options: Any,
 ) -> Iterator[tuple[Any, np.ndarray]]:
   """Makes an empty picture, and saves it where the block ends without error.
 

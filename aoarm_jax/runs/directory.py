@@ -20,6 +20,7 @@ import shlex
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ from etils import epath
 from aoarm_jax.config import schema as config
 from aoarm_jax.runs import text
 
+fcntl: types.ModuleType | None
 try:
   import fcntl
 except ImportError:  # Windows.
@@ -52,7 +54,7 @@ _LIBRARIES = (
 _REMOTE_FLUSH_SECONDS = 30.0
 
 
-def write_atomically(path: epath.PathLike, content: str | bytes):
+def write_atomically(path: epath.PathLike, content: str | bytes) -> None:
   """Writes a file that is whole at any moment: temporary file, then rename.
 
   Args:
@@ -110,11 +112,11 @@ def lock(workdir: epath.PathLike) -> Iterator[None]:
     yield
 
 
-def _is_local(path) -> bool:
+def _is_local(path: epath.PathLike) -> bool:
   return "://" not in str(path)
 
 
-def check_tensorboard(wanted: bool):
+def check_tensorboard(wanted: bool) -> None:
   """Refuses a config that wants TensorBoard where it is not installed.
 
   Raises:
@@ -188,7 +190,7 @@ class MetricsWriter:
     self._primary = primary
     self._closed = False
     self._file = None
-    self._events = None
+    self._events: Any = None
     if not primary:
       return
     records = read_metrics(workdir) if start_step > 0 else []
@@ -214,7 +216,7 @@ class MetricsWriter:
         purge_step=start_step + 1 if start_step else 0,
       )
 
-  def write(self, step: int, kind: str, **values):
+  def write(self, step: int, kind: str, **values: Any) -> None:
     """Writes one record at once, or in a gs:// folder within half a minute.
 
     Args:
@@ -230,7 +232,7 @@ class MetricsWriter:
       return
     if self._closed:
       raise ValueError(f"{self._path} is closed: nothing more can be written")
-    record = {"step": int(step), "kind": kind}
+    record: dict[str, Any] = {"step": int(step), "kind": kind}
     record |= {name: _plain(name, value) for name, value in values.items()}
     if _key(record) in self._held:
       return
@@ -258,7 +260,7 @@ class MetricsWriter:
     write_atomically(self._path, "".join(self._lines))
     self._rewritten = time.monotonic()
 
-  def close(self):
+  def close(self) -> None:
     """Writes pending records and closes the files; may be called again."""
     if not self._primary or self._closed:
       return
@@ -299,7 +301,7 @@ def _plain(name, value):
 
 def describe_run(
   workdir: epath.PathLike, *, config_json: str, argv: Sequence[str], params: Any
-):
+) -> None:
   """Writes config.json, command.txt, versions.json and parameters.txt.
 
   Call it once per start, on the primary process, when devices are initialized.
@@ -332,7 +334,7 @@ def _command_line(argv):
 
 
 def _versions():
-  versions = {"python": platform.python_version()}
+  versions: dict[str, Any] = {"python": platform.python_version()}
   versions["platform"] = platform.platform()
   for name in _LIBRARIES:
     try:
@@ -349,7 +351,7 @@ def _versions():
   return versions
 
 
-def _git_state(source: pathlib.Path):
+def _git_state(source: pathlib.Path) -> tuple[str | None, bool | None]:
   """Returns (commit, has uncommitted changes) of the checkout of `source`.
 
   Both are None where git does not track the file itself. The package may be

@@ -18,7 +18,7 @@ _LOG_STEPS_FROM = 500
 
 def loss_curve(
   records: Sequence[Mapping[str, Any]], path: epath.PathLike, *, title: str
-):
+) -> None:
   """Draws bits per character over steps, of training and of validation.
 
   A dashed line shows the unigram entropy.
@@ -64,7 +64,7 @@ def loss_curve(
 
 def slot_curve(
   curves: Mapping[str, Sequence[float]], path: epath.PathLike, *, title: str
-):
+) -> None:
   """Draws bits per character over the rank in the generation order.
 
   Args:
@@ -95,7 +95,7 @@ def slot_curve(
 
 def nearness(
   reports: Mapping[str, Mapping[str, Any]], path: epath.PathLike, *, title: str
-):
+) -> None:
   """Draws bits per character over the distance to the nearest known token.
 
   Args:
@@ -108,7 +108,7 @@ def nearness(
   # Hollow and larger markers: the first line stays visible where the second
   # lies on it, as for orders from left to right.
   hollow = dict(marker="s", ms=10, markerfacecolor="none")
-  lines = (
+  lines: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("by_distance", "-", "positions to the nearest known token", {}),
     ("by_recency", "--", "steps since that token was generated", hollow),
   )
@@ -143,7 +143,7 @@ def nearness(
 
 def decode_speed(
   rows: Sequence[Mapping[str, Any]], path: epath.PathLike, *, title: str
-):
+) -> None:
   """Draws tokens per second over T: a panel for each batch, a line per method.
 
   Where any line has several lengths, the lines with one length are left out.
@@ -232,7 +232,7 @@ def generation_strip(
   *,
   title: str,
   frames: int = 7,
-):
+) -> None:
   """Draws how texts are generated: a panel for each text, time downwards.
 
   Args:

@@ -10,7 +10,7 @@ import importlib.util
 import logging as python_logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -42,7 +42,7 @@ class NonFiniteError(errors.UserError, RuntimeError):
   """A loss or gradient norm that is NaN or infinite: training must stop."""
 
 
-def check_finite(step: int, values: Mapping[str, float]):
+def check_finite(step: int, values: Mapping[str, float]) -> None:
   """Raises NonFiniteError naming the step and every value that is not finite.
 
   Args:
@@ -132,7 +132,7 @@ class Progress:
     tokens_per_step: int,
     flops_per_token: float | None,
     devices: Sequence[jax.Device],
-    clock=time.monotonic,
+    clock: Callable[[], float] = time.monotonic,
   ):
     """Starts with no speed known.
 
@@ -150,12 +150,14 @@ class Progress:
     self._tokens_per_step = tokens_per_step
     self._flops_per_token = flops_per_token
     flops = [peaks.of_kind(device.device_kind).flops for device in devices]
-    self._peak_flops = None if None in flops else sum(flops)
+    known = [peak for peak in flops if peak is not None]
+    self._peak_flops = sum(known) if len(known) == len(flops) else None
     self._clock = clock
     self._paused_seconds = 0.0
-    self._marks = collections.deque()  # (step, seconds without pauses)
+    # (step, seconds without pauses)
+    self._marks: collections.deque[tuple[int, float]] = collections.deque()
 
-  def tick(self, step: int):
+  def tick(self, step: int) -> None:
     """Notes that `step` is finished."""
     self._step = step
     seconds = self._clock() - self._paused_seconds
@@ -278,7 +280,7 @@ class ProfileWindow:
     self._stop = start + steps if primary and start >= 0 else start
     self._is_open = False
 
-  def before_step(self, step: int, wait_for: Any = None):
+  def before_step(self, step: int, wait_for: Any = None) -> None:
     """Opens or closes the trace; call before the step is dispatched.
 
     Args:
@@ -303,7 +305,7 @@ class ProfileWindow:
       return contextlib.nullcontext()
     return jax.profiler.StepTraceAnnotation("train", step_num=step)
 
-  def close(self):
+  def close(self) -> None:
     """Ends an open trace; may be called again."""
     if self._is_open:
       self._is_open = False

@@ -31,6 +31,7 @@ import itertools
 import json
 import math
 import re
+from typing import Any
 
 from aoarm_jax.config import mechanisms
 from aoarm_jax.config import rules as config_rules
@@ -45,9 +46,14 @@ _FAMILY = re.compile(r"(uniform|left_to_right|curriculum|block)(\d*)$")
 _SIZE = re.compile(r"(\d+)x(\d+)x(\d+)$")
 # What of config.study decides the numbers of a cell.
 _MEASURED_BY = (
-  "temperature_low", "temperature_high", "temperatures", "characters",
-  "vocabulary_split", "ngram", "profile_sequences",
-)  # fmt: skip
+  "temperature_low",
+  "temperature_high",
+  "temperatures",
+  "characters",
+  "vocabulary_split",
+  "ngram",
+  "profile_sequences",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,12 +93,13 @@ class Cell:
 
 
 def expand(config: config_lib.Config) -> list[Cell]:
-  """All cells of config.study.sweep, in the order in which they run.
+  """Return all cells of config.study.sweep, in the order in which they run.
 
   Raises:
-    ConfigError: a line that cannot be read; names what and how to mend it.
+    ConfigError: a line cannot be read. The message says what is wrong and how
+      to mend it.
   """
-  wanted = {}
+  wanted: dict[Cell, None] = {}
   for line in re.split(r"[\n;]", config.study.sweep):
     if line.strip():
       wanted |= dict.fromkeys(_of_line(line.strip(), config))
@@ -150,7 +157,7 @@ def with_trials(
     outcome: what trials gave, see rates.Outcome; a search for a rate names its
       next trials only when the first ones are done.
   """
-  wanted = {}
+  wanted: dict[Cell, None] = {}
   for cell in cells:
     if rates.parse(cell.rate):
       needed, _ = rates.plan(cell, config, outcome)
@@ -207,7 +214,9 @@ def _cell(line, point):
   for key, good in checks:
     if not good:
       raise _error(line, f"{key}={point[key]} cannot be; see study/cells.py")
-  width = _FAMILY.match(point["orders"])[2]
+  family = _FAMILY.match(point["orders"])
+  assert family is not None
+  width = family[2]
   if mechanisms.MECHANISMS[name].left_to_right:
     point["orders"] = "left_to_right"
   elif width and int(width) >= int(point["T"]):
@@ -234,8 +243,12 @@ def _is_rate(text):
 
 
 def _changes(text):
-  """{section: {field: value}} of section.field:value+...; {} if it is wrong."""
-  changes = {}
+  """Return the changes that section.field:value+... writes.
+
+  Returns:
+    {section: {field: value}}; {} if the text cannot be read.
+  """
+  changes: dict[str, dict[str, Any]] = {}
   for part in text.split("+"):
     path, _, value = part.partition(":")
     section, _, name = path.partition(".")
@@ -321,10 +334,16 @@ def resolve(
 
 def _plain(cell, config):
   """At equal steps, whatever the cell's budget; without rate and seed."""
-  D, L, N = map(int, _SIZE.match(cell.size).groups())
-  family, width = _FAMILY.match(cell.orders).groups()
+  size, orders_match = _SIZE.match(cell.size), _FAMILY.match(cell.orders)
+  judged = _FAMILY.match(cell.judged.orders)
+  # `expand` refuses a line whose size or orders do not match.
+  assert size, cell.label
+  assert orders_match, cell.label
+  assert judged, cell.label
+  D, L, N = map(int, size.groups())
+  family, width = orders_match.groups()
   kind = mechanisms.MECHANISMS[cell.mechanism]
-  asked = _FAMILY.match(cell.judged.orders)[1]
+  asked = judged[1]
   if kind.left_to_right:
     estimator = "left_to_right"
   elif kind.masked:
@@ -395,11 +414,16 @@ def folder_name(cell: Cell, resolved: config_lib.Config) -> str:
   counts["study"] = {k: getattr(resolved.study, k) for k in _MEASURED_BY}
   digest = hashlib.sha256(json.dumps(counts, sort_keys=True).encode())
   parts = (
-    cell.mechanism, cell.size, f"T{cell.T}", cell.orders,
-    f"F{resolved.model.F}", f"steps{resolved.train.steps}",
-    f"rate{resolved.optimizer.peak_learning_rate:g}", f"seed{cell.seed}",
+    cell.mechanism,
+    cell.size,
+    f"T{cell.T}",
+    cell.orders,
+    f"F{resolved.model.F}",
+    f"steps{resolved.train.steps}",
+    f"rate{resolved.optimizer.peak_learning_rate:g}",
+    f"seed{cell.seed}",
     digest.hexdigest()[:8],
-  )  # fmt: skip
+  )
   return "-".join(parts)
 
 

@@ -23,13 +23,23 @@ RULES = {"over_1": 2, "from_4": 4}  # Least number of letters.
 _CHARACTERS_PER_WORD = 64
 # Columns of the counts of a sample; see `count`.
 COLUMNS = (
-  "words", "unique", "over_1", "over_1_known", "from_4", "from_4_known",
-  "ngrams", "ngrams_known", "ngrams_distinct",
-)  # fmt: skip
+  "words",
+  "unique",
+  "over_1",
+  "over_1_known",
+  "from_4",
+  "from_4_known",
+  "ngrams",
+  "ngrams_known",
+  "ngrams_distinct",
+)
 MEASURES = (
-  "coherence_over_1", "coherence_from_4", "diversity", "familiarity",
+  "coherence_over_1",
+  "coherence_from_4",
+  "diversity",
+  "familiarity",
   "repetition",
-)  # fmt: skip
+)
 
 
 class Reference(NamedTuple):
@@ -90,7 +100,9 @@ def count(tokens: np.ndarray, text: bytes, against: Reference) -> list[int]:
   return [*row, len(codes), known, len(np.unique(codes))]
 
 
-def measures(counts: np.ndarray, weight: np.ndarray | None = None):
+def measures(
+  counts: np.ndarray, weight: np.ndarray | None = None
+) -> np.ndarray:
   """Counts of samples -> MEASURES.
 
   Coherence, familiarity and repetition are ratios of sums over the samples;

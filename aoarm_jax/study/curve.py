@@ -15,7 +15,7 @@ says how many seeds it is of.
 
 import itertools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -53,10 +53,15 @@ class Run(NamedTuple):
     return self.result["config"]["optimizer"]["peak_learning_rate"]
 
 
-def collect(cells: list[cells_lib.Cell], results) -> list[Run]:
-  """The runs that are done; of one arm, budget and seed the last one asked for.
+def collect(cells: list[cells_lib.Cell], results: Any) -> list[Run]:
+  """Return the runs that are done.
 
-  A checked rate stands behind the searched one in the sweep, and replaces it.
+  If several cells have the same arm, budget and seed, the last cell counts. A
+  checked rate stands behind the searched rate in the sweep, and replaces it.
+
+  Args:
+    cells: all cells of the sweep.
+    results: the sweep.Results.
   """
   found = {}
   for cell in cells:
@@ -72,7 +77,7 @@ def collect(cells: list[cells_lib.Cell], results) -> list[Run]:
 
 def _arms(runs, reference):
   """(T, mechanism, reference's runs, arm's runs), by steps and seed."""
-  by_arm = {}
+  by_arm: dict[tuple[int, str], dict[int, dict[int, Run]]] = {}
   for run in runs:
     if not run.cell.changes:
       arm = by_arm.setdefault((run.cell.T, run.cell.mechanism), {})
@@ -141,7 +146,7 @@ def _answer(estimate):
 
 def _interpolated(steps, arm):
   """{seed: bits of every window} of an arm at so many steps."""
-  by_seed = {}
+  by_seed: dict[int, dict[int, np.ndarray]] = {}
   for n, seeds in arm.items():
     for seed, run in seeds.items():
       by_seed.setdefault(seed, {})[n] = run.bits
@@ -224,9 +229,15 @@ def runs_table(runs: list[Run]) -> list[tables.Row]:
 
 
 def rates_table(
-  cells: list[cells_lib.Cell], config: config_lib.Config, results
+  cells: list[cells_lib.Cell], config: config_lib.Config, results: Any
 ) -> list[tables.Row]:
-  """One row a trial that is done, and the rate that was chosen of them."""
+  """Return one row for every trial of a learning rate that is done.
+
+  Args:
+    cells: all cells of the sweep.
+    config: the config of the study.
+    results: the sweep.Results.
+  """
   rows = {}
   for cell in cells:
     if not rates.parse(cell.rate):
@@ -248,8 +259,13 @@ def rates_table(
   return sorted(rows.values(), key=lambda row: [row[name] for name in order])
 
 
-def chosen_table(cells: list[cells_lib.Cell], results) -> list[tables.Row]:
-  """One row an arm, length and budget whose rate is searched or checked."""
+def chosen_table(cells: list[cells_lib.Cell], results: Any) -> list[tables.Row]:
+  """Return one row for every arm, length and budget whose rate trials decide.
+
+  Args:
+    cells: all cells of the sweep.
+    results: the sweep.Results.
+  """
   rows = {}
   for cell in cells:
     if rates.parse(cell.rate):
@@ -267,7 +283,7 @@ def chosen_table(cells: list[cells_lib.Cell], results) -> list[tables.Row]:
 def write(
   config: config_lib.Config,
   cells: list[cells_lib.Cell],
-  results,
+  results: Any,
   folder: epath.Path,
   argv: list[str],
 ) -> None:
@@ -317,21 +333,54 @@ def _page(made, drawn, shown, asked, done):
     f"result. Made by `{shown}`.\n",
   ]
   tables_shown = (
-    ("differences", "Bits per character, arm minus reference",
-     {"mechanism": "", "T": "", "characters": ",", "equal": "",
-      "difference_bits": "+.4f", "half_of_95_percent": ".4f", "seeds": "",
-      "answer": ""}),
-    ("delays", "Delay: steps of the arm over steps of the reference at equal "
-     "loss; a second stream pays above the cost ratio",
-     {"mechanism": "", "T": "", "characters": ",", "bound": "",
-      "delay": ".2f", "low": ".2f", "high": ".2f", "cost_ratio": ".3f",
-      "seeds": ""}),
-    ("rates", "Trials of learning rates, at the FLOPs of the reference's steps",
-     {"mechanism": "", "T": "", "reference_steps": "", "seed": "", "rate": "g",
-      "bits_per_char": ".4f"}),
-    ("chosen", "Rates that the trials decide",
-     {"mechanism": "", "T": "", "reference_steps": "", "rule": "", "rate": ""}),
-  )  # fmt: skip
+    (
+      "differences",
+      "Bits per character, arm minus reference",
+      {
+        "mechanism": "",
+        "T": "",
+        "characters": ",",
+        "equal": "",
+        "difference_bits": "+.4f",
+        "half_of_95_percent": ".4f",
+        "seeds": "",
+        "answer": "",
+      },
+    ),
+    (
+      "delays",
+      "Delay: steps of the arm over steps of the reference at equal "
+      "loss; a second stream pays above the cost ratio",
+      {
+        "mechanism": "",
+        "T": "",
+        "characters": ",",
+        "bound": "",
+        "delay": ".2f",
+        "low": ".2f",
+        "high": ".2f",
+        "cost_ratio": ".3f",
+        "seeds": "",
+      },
+    ),
+    (
+      "rates",
+      "Trials of learning rates, at the FLOPs of the reference's steps",
+      {
+        "mechanism": "",
+        "T": "",
+        "reference_steps": "",
+        "seed": "",
+        "rate": "g",
+        "bits_per_char": ".4f",
+      },
+    ),
+    (
+      "chosen",
+      "Rates that the trials decide",
+      {"mechanism": "", "T": "", "reference_steps": "", "rule": "", "rate": ""},
+    ),
+  )
   for name, title, columns in tables_shown:
     parts.append(f"## {title}\n\n{_table(made[name], columns)}\n")
     if made[name]:

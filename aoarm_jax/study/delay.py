@@ -9,9 +9,11 @@ An arm pays at equal FLOPs if the delay of the other one is greater than the
 ratio of the FLOPs of a step.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from aoarm_jax.study import statistics
 
@@ -32,14 +34,20 @@ class Delay(NamedTuple):
   high: float = float("nan")
 
 
-def steps_to(bits: float, steps, curve) -> tuple[float, str]:
-  """Steps at which a curve reaches a loss, and "", ">" or "<".
+def steps_to(
+  bits: float, steps: npt.ArrayLike, curve: npt.ArrayLike
+) -> tuple[float, str]:
+  """Return the steps at which a curve reaches a loss, and "", ">" or "<".
 
   Args:
     bits: the loss.
-    steps: of the curve's runs, ascending.
-    curve: their losses. Where more steps have a higher loss, they count as
-      those of the lower one before.
+    steps: steps of the curve's runs, ascending.
+    curve: losses of these runs. A loss that is higher than the loss of fewer
+      steps is replaced by that lower loss.
+
+  Returns:
+    (steps, ""); or the first steps and "<", where the first loss is lower
+    already; or the last steps and ">", where the last loss is still higher.
   """
   steps = np.asarray(steps, float)
   curve = np.minimum.accumulate(np.asarray(curve, float))
@@ -47,37 +55,46 @@ def steps_to(bits: float, steps, curve) -> tuple[float, str]:
     return float(steps[0]), "<"
   if bits < curve[-1]:
     return float(steps[-1]), ">"
-  # Descending losses as ascending ones; of equal ones the first counts.
+  # np.interp needs ascending values. Of equal losses, the first counts.
   first = np.concatenate([[True], np.diff(curve) < 0])
   log_steps = np.interp(-bits, -curve[first], np.log(steps[first]))
   return float(np.exp(log_steps)), ""
 
 
-def bits_at(step: float, steps, curve) -> float:
-  """The loss of a curve at a number of steps; nan outside its runs."""
+def bits_at(
+  step: float, steps: Sequence[int], curve: Sequence[float] | np.ndarray
+) -> float:
+  """Return the loss of a curve at a number of steps; nan outside its runs."""
   if not steps[0] <= step <= steps[-1]:
     return float("nan")
   return float(np.interp(np.log(step), np.log(steps), curve))
 
 
 def delays(
-  reference_steps, reference, steps, curve, *, resamples=0, seed=0
+  reference_steps: Sequence[int],
+  reference: npt.ArrayLike,
+  steps: Sequence[int],
+  curve: npt.ArrayLike,
+  *,
+  resamples: int = 0,
+  seed: int = 0,
 ) -> list[Delay]:
-  """The delay at every budget of the reference.
+  """Return the delay at every budget of the reference.
 
   Args:
-    reference_steps: [budgets] of the reference, ascending.
-    reference: bits of its runs, [budgets][seeds, windows].
-    steps: [runs] of the other arm, ascending.
-    curve: bits of its runs, [runs][seeds, windows]; the same windows in the
-      order of the text, and seeds in the same order.
-    resamples: of seeds, and of stretches of the text, for the intervals; 0:
-      there are no intervals.
-    seed: of the resamples.
+    reference_steps: steps of the reference's runs, [budgets], ascending.
+    reference: bits of the reference's runs, [budgets][seeds, windows].
+    steps: steps of the other arm's runs, [runs], ascending.
+    curve: bits of the other arm's runs, [runs][seeds, windows]. Seeds and
+      windows have the same order as in `reference`; windows are in the order
+      of the text.
+    resamples: number of resamples, of seeds and of stretches of the text, for
+      the intervals. 0 computes no intervals.
+    seed: seed of the resamples.
   """
   reference, curve = np.asarray(reference), np.asarray(curve)
 
-  def read(own, other):
+  def read(own: np.ndarray, other: np.ndarray) -> list[tuple[float, str]]:
     found = (steps_to(bits, steps, other) for bits in own)
     return [(x / n, bound) for (x, bound), n in zip(found, reference_steps)]
 
@@ -104,7 +121,7 @@ def delays(
 
 
 def _stretches(bits):
-  """Means of stretches of the text: [runs, seeds, stretches]."""
+  """Return the means of stretches of the text, [runs, seeds, stretches]."""
   parts = min(statistics.STRETCHES, bits.shape[-1])
   return np.stack(
     [part.mean(-1) for part in np.array_split(bits, parts, axis=-1)], -1

@@ -54,7 +54,13 @@ class Answer(NamedTuple):
     return self.answer in (NO, LEVEL, MIXED)
 
 
-def all_of(differences, areas, specialisation, reference, size) -> list[Answer]:
+def all_of(
+  differences: list[tables.Row],
+  areas: list[tables.Row],
+  specialisation: list[tables.Row],
+  reference: str,
+  size: str,
+) -> list[Answer]:
   """The answers, from the tables of the same names, for models of one size."""
   differences, areas, specialisation = (
     tables.find(rows, size=size)
@@ -75,7 +81,7 @@ def all_of(differences, areas, specialisation, reference, size) -> list[Answer]:
   ]
 
 
-def seeds_apart(bits) -> list[str]:
+def seeds_apart(bits: list[tables.Row]) -> list[str]:
   """The arms of the table `bits` whose seeds part widely, with how far."""
   return [
     f"`{row['mechanism']}` {row['size']} at T = {row['T']}, {row['orders']} "
@@ -89,8 +95,8 @@ def _decide(estimate: statistics.Estimate, least: float = 0.0) -> str:
   """Whether something is above 0."""
   if estimate.seeds < 2:
     return ONE_SEED
-  found = statistics.effect(estimate, least)
-  return {1: YES, 0: LEVEL, -1: NO}.get(found, UNCLEAR)
+  answers: dict[int | None, str] = {1: YES, 0: LEVEL, -1: NO}
+  return answers.get(statistics.effect(estimate, least), UNCLEAR)
 
 
 def _number(x):
@@ -117,17 +123,19 @@ def _areas(rows, reference):
           _pair(
             f"{at}: is {_SINGLE} {'level with' if level else 'behind'} "
             f"{_MASKED} (coherence-diversity)?",
-            *((_MASKED, _SINGLE), found), level=level,
+            *((_MASKED, _SINGLE), found),
+            level=level,
           )
-        )  # fmt: skip
+        )
       mine = (found[_SINGLE], found[reference])
       if T in paper or all(area and area.seeds > 1 for area in mine):
         answers.append(
           _pair(
             f"{at}: is {reference} ahead of {_SINGLE} (coherence-diversity)?",
-            (reference, _SINGLE), found,
+            (reference, _SINGLE),
+            found,
           )
-        )  # fmt: skip
+        )
   return answers
 
 
@@ -177,7 +185,8 @@ def _over(question, rows):
 
 
 def _deficits(rows, reference):
-  answers, former = [], []
+  answers: list[Answer] = []
+  former: list[tuple[int, float]] = []
   for budget in ("steps", "flops", "parameters"):
     found = tables.find(
       rows, mechanism=_SINGLE, budget=budget, orders="uniform"
@@ -273,13 +282,22 @@ def _parting(rows):
     one = {r["index"]: r for r in tables.find(mine, mechanism=_SINGLE)}
     part = "query - content"
     for question, key, sign in (
-      ("have query rows more semantic locality than content rows",
-       ("semantic", part), 1),
-      ("have query rows less structural locality than content rows",
-       ("structural", part), -1),
-      ("do content rows look structurally (locality above 0)",
-       ("structural", "content"), 1),
-    ):  # fmt: skip
+      (
+        "have query rows more semantic locality than content rows",
+        ("semantic", part),
+        1,
+      ),
+      (
+        "have query rows less structural locality than content rows",
+        ("structural", part),
+        -1,
+      ),
+      (
+        "do content rows look structurally (locality above 0)",
+        ("structural", "content"),
+        1,
+      ),
+    ):
       answers.append(
         _locality(f"T = {T}: {question}?", two.get(key), key, sign)
       )
@@ -289,9 +307,11 @@ def _parting(rows):
 
 def _index(row, sign=1):
   return statistics.Estimate(
-    sign * row["locality"], _number(row["error"]), row["seeds"] - 1,
+    sign * row["locality"],
+    _number(row["error"]),
+    row["seeds"] - 1,
     row["seeds"],
-  )  # fmt: skip
+  )
 
 
 def _locality(question, row, key, sign):

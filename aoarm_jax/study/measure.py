@@ -107,7 +107,8 @@ class Lab:
       NonFiniteError: the loss is no number.
       OutOfTimeError: the keeper's time is up; the state is saved.
     """
-    clock, start = {}, time.monotonic()
+    clock: dict[str, float] = {}
+    start = time.monotonic()
     programs = self.programs.of(config)
     with _timed(clock, "compile"):  # Those of evaluation, during training.
       for name in ("init", "train"):
@@ -158,7 +159,7 @@ class Lab:
         # Where the text lay is no part of what was run.
         config.replace("data", config_lib.Data())
       ),
-    }  # fmt: skip
+    }
     for name, data in files.items():
       run_dir.write_atomically(folder / name, data)
     _write_json(folder / RESULT, result)
@@ -169,9 +170,11 @@ class Lab:
     train_step, steps = programs["train"].result(), config.train.steps
     first, state, losses = self._start(config, programs, keeper)
     batches = pipeline.train_batches(
-      self.corpus.split("train"), T=config.model.T,
-      batch_size=config.train.batch_size, seed=config.seed,
-    )  # fmt: skip
+      self.corpus.split("train"),
+      T=config.model.T,
+      batch_size=config.train.batch_size,
+      seed=config.seed,
+    )
     batches.set_state({"next_batch": first})
     # Learning rates of all steps, float32 [steps].
     schedule = optimizer.schedule(config.optimizer, steps)
@@ -189,8 +192,11 @@ class Lab:
           left = (told - start) / (n - first) * (steps - n)
           logging.info(
             "  step %d/%d  loss %.4f nats/token  ETA of training %s",
-            n, steps, losses[-1], telemetry.format_duration(left),
-          )  # fmt: skip
+            n,
+            steps,
+            losses[-1],
+            telemetry.format_duration(left),
+          )
         batch = sharding.put_batch(self.mesh, next(batches))
         rate = sharding.put(self.mesh, rates[n])
         state, sums = train_step(state, batch, rate)
@@ -221,9 +227,11 @@ class Lab:
     for estimator in config.eval.estimators:
       program = programs[programs_lib.evaluate_name(estimator)].result()
       for name, params in weights.items():
-        nats, sums = evaluate.over_batches(
+        evaluated = evaluate.over_batches(
           functools.partial(program, params, seed), batches, self.mesh
         )
+        assert evaluated is not None  # Nothing stops this evaluation.
+        nats, sums = evaluated
         found = evaluate.mean(estimator, config.model.T, nats, sums)
         reports.append(
           _report(found.report(), config.eval.split)
@@ -233,7 +241,9 @@ class Lab:
         suffix = "_".join(["", *words])
         arrays[f"nats{suffix}"] = nats
         if len(weights) > 1 and sums:
-          arrays[f"slots{suffix}"] = np.float32(found.slot_curve_nats)
+          arrays[f"slots{suffix}"] = np.asarray(
+            found.slot_curve_nats, np.float32
+          )
     return reports, _npz(**arrays)
 
   def _sample(self, config, programs, params):
@@ -270,8 +280,8 @@ class Lab:
       for t, row in list(zip(levels, tokens))[::3]
       for x in row[:_TEXTS]
     )
-    texts = "".join(line + "\n" for line in lines)
-    return {"samples.npz": counts, "texts.jsonl": texts.encode()}
+    text = "".join(line + "\n" for line in lines)
+    return {"samples.npz": counts, "texts.jsonl": text.encode()}
 
   def _count(self, tokens):
     text = self.tokenizer.to_bytes(tokens)
@@ -281,22 +291,27 @@ class Lab:
     """As many windows of real text, of a split that is not the reference."""
     split = "valid" if self.study.vocabulary_split == "train" else "train"
     batches = pipeline.eval_batches(
-      self.corpus.split(split), T=config.model.T, batch_size=count,
-      batches=1, seed=config.eval.seed,
-    )  # fmt: skip
+      self.corpus.split(split),
+      T=config.model.T,
+      batch_size=count,
+      batches=1,
+      seed=config.eval.seed,
+    )
     tokens, real = batches[0]
     return tokens[real]
 
   def _profile(self, config, programs, params):
     """profile.npz."""
     batches = pipeline.eval_batches(
-      self.corpus.split(config.eval.split), T=config.model.T,
-      batch_size=config.study.profile_sequences, batches=1,
+      self.corpus.split(config.eval.split),
+      T=config.model.T,
+      batch_size=config.study.profile_sequences,
+      batches=1,
       seed=config.eval.seed,
-    )  # fmt: skip
+    )
     batch = sharding.put(self.mesh, batches[0])
-    sums = jax.device_get(programs["profile"].result()(params, *batch))
-    return _npz(**profiles.to_arrays(*sums, config.model.kind))
+    earlier, last = jax.device_get(programs["profile"].result()(params, *batch))
+    return _npz(**profiles.to_arrays(earlier, last, config.model.kind))
 
 
 def note_failure(folder: epath.Path, reason: str, again: bool) -> None:

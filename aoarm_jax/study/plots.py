@@ -1,12 +1,15 @@
 """The pictures of the report, each as PNG and SVG."""
 
 import contextlib
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from etils import epath
 
 from aoarm_jax.config import mechanisms
 from aoarm_jax.runs import canvas
+from aoarm_jax.study import cells as cells_lib
 from aoarm_jax.study import coherence, profiles, tables
 
 # By the order of the table; ablations share a colour of their own.
@@ -28,7 +31,9 @@ def colour(mechanism: str) -> str:
 
 
 @contextlib.contextmanager
-def _picture(folder: epath.Path, name: str, columns: int, rows=1, **options):
+def _picture(
+  folder: epath.Path, name: str, columns: int, rows: int = 1, **options: Any
+) -> Iterator[tuple[Any, np.ndarray]]:
   """Yields (picture, grid of axes [rows, columns]); saved as PNG and SVG.
 
   Axes in which nothing was drawn are hidden.
@@ -53,7 +58,7 @@ def _shape(count):
 def _legend(picture, grid):
   """One legend below all axes."""
   columns = 1 + grid.shape[1]
-  found = {}
+  found: dict[str, Any] = {}
   for axes in grid.flat:
     handles, labels = axes.get_legend_handles_labels()
     found |= dict(zip(labels, handles))
@@ -97,7 +102,9 @@ def _name(arm):
   return words
 
 
-def coherence_diversity(found, folder: epath.Path, rule: str) -> bool:
+def coherence_diversity(
+  found: dict[cells_lib.Cell, tables.Curve], folder: epath.Path, rule: str
+) -> bool:
   """Curves of coherence over diversity, a panel for each length.
 
   Args:
@@ -162,7 +169,9 @@ def _arms_of(value, low, high):
   return np.maximum([value - low, high - value], 0)
 
 
-def profiles_pictures(found, folder: epath.Path) -> list[str]:
+def profiles_pictures(
+  found: dict[cells_lib.Cell, list[dict]], folder: epath.Path
+) -> list[str]:
   """Attention over distance, a picture a length; the names of the pictures."""
   chosen = _main(found)
   lengths = sorted({arm.T for arm in chosen})
@@ -215,7 +224,9 @@ def _profiles(found, folder, T, limit=4):
     )
 
 
-def locality_plane(found, folder: epath.Path) -> bool:
+def locality_plane(
+  found: dict[cells_lib.Cell, list[dict]], folder: epath.Path
+) -> bool:
   """A point for every head: semantic over structural locality."""
   chosen = {
     arm: files
@@ -287,7 +298,7 @@ def _errors(axes, x, rows, marker, **style):
   )
 
 
-def differences(rows, folder: epath.Path) -> bool:
+def differences(rows: list[tables.Row], folder: epath.Path) -> bool:
   """Paired differences from the reference over length, a panel a budget."""
   measured = [
     r
@@ -341,7 +352,7 @@ def differences(rows, folder: epath.Path) -> bool:
   return True
 
 
-def blocks(rows, folder: epath.Path) -> bool:
+def blocks(rows: list[tables.Row], folder: epath.Path) -> bool:
   """Paired differences over the width of blocks, at one length."""
   measured = [r for r in _first_reference(rows) if r["difference_bits"] != ""]
   lengths = [r["T"] for r in measured if r["orders"].startswith("block")]
@@ -379,7 +390,9 @@ def blocks(rows, folder: epath.Path) -> bool:
   return True
 
 
-def bits_over_flops(rows, folder: epath.Path, name: str) -> None:
+def bits_over_flops(
+  rows: list[tables.Row], folder: epath.Path, name: str
+) -> None:
   """Bits over training FLOPs: a panel a length, a dot a seed, a line the mean.
 
   Args:
@@ -396,7 +409,7 @@ def bits_over_flops(rows, folder: epath.Path, name: str) -> None:
     for axes, T in zip(grid.flat, lengths):
       for mechanism in dict.fromkeys(row["mechanism"] for row in rows):
         own = [r for r in rows if (r["T"], r["mechanism"]) == (T, mechanism)]
-        means = {}
+        means: dict[float, list[float]] = {}
         for row in own:
           means.setdefault(row["training_flops"], []).append(row["any_order"])
         flops = sorted(means)
@@ -419,7 +432,9 @@ def bits_over_flops(rows, folder: epath.Path, name: str) -> None:
     _legend(all_, grid)
 
 
-def delay_over_budget(rows, folder: epath.Path, name: str) -> None:
+def delay_over_budget(
+  rows: list[tables.Row], folder: epath.Path, name: str
+) -> None:
   """The delay of each arm over the budget, and the cost ratio of a step.
 
   An arrow upwards is a bound: the arm's curve ends before it reaches that loss.

@@ -216,7 +216,8 @@ def observe(
     The pytree of the layers before the last, stacked on a leading axis, and
     that of the last one, whose queries are of the rows that are read out.
   """
-  S, before, last = slots.tokens.shape[1], network.model.L - 1, []
+  S, before = slots.tokens.shape[1], network.model.L - 1
+  last: list[Any] = []
   entered, setting = network.enter(slots)
 
   def attend_into(seen):
@@ -227,7 +228,7 @@ def observe(
     return attend
 
   def body(x, block):
-    seen = []
+    seen: list[Any] = []
     return block(x, setting, attend_into(seen), S), seen[0]
 
   left, earlier = jax.lax.scan(

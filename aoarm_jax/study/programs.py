@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from aoarm_jax.generation import plan as plan_lib
 from aoarm_jax.model import network as network_lib
 from aoarm_jax.study import profiles
 from aoarm_jax.training import program as program_lib
+from aoarm_jax.training import state as train_state
 
 # Full passes keep no cache but all scores: fewer rows at once.
 _MASKED_TOKENS = 1 << 17
@@ -34,9 +36,12 @@ class Programs:
   def __init__(self, mesh: jax.sharding.Mesh):
     self._mesh = mesh
     self._pool = concurrent.futures.ThreadPoolExecutor(4)
-    self._made = {}
+    self._made: dict[
+      tuple[str, config_lib.Config], concurrent.futures.Future
+    ] = {}
 
-  def close(self):
+  def close(self) -> None:
+    """Drop the compilations that have not started, and wait for the others."""
     self._pool.shutdown(cancel_futures=True)
 
   def of(self, config: config_lib.Config) -> dict:
@@ -52,8 +57,8 @@ class Programs:
     """The network of a cell."""
     return network_lib.Network(config, self._mesh)
 
-  def abstract_state(self, config: config_lib.Config):
-    """The shapes of a cell's training state, with shardings."""
+  def abstract_state(self, config: config_lib.Config) -> train_state.TrainState:
+    """Return the shapes of a cell's training state, with shardings."""
     return program_lib.make(config, mesh=self._mesh).abstract
 
   def _future(self, name, config):
@@ -179,7 +184,7 @@ def _profile_program(program):
   )
 
 
-_PROGRAMS = {
+_PROGRAMS: dict[str, Callable[..., tuple[jax.stages.Wrapped, tuple]]] = {
   "init": _init_program,
   "train": _train_program,
   "evaluate": _evaluate_program,
@@ -189,18 +194,22 @@ _PROGRAMS = {
 
 
 def samples_per_temperature(config: config_lib.Config) -> int:
+  """Return how many texts are generated at each temperature."""
   return max(_LEAST_TEXTS, config.study.characters // config.model.T)
 
 
 def temperatures(study: config_lib.Study) -> np.ndarray:
-  """float32 [temperatures]."""
+  """Return the temperatures of generation, float32 [temperatures]."""
   return np.linspace(
-    study.temperature_low, study.temperature_high, study.temperatures,
+    study.temperature_low,
+    study.temperature_high,
+    study.temperatures,
     dtype=np.float32,
-  )  # fmt: skip
+  )
 
 
-def rows_at_once(config):
+def rows_at_once(config: config_lib.Config) -> int:
+  """Return how many texts one call of the sampling program generates."""
   rows = config.study.temperatures * samples_per_temperature(config)
   if config.model.kind.masked:
     rows = min(rows, max(1, _MASKED_TOKENS // config.model.T))

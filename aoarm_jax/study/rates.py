@@ -24,6 +24,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable
+from typing import Any
 
 from aoarm_jax.config import schema as config_lib
 
@@ -31,13 +32,14 @@ LEAST_GAIN = 0.005  # Bits a character.
 _RATE = re.compile(r"(search|checked):([^*]+)(?:\*(.+))?$")
 _MOST = 12  # Rates on a grid; factors of 2.
 
-# The bits a character of a cell that is done; inf where it failed for good;
-# None where it is still to be run.
+# Function from a cell to its bits per character. The result is inf if the cell
+# failed for good, and None if the cell is still to be run. Cells have the type
+# Any in this module, because the module of cells.Cell imports this one.
 Outcome = Callable[..., float | None]
 
 
 def parse(rate: str) -> tuple[str, float, float | None] | None:
-  """("search" or "checked", start, factor); None for any other rate.
+  """Return ("search" or "checked", start, factor); None for any other rate.
 
   Raises:
     ValueError: the start or the factor is no positive number, or "checked" has
@@ -55,22 +57,27 @@ def parse(rate: str) -> tuple[str, float, float | None] | None:
   return match[1], start, factor
 
 
-def plan(cell, config: config_lib.Config, outcome: Outcome):
-  """Returns the trials that a cell needs as far as is known, and its rate.
+def plan(
+  cell: Any, config: config_lib.Config, outcome: Outcome
+) -> tuple[list[Any], float | None]:
+  """Return the rate of a cell, and the trials that are known to decide it.
 
   Args:
-    cell: a cell whose rate `parse` reads.
-    config: of the study.
-    outcome: cell -> bits a character, see Outcome.
+    cell: a cells.Cell whose rate `parse` reads.
+    config: the config of the study.
+    outcome: function from a cell to its bits per character, see Outcome.
 
   Returns:
-    (trials, rate): cells in the order in which they are to run, and the peak
-    learning rate, or None while trials are still to be run.
+    (trials, rate). The trials are cells in the order in which they are to run.
+    The rate is the peak learning rate, or None while trials are still to be
+    run.
 
   Raises:
     ConfigError: no rate of the whole grid gives a finite loss.
   """
-  kind, start, factor = parse(cell.rate)
+  parsed = parse(cell.rate)
+  assert parsed is not None, cell.rate
+  kind, start, factor = parsed
   trials, rate = _search(cell, start, config, outcome)
   if rate is None or factor is None:
     return trials, rate
@@ -87,9 +94,9 @@ def plan(cell, config: config_lib.Config, outcome: Outcome):
     needed, run_rate = plan(run, config, outcome)
     trials += [*needed, run]
     bits.append(None if run_rate is None else outcome(run))
-  if None in bits:
-    return trials, None
   plain, other = bits
+  if plain is None or other is None:
+    return trials, None
   return trials, rate * factor if other < plain - LEAST_GAIN else rate
 
 
@@ -112,7 +119,7 @@ def _search(cell, start, config, outcome):
     if None in bits.values():
       return trials, None
     # Where nothing trains, lower rates are tried.
-    best = min(sorted(powers), key=bits.get)
+    best = min(sorted(powers), key=bits.__getitem__)
     if min(powers) < best < max(powers):
       break
     if len(powers) == _MOST:
@@ -122,7 +129,7 @@ def _search(cell, start, config, outcome):
         f"{start * 2.0**best:g}; start the search elsewhere"
       )
     powers.append(best + 1 if best == max(powers) else best - 1)
-  two = sorted(sorted(powers), key=bits.get)[:2]
+  two = sorted(sorted(powers), key=bits.__getitem__)[:2]
   trials += [trial(power, second) for power in two]
   again = {power: outcome(trial(power, second)) for power in two}
   if None in again.values():

@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import textwrap
+from typing import Any
 
 from absl import logging
 from etils import epath
@@ -43,7 +44,7 @@ def command(argv: list[str], text: str) -> str:
 def write(
   config: config_lib.Config,
   cells: list[cells_lib.Cell],
-  results,
+  results: Any,
   folder: epath.Path,
   argv: list[str],
 ) -> None:
@@ -91,9 +92,12 @@ def write(
   drawn += plots.profiles_pictures(profiles, folder)
   _remove_stale(folder, drawn)
   answers = findings.all_of(
-    differences, made["areas"], made["specialisation"],
-    config.study.reference, cells_lib.size_of(config.model),
-  )  # fmt: skip
+    differences,
+    made["areas"],
+    made["specialisation"],
+    config.study.reference,
+    cells_lib.size_of(config.model),
+  )
   shown = command(argv, config.data.path)
   text = _text(config, cells, results, made, drawn, answers, shown)
   run_dir.write_atomically(folder / "README.md", text)
@@ -102,8 +106,9 @@ def write(
   if untrained := len(every) - len(tables.trained(every, results)):
     logging.warning(
       "%d of them learned no more than how frequent letters are: they are in "
-      "no picture and no comparison", untrained,
-    )  # fmt: skip
+      "no picture and no comparison",
+      untrained,
+    )
 
 
 def _remove_stale(folder, drawn):
@@ -220,7 +225,8 @@ def _method(config, cells, first):
 
 
 def _rate_rule(config, cells):
-  given = {}  # By mechanism and, where others are tuned, length.
+  # By mechanism and, where others are tuned, length.
+  given: dict[str, dict[str, None]] = {}
   tuned = any(cell.rate == cells_lib.TUNED for cell in cells)
   for cell in cells:
     if cell.rate != cells_lib.TUNED:
@@ -310,23 +316,42 @@ def _answers(answers):
 
 _ARM = {"mechanism": "", "T": "", "orders": "", "budget": "", "size": ""}
 _BITS = _ARM | {
-  "estimator": "", "seeds": "", "steps_run": "", "rate": "",
-  "rate_at_edge": "", "bits_per_char": ".4f", "error_over_seeds": ".4f",
-  "error_over_windows": ".4f", "untrained": "",
-}  # fmt: skip
+  "estimator": "",
+  "seeds": "",
+  "steps_run": "",
+  "rate": "",
+  "rate_at_edge": "",
+  "bits_per_char": ".4f",
+  "error_over_seeds": ".4f",
+  "error_over_windows": ".4f",
+  "untrained": "",
+}
 _DIFFERENCES = _ARM | {
-  "reference": "", "seeds": "", "difference_bits": "+.4f", "error": ".4f",
+  "reference": "",
+  "seeds": "",
+  "difference_bits": "+.4f",
+  "error": ".4f",
   "error_of": "",
-}  # fmt: skip
+}
 _AREAS = _ARM | {
-  "seeds": "", "area_from_4": ".3f", "area_from_4_error": ".3f",
-  "area_over_1": ".3f", "area_over_1_error": ".3f", "familiarity": ".3f",
+  "seeds": "",
+  "area_from_4": ".3f",
+  "area_from_4_error": ".3f",
+  "area_over_1": ".3f",
+  "area_over_1_error": ".3f",
+  "familiarity": ".3f",
   "repetition": ".3f",
-}  # fmt: skip
+}
 _LOCALITY = _ARM | {
-  "index": "", "stream": "", "seeds": "", "locality": ".3f", "error": ".3f",
-  "mass_own": ".3f", "own_over_uniform": ".1f", "mass_sentinels": ".3f",
-}  # fmt: skip
+  "index": "",
+  "stream": "",
+  "seeds": "",
+  "locality": ".3f",
+  "error": ".3f",
+  "mass_own": ".3f",
+  "own_over_uniform": ".1f",
+  "mass_sentinels": ".3f",
+}
 
 
 def _markdown(rows, columns):
@@ -346,8 +371,8 @@ def _markdown(rows, columns):
     ]
     merged.setdefault(tuple(shown), []).append(row["budget"])
   at = list(columns).index("budget")
-  for shown, budgets in merged.items():
-    line = [*shown[:at], ", ".join(dict.fromkeys(budgets)), *shown[at:]]
+  for values, budgets in merged.items():
+    line = [*values[:at], ", ".join(dict.fromkeys(budgets)), *values[at:]]
     lines.append("| " + " | ".join(line) + " |")
   return "\n".join(lines)
 

@@ -8,6 +8,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from scipy import special
 
 # Windows lie in the order of the text. Neighbours are alike, so the error is
@@ -44,7 +45,7 @@ class Estimate(NamedTuple):
     return Estimate(self.value - other.value, error, degrees, seeds)
 
 
-def over_seeds(values) -> Estimate:
+def over_seeds(values: npt.ArrayLike) -> Estimate:
   """Of one number a seed."""
   x = np.asarray(values, float)
   n = len(x)
@@ -52,7 +53,7 @@ def over_seeds(values) -> Estimate:
   return Estimate(float(x.mean()), float(error), n - 1, n)
 
 
-def over_windows(values) -> Estimate:
+def over_windows(values: npt.ArrayLike) -> Estimate:
   """Of one number a window, in the order of the text; one run."""
   x = np.asarray(values, float)
   parts = min(STRETCHES, len(x))

@@ -81,7 +81,11 @@ class Results:
     plain = self.config.optimizer.peak_learning_rate
     if all(map(self.is_untrained, done)):
       return plain
-    bits = {float(trial.rate): self.bits(trial) for trial in done}
+    bits = {
+      float(trial.rate): value
+      for trial in done
+      if (value := self.bits(trial)) is not None
+    }
     least = min(bits.values())
     good = [rate for rate in bits if bits[rate] <= least + cells_lib.TIED]
     return min(good, key=lambda rate: abs(math.log(rate / plain)))
@@ -120,8 +124,11 @@ class Results:
     return None if folder is None else self._read(folder)
 
   def arrays(self, cell: cells_lib.Cell, name: str) -> dict:
-    """Of an npz file of a cell that is done, see measure.read_arrays."""
-    return measure.read_arrays(self.folder(cell), name, self.result(cell))
+    """Return an npz file of a cell that is done, see measure.read_arrays."""
+    folder, result = self.folder(cell), self.result(cell)
+    assert folder is not None, cell.label
+    assert result is not None, cell.label
+    return measure.read_arrays(folder, name, result)
 
   def _read(self, folder):
     if folder not in self._done:
@@ -145,9 +152,9 @@ class Results:
     return found
 
   def bits(self, cell: cells_lib.Cell) -> float | None:
-    """Bits a character of a cell; None where it is not done."""
+    """Return the bits per character of a cell; None if it is not done."""
     result = self.result(cell)
-    return result and result["estimate"]["bits_per_char"]
+    return None if result is None else result["estimate"]["bits_per_char"]
 
   def failure(self, cell: cells_lib.Cell) -> dict | None:
     """What failed.json of a cell holds; None where it is done or was not run.
@@ -168,10 +175,12 @@ class Results:
       failure = self.failure(cell)
       if failure:
         folder = self.folder(cell)
+        assert folder is not None
         lines[folder] = f"{cell.label}: {failure['reason']} " + (
-          "(the same command tries it again)" if failure["again"]
+          "(the same command tries it again)"
+          if failure["again"]
           else f"(not tried again unless {_FOLDER}/{folder.name} is deleted)"
-        )  # fmt: skip
+        )
     return list(lines.values())
 
   def outcome(self, cell: cells_lib.Cell) -> float | None:
@@ -190,9 +199,11 @@ class _Clock:
   """How long cells take: by what was done before."""
 
   def __init__(self):
-    self._done = []  # (flops, seconds of training, other seconds)
+    # (flops, seconds of training, other seconds)
+    self._done: list[tuple[float, float, float]] = []
 
-  def add(self, result: dict):
+  def add(self, result: dict) -> None:
+    """Note the times of a cell that is done: what its result.json holds."""
     seconds = result["seconds"]
     training = seconds.get("train", 0.0)
     other = seconds["all"] - training
@@ -266,15 +277,22 @@ def study(
       )
 
 
-def chosen(config, cells, outcome=lambda cell: None):
-  """The cells of this process, and the trials that they need.
+def chosen(
+  config: config_lib.Config,
+  cells: list[cells_lib.Cell],
+  outcome: rates.Outcome = lambda cell: None,
+) -> list[cells_lib.Cell]:
+  """Return the cells of this process, and the trials that they need.
 
-  There are none where there are more shares than cells.
+  The list is empty where there are more shares than cells.
 
   Args:
-    config: of the study.
-    cells: all of the sweep.
-    outcome: what trials gave, see rates.Outcome.
+    config: the config of the study.
+    cells: all cells of the sweep.
+    outcome: the results of trials, see rates.Outcome.
+
+  Raises:
+    ConfigError: config.study.cells selects no cell.
   """
   study = config.study
   wanted = [set(part.split()) for part in study.cells.split(",")]
@@ -297,7 +315,8 @@ def chosen(config, cells, outcome=lambda cell: None):
 
 def _open_cells(mine, results):
   """Those of these cells that are to be run; of equal ones the first."""
-  wanted = {}  # By folder.
+  # By folder; a cell whose folder is not known yet stands for itself.
+  wanted: dict[epath.Path | cells_lib.Cell, cells_lib.Cell] = {}
   for cell in mine:
     if results.is_open(cell):
       wanted.setdefault(results.folder(cell) or cell, cell)
@@ -316,8 +335,10 @@ def _run_cells(config, cells, results):
   todo = _open_cells(mine, results)
   logging.info(
     "study: %d cells here (equal ones are run once), runs left: %d; next: %s",
-    len(mine), len(todo), todo[0].label if todo else "nothing",
-  )  # fmt: skip
+    len(mine),
+    len(todo),
+    todo[0].label if todo else "nothing",
+  )
   fitting = [cell for cell in todo if _fits(clock, cell, start, results)]
   tokenizer = tokenizers.get(config.data.tokenizer)
   if not fitting:
@@ -367,9 +388,12 @@ def _run_all(lab, results, todo, clock, start):
       continue  # A shorter one may follow.
     left = _seconds_left(clock, todo[n:], results)
     logging.info(
-      "cell %d/%d  %s  ETA of all %s", n + 1, len(todo), cell.label,
+      "cell %d/%d  %s  ETA of all %s",
+      n + 1,
+      len(todo),
+      cell.label,
       "unknown" if left is None else telemetry.format_duration(left),
-    )  # fmt: skip
+    )
     after = (c for c in todo[n + 1 :] if _fits(clock, c, start, results))
     _prepare(lab.programs, results, [cell, *itertools.islice(after, 1)])
     late |= not _run_cell(lab, results, cell, clock, start)

@@ -25,7 +25,7 @@ _AT_ONE = ("familiarity", "repetition")
 
 def arms(cells: list[cells_lib.Cell]) -> dict[cells_lib.Cell, list]:
   """Arm -> its cells."""
-  found = {}
+  found: dict[cells_lib.Cell, list] = {}
   for cell in cells:
     found.setdefault(cell.arm, []).append(cell)
   return found
@@ -35,7 +35,7 @@ def _of_arm(arm):
   return {name: getattr(arm, name) for name in _ARM}
 
 
-def trained(cells, results) -> list[cells_lib.Cell]:
+def trained(cells: list[cells_lib.Cell], results: Any) -> list[cells_lib.Cell]:
   """The cells without those that learned nothing but the letters' shares.
 
   Their differences, texts and attention are of a run that had not begun.
@@ -43,7 +43,7 @@ def trained(cells, results) -> list[cells_lib.Cell]:
   return [cell for cell in cells if not results.is_untrained(cell)]
 
 
-def cells_table(cells, results) -> list[Row]:
+def cells_table(cells: list[cells_lib.Cell], results: Any) -> list[Row]:
   """One row a cell, run or not; `failed` says why where it failed."""
   rows = []
   for cell in cells:
@@ -52,10 +52,20 @@ def cells_table(cells, results) -> list[Row]:
     row["done"] = result is not None
     row["failed"] = (results.failure(cell) or {"reason": ""})["reason"]
     columns = (
-      "peak_learning_rate", "cell_steps", "mlp_width", "parameters",
-      "training_flops", "estimator", "bits_per_char", "standard_error_bits",
-      "windows", "tokens_per_second", "seconds", "device", "folder",
-    )  # fmt: skip
+      "peak_learning_rate",
+      "cell_steps",
+      "mlp_width",
+      "parameters",
+      "training_flops",
+      "estimator",
+      "bits_per_char",
+      "standard_error_bits",
+      "windows",
+      "tokens_per_second",
+      "seconds",
+      "device",
+      "folder",
+    )
     row |= dict.fromkeys(columns, "")
     if result:
       estimate = result["estimate"]
@@ -70,7 +80,7 @@ def cells_table(cells, results) -> list[Row]:
   return rows
 
 
-def runs_table(results) -> list[Row]:
+def runs_table(results: Any) -> list[Row]:
   """One row for every run that is done, of this sweep or of another one."""
   names = ("mechanism", "size", "T", "orders", "seed")
   return [
@@ -96,16 +106,25 @@ def _of_run(folder, result):
   }
 
 
-def bits_table(cells, results) -> list[Row]:
+def bits_table(cells: list[cells_lib.Cell], results: Any) -> list[Row]:
   """Bits a character of every arm; causal's is left to right: another one."""
   rows = []
   for arm, members in arms(cells).items():
     members = [cell for cell in members if results.result(cell)]
     row = _of_arm(arm) | dict.fromkeys(
-      ("estimator", "seeds", "bits_per_char", "error_over_seeds",
-       "error_over_windows", "rate", "rate_at_edge", "steps_run", "untrained"),
+      (
+        "estimator",
+        "seeds",
+        "bits_per_char",
+        "error_over_seeds",
+        "error_over_windows",
+        "rate",
+        "rate_at_edge",
+        "steps_run",
+        "untrained",
+      ),
       "",
-    )  # fmt: skip
+    )
     if members:
       first = results.result(members[0])
       bits = statistics.over_seeds([results.bits(cell) for cell in members])
@@ -127,7 +146,9 @@ def bits_table(cells, results) -> list[Row]:
   return rows
 
 
-def rates_table(cells, results, config) -> list[Row]:
+def rates_table(
+  cells: list[cells_lib.Cell], results: Any, config: config_lib.Config
+) -> list[Row]:
   """Bits a character at every learning rate, where cells ask for the best.
 
   inf: the loss became no number.
@@ -149,7 +170,9 @@ def rates_table(cells, results, config) -> list[Row]:
   return list(rows.values())
 
 
-def differences_table(cells, results, config) -> list[Row]:
+def differences_table(
+  cells: list[cells_lib.Cell], results: Any, config: config_lib.Config
+) -> list[Row]:
   """Arm - reference, paired: the same windows, orders and seed.
 
   Positive: the arm needs more bits. `error` is over windows and, where there
@@ -162,7 +185,9 @@ def differences_table(cells, results, config) -> list[Row]:
     results: sweep.Results.
     config: of the study.
   """
-  rows, rates = [], {}  # Of an arm whatever its rate.
+  rows = []
+  # Of an arm whatever its rate.
+  rates: dict[cells_lib.Cell, set[str]] = {}
   for cell in cells:
     rates.setdefault(_without_rate(cell.arm), set()).add(cell.rate)
   for arm, members in arms(trained(cells, results)).items():
@@ -253,12 +278,16 @@ class Curve:
   real: np.ndarray
 
 
-def curves(cells, results, config) -> dict[cells_lib.Cell, Curve]:
+def curves(
+  cells: list[cells_lib.Cell], results: Any, config: config_lib.Config
+) -> dict[cells_lib.Cell, Curve]:
   """Of every arm of which a cell is done."""
   return _by_folders(
-    cells, results, "samples.npz",
+    cells,
+    results,
+    "samples.npz",
     lambda files: _curve(files, config.study.bootstrap),
-  )  # fmt: skip
+  )
 
 
 def _by_folders(cells, results, name, make):
@@ -311,7 +340,7 @@ def _curve(files, resamplings):
   )
 
 
-def curves_table(found) -> list[Row]:
+def curves_table(found: dict[cells_lib.Cell, Curve]) -> list[Row]:
   """One row a temperature and arm, and one of real text a length."""
   rows, lengths = [], set()
   for arm, curve in found.items():
@@ -331,7 +360,9 @@ def curves_table(found) -> list[Row]:
   return rows
 
 
-def areas_table(cells, found) -> list[Row]:
+def areas_table(
+  cells: list[cells_lib.Cell], found: dict[cells_lib.Cell, Curve]
+) -> list[Row]:
   """The dominated area of every arm, by both rules, and beside it what needs
   no spelling: at the temperature nearest to 1."""
   rows = []
@@ -354,12 +385,14 @@ def areas_table(cells, found) -> list[Row]:
   return rows
 
 
-def profiles_of(cells, results) -> dict[cells_lib.Cell, list[dict]]:
+def profiles_of(
+  cells: list[cells_lib.Cell], results: Any
+) -> dict[cells_lib.Cell, list[dict]]:
   """Arm -> profile arrays of its seeds, where there are any."""
   return _by_folders(cells, results, "profile.npz", list)
 
 
-def locality_table(found) -> list[Row]:
+def locality_table(found: dict[cells_lib.Cell, list[dict]]) -> list[Row]:
   """One row an arm, stream, layer and head; means over seeds."""
   rows = []
   for arm, files in found.items():
@@ -368,8 +401,10 @@ def locality_table(found) -> list[Row]:
       shares = [profiles.shares(f, stream) for f in files]
       for layer, head in np.ndindex(index.shape[:2]):
         row = _of_arm(arm) | {
-          "stream": stream, "layer": layer + 1, "head": head + 1,
-        }  # fmt: skip
+          "stream": stream,
+          "layer": layer + 1,
+          "head": head + 1,
+        }
         row |= dict(zip(profiles.KINDS, map(_or_empty, index[layer, head])))
         for name in ("own", "sentinels"):
           row[f"mass_{name}"] = float(
@@ -383,7 +418,9 @@ def streams_of(arm: cells_lib.Cell) -> tuple[str, ...]:
   return profiles.streams(mechanisms.MECHANISMS[arm.mechanism])
 
 
-def specialisation_table(found, sentinels: int) -> list[Row]:
+def specialisation_table(
+  found: dict[cells_lib.Cell, list[dict]], sentinels: int
+) -> list[Row]:
   """Mean locality of every stream, and what parts two streams.
 
   Over the layers that both streams have and all heads. Specialisation is query
@@ -407,10 +444,15 @@ def specialisation_table(found, sentinels: int) -> list[Row]:
       for stream, values in series.items():
         index = statistics.over_seeds(values)
         row = _of_arm(arm) | {
-          "index": kind, "stream": stream, "seeds": index.seeds,
-          "locality": index.value, "error": _or_empty(index.error),
-          "mass_own": "", "mass_sentinels": "", "own_over_uniform": "",
-        }  # fmt: skip
+          "index": kind,
+          "stream": stream,
+          "seeds": index.seeds,
+          "locality": index.value,
+          "error": _or_empty(index.error),
+          "mass_own": "",
+          "mass_sentinels": "",
+          "own_over_uniform": "",
+        }
         if stream in names:
           shares = [profiles.shares(f, stream) for f in files]
           for name in ("own", "sentinels"):
@@ -438,7 +480,7 @@ def _or_empty(x):
   return float(x) if math.isfinite(x) else ""
 
 
-def find(rows: list[Row], **wanted) -> list[Row]:
+def find(rows: list[Row], **wanted: Any) -> list[Row]:
   """The rows that have these values, the measured ones."""
   return [r for r in rows if all(r[k] == v for k, v in wanted.items())]
 

@@ -56,20 +56,20 @@ class Keeper:
     self._trunk = checkpoint.Checkpoints(trunk, keep_last=2, keep_best=0)
     self._branch = checkpoint.Checkpoints(branch, keep_last=1, keep_best=0)
 
-  def restore(self, abstract: Any):
+  def restore(self, abstract: Any) -> tuple[int, Any, list[float]] | None:
     """Returns (step, state, losses) to go on from; None to begin anew.
 
     Args:
       abstract: the state's shapes, with shardings.
 
     Raises:
-      CheckpointError: a state of another form.
-      DataError: a state of another text.
+      CheckpointError: the saved state has another form.
+      DataError: the saved state was trained on another text.
     """
     places = (self._branch, self._trunk)
     found = ((place, self._latest(place)) for place in places)
     place, saved = next((pair for pair in found if pair[1]), (None, None))
-    if saved is None:
+    if place is None or saved is None:
       return None
     if saved.data_state["text"] != self._text:
       raise corpora.DataError(

@@ -73,10 +73,13 @@ class Report:
   def seconds(self) -> dict[str, float]:
     """Seconds that each resource needs for a step at its peak."""
     return {
-      "matmuls": self.flops / self.chip.flops,
+      "matmuls": self.flops / _known(self.chip.flops),
       # Adam reads and writes parameters and state once, and reads a gradient.
-      "state in memory": 2 * self.parameter_bytes / self.chip.memory_bandwidth,
-      "collectives": sum(self.sent_bytes.values()) / self.chip.link_bandwidth,
+      "state in memory": 2
+      * self.parameter_bytes
+      / _known(self.chip.memory_bandwidth),
+      "collectives": sum(self.sent_bytes.values())
+      / _known(self.chip.link_bandwidth),
     }
 
   @property
@@ -87,10 +90,11 @@ class Report:
   @property
   def mfu_bound(self) -> float:
     """The MFU of a step that takes step_seconds, a fraction."""
-    return self.model_flops / self.chip.flops / self.step_seconds
+    return self.model_flops / _known(self.chip.flops) / self.step_seconds
 
   def __str__(self):
-    share = self.memory_bytes / self.chip.memory
+    memory = _known(self.chip.memory)
+    share = self.memory_bytes / memory
     sent = ", ".join(
       f"{kind} {n / 1e9:.3g} GB" for kind, n in self.sent_bytes.items() if n
     )
@@ -101,7 +105,7 @@ class Report:
       f"{self.topology}: {self.chips} chips, mesh {self.mesh}; "
       "compiled, not run",
       f"memory a chip   {self.memory_bytes / 1e9:.2f} GB of "
-      f"{self.chip.memory / 1e9:g} GB ({share:.0%}); state "
+      f"{memory / 1e9:g} GB ({share:.0%}); state "
       f"{self.parameter_bytes / 1e9:.2f} GB",
       f"FLOPs a step    {self.model_flops * self.chips:.4g} of the model, "
       f"{self.flops * self.chips:.4g} with what is recomputed",
@@ -111,6 +115,12 @@ class Report:
       f"tokens/s a chip, MFU {self.mfu_bound:.1%}",
     )
     return "\n".join(lines)
+
+
+def _known(peak: float | None) -> float:
+  """Returns a peak of a TPU chip. The table has every peak of these chips."""
+  assert peak is not None
+  return peak
 
 
 def estimate(config: config_lib.Config, topology: str) -> Report:
@@ -196,6 +206,7 @@ def _compile(config: config_lib.Config, topology: str) -> dict:
     config = config.replace("compute.attention", "mosaic_tpu")
   program = program_lib.make(config, "train", devices=devices)
   mesh = program.network.mesh
+  assert mesh is not None
   # A mesh without devices: a device that is not there cannot compute the
   # constants of a trace.
   with (
@@ -204,6 +215,8 @@ def _compile(config: config_lib.Config, topology: str) -> dict:
   ):
     lowered = program.step.lower(program.abstract, program.tokens)
   compiled = lowered.compile()
+  program_text = compiled.as_text()
+  assert program_text is not None
   forward = cost.forward_flops(config)
   return dict(
     topology=topology,
@@ -221,7 +234,7 @@ def _compile(config: config_lib.Config, topology: str) -> dict:
     flops=(4 if config.compute.remat else 3) * forward / len(devices),
     sent_bytes={
       kind: traffic.sent_bytes
-      for kind, traffic in hlo.traffic(compiled.as_text()).items()
+      for kind, traffic in hlo.traffic(program_text).items()
     },
   )
 

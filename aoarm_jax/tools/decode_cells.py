@@ -109,7 +109,7 @@ _COLUMNS = {
 
 def _line(*cells: str) -> str:
   sides, widths = zip(*_COLUMNS.values())
-  return text.padded(cells, widths, sides)
+  return text.padded(cells, widths, "".join(sides))
 
 
 def header() -> str:

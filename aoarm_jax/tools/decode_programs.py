@@ -8,7 +8,8 @@ from their timings to a list of results.
 import dataclasses
 import math
 import statistics
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from aoarm_jax.generation import law as sampling
 from aoarm_jax.generation import plan as plan_lib
 from aoarm_jax.generation import steps as decode_steps
 from aoarm_jax.model import cost
+from aoarm_jax.model import network as network_lib
 from aoarm_jax.tools import decode_cells
 
 
@@ -41,7 +43,20 @@ class Options(NamedTuple):
   attention: str = "auto"
 
 
-def cached(cell, network, params, options):
+# Functions (params, key) -> any result, and a function from the timings of the
+# compiled programs to a list of results.
+_Programs = tuple[
+  list[Callable[[Any, jax.Array], Any]],
+  Callable[[Any], list[decode_cells.Result]],
+]
+
+
+def cached(
+  cell: decode_cells.Cell,
+  network: network_lib.Network,
+  params: Any,
+  options: Options,
+) -> _Programs:
   """Generation from a cache, by decode.generate."""
   model, B, T = cell.model, cell.B, cell.model.T
   law = sampling.make_law()
@@ -104,7 +119,12 @@ def cached(cell, network, params, options):
   return [generate], results
 
 
-def uncached(cell, network, params, options):
+def uncached(
+  cell: decode_cells.Cell,
+  network: network_lib.Network,
+  params: Any,
+  options: Options,
+) -> _Programs:
   """Generation without a cache: each step computes its visible rows again.
 
   Steps are timed at two lengths, the nodes of Gauss-Legendre quadrature. If
@@ -175,7 +195,12 @@ def uncached(cell, network, params, options):
   return programs, results
 
 
-def masked(cell, network, params, options):
+def masked(
+  cell: decode_cells.Cell,
+  network: network_lib.Network,
+  params: Any,
+  options: Options,
+) -> _Programs:
   """Masked diffusion, by diffusion.generate: all steps cost the same."""
   B, T = cell.B, cell.model.T
   law = sampling.make_law()

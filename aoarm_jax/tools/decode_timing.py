@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -43,7 +43,7 @@ class _Job(NamedTuple):
   """
 
   params: Callable
-  programs: list[Callable]
+  programs: Sequence[Callable]
   results: Callable
 
 
@@ -122,7 +122,7 @@ class Benchmark:
 
   def _best(self, cell):
     """Grows the batch until memory runs out or speed stops improving."""
-    best = []
+    best: list[decode_cells.Result] = []
     for B in _BEST:
       try:
         results = self._of_batch(dataclasses.replace(cell, B=B))
@@ -156,7 +156,7 @@ def _compile(program, params):
   return jax.jit(program).lower(params, _key()).compile()
 
 
-def _time(compiled, *arguments) -> _Timing:
+def _time(compiled: jax.stages.Compiled, *arguments: Any) -> _Timing:
   out = jax.block_until_ready(compiled(*arguments))
   times: list[float] = []
   while len(times) < 3 or (sum(times) < 0.3 and len(times) < 20):
@@ -165,6 +165,6 @@ def _time(compiled, *arguments) -> _Timing:
     times.append(time.perf_counter() - start)
     if times[0] > 5:
       break
-  return _Timing(
-    statistics.median(times), out, hlo.launches(compiled.as_text())
-  )
+  text = compiled.as_text()
+  assert text is not None
+  return _Timing(statistics.median(times), out, hlo.launches(text))

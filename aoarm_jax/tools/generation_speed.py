@@ -27,7 +27,7 @@ import dataclasses
 import io
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 from etils import epath
@@ -189,7 +189,7 @@ def _parse(argv):
   return parser.parse_args(argv)
 
 
-def main(argv=None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
   """Prints a line for each cell as it is measured, and writes the CSV file."""
   options = _parse(argv)
   if options.plot:
@@ -242,6 +242,7 @@ def _fill(benchmark, chosen, path, device):
     if failure:
       print(f"{cell}: {failure}", flush=True)
       continue
+    assert results is not None
     for result in results:
       print(result, flush=True)
       saved.append(

@@ -33,8 +33,8 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -92,7 +92,13 @@ _COLUMNS = (
 
 
 def configuration(
-  flags: argparse.Namespace, scaling, model, mechanism, T, mesh, devices
+  flags: argparse.Namespace,
+  scaling: str,
+  model: str,
+  mechanism: str,
+  T: int,
+  mesh: str,
+  devices: int,
 ) -> config_lib.Config:
   """Returns the config of a row."""
   batch_size = max(flags.tokens // T, 1)
@@ -124,7 +130,9 @@ class Program(NamedTuple):
   step: jax.stages.Compiled
 
 
-def compile_step(config: config_lib.Config, devices) -> Program:
+def compile_step(
+  config: config_lib.Config, devices: Sequence[jax.Device]
+) -> Program:
   """Compiles the training step of a row; allocates nothing on the devices.
 
   Args:
@@ -136,9 +144,11 @@ def compile_step(config: config_lib.Config, devices) -> Program:
   """
   program = program_lib.make(config, "train", devices=devices)
   seed = jax.ShapeDtypeStruct((), np.int32)
-  with jax.set_mesh(program.network.mesh):
+  mesh = program.network.mesh
+  assert mesh is not None
+  with jax.set_mesh(mesh):
     return Program(
-      program.network.mesh,
+      mesh,
       program.init.lower(seed).compile(),
       program.step.lower(program.abstract, program.tokens).compile(),
     )
@@ -250,7 +260,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
   return parser.parse_args(argv)
 
 
-def rows(flags: argparse.Namespace):
+def rows(
+  flags: argparse.Namespace,
+) -> Iterator[tuple[dict[str, Any], config_lib.Config, int]]:
   """Yields the rows to be measured, as (columns, config, devices).
 
   The columns are those that are known before: name -> value.
@@ -322,7 +334,8 @@ def _fill(chosen, devices, flags):
   def measure_once(config):
     return measure(config, compiled[config].result(), flags.steps)
 
-  first, is_any = {}, False
+  first: dict[tuple[Any, ...], float | None] = {}
+  is_any = False
   for (row, config, _), result, failure in table.measured(
     chosen, lambda item: measure_once(item[1])
   ):

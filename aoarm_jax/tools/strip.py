@@ -7,6 +7,8 @@ order. The run's mechanism must generate in any order from a cache.
 """
 
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import aoarm_jax
 from aoarm_jax.config import schema as config_lib
@@ -14,20 +16,20 @@ from aoarm_jax.data import tokenizers
 from aoarm_jax.runs import checkpoint, figures
 from aoarm_jax.tools import arguments
 
-_PANELS = {
+_PANELS: dict[str, dict[str, Any]] = {
   "random order": dict(order="uniform"),
   "adaptive order: where the model is surest": dict(method="adaptive", width=1),
   "left to right": dict(order="left_to_right"),
 }
 
 
-def _symbol(tokenizer, token: int) -> str:
+def _symbol(tokenizer: tokenizers.Tokenizer, token: int) -> str:
   """Returns what is shown of a token, which may be part of a character."""
   text = tokenizer.decode([token])
   return text if text.isprintable() else "\N{REPLACEMENT CHARACTER}"
 
 
-def main(argv=None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
   """Writes the picture."""
   parser = arguments.parser("strip", __doc__)
   parser.add_argument("--workdir", required=True, help="of a run")

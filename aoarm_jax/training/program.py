@@ -7,7 +7,7 @@ TPU slices and the scaling tool all call `make`.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,8 +37,8 @@ class Program(NamedTuple):
   network: network_lib.Network
   abstract: train_state.TrainState
   tokens: jax.ShapeDtypeStruct
-  init: Callable[..., Any]
-  step: Callable[..., Any]
+  init: jax.stages.Wrapped
+  step: jax.stages.Wrapped
 
 
 def make(

@@ -16,7 +16,8 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +108,7 @@ class Row:
       pairs = float(visible.sum(dtype=jnp.float32)) * heads
     flops = pairs * self.N * self.H * 4 * (3.5 if backward else 1)
     rows = self.B * self.T * self.N * self.group * self.H * 2
-    keys = self.B * self.slots * self.N * self.H * 2
+    keys: float = self.B * self.slots * self.N * self.H * 2
     if visible is not None and self.mask == "ragged":
       keys = float(visible.max(axis=1).sum()) * self.N * self.H * 2
     # Forward: q, k, v, out. Backward: q, k, v, out, d_out, dq, dk, dv.
@@ -144,7 +145,7 @@ _DECODING = tuple(
 )
 
 
-def _arrays(row: Row):
+def _arrays(row: Row) -> tuple[jax.Array, ...]:
   """(q, k, v, cotangent), bfloat16."""
   keys = jax.random.split(jax.random.key(0), 4)
   rows = (row.B, row.T, row.N * row.group, row.H)
@@ -214,7 +215,9 @@ def _ours(row, q, k, v, config=None):
   return hopper.attention(q, k, v, visible, None, row.H**-0.5, config)[0]
 
 
-def _candidates(row: Row, config) -> dict[str, Callable]:
+def _candidates(
+  row: Row, config: tuning.Hopper
+) -> dict[str, Callable[..., Any]]:
   scores = 2.0 * row.B * row.N * row.group * row.T * row.slots
   found = {}
   if scores <= _MOST_SCORES:
@@ -228,7 +231,9 @@ def _candidates(row: Row, config) -> dict[str, Callable]:
   }
 
 
-def _program(attend, backward: bool, chain: int = 1):
+def _program(
+  attend: Callable[..., Any], backward: bool, chain: int = 1
+) -> Callable[..., Any]:
   """Returns a jitted function (q, k, v, cotangent) -> outputs.
 
   Args:
@@ -251,7 +256,9 @@ def _program(attend, backward: bool, chain: int = 1):
   return jax.jit(both if backward else forward)
 
 
-def _error(row: Row, results, arrays) -> float:
+def _error(
+  row: Row, results: Sequence[jax.Array], arrays: Sequence[jax.Array]
+) -> float:
   """Returns the largest relative error over the outputs.
 
   One sequence and one key head are compared.
@@ -286,7 +293,9 @@ def _error(row: Row, results, arrays) -> float:
   return max(errors)
 
 
-def _seconds(program, arrays, calls: int) -> float:
+def _seconds(
+  program: Callable[..., Any], arrays: tuple[Any, ...], calls: int
+) -> float:
   jax.block_until_ready(program(*arrays))
   start = time.perf_counter()
   for _ in range(calls):
@@ -296,13 +305,17 @@ def _seconds(program, arrays, calls: int) -> float:
 
 
 def measure(
-  row: Row, candidates: dict[str, Callable], backward: bool, rounds: int
+  row: Row,
+  candidates: Mapping[str, Callable[..., Any]],
+  backward: bool,
+  rounds: int,
 ) -> dict[str, tuple[float, float] | str]:
   """Returns name -> (median milliseconds, relative error), or why it failed."""
   arrays = _arrays(row)
-  found, programs = {}, {}
+  found: dict[str, tuple[float, float] | str] = {}
+  programs: dict[str, tuple[Callable[..., Any], float]] = {}
   chain = _CHAIN if row.mask == "ragged" else 1
-  given = {name: arrays for name in candidates}
+  given: dict[str, tuple[Any, ...]] = {name: arrays for name in candidates}
   if "cudnn x2" in candidates:
     q, k, v, cotangent = arrays
     apart = _apart(row, q), k, v, _apart(row, cotangent)
@@ -320,7 +333,7 @@ def measure(
     if chain > 1:
       program = _program(attend, backward, chain)
     programs[name] = program, error
-  times = {name: [] for name in programs}
+  times: dict[str, list[float]] = {name: [] for name in programs}
   calls = None
   for _ in range(rounds):
     for name, (program, _) in programs.items():
@@ -377,14 +390,15 @@ def sweep(row: Row, config: tuning.Hopper, rounds: int) -> tuning.Hopper:
     for value in values:
       if value == getattr(best, field):
         continue
-      tried = dataclasses.replace(best, **{field: value})
+      change: dict[str, Any] = {field: value}
+      tried = dataclasses.replace(best, **change)
       if (milliseconds := cost(tried)) < least:
         best, least = tried, milliseconds
   print(f"{row}: {least:.3f} ms with {best}")
   return best
 
 
-def _pattern(text: str) -> re.Pattern:
+def _pattern(text: str) -> re.Pattern[str]:
   try:
     return re.compile(text)
   except re.error as error:
@@ -449,7 +463,7 @@ def _options(arguments):
   return options
 
 
-def main(arguments=None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
   options = _options(arguments)
   device = jax.devices()[0]
   print(f"jax {jax.__version__}, {device.device_kind}, bfloat16")
