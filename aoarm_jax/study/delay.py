@@ -61,15 +61,6 @@ def steps_to(
   return float(np.exp(log_steps)), ""
 
 
-def bits_at(
-  step: float, steps: Sequence[int], curve: Sequence[float] | np.ndarray
-) -> float:
-  """Return the loss of a curve at a number of steps; nan outside its runs."""
-  if not steps[0] <= step <= steps[-1]:
-    return float("nan")
-  return float(np.interp(np.log(step), np.log(steps), curve))
-
-
 def delays(
   reference_steps: Sequence[int],
   reference: npt.ArrayLike,

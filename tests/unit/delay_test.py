@@ -83,12 +83,6 @@ class DelayTest(parameterized.TestCase):
     self.assertBetween(steps, 2.0, 8.0)
     self.assertEqual(delay.steps_to(2.1, [1, 2, 4], [2.5, 2.1, 2.2]), (2, ""))
 
-  def test_bits_between_runs(self):
-    self.assertAlmostEqual(
-      delay.bits_at(3000, _STEPS, _law(_STEPS)), _law(3000), places=6
-    )
-    self.assertTrue(math.isnan(delay.bits_at(999, _STEPS, _law(_STEPS))))
-
 
 if __name__ == "__main__":
   absltest.main()
