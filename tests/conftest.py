@@ -3,8 +3,8 @@
 import os
 import tempfile
 
-# XLA's older emitters for the CPU compile in a third of the time. Processes of
-# ours inherit this; the quick start, run by .ci/run, has a user's options.
+# XLA's older emitters for the CPU compile in a third of the time. Processes that
+# tests start inherit this. The quick start, run by .ci/run, has a user's options.
 os.environ["XLA_FLAGS"] = " ".join(
   [
     os.environ.get("XLA_FLAGS", ""),
@@ -14,6 +14,10 @@ os.environ["XLA_FLAGS"] = " ".join(
 
 
 def pytest_configure(config):
+  # The default tests run small programs a few times, so optimisations do not
+  # repay. Kernels for accelerators are compiled as a user's are.
+  if "not gpu" in config.option.markexpr:
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
   if hasattr(config, "workerinput"):
     return  # A worker has its parent's folder.
   folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
