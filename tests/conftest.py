@@ -3,8 +3,9 @@
 import os
 import tempfile
 
-# XLA's older emitters for the CPU compile in a third of the time. Processes that
-# tests start inherit this. The quick start, run by .ci/run, has a user's options.
+# XLA's older emitters for the CPU compile in a third of the time. Processes
+# that tests start inherit this. .ci/run runs the quick start with a user's
+# options.
 os.environ["XLA_FLAGS"] = " ".join(
   [
     os.environ.get("XLA_FLAGS", ""),
