@@ -5,6 +5,7 @@
   rates.csv        every trial of a learning rate
   chosen.csv       the rates that these trials decide
   differences.csv  bits of each arm minus those of the reference, paired
+  contrasts.csv    how that difference changes from the least to the most FLOPs
   delays.csv       ratio of steps to equal loss, see delay
   bits.png, .svg   bits over FLOPs, every seed a dot
   delay.png, .svg  the delay over the budget, with the cost ratio as a line
@@ -13,6 +14,7 @@ It can be written at any time; what was not run is left out, and every number
 says how many seeds it is of.
 """
 
+import dataclasses
 import itertools
 import math
 from typing import Any, NamedTuple
@@ -36,12 +38,14 @@ class Run(NamedTuple):
     result: what its result.json holds.
     steps: optimizer steps.
     bits: of every window, bits per character, [windows].
+    recipe: what sets it apart from the primary runs, "" if nothing does.
   """
 
   cell: cells_lib.Cell
   result: dict
   steps: int
   bits: np.ndarray
+  recipe: str
 
   @property
   def characters(self) -> int:
@@ -53,65 +57,89 @@ class Run(NamedTuple):
     return self.result["config"]["optimizer"]["peak_learning_rate"]
 
 
+def _recipe(cell, config):
+  """What sets a cell apart from the primary runs, "" if nothing does."""
+  primary = f"{config.optimizer.peak_learning_rate:g}"
+  given = rates.parse(cell.rate) is None and cell.rate != primary
+  return " ".join(filter(None, (f"rate={cell.rate}" * given, cell.changes)))
+
+
 def collect(cells: list[cells_lib.Cell], results: Any) -> list[Run]:
   """Return the runs that are done.
 
-  If several cells have the same arm, budget and seed, the last cell counts. A
-  checked rate stands behind the searched rate in the sweep, and replaces it.
+  Runs with a checked rate replace runs with the searched rate once they are
+  done for all seeds of their arm and budget, so that no row mixes two rules.
 
   Args:
     cells: all cells of the sweep.
     results: the sweep.Results.
   """
-  found = {}
+  groups: dict[cells_lib.Cell, dict[str, list[cells_lib.Cell]]] = {}
   for cell in cells:
-    result = results.result(cell)
-    if result is None:
-      continue
-    nats = results.arrays(cell, "windows.npz")["nats"]
-    steps = result["config"]["train"]["steps"]
-    run = Run(cell, result, steps, nats / math.log(2) / cell.T)
-    found[cell.mechanism, cell.T, cell.changes, steps, cell.seed] = run
-  return list(found.values())
+    rule = rates.parse(cell.rate)
+    kind = rule[0] if rule else "given"
+    shared = (
+      cell.arm if kind == "given" else dataclasses.replace(cell.arm, rate="")
+    )
+    groups.setdefault(shared, {}).setdefault(kind, []).append(cell)
+  runs: dict[tuple, Run] = {}
+  for by_rule in groups.values():
+    checked = by_rule.pop("checked", [])
+    if checked and (not by_rule or all(map(results.result, checked))):
+      by_rule = {"checked": checked}
+    for cell in (cell for group in by_rule.values() for cell in group):
+      result = results.result(cell)
+      if result is None:
+        continue
+      nats = results.arrays(cell, "windows.npz")["nats"]
+      steps = result["config"]["train"]["steps"]
+      recipe = _recipe(cell, results.config)
+      run = Run(cell, result, steps, nats / math.log(2) / cell.T, recipe)
+      # The reference is the same run at equal FLOPs and at equal steps.
+      key = (cell.mechanism, cell.T, recipe, steps, cell.seed)
+      if key not in runs or cell.budget == "flops":
+        runs[key] = run
+  return list(runs.values())
 
 
 def _arms(runs, reference):
-  """(T, mechanism, reference's runs, arm's runs), by steps and seed."""
-  by_arm: dict[tuple[int, str], dict[int, dict[int, Run]]] = {}
+  """Yields (T, mechanism, recipe, reference's runs, arm's runs).
+
+  The runs are {steps: {seed: Run}}, with ascending steps.
+  """
+  by_arm: dict[tuple[int, str, str], dict[int, dict[int, Run]]] = {}
   for run in runs:
-    if not run.cell.changes:
-      arm = by_arm.setdefault((run.cell.T, run.cell.mechanism), {})
-      arm.setdefault(run.steps, {})[run.cell.seed] = run
-  for (T, mechanism), arm in by_arm.items():
-    own = by_arm.get((T, reference))
-    if mechanism != reference and own:
-      yield T, mechanism, dict(sorted(own.items())), dict(sorted(arm.items()))
+    key = run.cell.T, run.cell.mechanism, run.recipe
+    by_arm.setdefault(key, {}).setdefault(run.steps, {})[run.cell.seed] = run
+  for (T, mechanism, own_recipe), arm in by_arm.items():
+    own = by_arm.get((T, reference, ""))
+    if (mechanism, own_recipe) != (reference, "") and own:
+      yield (
+        T,
+        mechanism,
+        own_recipe,
+        dict(sorted(own.items())),
+        dict(sorted(arm.items())),
+      )
 
 
 def differences(runs: list[Run], reference: str) -> list[tables.Row]:
-  """Each arm minus the reference, at equal FLOPs and at equal steps.
+  """Return each arm minus the reference, at equal FLOPs and at equal steps.
 
-  Paired by seed and window. At equal steps the arm's bits are interpolated, for
-  every window, in the logarithm of the steps. `answer` is "worse" or "better"
-  where the whole 95% interval is on one side of 0 and the difference is above
-  MARGIN, "equal" where the interval lies within MARGIN, "unclear" else.
+  The differences are paired by seed and window. At equal steps the arm was run
+  for as many steps as the reference; only where that run is missing are its
+  bits interpolated, for every window, in the logarithm of the steps.
+
+  `answer` is "worse" or "better" where the whole 95% interval is on one side of
+  0 and the difference is above MARGIN, "equal" where the whole interval lies
+  within MARGIN, and "unclear" else.
   """
   rows = []
-  for T, mechanism, own, arm in _arms(runs, reference):
+  for T, mechanism, own_recipe, own, arm in _arms(runs, reference):
     for steps, by_seed in own.items():
       budget = next(iter(by_seed.values()))
-      equal_flops = [
-        seeds
-        for seeds in arm.values()
-        if any(
-          run.cell.budget == "flops" and run.cell.steps == steps
-          for run in seeds.values()
-        )
-      ]
       pairs = {
-        "flops": {
-          seed: run.bits for seeds in equal_flops for seed, run in seeds.items()
-        },
+        "flops": _of_equal_flops(steps, arm),
         "steps": _interpolated(steps, arm),
       }
       for equal, found in pairs.items():
@@ -124,6 +152,7 @@ def differences(runs: list[Run], reference: str) -> list[tables.Row]:
         rows.append(
           {
             "mechanism": mechanism,
+            "recipe": own_recipe,
             "T": T,
             "characters": budget.characters,
             "steps": steps,
@@ -135,6 +164,60 @@ def differences(runs: list[Run], reference: str) -> list[tables.Row]:
           }
         )
   return rows
+
+
+def contrasts(runs: list[Run], reference: str) -> list[tables.Row]:
+  """Return how the difference at equal FLOPs depends on the budget.
+
+  For each arm and length: the difference at the largest budget minus the
+  difference at the smallest one, paired by seed and window. Only seeds that ran
+  all four runs count.
+  """
+  rows = []
+  for T, mechanism, own_recipe, own, arm in _arms(runs, reference):
+    ends = [
+      (n, {seed: bits - own[n][seed].bits for seed, bits in pairs.items()})
+      for n in own
+      if (
+        pairs := {
+          seed: bits
+          for seed, bits in _of_equal_flops(n, arm).items()
+          if seed in own[n]
+        }
+      )
+    ]
+    if len(ends) < 2:
+      continue
+    (small, least), (large, most) = ends[0], ends[-1]
+    seeds = sorted(least.keys() & most.keys())
+    if not seeds:
+      continue
+    estimate = statistics.over_both(
+      [most[seed] - least[seed] for seed in seeds]
+    )
+    rows.append(
+      {
+        "mechanism": mechanism,
+        "recipe": own_recipe,
+        "T": T,
+        "from_steps": small,
+        "to_steps": large,
+        "change_bits": estimate.value,
+        "half_of_95_percent": estimate.half,
+        "seeds": len(seeds),
+      }
+    )
+  return rows
+
+
+def _of_equal_flops(steps, arm):
+  """{seed: bits of every window} of an arm, at the FLOPs of the reference."""
+  return {
+    seed: run.bits
+    for seeds in arm.values()
+    for seed, run in seeds.items()
+    if run.cell.budget == "flops" and run.cell.steps == steps
+  }
 
 
 def _answer(estimate):
@@ -162,45 +245,56 @@ def _interpolated(steps, arm):
 def delays(runs: list[Run], reference: str, resamples: int) -> list[tables.Row]:
   """The delay of each arm at each budget of the reference, see delay.Delay."""
   rows = []
-  for T, mechanism, own, arm in _arms(runs, reference):
-    seeds = _common_seeds(own, arm)
-    steps = [n for n in arm if seeds <= arm[n].keys()]
-    budgets = [n for n in own if seeds <= own[n].keys()]
-    if not seeds or len(steps) < 2:
+  for T, mechanism, own_recipe, own, arm in _arms(runs, reference):
+    # Only seeds that ran every budget of both arms: curves must be whole.
+    every = [set(seeds) for group in (own, arm) for seeds in group.values()]
+    seeds = sorted(set.intersection(*every))
+    if not seeds or len(arm) < 2:
       continue
+    budgets = list(own)
     found = delay.delays(
       budgets,
-      [[own[n][seed].bits for seed in sorted(seeds)] for n in budgets],
-      steps,
-      [[arm[n][seed].bits for seed in sorted(seeds)] for n in steps],
+      [[own[n][seed].bits for seed in seeds] for n in budgets],
+      list(arm),
+      [[runs_of[seed].bits for seed in seeds] for runs_of in arm.values()],
       resamples=resamples,
     )
-    flops = [
-      group[n][min(seeds)].result["training_flops"] / n
-      for group, n in ((arm, steps[0]), (own, budgets[0]))
-    ]
+    own_flops, arm_flops = (
+      group[n][seeds[0]].result["training_flops"] / n
+      for group, n in ((own, budgets[0]), (arm, next(iter(arm))))
+    )
+    ratio = own_flops / arm_flops
     for n, one in zip(budgets, found):
       rows.append(
         {
           "mechanism": mechanism,
+          "recipe": own_recipe,
           "T": T,
-          "characters": own[n][min(seeds)].characters,
+          "characters": own[n][seeds[0]].characters,
           "steps": n,
           "delay": one.value,
           "bound": one.bound,
           "low": one.low,
           "high": one.high,
-          "cost_ratio": flops[1] / flops[0],
+          "resampled_low": one.resampled[0],
+          "resampled_high": one.resampled[1],
+          "cost_ratio": ratio,
           "seeds": len(seeds),
+          "second_stream": _pays(one, ratio, len(seeds)),
         }
       )
   return rows
 
 
-def _common_seeds(own, arm):
-  """Seeds that ran the largest number of budgets of both arms."""
-  every = [set(seeds) for group in (own, arm) for seeds in group.values()]
-  return set.intersection(*every) if every else set()
+def _pays(one, ratio, seeds):
+  """Return whether a second stream pays, from a delay and the cost ratio."""
+  if one.bound:
+    return f"delay {one.bound} {one.value:.3f}: see the difference"
+  if seeds < 2:
+    return "one seed"
+  if one.low > ratio:
+    return "pays"
+  return "does not pay" if one.high < ratio else "unclear"
 
 
 def runs_table(runs: list[Run]) -> list[tables.Row]:
@@ -211,7 +305,7 @@ def runs_table(runs: list[Run]) -> list[tables.Row]:
       "mechanism": run.cell.mechanism,
       "T": run.cell.T,
       "seed": run.cell.seed,
-      "with": run.cell.changes,
+      "recipe": run.recipe,
       "rate": run.rate,
       "steps": run.steps,
       "characters": run.characters,
@@ -303,6 +397,7 @@ def write(
     "rates": rates_table(cells, config, results),
     "chosen": chosen_table(cells, results),
     "differences": differences(runs, reference),
+    "contrasts": contrasts(runs, reference),
     "delays": delays(runs, reference, config.study.bootstrap),
   }
   for name, rows in made.items():
@@ -316,11 +411,12 @@ def write(
     plots.delay_over_budget(made["delays"], folder, "delay")
     drawn.append("delay")
   shown = report.command(argv, config.data.path)
-  text = _page(made, drawn, shown, len(cells), len(runs))
+  failures = results.failures(cells)
+  text = _page(made, drawn, shown, len(cells), len(runs), failures)
   run_dir.write_atomically(folder / "README.md", text)
 
 
-def _page(made, drawn, shown, asked, done):
+def _page(made, drawn, shown, asked, done, failures):
   """README.md."""
   parts = [
     "# The budget curve\n",
@@ -338,6 +434,7 @@ def _page(made, drawn, shown, asked, done):
       "Bits per character, arm minus reference",
       {
         "mechanism": "",
+        "recipe": "",
         "T": "",
         "characters": ",",
         "equal": "",
@@ -348,19 +445,35 @@ def _page(made, drawn, shown, asked, done):
       },
     ),
     (
+      "contrasts",
+      "Change of the difference at equal FLOPs, smallest to largest budget",
+      {
+        "mechanism": "",
+        "recipe": "",
+        "T": "",
+        "from_steps": ",",
+        "to_steps": ",",
+        "change_bits": "+.4f",
+        "half_of_95_percent": ".4f",
+        "seeds": "",
+      },
+    ),
+    (
       "delays",
       "Delay: steps of the arm over steps of the reference at equal "
       "loss; a second stream pays above the cost ratio",
       {
         "mechanism": "",
+        "recipe": "",
         "T": "",
         "characters": ",",
         "bound": "",
-        "delay": ".2f",
-        "low": ".2f",
-        "high": ".2f",
+        "delay": ".3f",
+        "low": ".3f",
+        "high": ".3f",
         "cost_ratio": ".3f",
         "seeds": "",
+        "second_stream": "",
       },
     ),
     (
@@ -387,6 +500,9 @@ def _page(made, drawn, shown, asked, done):
       parts.append(f"[{name}.csv]({name}.csv)\n")
   if made["runs"]:
     parts.append("All runs: [runs.csv](runs.csv)\n")
+  if failures:
+    listed = "\n".join(f"- {line}" for line in failures)
+    parts.append(f"## Runs that failed\n\n{listed}\n")
   parts += [f"![{name}]({name}.png)\n" for name in drawn]
   return "\n".join(parts)
 

@@ -400,7 +400,7 @@ def bits_over_flops(
     folder: of the pictures.
     name: of the files.
   """
-  rows = [row for row in rows if not row["with"]]
+  rows = [row for row in rows if not row["recipe"]]
   lengths = sorted({row["T"] for row in rows})
   with _picture(folder, name, *_shape(len(lengths)), sharey=True) as (
     all_,
@@ -444,6 +444,7 @@ def delay_over_budget(
     folder: of the pictures.
     name: of the files.
   """
+  rows = [row for row in rows if not row["recipe"]]
   arms = list(dict.fromkeys((row["mechanism"], row["T"]) for row in rows))
   with _picture(folder, name, 1) as (all_, grid):
     axes = grid[0, 0]

@@ -92,10 +92,10 @@ class Results:
 
   def at_edge(self, cell: cells_lib.Cell) -> str:
     """Whether the tuned rate of a cell is the least or the greatest tried."""
-    rates, rate = self.config.study.rates, self.rate(cell)
+    tried, rate = self.config.study.rates, self.rate(cell)
     if not cells_lib.trials(cell, self.config) or rate is None:
       return ""
-    return "yes" if rate in (min(rates), max(rates)) else "no"
+    return "yes" if rate in (min(tried), max(tried)) else "no"
 
   def is_untrained(self, cell: cells_lib.Cell) -> bool:
     """Whether a run has learned no more than how frequent the letters are."""

@@ -4,8 +4,8 @@ With config.study.decay_share a run is a trunk, at a constant rate after its
 warmup, and a branch, in which the rate decays to zero. Runs that differ by
 their steps alone have the same trunk, so its states are kept:
 
-  trunks/<trunk>/<step>/   states at a constant rate; one at the beginning of
-                           every branch, and the newest
+  trunks/<trunk>/<step>/   the two newest states at a constant rate; a branch's
+                           start is one of them when the branch begins
   cells/<cell>/branch/     the newest state of a branch that is under way
 
 A run goes on from the latest state that belongs to it. The result is that of a

@@ -1,7 +1,7 @@
-"""Three steps of training of every mechanism, against losses kept in a file.
+"""Three steps of training of every mechanism, against numbers kept in a file.
 
-A change of any number that training computes shows here, also one that no
-property test sees. If it is meant, make the file anew:
+A change of the loss, the gradient, clipping, decay or the update shows here,
+also one that no property test sees. If it is meant, make the file anew:
 
   PYTHONPATH=tests python tests/numerics/golden_test.py --write
 """
@@ -25,21 +25,27 @@ from aoarm_jax.training import program as program_lib
 # Whole programs: on one Python is enough.
 pytestmark = pytest.mark.once
 
-_FILE = pathlib.Path(__file__).with_name("golden_losses.json")
+_FILE = pathlib.Path(__file__).with_name("golden_numbers.json")
 _B, _T, _STEPS = 4, 8, 3
 # Nats. jax 0.10 and 0.12 differ by 5e-7 here, which is two roundings. Other
 # processors add in another order, and Adam divides small gradients.
 _TOLERANCE = 2e-5
 
 
-def losses(mechanism: str) -> list[float]:
-  """Nats per token of three steps, on fixed tokens, from seed 0."""
+def numbers(mechanism: str) -> list[list[float]]:
+  """Nats per token, gradient norm and update norm of each of three steps.
+
+  On fixed tokens, from seed 0. Gradients are clipped and weights decay, so that
+  both show in the update.
+  """
   kind = mechanisms.MECHANISMS[mechanism]
   family = "left_to_right" if kind.left_to_right else "uniform"
   config = config_lib.Config(
     model=config_lib.Model(mechanism=mechanism, T=_T, D=16, L=2, N=2),
     orders=config_lib.Orders(family=family),
-    optimizer=config_lib.Optimizer(warmup_steps=0, peak_learning_rate=1e-2),
+    optimizer=config_lib.Optimizer(
+      warmup_steps=0, peak_learning_rate=1e-2, clip_norm=0.3, weight_decay=1.0
+    ),
     train=config_lib.Train(batch_size=_B, steps=_STEPS),
     compute=config_lib.Compute(dtype="float32", attention="xla"),
     mesh=config_lib.Mesh(data=1),
@@ -47,12 +53,18 @@ def losses(mechanism: str) -> list[float]:
   program = program_lib.make(config, "train")
   mesh = program.network.mesh
   with jax.set_mesh(mesh):
-    state, nats = program.init(np.int32(0)), []
+    state, rows = program.init(np.int32(0)), []
     for step in range(_STEPS):
       tokens = tiny.tokens(_B, _T, 27, seed=step).astype(np.uint8)
       state, sums = program.step(state, sharding.put_batch(mesh, tokens))
-      nats.append(float(sums["nats"] / sums["tokens"]))
-  return nats
+      rows.append(
+        [
+          float(sums["nats"] / sums["tokens"]),
+          float(sums["gradient_norm"]),
+          float(sums["update_norm"]),
+        ]
+      )
+  return rows
 
 
 class GoldenTest(parameterized.TestCase):
@@ -66,14 +78,14 @@ class GoldenTest(parameterized.TestCase):
     )
 
   @parameterized.parameters(*mechanisms.MECHANISMS)
-  def test_losses(self, mechanism):
+  def test_numbers(self, mechanism):
     want = json.loads(_FILE.read_text())[mechanism]
-    np.testing.assert_allclose(losses(mechanism), want, atol=_TOLERANCE)
+    np.testing.assert_allclose(numbers(mechanism), want, atol=_TOLERANCE)
 
 
 if __name__ == "__main__":
   if sys.argv[1:] == ["--write"]:
-    made = {name: losses(name) for name in mechanisms.MECHANISMS}
+    made = {name: numbers(name) for name in mechanisms.MECHANISMS}
     _FILE.write_text(json.dumps(made, indent=1) + "\n")
   else:
     absltest.main()

@@ -1,6 +1,7 @@
 """A tiny budget curve from end to end: shared trunks, kills, the report."""
 
 import csv
+import json
 import pathlib
 import tempfile
 
@@ -46,11 +47,22 @@ class TrunkTest(absltest.TestCase):
     self.assertFalse((cell / trunks.BRANCH).exists())
     return {name: (cell / name).read_bytes() for name in _FILES}
 
+  def taken(self, workdir, steps):
+    """Steps that the process which ended this run has taken."""
+    (path,) = (self.folder / workdir / "cells").glob(
+      f"two_*-steps{steps}-*/{measure.RESULT}"
+    )
+    return json.loads(path.read_text())["steps_taken"]
+
   def test_branches_of_a_trunk_are_runs_from_the_start(self):
     two = "--config.study.cells=two_stream"
     self.study("shared", two)
     self.study("alone", f"{two} steps=80")
     self.assertEqual(self.files("shared", 80), self.files("alone", 80))
+    # The second run began where the branch of the first one did.
+    self.assertEqual(self.taken("shared", 40), 40)
+    self.assertEqual(self.taken("shared", 80), 80 - 32)
+    self.assertEqual(self.taken("alone", 80), 80)
     self.check_another_text_is_refused()
     self.check_interrupted(two)
     self.study("shared", "--config.study.part=all")
@@ -72,6 +84,7 @@ class TrunkTest(absltest.TestCase):
         results = list((self.folder / "pieces").glob("cells/*/result.json"))
         self.assertEqual(bool(results), done)
     self.assertEqual(self.files("pieces", 80), self.files("shared", 80))
+    self.assertEqual(self.taken("pieces", 80), 80 - 70)
 
   def check_another_text_is_refused(self):
     helpers.write_text(self.folder / "other", seed=1, test=False)
