@@ -2,7 +2,7 @@
 
 A mechanism tells a row which position it predicts. Mechanisms differ by name in
 the table below and nowhere else. aoarm_jax/model/rows.py builds the pieces that
-the table names. No other part of the code knows a mechanism by name.
+the table names. No computation knows a mechanism by name.
 
 To add a mechanism that is made of these pieces, add a line here and a file in
 configs/.
