@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 
+from aoarm_jax.config import paths
 from aoarm_jax.config import rules as config_rules
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.evaluation import score as score_lib
@@ -39,7 +39,7 @@ class Model:
     self, workdir: os.PathLike | str, *, read: str = "newest"
   ) -> None:
     """Load a checkpoint. See aoarm_jax.load for the arguments and errors."""
-    workdir = epath.Path(workdir)
+    workdir = paths.reached(paths.of(workdir, "workdir"), "workdir")
     config = opening.read_config(workdir)
     # The mesh and the attention must fit the devices here, and not those of
     # training.
