@@ -29,7 +29,7 @@ import pallas_kernels
 from aoarm_jax.config import errors, paths
 from aoarm_jax.config import rules as config_rules
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.devices import distributed
+from aoarm_jax.devices import distributed, switches
 from aoarm_jax.evaluation import evaluate, score
 from aoarm_jax.generation import texts as generate
 from aoarm_jax.runs import directory as run_dir
@@ -301,6 +301,7 @@ def run(flag_values: flags.FlagValues, argv: list[str]) -> None:
     config = opening.as_trained(config, workdir, overridden)
   config = config_rules.validate(config)
   _check_flags(flag_values)
+  switches.fix_types()
   # JAX must know the other processes before anything looks at a device.
   distributed.start(config.distributed)
   config_file = config_flags.get_config_filename(flag_values["config"])

@@ -34,7 +34,7 @@ import jax
 import pallas_kernels
 from aoarm_jax.config import mechanisms, paths
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.devices import peaks
+from aoarm_jax.devices import peaks, switches
 from aoarm_jax.runs import checkpoint, figures, opening
 from aoarm_jax.tools import (
   arguments,
@@ -201,6 +201,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   options = _parse(argv)
   if options.plot:
     return _plot(options.plot)
+  switches.fix_types()
   try:
     run, every = _restore(options)
   except (config_lib.ConfigError, checkpoint.CheckpointError) as error:
