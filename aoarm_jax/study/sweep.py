@@ -461,6 +461,8 @@ def _run_cell(lab, results, cell, clock, start):
     except config_lib.ConfigError:
       logging.warning("another process runs this cell: passed over")
       return True
+    # Another process may have begun with another text meanwhile.
+    _check_text(results, lab.text)
     # Another process may have done it meanwhile; equal cells share a folder.
     if results.is_open(cell):
       try:
