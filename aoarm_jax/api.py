@@ -8,10 +8,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 
+from aoarm_jax.config import paths
 from aoarm_jax.config import rules as config_rules
 from aoarm_jax.config import schema as config_lib
+from aoarm_jax.devices import switches
 from aoarm_jax.evaluation import score as score_lib
 from aoarm_jax.generation import prompts
 from aoarm_jax.generation import texts as generate_lib
@@ -39,7 +40,7 @@ class Model:
     self, workdir: os.PathLike | str, *, read: str = "newest"
   ) -> None:
     """Load a checkpoint. See aoarm_jax.load for the arguments and errors."""
-    workdir = epath.Path(workdir)
+    workdir = paths.reached(paths.of(workdir, "workdir"), "workdir")
     config = opening.read_config(workdir)
     # The mesh and the attention must fit the devices here, and not those of
     # training.
@@ -48,7 +49,8 @@ class Model:
     self.config = config_rules.validate(
       config.replace("compute.attention", "auto")
     )
-    run = opening.open_run(workdir, self.config)
+    with switches.fixed_types():
+      run = opening.open_run(workdir, self.config)
     self.step, self._params = run.step, run.params
     self._network = run.network
     self._sampler = generate_lib.Sampler(self.config, run.network)
@@ -142,7 +144,7 @@ class Model:
       for i, text in enumerate(several, 1)
     ]
     given = _orders(options, [marked for _, marked in parsed])
-    with jax.set_mesh(self._network.mesh):
+    with switches.fixed_types(), jax.set_mesh(self._network.mesh):
       scores = self._scorer.score(self._params, parsed, config, given)
     return scores if several is texts else scores[0]
 
@@ -161,7 +163,7 @@ class Model:
     """Return `count` texts for each of the parsed prompts."""
     config = self._with("sample", {"count": count, **options})
     given = _orders(options, parsed)
-    with jax.set_mesh(self._network.mesh):
+    with switches.fixed_types(), jax.set_mesh(self._network.mesh):
       return self._sampler.fill(self._params, parsed, config, given)
 
   def _with(self, section, options, blank=None):

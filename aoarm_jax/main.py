@@ -23,14 +23,13 @@ from typing import Any
 
 import jax
 from absl import app, flags, logging
-from etils import epath
 from ml_collections import config_flags
 
 import pallas_kernels
-from aoarm_jax.config import errors
+from aoarm_jax.config import errors, paths
 from aoarm_jax.config import rules as config_rules
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.devices import distributed
+from aoarm_jax.devices import distributed, switches
 from aoarm_jax.evaluation import evaluate, score
 from aoarm_jax.generation import texts as generate
 from aoarm_jax.runs import directory as run_dir
@@ -138,6 +137,7 @@ def parse(
   """
   for argument in argv[1:]:
     _check_override(argument)
+  argv = [argv[0], *map(_expanded, argv[1:])]
   try:
     arguments = flag_values(argv)
     if len(arguments) > 1:
@@ -217,6 +217,17 @@ def _fields(name):
   return f"; did you mean {' or '.join(similar)}?" if similar else ""
 
 
+def _expanded(argument: str) -> str:
+  """Return a --config=~/file.py with the home folder instead of ~.
+
+  A shell leaves a ~ after the sign of equality as it is.
+  """
+  flag, _, path = argument.partition("=")
+  if flag not in ("--config", "-config") or not path.startswith("~"):
+    return argument
+  return f"{flag}={paths.of(path, flag)}"
+
+
 def _check_override(argument: str) -> None:
   """Check that a --config.a.b=value fits the schema.
 
@@ -277,16 +288,20 @@ def run(flag_values: flags.FlagValues, argv: list[str]) -> None:
       and ConfigError are such errors.
     flags.Error: the flags do not go together.
   """
-  workdir = epath.Path(
+  workdir = paths.of(
     flag_values.workdir
-    or f"runs/{flag_values.config.name}-{flag_values.config.variant}"
+    or f"runs/{flag_values.config.name}-{flag_values.config.variant}",
+    "--workdir",
   )
+  if flag_values.mode not in ("count", "compile"):
+    paths.reached(workdir, "--workdir")
   config = config_lib.from_config_dict(flag_values.config)
   if flag_values.mode in ("eval", "sample", "score"):
     overridden = config_flags.get_override_values(flag_values["config"])
     config = opening.as_trained(config, workdir, overridden)
   config = config_rules.validate(config)
   _check_flags(flag_values)
+  switches.fix_types()
   # JAX must know the other processes before anything looks at a device.
   distributed.start(config.distributed)
   config_file = config_flags.get_config_filename(flag_values["config"])

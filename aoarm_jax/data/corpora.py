@@ -23,6 +23,7 @@ import numpy as np
 import zstandard
 from etils import epath
 
+from aoarm_jax.config import paths
 from aoarm_jax.data import tokenizers
 
 DataError = tokenizers.DataError
@@ -117,6 +118,7 @@ def load(corpus: str, path: str, tokenizer: tokenizers.Tokenizer) -> Corpus:
 
   Raises:
     DataError: the path is missing, not needed, or of the wrong kind.
+    ConfigError: the path is an address that cannot be read, see paths.of.
   """
   if corpus not in ("auto", "books", "text8", "folder"):
     raise DataError(
@@ -173,7 +175,7 @@ def unigram_entropy(tokens: np.ndarray, V: int) -> float:
 
 def _at_path(corpus: str, path: str, tokenizer: tokenizers.Tokenizer) -> Corpus:
   """Return the corpus of a file or folder: auto, text8 or folder."""
-  location = epath.Path(path).expanduser()
+  location = paths.of(path, "config.data.path")
   try:
     exists, is_folder = location.exists(), location.is_dir()
   except (ImportError, OSError) as error:  # For example, gs:// has no client.

@@ -21,7 +21,7 @@ from aoarm_jax.devices import sharding
 from aoarm_jax.evaluation import estimators
 from aoarm_jax.model import network as network_lib
 from aoarm_jax.runs import directory as run_dir
-from aoarm_jax.runs import figures, opening, telemetry
+from aoarm_jax.runs import figures, identity, opening, telemetry
 
 _SECONDS_BETWEEN_LINES = 15.0
 
@@ -290,7 +290,7 @@ def evaluate(config: config_lib.Config, workdir: epath.Path) -> None:
   network = run.network
   corpus = corpora.load(config.data.corpus, config.data.path, network.tokenizer)
   logging.info("text: %s", corpus.describe(config.eval.split))
-  opening.warn_other_text(run.text, corpus, config.eval.split)
+  identity.warn_other_text(run.saved, corpus, config.eval.split)
   batches = evaluation_batches(network, corpus.split(config.eval.split))
   # The estimator training_order takes the orders of training, whatever the
   # command line says about them.

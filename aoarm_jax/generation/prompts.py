@@ -6,9 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 from absl import logging
-from etils import epath
 
-from aoarm_jax.config import errors
+from aoarm_jax.config import errors, paths
 from aoarm_jax.data import tokenizers
 
 
@@ -162,13 +161,14 @@ def read_lines(path: str) -> list[tuple[str, str]]:
 
   Raises:
     PromptError: the file does not exist, is not UTF-8, or has no text.
+    ConfigError: the path is an address that cannot be read, see paths.of.
   """
   name = "standard input" if path == "-" else path
   try:
     if path == "-":
       data = sys.stdin.buffer.read()
     else:
-      data = epath.Path(path).read_bytes()
+      data = paths.of(path, "--input").read_bytes()
     # Some editors write a byte order mark, which is not part of the text.
     lines = data.decode("utf-8-sig").replace("\r\n", "\n").split("\n")
   except UnicodeDecodeError as error:

@@ -49,7 +49,9 @@ def normal(
     axes: its logical axes, see devices/sharding.py.
     scale: the standard deviation.
   """
-  return nnx.Param(scale * jax.random.normal(rngs.params(), shape), axes=axes)
+  # Without a type, the switch JAX_ENABLE_X64 would make it float64.
+  values = jax.random.normal(rngs.params(), shape, jnp.float32)
+  return nnx.Param(scale * values, axes=axes)
 
 
 def used(param: nnx.Param, dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -146,7 +148,7 @@ class RMSNorm(nnx.Module):
   """Return x / rms(x) * scale over the last axis, in float32."""
 
   def __init__(self, width: int):
-    self.scale = nnx.Param(jnp.ones(width), axes=("vector",))
+    self.scale = nnx.Param(jnp.ones(width, jnp.float32), axes=("vector",))
 
   def __call__(self, x: jax.Array) -> jax.Array:
     return _normalised(x, self.scale[...])
@@ -194,7 +196,9 @@ class Modulation(nnx.Module):
 
   def __init__(self, C: int, count: int, D: int, *, rngs: nnx.Rngs):
     self.weight = normal(rngs, (C, count, D), ("condition", None, "embed"))
-    self.bias = nnx.Param(jnp.zeros((count, D)), axes=(None, "vector"))
+    self.bias = nnx.Param(
+      jnp.zeros((count, D), jnp.float32), axes=(None, "vector")
+    )
 
   def __call__(
     self,

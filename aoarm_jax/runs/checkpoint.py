@@ -75,7 +75,7 @@ class Checkpoints:
     path = epath.Path(directory)
     if "://" not in str(path):
       # Orbax accepts only absolute paths.
-      path = epath.Path(os.path.abspath(path.expanduser()))
+      path = epath.Path(os.path.abspath(path))
     self._steps = manifest.Steps(path)
     self._keep_last, self._keep_best = keep_last, keep_best
     self._thread = concurrent.futures.ThreadPoolExecutor(

@@ -87,7 +87,8 @@ def lock(workdir: epath.PathLike) -> Iterator[None]:
   """Keeps a second training run out of a local run directory.
 
   The lock ends with the process, even if the process is killed. Nothing is
-  locked where the folder is remote, or the system has no such locks.
+  locked where the folder is remote or cannot be written to, or the system has
+  no such locks.
 
   Raises:
     config.ConfigError: another process holds the lock; names the process.
@@ -97,7 +98,15 @@ def lock(workdir: epath.PathLike) -> Iterator[None]:
     yield
     return
   workdir.mkdir(parents=True, exist_ok=True)
-  with open(workdir / ".lock", "a+") as file:
+  try:
+    file = open(workdir / ".lock", "a+")  # noqa: SIM115
+  except OSError:
+    if os.access(workdir, os.W_OK):
+      raise
+    # Nobody can train in such a folder, and a finished run is still told so.
+    yield
+    return
+  with file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

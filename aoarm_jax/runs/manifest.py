@@ -149,9 +149,18 @@ class Steps:
     for name in [*wanted, *in_parts]:
       have, want = saved.get(name, "absent"), wanted.get(name, "absent")
       if have != want:
+        advice = "use the configuration saved there"
+        if have.partition("[")[2] == want.partition("[")[2] != "":
+          # The config decides shapes, and no types.
+          advice = (
+            "the types of a state are fixed, so another version of this "
+            "program wrote it, or one with JAX_ENABLE_X64 or "
+            "JAX_DEFAULT_PRNG_IMPL set: use that one, or start in another "
+            "directory"
+          )
         raise CheckpointError(
           f"leaf {name} is {have} in checkpoint {self.at(step)} but {want} in "
-          "the state asked for: use the configuration saved there"
+          f"the state asked for: {advice}"
         )
 
   def newest(self) -> Saved | None:

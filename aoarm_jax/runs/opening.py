@@ -8,12 +8,10 @@ import jax
 from absl import logging
 from etils import epath
 
-from aoarm_jax.config import rules as config_rules
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.data import corpora
 from aoarm_jax.devices import sharding
 from aoarm_jax.model import network as network_lib
-from aoarm_jax.runs import checkpoint
+from aoarm_jax.runs import checkpoint, identity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,19 +21,22 @@ class Run:
   Attributes:
     config: the config that the run is read with.
     trained: the config that the checkpoint was trained with.
-    step: training steps of the checkpoint.
+    saved: the checkpoint, apart from its arrays.
     network: the network with the run's tokenizer, on the mesh of the local
       devices.
     params: the EMA if the run has one, else the parameters; on the mesh.
-    text: sha256 of every split that the run read, by the split's name.
   """
 
   config: config_lib.Config
   trained: config_lib.Config
-  step: int
+  saved: checkpoint.Saved
   network: network_lib.Network
   params: Any
-  text: dict[str, str]
+
+  @property
+  def step(self) -> int:
+    """Training steps of the checkpoint."""
+    return self.saved.step
 
 
 def read_config(workdir: epath.Path) -> config_lib.Config:
@@ -142,11 +143,7 @@ def open_run(
       f"{workdir / 'checkpoints'}: train first, or name the run with --workdir"
     )
   trained = config_lib.from_json(saved.config_json)
-  for path, old, new in config_rules.differences(trained, config, ("model",)):
-    raise config_lib.ConfigError(
-      f"{path}={new!r}: the checkpoint in {workdir} has {old!r}; it is of "
-      "another model: set the field to its value, or name another --workdir"
-    )
+  identity.check_same_model(saved, config, workdir)
   network = network_lib.Network(config, mesh)
   field = "ema" if trained.optimizer.ema_decay > 0 else "params"
   with jax.set_mesh(mesh):
@@ -157,34 +154,4 @@ def open_run(
     workdir,
     " (EMA)" if field == "ema" else "",
   )
-  return Run(
-    config, trained, saved.step, network, params, saved.data_state["text"]
-  )
-
-
-def warn_other_text(
-  text: dict[str, str], corpus: corpora.Corpus, *splits: str
-) -> None:
-  """Log a warning if a split is not the text that the run read.
-
-  Args:
-    text: sha256 of the run's splits, by the split's name.
-    corpus: the text that is read now.
-    *splits: names of the splits to compare.
-  """
-  for split in splits:
-    recorded = text.get(split)
-    if recorded is None:
-      logging.info(
-        "the checkpoint does not record the %s text: this text is not compared "
-        "with the run's",
-        split,
-      )
-    elif recorded != corpus.hash(split):
-      logging.warning(
-        "the %s text is not the checkpoint's (sha256 %s now, %s then): numbers "
-        "cannot be compared with that run's",
-        split,
-        corpus.hash(split)[:12],
-        recorded[:12],
-      )
+  return Run(config, trained, saved, network, params)

@@ -34,7 +34,7 @@ from aoarm_jax.data import corpora, pipeline
 from aoarm_jax.devices import sharding
 from aoarm_jax.evaluation import evaluate
 from aoarm_jax.runs import directory as run_dir
-from aoarm_jax.runs import telemetry
+from aoarm_jax.runs import identity, telemetry
 from aoarm_jax.study import cells as cells_lib
 from aoarm_jax.study import coherence, profiles, trunks
 from aoarm_jax.study import programs as programs_lib
@@ -50,9 +50,7 @@ def text_of(
   corpus: corpora.Corpus, config: config_lib.Config
 ) -> dict[str, str]:
   """The hashes of the splits that are trained on and evaluated."""
-  return {
-    name: corpus.hash(name) for name in sorted({"train", config.eval.split})
-  }
+  return identity.text_of(corpus, "train", config.eval.split)
 
 
 class Lab:

@@ -23,7 +23,7 @@ import jax
 from absl import logging
 from etils import epath
 
-from aoarm_jax.config import errors
+from aoarm_jax.config import errors, paths
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import corpora, pipeline, tokenizers
 from aoarm_jax.devices import sharding
@@ -237,7 +237,10 @@ def study(
       "its share by --config.study.share_index and share_count"
     )
   cells = cells_lib.expand(config)
-  folder = epath.Path(config.study.report or workdir / "report")
+  folder = workdir / "report"
+  if config.study.report:
+    folder = paths.of(config.study.report, "config.study.report")
+    paths.reached(folder, "config.study.report")
   if folder.exists() and not folder.is_dir():
     raise config_lib.ConfigError(
       f"config.study.report={config.study.report!r}: name a folder, not a file"
@@ -458,6 +461,8 @@ def _run_cell(lab, results, cell, clock, start):
     except config_lib.ConfigError:
       logging.warning("another process runs this cell: passed over")
       return True
+    # Another process may have begun with another text meanwhile.
+    _check_text(results, lab.text)
     # Another process may have done it meanwhile; equal cells share a folder.
     if results.is_open(cell):
       try:

@@ -20,7 +20,7 @@ from etils import epath
 
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import corpora
-from aoarm_jax.runs import checkpoint
+from aoarm_jax.runs import checkpoint, identity
 
 BRANCH = "branch"
 _RESERVE_SECONDS = 5.0  # For a save, before time is up.
@@ -64,17 +64,21 @@ class Keeper:
 
     Raises:
       CheckpointError: the saved state has another form.
-      DataError: the saved state was trained on another text.
+      DataError: the saved state was trained on another text, or with another
+        switch of random numbers.
     """
     places = (self._branch, self._trunk)
     found = ((place, self._latest(place)) for place in places)
     place, saved = next((pair for pair in found if pair[1]), (None, None))
     if place is None or saved is None:
       return None
-    if saved.data_state["text"] != self._text:
+    for kind, name, then, now in identity.differences(saved, text=self._text):
       raise corpora.DataError(
         f"config.data.path={self._config.data.path!r}: a state of this run, at "
         f"step {saved.step}, is of another text; choose another --workdir"
+        if kind == "text"
+        else f"{name}={now!r}: a state of this run, at step {saved.step}, has "
+        f"{then!r}; set it back, or choose another --workdir"
       )
     state = place.restore(saved, abstract)
     logging.info("  goes on from step %s", f"{saved.step:,}")
@@ -105,7 +109,7 @@ class Keeper:
     place.save(
       step,
       state,
-      data_state={"losses": losses, "text": self._text},
+      data_state={"losses": losses, **identity.record(self._text)},
       config_json=config_lib.to_json(self._config),
     )
     if self._is_late():

@@ -11,6 +11,9 @@ from collections.abc import Callable, Collection
 
 from etils import epath
 
+from aoarm_jax.config import paths
+from aoarm_jax.config import schema as config_lib
+
 
 def parser(module: str, description: str) -> argparse.ArgumentParser:
   """Returns a parser that shows an error without the usage before it.
@@ -83,9 +86,18 @@ def pattern(text: str) -> re.Pattern:
     ) from None
 
 
+def place(text: str) -> epath.Path:
+  """The type of an argument that names a file or a folder."""
+  try:
+    return paths.of(text, "")
+  except config_lib.ConfigError as error:
+    message = str(error).removeprefix("=")
+    raise argparse.ArgumentTypeError(message) from None
+
+
 def output(text: str) -> str:
   """The type of an argument that names a file to be written."""
-  path = epath.Path(text)
+  path = place(text)
   if not path.name or path.is_dir():
     raise argparse.ArgumentTypeError(f"{text!r}: name a file, not a folder")
   # The nearest folder that exists. A bucket has no such folder.
@@ -95,4 +107,4 @@ def output(text: str) -> str:
         f"{text!r}: {folder} is no folder that can be written to"
       )
     break
-  return text
+  return str(path)

@@ -153,6 +153,7 @@ def estimate(config: config_lib.Config, topology: str) -> Report:
       env={
         **os.environ,
         "JAX_PLATFORMS": "cpu",
+        "JAX_ENABLE_X64": "0",
         "TPU_SKIP_MDS_QUERY": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
       },

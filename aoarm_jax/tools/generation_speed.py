@@ -30,12 +30,11 @@ import sys
 from collections.abc import Iterator, Sequence
 
 import jax
-from etils import epath
 
 import pallas_kernels
-from aoarm_jax.config import mechanisms
+from aoarm_jax.config import mechanisms, paths
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.devices import peaks
+from aoarm_jax.devices import peaks, switches
 from aoarm_jax.runs import checkpoint, figures, opening
 from aoarm_jax.tools import (
   arguments,
@@ -170,9 +169,17 @@ def _parser():
     help="bytes/s, for the floor; 0: this device's, where devices/peaks.py "
     "knows it, or no floor",
   )
-  add("--workdir", default="", help="a run, instead of random weights")
+  add(
+    "--workdir",
+    type=arguments.place,
+    help="a run, instead of random weights",
+  )
   add("--out", type=arguments.output, help="CSV file")
-  add("--plot", default="", help="draw this CSV file beside it, and no more")
+  add(
+    "--plot",
+    type=arguments.place,
+    help="draw this CSV file beside it, and no more",
+  )
   return parser
 
 
@@ -193,7 +200,8 @@ def main(argv: Sequence[str] | None = None) -> None:
   """Prints a line for each cell as it is measured, and writes the CSV file."""
   options = _parse(argv)
   if options.plot:
-    return _plot(epath.Path(options.plot))
+    return _plot(options.plot)
+  switches.fix_types()
   try:
     run, every = _restore(options)
   except (config_lib.ConfigError, checkpoint.CheckpointError) as error:
@@ -257,7 +265,7 @@ def _restore(options):
   """Returns the run to be timed, or None, and all cells."""
   if not options.workdir:
     return None, list(cells(options, None))
-  workdir = epath.Path(options.workdir)
+  workdir = paths.reached(options.workdir, "--workdir")
   config = opening.read_config(workdir)
   every = list(cells(options, config))
   config = config.replace("mesh", config_lib.Mesh(data=1))

@@ -42,7 +42,14 @@ import numpy as np
 import pallas_kernels
 from aoarm_jax.config import mechanisms
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.devices import distributed, hlo, peaks, sharding, trace
+from aoarm_jax.devices import (
+  distributed,
+  hlo,
+  peaks,
+  sharding,
+  switches,
+  trace,
+)
 from aoarm_jax.model import cost
 from aoarm_jax.runs import telemetry
 from aoarm_jax.tools import arguments, table
@@ -296,6 +303,7 @@ def rows(
 
 def main(argv: list[str]) -> int:
   flags = parse(argv)
+  switches.fix_types()
   if flags.dry_run:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)

@@ -32,7 +32,9 @@ def _symbol(tokenizer: tokenizers.Tokenizer, token: int) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
   """Writes the picture."""
   parser = arguments.parser("strip", __doc__)
-  parser.add_argument("--workdir", required=True, help="of a run")
+  parser.add_argument(
+    "--workdir", required=True, type=arguments.place, help="of a run"
+  )
   parser.add_argument(
     "--out", required=True, type=arguments.output, help="PNG file"
   )

@@ -19,7 +19,7 @@ from aoarm_jax.devices import distributed, sharding
 from aoarm_jax.evaluation import evaluate
 from aoarm_jax.generation import texts as generate
 from aoarm_jax.model import cost
-from aoarm_jax.runs import checkpoint, figures, opening, telemetry
+from aoarm_jax.runs import checkpoint, figures, identity, telemetry
 from aoarm_jax.runs import directory as run_dir
 from aoarm_jax.training import program as program_lib
 from aoarm_jax.training import resuming
@@ -130,31 +130,41 @@ def train(
     watchdog,
     _Signals(watchdog) as signals,
   ):
-    saved = checkpoints.newest()
-    if saved:
-      resuming.check_resume(saved, config)
-      step = saved.step
-      if distributed.process_0_says(
-        lambda: _is_finished(config, workdir, step)
-      ):
-        logging.info(
-          "finished: %s holds step %s of %s; choose another --workdir to train "
-          "another run",
-          workdir,
-          f"{step:,}",
-          f"{config.train.steps:,}",
-        )
-        return
+    # A missing text is told before the run directory is made.
     corpus = corpora.load(
       config.data.corpus, config.data.path, network.tokenizer
     )
     splits = list(dict.fromkeys(("train", config.eval.split)))
     logging.info("text: %s", corpus.describe(*splits))
-    if saved:
-      opening.warn_other_text(saved.data_state["text"], corpus, *splits)
+    text = identity.text_of(corpus, *splits)
+    # Everything that depends on what stands in the run directory is decided
+    # under the lock. Before, another process may still be saving there.
     with run_dir.lock(workdir):
+      saved = checkpoints.newest()
+      if saved:
+        resuming.check_resume(saved, config, text, workdir)
+        if distributed.process_0_says(
+          functools.partial(_is_finished, config, workdir, saved.step)
+        ):
+          _say_finished(config, workdir, saved, corpus)
+          return
       run = _Run(program, workdir, argv, corpus, checkpoints)
       run.loop(saved, signals)
+
+
+def _say_finished(config, workdir, saved, corpus):
+  """Log what stands in the run directory, and how to choose another."""
+  logging.info(
+    "finished: %s holds step %s of %s: %s:%s, trained on %s; choose another "
+    "--workdir to train another run, as in --workdir=%s",
+    workdir,
+    f"{saved.step:,}",
+    f"{config.train.steps:,}",
+    config.name,
+    config.variant,
+    corpus.source,
+    identity.another(workdir),
+  )
 
 
 def _is_finished(config, workdir, step):
@@ -201,10 +211,7 @@ class _Run:
     )
     valid_tokens = corpus.split(config.eval.split)
     self.eval_batches = evaluate.evaluation_batches(self.network, valid_tokens)
-    self.text = {
-      "train": corpus.hash("train"),
-      config.eval.split: corpus.hash(config.eval.split),
-    }
+    self.text = identity.text_of(corpus, "train", config.eval.split)
     self.unigram_bits = corpora.unigram_entropy(
       valid_tokens, self.network.vocabulary
     )
@@ -456,7 +463,7 @@ class _Run:
       data_state={
         "iterator": self.batches.get_state(),
         "interval": self.interval,
-        "text": self.text,
+        **identity.record(self.text),
       },
       config_json=config_lib.to_json(self.config),
       metric=metric,

@@ -1,15 +1,21 @@
 """Check that a changed config can continue a run from its checkpoint."""
 
 from absl import logging
+from etils import epath
 
 from aoarm_jax.config import rules as config_rules
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.runs import checkpoint
+from aoarm_jax.runs import checkpoint, identity
 from aoarm_jax.training import optimizer
 
 
-def check_resume(saved: checkpoint.Saved, config: config_lib.Config) -> None:
-  """Check that `config` can continue the run of a checkpoint.
+def check_resume(
+  saved: checkpoint.Saved,
+  config: config_lib.Config,
+  text: dict[str, str],
+  workdir: epath.Path,
+) -> None:
+  """Check that this start can continue the run of a checkpoint.
 
   A changed number of steps is allowed where the schedule permits it, and is
   logged with its effect on the learning rate.
@@ -17,22 +23,24 @@ def check_resume(saved: checkpoint.Saved, config: config_lib.Config) -> None:
   Args:
     saved: the checkpoint from which the run would continue.
     config: the config of the new start.
+    text: sha256 of the splits that are read now, by their names.
+    workdir: run directory.
 
   Raises:
-    ConfigError: a field that the run is bound to has another value; names the
-      field and both values.
+    ConfigError: the run has another text, another switch of random numbers, or
+      another value of a field that the run is bound to. The message names both
+      values.
   """
+  identity.check_same_run(saved, config, text, workdir)
   before = config_lib.from_json(saved.config_json)
-  for path, old, new in config_rules.differences(
-    before, config, ("model", "run")
-  ):
-    if path == "config.train.steps":
-      continue
-    raise config_lib.ConfigError(
-      f"{path}={new!r}: the run to be resumed has {old!r}; set it back, or "
-      "choose another --workdir"
+  error = config_rules.schedule_steps_error(before, config, saved.step)
+  if not error and saved.step > config.train.steps:
+    error = (
+      f"its checkpoint is at step {saved.step}: train no fewer steps, or "
+      "choose another --workdir, as in "
+      f"--workdir={identity.another(workdir)}"
     )
-  if error := config_rules.schedule_steps_error(before, config, saved.step):
+  if error:
     raise config_lib.ConfigError(
       f"config.train.steps={config.train.steps}: the run has "
       f"{before.train.steps}, and {error}"

@@ -106,6 +106,22 @@ class ModelTest(parameterized.TestCase):
   def test_what_was_trained(self):
     self.assertEqual((_model.step, _model.config.model.T), (2, 40))
 
+  def test_64_bits_elsewhere_change_nothing(self):
+    """Another part of the user's program may want them."""
+    calls = (
+      lambda model: model.generate(2)[0],
+      lambda model: model.infill("ab__")[0],
+      lambda model: model.score("abc"),
+    )
+    want = [call(_model) for call in calls]
+    with jax.enable_x64(True):
+      got = [call(_model) for call in calls]
+      again = aoarm_jax.load(_folder / "run")
+      self.assertEqual(jax.numpy.zeros(()).dtype, jax.numpy.float64)
+    self.assertEqual(got, want)
+    for leaf in jax.tree.leaves(again._params):
+      self.assertEqual(leaf.dtype, jax.numpy.float32)
+
   def test_texts_depend_on_seed_and_index_alone(self):
     """Many in one call, whatever the batches; a short last one too."""
     few = _model.generate(3, batch_size=8)

@@ -481,22 +481,72 @@ class StopTest(TrainTest):
     self.assertLess(rates[112], 0.999e-2)
     self.assertAlmostEqual(rates[170], 1e-2 * (1 - 0.9 * 59 / 60), places=6)
 
-  def test_constant_rate_can_be_prolonged_on_another_text(self):
+  def test_constant_rate_can_be_prolonged(self):
     workdir = copy_of(short(), "prolonged")
-    helpers.write_text(_folder / "text_2", seed=2)
-    changes = SHORT | {"train.steps": 16, "data.path": _folder / "text_2"}
+    # The same text may lie elsewhere.
+    shutil.copytree(_folder / "text", _folder / "text_moved")
+    changes = SHORT | {"train.steps": 16, "data.path": _folder / "text_moved"}
     lines = logged(arguments(workdir, changes))
     self.matching(
       r"train.steps: 16 instead of 12; the learning rate \(constant schedule\) "
       "goes on at 0.01 and ends at 0.01",
       lines,
     )
-    self.matching("the train text is not the checkpoint's", lines)
     self.matching("resumed from step 12", lines)
     self.assertEqual(measured(workdir)[:14], measured(short()))
     self.assertEqual(measured(workdir)[-1]["step"], 16)
     config = json.loads((workdir / "config.json").read_text())
     self.assertEqual(config["train"]["steps"], 16)
+
+  def test_a_run_cannot_lose_steps(self):
+    message = self.refused(
+      config_lib.ConfigError, arguments(short(), SHORT | {"train.steps": 6})
+    )
+    self.assertStartsWith(message, "config.train.steps=6: the run has 12, and")
+    self.assertIn("at step 12: train no fewer steps", message)
+
+  @parameterized.parameters(12, 16)
+  def test_another_text_is_another_run(self, steps):
+    """It is neither finished nor resumed; see ReadTest for evaluation."""
+    helpers.write_text(_folder / "text_2", seed=2)
+    before = helpers.contents(short())
+    for path, error, line in (
+      ("text_2", config_lib.ConfigError, "the train text is not that of the "),
+      ("absent", corpora.DataError, "no such file or folder"),
+    ):
+      changes = {"train.steps": steps, "data.path": _folder / path}
+      message = self.refused(error, arguments(short(), SHORT | changes))
+      self.assertStartsWith(message, "config.data.path=")
+      self.assertIn(line, message)
+    self.assertEqual(helpers.contents(short()), before)
+
+  def test_another_stream_of_random_numbers_is_another_run(self):
+    name = "jax_random_seed_offset"
+    self.addCleanup(jax.config.update, name, jax.config.values[name])
+    jax.config.update(name, 3)
+    message = self.refused(
+      config_lib.ConfigError, arguments(short(), SHORT | {"train.steps": 16})
+    )
+    self.assertStartsWith(message, "JAX_RANDOM_SEED_OFFSET=3: the run in ")
+
+  def test_the_step_is_chosen_under_the_lock(self):
+    """The process before saves once more, and deletes, until it ends."""
+    workdir = copy_of(short(), "preempted")
+    steps, later = workdir / "checkpoints", workdir.parent / "preempted_later"
+    shutil.move(steps / "12", later)
+    lock = run_dir.lock
+
+    @contextlib.contextmanager
+    def lock_after_a_save(path):
+      with lock(path):
+        shutil.move(later, steps / "12")
+        shutil.rmtree(steps / "8")
+        yield
+
+    changes = SHORT | {"train.steps": 14}
+    with absltest.mock.patch.object(run_dir, "lock", lock_after_a_save):
+      lines = logged(arguments(workdir, changes))
+    self.matching("resumed from step 12", lines)
 
   def test_newest_checkpoint_damaged(self):
     workdir = copy_of(short(), "damaged")

@@ -1,11 +1,13 @@
 """Tests of runs/directory.py: metrics.jsonl, and files that explain a run."""
 
+import contextlib
 import importlib.util
 import json
 import math
 import os
 import subprocess
 import tempfile
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -144,6 +146,21 @@ class MetricsTest(_FolderTest):
       pass
     with run_dir.lock(self.workdir):
       pass
+
+  def test_a_folder_that_cannot_be_written_to_needs_no_lock(self):
+    """A finished run there is told to be finished."""
+    for is_writable in (False, True):
+      with (
+        mock.patch.object(
+          run_dir, "open", create=True, side_effect=PermissionError
+        ),
+        mock.patch.object(os, "access", return_value=is_writable),
+        self.assertRaises(PermissionError)
+        if is_writable
+        else contextlib.nullcontext(),
+        run_dir.lock(self.workdir),
+      ):
+        pass
 
   def test_other_processes_write_nothing(self):
     with self.writer(primary=False) as writer:

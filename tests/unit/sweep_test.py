@@ -1,5 +1,6 @@
 """Which cells of a study run, at which rates, and what becomes of failures."""
 
+import contextlib
 import csv
 import dataclasses
 import json
@@ -182,6 +183,21 @@ class FailureTest(absltest.TestCase):
     ):
       self.start({})
     self.assertEqual(list(self.folder.glob("cells/*/*")), [])
+
+  def test_a_text_is_compared_under_the_lock(self):
+    """Another process may end a cell of another text before it is taken."""
+
+    @contextlib.contextmanager
+    def lock(folder):
+      path = folder.parent / "a" / measure.RESULT
+      measure._write_json(path, {"text": {"train": "1"}})
+      yield
+
+    with (
+      mock.patch.object(sweep.run_dir, "lock", lock),
+      self.assertRaisesRegex(config_lib.ConfigError, "another text"),
+    ):
+      self.start({})
 
   def test_damage_in_another_sweep_is_no_matter(self):
     other = self.folder / "cells/other/result.json"

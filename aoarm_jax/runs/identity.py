@@ -1,0 +1,195 @@
+"""What makes a run this run: one list, compared in one place.
+
+  fields     of the config that bind a checkpoint ("model") or a run ("run"):
+             model, tokenizer, optimizer, orders, batches, seed, validation
+  text       sha256 of every split that the run reads
+  switches   JAX's switches that random numbers depend on
+
+Training refuses every difference, before it says that a run is finished and
+before it resumes one. Evaluation, generation and scoring refuse another model.
+They only warn of another text and of other switches, because a model may well
+be evaluated on another text.
+"""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from absl import logging
+from etils import epath
+
+from aoarm_jax.config import rules as config_rules
+from aoarm_jax.config import schema as config_lib
+from aoarm_jax.data import corpora
+from aoarm_jax.devices import switches
+from aoarm_jax.runs import manifest
+
+
+class Difference(NamedTuple):
+  """One thing that differs between a checkpoint and this start.
+
+  Attributes:
+    kind: "field", "text" or "switch".
+    name: the field, the split, or the environment variable of the switch.
+    then: the value of the checkpoint. A text is its sha256.
+    now: the value of this start.
+  """
+
+  kind: str
+  name: str
+  then: Any
+  now: Any
+
+
+def record(text: dict[str, str]) -> dict[str, Any]:
+  """Return what a checkpoint records besides the config, as JSON.
+
+  Args:
+    text: sha256 of every split that the run reads, by the split's name.
+  """
+  return {"text": text, "switches": switches.streams()}
+
+
+def text_of(corpus: corpora.Corpus, *splits: str) -> dict[str, str]:
+  """Return the sha256 of some splits by their names."""
+  return {name: corpus.hash(name) for name in sorted({*splits})}
+
+
+def differences(
+  saved: manifest.Saved,
+  config: config_lib.Config | None = None,
+  text: dict[str, str] | None = None,
+) -> Iterator[Difference]:
+  """Yield what differs between a checkpoint and this start.
+
+  Values that the checkpoint does not record are not compared.
+
+  Args:
+    saved: the checkpoint.
+    config: the config of this start. None compares no fields.
+    text: sha256 of the splits that are read now. None compares no text.
+  """
+  if config is not None:
+    before = config_lib.from_json(saved.config_json)
+    for field in config_rules.differences(before, config, ("model", "run")):
+      yield Difference("field", *field)
+  then = saved.data_state.get("switches", {})
+  for name, now in switches.streams().items():
+    if then.get(name, now) != now:
+      yield Difference("switch", name.upper(), then[name], now)
+  recorded = saved.data_state.get("text", {})
+  for split, sha256 in (text or {}).items():
+    if recorded.get(split, sha256) != sha256:
+      yield Difference("text", split, recorded[split], sha256)
+
+
+def check_same_run(
+  saved: manifest.Saved,
+  config: config_lib.Config,
+  text: dict[str, str],
+  workdir: epath.Path,
+) -> None:
+  """Check that this start is of the run that stands in `workdir`.
+
+  train.steps is not compared here, see training/resuming.py.
+
+  Args:
+    saved: the newest checkpoint there.
+    config: the config of this start.
+    text: sha256 of the splits that are read now.
+    workdir: run directory.
+
+  Raises:
+    ConfigError: something differs. The message names the value, what stands in
+      the directory, and how to choose another directory.
+  """
+  before = config_lib.from_json(saved.config_json)
+  stands = (
+    f"the run in {workdir} (step {saved.step:,} of {before.train.steps:,})"
+  )
+  for kind, name, then, now in differences(saved, config, text):
+    if name == "config.train.steps":
+      continue
+    what = f"{name}={now!r}: {stands} has {then!r}"
+    if kind == "switch":
+      what += ", and the same seed would draw other numbers"
+    if kind == "text":
+      what = (
+        f"config.data.path={config.data.path!r}: the {name} text is not that "
+        f"of {stands}, which has config.data.path={before.data.path!r} (sha256 "
+        f"{now[:12]} now, {then[:12]} then)"
+      )
+    raise config_lib.ConfigError(
+      f"{what}; set it back, or choose another --workdir, as in "
+      f"--workdir={another(workdir)}"
+    )
+
+
+def another(workdir: epath.Path) -> epath.Path:
+  """Return a directory beside `workdir` that does not exist."""
+  names = (f"{workdir.name}-{n}" for n in itertools.count(2))
+  return next(
+    path for name in names if not (path := workdir.parent / name).exists()
+  )
+
+
+def check_same_model(
+  saved: manifest.Saved, config: config_lib.Config, workdir: epath.Path
+) -> None:
+  """Check that a config can read the parameters of a checkpoint.
+
+  Other switches of random numbers are logged as a warning.
+
+  Args:
+    saved: the checkpoint.
+    config: the config of this start.
+    workdir: run directory.
+
+  Raises:
+    ConfigError: the checkpoint has another model, and the message names the
+      field.
+  """
+  before = config_lib.from_json(saved.config_json)
+  for path, old, new in config_rules.differences(before, config, ("model",)):
+    raise config_lib.ConfigError(
+      f"{path}={new!r}: the checkpoint in {workdir} has {old!r}; it is of "
+      "another model: set the field to its value, or name another --workdir"
+    )
+  for _, name, then, now in differences(saved):
+    logging.warning(
+      "%s=%r: the checkpoint in %s was trained with %r; the same seeds draw "
+      "other orders and texts",
+      name,
+      now,
+      workdir,
+      then,
+    )
+
+
+def warn_other_text(
+  saved: manifest.Saved, corpus: corpora.Corpus, split: str
+) -> None:
+  """Log a warning if a split is not the text that the run read.
+
+  This is no error: a model may be evaluated on any text.
+
+  Args:
+    saved: the checkpoint.
+    corpus: the text that is read now.
+    split: name of the split to compare.
+  """
+  if split not in saved.data_state.get("text", {}):
+    logging.info(
+      "the checkpoint does not record the %s text: this text is not compared "
+      "with the run's",
+      split,
+    )
+  for kind, _, then, now in differences(saved, text=text_of(corpus, split)):
+    if kind == "text":
+      logging.warning(
+        "the %s text is not the checkpoint's (sha256 %s now, %s then): numbers "
+        "cannot be compared with that run's",
+        split,
+        now[:12],
+        then[:12],
+      )
