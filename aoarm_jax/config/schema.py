@@ -252,7 +252,9 @@ class Optimizer:
   )
   final_share: float = _field(
     0.1,
-    "last learning rate divided by the peak",
+    "cosine and stable_decay: learning rate at the end, divided by the peak; "
+    "the schedule reaches it one step after the last one, so the last step has "
+    "a slightly higher rate",
     low=0.0,
     high=1.0,
     binds="run",

@@ -36,6 +36,11 @@ _AT_ONCE = 1024
 class Score(NamedTuple):
   """The log-probability of a part of a text, given the known part.
 
+  A text of n < T tokens (config.model.T) is scored as the first n positions of
+  a text of T tokens. Nothing tells the model that the text ends at n. With two
+  sentinels the end even stays at position T + 1. So `log_p` is not the
+  log-probability of a text of exactly n tokens.
+
   Attributes:
     text: the text, as it was given.
     log_p: nats, log p(scored | known). Over several orders, the log of the mean

@@ -35,6 +35,10 @@ _AT_ONCE = 1024
 class Text(NamedTuple):
   """One generated text.
 
+  A text of fewer than T tokens (config.model.T) is generated as the start of a
+  text of T tokens. With two sentinels the model expects the end at position
+  T + 1, and not after the text.
+
   Attributes:
     text: the readable text. Bytes that are not UTF-8 appear as U+FFFD.
     tokens: the token ids. Unlike `text` they lose nothing, so api.Model.score
@@ -48,9 +52,12 @@ class Text(NamedTuple):
       speculative takes two. A step of adaptive takes one more for every 64
       targets that it scores. Passes for longer texts of the same batch do not
       count.
-    accepted: number of generated tokens that were accepted drafts
-      (speculative). Divided by the number of generated tokens, it is the rate
-      of acceptance.
+    accepted: number of generated tokens that were drafts and were kept
+      (speculative). The first draft of every round counts too, although it
+      cannot be rejected. So `accepted` is at least the number of rounds, and
+      its share of the generated tokens is no rate of acceptance.
+    seed: config.sample.seed of the call. The same call with this seed draws
+      the same text again.
   """
 
   text: str
@@ -59,6 +66,7 @@ class Text(NamedTuple):
   log_p: float
   calls: int
   accepted: int = 0
+  seed: int = 0
 
 
 class Sampler:
@@ -194,6 +202,7 @@ class Sampler:
         float(nats),
         int(calls),
         int(accepted),
+        sample.seed,
       )
       for row, n, text, text_order, nats, calls, accepted in zip(
         rows, length.tolist(), *jax.device_get(drawn)
@@ -341,7 +350,7 @@ def sample(
   path = workdir / "samples" / f"{now}.jsonl"
   facts = {
     name: getattr(config.sample, name)
-    for name in ("seed", "method", "order", "temperature", "top_k", "top_p")
+    for name in ("method", "order", "temperature", "top_k", "top_p")
   }
   write(path, texts, run.step, prompt=prompt, **facts)
   logging.info("written with their orders: %s", path)
