@@ -47,7 +47,11 @@ _MODULES = {
 
 
 def load(
-  workdir: os.PathLike | str, *, read: str = "newest", step: int | None = None
+  workdir: os.PathLike | str,
+  *,
+  read: str = "newest",
+  step: int | None = None,
+  progress: bool = True,
 ) -> "Model":
   """Return the trained model of a run directory.
 
@@ -56,6 +60,9 @@ def load(
       model is.
     read: "newest" or "best", the checkpoint to load.
     step: training steps of the checkpoint to load, in place of `read`.
+    progress: whether loading and later calls write a line on stderr when they
+      take longer than 2 seconds (config.telemetry.patience_seconds). Most of
+      such time is compilation, once for each of a few shapes.
 
   Raises:
     CheckpointError: there is no run, no complete checkpoint, or none of this
@@ -64,7 +71,7 @@ def load(
   """
   from aoarm_jax import api
 
-  return api.Model(workdir, read=read, step=step)
+  return api.Model(workdir, read=read, step=step, progress=progress)
 
 
 def __getattr__(name: str) -> typing.Any:

@@ -3,6 +3,7 @@
 import operator
 import os
 import secrets
+import sys
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import TypedDict, Unpack, overload
 
@@ -17,7 +18,7 @@ from aoarm_jax.evaluation import score as score_lib
 from aoarm_jax.generation import prompts
 from aoarm_jax.generation import texts as generate_lib
 from aoarm_jax.runs import directory as run_dir
-from aoarm_jax.runs import opening
+from aoarm_jax.runs import opening, telemetry
 
 # An order: the name of a family, one permutation, or one for every text.
 Order = str | Sequence[int] | Sequence[Sequence[int]] | np.ndarray
@@ -90,6 +91,7 @@ class Model:
     *,
     read: str = "newest",
     step: int | None = None,
+    progress: bool = True,
   ) -> None:
     """Load a checkpoint. See aoarm_jax.load for the arguments and errors."""
     self.workdir = epath.Path(workdir)
@@ -107,7 +109,9 @@ class Model:
         raise config_lib.ConfigError(
           f"step={step}: does not go with read={read!r}; give one of the two"
         )
-    run = opening.open_run(self.workdir, self.config, step=step)
+    self._progress = progress
+    with self._patience():
+      run = opening.open_run(self.workdir, self.config, step=step)
     self.step, self._params = run.step, run.params
     self._network = run.network
     self._sampler = generate_lib.Sampler(self.config, run.network)
@@ -279,9 +283,16 @@ class Model:
       for i, text in enumerate(several, 1)
     ]
     given = _orders(options, [marked for _, marked in parsed])
-    with jax.set_mesh(self._network.mesh):
+    with jax.set_mesh(self._network.mesh), self._patience():
       scores = self._scorer.score(self._params, parsed, config, given)
     return scores[0] if isinstance(texts, kinds) else scores
+
+  def _patience(self):
+    """Return the context in which long waits are written on stderr."""
+    seconds = self.config.telemetry.patience_seconds if self._progress else 0
+    return telemetry.patience(
+      seconds, lambda line: print(f"aoarm_jax: {line}", file=sys.stderr)
+    )
 
   def _marked(self, text, config, name):
     """Return (text, prompts.Marked) of a text or of a generated Text."""
@@ -304,7 +315,7 @@ class Model:
     config = self._with("sample", options, known)
     config = config_rules.validate(config.replace("sample.count", count))
     given = _orders(options, parsed)
-    with jax.set_mesh(self._network.mesh):
+    with jax.set_mesh(self._network.mesh), self._patience():
       return self._sampler.fill(self._params, parsed, config, given)
 
   def _with(self, section, options, known, blank=None):

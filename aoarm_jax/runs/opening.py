@@ -13,7 +13,7 @@ from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import corpora
 from aoarm_jax.devices import sharding
 from aoarm_jax.model import network as network_lib
-from aoarm_jax.runs import checkpoint
+from aoarm_jax.runs import checkpoint, telemetry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +164,10 @@ def open_run(
     )
   network = network_lib.Network(config, mesh)
   field = "ema" if trained.optimizer.ema_decay > 0 else "params"
-  with jax.set_mesh(mesh):
+  with (
+    jax.set_mesh(mesh),
+    telemetry.waiting(f"reading checkpoint step {saved.step:,}"),
+  ):
     params = checkpoints.restore(saved, {field: network.abstract_params})[field]
   logging.info(
     "restored step %s of %s%s",

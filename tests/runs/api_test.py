@@ -28,6 +28,7 @@ from aoarm_jax.config import schema as config
 from aoarm_jax.data import tokenizers
 from aoarm_jax.generation import prompts
 from aoarm_jax.generation import texts as generate
+from aoarm_jax.runs import telemetry
 from aoarm_jax.tools import strip
 
 pytestmark = pytest.mark.once
@@ -132,7 +133,7 @@ class ModelTest(parameterized.TestCase):
     self.assertNotEqual(other[0].text, few[0].text)
 
   def test_few_numbers_of_texts_compile(self):
-    """Rows fill up to a power of two; config.*.batch_size is the most."""
+    """Rows fill up to a power of four; config.*.batch_size is the most."""
     texts = ["ab", "[b]c", "cd", "d", "ef"]
     scorer, sampler = _model._scorer._jitted, _model._sampler._jitted
     want = _model.score(texts, batch_size=6)
@@ -146,6 +147,41 @@ class ModelTest(parameterized.TestCase):
     for a, b in zip(got, want):
       self.assertEqual((a.text, a.order), (b.text, b.order))
       self.assertAlmostEqual(a.log_p, b.log_p, delta=1e-4)
+
+  def test_a_session_compiles_few_programs(self):
+    """Small numbers of texts, orders, and lengths share their programs."""
+    model = aoarm_jax.load(_folder / "run")
+    scorer, sampler = model._scorer._jitted, model._sampler._jitted
+    for count in (1, 2, 3, 4):
+      model.generate(count)
+    for order in ("left_to_right", "right_to_left", list(range(1, 41))):
+      model.generate(order=order)
+    self.assertEqual(sampler._cache_size(), 1)
+    for text in ("a_", "ab__", "_" + "a" * 14):
+      model.infill(text, 3)
+    self.assertEqual(sampler._cache_size(), 2)
+    for n in (17, 25, 33, 40):
+      for order in ("left_to_right", "right_to_left"):
+        model.score("a" * n, order=order)
+    self.assertEqual(scorer._cache_size(), 1)
+
+  def test_a_long_wait_is_said(self):
+    """On stderr, once for each; it can be switched off."""
+    for progress in (True, False):
+      model = aoarm_jax.load(_folder / "run", progress=progress)
+      model.config = model.config.replace("telemetry.patience_seconds", 1e-3)
+      err = io.StringIO()
+      with contextlib.redirect_stderr(err):
+        model.generate(3)
+        model.score("abc")
+      lines = [x for x in err.getvalue().splitlines() if "compiling" in x]
+      want = [
+        "aoarm_jax: compiling the generation of 3 texts of up to 40 tokens: ",
+        "aoarm_jax: compiling the score of 1 text of up to 16 tokens: ",
+      ]
+      self.assertLen(lines, 2 * progress)
+      for line, words in zip(lines, want):
+        self.assertRegex(line, f"^{words}[0-9]+s so far$")
 
   def test_prompts_of_several_lengths(self):
     """Each as if it stood alone at its index."""
@@ -350,6 +386,31 @@ class ModelTest(parameterized.TestCase):
 
 
 class CommandTest(parameterized.TestCase):
+  @parameterized.parameters(1e-3, 0.0)
+  def test_training_says_what_takes_long(self, seconds):
+    self.addCleanup(telemetry.set_patience, 2.0)
+    command = helpers.arguments(
+      _folder / f"patience{seconds}",
+      {
+        "model.T": 40,
+        "data.path": _folder / "text",
+        "train.steps": 1,
+        "eval.batches": 1,
+        "sample.count": 1,
+        "telemetry.patience_seconds": seconds,
+      },
+    )
+    with self.assertLogs("absl", "INFO") as logs:
+      helpers.run(command)
+    for words in (
+      "compiling the first parameters",
+      "compiling the training step",
+      "compiling and evaluating any_order",
+      "compiling the generation of 1 text of",
+    ):
+      said = [x for x in logs.output if re.search(f":{words}.* so far$", x)]
+      self.assertEqual(bool(said), seconds > 0, words)
+
   def test_the_model_is_the_run_s(self):
     """Its T of 40 is in config.json; that of the config file is 64."""
     (line,) = _run("--mode=sample", "--config.sample.count=1")
