@@ -82,12 +82,12 @@ def _run(*command):
   return out.getvalue().splitlines()
 
 
-def _printed_by(page):
+def _printed_by(page, runs=1):
   """The lines that the Python code of a page prints, with the run of here."""
   text = (helpers.ROOT / page).read_text()
   code = "".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
   shown = '"runs/two_stream-tiny"'
-  assert code.count(shown) == 1, page
+  assert code.count(shown) == runs, page
   out = io.StringIO()
   with contextlib.redirect_stdout(out):
     exec(code.replace(shown, repr(str(_folder / "run"))), {})
@@ -116,6 +116,14 @@ class ModelTest(parameterized.TestCase):
     drawn, blanks, everything = map(float, lines[-1].split())
     self.assertAlmostEqual(drawn, blanks, delta=1e-3)
     self.assertLess(everything, blanks - 1)
+
+  def test_the_loop_around_the_pieces_learns(self):
+    lines = _printed_by("docs/pieces.md", 0)
+    losses = [float(line.split()[2]) for line in lines[:-1]]
+    self.assertLen(losses, 4)
+    self.assertBetween(losses[0], 3.0, 3.6)
+    self.assertBetween(losses[-1], 2.0, losses[0] - 0.3)
+    self.assertEqual(lines[-1], "[(16, 32, 4, 8), (16, 32, 4, 8)]")
 
   def test_what_was_trained(self):
     self.assertEqual((_model.step, _model.config.model.T), (2, 40))
