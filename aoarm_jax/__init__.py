@@ -2,34 +2,85 @@
 
   model = aoarm_jax.load("runs/two_stream-tiny")
   model.generate(count=4)
+  model.generate(prompt="the quick ", length=40)
   model.infill("the qu___ brown fox", count=4)
   model.score("the [qu]ick brown fox")
 
-All methods are documented in aoarm_jax.api.Model. Importing this package is
-fast: JAX is imported when `load` is called.
+All methods are documented in aoarm_jax.api.Model. An error that a user can mend
+is a UserError, and its message is one line. Importing this package is fast: JAX
+is imported when `load` is called.
 """
 
+import importlib
 import os
 import typing
 
 if typing.TYPE_CHECKING:
-  from aoarm_jax import api
+  from aoarm_jax.api import Model as Model
+  from aoarm_jax.config.errors import UserError as UserError
+  from aoarm_jax.config.schema import ConfigError as ConfigError
+  from aoarm_jax.data.tokenizers import DataError as DataError
+  from aoarm_jax.data.tokenizers import TokenizerError as TokenizerError
+  from aoarm_jax.evaluation.score import Score as Score
+  from aoarm_jax.generation.prompts import PromptError as PromptError
+  from aoarm_jax.generation.texts import Text as Text
+  from aoarm_jax.runs.manifest import CheckpointError as CheckpointError
+  from aoarm_jax.runs.telemetry import NonFiniteError as NonFiniteError
+  from aoarm_jax.training.loop import Preempted as Preempted
 
 __version__ = "0.1.0"
 
+# The modules of names that are imported at their first use.
+_MODULES = {
+  "Model": "aoarm_jax.api",
+  "Text": "aoarm_jax.generation.texts",
+  "Score": "aoarm_jax.evaluation.score",
+  "UserError": "aoarm_jax.config.errors",
+  "CheckpointError": "aoarm_jax.runs.manifest",
+  "ConfigError": "aoarm_jax.config.schema",
+  "DataError": "aoarm_jax.data.tokenizers",
+  "NonFiniteError": "aoarm_jax.runs.telemetry",
+  "Preempted": "aoarm_jax.training.loop",
+  "PromptError": "aoarm_jax.generation.prompts",
+  "TokenizerError": "aoarm_jax.data.tokenizers",
+}
 
-def load(workdir: os.PathLike | str, *, read: str = "newest") -> "api.Model":
+
+def load(
+  workdir: os.PathLike | str,
+  *,
+  read: str = "newest",
+  step: int | None = None,
+  progress: bool = True,
+) -> "Model":
   """Return the trained model of a run directory.
 
   Args:
     workdir: run directory, as training wrote it. Its config.json says what the
       model is.
     read: "newest" or "best", the checkpoint to load.
+    step: training steps of the checkpoint to load, in place of `read`.
+    progress: whether loading and later calls write a line on stderr when they
+      take longer than 2 seconds (config.telemetry.patience_seconds). Most of
+      such time is compilation, once for each of a few shapes.
 
   Raises:
-    CheckpointError: there is no run, or no complete checkpoint.
+    CheckpointError: there is no run, no complete checkpoint, or none of this
+      step.
     ConfigError: config.json cannot be read, or does not fit the devices.
   """
   from aoarm_jax import api
 
-  return api.Model(workdir, read=read)
+  return api.Model(workdir, read=read, step=step, progress=progress)
+
+
+def __getattr__(name: str) -> typing.Any:
+  """Import a class of the interface at its first use."""
+  if name not in _MODULES:
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+  return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+  """Return the names of the interface, for completion."""
+  return sorted({*globals(), *_MODULES})

@@ -1,10 +1,11 @@
 """The Python interface: a trained model that generates, infills and scores."""
 
-import dataclasses
 import operator
 import os
-from collections.abc import Sequence
-from typing import Any
+import secrets
+import sys
+from collections.abc import Iterable, Mapping, Sequence, Set
+from typing import TypedDict, Unpack, overload
 
 import jax
 import numpy as np
@@ -12,11 +13,56 @@ import numpy as np
 from aoarm_jax.config import paths
 from aoarm_jax.config import rules as config_rules
 from aoarm_jax.config import schema as config_lib
+from aoarm_jax.data import tokenizers
 from aoarm_jax.devices import switches
 from aoarm_jax.evaluation import score as score_lib
 from aoarm_jax.generation import prompts
 from aoarm_jax.generation import texts as generate_lib
-from aoarm_jax.runs import opening
+from aoarm_jax.runs import directory as run_dir
+from aoarm_jax.runs import opening, telemetry
+
+# An order: the name of a family, one permutation, or one for every text.
+Order = str | Sequence[int] | Sequence[Sequence[int]] | np.ndarray
+
+
+class GenerateOptions(TypedDict, total=False):
+  """The options of Model.generate: fields of config.sample."""
+
+  batch_size: int
+  temperature: float
+  top_k: int
+  top_p: float
+  order: Order
+  method: str
+  width: int
+  steps: int
+  schedule: str
+  score: str
+  seed: int | None
+
+
+class InfillOptions(GenerateOptions, total=False):
+  """The options of Model.infill: fields of config.sample."""
+
+  blank: str
+
+
+class ScoreOptions(TypedDict, total=False):
+  """The options of Model.score: fields of config.score."""
+
+  order: Order
+  orders: int
+  marks: str
+  batch_size: int
+  seed: int
+
+
+# The parameters beside these options.
+_NAMED = {
+  GenerateOptions: ("count", "prompt", "length"),
+  InfillOptions: ("count",),
+  ScoreOptions: ("blank",),
+}
 
 
 class Model:
@@ -25,23 +71,32 @@ class Model:
   The model runs on all local devices with compute.attention="auto". The devices
   and the attention of training do not matter.
 
-  The options of `generate` and `infill` are the fields of config.sample. The
-  options of `score` are the fields of config.score. Their defaults are the
-  values of the run. The option `order` may also be a permutation of the
-  positions 1..n of every text, or a list with one permutation per text. The
-  same call gives the same result on any number of devices, up to rounding.
+  The options of `generate` and `infill` are fields of config.sample. The
+  options of `score` are fields of config.score. Their defaults are the values
+  of the run, except for `seed`: without one, every call of `generate` and
+  `infill` takes a fresh seed. The seed is in the texts that come back. The
+  option `order` may also be a permutation of the positions 1..n of every text,
+  or a list with one permutation per text. An option that has no effect is
+  refused. The same call with the same seed gives the same result on any number
+  of devices, up to rounding.
 
   Attributes:
     config: the config of the run, with the mesh and the attention used here.
     step: training steps of the checkpoint.
+    workdir: the run directory.
   """
 
   def __init__(
-    self, workdir: os.PathLike | str, *, read: str = "newest"
+    self,
+    workdir: os.PathLike | str,
+    *,
+    read: str = "newest",
+    step: int | None = None,
+    progress: bool = True,
   ) -> None:
     """Load a checkpoint. See aoarm_jax.load for the arguments and errors."""
-    workdir = paths.reached(paths.of(workdir, "workdir"), "workdir")
-    config = opening.read_config(workdir)
+    self.workdir = paths.reached(paths.of(workdir, "workdir"), "workdir")
+    config = opening.read_config(self.workdir)
     # The mesh and the attention must fit the devices here, and not those of
     # training.
     config = config.replace("checkpoint.read", read)
@@ -49,75 +104,164 @@ class Model:
     self.config = config_rules.validate(
       config.replace("compute.attention", "auto")
     )
-    with switches.fixed_types():
-      run = opening.open_run(workdir, self.config)
+    if step is not None:
+      step = _whole_number("step", step)
+      if read != "newest":
+        raise config_lib.ConfigError(
+          f"step={step}: does not go with read={read!r}; give one of the two"
+        )
+    self._progress = progress
+    with self._patience(), switches.fixed_types():
+      run = opening.open_run(self.workdir, self.config, step=step)
     self.step, self._params = run.step, run.params
     self._network = run.network
     self._sampler = generate_lib.Sampler(self.config, run.network)
     self._scorer = score_lib.Scorer(self.config, run.network)
 
-  def generate(self, count: int = 1, **options: Any) -> list[generate_lib.Text]:
-    """Draw `count` texts of T tokens.
+  def __repr__(self) -> str:
+    """Return the run, the step and the size of the model in one line."""
+    count = run_dir.parameter_count(self._network.abstract_params)
+    model = self.config.model
+    return (
+      f"<aoarm_jax.Model {os.fspath(self.workdir)!r}: step {self.step:,}, "
+      f"{model.mechanism}, {count:,} parameters, T={model.T}, tokenizer "
+      f"{self.config.data.tokenizer}>"
+    )
+
+  def generate(
+    self,
+    count: int = 1,
+    *,
+    prompt: str = "",
+    length: int | None = None,
+    **options: Unpack[GenerateOptions],
+  ) -> list[generate_lib.Text]:
+    """Draw `count` texts, or continue a text `count` times.
 
     Args:
       count: number of texts. Many texts are drawn in several batches.
+      prompt: the text that every result starts with. All its characters stand
+        for themselves. `infill` fills blanks anywhere.
+      length: number of tokens of every result, with those of the prompt. None
+        means T, config.model.T. A shorter text is drawn as the start of a
+        text of T tokens: the model does not know that it ends there.
       **options: fields of config.sample, such as temperature, order or method.
+        Without a seed, every call draws other texts.
 
     Returns:
-      A list of texts.Text: text, tokens, order, log_p (nats), calls, accepted.
+      A list of texts.Text: text, tokens, order, log_p (nats), calls, accepted,
+      seed.
 
     Raises:
-      ConfigError: an option is unknown or has an invalid value.
+      PromptError: the prompt has a character outside the vocabulary, or leaves
+        no token to generate.
+      ConfigError: an option is unknown, has an invalid value or no effect, or
+        `length` is above T.
     """
+    if not isinstance(prompt, str):
+      raise prompts.PromptError(f"prompt={prompt!r} is no text: give a str")
+    try:
+      given = self._network.tokenizer.encode(prompt)
+    except tokenizers.TokenizerError as error:
+      raise prompts.PromptError(f"prompt: {error}") from error
     T = self.config.model.T
-    blank = prompts.Prompt(
-      np.zeros(T, np.int32), np.zeros(T, bool), "a generated text"
-    )
-    return self._fill([blank], count, options)[0]
+    n = T if length is None else _whole_number("length", length)
+    if not 1 <= n <= T:
+      raise config_lib.ConfigError(
+        f"length={n}: must be at least 1 and at most {T} (config.model.T)"
+      )
+    if len(given) >= n:
+      raise prompts.PromptError(
+        f"prompt has {len(given)} tokens, and the text has {n}: give a shorter "
+        f"prompt or a greater length (at most {T}, config.model.T)"
+      )
+    tokens = np.zeros(n, np.int32)
+    tokens[: len(given)] = given
+    known = np.arange(n) < len(given)
+    parsed = [prompts.Prompt(tokens, known, "a generated text")]
+    return self._fill(parsed, count, options, GenerateOptions)[0]
+
+  # A str is an iterable of str too, so the two signatures overlap.
+  @overload
+  def infill(  # type: ignore[overload-overlap]
+    self, texts: str, count: int = 1, **options: Unpack[InfillOptions]
+  ) -> list[generate_lib.Text]: ...
+
+  @overload
+  def infill(
+    self, texts: Iterable[str], count: int = 1, **options: Unpack[InfillOptions]
+  ) -> list[list[generate_lib.Text]]: ...
 
   def infill(
-    self, texts: str | Sequence[str], count: int = 1, **options: Any
+    self,
+    texts: str | Iterable[str],
+    count: int = 1,
+    **options: Unpack[InfillOptions],
   ) -> list[generate_lib.Text] | list[list[generate_lib.Text]]:
     """Fill the blanks of texts, `count` times each.
 
     Args:
-      texts: one text or a sequence of texts, with a `_` (config.sample.blank)
-        for every token to generate.
+      texts: one text or several (a list, an array of strings, a generator),
+        with a `_` (config.sample.blank) for every token to generate. To
+        continue a text, `generate` takes a prompt.
       count: number of results for each text.
       **options: fields of config.sample, such as temperature, order or method.
+        Without a seed, every call draws other texts.
 
     Returns:
-      A list of texts.Text; for a sequence of texts, a list of such lists. log_p
-      is the log-probability of the blanks.
+      A list of texts.Text; for several texts, a list of such lists. log_p is
+      the log-probability of the blanks.
 
     Raises:
       PromptError: a text has no blank, a character outside the vocabulary, or
         more than T tokens.
-      ConfigError: an option is unknown or has an invalid value.
+      ConfigError: an option is unknown, has an invalid value or no effect.
     """
     several = _several(texts, str)
-    blank = self._with("sample", options).sample.blank
+    blank = self._with("sample", options, InfillOptions).sample.blank
     parsed = [
       prompts.parse_prompt(text, self._network.tokenizer, blank, f"text {i}")
       for i, text in enumerate(several, 1)
     ]
-    filled = self._fill(parsed, count, options)
+    filled = self._fill(parsed, count, options, InfillOptions)
     return filled[0] if isinstance(texts, str) else filled
+
+  @overload
+  def score(  # type: ignore[overload-overlap]
+    self,
+    texts: str | generate_lib.Text,
+    *,
+    blank: str | None = None,
+    **options: Unpack[ScoreOptions],
+  ) -> score_lib.Score: ...
+
+  @overload
+  def score(
+    self,
+    texts: Iterable[str | generate_lib.Text],
+    *,
+    blank: str | None = None,
+    **options: Unpack[ScoreOptions],
+  ) -> list[score_lib.Score]: ...
 
   def score(
     self,
-    texts: str | generate_lib.Text | Sequence[str | generate_lib.Text],
+    texts: str | generate_lib.Text | Iterable[str | generate_lib.Text],
     *,
     blank: str | None = None,
-    **options: Any,
+    **options: Unpack[ScoreOptions],
   ) -> score_lib.Score | list[score_lib.Score]:
     """Return log-probabilities of texts, or of their marked parts.
 
+    A text of fewer than T tokens is scored as the start of a text of T tokens;
+    see score.Score.
+
     Args:
-      texts: one text or a sequence of texts, as in "the [qu]ick ___". The part
-        in brackets is scored, and the other known tokens are given. Without
-        brackets all known tokens are scored. `_` is an unknown token. In a
-        generated texts.Text all tokens are scored.
+      texts: one text or several (a list, an array of strings, a generator), as
+        in "the [qu]ick ___". The part in brackets is scored, and the other
+        known tokens are given. Without brackets all known tokens are scored.
+        `_` is an unknown token. In a generated texts.Text all tokens are
+        scored.
       blank: the character for an unknown token; '' means that no character is.
         None takes config.sample.blank.
       **options: fields of config.score. For example, order="uniform" with
@@ -125,28 +269,35 @@ class Model:
         ordinary characters.
 
     Returns:
-      A score.Score, in nats and bits; for a sequence of texts, a list of them.
+      A score.Score, in nats and bits; for several texts, a list of them.
 
     Raises:
       PromptError: there is nothing to score, a mark has no partner, a
         character is outside the vocabulary, or a text has more than T tokens.
-      ConfigError: an option is unknown or has an invalid value.
+      ConfigError: an option is unknown, has an invalid value or no effect.
     """
-    several = _several(texts, (str, generate_lib.Text))
-    config = self._with("score", options, blank)
-    if "orders" in options and config.score.order != "uniform":
-      raise config_lib.ConfigError(
-        f"orders={options['orders']}: counts with order='uniform' only; order "
-        f"is {config.score.order!r}"
-      )
+    kinds = (str, generate_lib.Text)
+    several = _several(texts, kinds)
+    config = self._with("score", options, ScoreOptions, blank)
     parsed = [
       self._marked(text, config, f"text {i}")
       for i, text in enumerate(several, 1)
     ]
     given = _orders(options, [marked for _, marked in parsed])
-    with switches.fixed_types(), jax.set_mesh(self._network.mesh):
+    with (
+      switches.fixed_types(),
+      jax.set_mesh(self._network.mesh),
+      self._patience(),
+    ):
       scores = self._scorer.score(self._params, parsed, config, given)
-    return scores if several is texts else scores[0]
+    return scores[0] if isinstance(texts, kinds) else scores
+
+  def _patience(self):
+    """Return the context in which long waits are written on stderr."""
+    seconds = self.config.telemetry.patience_seconds if self._progress else 0
+    return telemetry.patience(
+      seconds, lambda line: print(f"aoarm_jax: {line}", file=sys.stderr)
+    )
 
   def _marked(self, text, config, name):
     """Return (text, prompts.Marked) of a text or of a generated Text."""
@@ -159,24 +310,44 @@ class Model:
       text, self._network.tokenizer, blank, marks, name
     )
 
-  def _fill(self, parsed, count, options):
+  def _fill(self, parsed, count, options, known):
     """Return `count` texts for each of the parsed prompts."""
-    config = self._with("sample", {"count": count, **options})
+    options = dict(options)
+    if options.get("seed") is None:
+      # Seeds are int32 on devices.
+      options["seed"] = secrets.randbits(31)
+    count = _whole_number("count", count)
+    config = self._with("sample", options, known)
+    config = config_rules.validate(config.replace("sample.count", count))
     given = _orders(options, parsed)
-    with switches.fixed_types(), jax.set_mesh(self._network.mesh):
+    with (
+      switches.fixed_types(),
+      jax.set_mesh(self._network.mesh),
+      self._patience(),
+    ):
       return self._sampler.fill(self._params, parsed, config, given)
 
-  def _with(self, section, options, blank=None):
-    """Return the validated config with the options of a section."""
+  def _with(self, section, options, known, blank=None):
+    """Return the validated config with the options of a section.
+
+    Args:
+      section: "sample" or "score".
+      options: the values by name.
+      known: the TypedDict of the names that there are.
+      blank: config.sample.blank; None leaves it as it is.
+    """
     config, options = self.config, dict(options)
     if blank is not None:
       config = config.replace("sample.blank", blank)
-    fields = [f.name for f in dataclasses.fields(getattr(config, section))]
     for name in options:
-      if name not in fields:
+      if name not in known.__annotations__:
         raise config_lib.ConfigError(
-          f"{name}: no such option; there are: {', '.join(fields)}"
+          f"{name}: no such option; there are: "
+          + ", ".join((*_NAMED[known], *known.__annotations__))
         )
+    if options.get("seed", 0) is None:
+      del options["seed"]
+    given = dict(options)
     if "order" in options and not isinstance(options["order"], str):
       # The orders are passed as call arguments, so nothing is compiled again.
       every = tuple(range(1, config.model.T + 1))
@@ -185,25 +356,86 @@ class Model:
     typed = getattr(config_lib.from_dict({section: options}), section)
     for name in options:
       config = config.replace(f"{section}.{name}", getattr(typed, name))
-    return config_rules.validate(config)
+    config = config_rules.validate(config)
+    for name, holds, words in _effects(section, config):
+      if name in given and not holds:
+        raise config_lib.ConfigError(
+          f"{name}={given[name]!r}: has no effect here; it counts with {words}"
+        )
+    return config
+
+
+def _effects(section, config):
+  """Return (option, whether it has an effect, with what it has one)."""
+  if section == "score":
+    is_drawn = config.score.order == "uniform"
+    words = f"order='uniform' only; order is {config.score.order!r}"
+    return [(name, is_drawn, words) for name in ("orders", "seed")]
+  sample = config.sample
+  method, in_steps = sample.method, sample.steps > 0
+  by_width = ("adaptive", "speculative")
+  drawn = f"temperature above 0 only; temperature is {sample.temperature:g}"
+  return [
+    ("top_k", sample.temperature > 0, drawn),
+    ("top_p", sample.temperature > 0, drawn),
+    (
+      "width",
+      method in by_width or (method == "parallel" and not in_steps),
+      "method='adaptive', 'speculative' or 'parallel' (without steps) only; "
+      f"method is {method!r}",
+    ),
+    (
+      "schedule",
+      method == "parallel" and in_steps,
+      f"method='parallel' and steps above 0 only; method is {method!r}, steps "
+      f"is {sample.steps}",
+    ),
+    (
+      "score",
+      method == "adaptive",
+      f"method='adaptive' only; method is {method!r}",
+    ),
+    (
+      "order",
+      method not in ("ancestral", "confidence"),
+      "a method that follows an order; ancestral and confidence choose their "
+      "own",
+    ),
+  ]
 
 
 def _several(texts, kinds):
-  """Return `texts` as a sequence; a single text becomes a list.
+  """Return `texts` as a list; a single text becomes a list.
 
   Raises:
     PromptError: something in it is not a text of these kinds.
   """
-  several = [texts] if isinstance(texts, kinds) else texts
-  if isinstance(several, Sequence) and not isinstance(several, bytes):
-    wrong = [text for text in several if not isinstance(text, kinds)]
+  if isinstance(texts, kinds):
+    texts = [texts]
+  # A generated text is a tuple, but not a list of texts. A set and a dict have
+  # no order that results could follow.
+  single = (str, bytes, generate_lib.Text, Set, Mapping)
+  if isinstance(texts, single) or not isinstance(texts, Iterable):
+    wrong = [texts]
   else:
-    wrong = [several]
+    texts = list(texts)
+    wrong = [text for text in texts if not isinstance(text, kinds)]
   if wrong:
     raise prompts.PromptError(
       f"{wrong[0]!r} is no text: give a str or a list of them"
     )
-  return several
+  # The strings of numpy become plain ones.
+  return [str(text) if isinstance(text, str) else text for text in texts]
+
+
+def _whole_number(name, value):
+  """Return `value` as an int; raise ConfigError if it is none."""
+  try:
+    return operator.index(value)
+  except TypeError as error:
+    raise config_lib.ConfigError(
+      f"{name}={value!r}: must be a whole number"
+    ) from error
 
 
 def _orders(options, texts):

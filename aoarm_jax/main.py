@@ -311,6 +311,7 @@ def run(flag_values: flags.FlagValues, argv: list[str]) -> None:
       f"--config={config.name} is a sweep of many runs: --mode=study runs them"
     )
   run_dir.check_tensorboard(config.telemetry.tensorboard)
+  telemetry.set_patience(config.telemetry.patience_seconds)
   match flag_values.mode:
     case "train":
       train.train(config, workdir, argv)

@@ -19,7 +19,7 @@ IMPLEMENTATIONS = ("reference", "xla", "cudnn", "mosaic_gpu", "mosaic_tpu")
 
 
 def any_order_attention(
-  q: jax.Array,
+  q: jax.Array | list[jax.Array] | tuple[jax.Array, ...],
   k: jax.Array,
   v: jax.Array,
   visible: jax.Array | int | None = None,
@@ -36,11 +36,37 @@ def any_order_attention(
   first slots of the sequence.
 
   Attention is grouped: query head n * (Nq / N) + g reads key head n. Two
-  streams over shared keys and values are two query heads of one group.
+  streams over shared keys and values are two query heads of one group. So the
+  heads of streams interleave, and streams that are concatenated along the heads
+  give a wrong result without an error. Pass streams as a list:
+
+    >>> import jax, jax.numpy as jnp, pallas_kernels
+    >>> B, T, N, H = 2, 5, 4, 8
+    >>> keys = jax.random.split(jax.random.key(0), 4)
+    >>> content, query, k, v = (
+    ...   jax.random.normal(key, (B, T, N, H)) for key in keys
+    ... )
+    >>> # A content row sees its own slot, and a query row does not.
+    >>> before = jnp.broadcast_to(jnp.arange(T), (B, T))
+    >>> visible = jnp.stack([before + 1, before], axis=-1)
+    >>> streams = pallas_kernels.any_order_attention(
+    ...   [content, query], k, v, visible
+    ... )
+    >>> [out.shape for out in streams]
+    [(2, 5, 4, 8), (2, 5, 4, 8)]
+
+  The same call on one array is:
+
+    >>> q = jnp.stack([content, query], axis=3).reshape(B, T, 2 * N, H)
+    >>> out = pallas_kernels.any_order_attention(q, k, v, visible)
+    >>> bool((out.reshape(B, T, N, 2, H)[..., 1, :] == streams[1]).all())
+    True
 
   Args:
     q: [B, T, Nq, H] queries; bfloat16, float16 or float32. The implementation
-      `reference` also takes float64.
+      `reference` also takes float64. A list or a tuple of streams has one
+      [B, T, N, H] for each stream, with the heads of k; its g-th stream sees
+      visible[..., g].
     k: [B, S, N, H] keys of q's dtype; Nq is a multiple of N. Keys gathered from
       P devices that share a sequence are [P, B, S / P, N, H] in the layout of
       `shards`; S / P is even.
@@ -59,7 +85,9 @@ def any_order_attention(
       raises. None chooses the fastest one that supports the call.
 
   Returns:
-    The output [B, T, Nq, H] in v's dtype. With `return_lse`, a pair of the
+    The output [B, T, Nq, H] in v's dtype. For a list of streams, the output is
+    a tuple with [B, T, N, H] for each stream, and the log-sum-exp is such a
+    tuple too. With `return_lse`, a pair of the
     output and the log-sum-exp of the scaled scores: float32 [B, T, Nq], in
     nats, -inf for a row that sees no slot. Both are differentiable, so that
     attention over disjoint sets of slots can be merged.
@@ -70,6 +98,17 @@ def any_order_attention(
     UnsupportedError: the named implementation does not support the call; the
       message says what is unsupported.
   """
+  if isinstance(q, list | tuple):
+    return _of_streams(
+      q,
+      k,
+      v,
+      visible,
+      key_rank=key_rank,
+      scale=scale,
+      return_lse=return_lse,
+      implementation=implementation,
+    )
   gathered = k, v
   if k.ndim == 5 and k.shape == v.shape and k.shape[2] % 2 == 0:
     # XLA drops these copies if the kernel reads the gathered arrays in place.
@@ -101,6 +140,40 @@ def any_order_attention(
         + ", ".join(IMPLEMENTATIONS)
       )
   return (out, lse) if return_lse else out
+
+
+def _of_streams(
+  streams: list[jax.Array] | tuple[jax.Array, ...],
+  k: jax.Array,
+  *args: Any,
+  return_lse: bool,
+  **options: Any,
+) -> Any:
+  """Return `any_order_attention` of a list of streams: a tuple for each array.
+
+  Raises:
+    ValueError: a stream has another shape or dtype, or not the heads of k.
+  """
+  described = [f"{jnp.result_type(x)} {jnp.shape(x)}" for x in streams]
+  if (
+    len(set(described)) != 1
+    or streams[0].ndim != 4
+    or streams[0].shape[2] != k.shape[-2]
+  ):
+    raise ValueError(
+      "attention: each stream must be [B, T, N, H] of one dtype, with the "
+      f"N={k.shape[-2]} heads of k; got {', '.join(described) or 'no streams'}"
+    )
+  B, T, N, H = streams[0].shape
+  G = len(streams)
+  q = jnp.stack(streams, axis=3).reshape(B, T, N * G, H)
+  result = any_order_attention(q, k, *args, return_lse=return_lse, **options)
+
+  def split(x):
+    x = x.reshape(B, T, N, G, *x.shape[3:])
+    return tuple(x[:, :, :, g] for g in range(G))
+
+  return jax.tree.map(split, result)
 
 
 def _choose(

@@ -252,7 +252,9 @@ class Optimizer:
   )
   final_share: float = _field(
     0.1,
-    "last learning rate divided by the peak",
+    "cosine and stable_decay: learning rate at the end, divided by the peak; "
+    "the schedule reaches it one step after the last one, so the last step has "
+    "a slightly higher rate",
     low=0.0,
     high=1.0,
     binds="run",
@@ -570,6 +572,12 @@ class Telemetry:
   """What a run reports (aoarm_jax/runs/telemetry.py)."""
 
   log_every: int = _field(50, "steps between log lines", low=1)
+  patience_seconds: float = _field(
+    2.0,
+    "seconds of compiling or other waiting after which a line says what takes "
+    "long; 0 says nothing",
+    low=0.0,
+  )
   tensorboard: bool = _field(False, "also write TensorBoard events")
   profile_start: int = _field(
     -1, "first step that is profiled; -1 profiles nothing", low=-1

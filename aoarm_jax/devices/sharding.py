@@ -379,19 +379,25 @@ def put_rows(mesh: jax.sharding.Mesh, tree: Any) -> Any:
     )
 
 
-def batch_size(mesh: jax.sharding.Mesh, most: int, rows: int) -> int:
+def batch_size(
+  mesh: jax.sharding.Mesh, most: int, rows: int, least: int = 1
+) -> int:
   """Return the batch size for `rows` items; few sizes are compiled.
 
-  The size is the next power of two, limited to `most`. It is then rounded up to
-  a multiple of the devices along the batch.
+  The size is the next power of four, limited to `most`. It is then rounded up
+  to a multiple of the devices along the batch.
 
   Args:
     mesh: the mesh of the run.
     most: the greatest batch size before the last rounding.
     rows: the number of items in all.
+    least: the least size before the limit; a power of four.
   """
   devices = _batch_ways(mesh)
-  rows = min(most, 1 << (rows - 1).bit_length())
+  size = least
+  while size < rows:
+    size *= 4
+  rows = min(most, size)
   return -(-rows // devices) * devices
 
 

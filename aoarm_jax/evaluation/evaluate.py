@@ -1,5 +1,6 @@
 """Average likelihood estimators over a split: --mode=eval."""
 
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -160,7 +161,10 @@ class Evaluator:
     Returns:
       The Estimate, or None if the evaluation was stopped.
     """
+    # A later evaluation tells its progress in `over_batches`.
+    waiting: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if estimator not in self._jitted:
+      waiting = telemetry.waiting(f"compiling and evaluating {estimator}")
       self._jitted[estimator] = jax.jit(
         functools.partial(
           estimators.estimate, estimator, self._config, self._network
@@ -171,12 +175,13 @@ class Evaluator:
       jax.random.key(self._config.eval.seed), purposes.EVALUATION
     )
     key, step_here = sharding.put(self._mesh, (key, np.int32(step)))
-    nats_and_sums = over_batches(
-      functools.partial(self._jitted[estimator], params, key, step_here),
-      batches,
-      self._mesh,
-      is_stopped,
-    )
+    with waiting:
+      nats_and_sums = over_batches(
+        functools.partial(self._jitted[estimator], params, key, step_here),
+        batches,
+        self._mesh,
+        is_stopped,
+      )
     if nats_and_sums is None:
       return None
     return mean(estimator, self._config.model.T, *nats_and_sums)

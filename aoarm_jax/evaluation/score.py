@@ -24,9 +24,9 @@ from aoarm_jax.config import purposes
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import tokenizers
 from aoarm_jax.devices import sharding
-from aoarm_jax.generation import prompts
+from aoarm_jax.generation import prompts, shapes
 from aoarm_jax.model import network as network_lib
-from aoarm_jax.runs import opening
+from aoarm_jax.runs import opening, telemetry
 
 # The texts of a file are scored in parts of this many, and each part is printed
 # before the next one is scored.
@@ -35,6 +35,11 @@ _AT_ONCE = 1024
 
 class Score(NamedTuple):
   """The log-probability of a part of a text, given the known part.
+
+  A text of n < T tokens (config.model.T) is scored as the first n positions of
+  a text of T tokens. Nothing tells the model that the text ends at n. With two
+  sentinels the end even stays at position T + 1. So `log_p` is not the
+  log-probability of a text of exactly n tokens.
 
   Attributes:
     text: the text, as it was given.
@@ -78,9 +83,10 @@ class Scorer:
     self._mesh = network.mesh
     self._jitted = jax.jit(
       self._nats,
-      static_argnames=("family", "count", "most"),
+      static_argnames=("count", "most"),
       out_shardings=sharding.replicated(network.mesh),
     )
+    self._compiled: set[Any] = set()
 
   def score(
     self,
@@ -112,15 +118,15 @@ class Scorer:
     """
     config = config or self._config
     model = config.model
-    shapes: dict[int, list[int]] = {}
+    by_length: dict[int, list[int]] = {}
     for i, (_, text) in enumerate(texts):
       _check(text, model)
-      T = prompts.padded_length(len(text.tokens), model.T)
-      shapes.setdefault(T, []).append(i)
+      T = shapes.length(len(text.tokens), model.T)
+      by_length.setdefault(T, []).append(i)
     scores: dict[int, Score] = {}
     if given is None:
       given = [config.orders.given] * len(texts)
-    for T, rows in shapes.items():
+    for T, rows in by_length.items():
       B = sharding.batch_size(self._mesh, config.score.batch_size, len(rows))
       for first in range(0, len(rows), B):
         scores |= self._batch(
@@ -146,23 +152,43 @@ class Scorer:
       )
       if options.order == "given":
         order[b] = prompts.within(given[row], T)
+    if options.order == "right_to_left":
+      order = order[:, ::-1]
     counts = (kinds == _SCORED).sum(axis=1)
     key = jax.random.fold_in(jax.random.key(options.seed), purposes.SCORING)
-    out = self._jitted(
-      params,
-      sharding.put(self._mesh, key),
-      *sharding.put_rows(self._mesh, (tokens, kinds, order)),
-      family=options.order,
-      count=options.orders if options.order == "uniform" else 1,
-      most=prompts.padded_length(int(counts.max()), T),
-    )
-    nats, order = jax.device_get(out)
+    count = options.orders if options.order == "uniform" else 0
+    most = self._most_ranks(int(counts.max()), T)
+    texts_here = shapes.describe(len(rows), T)
+    what = f"scoring {texts_here}"
+    if (B, T, count, most) not in self._compiled:
+      what = f"compiling the score of {texts_here}"
+    with telemetry.waiting(what):
+      out = self._jitted(
+        params,
+        sharding.put(self._mesh, key),
+        *sharding.put_rows(self._mesh, (tokens, kinds, order)),
+        count=count,
+        most=most,
+      )
+    self._compiled.add((B, T, count, most))
+    with telemetry.waiting(f"scoring {texts_here}"):
+      nats, order = jax.device_get(out)
     return {
       row: _score(texts[row][0], nats[:, b, :n], order[:, b, :n])
       for b, (row, n) in enumerate(zip(rows, counts))
     }
 
-  def _nats(self, params, key, tokens, kinds, given, *, family, count, most):
+  def _most_ranks(self, count, T):
+    """Return the number of ranks to compute for `count` scored tokens.
+
+    A masked mechanism takes a pass for each rank, so several numbers repay
+    their compilation. All others take one pass, for a few ranks or for all.
+    """
+    if self._network.layout.masked:
+      return shapes.length(count, T)
+    return T if count > 16 else min(16, T)
+
+  def _nats(self, params, key, tokens, kinds, given, *, count, most):
     """Return nats and positions of R ranks, from each row's first scored rank.
 
     Args:
@@ -170,9 +196,8 @@ class Scorer:
       key: typed PRNG key of the uniform orders.
       tokens: int32 [B, T].
       kinds: int32 [B, T], by position: _KNOWN, _SCORED or _UNKNOWN.
-      given: int32 [B, T], the orders if family is "given".
-      family: name of an order family; static.
-      count: number of orders K; static.
+      given: int32 [B, T], the orders if count is 0.
+      count: number of uniform orders K; 0 takes `given`, and K is 1; static.
       most: number of ranks R; static.
 
     Returns:
@@ -180,7 +205,7 @@ class Scorer:
     """
     B, T = tokens.shape
     model = self._network.model
-    options = self._config.replace("orders.family", family).orders
+    options = self._config.replace("orders.family", "uniform").orders
     first = (kinds == _KNOWN).sum(axis=1)[:, None]
     ranks = jnp.minimum(first + jnp.arange(most), T - 1)
     nll = functools.partial(
@@ -198,7 +223,7 @@ class Scorer:
 
     def of_order(k):
       order = given
-      if family != "given":
+      if count:
         order = orders.draw(jax.random.fold_in(key, k), 1, T, options)
         order = jnp.broadcast_to(order, (B, T))
       order = orders.by_class(order, kinds)
@@ -208,7 +233,7 @@ class Scorer:
       by_rank = nll(tokens, order)
       return jnp.take_along_axis(by_rank, ranks, axis=1), positions
 
-    return jax.lax.map(of_order, jnp.arange(count))
+    return jax.lax.map(of_order, jnp.arange(max(count, 1)))
 
 
 _KNOWN, _SCORED, _UNKNOWN = range(3)

@@ -47,7 +47,8 @@ class Generation(NamedTuple):
     calls: int32 [B], passes of the network until the row was complete. The row
       alone would take as many. Later passes, for other rows of the batch, do
       not count.
-    accepted: int32 [B], tokens that were accepted drafts (speculative). Every
+    accepted: int32 [B], tokens that were accepted drafts (speculative). The
+      first draft of every round counts, although it cannot be rejected. Every
       other generated token was drawn anew in place of a rejected draft.
   """
 

@@ -20,20 +20,25 @@ from aoarm_jax.config import purposes
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import tokenizers
 from aoarm_jax.devices import sharding
-from aoarm_jax.generation import decode, diffusion, prompts
+from aoarm_jax.generation import decode, diffusion, prompts, shapes
 from aoarm_jax.generation import law as sampling
 from aoarm_jax.generation import plan as plan_lib
 from aoarm_jax.model import network as network_lib
 from aoarm_jax.runs import directory as run_dir
-from aoarm_jax.runs import opening
+from aoarm_jax.runs import opening, telemetry
 
 # The texts of a file are drawn in parts of this many, and each part is printed
 # before the next one is drawn.
 _AT_ONCE = 1024
+_LEAST_ROWS = 4
 
 
 class Text(NamedTuple):
   """One generated text.
+
+  A text of fewer than T tokens (config.model.T) is generated as the start of a
+  text of T tokens. With two sentinels the model expects the end at position
+  T + 1, and not after the text.
 
   Attributes:
     text: the readable text. Bytes that are not UTF-8 appear as U+FFFD.
@@ -48,9 +53,12 @@ class Text(NamedTuple):
       speculative takes two. A step of adaptive takes one more for every 64
       targets that it scores. Passes for longer texts of the same batch do not
       count.
-    accepted: number of generated tokens that were accepted drafts
-      (speculative). Divided by the number of generated tokens, it is the rate
-      of acceptance.
+    accepted: number of generated tokens that were drafts and were kept
+      (speculative). The first draft of every round counts too, although it
+      cannot be rejected. So `accepted` is at least the number of rounds, and
+      its share of the generated tokens is no rate of acceptance.
+    seed: config.sample.seed of the call. The same call with this seed draws
+      the same text again.
   """
 
   text: str
@@ -59,6 +67,7 @@ class Text(NamedTuple):
   log_p: float
   calls: int
   accepted: int = 0
+  seed: int = 0
 
 
 class Sampler:
@@ -78,9 +87,17 @@ class Sampler:
     self._mesh = network.mesh
     self._jitted = jax.jit(
       self._draw,
-      static_argnames=("plan", "family", "prefill", "most_known"),
+      static_argnames=("plan", "prefill", "most_known"),
       out_shardings=sharding.replicated(network.mesh),
     )
+    # The orders have a small program of their own. So the large one is the same
+    # for all of them.
+    self._draw_orders = jax.jit(
+      self._orders_of,
+      static_argnames="family",
+      out_shardings=sharding.named(network.mesh, "batch"),
+    )
+    self._compiled: set[Any] = set()
 
   def sample(
     self, params: Any, prompt: prompts.Prompt | None = None
@@ -128,18 +145,25 @@ class Sampler:
     """
     config, model = config or self._config, self._config.model
     count = config.sample.count
-    shapes: dict[tuple[int, bool], list[int]] = {}
+    by_shape: dict[tuple[int, bool], list[int]] = {}
     for i, prompt in enumerate(texts):
       _check(prompt, model)
-      T = prompts.padded_length(len(prompt.tokens), model.T)
+      T = shapes.length(len(prompt.tokens), model.T)
+      # A masked mechanism has no cache to fill, and one program for all.
       prefill = bool(prompt.known.any()) or model.sentinels > 1
+      prefill = prefill and not model.kind.masked
       texts_of_prompt = range(i * count, (i + 1) * count)
-      shapes.setdefault((T, prefill), []).extend(texts_of_prompt)
+      by_shape.setdefault((T, prefill), []).extend(texts_of_prompt)
     drawn: dict[int, Text] = {}
     if given is None:
       given = [config.orders.given] * len(texts)
-    for (T, prefill), rows in shapes.items():
-      B = sharding.batch_size(self._mesh, config.sample.batch_size, len(rows))
+    # A step from the cache reads all weights, so that a few rows take hardly
+    # longer than one row. A full pass of a masked mechanism does.
+    least = 1 if model.kind.masked else _LEAST_ROWS
+    for (T, prefill), rows in by_shape.items():
+      B = sharding.batch_size(
+        self._mesh, config.sample.batch_size, len(rows), least
+      )
       for start in range(0, len(rows), B):
         drawn |= self._batch(
           params,
@@ -169,23 +193,35 @@ class Sampler:
       length[b], index[b] = n, first * sample.count + row
       if sample.order == "given":
         order[b] = prompts.within(given[row // sample.count], T)
-    everywhere = sharding.put(
-      self._mesh,
-      (
-        jax.random.fold_in(jax.random.key(sample.seed), purposes.GENERATION),
-        sampling.make_law(sample.temperature, sample.top_k, sample.top_p),
-        np.int32((length - known.sum(axis=1)).max()),
-      ),
-    )
-    drawn = self._jitted(
-      params,
-      *everywhere,
-      *sharding.put_rows(self._mesh, (tokens, known, length, index, order)),
-      plan=plan_lib.Plan.of(sample),
-      family=sample.order,
-      prefill=prefill,
-      most_known=T if known.any() else 0,
-    )
+    key = jax.random.fold_in(jax.random.key(sample.seed), purposes.GENERATION)
+    law = sampling.make_law(sample.temperature, sample.top_k, sample.top_p)
+    most_blanks = np.int32((length - known.sum(axis=1)).max())
+    key, *everywhere = sharding.put(self._mesh, (key, law, most_blanks))
+    by_row = tokens, known, length, index, order
+    *by_row, order = sharding.put_rows(self._mesh, by_row)
+    plan = plan_lib.Plan.of(sample)
+    most_known = T if prefill and known.any() else 0
+    program = B, T, plan, prefill, most_known, law.top_k is None
+    texts_here = shapes.describe(len(rows), T)
+    what = f"generating {texts_here}"
+    if program not in self._compiled:
+      what = f"compiling the generation of {texts_here}"
+    with telemetry.waiting(what):
+      if sample.order != "given":
+        order = self._draw_orders(key, order, by_row[-1], family=sample.order)
+      drawn = self._jitted(
+        params,
+        key,
+        *everywhere,
+        *by_row,
+        order,
+        plan=plan,
+        prefill=prefill,
+        most_known=most_known,
+      )
+    self._compiled.add(program)
+    with telemetry.waiting(f"generating {texts_here}"):
+      drawn = jax.device_get(drawn)
     return {
       row: Text(
         self._network.tokenizer.decode(text[:n]),
@@ -194,9 +230,10 @@ class Sampler:
         float(nats),
         int(calls),
         int(accepted),
+        sample.seed,
       )
       for row, n, text, text_order, nats, calls, accepted in zip(
-        rows, length.tolist(), *jax.device_get(drawn)
+        rows, length.tolist(), *drawn
       )
     }
 
@@ -213,19 +250,14 @@ class Sampler:
     order,
     *,
     plan,
-    family,
     prefill,
     most_known,
   ):
-    """Draw the orders, unless they are given, and generate a batch.
+    """Generate a batch.
 
     Arguments after the star are static. See decode.generate for the others.
     """
-    order_key, draw_key = jax.random.split(key)
-    if family != "given":
-      options = self._config.replace("orders.family", family).orders
-      B, T = tokens.shape
-      order = orders.draw(order_key, B, T, options, rows=index)
+    _, draw_key = jax.random.split(key)
     if self._network.layout.masked:
       return diffusion.generate(
         self._network,
@@ -254,6 +286,13 @@ class Sampler:
       rows=index,
       length=length,
     )
+
+  def _orders_of(self, key, order, index, *, family):
+    """Return orders of a family, with the shape of `order`, int32 [B, T]."""
+    order_key, _ = jax.random.split(key)
+    options = self._config.replace("orders.family", family).orders
+    B, T = order.shape
+    return orders.draw(order_key, B, T, options, rows=index)
 
 
 def _check(prompt, model):
@@ -341,7 +380,7 @@ def sample(
   path = workdir / "samples" / f"{now}.jsonl"
   facts = {
     name: getattr(config.sample, name)
-    for name in ("seed", "method", "order", "temperature", "top_k", "top_p")
+    for name in ("method", "order", "temperature", "top_k", "top_p")
   }
   write(path, texts, run.step, prompt=prompt, **facts)
   logging.info("written with their orders: %s", path)

@@ -11,7 +11,7 @@ from etils import epath
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import sharding
 from aoarm_jax.model import network as network_lib
-from aoarm_jax.runs import checkpoint, identity
+from aoarm_jax.runs import checkpoint, identity, telemetry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,11 +113,15 @@ def as_trained(
 
 
 def open_run(
-  workdir: epath.Path, config: config_lib.Config, *batches: str
+  workdir: epath.Path,
+  config: config_lib.Config,
+  *batches: str,
+  step: int | None = None,
 ) -> Run:
   """Restore a checkpoint of a run onto the local devices.
 
-  config.checkpoint.read selects the newest or the best complete checkpoint.
+  Without a step, config.checkpoint.read selects the newest or the best complete
+  checkpoint.
 
   Args:
     workdir: run directory.
@@ -125,9 +129,10 @@ def open_run(
       checkpoint. Its mesh may differ.
     *batches: the batches that the mesh must divide: "train", "eval", see
       sharding.of_run.
+    step: training steps of the checkpoint to read.
 
   Raises:
-    CheckpointError: there is no complete checkpoint.
+    CheckpointError: there is no complete checkpoint, or none of this step.
     ConfigError: the checkpoint has another model, and the message names the
       field; or the mesh does not fit the devices, the model or a batch.
   """
@@ -136,7 +141,17 @@ def open_run(
   )
   mesh = sharding.of_run(config, *batches)
   best = config.checkpoint.read == "best"
-  saved = checkpoints.best() if best else checkpoints.newest()
+  saved: checkpoint.Saved | None
+  steps = checkpoints.steps()
+  if step is not None and steps:
+    if step not in steps:
+      raise checkpoint.CheckpointError(
+        f"no checkpoint of step {step} in {workdir / 'checkpoints'}; steps "
+        f"there: {', '.join(map(str, steps))}"
+      )
+    saved = checkpoints.at(step)
+  else:
+    saved = checkpoints.best() if best else checkpoints.newest()
   if saved is None:
     raise checkpoint.CheckpointError(
       f"no checkpoint{' with a validation' * best} in "
@@ -146,7 +161,10 @@ def open_run(
   identity.check_same_model(saved, config, workdir)
   network = network_lib.Network(config, mesh)
   field = "ema" if trained.optimizer.ema_decay > 0 else "params"
-  with jax.set_mesh(mesh):
+  with (
+    jax.set_mesh(mesh),
+    telemetry.waiting(f"reading checkpoint step {saved.step:,}"),
+  ):
     params = checkpoints.restore(saved, {field: network.abstract_params})[field]
   logging.info(
     "restored step %s of %s%s",

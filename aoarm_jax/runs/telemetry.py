@@ -6,12 +6,14 @@ floats. directory.py writes the files of the run directory.
 
 import collections
 import contextlib
+import contextvars
 import importlib.util
 import logging as python_logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -36,6 +38,8 @@ _NOISY = (
 # Speed is the mean over this time. It follows a machine that slows down, and
 # does not jump between log lines.
 _SPEED_WINDOW_SECONDS = 60.0
+# After its first line, a long wait says at these intervals that it goes on.
+_SECONDS_BETWEEN_WAITS = 30.0
 
 
 class NonFiniteError(errors.UserError, RuntimeError):
@@ -105,6 +109,76 @@ def setup_logging() -> None:
   logging.use_absl_handler()
   logging.set_stderrthreshold("info")
   logging.set_verbosity(logging.INFO)
+
+
+class _Patience(NamedTuple):
+  """How long a wait is silent, and the function that takes its lines."""
+
+  seconds: float
+  say: Callable[[str], None]
+
+
+def _log(line):
+  logging.info("%s", line)
+
+
+_patience: contextvars.ContextVar[_Patience] = contextvars.ContextVar(
+  "patience"
+)
+
+
+def set_patience(
+  seconds: float, say: Callable[[str], None] | None = None
+) -> contextvars.Token:
+  """Sets for how long the waits of this thread are silent; see `waiting`.
+
+  Args:
+    seconds: the time before the first line; 0 means no lines.
+    say: takes a line. None logs it.
+
+  Returns:
+    The token that undoes it.
+  """
+  return _patience.set(_Patience(seconds, say or _log))
+
+
+@contextlib.contextmanager
+def patience(seconds: float, say: Callable[[str], None]) -> Iterator[None]:
+  """Does what `set_patience` does, for the time inside."""
+  token = set_patience(seconds, say)
+  try:
+    yield
+  finally:
+    _patience.reset(token)
+
+
+@contextlib.contextmanager
+def waiting(what: str) -> Iterator[None]:
+  """Says what the program waits for, if the time inside is long.
+
+  Args:
+    what: the work, as in "compiling the training step".
+  """
+  seconds, say = _patience.get(_Patience(2.0, _log))
+  if seconds <= 0:
+    yield
+    return
+  start, is_over = time.monotonic(), threading.Event()
+
+  def watch():
+    silence = seconds
+    while not is_over.wait(silence):
+      silence = _SECONDS_BETWEEN_WAITS
+      passed = format_duration(time.monotonic() - start)
+      say(f"{what}: {passed} so far")
+
+  thread = threading.Thread(target=watch, daemon=True)
+  thread.start()
+  try:
+    yield
+  finally:
+    is_over.set()
+    thread.join()
 
 
 def is_out_of_memory(error: jax.errors.JaxRuntimeError) -> bool:

@@ -131,9 +131,10 @@ def train(
     _Signals(watchdog) as signals,
   ):
     # A missing text is told before the run directory is made.
-    corpus = corpora.load(
-      config.data.corpus, config.data.path, network.tokenizer
-    )
+    with telemetry.waiting("reading the text"):
+      corpus = corpora.load(
+        config.data.corpus, config.data.path, network.tokenizer
+      )
     splits = list(dict.fromkeys(("train", config.eval.split)))
     logging.info("text: %s", corpus.describe(*splits))
     text = identity.text_of(corpus, *splits)
@@ -323,7 +324,11 @@ class _Run:
         profile.before_step(step, state)
         # An implicit transfer could make the host wait for the device, so only
         # explicit transfers are allowed.
-        with jax.transfer_guard("disallow"), profile.annotation(step):
+        with (
+          jax.transfer_guard("disallow"),
+          profile.annotation(step),
+          self._waiting("compiling the training step", step == start),
+        ):
           batch = sharding.put_batch(self.mesh, next(self.batches))
           former_sums, (state, sums) = sums, self.program.step(state, batch)
         # The sums of a step are fetched after the next step is dispatched, so
@@ -343,12 +348,18 @@ class _Run:
     self.former_records = [r for r in records if r["step"] <= saved.step]
     if not saved:
       seed = sharding.put(self.mesh, np.int32(self.config.seed))
-      return self.program.init(seed), 0
+      with telemetry.waiting("compiling the first parameters"):
+        return self.program.init(seed), 0
     self.interval = saved.data_state["interval"]
-    state = self.checkpoints.restore(saved, self.program.abstract)
+    with telemetry.waiting(f"reading checkpoint step {saved.step:,}"):
+      state = self.checkpoints.restore(saved, self.program.abstract)
     self.batches.set_state(saved.data_state["iterator"])
     logging.info("resumed from step %s", f"{saved.step:,}")
     return state, saved.step
+
+  def _waiting(self, what, is_first):
+    """Say what takes long, among the first steps only: a thread costs time."""
+    return telemetry.waiting(what) if is_first else contextlib.nullcontext()
 
   def _due(self, step, every):
     """Return whether a task is due that is done every `every` steps.
@@ -370,7 +381,8 @@ class _Run:
     """Fetch the sums of the step that led to `step`; check and log them."""
     if sums is None:
       return
-    sums = {name: float(x) for name, x in jax.device_get(sums).items()}
+    with self._waiting(f"computing step {step:,}", not self.told_eta):
+      sums = {name: float(x) for name, x in jax.device_get(sums).items()}
     self.progress.tick(step)
     sums["loss"] = sums["nats"] / sums["tokens"]
     # A finite update keeps finite parameters finite, so the parameters need no

@@ -1,5 +1,6 @@
 """Attention: every implementation against float64 numpy."""
 
+import doctest
 import functools
 from unittest import mock
 
@@ -271,6 +272,51 @@ class AttentionTest(parameterized.TestCase):
       out = _attend("reference")(q, k, v)
       self.assertEqual(out.dtype, jnp.float64)
       np.testing.assert_allclose(out, _slow(q, k, v)[0], atol=1e-12)
+
+
+class StreamsTest(parameterized.TestCase):
+  def arrays(self):
+    """(two streams, k, v, visible); the second stream sees one slot less."""
+    B, T, N, H = 2, 5, 3, 4
+    generator = np.random.default_rng(0)
+    draw = generator.normal(size=(4, B, T, N, H)).astype(np.float32)
+    content, query, k, v = map(jnp.asarray, draw)
+    before = np.tile(np.arange(T, dtype=np.int32), (B, 1))
+    return [content, query], k, v, np.stack([before + 1, before], -1)
+
+  def test_the_example_in_the_docstring(self):
+    failed, tried = doctest.testmod(api)
+    self.assertEqual((failed, tried > 5), (0, True))
+
+  @parameterized.parameters(list, tuple)
+  def test_a_list_of_streams(self, kind):
+    """Each as it would be alone; side by side along the heads is wrong."""
+    streams, k, v, visible = self.arrays()
+    attend = functools.partial(api.any_order_attention, return_lse=True)
+    outs, lses = jax.jit(attend)(kind(streams), k, v, visible)
+    for g, (out, lse) in enumerate(zip(outs, lses)):
+      want, want_lse = attend(streams[g], k, v, visible[..., g])
+      np.testing.assert_allclose(out, want, atol=1e-6)
+      np.testing.assert_allclose(lse, want_lse, atol=1e-6)
+    (alone,) = api.any_order_attention(streams[:1], k, v)
+    np.testing.assert_allclose(alone, outs[0], atol=1e-6)
+    wrong = api.any_order_attention(jnp.concatenate(streams, 2), k, v, visible)
+    self.assertGreater(np.abs(wrong[:, :, :3] - outs[0]).max(), 0.1)
+
+  @parameterized.parameters(
+    (lambda x: [], "with the N=3 heads of k; got no streams"),
+    (
+      lambda x: [x[0], x[1][:, 1:]],
+      r"got float32 \(2, 5, 3, 4\), float32 \(2, ",
+    ),
+    (lambda x: [x[0], x[1].astype(jnp.bfloat16)], "of one dtype, with"),
+    (lambda x: [jnp.concatenate(x, 2)], "with the N=3 heads of k; got float32"),
+    (lambda x: [x[0][0], x[1][0]], r"each stream must be \[B, T, N, H\]"),
+  )
+  def test_streams_that_do_not_fit(self, change, message):
+    streams, k, v, visible = self.arrays()
+    with self.assertRaisesRegex(ValueError, message):
+      api.any_order_attention(change(streams), k, v, visible)
 
 
 class ChooserTest(parameterized.TestCase):

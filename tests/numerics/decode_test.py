@@ -301,6 +301,8 @@ class CallsTest(parameterized.TestCase):
       self.assertTrue((rounds - refused >= 0).all())
       self.assertTrue((rounds - refused <= 1).all())
       self.assertGreater(refused.max(), 0)
+      # The first draft of a round cannot fail, and it counts.
+      self.assertTrue((out.accepted[::2] >= rounds).all())
       self.assertGreater(out.accepted.min(), 0)
 
   def test_single_drafts_are_all_accepted(self):

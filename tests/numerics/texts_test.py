@@ -400,7 +400,7 @@ class SamplerTest(parameterized.TestCase):
     directory = self.enterContext(tempfile.TemporaryDirectory())
     path = epath.Path(directory) / "samples" / "x.jsonl"
     texts = [
-      generate.Text("a b", [1, 0, 2], [2, 1, 3], -1.5, 4, 2),
+      generate.Text("a b", [1, 0, 2], [2, 1, 3], -1.5, 4, 2, 3),
       generate.Text("c", [3], [1], 0.0, 1),
     ]
     generate.write(path, texts, 7, prompt="a_b")
@@ -417,6 +417,7 @@ class SamplerTest(parameterized.TestCase):
           "log_p": -1.5,
           "calls": 4,
           "accepted": 2,
+          "seed": 3,
         },
         {
           "step": 7,
@@ -427,6 +428,7 @@ class SamplerTest(parameterized.TestCase):
           "log_p": 0.0,
           "calls": 1,
           "accepted": 0,
+          "seed": 0,
         },
       ],
     )

@@ -1,9 +1,12 @@
 """A trained run from Python and from the command line; the README's code."""
 
 import contextlib
+import dataclasses
+import importlib
 import io
 import json
 import pathlib
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -19,11 +22,13 @@ from absl import flags
 from absl.testing import absltest, parameterized
 
 import aoarm_jax
+from aoarm_jax import api
 from aoarm_jax.config import errors
 from aoarm_jax.config import schema as config
 from aoarm_jax.data import tokenizers
 from aoarm_jax.generation import prompts
 from aoarm_jax.generation import texts as generate
+from aoarm_jax.runs import telemetry
 from aoarm_jax.tools import strip
 
 pytestmark = pytest.mark.once
@@ -60,6 +65,13 @@ def tearDownModule():
   _contexts.close()
 
 
+def _subclasses(kind):
+  """All classes below a class."""
+  for below in kind.__subclasses__():
+    yield below
+    yield from _subclasses(below)
+
+
 def _run(*command):
   """What a command prints; its config's model is not the run's."""
   out = io.StringIO()
@@ -70,12 +82,12 @@ def _run(*command):
   return out.getvalue().splitlines()
 
 
-def _printed_by(page):
+def _printed_by(page, runs=1):
   """The lines that the Python code of a page prints, with the run of here."""
   text = (helpers.ROOT / page).read_text()
   code = "".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
   shown = '"runs/two_stream-tiny"'
-  assert code.count(shown) == 1, page
+  assert code.count(shown) == runs, page
   out = io.StringIO()
   with contextlib.redirect_stdout(out):
     exec(code.replace(shown, repr(str(_folder / "run"))), {})
@@ -85,7 +97,7 @@ def _printed_by(page):
 class ModelTest(parameterized.TestCase):
   def test_import_is_cheap(self):
     code = (
-      "import aoarm_jax, sys; "
+      "import aoarm_jax, sys; dir(aoarm_jax); aoarm_jax.UserError; "
       "sys.exit(bool({'jax', 'numpy', 'flax'} & {*sys.modules}))"
     )
     subprocess.run(
@@ -98,10 +110,20 @@ class ModelTest(parameterized.TestCase):
     for line in lines[3:7]:
       self.assertRegex(line, r"^she said noth... to her moth.. -\d")
     lines = _printed_by("docs/python.md")
-    self.assertLen(lines, 2 + 1)
+    self.assertLen(lines, 2 + 3 + 1 + 1)
+    self.assertStartsWith(lines[3], "she said ")
+    self.assertEqual(lines[4], "True")
     drawn, blanks, everything = map(float, lines[-1].split())
     self.assertAlmostEqual(drawn, blanks, delta=1e-3)
     self.assertLess(everything, blanks - 1)
+
+  def test_the_loop_around_the_pieces_learns(self):
+    lines = _printed_by("docs/pieces.md", 0)
+    losses = [float(line.split()[2]) for line in lines[:-1]]
+    self.assertLen(losses, 4)
+    self.assertBetween(losses[0], 3.0, 3.6)
+    self.assertBetween(losses[-1], 2.0, losses[0] - 0.3)
+    self.assertEqual(lines[-1], "[(16, 32, 4, 8), (16, 32, 4, 8)]")
 
   def test_what_was_trained(self):
     self.assertEqual((_model.step, _model.config.model.T), (2, 40))
@@ -124,9 +146,9 @@ class ModelTest(parameterized.TestCase):
 
   def test_texts_depend_on_seed_and_index_alone(self):
     """Many in one call, whatever the batches; a short last one too."""
-    few = _model.generate(3, batch_size=8)
-    many = _model.generate(20, batch_size=8)
-    for got in (few, _model.generate(20, batch_size=3)):
+    few = _model.generate(3, batch_size=8, seed=0)
+    many = _model.generate(20, batch_size=8, seed=0)
+    for got in (few, _model.generate(20, batch_size=3, seed=0)):
       for text, want in zip(got, many):
         self.assertEqual(text[:2], want[:2])
         self.assertAlmostEqual(text.log_p, want.log_p, delta=1e-3)
@@ -135,7 +157,7 @@ class ModelTest(parameterized.TestCase):
     self.assertNotEqual(other[0].text, few[0].text)
 
   def test_few_numbers_of_texts_compile(self):
-    """Rows fill up to a power of two; config.*.batch_size is the most."""
+    """Rows fill up to a power of four; config.*.batch_size is the most."""
     texts = ["ab", "[b]c", "cd", "d", "ef"]
     scorer, sampler = _model._scorer._jitted, _model._sampler._jitted
     want = _model.score(texts, batch_size=6)
@@ -150,22 +172,57 @@ class ModelTest(parameterized.TestCase):
       self.assertEqual((a.text, a.order), (b.text, b.order))
       self.assertAlmostEqual(a.log_p, b.log_p, delta=1e-4)
 
+  def test_a_session_compiles_few_programs(self):
+    """Small numbers of texts, orders, and lengths share their programs."""
+    model = aoarm_jax.load(_folder / "run")
+    scorer, sampler = model._scorer._jitted, model._sampler._jitted
+    for count in (1, 2, 3, 4):
+      model.generate(count)
+    for order in ("left_to_right", "right_to_left", list(range(1, 41))):
+      model.generate(order=order)
+    self.assertEqual(sampler._cache_size(), 1)
+    for text in ("a_", "ab__", "_" + "a" * 14):
+      model.infill(text, 3)
+    self.assertEqual(sampler._cache_size(), 2)
+    for n in (17, 25, 33, 40):
+      for order in ("left_to_right", "right_to_left"):
+        model.score("a" * n, order=order)
+    self.assertEqual(scorer._cache_size(), 1)
+
+  def test_a_long_wait_is_said(self):
+    """On stderr, once for each; it can be switched off."""
+    for progress in (True, False):
+      model = aoarm_jax.load(_folder / "run", progress=progress)
+      model.config = model.config.replace("telemetry.patience_seconds", 1e-3)
+      err = io.StringIO()
+      with contextlib.redirect_stderr(err):
+        model.generate(3)
+        model.score("abc")
+      lines = [x for x in err.getvalue().splitlines() if "compiling" in x]
+      want = [
+        "aoarm_jax: compiling the generation of 3 texts of up to 40 tokens: ",
+        "aoarm_jax: compiling the score of 1 text of up to 16 tokens: ",
+      ]
+      self.assertLen(lines, 2 * progress)
+      for line, words in zip(lines, want):
+        self.assertRegex(line, f"^{words}[0-9]+s so far$")
+
   def test_prompts_of_several_lengths(self):
     """Each as if it stood alone at its index."""
     texts = ["ab__", "a_c" * 10, "______"]
-    found = _model.infill(texts, count=3)
+    found = _model.infill(texts, count=3, seed=7)
     for text, samples in zip(texts, found):
       self.assertLen({sample.text for sample in samples}, 3)
       for sample in samples:
         self.assertRegex(sample.text, f"^{text.replace('_', '[a-z ]')}$")
         self.assertEqual(sorted(sample.order), list(range(1, len(text) + 1)))
-    self.assertEqual(_model.infill(texts[0], count=3), found[0])
+    self.assertEqual(_model.infill(texts[0], count=3, seed=7), found[0])
 
   def test_another_blank(self):
     want, got = _model.score("a[b]_"), _model.score("a[b]?", blank="?")
     self.assertEqual(got[1:], want[1:])
-    want, got = _model.infill("_b"), _model.infill("?b", blank="?")
-    self.assertEqual(got, want)
+    want = _model.infill("_b", seed=0)
+    self.assertEqual(_model.infill("?b", blank="?", seed=0), want)
 
   def test_a_run_of_another_machine(self):
     """Its kernel is not here; nor is it asked for."""
@@ -236,7 +293,28 @@ class ModelTest(parameterized.TestCase):
       lambda m: m.generate(order=[1]),
       "order: has 1 positions, and a generated text has 40 tokens",
     ),
-    (lambda m: m.score("ab", orders=4), "orders=4: counts with order='unifor"),
+    (lambda m: m.score("ab", orders=4), "orders=4: has no effect here; it cou"),
+    (lambda m: m.score("ab", seed=4), ".*counts with order='uniform' only; o"),
+    (lambda m: m.generate(width=8), "width=8: .* only; method is 'sequential'"),
+    (
+      lambda m: m.generate(score="margin"),
+      "score='margin': has no effect ",
+    ),
+    (
+      lambda m: m.generate(schedule="cosine"),
+      "schedule='cosine': has no effe",
+    ),
+    (lambda m: m.generate(top_k=1, temperature=0), "top_k=1: has no effect he"),
+    (lambda m: m.generate(method="parallel", steps=4, width=2), "width=2: has"),
+    (lambda m: m.generate(every=2), "every: no such option; there are: count"),
+    (lambda m: m.generate(blank="?"), "blank: no such option; there are: cou"),
+    (lambda m: m.generate(1.5), "count=1.5: must be a whole number"),
+    (lambda m: m.generate(prompt="aX"), "prompt: char27: character 'X' at of"),
+    (lambda m: m.generate(prompt="ab", length=2), "prompt has 2 tokens, and t"),
+    (lambda m: m.generate(prompt=3), "prompt=3 is no text: give a str"),
+    (lambda m: m.generate(length=41), "length=41: must be at least 1 and at m"),
+    (lambda m: m.score({"ab"}), "{'ab'} is no text"),
+    (lambda m: m.score(iter(["ab", 3])), "3 is no text"),
     (lambda m: m.score(3), "3 is no text: give a str or a list of them"),
     (lambda m: m.score(["a", None]), "None is no text"),
     (lambda m: m.infill(b"a_"), "b'a_' is no text"),
@@ -252,6 +330,78 @@ class ModelTest(parameterized.TestCase):
       call(_model)
     self.assertLen(str(caught.exception).splitlines(), 1)
 
+  def test_every_kind_of_error_is_at_the_top(self):
+    """A user catches them without a search for their modules."""
+    for module in pkgutil.walk_packages(aoarm_jax.__path__, "aoarm_jax."):
+      if not module.name.startswith(("aoarm_jax.study", "aoarm_jax.tools")):
+        importlib.import_module(module.name)
+    for kind in _subclasses(errors.UserError):
+      if not kind.__module__.startswith(("aoarm_jax.study", "aoarm_jax.tools")):
+        self.assertIs(getattr(aoarm_jax, kind.__name__), kind)
+        self.assertIn(kind.__name__, dir(aoarm_jax))
+    with self.assertRaises(aoarm_jax.UserError):
+      _model.generate(0)
+    with self.assertRaisesRegex(AttributeError, "no attribute 'Absent'"):
+      _ = aoarm_jax.Absent
+
+  def test_a_model_says_what_it_is(self):
+    self.assertRegex(
+      repr(_model),
+      "^<aoarm_jax.Model '.*/run': step 2, two_stream, [0-9,]+ parameters, "
+      "T=40, tokenizer char27>$",
+    )
+
+  def test_editors_complete_the_options(self):
+    """The annotations name the fields of the config."""
+    sample = {field.name for field in dataclasses.fields(config.Sample)}
+    score = {field.name for field in dataclasses.fields(config.Score)}
+    names = {*api.GenerateOptions.__annotations__}
+    self.assertEqual(names, sample - {"count", "every", "blank"})
+    self.assertEqual({*api.InfillOptions.__annotations__}, names | {"blank"})
+    self.assertEqual({*api.ScoreOptions.__annotations__}, score)
+
+  def test_a_seed_is_fresh_and_comes_back(self):
+    first, second = _model.generate(2), _model.generate(2)
+    self.assertNotEqual(first[0].seed, second[0].seed)
+    self.assertNotEqual(first[0].text, second[0].text)
+    self.assertEqual(_model.generate(2, seed=first[1].seed), first)
+    (filled,) = _model.infill("a____c")
+    self.assertEqual(_model.infill("a____c", seed=filled.seed), [filled])
+    self.assertNotEqual(_model.infill("a____c", seed=None)[0].seed, filled.seed)
+
+  def test_a_text_is_continued(self):
+    for text in _model.generate(3, prompt="a_b".replace("_", " "), length=9):
+      self.assertRegex(text.text, "^a b[a-z ]{6}$")
+      self.assertEqual(text.order[:3], [1, 2, 3])
+    (text,) = _model.generate(length=5)
+    self.assertLen(text.text, 5)
+    # It is what infill draws.
+    want = _model.infill("ab_____", seed=3)
+    self.assertEqual(_model.generate(prompt="ab", length=7, seed=3), want)
+
+  @parameterized.parameters(
+    iter, tuple, np.array, lambda x: np.array(x, object), lambda x: map(str, x)
+  )
+  def test_several_texts(self, kind):
+    """Generators and arrays are read like lists."""
+    texts = ["ab_", "c_"]
+    scores = _model.score(kind(texts))
+    self.assertEqual(scores, _model.score(texts))
+    self.assertIs(type(scores[0].text), str)
+    filled = _model.infill(kind(texts), seed=0)
+    self.assertEqual(filled, _model.infill(texts, seed=0))
+
+  def test_a_step_is_loaded(self):
+    self.assertEqual(aoarm_jax.load(_folder / "run", step=2).step, 2)
+    for step, message in (
+      (7, "no checkpoint of step 7 in .*checkpoints; steps there: 2$"),
+      ("x", "step='x': must be a whole number"),
+    ):
+      with self.assertRaisesRegex(aoarm_jax.UserError, message):
+        aoarm_jax.load(_folder / "run", step=step)
+    with self.assertRaisesRegex(aoarm_jax.ConfigError, "give one of the two"):
+      aoarm_jax.load(_folder / "run", step=2, read="best")
+
   def test_no_run(self):
     with self.assertRaisesRegex(
       Exception, "absent/config.json: no such file; .* not the directory"
@@ -260,6 +410,31 @@ class ModelTest(parameterized.TestCase):
 
 
 class CommandTest(parameterized.TestCase):
+  @parameterized.parameters(1e-3, 0.0)
+  def test_training_says_what_takes_long(self, seconds):
+    self.addCleanup(telemetry.set_patience, 2.0)
+    command = helpers.arguments(
+      _folder / f"patience{seconds}",
+      {
+        "model.T": 40,
+        "data.path": _folder / "text",
+        "train.steps": 1,
+        "eval.batches": 1,
+        "sample.count": 1,
+        "telemetry.patience_seconds": seconds,
+      },
+    )
+    with self.assertLogs("absl", "INFO") as logs:
+      helpers.run(command)
+    for words in (
+      "compiling the first parameters",
+      "compiling the training step",
+      "compiling and evaluating any_order",
+      "compiling the generation of 1 text of",
+    ):
+      said = [x for x in logs.output if re.search(f":{words}.* so far$", x)]
+      self.assertEqual(bool(said), seconds > 0, words)
+
   def test_the_model_is_the_run_s(self):
     """Its T of 40 is in config.json; that of the config file is 64."""
     (line,) = _run("--mode=sample", "--config.sample.count=1")
@@ -286,7 +461,7 @@ class CommandTest(parameterized.TestCase):
     self.assertEqual([x["prompt"] for x in lines], ["ab__"] * 2 + ["c_"] * 2)
     for line in lines:
       self.assertLess(line["log_p"], 0)
-    self.assertEqual(lines[0]["text"], _model.infill("ab__", 2)[0].text)
+    self.assertEqual(lines[0]["text"], _model.infill("ab__", 2, seed=0)[0].text)
 
   def test_a_file_is_printed_by_parts(self):
     """The same texts; what was done before a stop is there."""

@@ -55,6 +55,8 @@ class ScheduleTest(parameterized.TestCase):
     want = _PEAK * (_LAST + (1 - _LAST) * cosine)
     np.testing.assert_allclose(rates[_WARMUP:], want, rtol=1e-5)
     np.testing.assert_allclose(rates[_STEPS], _PEAK * _LAST, rtol=1e-5)
+    # The last step that is taken is the one before.
+    self.assertGreater(rates[_STEPS - 1], rates[_STEPS])
 
   def test_constant(self):
     np.testing.assert_allclose(_rates(schedule="constant")[_WARMUP:], _PEAK)

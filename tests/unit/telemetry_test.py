@@ -8,6 +8,7 @@ import pathlib
 import sys
 import tempfile
 import time
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -209,6 +210,36 @@ class LogTest(parameterized.TestCase):
       message, "loss is nan and gradient norm is inf at step 120"
     )
     self.assertIn("--config.optimizer.peak_learning_rate", message)
+
+
+class WaitingTest(absltest.TestCase):
+  def lines(self, seconds, work):
+    lines = []
+    with telemetry.patience(seconds, lines.append), telemetry.waiting("x"):
+      time.sleep(work)
+    return lines
+
+  def test_only_a_long_wait_is_said(self):
+    self.assertEqual(self.lines(0.02, 0.2), ["x: 0s so far"])
+    self.assertEqual(self.lines(30.0, 0.05), [])
+
+  def test_zero_says_nothing(self):
+    self.assertEqual(self.lines(0.0, 0.05), [])
+
+  def test_it_goes_on_saying_so(self):
+    with mock.patch.object(telemetry, "_SECONDS_BETWEEN_WAITS", 0.02):
+      self.assertGreater(len(self.lines(0.01, 0.2)), 1)
+
+  def test_an_error_ends_the_lines(self):
+    lines = []
+    with (
+      self.assertRaises(KeyError),
+      telemetry.patience(0.05, lines.append),
+      telemetry.waiting("x"),
+    ):
+      raise KeyError
+    time.sleep(0.1)
+    self.assertEqual(lines, [])
 
 
 class ProfileTest(parameterized.TestCase):
