@@ -135,8 +135,9 @@ def train(
       corpus = corpora.load(
         config.data.corpus, config.data.path, network.tokenizer
       )
-    splits = list(dict.fromkeys(("train", config.eval.split)))
-    logging.info("text: %s", corpus.describe(*splits))
+      splits = list(dict.fromkeys(("train", config.eval.split)))
+      description = corpus.describe(*splits)  # This reads the splits.
+    logging.info("text: %s", description)
     text = identity.text_of(corpus, *splits)
     # Everything that depends on what stands in the run directory is decided
     # under the lock. Before, another process may still be saving there.
