@@ -26,7 +26,9 @@ class Model:
 
   The options of `generate` and `infill` are the fields of config.sample. The
   options of `score` are the fields of config.score. Their defaults are the
-  values of the run. The option `order` may also be a permutation of the
+  values of the run. Only a call says which characters are blanks and marks: by
+  default `_` and `[ ]`, if the model's alphabet does not have them, and else
+  none. The option `order` may also be a permutation of the
   positions 1..n of every text, or a list with one permutation per text. The
   same call gives the same result on any number of devices, up to rounding.
 
@@ -45,6 +47,10 @@ class Model:
     # training.
     config = config.replace("checkpoint.read", read)
     config = config.replace("mesh", config_lib.Mesh())
+    # A character of the alphabet is text unless a call asks for a blank or for
+    # marks. Earlier runs saved `_` and `[]` without being asked.
+    config = config.replace("sample.blank", prompts.AUTO)
+    config = config.replace("score.marks", prompts.AUTO)
     self.config = config_rules.validate(
       config.replace("compute.attention", "auto")
     )
@@ -79,8 +85,9 @@ class Model:
     """Fill the blanks of texts, `count` times each.
 
     Args:
-      texts: one text or a sequence of texts, with a `_` (config.sample.blank)
-        for every token to generate.
+      texts: one text or a sequence of texts, with a `_` for every token to
+        generate. If the model's alphabet has `_`, as that of bytes has, name
+        the character with the option blank, as in blank="_".
       count: number of results for each text.
       **options: fields of config.sample, such as temperature, order or method.
 
@@ -114,13 +121,15 @@ class Model:
     Args:
       texts: one text or a sequence of texts, as in "the [qu]ick ___". The part
         in brackets is scored, and the other known tokens are given. Without
-        brackets all known tokens are scored. `_` is an unknown token. In a
-        generated texts.Text all tokens are scored.
+        brackets all known tokens are scored. `_` is an unknown token. If the
+        model's alphabet has these characters, as that of bytes has, they are
+        text unless blank="_" and marks="[]" ask for them. In a generated
+        texts.Text all tokens are scored.
       blank: the character for an unknown token; '' means that no character is.
-        None takes config.sample.blank.
+        None takes `_` if the alphabet does not have it, and else none.
       **options: fields of config.score. For example, order="uniform" with
-        orders=K averages over K uniform orders, and marks='' makes brackets
-        ordinary characters.
+        orders=K averages over K uniform orders. marks names the two characters
+        around the scored part; '' means that there are no marks.
 
     Returns:
       A score.Score, in nats and bits; for a sequence of texts, a list of them.

@@ -225,14 +225,15 @@ def _of_texts(config):
     ),
     (
       "sample.blank",
-      len(sample.blank) <= 1,
-      "must be one character, or '' for none",
+      len(sample.blank) <= 1 or sample.blank == "auto",
+      "must be one character, '' for none, or auto",
     ),
     (
       "score.marks",
-      not marks or len(marks) == len({*marks, sample.blank}) - 1 == 2,
+      marks in ("", "auto")
+      or len(marks) == len({*marks, sample.blank}) - 1 == 2,
       "must be two characters that differ from each other and from "
-      f"config.sample.blank={sample.blank!r}, or ''",
+      f"config.sample.blank={sample.blank!r}, or '', or auto",
     ),
   ]
 

@@ -479,9 +479,9 @@ class Sample:
     choices=("confidence", "entropy", "margin"),
   )
   blank: str = _field(
-    "_",
-    "character that stands for an unknown token in a text; '' means no "
-    "character, so that every text can be scored",
+    "auto",
+    "character that stands for an unknown token in a text; auto: _ if the "
+    "alphabet has no _, else no character; '' means no character",
   )
   every: int = _field(
     500,
@@ -507,8 +507,9 @@ class Score:
     low=1,
   )
   marks: str = _field(
-    "[]",
-    "the two characters around the part of a text to score; '' means no marks",
+    "auto",
+    "the two characters around the part of a text to score; auto: [] if the "
+    "alphabet has no brackets, else no marks; '' means no marks",
   )
   batch_size: int = _field(
     64, "greatest number of texts scored at once, over all devices", low=1

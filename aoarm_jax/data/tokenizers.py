@@ -61,6 +61,10 @@ class Tokenizer:
       raise TokenizerError(self._complaint(text[offset], offset))
     return ids
 
+  def knows(self, character: str) -> bool:
+    """Return whether the vocabulary has all bytes of a character."""
+    return set(character.encode("utf-8", "replace")) <= set(self.symbols)
+
   def to_bytes(self, ids: npt.ArrayLike) -> bytes:
     """Return the text of token ids, as bytes.
 

@@ -278,6 +278,7 @@ def score(
     )
     for name, line in lines
   ]
+  prompts.note_text(lines, tokenizer, config.sample.blank, config.score.marks)
   run = opening.open_run(workdir, config)
   with jax.set_mesh(run.network.mesh):
     scorer = Scorer(config, run.network)

@@ -1,4 +1,8 @@
-"""Parse the texts of users: blanks to fill, and marked parts to score."""
+"""Parse the texts of users: blanks to fill, and marked parts to score.
+
+The text of a user is text. A character is a blank or a mark only if the user
+asked for this character, or if the model's alphabet does not have it.
+"""
 
 import sys
 from collections.abc import Sequence
@@ -10,6 +14,12 @@ from etils import epath
 
 from aoarm_jax.config import errors
 from aoarm_jax.data import tokenizers
+
+# The blank and the marks where the user asks for none and the alphabet has no
+# such characters.
+BLANK, MARKS = "_", "[]"
+# Value of config.sample.blank and config.score.marks for these characters.
+AUTO = "auto"
 
 
 class PromptError(errors.UserError, ValueError):
@@ -59,13 +69,20 @@ def parse_prompt(
   Args:
     text: the text, as in "the qu___ of en_land".
     tokenizer: the model's tokenizer.
-    blank: the character for one token to generate.
+    blank: the character for one token to generate; see `syntax` for "auto".
     name: name of the text's source, for messages.
 
   Raises:
-    PromptError: `blank` is empty, the text has no blank, or a character is not
-      in the vocabulary.
+    PromptError: no character is a blank, the text has no blank, or a character
+      is not in the vocabulary.
   """
+  asked, (blank, _) = blank, syntax(tokenizer, blank, "")
+  if not blank and asked == AUTO:
+    raise PromptError(
+      f"{name}: this model's alphabet has {BLANK!r}, so {BLANK!r} is text and "
+      f"no blank; ask for it with --config.sample.blank={BLANK} (from Python "
+      f"blank={BLANK!r}), or name a character that your text does not have"
+    )
   if not blank:
     raise PromptError(
       "config.sample.blank='': name the character of a token to generate"
@@ -92,14 +109,17 @@ def parse_marked(
       blank is unknown: neither scored nor given. In a text without marks every
       token is scored, apart from the blanks.
     tokenizer: the model's tokenizer.
-    blank: the character for one unknown token; '' if no character is a blank.
-    marks: the two characters around a scored part; '' if there are no marks.
+    blank: the character for one unknown token; '' if no character is a blank;
+      see `syntax` for "auto".
+    marks: the two characters around a scored part; '' if there are no marks;
+      see `syntax` for "auto".
     name: name of the text's source, for messages.
 
   Raises:
     PromptError: a mark has no partner, there is nothing to score, or a
       character is not in the vocabulary.
   """
+  blank, marks = syntax(tokenizer, blank, marks)
   tokens, kinds = _encode(text, tokenizer, name, blank, marks)
   scored = kinds == _MARKED
   if not marks or marks[0] not in text:
@@ -107,6 +127,53 @@ def parse_marked(
   if not scored.any():
     raise PromptError(f"{name}={text!r}: there is nothing to score")
   return Marked(tokens, (kinds != _UNKNOWN) & ~scored, scored, name)
+
+
+def syntax(
+  tokenizer: tokenizers.Tokenizer, blank: str, marks: str
+) -> tuple[str, str]:
+  """Return the characters of a text that are not text: (blank, marks).
+
+  Args:
+    tokenizer: the model's tokenizer.
+    blank: config.sample.blank. "auto" is `_` if the alphabet has no `_` and
+      `marks` does not use it; else no character is a blank.
+    marks: config.score.marks. "auto" is `[]` if the alphabet has neither and
+      `blank` is neither; else there are no marks.
+  """
+  if marks == AUTO:
+    taken = tokenizer.knows(MARKS[0]) or tokenizer.knows(MARKS[1])
+    marks = "" if taken or (blank and blank in MARKS) else MARKS
+  if blank == AUTO:
+    blank = "" if tokenizer.knows(BLANK) or BLANK in marks else BLANK
+  return blank, marks
+
+
+def note_text(
+  lines: Sequence[tuple[str, str]],
+  tokenizer: tokenizers.Tokenizer,
+  blank: str,
+  marks: str,
+) -> None:
+  """Log where a text has `_` or brackets that are read as text.
+
+  Args:
+    lines: pairs (name, text).
+    tokenizer: the model's tokenizer.
+    blank: config.sample.blank.
+    marks: config.score.marks.
+  """
+  as_text = BLANK * (blank == AUTO) + MARKS * (marks == AUTO)
+  as_text = "".join(c for c in as_text if tokenizer.knows(c))
+  name = next((n for n, text in lines if set(text) & set(as_text)), None)
+  if name is not None:
+    logging.info(
+      "%s: %s are text, because the alphabet has them; "
+      "--config.score.marks='[]' and --config.sample.blank=_ read them as "
+      "marks and as a blank",
+      name,
+      " ".join(as_text),
+    )
 
 
 _PLAIN, _MARKED, _UNKNOWN = range(3)

@@ -244,6 +244,8 @@ class MarksTest(parameterized.TestCase):
     ("<a>[b]", "byte", "1000", "<>"),
     ("[a]_", "byte", "1111", ""),
     ("é[é]", "byte", "0011", "[]"),
+    ("a[b]c", "char27", "010", "auto"),
+    ("x[0] = 1", "byte", "11111111", "auto"),
   )
   def test_parts(self, text, name, kinds, marks):
     marked = prompts.parse_marked(
@@ -251,6 +253,33 @@ class MarksTest(parameterized.TestCase):
     )
     found = np.where(marked.scored, "1", np.where(marked.known, "0", "-"))
     self.assertEqual("".join(found), kinds)
+
+  @parameterized.parameters(
+    ("char27", "auto", "auto", ("_", "[]")),
+    ("byte", "auto", "auto", ("", "")),
+    ("byte", "_", "auto", ("_", "")),
+    ("byte", "auto", "[]", ("", "[]")),
+    ("byte", "_", "[]", ("_", "[]")),
+    ("char27", "", "", ("", "")),
+    ("char27", "?", "<>", ("?", "<>")),
+    ("char27", "[", "auto", ("[", "")),
+    ("char27", "auto", "_|", ("", "_|")),
+  )
+  def test_syntax_is_no_letter_or_is_asked_for(self, name, blank, marks, want):
+    got = prompts.syntax(tokenizers.get(name), blank, marks)
+    self.assertEqual(got, want)
+
+  @parameterized.parameters("x[0] = 1", "assert_stmt", "]", "_", "a [b_] _c[")
+  def test_the_text_of_a_byte_model_is_text(self, text):
+    byte = tokenizers.get("byte")
+    marked = prompts.parse_marked(text, byte, "auto", "auto")
+    self.assertEqual(byte.decode(marked.tokens), text)
+    self.assertTrue(marked.scored.all())
+    with self.assertRaisesRegex(prompts.PromptError, "config.sample.blank=_"):
+      prompts.parse_prompt(text, byte, "auto")
+    prompt = prompts.parse_prompt(text + "▢", byte, "▢")
+    self.assertEqual(byte.decode(prompt.tokens[:-1]), text)
+    self.assertEqual((~prompt.known).sum(), 1)
 
   @parameterized.parameters(
     ("", "--text='': there is nothing to score"),

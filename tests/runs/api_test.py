@@ -335,6 +335,20 @@ class CommandTest(parameterized.TestCase):
       self.assertAlmostEqual(line["log_p"], score.log_p, delta=1e-4)
       self.assertEqual(line["positions"], score.positions)
 
+  def test_a_run_does_not_ask_for_blanks(self):
+    """The saved config of a run that was told of them does not count."""
+    saved = _folder / "run" / "config.json"
+    read = saved.read_text()
+    values = json.loads(read)
+    values["sample"]["blank"], values["score"]["marks"] = "b", "ac"
+    try:
+      saved.write_text(json.dumps(values))
+      model = aoarm_jax.load(_folder / "run")
+    finally:
+      saved.write_text(read)
+    self.assertEqual(model.config.sample.blank, "auto")
+    self.assertEqual(model.config.score.marks, "auto")
+
   def test_a_strip_of_bytes_has_a_symbol_a_token(self):
     byte = tokenizers.get("byte")
     tokens = "é\n a".encode()
