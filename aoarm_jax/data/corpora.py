@@ -1,29 +1,22 @@
 """Corpora: sources of text, each in three splits.
 
 There are three kinds: books (built in), text8 (one file), and folder (one file
-per split). Files may be compressed, and may lie wherever etils.epath reaches.
-Text is read only when a split is asked for. Nothing is added to the text: there
-are no sentinels and no padding.
+per split). Files may be packed (files.py), and may lie wherever etils.epath
+reaches. Text is read only when a split is asked for. Nothing is added to the
+text: there are no sentinels and no padding.
 """
 
-import bz2
 import dataclasses
 import functools
-import gzip
 import hashlib
-import lzma
 import re
 import string
-import zipfile
-import zlib
 from collections.abc import Callable
-from typing import IO, Any
 
 import numpy as np
-import zstandard
 from etils import epath
 
-from aoarm_jax.data import tokenizers
+from aoarm_jax.data import files, tokenizers
 
 DataError = tokenizers.DataError
 SPLITS = ("train", "valid", "test")
@@ -199,7 +192,7 @@ def _at_path(corpus: str, path: str, tokenizer: tokenizers.Tokenizer) -> Corpus:
 
 def _books(tokenizer: tokenizers.Tokenizer) -> Corpus:
   def read(split: str) -> np.ndarray:
-    text = _read(BOOKS / f"{split}.txt.xz")
+    text = files.read(BOOKS / f"{split}.txt.xz")
     return tokenizer.encode(text if tokenizer.V == 256 else normal_form(text))
 
   return Corpus(
@@ -270,66 +263,6 @@ class _Text8:
 
 def _encode(path: epath.Path, tokenizer: tokenizers.Tokenizer) -> np.ndarray:
   try:
-    return tokenizer.encode(_read(path))
+    return tokenizer.encode(files.read(path))
   except tokenizers.TokenizerError as error:
     raise DataError(f"{path}: {error}") from error
-
-
-def _read(path: epath.Path) -> bytes:
-  """Return a file's bytes, decompressed according to its suffix.
-
-  Raises:
-    DataError: the file cannot be read, or it is damaged.
-  """
-  try:
-    with path.open("rb") as file:
-      unpack = _UNPACKERS.get(path.suffix)
-      return unpack(file) if unpack else file.read()
-  except (
-    *(OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError),
-    # zipfile raises the last two for an unknown method and a missing password.
-    *(zipfile.BadZipFile, NotImplementedError, RuntimeError),
-  ) as error:
-    packed = " (truncated or damaged?)" if path.suffix in _UNPACKERS else ""
-    raise DataError(f"{path}: cannot be read{packed}: {error}") from error
-
-
-def _unzip(file: IO[bytes]) -> bytes:
-  with zipfile.ZipFile(file) as archive:
-    names = [n for n in archive.namelist() if not n.endswith("/")]
-    if len(names) != 1:
-      raise zipfile.BadZipFile(f"it holds {len(names)} files instead of one")
-    return archive.read(names[0])
-
-
-def _unzstd(file: IO[bytes]) -> bytes:
-  """Return the decompressed bytes of all frames.
-
-  zstandard's own reader accepts a truncated frame as a whole one, so the end of
-  every frame is checked here.
-
-  Raises:
-    EOFError: the last frame is truncated.
-  """
-  data, frames = file.read(), []
-  while data:
-    frame = zstandard.ZstdDecompressor().decompressobj()
-    frames.append(frame.decompress(data))
-    if not frame.eof:
-      raise EOFError("the file ends within a frame")
-    data = frame.unused_data
-  return b"".join(frames)
-
-
-def _unpack(open_packed: Callable[..., Any], file: IO[bytes]) -> bytes:
-  with open_packed(file) as unpacked:
-    return unpacked.read()
-
-
-_UNPACKERS: dict[str, Callable[[IO[bytes]], bytes]] = {
-  ".gz": functools.partial(_unpack, gzip.open),
-  ".xz": functools.partial(_unpack, lzma.open),
-  ".bz2": functools.partial(_unpack, bz2.open),
-  ".zst": _unzstd,
-  ".zip": _unzip,
-}

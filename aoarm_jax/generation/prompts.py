@@ -13,7 +13,7 @@ from absl import logging
 from etils import epath
 
 from aoarm_jax.config import errors
-from aoarm_jax.data import tokenizers
+from aoarm_jax.data import files, tokenizers
 
 # The blank and the marks where the user asks for none and the alphabet has no
 # such characters.
@@ -236,6 +236,8 @@ def read_lines(path: str) -> list[tuple[str, str]]:
       data = sys.stdin.buffer.read()
     else:
       data = epath.Path(path).read_bytes()
+    if reason := files.not_text(data):
+      raise PromptError(f"{name}: is not text: {reason}")
     # Some editors write a byte order mark, which is not part of the text.
     lines = data.decode("utf-8-sig").replace("\r\n", "\n").split("\n")
   except UnicodeDecodeError as error:

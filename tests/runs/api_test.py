@@ -383,10 +383,13 @@ class CommandTest(parameterized.TestCase):
     (("score", "--text=aXb"), "--text: char27: character 'X' at offset 1"),
     (("score", "--text=a", "--config.score.marks=["), "config.score.marks='.'"),
     (("sample", "--input={bad}"), "{bad}, line 2='cd' has no blank '_'"),
+    (("score", "--input={utf16}"), "{utf16}: is not text: it is UTF-16 text"),
     (("score", "--input={none}"), "{none} is empty: one text a line"),
   )
   def test_commands_that_cannot_be(self, command, message):
-    files = {"bad": str(_folder / "bad"), "none": str(_folder / "none")}
+    names = ("bad", "none", "utf16")
+    files = {name: str(_folder / name) for name in names}
+    (_folder / "utf16").write_text("ab\ncd\n", encoding="utf-16")
     (_folder / "bad").write_text("a_\ncd\n")
     (_folder / "none").write_text("")
     mode, *rest = (part.format(**files) for part in command)
