@@ -376,7 +376,8 @@ class Eval:
   )
   batches: int = _field(
     24,
-    "number of batches to read; 0 reads the whole split",
+    "number of batches to read; 0 reads every whole window of T characters of "
+    "the split",
     low=0,
     binds="run",
   )

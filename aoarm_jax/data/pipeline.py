@@ -114,11 +114,32 @@ class EvalBatches:
 
   Attributes:
     sequences: the number of real sequences in all batches, over all processes.
+    split_tokens: the number of tokens of the text.
+    evaluated_tokens: the number of tokens in all sequences.
+    left_out: the number of tokens after the last whole window, which are in no
+      batch.
   """
 
   def __init__(self, crops: "_Crops", starts: np.ndarray, batch_size: int):
     self._crops, self._starts, self._batch_size = crops, starts, batch_size
     self.sequences = len(starts)
+    self.split_tokens = len(crops.tokens)
+    self.evaluated_tokens = len(starts) * crops.T
+    self.left_out = self.split_tokens % crops.T
+
+  def describe(self) -> str:
+    """Return one line that says how much of the text the batches hold."""
+    line = (
+      f"evaluated: {self.evaluated_tokens:,} of {self.split_tokens:,} "
+      f"characters, in {self.sequences:,} of "
+      f"{self.split_tokens // self._crops.T:,} windows"
+    )
+    if self.left_out:
+      line += (
+        f"; the last {self.left_out:,} fill no window of "
+        f"config.model.T={self._crops.T} and are left out"
+      )
+    return line
 
   def __len__(self) -> int:
     return -(-len(self._starts) // self._batch_size)
@@ -194,10 +215,10 @@ class _Crops:
   """Map the start indices of a global batch to this process's uint8 [r, T]."""
 
   def __init__(self, tokens: np.ndarray, T: int, rows: np.ndarray):
-    self._tokens, self._T, self.rows = tokens, T, rows
+    self.tokens, self.T, self.rows = tokens, T, rows
 
   def __call__(self, starts: np.ndarray) -> np.ndarray:
-    crops = np.lib.stride_tricks.sliding_window_view(self._tokens, self._T)
+    crops = np.lib.stride_tricks.sliding_window_view(self.tokens, self.T)
     return crops[starts[self.rows]]
 
 

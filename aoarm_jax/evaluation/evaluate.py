@@ -3,7 +3,6 @@
 import dataclasses
 import datetime
 import functools
-import json
 import math
 import time
 from collections.abc import Callable
@@ -72,8 +71,9 @@ class Estimate:
     nats_per_token: the mean.
     standard_error_nats: standard error of the mean, nats per token, over
       sequences that each have their own orders. Neighbouring windows of one
-      text are taken as independent.
+      text are taken as independent. NaN for one sequence.
     sequences: number of sequences.
+    tokens: number of tokens in all sequences.
     slot_curve_nats: mean by rank, T floats; () if the estimator has no ranks.
     by_distance: mean by the distance to the nearest known token, in positions;
       () if the estimator has no ranks.
@@ -85,6 +85,7 @@ class Estimate:
   nats_per_token: float
   standard_error_nats: float
   sequences: int
+  tokens: int
   slot_curve_nats: tuple[float, ...]
   by_distance: tuple[Bin, ...] = ()
   by_recency: tuple[Bin, ...] = ()
@@ -100,8 +101,9 @@ class Estimate:
       "estimator": self.estimator,
       "nats_per_token": self.nats_per_token,
       "bits_per_char": self.bits_per_char,
-      "standard_error_bits": self.standard_error_nats / math.log(2),
+      "standard_error_bits": self._error_bits(),
       "sequences": self.sequences,
+      "tokens": self.tokens,
       "slot_curve_bits": [x / math.log(2) for x in self.slot_curve_nats],
     }
 
@@ -112,11 +114,18 @@ class Estimate:
       "by_recency": [bin_.record() for bin_ in self.by_recency],
     }
 
+  def _error_bits(self):
+    """Return the standard error in bits per token; None for one sequence."""
+    bits = self.standard_error_nats / math.log(2)
+    return bits if math.isfinite(bits) else None
+
   def __str__(self) -> str:
+    bits = self._error_bits()
+    error = "unknown" if bits is None else f"{bits:.4f}"
+    plural = "s" * (self.sequences != 1)
     return (
-      f"{self.estimator:<17}  {self.bits_per_char:.4f} bits/char  "
-      f"± {self.standard_error_nats / math.log(2):.4f}  "
-      f"({self.sequences:,} sequences)"
+      f"{self.estimator:<17}  {self.bits_per_char:.4f} bits/char  ± {error}  "
+      f"({self.sequences:,} sequence{plural}, {self.tokens:,} characters)"
     )
 
 
@@ -254,6 +263,7 @@ def mean(
     nats_per_token=float(nats.mean() / T),
     standard_error_nats=float(deviation / math.sqrt(count) / T),
     sequences=count,
+    tokens=count * T,
     slot_curve_nats=tuple(map(float, curve)),
     by_distance=_bins(*total["by_distance"]) if total else (),
     by_recency=_bins(*total["by_recency"]) if total else (),
@@ -292,6 +302,7 @@ def evaluate(config: config_lib.Config, workdir: epath.Path) -> None:
   logging.info("text: %s", corpus.describe(config.eval.split))
   opening.warn_other_text(run.text, corpus, config.eval.split)
   batches = evaluation_batches(network, corpus.split(config.eval.split))
+  logging.info("%s", batches.describe())
   # The estimator training_order takes the orders of training, whatever the
   # command line says about them.
   given = config.orders.given or run.trained.orders.given
@@ -305,10 +316,10 @@ def evaluate(config: config_lib.Config, workdir: epath.Path) -> None:
       )
       logging.info("%s  %s", config.eval.split, estimates[-1])
   if jax.process_index() == 0:
-    _write(config, workdir, run.step, corpus, estimates)
+    _write(config, workdir, run.step, corpus, batches, estimates)
 
 
-def _write(config, workdir, step, corpus, estimates):
+def _write(config, workdir, step, corpus, batches, estimates):
   """Write the report and the pictures of an evaluation."""
   split = config.eval.split
   report = {
@@ -316,6 +327,9 @@ def _write(config, workdir, step, corpus, estimates):
     "split": split,
     "text": corpus.describe(),
     "sha256": corpus.hash(split),
+    "split_tokens": batches.split_tokens,
+    "evaluated_tokens": batches.evaluated_tokens,
+    "left_out_at_the_end": batches.left_out,
     "unigram_bits": corpora.unigram_entropy(
       corpus.split(split), corpus.tokenizer.V
     ),
@@ -324,7 +338,7 @@ def _write(config, workdir, step, corpus, estimates):
   }
   now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S.%f")
   path = workdir / "evaluations" / f"step_{step:08d}_{split}_{now}.json"
-  run_dir.write_atomically(path, json.dumps(report, indent=2) + "\n")
+  run_dir.write_atomically(path, run_dir.to_json(report, indent=2) + "\n")
   logging.info("written: %s", path)
   figures.slot_curve(
     {

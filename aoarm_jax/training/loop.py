@@ -201,6 +201,7 @@ class _Run:
     )
     valid_tokens = corpus.split(config.eval.split)
     self.eval_batches = evaluate.evaluation_batches(self.network, valid_tokens)
+    logging.info("%s %s", config.eval.split, self.eval_batches.describe())
     self.text = {
       "train": corpus.hash("train"),
       config.eval.split: corpus.hash(config.eval.split),

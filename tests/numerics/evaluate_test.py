@@ -90,6 +90,14 @@ def _by_hand(batches, family, key):
 
 
 class EstimateTest(parameterized.TestCase):
+  def test_the_error_of_one_sequence_is_unknown(self):
+    one = evaluate.mean("elbo", 16, np.float32([2.0]), None)
+    two = evaluate.mean("elbo", 16, np.float32([2.0, 3.0]), None)
+    self.assertIsNone(one.record()["standard_error_bits"])
+    self.assertIn("± unknown  (1 sequence, 16 characters)", str(one))
+    self.assertGreater(two.record()["standard_error_bits"], 0)
+    self.assertEqual((one.record()["tokens"], two.tokens), (16, 32))
+
   @parameterized.parameters(
     ("any_order", "uniform"),
     ("training_order", "block"),

@@ -147,6 +147,20 @@ def rows_of(process, count):
 
 
 class EvalBatchesTest(parameterized.TestCase):
+  @parameterized.parameters(
+    (30, 16, 0, 16, 14), (32, 16, 0, 32, 0), (100, 7, 1, 21, 2)
+  )
+  def test_what_is_left_out_is_told(self, n, T, batches, evaluated, left_out):
+    read = pipeline.eval_batches(_text(n), T=T, batch_size=3, batches=batches)
+    self.assertEqual(read.split_tokens, n)
+    self.assertEqual(read.evaluated_tokens, evaluated)
+    self.assertEqual(read.left_out, left_out)
+    line = read.describe()
+    self.assertIn(f"{evaluated} of {n} characters", line)
+    self.assertEqual(
+      f"the last {left_out} fill no window" in line, left_out > 0
+    )
+
   def windows(self, batches: pipeline.EvalBatches) -> np.ndarray:
     """The windows that are real, and only whole rows and batches of them."""
     found = []
