@@ -102,10 +102,13 @@ class Model:
     """
     several = _several(texts, str)
     blank = self._with("sample", options).sample.blank
-    parsed = [
-      prompts.parse_prompt(text, self._network.tokenizer, blank, f"text {i}")
-      for i, text in enumerate(several, 1)
-    ]
+
+    def parse(text, name):
+      prompt = prompts.parse_prompt(text, self._network.tokenizer, blank, name)
+      generate_lib.check(prompt, self.config.model)
+      return prompt
+
+    parsed = prompts.check_lines(_named(several), parse)
     filled = self._fill(parsed, count, options)
     return filled[0] if isinstance(texts, str) else filled
 
@@ -146,10 +149,13 @@ class Model:
         f"orders={options['orders']}: counts with order='uniform' only; order "
         f"is {config.score.order!r}"
       )
-    parsed = [
-      self._marked(text, config, f"text {i}")
-      for i, text in enumerate(several, 1)
-    ]
+
+    def parse(text, name):
+      parsed_text, marked = self._marked(text, config, name)
+      score_lib.check(marked, config.model)
+      return parsed_text, marked
+
+    parsed = prompts.check_lines(_named(several), parse)
     given = _orders(options, [marked for _, marked in parsed])
     with jax.set_mesh(self._network.mesh):
       scores = self._scorer.score(self._params, parsed, config, given)
@@ -211,6 +217,11 @@ def _several(texts, kinds):
       f"{wrong[0]!r} is no text: give a str or a list of them"
     )
   return several
+
+
+def _named(texts):
+  """Return pairs of a name for messages and the text."""
+  return [(f"text {i}", text) for i, text in enumerate(texts, 1)]
 
 
 def _orders(options, texts):

@@ -114,7 +114,7 @@ class Scorer:
     model = config.model
     shapes: dict[int, list[int]] = {}
     for i, (_, text) in enumerate(texts):
-      _check(text, model)
+      check(text, model)
       T = prompts.padded_length(len(text.tokens), model.T)
       shapes.setdefault(T, []).append(i)
     scores: dict[int, Score] = {}
@@ -233,7 +233,7 @@ def _score(text, nats, order):
   )
 
 
-def _check(text, model):
+def check(text: prompts.Marked, model: config_lib.Model) -> None:
   """Raise PromptError if the model cannot score the parsed text."""
   n = len(text.tokens)
   if n > model.T:
@@ -269,15 +269,16 @@ def score(
   """
   tokenizer = tokenizers.get(config.data.tokenizer)
   lines = [("--text", text)] if text else prompts.read_lines(input_file)
-  texts = [
-    (
-      line,
-      prompts.parse_marked(
-        line, tokenizer, config.sample.blank, config.score.marks, name
-      ),
+
+  def parse(line, name):
+    marked = prompts.parse_marked(
+      line, tokenizer, config.sample.blank, config.score.marks, name
     )
-    for name, line in lines
-  ]
+    check(marked, config.model)
+    return line, marked
+
+  # All lines are checked before the first one is scored.
+  texts = prompts.check_lines(lines, parse)
   prompts.note_text(lines, tokenizer, config.sample.blank, config.score.marks)
   run = opening.open_run(workdir, config)
   with jax.set_mesh(run.network.mesh):

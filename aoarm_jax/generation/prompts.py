@@ -5,8 +5,8 @@ asked for this character, or if the model's alphabet does not have it.
 """
 
 import sys
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
@@ -260,6 +260,40 @@ def read_lines(path: str) -> list[tuple[str, str]]:
   return [
     (f"{name}, line {i}", line) for i, line in enumerate(lines, 1) if line
   ]
+
+
+def check_lines(
+  lines: Sequence[tuple[str, str]], parse: Callable[[str, str], Any]
+) -> list[Any]:
+  """Parse and check all lines, before anything is computed for one of them.
+
+  Args:
+    lines: pairs (name, text).
+    parse: function (text, name) that returns the parsed text, or raises
+      PromptError.
+
+  Returns:
+    The parsed texts.
+
+  Raises:
+    PromptError: lines are wrong. The message is that of the first wrong line,
+      and says how many others are wrong and which is the next.
+  """
+  parsed, wrong = [], []
+  for name, text in lines:
+    try:
+      parsed.append(parse(text, name))
+    except PromptError as error:
+      wrong.append((name, error))
+  if not wrong:
+    return parsed
+  (_, first), others = wrong[0], wrong[1:]
+  if not others:
+    raise first
+  number = "1 other is" if len(others) == 1 else f"{len(others)} others are"
+  raise PromptError(
+    f"{first} ({number} wrong too; the next is {others[0][0]})"
+  ) from first
 
 
 def within(order: Sequence[int], T: int) -> list[int]:

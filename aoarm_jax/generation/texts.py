@@ -130,7 +130,7 @@ class Sampler:
     count = config.sample.count
     shapes: dict[tuple[int, bool], list[int]] = {}
     for i, prompt in enumerate(texts):
-      _check(prompt, model)
+      check(prompt, model)
       T = prompts.padded_length(len(prompt.tokens), model.T)
       prefill = bool(prompt.known.any()) or model.sentinels > 1
       texts_of_prompt = range(i * count, (i + 1) * count)
@@ -256,7 +256,7 @@ class Sampler:
     )
 
 
-def _check(prompt, model):
+def check(prompt: prompts.Prompt, model: config_lib.Model) -> None:
   """Raise PromptError if the model cannot fill the prompt."""
   if len(prompt.tokens) > model.T:
     raise prompts.PromptError(
@@ -318,9 +318,14 @@ def sample(
   lines = prompts.read_lines(input_file) if input_file else []
   if prompt:
     lines = [("--prompt", prompt)]
-  parsed = [
-    prompts.parse_prompt(line, tokenizer, blank, name) for name, line in lines
-  ]
+
+  def parse(line, name):
+    parsed_prompt = prompts.parse_prompt(line, tokenizer, blank, name)
+    check(parsed_prompt, config.model)
+    return parsed_prompt
+
+  # All prompts are checked before the first one is filled.
+  parsed = prompts.check_lines(lines, parse)
   run = opening.open_run(workdir, config)
   with jax.set_mesh(run.network.mesh):
     sampler = Sampler(config, run.network)

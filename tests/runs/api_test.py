@@ -22,6 +22,7 @@ import aoarm_jax
 from aoarm_jax.config import errors
 from aoarm_jax.config import schema as config
 from aoarm_jax.data import tokenizers
+from aoarm_jax.evaluation import score as score_lib
 from aoarm_jax.generation import prompts
 from aoarm_jax.generation import texts as generate
 from aoarm_jax.tools import strip
@@ -383,18 +384,36 @@ class CommandTest(parameterized.TestCase):
     (("score", "--text=aXb"), "--text: char27: character 'X' at offset 1"),
     (("score", "--text=a", "--config.score.marks=["), "config.score.marks='.'"),
     (("sample", "--input={bad}"), "{bad}, line 2='cd' has no blank '_'"),
+    (
+      ("score", "--input={long}"),
+      "{long}, line 4 has 41 tokens; .* .2 others are wrong too; the next is "
+      "{long}, line 5",
+    ),
+    (
+      ("sample", "--input={long}"),
+      "{long}, line 1='ab' has no blank '_': .* .4 others are wrong",
+    ),
     (("score", "--input={utf16}"), "{utf16}: is not text: it is UTF-16 text"),
     (("score", "--input={none}"), "{none} is empty: one text a line"),
   )
   def test_commands_that_cannot_be(self, command, message):
-    names = ("bad", "none", "utf16")
+    names = ("bad", "none", "utf16", "long")
     files = {name: str(_folder / name) for name in names}
     (_folder / "utf16").write_text("ab\ncd\n", encoding="utf-16")
     (_folder / "bad").write_text("a_\ncd\n")
     (_folder / "none").write_text("")
+    (_folder / "long").write_text(f"ab\nc_\nab\n{'d' * 41}\na[b\naXb\n")
     mode, *rest = (part.format(**files) for part in command)
-    with self.assertRaisesRegex(Exception, message.format(**files)) as caught:
-      _run(f"--mode={mode}", *rest)
+    out = io.StringIO()
+    with (
+      self.assertRaisesRegex(Exception, message.format(**files)) as caught,
+      mock.patch.object(score_lib, "_AT_ONCE", 2),
+      mock.patch.object(generate, "_AT_ONCE", 2),
+      contextlib.redirect_stdout(out),
+    ):
+      command = [f"--config={helpers.TINY}", f"--workdir={_folder / 'run'}"]
+      helpers.run([*command, f"--mode={mode}", *rest])
+    self.assertEqual(out.getvalue(), "")
     self.assertLen(str(caught.exception).splitlines(), 1)
     self.assertIsInstance(caught.exception, (errors.UserError, flags.Error))
 
