@@ -80,7 +80,12 @@ class Model:
     return self._fill([blank], count, options)[0]
 
   def infill(
-    self, texts: str | Sequence[str], count: int = 1, **options: Any
+    self,
+    texts: str | Sequence[str],
+    count: int = 1,
+    *,
+    normalise: bool | None = None,
+    **options: Any,
   ) -> list[generate_lib.Text] | list[list[generate_lib.Text]]:
     """Fill the blanks of texts, `count` times each.
 
@@ -89,6 +94,8 @@ class Model:
         generate. If the model's alphabet has `_`, as that of bytes has, name
         the character with the option blank, as in blank="_".
       count: number of results for each text.
+      normalise: whether the texts are first brought into the form of text8: a
+        to z and single spaces. None takes the run's config.data.normalise.
       **options: fields of config.sample, such as temperature, order or method.
 
     Returns:
@@ -108,7 +115,8 @@ class Model:
       generate_lib.check(prompt, self.config.model)
       return prompt
 
-    parsed = prompts.check_lines(_named(several), parse)
+    lines = self._lines(several, normalise, blank, "")
+    parsed = prompts.check_lines(lines, parse)
     filled = self._fill(parsed, count, options)
     return filled[0] if isinstance(texts, str) else filled
 
@@ -117,6 +125,7 @@ class Model:
     texts: str | generate_lib.Text | Sequence[str | generate_lib.Text],
     *,
     blank: str | None = None,
+    normalise: bool | None = None,
     **options: Any,
   ) -> score_lib.Score | list[score_lib.Score]:
     """Return log-probabilities of texts, or of their marked parts.
@@ -130,6 +139,9 @@ class Model:
         texts.Text all tokens are scored.
       blank: the character for an unknown token; '' means that no character is.
         None takes `_` if the alphabet does not have it, and else none.
+      normalise: whether the texts are first brought into the form of text8: a
+        to z and single spaces. Positions are then those of this form, which is
+        the text of the Score. None takes the run's config.data.normalise.
       **options: fields of config.score. For example, order="uniform" with
         orders=K averages over K uniform orders. marks names the two characters
         around the scored part; '' means that there are no marks.
@@ -155,11 +167,30 @@ class Model:
       score_lib.check(marked, config.model)
       return parsed_text, marked
 
-    parsed = prompts.check_lines(_named(several), parse)
+    lines = self._lines(
+      several, normalise, config.sample.blank, config.score.marks
+    )
+    parsed = prompts.check_lines(lines, parse)
     given = _orders(options, [marked for _, marked in parsed])
     with jax.set_mesh(self._network.mesh):
       scores = self._scorer.score(self._params, parsed, config, given)
     return scores if several is texts else scores[0]
+
+  def _lines(self, texts, normalise, blank, marks):
+    """Return pairs of a name for messages and the text, in its normal form."""
+    lines = [(f"text {i}", text) for i, text in enumerate(texts, 1)]
+    if normalise is None:
+      normalise = self.config.data.normalise
+    if not normalise:
+      return lines
+
+    def normal(line):
+      if isinstance(line[1], generate_lib.Text):
+        return line
+      tokenizer = self._network.tokenizer
+      return prompts.normalised([line], tokenizer, blank, marks)[0]
+
+    return [normal(line) for line in lines]
 
   def _marked(self, text, config, name):
     """Return (text, prompts.Marked) of a text or of a generated Text."""
@@ -217,11 +248,6 @@ def _several(texts, kinds):
       f"{wrong[0]!r} is no text: give a str or a list of them"
     )
   return several
-
-
-def _named(texts):
-  """Return pairs of a name for messages and the text."""
-  return [(f"text {i}", text) for i, text in enumerate(texts, 1)]
 
 
 def _orders(options, texts):

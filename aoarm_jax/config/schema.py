@@ -173,6 +173,12 @@ class Data:
   tokenizer: str = _field(
     "char27", "symbols of the text", choices=("char27", "byte"), binds="model"
   )
+  normalise: bool = _field(
+    False,
+    "bring the text, prompts and texts to score into the form of text8: "
+    "letters become lower case, digits become words, and all else becomes "
+    "single spaces",
+  )
   workers: int = _field(
     0, "number of loader processes; 0 means that a thread loads", low=0
   )

@@ -107,8 +107,9 @@ class Tokenizer:
       described = f"character {symbol!r}"
     return (
       f"{self.name}: {described} at offset {offset} is not a-z or space: "
-      "lower-case the text and spell out the rest; only a model trained with "
-      "--config.data.tokenizer=byte takes any text"
+      "--config.data.normalise=true (from Python normalise=True) brings any "
+      "text into this form; only a model trained with "
+      "--config.data.tokenizer=byte takes text as it is"
     )
 
 

@@ -298,7 +298,10 @@ def evaluate(config: config_lib.Config, workdir: epath.Path) -> None:
   """
   run = opening.open_run(workdir, config, "eval")
   network = run.network
-  corpus = corpora.load(config.data.corpus, config.data.path, network.tokenizer)
+  data = config.data
+  corpus = corpora.load(
+    data.corpus, data.path, network.tokenizer, data.normalise
+  )
   logging.info("text: %s", corpus.describe(config.eval.split))
   opening.warn_other_text(run.text, corpus, config.eval.split)
   batches = evaluation_batches(network, corpus.split(config.eval.split))

@@ -269,6 +269,10 @@ def score(
   """
   tokenizer = tokenizers.get(config.data.tokenizer)
   lines = [("--text", text)] if text else prompts.read_lines(input_file)
+  if config.data.normalise:
+    lines = prompts.normalised(
+      lines, tokenizer, config.sample.blank, config.score.marks
+    )
 
   def parse(line, name):
     marked = prompts.parse_marked(

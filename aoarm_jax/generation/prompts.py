@@ -13,7 +13,7 @@ from absl import logging
 from etils import epath
 
 from aoarm_jax.config import errors
-from aoarm_jax.data import files, tokenizers
+from aoarm_jax.data import corpora, files, tokenizers
 
 # The blank and the marks where the user asks for none and the alphabet has no
 # such characters.
@@ -147,6 +147,55 @@ def syntax(
   if blank == AUTO:
     blank = "" if tokenizer.knows(BLANK) or BLANK in marks else BLANK
   return blank, marks
+
+
+def normalised(
+  lines: Sequence[tuple[str, str]],
+  tokenizer: tokenizers.Tokenizer,
+  blank: str,
+  marks: str,
+) -> list[tuple[str, str]]:
+  """Return texts in the form of text8, with their blanks and marks.
+
+  The form is that of corpora.normal_form. A blank counts as a letter. A mark
+  counts as nothing, so spaces on its two sides become one.
+
+  Args:
+    lines: pairs (name, text).
+    tokenizer: the model's tokenizer.
+    blank: config.sample.blank.
+    marks: config.score.marks; '' if the texts are prompts.
+  """
+  blank, marks = syntax(tokenizer, blank, marks)
+  return [(name, _normal_form(text, blank, marks)) for name, text in lines]
+
+
+def _normal_form(text, blank, marks):
+  """Return one text in normal form."""
+  pieces: list[str | None] = []  # None is a space.
+  last: str | None = None  # The last piece that is no mark.
+  for character in text:
+    if character in marks:
+      pieces.append(character)
+      continue
+    for piece in _pieces(character, blank):
+      if piece or last:
+        pieces.append(piece)
+        last = piece
+  if pieces and last is None:
+    at = max((i for i, piece in enumerate(pieces) if piece is None), default=-1)
+    del pieces[at : at + 1]
+  return "".join(" " if piece is None else piece for piece in pieces)
+
+
+def _pieces(character, blank):
+  """Return what becomes of a character in normal form; None is a space."""
+  if character == blank:
+    return [character]
+  form = corpora.normal_form(character.encode("utf-8", "replace")).decode()
+  if len(form) > 1:  # The word of a digit.
+    return [None, form, None]
+  return [form or None]
 
 
 def note_text(

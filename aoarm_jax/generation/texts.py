@@ -318,6 +318,8 @@ def sample(
   lines = prompts.read_lines(input_file) if input_file else []
   if prompt:
     lines = [("--prompt", prompt)]
+  if config.data.normalise:
+    lines = prompts.normalised(lines, tokenizer, blank, "")
 
   def parse(line, name):
     parsed_prompt = prompts.parse_prompt(line, tokenizer, blank, name)
@@ -348,7 +350,9 @@ def sample(
     name: getattr(config.sample, name)
     for name in ("seed", "method", "order", "temperature", "top_k", "top_p")
   }
-  write(path, texts, run.step, prompt=prompt, **facts)
+  write(
+    path, texts, run.step, prompt="".join(text for _, text in lines), **facts
+  )
   logging.info("written with their orders: %s", path)
   for text in texts:
     print(text.text)

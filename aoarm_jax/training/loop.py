@@ -145,8 +145,9 @@ def train(
           f"{config.train.steps:,}",
         )
         return
+    data = config.data
     corpus = corpora.load(
-      config.data.corpus, config.data.path, network.tokenizer
+      data.corpus, data.path, network.tokenizer, data.normalise
     )
     splits = list(dict.fromkeys(("train", config.eval.split)))
     logging.info("text: %s", corpus.describe(*splits))

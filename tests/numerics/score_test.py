@@ -17,7 +17,7 @@ import pallas_kernels
 from aoarm_jax import objective
 from aoarm_jax.config import mechanisms
 from aoarm_jax.config import schema as config
-from aoarm_jax.data import tokenizers
+from aoarm_jax.data import corpora, tokenizers
 from aoarm_jax.devices import sharding
 from aoarm_jax.evaluation import score
 from aoarm_jax.generation import prompts
@@ -268,6 +268,26 @@ class MarksTest(parameterized.TestCase):
   def test_syntax_is_no_letter_or_is_asked_for(self, name, blank, marks, want):
     got = prompts.syntax(tokenizers.get(name), blank, marks)
     self.assertEqual(got, want)
+
+  @parameterized.parameters(
+    ("Hello World!", "hello world"),
+    ("  She said: [Nothing!] ", "she said [nothing]"),
+    ("It was [3]?", "it was [three]"),
+    ("no[ 3 x]", "no[ three x]"),
+    ("the Qu__k, Élan ___.", "the qu__k lan ___"),
+    ("[ ] - [a]", "[][a]"),
+    ("...", ""),
+    ("a [b] c", "a [b] c"),
+    ("\u212a3", "three"),
+  )
+  def test_a_text_in_normal_form_keeps_blanks_and_marks(self, text, want):
+    char27 = tokenizers.get("char27")
+    lines = prompts.normalised([("x", text)], char27, "auto", "auto")
+    self.assertEqual(lines, [("x", want)])
+    plain = text.translate(dict.fromkeys(map(ord, "[]_"), " "))
+    form = corpora.normal_form(plain.encode()).decode()
+    got = want.translate(dict.fromkeys(map(ord, "[]_"), " "))
+    self.assertEqual(got.split(), form.split())
 
   @parameterized.parameters("x[0] = 1", "assert_stmt", "]", "_", "a [b_] _c[")
   def test_the_text_of_a_byte_model_is_text(self, text):

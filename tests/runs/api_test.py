@@ -336,6 +336,24 @@ class CommandTest(parameterized.TestCase):
       self.assertAlmostEqual(line["log_p"], score.log_p, delta=1e-4)
       self.assertEqual(line["positions"], score.positions)
 
+  def test_ordinary_prose(self):
+    """Of prompts and of texts to score, on all ways."""
+    want = _model.score("hello [wor]ld")
+    got = _model.score("Hello, [Wor]ld!", normalise=True)
+    self.assertEqual(got, want)
+    (text,) = _model.infill("Hello, W__ld!", normalise=True)
+    self.assertRegex(text.text, "^hello w..ld$")
+    with self.assertRaisesRegex(prompts.PromptError, "normalise=True"):
+      _model.score("Hello, [Wor]ld!")
+    normal = "--config.data.normalise=true"
+    (line,) = _run("--mode=score", "--text=Hello, [Wor]ld!", normal)
+    self.assertAlmostEqual(json.loads(line)["log_p"], want.log_p, delta=1e-4)
+    (line,) = _run(
+      *("--mode=sample", "--prompt=Hello, W__ld!", normal),
+      "--config.sample.count=1",
+    )
+    self.assertRegex(line, "^hello w..ld$")
+
   def test_a_run_does_not_ask_for_blanks(self):
     """The saved config of a run that was told of them does not count."""
     saved = _folder / "run" / "config.json"

@@ -178,13 +178,13 @@ class CorporaTest(parameterized.TestCase):
       self.load(path).split("train")
 
   @parameterized.parameters(
-    (b"ab cd" * 9 + b"\n", r"byte 0x0a ('\n') at offset 45"),
+    (b"ab cd" * 9 + b"\n\n", r"byte 0x0a ('\n') at offset 45"),
     (b"ab cd" * 9 + b"Q1", "byte 0x51 ('Q') at offset 45"),
   )
   def test_a_wrong_byte_has_its_offset(self, data, message):
     path = self.file("text8.gz", gzip.compress(data))
     # Whichever split is asked for.
-    with self.assert_refused(path, message, "config.data.tokenizer=byte"):
+    with self.assert_refused(path, message, "config.data.normalise=true"):
       self.load(path).split("train")
     self.load(path, tokenizer="byte").split("train")
 
@@ -271,6 +271,65 @@ class CorporaTest(parameterized.TestCase):
         for name in ("char27", "byte")
       }
     self.assertEqual(hashes, {hashlib.sha256(_TEXT).hexdigest()})
+
+  # ordinary prose
+
+  @parameterized.product(tokenizer=("char27", "byte"), folder=(False, True))
+  def test_prose_in_normal_form(self, tokenizer, folder):
+    prose = "\ufeffThe Élan of 3 cats,\r\nand\tmore.\r\n".encode() * 9
+    name = "train.txt" if folder else "prose"
+    path = self.folder if folder else self.file(name, prose)
+    self.file(name, prose)
+    coder = tokenizers.get(tokenizer)
+    with self.assert_refused("byte", "config.data.normalise=true"):
+      corpora.load("auto", str(path), self.char27).split("train")
+    corpus = corpora.load("auto", str(path), coder, normalise=True)
+    self.assertStartsWith(
+      coder.decode(corpus.split("train")),
+      "the lan of three cats and more the lan",
+    )
+    self.assertIn(f"{path} in normal form", corpus.describe())
+
+  def test_the_built_in_text_in_normal_form(self):
+    byte = tokenizers.get("byte")
+    corpus = corpora.load("auto", "", byte, normalise=True)
+    self.assertEqual(corpus.hash("valid"), _BOOKS["char27"]["valid"])
+
+  @parameterized.parameters(b"\n", b"\r\n", b"")
+  def test_the_line_end_and_the_mark_that_editors_add(self, end):
+    data = b"\xef\xbb\xbf" + _TEXT + end
+    for tokenizer, want in (("char27", _TEXT), ("byte", _TEXT + end)):
+      corpus = self.load(self.file("text8", data), tokenizer=tokenizer)
+      splits = [corpus.split(name) for name in corpora.SPLITS]
+      text = b"".join(map(corpus.tokenizer.to_bytes, splits))
+      self.assertEqual(text, want)
+
+  @parameterized.parameters(
+    ("train", "TRAIN.TXT"),
+    ("train", "Training.txt"),
+    ("valid", "val.txt"),
+    ("valid", "Validation.TXT"),
+    ("test", "test.txt.GZ"),
+  )
+  def test_other_names_of_a_split(self, split, name):
+    is_packed = name.endswith(".GZ")
+    self.file(name, gzip.compress(_TEXT) if is_packed else _TEXT)
+    with self.assertLogs("absl", "INFO") as logs:
+      ids = self.load(self.folder).split(split)
+    self.assertEqual(self.char27.to_bytes(ids), _TEXT)
+    self.assertIn(f"the {split} split is {name}", logs.output[0])
+    # The exact name goes first, and two others are refused.
+    self.file(f"{split}.txt", _TEXT[:40])
+    self.assertLen(self.load(self.folder).split(split), 40)
+    (self.folder / f"{split}.txt").unlink()
+    self.file(f"{split}.tXT", _TEXT)
+    with self.assert_refused("both ", f"{split}.tXT", name):
+      self.load(self.folder).split(split)
+
+  def test_a_missing_split_says_what_is_there(self):
+    self.file("dev.txt", _TEXT)
+    with self.assert_refused("no valid.txt", "the folder has: dev.txt"):
+      self.load(self.folder).split("valid")
 
   # paths
 
