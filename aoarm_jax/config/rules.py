@@ -218,6 +218,12 @@ def _of_texts(config):
   in_steps = ("parallel", "ancestral", "confidence")
   return [
     (
+      "data.tokenizer",
+      config.data.tokenizer == "char27" or not config.study.sweep,
+      "a study reports bits per character, so its tokens must be characters: "
+      "take char27",
+    ),
+    (
       "sample.steps",
       not sample.steps or sample.method in in_steps,
       f"is for {', '.join(in_steps[:2])} and {in_steps[2]}; must be 0 with "

@@ -93,12 +93,12 @@ class Corpus:
     """Return one line about the text; this reads the named splits.
 
     Args:
-      *splits: the splits whose number of characters is given.
+      *splits: the splits whose number of tokens is given.
     """
     line = self.source
     if splits:
       sizes = [f"{name} {len(self.split(name)):,}" for name in splits]
-      line += f": {', '.join(sizes)} characters"
+      line += f": {', '.join(sizes)} {self.tokenizer.units}"
     note = self.note()
     return f"{line} ({note})" if note else line
 
@@ -165,7 +165,7 @@ def unigram_entropy(tokens: np.ndarray, V: int) -> float:
     V: size of the vocabulary.
 
   Returns:
-    Bits per character.
+    Bits per token.
   """
   counts = np.zeros(V, np.int64)
   # bincount casts tokens to 8 bytes each, so it gets one chunk at a time.
@@ -270,8 +270,8 @@ class _Text8:
     ids = _encode(self._path, self._tokenizer, self._normalise)
     if len(ids) < 20:
       raise DataError(
-        f"{self._path}: {len(ids)} characters are too few for splits of 90, 5 "
-        "and 5%"
+        f"{self._path}: {len(ids)} {self._tokenizer.units} are too few for "
+        "splits of 90, 5 and 5%"
       )
     return ids
 

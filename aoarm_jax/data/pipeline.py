@@ -6,6 +6,7 @@ rows. So neither workers nor processes change the data. A run may continue with
 another number of processes, and the state of a loader is one number.
 """
 
+import functools
 import multiprocessing
 import os
 import signal
@@ -127,11 +128,27 @@ class EvalBatches:
     self.evaluated_tokens = len(starts) * crops.T
     self.left_out = self.split_tokens % crops.T
 
-  def describe(self) -> str:
-    """Return one line that says how much of the text the batches hold."""
+  @functools.cached_property
+  def characters(self) -> int:
+    """Number of UTF-8 characters that begin in the sequences."""
+    crops = np.lib.stride_tricks.sliding_window_view(
+      self._crops.tokens, self._crops.T
+    )
+    # Bytes 10xxxxxx go on with a character.
+    return sum(
+      int(((crops[self._starts[i : i + 1024]] & 0xC0) != 0x80).sum())
+      for i in range(0, len(self._starts), 1024)
+    )
+
+  def describe(self, units: str = "characters") -> str:
+    """Return one line that says how much of the text the batches hold.
+
+    Args:
+      units: name of the tokens, see Tokenizer.units.
+    """
     line = (
       f"evaluated: {self.evaluated_tokens:,} of {self.split_tokens:,} "
-      f"characters, in {self.sequences:,} of "
+      f"{units}, in {self.sequences:,} of "
       f"{self.split_tokens // self._crops.T:,} windows"
     )
     if self.left_out:
@@ -255,6 +272,6 @@ def check_length(tokens: np.ndarray, T: int) -> None:
   """Raise DataError if a text is too short for one sequence of T tokens."""
   if len(tokens) < T:
     raise corpora.DataError(
-      f"a text of {len(tokens)} characters holds no sequence of "
+      f"a text of {len(tokens)} tokens holds no sequence of "
       f"config.model.T={T}: take a longer text or a smaller T"
     )

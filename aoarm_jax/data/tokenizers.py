@@ -39,6 +39,16 @@ class Tokenizer:
     """Size of the vocabulary, without sentinels."""
     return len(self.symbols)
 
+  @property
+  def unit(self) -> str:
+    """Name of a token: "byte" if every byte is one, else "char"."""
+    return "byte" if self.V == 256 else "char"
+
+  @property
+  def units(self) -> str:
+    """The plural for people: "bytes" or "characters"."""
+    return "bytes" if self.unit == "byte" else "characters"
+
   def encode(self, text: str | bytes) -> np.ndarray:
     """Return the token ids of a text.
 

@@ -51,13 +51,17 @@ class Bin(NamedTuple):
   nats_per_token: float
   tokens: int
 
-  def record(self) -> dict[str, Any]:
-    """Return the bin in bits, for a JSON report."""
+  def record(self, unit: str = "char") -> dict[str, Any]:
+    """Return the bin in bits, for a JSON report.
+
+    Args:
+      unit: name of a token, see Tokenizer.unit.
+    """
     bits = self.nats_per_token / math.log(2)
     return {
       "low": self.low,
       "high": self.high,
-      "bits_per_char": bits,
+      f"bits_per_{unit}": bits,
       "tokens": self.tokens,
     }
 
@@ -79,6 +83,9 @@ class Estimate:
       () if the estimator has no ranks.
     by_recency: mean by how many steps ago that token was generated; () if the
       estimator has no ranks.
+    unit: name of a token, see Tokenizer.unit.
+    characters: number of characters in all sequences, where a token is a byte;
+      0 if it is not known.
   """
 
   estimator: str
@@ -89,18 +96,35 @@ class Estimate:
   slot_curve_nats: tuple[float, ...]
   by_distance: tuple[Bin, ...] = ()
   by_recency: tuple[Bin, ...] = ()
+  unit: str = "char"
+  characters: int = 0
 
   @property
-  def bits_per_char(self) -> float:
-    """The mean in bits per token."""
+  def bits_per_token(self) -> float:
+    """The mean in bits per token: per character, or per byte."""
     return self.nats_per_token / math.log(2)
 
+  def _bits(self):
+    """Return the mean in bits by the names of its units."""
+    bits = {f"bits_per_{self.unit}": self.bits_per_token}
+    if self.unit == "byte" and self.characters:
+      bits["bits_per_char"] = self.bits_per_token * (
+        self.tokens / self.characters
+      )
+    return bits
+
   def record(self) -> dict[str, Any]:
-    """Return the estimate as a record of metrics.jsonl, without its bins."""
+    """Return the estimate as a record of metrics.jsonl, without its bins.
+
+    The mean is bits_per_char, or bits_per_byte where a token is a byte. Then
+    bits_per_char is the mean per UTF-8 character, if the number of characters
+    is known. All other bits are per token.
+    """
     return {
       "estimator": self.estimator,
+      "unit": self.unit,
       "nats_per_token": self.nats_per_token,
-      "bits_per_char": self.bits_per_char,
+      **self._bits(),
       "standard_error_bits": self._error_bits(),
       "sequences": self.sequences,
       "tokens": self.tokens,
@@ -110,8 +134,8 @@ class Estimate:
   def report(self) -> dict[str, Any]:
     """Return the record together with the bins by distance and by recency."""
     return self.record() | {
-      "by_distance": [bin_.record() for bin_ in self.by_distance],
-      "by_recency": [bin_.record() for bin_ in self.by_recency],
+      "by_distance": [bin_.record(self.unit) for bin_ in self.by_distance],
+      "by_recency": [bin_.record(self.unit) for bin_ in self.by_recency],
     }
 
   def _error_bits(self):
@@ -123,9 +147,13 @@ class Estimate:
     bits = self._error_bits()
     error = "unknown" if bits is None else f"{bits:.4f}"
     plural = "s" * (self.sequences != 1)
+    bits = self._bits()
+    also = f"= {bits['bits_per_char']:.4f} bits/char  " * (len(bits) > 1)
+    units = "bytes" if self.unit == "byte" else "characters"
     return (
-      f"{self.estimator:<17}  {self.bits_per_char:.4f} bits/char  ± {error}  "
-      f"({self.sequences:,} sequence{plural}, {self.tokens:,} characters)"
+      f"{self.estimator:<17}  {self.bits_per_token:.4f} bits/{self.unit}  "
+      f"± {error}  {also}"
+      f"({self.sequences:,} sequence{plural}, {self.tokens:,} {units})"
     )
 
 
@@ -188,7 +216,11 @@ class Evaluator:
     )
     if nats_and_sums is None:
       return None
-    return mean(estimator, self._config.model.T, *nats_and_sums)
+    found = mean(estimator, self._config.model.T, *nats_and_sums)
+    unit, characters = self._network.tokenizer.unit, 0
+    if unit == "byte" and isinstance(batches, pipeline.EvalBatches):
+      characters = batches.characters
+    return dataclasses.replace(found, unit=unit, characters=characters)
 
 
 def over_batches(
@@ -305,7 +337,7 @@ def evaluate(config: config_lib.Config, workdir: epath.Path) -> None:
   logging.info("text: %s", corpus.describe(config.eval.split))
   opening.warn_other_text(run.text, corpus, config.eval.split)
   batches = evaluation_batches(network, corpus.split(config.eval.split))
-  logging.info("%s", batches.describe())
+  logging.info("%s", batches.describe(network.tokenizer.units))
   # The estimator training_order takes the orders of training, whatever the
   # command line says about them.
   given = config.orders.given or run.trained.orders.given
@@ -351,11 +383,13 @@ def _write(config, workdir, step, corpus, batches, estimates):
     },
     workdir / f"slot_curve_{split}.png",
     title=f"{config.name}:{config.variant}, {split}",
+    unit=corpus.tokenizer.unit,
   )
   figures.nearness(
     {e.estimator: e.report() for e in estimates if e.by_distance},
     workdir / f"nearness_{split}.png",
     title=f"{config.name}:{config.variant}, {split}",
+    unit=corpus.tokenizer.unit,
   )
 
 

@@ -41,11 +41,13 @@ class Score(NamedTuple):
     log_p: nats, log p(scored | known). Over several orders, the log of the mean
       of p.
     bits: -log_p / ln 2.
-    positions: positions of the scored tokens, within 1..n, ascending.
+    positions: positions of the scored tokens, within 1..n, ascending: those of
+      characters or, if the tokenizer is byte, those of bytes.
     token_log_p: nats of each scored token, in the order of `positions`, given
       the tokens before it in the order. Over several orders, the mean over
       them, so that the sum is not log_p.
-    token_bits: -token_log_p / ln 2.
+    token_bits: -token_log_p / ln 2, bits per character or, if the tokenizer is
+      byte, bits per byte.
     order: the scored positions in the order that was followed; None if there
       were several orders.
     order_log_p: nats, log p(scored | known) in each of the orders.

@@ -202,7 +202,8 @@ class _Run:
     )
     valid_tokens = corpus.split(config.eval.split)
     self.eval_batches = evaluate.evaluation_batches(self.network, valid_tokens)
-    logging.info("%s %s", config.eval.split, self.eval_batches.describe())
+    what_is_read = self.eval_batches.describe(self.network.tokenizer.units)
+    logging.info("%s %s", config.eval.split, what_is_read)
     self.text = {
       "train": corpus.hash("train"),
       config.eval.split: corpus.hash(config.eval.split),
@@ -389,7 +390,7 @@ class _Run:
     loss = float(np.mean([sums["loss"] for sums in self.interval]))
     values = {
       "loss_nats_per_token": loss,
-      "bits_per_char": loss / math.log(2),
+      f"bits_per_{self.network.tokenizer.unit}": loss / math.log(2),
       "learning_rate": self.interval[-1]["learning_rate"],
       "gradient_norm": self.interval[-1]["gradient_norm"],
       "tokens_per_second": self.progress.tokens_per_second,
@@ -467,13 +468,16 @@ class _Run:
   def _draw_figures(self):
     records = run_dir.read_metrics(self.workdir)
     c = self.config
-    title = f"{c.name}:{c.variant}"
-    figures.loss_curve(records, self.workdir / "loss.png", title=title)
+    title, unit = f"{c.name}:{c.variant}", self.network.tokenizer.unit
+    figures.loss_curve(
+      records, self.workdir / "loss.png", title=title, unit=unit
+    )
     valid = [r for r in records if r["kind"] == "valid"]
     figures.slot_curve(
       {valid[-1]["estimator"]: valid[-1]["slot_curve_bits"]},
       self.workdir / "slot_curve.png",
       title=title,
+      unit=unit,
     )
 
 

@@ -137,7 +137,7 @@ class TrainBatchesTest(parameterized.TestCase):
       tokens = np.zeros(_T - 1, np.uint8)
       kwargs = {"seed": 0, "T": _T, "batch_size": 1}
       with self.assertRaisesRegex(
-        corpora.DataError, "text of 6 characters .* config.model.T=7"
+        corpora.DataError, "text of 6 tokens .* config.model.T=7"
       ):
         make(tokens, **kwargs)
 
@@ -160,6 +160,12 @@ class EvalBatchesTest(parameterized.TestCase):
     self.assertEqual(
       f"the last {left_out} fill no window" in line, left_out > 0
     )
+
+  def test_characters_of_bytes(self):
+    text = np.frombuffer("aé日🎉".encode() * 700 + b"ab", np.uint8)
+    read = pipeline.eval_batches(text, T=10, batch_size=3)
+    self.assertEqual((read.characters, read.left_out), (4 * 700, 2))
+    self.assertIn("7000 of 7002 bytes", read.describe("bytes").replace(",", ""))
 
   def windows(self, batches: pipeline.EvalBatches) -> np.ndarray:
     """The windows that are real, and only whole rows and batches of them."""
