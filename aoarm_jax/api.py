@@ -74,11 +74,13 @@ class Model:
   The options of `generate` and `infill` are fields of config.sample. The
   options of `score` are fields of config.score. Their defaults are the values
   of the run, except for `seed`: without one, every call of `generate` and
-  `infill` takes a fresh seed. The seed is in the texts that come back. The
-  option `order` may also be a permutation of the positions 1..n of every text,
-  or a list with one permutation per text. An option that has no effect is
-  refused. The same call with the same seed gives the same result on any number
-  of devices, up to rounding.
+  `infill` takes a fresh seed. The seed is in the texts that come back. Only a
+  call says which characters are blanks and marks: by default `_` and `[ ]`, if
+  the model's alphabet does not have them, and else none. The option `order` may
+  also be a permutation of the positions 1..n of every text, or a list with one
+  permutation per text. An option that has no effect is refused. The same call
+  with the same seed gives the same result on any number of devices, up to
+  rounding.
 
   Attributes:
     config: the config of the run, with the mesh and the attention used here.
@@ -101,6 +103,10 @@ class Model:
     # training.
     config = config.replace("checkpoint.read", read)
     config = config.replace("mesh", config_lib.Mesh())
+    # A character of the alphabet is text unless a call asks for a blank or for
+    # marks. Earlier runs saved `_` and `[]` without being asked.
+    config = config.replace("sample.blank", prompts.AUTO)
+    config = config.replace("score.marks", prompts.AUTO)
     self.config = config_rules.validate(
       config.replace("compute.attention", "auto")
     )
@@ -184,27 +190,42 @@ class Model:
   # A str is an iterable of str too, so the two signatures overlap.
   @overload
   def infill(  # type: ignore[overload-overlap]
-    self, texts: str, count: int = 1, **options: Unpack[InfillOptions]
+    self,
+    texts: str,
+    count: int = 1,
+    *,
+    normalise: bool | None = None,
+    **options: Unpack[InfillOptions],
   ) -> list[generate_lib.Text]: ...
 
   @overload
   def infill(
-    self, texts: Iterable[str], count: int = 1, **options: Unpack[InfillOptions]
+    self,
+    texts: Iterable[str],
+    count: int = 1,
+    *,
+    normalise: bool | None = None,
+    **options: Unpack[InfillOptions],
   ) -> list[list[generate_lib.Text]]: ...
 
   def infill(
     self,
     texts: str | Iterable[str],
     count: int = 1,
+    *,
+    normalise: bool | None = None,
     **options: Unpack[InfillOptions],
   ) -> list[generate_lib.Text] | list[list[generate_lib.Text]]:
     """Fill the blanks of texts, `count` times each.
 
     Args:
       texts: one text or several (a list, an array of strings, a generator),
-        with a `_` (config.sample.blank) for every token to generate. To
-        continue a text, `generate` takes a prompt.
+        with a `_` for every token to generate. If the model's alphabet has `_`,
+        as that of bytes has, name the character with the option blank, as in
+        blank="_". To continue a text, `generate` takes a prompt.
       count: number of results for each text.
+      normalise: whether the texts are first brought into the form of text8: a
+        to z and single spaces. None takes the run's config.data.normalise.
       **options: fields of config.sample, such as temperature, order or method.
         Without a seed, every call draws other texts.
 
@@ -219,10 +240,14 @@ class Model:
     """
     several = _several(texts, str)
     blank = self._with("sample", options, InfillOptions).sample.blank
-    parsed = [
-      prompts.parse_prompt(text, self._network.tokenizer, blank, f"text {i}")
-      for i, text in enumerate(several, 1)
-    ]
+
+    def parse(text: str, name: str) -> prompts.Prompt:
+      prompt = prompts.parse_prompt(text, self._network.tokenizer, blank, name)
+      generate_lib.check(prompt, self.config.model)
+      return prompt
+
+    lines = self._lines(several, normalise, blank, "")
+    parsed = prompts.check_lines(lines, parse)
     filled = self._fill(parsed, count, options, InfillOptions)
     return filled[0] if isinstance(texts, str) else filled
 
@@ -232,6 +257,7 @@ class Model:
     texts: str | generate_lib.Text,
     *,
     blank: str | None = None,
+    normalise: bool | None = None,
     **options: Unpack[ScoreOptions],
   ) -> score_lib.Score: ...
 
@@ -241,6 +267,7 @@ class Model:
     texts: Iterable[str | generate_lib.Text],
     *,
     blank: str | None = None,
+    normalise: bool | None = None,
     **options: Unpack[ScoreOptions],
   ) -> list[score_lib.Score]: ...
 
@@ -249,6 +276,7 @@ class Model:
     texts: str | generate_lib.Text | Iterable[str | generate_lib.Text],
     *,
     blank: str | None = None,
+    normalise: bool | None = None,
     **options: Unpack[ScoreOptions],
   ) -> score_lib.Score | list[score_lib.Score]:
     """Return log-probabilities of texts, or of their marked parts.
@@ -260,13 +288,17 @@ class Model:
       texts: one text or several (a list, an array of strings, a generator), as
         in "the [qu]ick ___". The part in brackets is scored, and the other
         known tokens are given. Without brackets all known tokens are scored.
-        `_` is an unknown token. In a generated texts.Text all tokens are
-        scored.
+        `_` is an unknown token. If the model's alphabet has these characters,
+        as that of bytes has, they are text unless blank="_" and marks="[]" ask
+        for them. In a generated texts.Text all tokens are scored.
       blank: the character for an unknown token; '' means that no character is.
-        None takes config.sample.blank.
+        None takes `_` if the alphabet does not have it, and else none.
+      normalise: whether the texts are first brought into the form of text8: a
+        to z and single spaces. Positions are then those of this form, which is
+        the text of the Score. None takes the run's config.data.normalise.
       **options: fields of config.score. For example, order="uniform" with
-        orders=K averages over K uniform orders, and marks='' makes brackets
-        ordinary characters.
+        orders=K averages over K uniform orders. marks names the two characters
+        around the scored part; '' means that there are no marks.
 
     Returns:
       A score.Score, in nats and bits; for several texts, a list of them.
@@ -279,10 +311,16 @@ class Model:
     kinds = (str, generate_lib.Text)
     several = _several(texts, kinds)
     config = self._with("score", options, ScoreOptions, blank)
-    parsed = [
-      self._marked(text, config, f"text {i}")
-      for i, text in enumerate(several, 1)
-    ]
+
+    def parse(text: str, name: str) -> tuple[str, prompts.Marked]:
+      parsed_text, marked = self._marked(text, config, name)
+      score_lib.check(marked, config.model)
+      return parsed_text, marked
+
+    lines = self._lines(
+      several, normalise, config.sample.blank, config.score.marks
+    )
+    parsed = prompts.check_lines(lines, parse)
     given = _orders(options, [marked for _, marked in parsed])
     with (
       switches.fixed_types(),
@@ -298,6 +336,22 @@ class Model:
     return telemetry.patience(
       seconds, lambda line: print(f"aoarm_jax: {line}", file=sys.stderr)
     )
+
+  def _lines(self, texts, normalise, blank, marks):
+    """Return pairs of a name for messages and the text, in its normal form."""
+    lines = [(f"text {i}", text) for i, text in enumerate(texts, 1)]
+    if normalise is None:
+      normalise = self.config.data.normalise
+    if not normalise:
+      return lines
+
+    def normal(line):
+      if isinstance(line[1], generate_lib.Text):
+        return line
+      tokenizer = self._network.tokenizer
+      return prompts.normalised([line], tokenizer, blank, marks)[0]
+
+    return [normal(line) for line in lines]
 
   def _marked(self, text, config, name):
     """Return (text, prompts.Marked) of a text or of a generated Text."""

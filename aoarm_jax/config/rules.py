@@ -218,6 +218,12 @@ def _of_texts(config):
   in_steps = ("parallel", "ancestral", "confidence")
   return [
     (
+      "data.tokenizer",
+      config.data.tokenizer == "char27" or not config.study.sweep,
+      "a study reports bits per character, so its tokens must be characters: "
+      "take char27",
+    ),
+    (
       "sample.steps",
       not sample.steps or sample.method in in_steps,
       f"is for {', '.join(in_steps[:2])} and {in_steps[2]}; must be 0 with "
@@ -225,14 +231,15 @@ def _of_texts(config):
     ),
     (
       "sample.blank",
-      len(sample.blank) <= 1,
-      "must be one character, or '' for none",
+      len(sample.blank) <= 1 or sample.blank == "auto",
+      "must be one character, '' for none, or auto",
     ),
     (
       "score.marks",
-      not marks or len(marks) == len({*marks, sample.blank}) - 1 == 2,
+      marks in ("", "auto")
+      or len(marks) == len({*marks, sample.blank}) - 1 == 2,
       "must be two characters that differ from each other and from "
-      f"config.sample.blank={sample.blank!r}, or ''",
+      f"config.sample.blank={sample.blank!r}, or '', or auto",
     ),
   ]
 

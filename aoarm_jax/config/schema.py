@@ -173,6 +173,12 @@ class Data:
   tokenizer: str = _field(
     "char27", "symbols of the text", choices=("char27", "byte"), binds="model"
   )
+  normalise: bool = _field(
+    False,
+    "bring the text, prompts and texts to score into the form of text8: "
+    "letters become lower case, digits become words, and all else becomes "
+    "single spaces",
+  )
   workers: int = _field(
     0, "number of loader processes; 0 means that a thread loads", low=0
   )
@@ -378,7 +384,8 @@ class Eval:
   )
   batches: int = _field(
     24,
-    "number of batches to read; 0 reads the whole split",
+    "number of batches to read; 0 reads every whole window of T characters of "
+    "the split",
     low=0,
     binds="run",
   )
@@ -481,9 +488,9 @@ class Sample:
     choices=("confidence", "entropy", "margin"),
   )
   blank: str = _field(
-    "_",
-    "character that stands for an unknown token in a text; '' means no "
-    "character, so that every text can be scored",
+    "auto",
+    "character that stands for an unknown token in a text; auto: _ if the "
+    "alphabet has no _, else no character; '' means no character",
   )
   every: int = _field(
     500,
@@ -509,8 +516,9 @@ class Score:
     low=1,
   )
   marks: str = _field(
-    "[]",
-    "the two characters around the part of a text to score; '' means no marks",
+    "auto",
+    "the two characters around the part of a text to score; auto: [] if the "
+    "alphabet has no brackets, else no marks; '' means no marks",
   )
   batch_size: int = _field(
     64, "greatest number of texts scored at once, over all devices", low=1

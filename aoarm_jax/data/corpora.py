@@ -1,30 +1,25 @@
 """Corpora: sources of text, each in three splits.
 
 There are three kinds: books (built in), text8 (one file), and folder (one file
-per split). Files may be compressed, and may lie wherever etils.epath reaches.
-Text is read only when a split is asked for. Nothing is added to the text: there
-are no sentinels and no padding.
+per split). Files may be packed (files.py), and may lie wherever etils.epath
+reaches. Text is read only when a split is asked for. Nothing is added to the
+text: there are no sentinels and no padding.
 """
 
-import bz2
+import codecs
 import dataclasses
 import functools
-import gzip
 import hashlib
-import lzma
 import re
 import string
-import zipfile
-import zlib
 from collections.abc import Callable
-from typing import IO, Any
 
 import numpy as np
-import zstandard
+from absl import logging
 from etils import epath
 
 from aoarm_jax.config import paths
-from aoarm_jax.data import tokenizers
+from aoarm_jax.data import files, tokenizers
 
 DataError = tokenizers.DataError
 SPLITS = ("train", "valid", "test")
@@ -33,6 +28,8 @@ BOOKS = epath.Path(__file__).parent / "books"
 TEXT8_CHARACTERS = 100_000_000
 TEXT8_URL = "http://mattmahoney.net/dc/text8.zip"
 _FLAG = "--config.data.path="
+# Names of splits in other projects.
+_OTHER_NAMES = {"valid": ("val", "validation"), "train": ("training",)}
 _FOLDER_SUFFIXES = ("", ".gz", ".xz", ".bz2", ".zst")
 _CHUNK = 1 << 24  # Bytes. Bounds the transient memory of a pass over a split.
 _DIGITS = b"zero one two three four five six seven eight nine".split()
@@ -97,17 +94,22 @@ class Corpus:
     """Return one line about the text; this reads the named splits.
 
     Args:
-      *splits: the splits whose number of characters is given.
+      *splits: the splits whose number of tokens is given.
     """
     line = self.source
     if splits:
       sizes = [f"{name} {len(self.split(name)):,}" for name in splits]
-      line += f": {', '.join(sizes)} characters"
+      line += f": {', '.join(sizes)} {self.tokenizer.units}"
     note = self.note()
     return f"{line} ({note})" if note else line
 
 
-def load(corpus: str, path: str, tokenizer: tokenizers.Tokenizer) -> Corpus:
+def load(
+  corpus: str,
+  path: str,
+  tokenizer: tokenizers.Tokenizer,
+  normalise: bool = False,
+) -> Corpus:
   """Return the corpus that config.Data names; no text is read yet.
 
   Args:
@@ -115,6 +117,8 @@ def load(corpus: str, path: str, tokenizer: tokenizers.Tokenizer) -> Corpus:
     path: a file or a folder. "" means the built-in text, and ~ is the home
       folder.
     tokenizer: the tokenizer of the ids.
+    normalise: whether the text is brought into normal form, see `normal_form`.
+      The tokenizer char27 always reads the built-in text so.
 
   Raises:
     DataError: the path is missing, not needed, or of the wrong kind.
@@ -140,8 +144,8 @@ def load(corpus: str, path: str, tokenizer: tokenizers.Tokenizer) -> Corpus:
         "config.data.corpus=folder: name the folder of train.txt, valid.txt "
         f"and test.txt with {_FLAG}"
       )
-    return _books(tokenizer)
-  return _at_path(corpus, path, tokenizer)
+    return _books(tokenizer, normalise)
+  return _at_path(corpus, path, tokenizer, normalise)
 
 
 def normal_form(text: bytes) -> bytes:
@@ -163,7 +167,7 @@ def unigram_entropy(tokens: np.ndarray, V: int) -> float:
     V: size of the vocabulary.
 
   Returns:
-    Bits per character.
+    Bits per token.
   """
   counts = np.zeros(V, np.int64)
   # bincount casts tokens to 8 bytes each, so it gets one chunk at a time.
@@ -173,7 +177,9 @@ def unigram_entropy(tokens: np.ndarray, V: int) -> float:
   return float(-(p * np.log2(p)).sum())
 
 
-def _at_path(corpus: str, path: str, tokenizer: tokenizers.Tokenizer) -> Corpus:
+def _at_path(
+  corpus: str, path: str, tokenizer: tokenizers.Tokenizer, normalise: bool
+) -> Corpus:
   """Return the corpus of a file or folder: auto, text8 or folder."""
   location = paths.of(path, "config.data.path")
   try:
@@ -192,17 +198,21 @@ def _at_path(corpus: str, path: str, tokenizer: tokenizers.Tokenizer) -> Corpus:
       f"config.data.path={path}: is a file; name its folder, or set "
       "--config.data.corpus=text8 to have it split"
     )
+  form = " in normal form" if normalise else ""
   if is_folder:
-    read = functools.partial(_read_folder, location, tokenizer)
-    return Corpus("folder", f"folder {path}", tokenizer, read)
-  text = _Text8(location, tokenizer)
-  return Corpus("text8", f"text8 {path}", tokenizer, text.split, text.note)
+    read = functools.partial(_read_folder, location, tokenizer, normalise)
+    return Corpus("folder", f"folder {path}{form}", tokenizer, read)
+  text = _Text8(location, tokenizer, normalise)
+  return Corpus(
+    "text8", f"text8 {path}{form}", tokenizer, text.split, text.note
+  )
 
 
-def _books(tokenizer: tokenizers.Tokenizer) -> Corpus:
+def _books(tokenizer: tokenizers.Tokenizer, normalise: bool) -> Corpus:
   def read(split: str) -> np.ndarray:
-    text = _read(BOOKS / f"{split}.txt.xz")
-    return tokenizer.encode(text if tokenizer.V == 256 else normal_form(text))
+    text = files.read(BOOKS / f"{split}.txt.xz")
+    as_written = tokenizer.V == 256 and not normalise
+    return tokenizer.encode(text if as_written else normal_form(text))
 
   return Corpus(
     name="books",
@@ -214,21 +224,33 @@ def _books(tokenizer: tokenizers.Tokenizer) -> Corpus:
 
 
 def _read_folder(
-  folder: epath.Path, tokenizer: tokenizers.Tokenizer, split: str
+  folder: epath.Path,
+  tokenizer: tokenizers.Tokenizer,
+  normalise: bool,
+  split: str,
 ) -> np.ndarray:
   candidates = [f"{split}.txt{suffix}" for suffix in _FOLDER_SUFFIXES]
   names = [name for name in candidates if (folder / name).exists()]
   if not names:
+    # Other names of a split, in any case of letters.
+    stems = (split, *_OTHER_NAMES.get(split, ()))
+    also = {f"{s}.txt{suffix}" for s in stems for suffix in _FOLDER_SUFFIXES}
+    present = sorted(path.name for path in folder.iterdir())
+    names = [name for name in present if name.lower() in also]
+    if len(names) == 1:
+      logging.info("%s: the %s split is %s", folder, split, names[0])
+  if not names:
     raise DataError(
       f"{folder}: the {split} split is asked for, and there is no {split}.txt "
-      f"(nor one with {', '.join(_FOLDER_SUFFIXES[1:])})"
+      f"(nor one with {', '.join(_FOLDER_SUFFIXES[1:])}); the folder has: "
+      f"{', '.join(present[:8]) or 'nothing'}{', ...' * (len(present) > 8)}"
     )
   if len(names) > 1:
     raise DataError(
       f"{folder}: both {' and '.join(names)}: which is the {split} split? "
       "Remove one"
     )
-  return _encode(folder / names[0], tokenizer)
+  return _encode(folder / names[0], tokenizer, normalise)
 
 
 class _Text8:
@@ -239,16 +261,19 @@ class _Text8:
   characters are used, so text8 with something appended is still text8.
   """
 
-  def __init__(self, path: epath.Path, tokenizer: tokenizers.Tokenizer):
+  def __init__(
+    self, path: epath.Path, tokenizer: tokenizers.Tokenizer, normalise: bool
+  ):
     self._path, self._tokenizer = path, tokenizer
+    self._normalise = normalise
 
   @functools.cached_property
   def _ids(self) -> np.ndarray:
-    ids = _encode(self._path, self._tokenizer)
+    ids = _encode(self._path, self._tokenizer, self._normalise)
     if len(ids) < 20:
       raise DataError(
-        f"{self._path}: {len(ids)} characters are too few for splits of 90, 5 "
-        "and 5%"
+        f"{self._path}: {len(ids)} {self._tokenizer.units} are too few for "
+        "splits of 90, 5 and 5%"
       )
     return ids
 
@@ -270,68 +295,17 @@ class _Text8:
     )
 
 
-def _encode(path: epath.Path, tokenizer: tokenizers.Tokenizer) -> np.ndarray:
+def _encode(
+  path: epath.Path, tokenizer: tokenizers.Tokenizer, normalise: bool
+) -> np.ndarray:
+  # A byte order mark belongs to the encoding and not to the text.
+  text = files.read(path).removeprefix(codecs.BOM_UTF8)
+  if normalise:
+    text = normal_form(text)
+  elif not tokenizer.knows("\n"):
+    # Editors end a file with a line end, even where the text has no lines.
+    text = text.removesuffix(b"\n").removesuffix(b"\r")
   try:
-    return tokenizer.encode(_read(path))
+    return tokenizer.encode(text)
   except tokenizers.TokenizerError as error:
     raise DataError(f"{path}: {error}") from error
-
-
-def _read(path: epath.Path) -> bytes:
-  """Return a file's bytes, decompressed according to its suffix.
-
-  Raises:
-    DataError: the file cannot be read, or it is damaged.
-  """
-  try:
-    with path.open("rb") as file:
-      unpack = _UNPACKERS.get(path.suffix)
-      return unpack(file) if unpack else file.read()
-  except (
-    *(OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError),
-    # zipfile raises the last two for an unknown method and a missing password.
-    *(zipfile.BadZipFile, NotImplementedError, RuntimeError),
-  ) as error:
-    packed = " (truncated or damaged?)" if path.suffix in _UNPACKERS else ""
-    raise DataError(f"{path}: cannot be read{packed}: {error}") from error
-
-
-def _unzip(file: IO[bytes]) -> bytes:
-  with zipfile.ZipFile(file) as archive:
-    names = [n for n in archive.namelist() if not n.endswith("/")]
-    if len(names) != 1:
-      raise zipfile.BadZipFile(f"it holds {len(names)} files instead of one")
-    return archive.read(names[0])
-
-
-def _unzstd(file: IO[bytes]) -> bytes:
-  """Return the decompressed bytes of all frames.
-
-  zstandard's own reader accepts a truncated frame as a whole one, so the end of
-  every frame is checked here.
-
-  Raises:
-    EOFError: the last frame is truncated.
-  """
-  data, frames = file.read(), []
-  while data:
-    frame = zstandard.ZstdDecompressor().decompressobj()
-    frames.append(frame.decompress(data))
-    if not frame.eof:
-      raise EOFError("the file ends within a frame")
-    data = frame.unused_data
-  return b"".join(frames)
-
-
-def _unpack(open_packed: Callable[..., Any], file: IO[bytes]) -> bytes:
-  with open_packed(file) as unpacked:
-    return unpacked.read()
-
-
-_UNPACKERS: dict[str, Callable[[IO[bytes]], bytes]] = {
-  ".gz": functools.partial(_unpack, gzip.open),
-  ".xz": functools.partial(_unpack, lzma.open),
-  ".bz2": functools.partial(_unpack, bz2.open),
-  ".zst": _unzstd,
-  ".zip": _unzip,
-}

@@ -6,6 +6,7 @@ rows. So neither workers nor processes change the data. A run may continue with
 another number of processes, and the state of a loader is one number.
 """
 
+import functools
 import multiprocessing
 import os
 import signal
@@ -114,11 +115,48 @@ class EvalBatches:
 
   Attributes:
     sequences: the number of real sequences in all batches, over all processes.
+    split_tokens: the number of tokens of the text.
+    evaluated_tokens: the number of tokens in all sequences.
+    left_out: the number of tokens after the last whole window, which are in no
+      batch.
   """
 
   def __init__(self, crops: "_Crops", starts: np.ndarray, batch_size: int):
     self._crops, self._starts, self._batch_size = crops, starts, batch_size
     self.sequences = len(starts)
+    self.split_tokens = len(crops.tokens)
+    self.evaluated_tokens = len(starts) * crops.T
+    self.left_out = self.split_tokens % crops.T
+
+  @functools.cached_property
+  def characters(self) -> int:
+    """Number of UTF-8 characters that begin in the sequences."""
+    crops = np.lib.stride_tricks.sliding_window_view(
+      self._crops.tokens, self._crops.T
+    )
+    # Bytes 10xxxxxx go on with a character.
+    return sum(
+      int(((crops[self._starts[i : i + 1024]] & 0xC0) != 0x80).sum())
+      for i in range(0, len(self._starts), 1024)
+    )
+
+  def describe(self, units: str = "characters") -> str:
+    """Return one line that says how much of the text the batches hold.
+
+    Args:
+      units: name of the tokens, see Tokenizer.units.
+    """
+    line = (
+      f"evaluated: {self.evaluated_tokens:,} of {self.split_tokens:,} "
+      f"{units}, in {self.sequences:,} of "
+      f"{self.split_tokens // self._crops.T:,} windows"
+    )
+    if self.left_out:
+      line += (
+        f"; the last {self.left_out:,} fill no window of "
+        f"config.model.T={self._crops.T} and are left out"
+      )
+    return line
 
   def __len__(self) -> int:
     return -(-len(self._starts) // self._batch_size)
@@ -194,10 +232,10 @@ class _Crops:
   """Map the start indices of a global batch to this process's uint8 [r, T]."""
 
   def __init__(self, tokens: np.ndarray, T: int, rows: np.ndarray):
-    self._tokens, self._T, self.rows = tokens, T, rows
+    self.tokens, self.T, self.rows = tokens, T, rows
 
   def __call__(self, starts: np.ndarray) -> np.ndarray:
-    crops = np.lib.stride_tricks.sliding_window_view(self._tokens, self._T)
+    crops = np.lib.stride_tricks.sliding_window_view(self.tokens, self.T)
     return crops[starts[self.rows]]
 
 
@@ -234,6 +272,6 @@ def check_length(tokens: np.ndarray, T: int) -> None:
   """Raise DataError if a text is too short for one sequence of T tokens."""
   if len(tokens) < T:
     raise corpora.DataError(
-      f"a text of {len(tokens)} characters holds no sequence of "
+      f"a text of {len(tokens)} tokens holds no sequence of "
       f"config.model.T={T}: take a longer text or a smaller T"
     )

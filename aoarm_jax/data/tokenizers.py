@@ -39,6 +39,16 @@ class Tokenizer:
     """Size of the vocabulary, without sentinels."""
     return len(self.symbols)
 
+  @property
+  def unit(self) -> str:
+    """Name of a token: "byte" if every byte is one, else "char"."""
+    return "byte" if self.V == 256 else "char"
+
+  @property
+  def units(self) -> str:
+    """The plural for people: "bytes" or "characters"."""
+    return "bytes" if self.unit == "byte" else "characters"
+
   def encode(self, text: str | bytes) -> np.ndarray:
     """Return the token ids of a text.
 
@@ -60,6 +70,10 @@ class Tokenizer:
       offset = int((ids >= self.V).argmax())
       raise TokenizerError(self._complaint(text[offset], offset))
     return ids
+
+  def knows(self, character: str) -> bool:
+    """Return whether the vocabulary has all bytes of a character."""
+    return set(character.encode("utf-8", "replace")) <= set(self.symbols)
 
   def to_bytes(self, ids: npt.ArrayLike) -> bytes:
     """Return the text of token ids, as bytes.
@@ -103,8 +117,9 @@ class Tokenizer:
       described = f"character {symbol!r}"
     return (
       f"{self.name}: {described} at offset {offset} is not a-z or space: "
-      "lower-case the text and spell out the rest; only a model trained with "
-      "--config.data.tokenizer=byte takes any text"
+      "--config.data.normalise=true (from Python normalise=True) brings any "
+      "text into this form; only a model trained with "
+      "--config.data.tokenizer=byte takes text as it is"
     )
 
 

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import datetime
 import functools
-import json
 import math
 import time
 from collections.abc import Callable
@@ -53,13 +52,17 @@ class Bin(NamedTuple):
   nats_per_token: float
   tokens: int
 
-  def record(self) -> dict[str, Any]:
-    """Return the bin in bits, for a JSON report."""
+  def record(self, unit: str = "char") -> dict[str, Any]:
+    """Return the bin in bits, for a JSON report.
+
+    Args:
+      unit: name of a token, see Tokenizer.unit.
+    """
     bits = self.nats_per_token / math.log(2)
     return {
       "low": self.low,
       "high": self.high,
-      "bits_per_char": bits,
+      f"bits_per_{unit}": bits,
       "tokens": self.tokens,
     }
 
@@ -73,51 +76,85 @@ class Estimate:
     nats_per_token: the mean.
     standard_error_nats: standard error of the mean, nats per token, over
       sequences that each have their own orders. Neighbouring windows of one
-      text are taken as independent.
+      text are taken as independent. NaN for one sequence.
     sequences: number of sequences.
+    tokens: number of tokens in all sequences.
     slot_curve_nats: mean by rank, T floats; () if the estimator has no ranks.
     by_distance: mean by the distance to the nearest known token, in positions;
       () if the estimator has no ranks.
     by_recency: mean by how many steps ago that token was generated; () if the
       estimator has no ranks.
+    unit: name of a token, see Tokenizer.unit.
+    characters: number of characters in all sequences, where a token is a byte;
+      0 if it is not known.
   """
 
   estimator: str
   nats_per_token: float
   standard_error_nats: float
   sequences: int
+  tokens: int
   slot_curve_nats: tuple[float, ...]
   by_distance: tuple[Bin, ...] = ()
   by_recency: tuple[Bin, ...] = ()
+  unit: str = "char"
+  characters: int = 0
 
   @property
-  def bits_per_char(self) -> float:
-    """The mean in bits per token."""
+  def bits_per_token(self) -> float:
+    """The mean in bits per token: per character, or per byte."""
     return self.nats_per_token / math.log(2)
 
+  def _bits(self):
+    """Return the mean in bits by the names of its units."""
+    bits = {f"bits_per_{self.unit}": self.bits_per_token}
+    if self.unit == "byte" and self.characters:
+      bits["bits_per_char"] = self.bits_per_token * (
+        self.tokens / self.characters
+      )
+    return bits
+
   def record(self) -> dict[str, Any]:
-    """Return the estimate as a record of metrics.jsonl, without its bins."""
+    """Return the estimate as a record of metrics.jsonl, without its bins.
+
+    The mean is bits_per_char, or bits_per_byte where a token is a byte. Then
+    bits_per_char is the mean per UTF-8 character, if the number of characters
+    is known. All other bits are per token.
+    """
     return {
       "estimator": self.estimator,
+      "unit": self.unit,
       "nats_per_token": self.nats_per_token,
-      "bits_per_char": self.bits_per_char,
-      "standard_error_bits": self.standard_error_nats / math.log(2),
+      **self._bits(),
+      "standard_error_bits": self._error_bits(),
       "sequences": self.sequences,
+      "tokens": self.tokens,
       "slot_curve_bits": [x / math.log(2) for x in self.slot_curve_nats],
     }
 
   def report(self) -> dict[str, Any]:
     """Return the record together with the bins by distance and by recency."""
     return self.record() | {
-      "by_distance": [bin_.record() for bin_ in self.by_distance],
-      "by_recency": [bin_.record() for bin_ in self.by_recency],
+      "by_distance": [bin_.record(self.unit) for bin_ in self.by_distance],
+      "by_recency": [bin_.record(self.unit) for bin_ in self.by_recency],
     }
 
+  def _error_bits(self):
+    """Return the standard error in bits per token; None for one sequence."""
+    bits = self.standard_error_nats / math.log(2)
+    return bits if math.isfinite(bits) else None
+
   def __str__(self) -> str:
+    bits = self._error_bits()
+    error = "unknown" if bits is None else f"{bits:.4f}"
+    plural = "s" * (self.sequences != 1)
+    bits = self._bits()
+    also = f"= {bits['bits_per_char']:.4f} bits/char  " * (len(bits) > 1)
+    units = "bytes" if self.unit == "byte" else "characters"
     return (
-      f"{self.estimator:<17}  {self.bits_per_char:.4f} bits/char  "
-      f"± {self.standard_error_nats / math.log(2):.4f}  "
-      f"({self.sequences:,} sequences)"
+      f"{self.estimator:<17}  {self.bits_per_token:.4f} bits/{self.unit}  "
+      f"± {error}  {also}"
+      f"({self.sequences:,} sequence{plural}, {self.tokens:,} {units})"
     )
 
 
@@ -184,7 +221,11 @@ class Evaluator:
       )
     if nats_and_sums is None:
       return None
-    return mean(estimator, self._config.model.T, *nats_and_sums)
+    found = mean(estimator, self._config.model.T, *nats_and_sums)
+    unit, characters = self._network.tokenizer.unit, 0
+    if unit == "byte" and isinstance(batches, pipeline.EvalBatches):
+      characters = batches.characters
+    return dataclasses.replace(found, unit=unit, characters=characters)
 
 
 def over_batches(
@@ -259,6 +300,7 @@ def mean(
     nats_per_token=float(nats.mean() / T),
     standard_error_nats=float(deviation / math.sqrt(count) / T),
     sequences=count,
+    tokens=count * T,
     slot_curve_nats=tuple(map(float, curve)),
     by_distance=_bins(*total["by_distance"]) if total else (),
     by_recency=_bins(*total["by_recency"]) if total else (),
@@ -293,10 +335,14 @@ def evaluate(config: config_lib.Config, workdir: epath.Path) -> None:
   """
   run = opening.open_run(workdir, config, "eval")
   network = run.network
-  corpus = corpora.load(config.data.corpus, config.data.path, network.tokenizer)
+  data = config.data
+  corpus = corpora.load(
+    data.corpus, data.path, network.tokenizer, data.normalise
+  )
   logging.info("text: %s", corpus.describe(config.eval.split))
   identity.warn_other_text(run.saved, corpus, config.eval.split)
   batches = evaluation_batches(network, corpus.split(config.eval.split))
+  logging.info("%s", batches.describe(network.tokenizer.units))
   # The estimator training_order takes the orders of training, whatever the
   # command line says about them.
   given = config.orders.given or run.trained.orders.given
@@ -310,10 +356,10 @@ def evaluate(config: config_lib.Config, workdir: epath.Path) -> None:
       )
       logging.info("%s  %s", config.eval.split, estimates[-1])
   if jax.process_index() == 0:
-    _write(config, workdir, run.step, corpus, estimates)
+    _write(config, workdir, run.step, corpus, batches, estimates)
 
 
-def _write(config, workdir, step, corpus, estimates):
+def _write(config, workdir, step, corpus, batches, estimates):
   """Write the report and the pictures of an evaluation."""
   split = config.eval.split
   report = {
@@ -321,6 +367,9 @@ def _write(config, workdir, step, corpus, estimates):
     "split": split,
     "text": corpus.describe(),
     "sha256": corpus.hash(split),
+    "split_tokens": batches.split_tokens,
+    "evaluated_tokens": batches.evaluated_tokens,
+    "left_out_at_the_end": batches.left_out,
     "unigram_bits": corpora.unigram_entropy(
       corpus.split(split), corpus.tokenizer.V
     ),
@@ -329,7 +378,7 @@ def _write(config, workdir, step, corpus, estimates):
   }
   now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S.%f")
   path = workdir / "evaluations" / f"step_{step:08d}_{split}_{now}.json"
-  run_dir.write_atomically(path, json.dumps(report, indent=2) + "\n")
+  run_dir.write_atomically(path, run_dir.to_json(report, indent=2) + "\n")
   logging.info("written: %s", path)
   figures.slot_curve(
     {
@@ -339,11 +388,13 @@ def _write(config, workdir, step, corpus, estimates):
     },
     workdir / f"slot_curve_{split}.png",
     title=f"{config.name}:{config.variant}, {split}",
+    unit=corpus.tokenizer.unit,
   )
   figures.nearness(
     {e.estimator: e.report() for e in estimates if e.by_distance},
     workdir / f"nearness_{split}.png",
     title=f"{config.name}:{config.variant}, {split}",
+    unit=corpus.tokenizer.unit,
   )
 
 

@@ -46,11 +46,13 @@ class Score(NamedTuple):
     log_p: nats, log p(scored | known). Over several orders, the log of the mean
       of p.
     bits: -log_p / ln 2.
-    positions: positions of the scored tokens, within 1..n, ascending.
+    positions: positions of the scored tokens, within 1..n, ascending: those of
+      characters or, if the tokenizer is byte, those of bytes.
     token_log_p: nats of each scored token, in the order of `positions`, given
       the tokens before it in the order. Over several orders, the mean over
       them, so that the sum is not log_p.
-    token_bits: -token_log_p / ln 2.
+    token_bits: -token_log_p / ln 2, bits per character or, if the tokenizer is
+      byte, bits per byte.
     order: the scored positions in the order that was followed; None if there
       were several orders.
     order_log_p: nats, log p(scored | known) in each of the orders.
@@ -120,7 +122,7 @@ class Scorer:
     model = config.model
     by_length: dict[int, list[int]] = {}
     for i, (_, text) in enumerate(texts):
-      _check(text, model)
+      check(text, model)
       T = shapes.length(len(text.tokens), model.T)
       by_length.setdefault(T, []).append(i)
     scores: dict[int, Score] = {}
@@ -258,7 +260,7 @@ def _score(text, nats, order):
   )
 
 
-def _check(text, model):
+def check(text: prompts.Marked, model: config_lib.Model) -> None:
   """Raise PromptError if the model cannot score the parsed text."""
   n = len(text.tokens)
   if n > model.T:
@@ -294,15 +296,21 @@ def score(
   """
   tokenizer = tokenizers.get(config.data.tokenizer)
   lines = [("--text", text)] if text else prompts.read_lines(input_file)
-  texts = [
-    (
-      line,
-      prompts.parse_marked(
-        line, tokenizer, config.sample.blank, config.score.marks, name
-      ),
+  if config.data.normalise:
+    lines = prompts.normalised(
+      lines, tokenizer, config.sample.blank, config.score.marks
     )
-    for name, line in lines
-  ]
+
+  def parse(line, name):
+    marked = prompts.parse_marked(
+      line, tokenizer, config.sample.blank, config.score.marks, name
+    )
+    check(marked, config.model)
+    return line, marked
+
+  # All lines are checked before the first one is scored.
+  texts = prompts.check_lines(lines, parse)
+  prompts.note_text(lines, tokenizer, config.sample.blank, config.score.marks)
   run = opening.open_run(workdir, config)
   with jax.set_mesh(run.network.mesh):
     scorer = Scorer(config, run.network)

@@ -1,14 +1,24 @@
-"""Parse the texts of users: blanks to fill, and marked parts to score."""
+"""Parse the texts of users: blanks to fill, and marked parts to score.
+
+The text of a user is text. A character is a blank or a mark only if the user
+asked for this character, or if the model's alphabet does not have it.
+"""
 
 import sys
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
 
 from aoarm_jax.config import errors, paths
-from aoarm_jax.data import tokenizers
+from aoarm_jax.data import corpora, files, tokenizers
+
+# The blank and the marks where the user asks for none and the alphabet has no
+# such characters.
+BLANK, MARKS = "_", "[]"
+# Value of config.sample.blank and config.score.marks for these characters.
+AUTO = "auto"
 
 
 class PromptError(errors.UserError, ValueError):
@@ -58,13 +68,20 @@ def parse_prompt(
   Args:
     text: the text, as in "the qu___ of en_land".
     tokenizer: the model's tokenizer.
-    blank: the character for one token to generate.
+    blank: the character for one token to generate; see `syntax` for "auto".
     name: name of the text's source, for messages.
 
   Raises:
-    PromptError: `blank` is empty, the text has no blank, or a character is not
-      in the vocabulary.
+    PromptError: no character is a blank, the text has no blank, or a character
+      is not in the vocabulary.
   """
+  asked, (blank, _) = blank, syntax(tokenizer, blank, "")
+  if not blank and asked == AUTO:
+    raise PromptError(
+      f"{name}: this model's alphabet has {BLANK!r}, so {BLANK!r} is text and "
+      f"no blank; ask for it with --config.sample.blank={BLANK} (from Python "
+      f"blank={BLANK!r}), or name a character that your text does not have"
+    )
   if not blank:
     raise PromptError(
       "config.sample.blank='': name the character of a token to generate"
@@ -91,14 +108,17 @@ def parse_marked(
       blank is unknown: neither scored nor given. In a text without marks every
       token is scored, apart from the blanks.
     tokenizer: the model's tokenizer.
-    blank: the character for one unknown token; '' if no character is a blank.
-    marks: the two characters around a scored part; '' if there are no marks.
+    blank: the character for one unknown token; '' if no character is a blank;
+      see `syntax` for "auto".
+    marks: the two characters around a scored part; '' if there are no marks;
+      see `syntax` for "auto".
     name: name of the text's source, for messages.
 
   Raises:
     PromptError: a mark has no partner, there is nothing to score, or a
       character is not in the vocabulary.
   """
+  blank, marks = syntax(tokenizer, blank, marks)
   tokens, kinds = _encode(text, tokenizer, name, blank, marks)
   scored = kinds == _MARKED
   if not marks or marks[0] not in text:
@@ -106,6 +126,102 @@ def parse_marked(
   if not scored.any():
     raise PromptError(f"{name}={text!r}: there is nothing to score")
   return Marked(tokens, (kinds != _UNKNOWN) & ~scored, scored, name)
+
+
+def syntax(
+  tokenizer: tokenizers.Tokenizer, blank: str, marks: str
+) -> tuple[str, str]:
+  """Return the characters of a text that are not text: (blank, marks).
+
+  Args:
+    tokenizer: the model's tokenizer.
+    blank: config.sample.blank. "auto" is `_` if the alphabet has no `_` and
+      `marks` does not use it; else no character is a blank.
+    marks: config.score.marks. "auto" is `[]` if the alphabet has neither and
+      `blank` is neither; else there are no marks.
+  """
+  if marks == AUTO:
+    taken = tokenizer.knows(MARKS[0]) or tokenizer.knows(MARKS[1])
+    marks = "" if taken or (blank and blank in MARKS) else MARKS
+  if blank == AUTO:
+    blank = "" if tokenizer.knows(BLANK) or BLANK in marks else BLANK
+  return blank, marks
+
+
+def normalised(
+  lines: Sequence[tuple[str, str]],
+  tokenizer: tokenizers.Tokenizer,
+  blank: str,
+  marks: str,
+) -> list[tuple[str, str]]:
+  """Return texts in the form of text8, with their blanks and marks.
+
+  The form is that of corpora.normal_form. A blank counts as a letter. A mark
+  counts as nothing, so spaces on its two sides become one.
+
+  Args:
+    lines: pairs (name, text).
+    tokenizer: the model's tokenizer.
+    blank: config.sample.blank.
+    marks: config.score.marks; '' if the texts are prompts.
+  """
+  blank, marks = syntax(tokenizer, blank, marks)
+  return [(name, _normal_form(text, blank, marks)) for name, text in lines]
+
+
+def _normal_form(text, blank, marks):
+  """Return one text in normal form."""
+  pieces: list[str | None] = []  # None is a space.
+  last: str | None = None  # The last piece that is no mark.
+  for character in text:
+    if character in marks:
+      pieces.append(character)
+      continue
+    for piece in _pieces(character, blank):
+      if piece or last:
+        pieces.append(piece)
+        last = piece
+  if pieces and last is None:
+    at = max((i for i, piece in enumerate(pieces) if piece is None), default=-1)
+    del pieces[at : at + 1]
+  return "".join(" " if piece is None else piece for piece in pieces)
+
+
+def _pieces(character, blank):
+  """Return what becomes of a character in normal form; None is a space."""
+  if character == blank:
+    return [character]
+  form = corpora.normal_form(character.encode("utf-8", "replace")).decode()
+  if len(form) > 1:  # The word of a digit.
+    return [None, form, None]
+  return [form or None]
+
+
+def note_text(
+  lines: Sequence[tuple[str, str]],
+  tokenizer: tokenizers.Tokenizer,
+  blank: str,
+  marks: str,
+) -> None:
+  """Log where a text has `_` or brackets that are read as text.
+
+  Args:
+    lines: pairs (name, text).
+    tokenizer: the model's tokenizer.
+    blank: config.sample.blank.
+    marks: config.score.marks.
+  """
+  as_text = BLANK * (blank == AUTO) + MARKS * (marks == AUTO)
+  as_text = "".join(c for c in as_text if tokenizer.knows(c))
+  name = next((n for n, text in lines if set(text) & set(as_text)), None)
+  if name is not None:
+    logging.info(
+      "%s: %s are text, because the alphabet has them; "
+      "--config.score.marks='[]' and --config.sample.blank=_ read them as "
+      "marks and as a blank",
+      name,
+      " ".join(as_text),
+    )
 
 
 _PLAIN, _MARKED, _UNKNOWN = range(3)
@@ -169,6 +285,8 @@ def read_lines(path: str) -> list[tuple[str, str]]:
       data = sys.stdin.buffer.read()
     else:
       data = paths.of(path, "--input").read_bytes()
+    if reason := files.not_text(data):
+      raise PromptError(f"{name}: is not text: {reason}")
     # Some editors write a byte order mark, which is not part of the text.
     lines = data.decode("utf-8-sig").replace("\r\n", "\n").split("\n")
   except UnicodeDecodeError as error:
@@ -191,6 +309,40 @@ def read_lines(path: str) -> list[tuple[str, str]]:
   return [
     (f"{name}, line {i}", line) for i, line in enumerate(lines, 1) if line
   ]
+
+
+def check_lines(
+  lines: Sequence[tuple[str, str]], parse: Callable[[str, str], Any]
+) -> list[Any]:
+  """Parse and check all lines, before anything is computed for one of them.
+
+  Args:
+    lines: pairs (name, text).
+    parse: function (text, name) that returns the parsed text, or raises
+      PromptError.
+
+  Returns:
+    The parsed texts.
+
+  Raises:
+    PromptError: lines are wrong. The message is that of the first wrong line,
+      and says how many others are wrong and which is the next.
+  """
+  parsed, wrong = [], []
+  for name, text in lines:
+    try:
+      parsed.append(parse(text, name))
+    except PromptError as error:
+      wrong.append((name, error))
+  if not wrong:
+    return parsed
+  (_, first), others = wrong[0], wrong[1:]
+  if not others:
+    raise first
+  number = "1 other is" if len(others) == 1 else f"{len(others)} others are"
+  raise PromptError(
+    f"{first} ({number} wrong too; the next is {others[0][0]})"
+  ) from first
 
 
 def within(order: Sequence[int], T: int) -> list[int]:

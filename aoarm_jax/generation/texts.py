@@ -147,7 +147,7 @@ class Sampler:
     count = config.sample.count
     by_shape: dict[tuple[int, bool], list[int]] = {}
     for i, prompt in enumerate(texts):
-      _check(prompt, model)
+      check(prompt, model)
       T = shapes.length(len(prompt.tokens), model.T)
       # A masked mechanism has no cache to fill, and one program for all.
       prefill = bool(prompt.known.any()) or model.sentinels > 1
@@ -295,7 +295,7 @@ class Sampler:
     return orders.draw(order_key, B, T, options, rows=index)
 
 
-def _check(prompt, model):
+def check(prompt: prompts.Prompt, model: config_lib.Model) -> None:
   """Raise PromptError if the model cannot fill the prompt."""
   if len(prompt.tokens) > model.T:
     raise prompts.PromptError(
@@ -357,9 +357,16 @@ def sample(
   lines = prompts.read_lines(input_file) if input_file else []
   if prompt:
     lines = [("--prompt", prompt)]
-  parsed = [
-    prompts.parse_prompt(line, tokenizer, blank, name) for name, line in lines
-  ]
+  if config.data.normalise:
+    lines = prompts.normalised(lines, tokenizer, blank, "")
+
+  def parse(line, name):
+    parsed_prompt = prompts.parse_prompt(line, tokenizer, blank, name)
+    check(parsed_prompt, config.model)
+    return parsed_prompt
+
+  # All prompts are checked before the first one is filled.
+  parsed = prompts.check_lines(lines, parse)
   run = opening.open_run(workdir, config)
   with jax.set_mesh(run.network.mesh):
     sampler = Sampler(config, run.network)
@@ -382,7 +389,9 @@ def sample(
     name: getattr(config.sample, name)
     for name in ("method", "order", "temperature", "top_k", "top_p")
   }
-  write(path, texts, run.step, prompt=prompt, **facts)
+  write(
+    path, texts, run.step, prompt="".join(text for _, text in lines), **facts
+  )
   logging.info("written with their orders: %s", path)
   for text in texts:
     print(text.text)

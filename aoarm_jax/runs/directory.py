@@ -292,6 +292,27 @@ def _key(record):
   return record["step"], record.get("kind"), record.get("estimator")
 
 
+def to_json(value: Any, indent: int | None = None) -> str:
+  """Returns strict JSON of dicts, lists and numbers: NaN and inf are null.
+
+  Args:
+    value: nested dicts, lists and tuples of numbers, strings, bools and None.
+    indent: number of spaces of a level; None gives one line.
+  """
+  return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value):
+  """Returns the value with None in place of every NaN and inf."""
+  if isinstance(value, dict):
+    return {name: _finite(item) for name, item in value.items()}
+  if isinstance(value, (list, tuple)):
+    return [_finite(item) for item in value]
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
+  return value
+
+
 def _plain(name, value):
   """Returns a value of JSON: arrays become lists, and NaN and inf None."""
   if isinstance(value, (np.ndarray, np.generic, jax.Array)):

@@ -17,9 +17,13 @@ _LOG_STEPS_FROM = 500
 
 
 def loss_curve(
-  records: Sequence[Mapping[str, Any]], path: epath.PathLike, *, title: str
+  records: Sequence[Mapping[str, Any]],
+  path: epath.PathLike,
+  *,
+  title: str,
+  unit: str = "char",
 ) -> None:
-  """Draws bits per character over steps, of training and of validation.
+  """Draws bits per token over steps, of training and of validation.
 
   A dashed line shows the unigram entropy.
 
@@ -27,18 +31,19 @@ def loss_curve(
     records: as directory.read_metrics returns them; may be empty.
     path: of the PNG file.
     title: of the picture.
+    unit: name of a token, "char" or "byte".
   """
   train = [r for r in records if r.get("kind") == "train"]
   valid = [r for r in records if r.get("kind") == "valid"]
   names = dict.fromkeys(r.get("estimator", "") for r in valid)
   with _axes(path, title) as axes:
-    steps, bits = _series(train, "bits_per_char")
+    steps, bits = _bits_series(train, unit)
     is_empty = not len(steps)
     if len(steps):
       _draw_noisy(axes, steps, bits, canvas.COLOURS[0], "training")
     for i, name in enumerate(names):
       chosen = [r for r in valid if r.get("estimator", "") == name]
-      points, bits = _series(chosen, "bits_per_char")
+      points, bits = _bits_series(chosen, unit)
       if len(points):
         label = f"validation, {_words(name)}" if name else "validation"
         axes.plot(
@@ -59,18 +64,23 @@ def loss_curve(
       _step_axis(axes, steps)
       axes.legend(loc="upper right", bbox_to_anchor=(1.0, legend_top))
     axes.set_xlabel("step")
-    axes.set_ylabel("bits per character")
+    axes.set_ylabel(_bits_per(unit))
 
 
 def slot_curve(
-  curves: Mapping[str, Sequence[float]], path: epath.PathLike, *, title: str
+  curves: Mapping[str, Sequence[float]],
+  path: epath.PathLike,
+  *,
+  title: str,
+  unit: str = "char",
 ) -> None:
-  """Draws bits per character over the rank in the generation order.
+  """Draws bits per token over the rank in the generation order.
 
   Args:
-    curves: label -> bits per character of ranks 1..T. T may differ.
+    curves: label -> bits per token of ranks 1..T. T may differ.
     path: of the PNG file.
     title: of the picture.
+    unit: name of a token, "char" or "byte".
   """
   with _axes(path, title) as axes:
     is_empty = True
@@ -90,20 +100,25 @@ def slot_curve(
       axes.legend(loc="upper right")
     axes.set_xlim(0, 1.01)
     axes.set_xlabel("share of the text generated so far: rank r / length T")
-    axes.set_ylabel("bits per character")
+    axes.set_ylabel(_bits_per(unit))
 
 
 def nearness(
-  reports: Mapping[str, Mapping[str, Any]], path: epath.PathLike, *, title: str
+  reports: Mapping[str, Mapping[str, Any]],
+  path: epath.PathLike,
+  *,
+  title: str,
+  unit: str = "char",
 ) -> None:
-  """Draws bits per character over the distance to the nearest known token.
+  """Draws bits per token over the distance to the nearest known token.
 
   Args:
     reports: label -> {"by_distance": bins, "by_recency": bins}. The bins are a
-      list of {low, high, bits_per_char, tokens}: distance in positions, and
+      list of {low, high, bits_per_<unit>, tokens}: distance in positions, and
       recency in steps since the nearest known token was generated.
     path: of the PNG file.
     title: of the picture.
+    unit: name of a token, "char" or "byte".
   """
   # Hollow and larger markers: the first line stays visible where the second
   # lies on it, as for orders from left to right.
@@ -122,7 +137,7 @@ def nearness(
         is_empty = False
         axes.plot(
           [math.sqrt(bin["low"] * bin["high"]) for bin in bins],
-          [bin["bits_per_char"] for bin in bins],
+          [bin[f"bits_per_{unit}"] for bin in bins],
           # A single point has no line in the legend either.
           ls=style if len(bins) > 1 else "",
           color=canvas.COLOURS[i % 6],
@@ -138,7 +153,7 @@ def nearness(
       axes.set_ylim(bottom=0)
       axes.legend(loc="lower right")
     axes.set_xlabel("positions, or steps")
-    axes.set_ylabel("bits per character")
+    axes.set_ylabel(_bits_per(unit))
 
 
 def decode_speed(
@@ -287,6 +302,23 @@ def _axes(path, title):
 def _words(name):
   """Returns a label; Matplotlib hides one that begins with an underscore."""
   return str(name).replace("_", " ").strip()
+
+
+def _bits_per(unit):
+  """Returns the label of an axis of bits per token."""
+  return f"bits per {'byte' if unit == 'byte' else 'character'}"
+
+
+def _bits_series(records, unit):
+  """Returns (steps, bits per token) of records of metrics.jsonl.
+
+  Earlier versions wrote bits per byte as bits_per_char.
+  """
+  renamed = [
+    {**r, "bits": r.get(f"bits_per_{unit}", r.get("bits_per_char"))}
+    for r in records
+  ]
+  return _series(renamed, "bits")
 
 
 def _series(records, name):

@@ -71,9 +71,14 @@ def read_config(workdir: epath.Path) -> config_lib.Config:
   return config.replace("data.corpus", "auto")
 
 
-# Besides the model, an evaluation takes these fields from the run: the text and
-# the smallest time of the ELBO.
-_EVALUATED = ("data.corpus", "data.path", "train.least_time")
+# Besides the model, an evaluation takes these fields from the run: the text,
+# its form, and the smallest time of the ELBO.
+_EVALUATED = (
+  "data.corpus",
+  "data.path",
+  "data.normalise",
+  "train.least_time",
+)
 
 
 def as_trained(

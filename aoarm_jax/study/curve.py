@@ -314,7 +314,7 @@ def runs_table(runs: list[Run]) -> list[tables.Row]:
     for found in run.result["estimates"]:
       words = [found["estimator"], *filter(None, [found.get("weights")])]
       row["_".join(words)] = found["bits_per_char"]
-    row["standard_error"] = run.result["estimate"]["standard_error_bits"]
+    row["standard_error"] = tables.error_bits(run.result["estimate"])
     row["training"] = run.result["last_training_bits"]
     row["tokens_per_second"] = run.result["tokens_per_second"]
     row["device"] = run.result["device"]

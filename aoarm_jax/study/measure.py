@@ -377,7 +377,7 @@ def _weights(params):
 
 
 def _write_json(path, value):
-  run_dir.write_atomically(path, json.dumps(value, indent=1) + "\n")
+  run_dir.write_atomically(path, run_dir.to_json(value, indent=1) + "\n")
 
 
 def _npz(**arrays):

@@ -343,9 +343,9 @@ def _run_cells(config, cells, results):
     todo[0].label if todo else "nothing",
   )
   fitting = [cell for cell in todo if _fits(clock, cell, start, results)]
-  tokenizer = tokenizers.get(config.data.tokenizer)
+  data, tokenizer = config.data, tokenizers.get(config.data.tokenizer)
   if not fitting:
-    corpus = corpora.load(config.data.corpus, config.data.path, tokenizer)
+    corpus = corpora.load(data.corpus, data.path, tokenizer, data.normalise)
     _check_text(results, measure.text_of(corpus, config))
     if todo:
       _say_what_is_left(clock, todo, results)
@@ -357,7 +357,7 @@ def _run_cells(config, cells, results):
   programs = programs_lib.Programs(mesh)
   with jax.set_mesh(mesh), contextlib.closing(programs):
     _prepare(programs, results, fitting[:2])  # While the text is read.
-    corpus = corpora.load(config.data.corpus, config.data.path, tokenizer)
+    corpus = corpora.load(data.corpus, data.path, tokenizer, data.normalise)
     logging.info("text: %s", corpus.describe("train", config.eval.split))
     lab = measure.Lab(config, corpus, mesh, programs)
     _check_text(results, lab.text)

@@ -72,7 +72,7 @@ def cells_table(cells: list[cells_lib.Cell], results: Any) -> list[Row]:
       row |= _of_run(results.folder(cell), result) | {
         "mlp_width": config_lib.from_dict(result["config"]).model.F,
         "training_flops": f"{result['training_flops']:.4g}",
-        "standard_error_bits": f"{estimate['standard_error_bits']:.5f}",
+        "standard_error_bits": f"{error_bits(estimate):.5f}",
         "windows": estimate["windows"],
         "tokens_per_second": result["tokens_per_second"],
       }
@@ -89,6 +89,12 @@ def runs_table(results: Any) -> list[Row]:
     | _of_run(folder, result)
     for folder, result in results.every()
   ]
+
+
+def error_bits(report: dict[str, Any]) -> float:
+  """Return the standard error of an estimate's report; NaN of one window."""
+  error = report["standard_error_bits"]
+  return math.nan if error is None else error
 
 
 def _of_run(folder, result):

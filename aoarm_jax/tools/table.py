@@ -8,7 +8,6 @@ be measured says why, and the others go on.
 import concurrent.futures
 import csv
 import io
-import json
 import os
 import sys
 import time
@@ -112,4 +111,4 @@ def append_json(path: epath.PathLike, row: dict[str, Any]) -> None:
   """Adds a row to a file that has one JSON object per line."""
   path = epath.Path(path)
   before = path.read_text() if path.exists() else ""
-  run_dir.write_atomically(path, before + json.dumps(row) + "\n")
+  run_dir.write_atomically(path, before + run_dir.to_json(row) + "\n")

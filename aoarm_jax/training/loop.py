@@ -131,9 +131,10 @@ def train(
     _Signals(watchdog) as signals,
   ):
     # A missing text is told before the run directory is made.
+    data = config.data
     with telemetry.waiting("reading the text"):
       corpus = corpora.load(
-        config.data.corpus, config.data.path, network.tokenizer
+        data.corpus, data.path, network.tokenizer, data.normalise
       )
       splits = list(dict.fromkeys(("train", config.eval.split)))
       description = corpus.describe(*splits)  # This reads the splits.
@@ -213,6 +214,8 @@ class _Run:
     )
     valid_tokens = corpus.split(config.eval.split)
     self.eval_batches = evaluate.evaluation_batches(self.network, valid_tokens)
+    what_is_read = self.eval_batches.describe(self.network.tokenizer.units)
+    logging.info("%s %s", config.eval.split, what_is_read)
     self.text = identity.text_of(corpus, "train", config.eval.split)
     self.unigram_bits = corpora.unigram_entropy(
       valid_tokens, self.network.vocabulary
@@ -407,7 +410,7 @@ class _Run:
     loss = float(np.mean([sums["loss"] for sums in self.interval]))
     values = {
       "loss_nats_per_token": loss,
-      "bits_per_char": loss / math.log(2),
+      f"bits_per_{self.network.tokenizer.unit}": loss / math.log(2),
       "learning_rate": self.interval[-1]["learning_rate"],
       "gradient_norm": self.interval[-1]["gradient_norm"],
       "tokens_per_second": self.progress.tokens_per_second,
@@ -485,13 +488,16 @@ class _Run:
   def _draw_figures(self):
     records = run_dir.read_metrics(self.workdir)
     c = self.config
-    title = f"{c.name}:{c.variant}"
-    figures.loss_curve(records, self.workdir / "loss.png", title=title)
+    title, unit = f"{c.name}:{c.variant}", self.network.tokenizer.unit
+    figures.loss_curve(
+      records, self.workdir / "loss.png", title=title, unit=unit
+    )
     valid = [r for r in records if r["kind"] == "valid"]
     figures.slot_curve(
       {valid[-1]["estimator"]: valid[-1]["slot_curve_bits"]},
       self.workdir / "slot_curve.png",
       title=title,
+      unit=unit,
     )
 
 

@@ -1,5 +1,6 @@
 """Estimators: what is averaged, what is not counted, what changes nothing."""
 
+import dataclasses
 import functools
 import math
 from unittest import mock
@@ -89,7 +90,40 @@ def _by_hand(batches, family, key):
   return np.asarray(_nll()(params, tokens.astype(np.int32), order), np.float64)
 
 
+class UnitTest(absltest.TestCase):
+  def test_bits_per_byte_and_per_character(self):
+    found = evaluate.mean("elbo", 4, np.float32([8.0, 8.0]), None)
+    byte = dataclasses.replace(
+      found,
+      unit="byte",
+      characters=4,
+      by_distance=(evaluate.Bin(1, 1, 2.0, 8),),
+    )
+    bits = 2 / math.log(2)
+    record = byte.report()
+    self.assertAlmostEqual(record["bits_per_byte"], bits)
+    self.assertAlmostEqual(record["bits_per_char"], 2 * bits)
+    self.assertAlmostEqual(record["by_distance"][0]["bits_per_byte"], bits)
+    self.assertRegex(
+      str(byte), r"2.8854 bits/byte .* = 5.7708 bits/char .* 8 bytes\)"
+    )
+    record = found.record()
+    self.assertAlmostEqual(record["bits_per_char"], bits)
+    self.assertNotIn("bits_per_byte", record)
+    self.assertRegex(str(found), r"2.8854 bits/char .*, 8 characters\)")
+    unknown = dataclasses.replace(byte, characters=0).record()
+    self.assertNotIn("bits_per_char", unknown)
+
+
 class EstimateTest(parameterized.TestCase):
+  def test_the_error_of_one_sequence_is_unknown(self):
+    one = evaluate.mean("elbo", 16, np.float32([2.0]), None)
+    two = evaluate.mean("elbo", 16, np.float32([2.0, 3.0]), None)
+    self.assertIsNone(one.record()["standard_error_bits"])
+    self.assertIn("± unknown  (1 sequence, 16 characters)", str(one))
+    self.assertGreater(two.record()["standard_error_bits"], 0)
+    self.assertEqual((one.record()["tokens"], two.tokens), (16, 32))
+
   @parameterized.parameters(
     ("any_order", "uniform"),
     ("training_order", "block"),
@@ -112,7 +146,7 @@ class EstimateTest(parameterized.TestCase):
     )
     # In bits, once.
     bits = per_token.mean() / math.log(2)
-    self.assertAlmostEqual(estimate.bits_per_char, bits, delta=1e-5)
+    self.assertAlmostEqual(estimate.bits_per_token, bits, delta=1e-5)
     record = estimate.record()
     self.assertAlmostEqual(record["bits_per_char"], bits, delta=1e-5)
     self.assertAlmostEqual(

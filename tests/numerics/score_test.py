@@ -17,7 +17,7 @@ import pallas_kernels
 from aoarm_jax import objective
 from aoarm_jax.config import mechanisms
 from aoarm_jax.config import schema as config
-from aoarm_jax.data import tokenizers
+from aoarm_jax.data import corpora, tokenizers
 from aoarm_jax.devices import sharding
 from aoarm_jax.evaluation import score
 from aoarm_jax.generation import prompts
@@ -244,6 +244,8 @@ class MarksTest(parameterized.TestCase):
     ("<a>[b]", "byte", "1000", "<>"),
     ("[a]_", "byte", "1111", ""),
     ("é[é]", "byte", "0011", "[]"),
+    ("a[b]c", "char27", "010", "auto"),
+    ("x[0] = 1", "byte", "11111111", "auto"),
   )
   def test_parts(self, text, name, kinds, marks):
     marked = prompts.parse_marked(
@@ -251,6 +253,53 @@ class MarksTest(parameterized.TestCase):
     )
     found = np.where(marked.scored, "1", np.where(marked.known, "0", "-"))
     self.assertEqual("".join(found), kinds)
+
+  @parameterized.parameters(
+    ("char27", "auto", "auto", ("_", "[]")),
+    ("byte", "auto", "auto", ("", "")),
+    ("byte", "_", "auto", ("_", "")),
+    ("byte", "auto", "[]", ("", "[]")),
+    ("byte", "_", "[]", ("_", "[]")),
+    ("char27", "", "", ("", "")),
+    ("char27", "?", "<>", ("?", "<>")),
+    ("char27", "[", "auto", ("[", "")),
+    ("char27", "auto", "_|", ("", "_|")),
+  )
+  def test_syntax_is_no_letter_or_is_asked_for(self, name, blank, marks, want):
+    got = prompts.syntax(tokenizers.get(name), blank, marks)
+    self.assertEqual(got, want)
+
+  @parameterized.parameters(
+    ("Hello World!", "hello world"),
+    ("  She said: [Nothing!] ", "she said [nothing]"),
+    ("It was [3]?", "it was [three]"),
+    ("no[ 3 x]", "no[ three x]"),
+    ("the Qu__k, Élan ___.", "the qu__k lan ___"),
+    ("[ ] - [a]", "[][a]"),
+    ("...", ""),
+    ("a [b] c", "a [b] c"),
+    ("\u212a3", "three"),
+  )
+  def test_a_text_in_normal_form_keeps_blanks_and_marks(self, text, want):
+    char27 = tokenizers.get("char27")
+    lines = prompts.normalised([("x", text)], char27, "auto", "auto")
+    self.assertEqual(lines, [("x", want)])
+    plain = text.translate(dict.fromkeys(map(ord, "[]_"), " "))
+    form = corpora.normal_form(plain.encode()).decode()
+    got = want.translate(dict.fromkeys(map(ord, "[]_"), " "))
+    self.assertEqual(got.split(), form.split())
+
+  @parameterized.parameters("x[0] = 1", "assert_stmt", "]", "_", "a [b_] _c[")
+  def test_the_text_of_a_byte_model_is_text(self, text):
+    byte = tokenizers.get("byte")
+    marked = prompts.parse_marked(text, byte, "auto", "auto")
+    self.assertEqual(byte.decode(marked.tokens), text)
+    self.assertTrue(marked.scored.all())
+    with self.assertRaisesRegex(prompts.PromptError, "config.sample.blank=_"):
+      prompts.parse_prompt(text, byte, "auto")
+    prompt = prompts.parse_prompt(text + "▢", byte, "▢")
+    self.assertEqual(byte.decode(prompt.tokens[:-1]), text)
+    self.assertEqual((~prompt.known).sum(), 1)
 
   @parameterized.parameters(
     ("", "--text='': there is nothing to score"),

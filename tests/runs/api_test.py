@@ -26,6 +26,7 @@ from aoarm_jax import api
 from aoarm_jax.config import errors
 from aoarm_jax.config import schema as config
 from aoarm_jax.data import tokenizers
+from aoarm_jax.evaluation import score as score_lib
 from aoarm_jax.generation import prompts
 from aoarm_jax.generation import texts as generate
 from aoarm_jax.runs import telemetry
@@ -526,6 +527,38 @@ class CommandTest(parameterized.TestCase):
       self.assertAlmostEqual(line["log_p"], score.log_p, delta=1e-4)
       self.assertEqual(line["positions"], score.positions)
 
+  def test_ordinary_prose(self):
+    """Of prompts and of texts to score, on all ways."""
+    want = _model.score("hello [wor]ld")
+    got = _model.score("Hello, [Wor]ld!", normalise=True)
+    self.assertEqual(got, want)
+    (text,) = _model.infill("Hello, W__ld!", normalise=True)
+    self.assertRegex(text.text, "^hello w..ld$")
+    with self.assertRaisesRegex(prompts.PromptError, "normalise=True"):
+      _model.score("Hello, [Wor]ld!")
+    normal = "--config.data.normalise=true"
+    (line,) = _run("--mode=score", "--text=Hello, [Wor]ld!", normal)
+    self.assertAlmostEqual(json.loads(line)["log_p"], want.log_p, delta=1e-4)
+    (line,) = _run(
+      *("--mode=sample", "--prompt=Hello, W__ld!", normal),
+      "--config.sample.count=1",
+    )
+    self.assertRegex(line, "^hello w..ld$")
+
+  def test_a_run_does_not_ask_for_blanks(self):
+    """The saved config of a run that was told of them does not count."""
+    saved = _folder / "run" / "config.json"
+    read = saved.read_text()
+    values = json.loads(read)
+    values["sample"]["blank"], values["score"]["marks"] = "b", "ac"
+    try:
+      saved.write_text(json.dumps(values))
+      model = aoarm_jax.load(_folder / "run")
+    finally:
+      saved.write_text(read)
+    self.assertEqual(model.config.sample.blank, "auto")
+    self.assertEqual(model.config.score.marks, "auto")
+
   def test_a_strip_of_bytes_has_a_symbol_a_token(self):
     byte = tokenizers.get("byte")
     tokens = "é\n a".encode()
@@ -560,15 +593,36 @@ class CommandTest(parameterized.TestCase):
     (("score", "--text=aXb"), "--text: char27: character 'X' at offset 1"),
     (("score", "--text=a", "--config.score.marks=["), "config.score.marks='.'"),
     (("sample", "--input={bad}"), "{bad}, line 2='cd' has no blank '_'"),
+    (
+      ("score", "--input={long}"),
+      "{long}, line 4 has 41 tokens; .* .2 others are wrong too; the next is "
+      "{long}, line 5",
+    ),
+    (
+      ("sample", "--input={long}"),
+      "{long}, line 1='ab' has no blank '_': .* .4 others are wrong",
+    ),
+    (("score", "--input={utf16}"), "{utf16}: is not text: it is UTF-16 text"),
     (("score", "--input={none}"), "{none} is empty: one text a line"),
   )
   def test_commands_that_cannot_be(self, command, message):
-    files = {"bad": str(_folder / "bad"), "none": str(_folder / "none")}
+    names = ("bad", "none", "utf16", "long")
+    files = {name: str(_folder / name) for name in names}
+    (_folder / "utf16").write_text("ab\ncd\n", encoding="utf-16")
     (_folder / "bad").write_text("a_\ncd\n")
     (_folder / "none").write_text("")
+    (_folder / "long").write_text(f"ab\nc_\nab\n{'d' * 41}\na[b\naXb\n")
     mode, *rest = (part.format(**files) for part in command)
-    with self.assertRaisesRegex(Exception, message.format(**files)) as caught:
-      _run(f"--mode={mode}", *rest)
+    out = io.StringIO()
+    with (
+      self.assertRaisesRegex(Exception, message.format(**files)) as caught,
+      mock.patch.object(score_lib, "_AT_ONCE", 2),
+      mock.patch.object(generate, "_AT_ONCE", 2),
+      contextlib.redirect_stdout(out),
+    ):
+      command = [f"--config={helpers.TINY}", f"--workdir={_folder / 'run'}"]
+      helpers.run([*command, f"--mode={mode}", *rest])
+    self.assertEqual(out.getvalue(), "")
     self.assertLen(str(caught.exception).splitlines(), 1)
     self.assertIsInstance(caught.exception, (errors.UserError, flags.Error))
 

@@ -361,6 +361,11 @@ class RulesTest(parameterized.TestCase):
     ("match", {"match.by": "parameters"}, "match.change"),
     ("tune_lengths", {"study.tune_lengths": (128, 0)}, "study.tune_lengths"),
     ("long_blank", {"sample.blank": "__"}, "sample.blank"),
+    (
+      "study_of_bytes",
+      {"study.sweep": "seed=0,1", "data.tokenizer": "byte"},
+      "data.tokenizer",
+    ),
   )
   def test_relation(self, changes, field):
     self.refuse(changes, field)

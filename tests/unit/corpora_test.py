@@ -4,11 +4,13 @@ import bz2
 import contextlib
 import gzip
 import hashlib
+import io
 import lzma
 import math
 import os
 import pathlib
 import re
+import tarfile
 import tempfile
 import zipfile
 from unittest import mock
@@ -17,7 +19,7 @@ import numpy as np
 import zstandard
 from absl.testing import absltest, parameterized
 
-from aoarm_jax.data import corpora, tokenizers
+from aoarm_jax.data import corpora, files, tokenizers
 
 # sha256 of the built-in text, as it is and in normal form: runs are compared by
 # their numbers on it, so it must never change unnoticed.
@@ -83,6 +85,64 @@ class CorporaTest(parameterized.TestCase):
       self.assertIn(part, message)
     self.assertNotIn("\n", message)
 
+  # files
+
+  @parameterized.product(
+    suffix=tuple(_PACK), name=("text", "text.bin", "text.TXT")
+  )
+  def test_a_packed_file_is_known_by_its_content(self, suffix, name):
+    path = self.file(name, _PACK[suffix](_TEXT))
+    corpus = self.load(path, tokenizer="byte")
+    text = b"".join(bytes(corpus.split(s)) for s in corpora.SPLITS)
+    self.assertEqual(text, _TEXT)
+
+  @parameterized.parameters(
+    (_TEXT.decode().encode("utf-16"), "UTF-16 text; byte 0xff at offset 0"),
+    (_TEXT.decode().encode("utf-16-le"), "byte 0x00 at offset 1 is of binary"),
+    (
+      _TEXT + "é".encode("latin-1") + _TEXT,
+      "byte 0xe9 at offset 132 is no UTF",
+    ),
+    (_TEXT + b"\0" + _TEXT, "byte 0x00 at offset 132 is of binary"),
+    (np.arange(999, dtype=np.uint16).tobytes(), "byte 0x00 at offset 0 is of"),
+    (bytes(range(1, 27)) * 9, "byte 0x01 at offset 0 is one of many control"),
+    (gzip.compress(gzip.compress(_TEXT)), "what is packed in it is not text"),
+    (b"%PDF-1.4" + _TEXT, "it is a PDF document"),
+    (b"\x93NUMPY\1\0" + _TEXT, "an array of numpy; byte 0x00 at offset 7"),
+  )
+  def test_a_file_that_is_not_text(self, data, message):
+    for tokenizer in ("byte", "char27"):
+      with self.assert_refused("x.txt: ", message, "UTF-8 text"):
+        self.load(self.file("x.txt", data), tokenizer=tokenizer).split("train")
+
+  @parameterized.parameters(bytes, gzip.compress)
+  def test_a_tar_archive_is_not_text(self, pack):
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+      tar.addfile(tarfile.TarInfo("a.txt"))
+    with self.assert_refused("x.tgz: ", "a tar archive; unpack it"):
+      path = self.file("x.tgz", pack(archive.getvalue()))
+      self.load(path, tokenizer="byte").split("train")
+
+  @parameterized.parameters(
+    ("né à 日本 🎉".encode() * 9, 1, -1),
+    ("é".encode() * 9, 1, 17),
+    ("🎉".encode() * 9, 3, 33),
+    (_TEXT + b"\x02\x1b[0m" + _TEXT, 0, None),
+    (b"PK is no zip, BZh no bzip2" * 9, 0, None),
+  )
+  def test_text_of_every_kind(self, data, start, end):
+    """A text may begin and end within a character; one control is stray."""
+    for chunk in (1, 2, 3, 1 << 24):
+      with mock.patch.object(files, "_CHUNK", chunk):
+        self.assertEqual(files.not_text(data[start:end]), "")
+
+  def test_a_wrong_byte_is_found_across_chunks(self):
+    data = "aé日".encode() * 3 + b"\xff" + _TEXT
+    for chunk in (1, 2, 3, 5, 1 << 24):
+      with mock.patch.object(files, "_CHUNK", chunk):
+        self.assertIn("0xff at offset 18 is no UTF", files.not_text(data))
+
   # text8
 
   @parameterized.product(suffix=tuple(_PACK), tokenizer=("char27", "byte"))
@@ -118,13 +178,13 @@ class CorporaTest(parameterized.TestCase):
       self.load(path).split("train")
 
   @parameterized.parameters(
-    (b"ab cd" * 9 + b"\n", r"byte 0x0a ('\n') at offset 45"),
+    (b"ab cd" * 9 + b"\n\n", r"byte 0x0a ('\n') at offset 45"),
     (b"ab cd" * 9 + b"Q1", "byte 0x51 ('Q') at offset 45"),
   )
   def test_a_wrong_byte_has_its_offset(self, data, message):
     path = self.file("text8.gz", gzip.compress(data))
     # Whichever split is asked for.
-    with self.assert_refused(path, message, "config.data.tokenizer=byte"):
+    with self.assert_refused(path, message, "config.data.normalise=true"):
       self.load(path).split("train")
     self.load(path, tokenizer="byte").split("train")
 
@@ -212,6 +272,65 @@ class CorporaTest(parameterized.TestCase):
       }
     self.assertEqual(hashes, {hashlib.sha256(_TEXT).hexdigest()})
 
+  # ordinary prose
+
+  @parameterized.product(tokenizer=("char27", "byte"), folder=(False, True))
+  def test_prose_in_normal_form(self, tokenizer, folder):
+    prose = "\ufeffThe Élan of 3 cats,\r\nand\tmore.\r\n".encode() * 9
+    name = "train.txt" if folder else "prose"
+    path = self.folder if folder else self.file(name, prose)
+    self.file(name, prose)
+    coder = tokenizers.get(tokenizer)
+    with self.assert_refused("byte", "config.data.normalise=true"):
+      corpora.load("auto", str(path), self.char27).split("train")
+    corpus = corpora.load("auto", str(path), coder, normalise=True)
+    self.assertStartsWith(
+      coder.decode(corpus.split("train")),
+      "the lan of three cats and more the lan",
+    )
+    self.assertIn(f"{path} in normal form", corpus.describe())
+
+  def test_the_built_in_text_in_normal_form(self):
+    byte = tokenizers.get("byte")
+    corpus = corpora.load("auto", "", byte, normalise=True)
+    self.assertEqual(corpus.hash("valid"), _BOOKS["char27"]["valid"])
+
+  @parameterized.parameters(b"\n", b"\r\n", b"")
+  def test_the_line_end_and_the_mark_that_editors_add(self, end):
+    data = b"\xef\xbb\xbf" + _TEXT + end
+    for tokenizer, want in (("char27", _TEXT), ("byte", _TEXT + end)):
+      corpus = self.load(self.file("text8", data), tokenizer=tokenizer)
+      splits = [corpus.split(name) for name in corpora.SPLITS]
+      text = b"".join(map(corpus.tokenizer.to_bytes, splits))
+      self.assertEqual(text, want)
+
+  @parameterized.parameters(
+    ("train", "TRAIN.TXT"),
+    ("train", "Training.txt"),
+    ("valid", "val.txt"),
+    ("valid", "Validation.TXT"),
+    ("test", "test.txt.GZ"),
+  )
+  def test_other_names_of_a_split(self, split, name):
+    is_packed = name.endswith(".GZ")
+    self.file(name, gzip.compress(_TEXT) if is_packed else _TEXT)
+    with self.assertLogs("absl", "INFO") as logs:
+      ids = self.load(self.folder).split(split)
+    self.assertEqual(self.char27.to_bytes(ids), _TEXT)
+    self.assertIn(f"the {split} split is {name}", logs.output[0])
+    # The exact name goes first, and two others are refused.
+    self.file(f"{split}.txt", _TEXT[:40])
+    self.assertLen(self.load(self.folder).split(split), 40)
+    (self.folder / f"{split}.txt").unlink()
+    self.file(f"{split}.tXT", _TEXT)
+    with self.assert_refused("both ", f"{split}.tXT", name):
+      self.load(self.folder).split(split)
+
+  def test_a_missing_split_says_what_is_there(self):
+    self.file("dev.txt", _TEXT)
+    with self.assert_refused("no valid.txt", "the folder has: dev.txt"):
+      self.load(self.folder).split("valid")
+
   # paths
 
   def test_home_folder(self):
@@ -289,7 +408,7 @@ class CorporaTest(parameterized.TestCase):
       self.assertEqual(sum(sizes) + 2 * len(sizes) - 1, size)
 
   def test_a_split_of_the_built_in_text_is_read_when_it_is_asked_for(self):
-    with mock.patch.object(corpora, "_read", return_value=b"One.\n") as read:
+    with mock.patch.object(files, "read", return_value=b"One.\n") as read:
       corpus = self.load("")
       read.assert_not_called()
       self.assertEqual(self.char27.decode(corpus.split("valid")), "one")

@@ -284,5 +284,14 @@ class RunDirTest(_FolderTest):
     self.assertFalse(run_dir._git_state(source)[1])
 
 
+class JsonTest(absltest.TestCase):
+  def test_no_number_is_null(self):
+    value = {"a": [1, math.nan, {"b": (math.inf, 2.5, True)}], "c": "NaN"}
+    read = json.loads(run_dir.to_json(value), parse_constant=self.fail)
+    self.assertEqual(
+      read, {"a": [1, None, {"b": [None, 2.5, True]}], "c": "NaN"}
+    )
+
+
 if __name__ == "__main__":
   absltest.main()

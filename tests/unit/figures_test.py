@@ -100,6 +100,26 @@ class FiguresTest(parameterized.TestCase):
     figures.nearness(reports, self.path, title="a")
     self.check()
 
+  def test_a_picture_names_its_unit(self):
+    bins = [{"low": 1, "high": 1, "bits_per_byte": 2.0, "tokens": 5}]
+    reports = {"a": {"by_distance": bins, "by_recency": bins}}
+    records = [
+      dict(step=1, kind="train", bits_per_byte=3.0),
+      # Of an earlier version, which had one name for both units.
+      dict(step=2, kind="valid", estimator="elbo", bits_per_char=2.5),
+    ]
+    label = "matplotlib.axes.Axes.set_ylabel"
+    with mock.patch(
+      label, autospec=True, side_effect=axes.Axes.set_ylabel
+    ) as set_label:
+      for unit in ("byte", "char"):
+        figures.slot_curve({"a": [1.0, 2]}, self.path, title="", unit=unit)
+      figures.nearness(reports, self.path, title="", unit="byte")
+      figures.loss_curve(records, self.path, title="", unit="byte")
+    labels = [call.args[1] for call in set_label.call_args_list]
+    self.assertEqual(labels[1], "bits per character")
+    self.assertEqual({*labels[:1], *labels[2:]}, {"bits per byte"})
+
   def test_nearness_of_left_to_right(self):
     """What is known is always one away: two points in one place, both seen."""
     one = {"by_distance": _BINS[1:2], "by_recency": _BINS[1:2]}

@@ -137,7 +137,7 @@ class TrainBatchesTest(parameterized.TestCase):
       tokens = np.zeros(_T - 1, np.uint8)
       kwargs = {"seed": 0, "T": _T, "batch_size": 1}
       with self.assertRaisesRegex(
-        corpora.DataError, "text of 6 characters .* config.model.T=7"
+        corpora.DataError, "text of 6 tokens .* config.model.T=7"
       ):
         make(tokens, **kwargs)
 
@@ -147,6 +147,26 @@ def rows_of(process, count):
 
 
 class EvalBatchesTest(parameterized.TestCase):
+  @parameterized.parameters(
+    (30, 16, 0, 16, 14), (32, 16, 0, 32, 0), (100, 7, 1, 21, 2)
+  )
+  def test_what_is_left_out_is_told(self, n, T, batches, evaluated, left_out):
+    read = pipeline.eval_batches(_text(n), T=T, batch_size=3, batches=batches)
+    self.assertEqual(read.split_tokens, n)
+    self.assertEqual(read.evaluated_tokens, evaluated)
+    self.assertEqual(read.left_out, left_out)
+    line = read.describe()
+    self.assertIn(f"{evaluated} of {n} characters", line)
+    self.assertEqual(
+      f"the last {left_out} fill no window" in line, left_out > 0
+    )
+
+  def test_characters_of_bytes(self):
+    text = np.frombuffer("aé日🎉".encode() * 700 + b"ab", np.uint8)
+    read = pipeline.eval_batches(text, T=10, batch_size=3)
+    self.assertEqual((read.characters, read.left_out), (4 * 700, 2))
+    self.assertIn("7000 of 7002 bytes", read.describe("bytes").replace(",", ""))
+
   def windows(self, batches: pipeline.EvalBatches) -> np.ndarray:
     """The windows that are real, and only whole rows and batches of them."""
     found = []

@@ -179,7 +179,7 @@ class FailureTest(absltest.TestCase):
   def test_a_text_that_is_too_short_is_said_before_anything_runs(self):
     self.config = config("T=16,256 mechanism=two_stream")
     with self.assertRaisesRegex(
-      tokenizers.DataError, "200 characters holds no sequence"
+      tokenizers.DataError, "200 tokens holds no sequence"
     ):
       self.start({})
     self.assertEqual(list(self.folder.glob("cells/*/*")), [])

@@ -65,5 +65,14 @@ class TokenizersTest(parameterized.TestCase):
       tokenizers.get("bpe")
 
 
+class UnitTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ("char27", "char", "characters"), ("byte", "byte", "bytes")
+  )
+  def test_a_token_has_a_name(self, name, unit, units):
+    made = tokenizers.get(name)
+    self.assertEqual((made.unit, made.units), (unit, units))
+
+
 if __name__ == "__main__":
   absltest.main()
