@@ -5,6 +5,10 @@ tokens come first, by position. Unknown tokens do not come at all. The chain
 rule gives the exact value. It takes one pass of the network for each text. A
 masked mechanism takes one pass for every scored token. Averaged over K uniform
 orders, the score is log mean_k p(scored | known, sigma_k).
+
+With score.width above 1, p is the likelihood of groups of that many tokens. The
+tokens of a group are independent given the groups before them. The known tokens
+are groups of the same width.
 """
 
 import functools
@@ -43,8 +47,8 @@ class Score(NamedTuple):
     bits: -log_p / ln 2.
     positions: positions of the scored tokens, within 1..n, ascending.
     token_log_p: nats of each scored token, in the order of `positions`, given
-      the tokens before it in the order. Over several orders, the mean over
-      them, so that the sum is not log_p.
+      the tokens (or groups) before it in the order. Over several orders, the
+      mean over them, so that the sum is not log_p.
     token_bits: -token_log_p / ln 2.
     order: the scored positions in the order that was followed; None if there
       were several orders.
@@ -148,10 +152,14 @@ class Scorer:
         order[b] = prompts.within(given[row], T)
     counts = (kinds == _SCORED).sum(axis=1)
     key = jax.random.fold_in(jax.random.key(options.seed), purposes.SCORING)
+    width = None
+    if options.width > 1:
+      width = sharding.put(self._mesh, np.int32(options.width))
     out = self._jitted(
       params,
       sharding.put(self._mesh, key),
       *sharding.put_rows(self._mesh, (tokens, kinds, order)),
+      width,
       family=options.order,
       count=options.orders if options.order == "uniform" else 1,
       most=prompts.padded_length(int(counts.max()), T),
@@ -162,7 +170,9 @@ class Scorer:
       for b, (row, n) in enumerate(zip(rows, counts))
     }
 
-  def _nats(self, params, key, tokens, kinds, given, *, family, count, most):
+  def _nats(
+    self, params, key, tokens, kinds, given, width, *, family, count, most
+  ):
     """Return nats and positions of R ranks, from each row's first scored rank.
 
     Args:
@@ -171,6 +181,7 @@ class Scorer:
       tokens: int32 [B, T].
       kinds: int32 [B, T], by position: _KNOWN, _SCORED or _UNKNOWN.
       given: int32 [B, T], the orders if family is "given".
+      width: int32 [], the number of ranks in a group; None is the chain rule.
       family: name of an order family; static.
       count: number of orders K; static.
       most: number of ranks R; static.
@@ -203,9 +214,14 @@ class Scorer:
         order = jnp.broadcast_to(order, (B, T))
       order = orders.by_class(order, kinds)
       positions = jnp.take_along_axis(order, ranks, axis=1)
+      groups = None
+      if width is not None:
+        kinds_by_rank = jnp.take_along_axis(kinds, order - 1, axis=1)
+        groups = orders.equal_groups(kinds_by_rank, width)
       if can_pick:
-        return nll(tokens, order, ranks=ranks), positions
-      by_rank = nll(tokens, order)
+        by_rank = nll(tokens, order, group_start=groups, ranks=ranks)
+        return by_rank, positions
+      by_rank = nll(tokens, order, group_start=groups)
       return jnp.take_along_axis(by_rank, ranks, axis=1), positions
 
     return jax.lax.map(of_order, jnp.arange(count))

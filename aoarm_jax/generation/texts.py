@@ -181,7 +181,7 @@ class Sampler:
       params,
       *everywhere,
       *sharding.put_rows(self._mesh, (tokens, known, length, index, order)),
-      plan=plan_lib.Plan.of(sample),
+      plan=plan_lib.Plan.of(sample, self._config.orders),
       family=sample.order,
       prefill=prefill,
       most_known=T if known.any() else 0,

@@ -70,9 +70,17 @@ def read_config(workdir: epath.Path) -> config_lib.Config:
   return config.replace("data.corpus", "auto")
 
 
-# Besides the model, an evaluation takes these fields from the run: the text and
-# the smallest time of the ELBO.
-_EVALUATED = ("data.corpus", "data.path", "train.least_time")
+# Besides the model, an evaluation takes these fields from the run: the text,
+# the smallest time of the ELBO, and the groups. Generation and scores follow
+# the groups that the model was trained with.
+_EVALUATED = (
+  "data.corpus",
+  "data.path",
+  "train.least_time",
+  "orders.groups",
+  "orders.group_width",
+  "orders.group_sizes",
+)
 
 
 def as_trained(
