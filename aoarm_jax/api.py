@@ -52,6 +52,7 @@ class ScoreOptions(TypedDict, total=False):
 
   order: Order
   orders: int
+  width: int
   marks: str
   batch_size: int
   seed: int
@@ -60,8 +61,8 @@ class ScoreOptions(TypedDict, total=False):
 # The parameters beside these options.
 _NAMED = {
   GenerateOptions: ("count", "prompt", "length"),
-  InfillOptions: ("count",),
-  ScoreOptions: ("blank",),
+  InfillOptions: ("count", "normalise"),
+  ScoreOptions: ("blank", "normalise"),
 }
 
 

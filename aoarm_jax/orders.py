@@ -315,6 +315,28 @@ def draw_groups(
   return jnp.broadcast_to(start[None], (batch, T))
 
 
+def equal_groups(classes: jax.Array, width: jax.Array | int) -> jax.Array:
+  """Return groups of `width` ranks that do not cross the border of a class.
+
+  The groups of a class are counted from its first rank. Its last group may be
+  smaller.
+
+  Args:
+    classes: int32 [B, T], by rank: the class of every rank, such as known and
+      unknown. The ranks of a class stand side by side.
+    width: the number of ranks in a group.
+
+  Returns:
+    bool [B, T], whether a group starts at each rank, see `to_slots`.
+  """
+  rank = jnp.arange(classes.shape[1])[None]
+  border = jnp.pad(
+    classes[:, 1:] != classes[:, :-1], ((0, 0), (1, 0)), constant_values=True
+  )
+  first = jax.lax.cummax(jnp.where(border, rank, 0), axis=1)
+  return (rank - first) % width == 0
+
+
 def query_count(T: int, query_fraction: float) -> int:
   """Return how many of T ranks are predicted, given their fraction."""
   return max(1, round(query_fraction * T))

@@ -2,7 +2,7 @@
 
 A group holds 16 ranks in the mean; content sees to the end of its group, a
 query to its start. `training_order` is the likelihood with groups, `any_order`
-that of one token after the other.
+that of one token after the other. `sample.method=parallel` draws groups.
 
   python -m aoarm_jax.main --config=configs/any_subset.py
 

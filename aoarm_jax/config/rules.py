@@ -111,6 +111,12 @@ def _of_the_mechanism(config):
       f"groups {no_streams}",
     ),
     (
+      "score.width",
+      config.score.width == 1 or config.orders.groups != "none",
+      "needs a model that was trained with groups; it must be 1 with "
+      "config.orders.groups=none",
+    ),
+    (
       "train.query_fraction",
       two_streams or config.train.query_fraction == 1,
       f"query rows {no_streams}",

@@ -450,8 +450,9 @@ class Sample:
   )
   method: str = _field(
     "sequential",
-    "how tokens are drawn; sequential and speculative are exact; parallel and "
-    "adaptive (decode.py) are not exact; ancestral and confidence "
+    "how tokens are drawn; sequential and speculative are exact; parallel is "
+    "exact for a model trained with orders.groups, whose groups it draws, and "
+    "else not; adaptive (decode.py) is not exact; ancestral and confidence "
     "(diffusion.py), for mdlm only, are not exact",
     choices=(
       "sequential",
@@ -513,6 +514,13 @@ class Score:
   orders: int = _field(
     8,
     "uniform only: number K of orders whose probabilities are averaged",
+    low=1,
+  )
+  width: int = _field(
+    1,
+    "number of tokens in a group, for models trained with orders.groups; the "
+    "tokens of a group are scored given earlier groups alone, as "
+    "sample.method=parallel draws them; 1 is the chain rule",
     low=1,
   )
   marks: str = _field(

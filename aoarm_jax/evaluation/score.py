@@ -5,6 +5,10 @@ tokens come first, by position. Unknown tokens do not come at all. The chain
 rule gives the exact value. It takes one pass of the network for each text. A
 masked mechanism takes one pass for every scored token. Averaged over K uniform
 orders, the score is log mean_k p(scored | known, sigma_k).
+
+With score.width above 1, p is the likelihood of groups of that many tokens. The
+tokens of a group are independent given the groups before them. The known tokens
+are groups of the same width.
 """
 
 import functools
@@ -49,8 +53,8 @@ class Score(NamedTuple):
     positions: positions of the scored tokens, within 1..n, ascending: those of
       characters or, if the tokenizer is byte, those of bytes.
     token_log_p: nats of each scored token, in the order of `positions`, given
-      the tokens before it in the order. Over several orders, the mean over
-      them, so that the sum is not log_p.
+      the tokens (or groups) before it in the order. Over several orders, the
+      mean over them, so that the sum is not log_p.
     token_bits: -token_log_p / ln 2, bits per character or, if the tokenizer is
       byte, bits per byte.
     order: the scored positions in the order that was followed; None if there
@@ -160,19 +164,24 @@ class Scorer:
     key = jax.random.fold_in(jax.random.key(options.seed), purposes.SCORING)
     count = options.orders if options.order == "uniform" else 0
     most = self._most_ranks(int(counts.max()), T)
+    width = None
+    if options.width > 1:
+      width = sharding.put(self._mesh, np.int32(options.width))
+    program = B, T, count, most, width is None
     texts_here = shapes.describe(len(rows), T)
     what = f"scoring {texts_here}"
-    if (B, T, count, most) not in self._compiled:
+    if program not in self._compiled:
       what = f"compiling the score of {texts_here}"
     with telemetry.waiting(what):
       out = self._jitted(
         params,
         sharding.put(self._mesh, key),
         *sharding.put_rows(self._mesh, (tokens, kinds, order)),
+        width,
         count=count,
         most=most,
       )
-    self._compiled.add((B, T, count, most))
+    self._compiled.add(program)
     with telemetry.waiting(f"scoring {texts_here}"):
       nats, order = jax.device_get(out)
     return {
@@ -190,7 +199,7 @@ class Scorer:
       return shapes.length(count, T)
     return T if count > 16 else min(16, T)
 
-  def _nats(self, params, key, tokens, kinds, given, *, count, most):
+  def _nats(self, params, key, tokens, kinds, given, width, *, count, most):
     """Return nats and positions of R ranks, from each row's first scored rank.
 
     Args:
@@ -199,6 +208,7 @@ class Scorer:
       tokens: int32 [B, T].
       kinds: int32 [B, T], by position: _KNOWN, _SCORED or _UNKNOWN.
       given: int32 [B, T], the orders if count is 0.
+      width: int32 [], the number of ranks in a group; None is the chain rule.
       count: number of uniform orders K; 0 takes `given`, and K is 1; static.
       most: number of ranks R; static.
 
@@ -230,9 +240,14 @@ class Scorer:
         order = jnp.broadcast_to(order, (B, T))
       order = orders.by_class(order, kinds)
       positions = jnp.take_along_axis(order, ranks, axis=1)
+      groups = None
+      if width is not None:
+        kinds_by_rank = jnp.take_along_axis(kinds, order - 1, axis=1)
+        groups = orders.equal_groups(kinds_by_rank, width)
       if can_pick:
-        return nll(tokens, order, ranks=ranks), positions
-      by_rank = nll(tokens, order)
+        by_rank = nll(tokens, order, group_start=groups, ranks=ranks)
+        return by_rank, positions
+      by_rank = nll(tokens, order, group_start=groups)
       return jnp.take_along_axis(by_rank, ranks, axis=1), positions
 
     return jax.lax.map(of_order, jnp.arange(max(count, 1)))

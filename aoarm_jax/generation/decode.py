@@ -6,13 +6,17 @@ speculative  Exact, with the same law. Several tokens are drafted at once, each
              from the known tokens only. One pass of the chain rule checks the
              drafts, and the first ones that pass are kept (ASSD,
              arXiv 2504.20456).
-parallel     NOT exact: the tokens of one step are drawn independently.
+parallel     The tokens of one step are drawn independently. This is exact for
+             a plan with groups: a text has the probability of
+             objective.order_nll with the steps as its groups. Without groups
+             it is NOT exact.
 adaptive     NOT exact: the model chooses the target that it is surest of. So
              the order depends on the text, and the law of the texts is not the
              law of any order.
 
 Known tokens come first, by position. One causal pass over them fills the cache,
-so the probability of a text stays that of the chain rule.
+so the probability of a text stays that of the chain rule. For a plan with
+groups, they are groups of `plan.width` tokens.
 """
 
 import functools
@@ -90,17 +94,29 @@ def generate(
   chex.assert_equal_shape([tokens, known, order])
   B, T = tokens.shape
   s = network.model.sentinels
+  plan = plan or plan_lib.Plan()
+  if plan.method not in ("parallel", "adaptive"):
+    plan = plan._replace(groups=False)
   cached_network = cached.Cached(network.bind(params))
   rows = jnp.arange(B) if rows is None else rows
   length = jnp.full(B, T) if length is None else length
   order = orders.known_first(order, known, length)
   keys = objective.keys_of(key, rows)
-  state = _start(cached_network, keys, tokens, known, order, length, prefill)
+  state = _start(
+    cached_network,
+    keys,
+    tokens,
+    known,
+    order,
+    length,
+    prefill,
+    plan.width if plan.groups else None,
+  )
   state = _run(
     cached_network,
     state,
     law,
-    plan or plan_lib.Plan(),
+    plan,
     T if most_known is None else most_known,
     T if most_blanks is None else most_blanks,
   )
@@ -175,11 +191,19 @@ def _repeat(step, first, until, state):
   return jax.lax.fori_loop(0, -(-(until - first) // _GROUP), run_group, state)
 
 
-def _start(network, keys, tokens, known, order, length, prefill):
-  """Return the plan.State before the first step."""
+def _start(network, keys, tokens, known, order, length, prefill, width):
+  """Return the plan.State before the first step.
+
+  Known tokens are groups of `width`, or see each other causally if it is None.
+  """
   B, T = tokens.shape
   s = network.model.sentinels
-  slots = orders.to_slots(tokens, order, network.layout)
+  done = jnp.sum(known, axis=1)
+  groups = None
+  if width is not None:
+    decided = jnp.arange(T)[None] < done[:, None]
+    groups = orders.equal_groups(decided, width)
+  slots = orders.to_slots(tokens, order, network.layout, group_start=groups)
   cache = network.empty_cache(B, T + s - 1)
   if prefill:
     # One pass over all slots keeps shapes static. After it, slots of blanks
@@ -189,7 +213,6 @@ def _start(network, keys, tokens, known, order, length, prefill):
   # Slot i + 1 receives the token that slot i predicts. So the content has one
   # slot more than the cache: the last token is never an input of the network.
   last = jnp.take_along_axis(tokens, order[:, -1:] - 1, axis=1)
-  done = jnp.sum(known, axis=1)
   return plan_lib.State(
     content=jnp.concatenate([slots.tokens, last.astype(jnp.int32)], axis=1),
     order=order,

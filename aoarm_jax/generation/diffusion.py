@@ -5,9 +5,10 @@ sequential   Exact: a text has probability p(x | sigma). One token is decided
 ancestral    Not exact: MDLM's sampler (arXiv 2406.07524) for the linear
              schedule. The tokens of one step are drawn independently of each
              other. With many steps it tends to sequential in a uniform order.
-confidence   Not exact, and its law is not known: every step keeps the tokens
-             that were drawn with the highest probability (as in MaskGIT,
-             arXiv 2202.04200).
+confidence   Not exact, and its law is not known: every step keeps the drawn
+             tokens to which the model gives the highest probability (as in
+             MaskGIT, arXiv 2202.04200). Temperature and cuts change the draws,
+             but not these probabilities.
 """
 
 import functools
@@ -87,7 +88,8 @@ def generate(
       jnp.pad(masked, window, constant_values=True),
       network.layout,
     )
-    log_p = sampling.log_law(network.apply(params, slots)[:, s : s + T], law)
+    logits = network.apply(params, slots)[:, s : s + T]
+    log_p = sampling.log_law(logits, law)
     step_keys = objective.fold_rows(keys, i)
     token_keys, coin_keys = jax.vmap(jax.random.split, out_axes=1)(step_keys)
     drawn = jax.vmap(jax.random.categorical)(token_keys, log_p)
@@ -99,7 +101,7 @@ def generate(
         chosen = open_ & (coins * (count - i) < 1)
       case "confidence":
         left = open_.sum(axis=1, keepdims=True)
-        chosen = _surest(log_p, drawn, open_) < -(-left // (count - i))
+        chosen = _surest(logits, drawn, open_) < -(-left // (count - i))
       case _:
         raise ValueError(f"unknown method {plan.method!r}")
     nats = sampling.log_p_of(log_p, drawn)
@@ -129,17 +131,21 @@ def generate(
   )
 
 
-def _surest(log_p, drawn, masked):
+def _surest(logits, drawn, masked):
   """Return the place of each masked position if the surest draw comes first.
 
+  The model's own law ranks the draws. The law of the draw would not do: at
+  temperature 0 or with top_k = 1 every draw has probability 1.
+
   Args:
-    log_p: float32 [B, T, V].
+    logits: float32 [B, T, V].
     drawn: int32 [B, T], the tokens drawn.
     masked: bool [B, T]. Other positions come last.
 
   Returns:
     int32 [B, T], places from 0.
   """
-  sure = jnp.where(masked, sampling.log_p_of(log_p, drawn), -jnp.inf)
+  log_p = sampling.log_p_of(jax.nn.log_softmax(logits), drawn)
+  sure = jnp.where(masked, log_p, -jnp.inf)
   place = functools.partial(jnp.argsort, axis=1, stable=True)
   return jnp.where(masked, place(place(-sure)), sure.shape[1])

@@ -53,6 +53,8 @@ class Plan(NamedTuple):
     score: adaptive: the next target is the one with the highest probability
       of its likeliest token ("confidence"), the lowest entropy ("entropy") or
       the largest margin between its two likeliest tokens ("margin").
+    groups: parallel, adaptive: whether the tokens of a step are a group of
+      orders.to_slots, as two streams are trained with config.orders.groups.
   """
 
   method: str = "sequential"
@@ -60,12 +62,23 @@ class Plan(NamedTuple):
   steps: int = 0
   schedule: str = "linear"
   score: str = "confidence"
+  groups: bool = False
 
   @classmethod
-  def of(cls, sample: config_lib.Sample) -> "Plan":
-    """Return the plan of a config's section `sample`."""
+  def of(cls, sample: config_lib.Sample, orders: config_lib.Orders) -> "Plan":
+    """Return the plan of a config's section `sample`.
+
+    Args:
+      sample: the section.
+      orders: the orders of training. If they have groups, the plan has groups.
+    """
     return cls(
-      sample.method, sample.width, sample.steps, sample.schedule, sample.score
+      sample.method,
+      sample.width,
+      sample.steps,
+      sample.schedule,
+      sample.score,
+      orders.groups != "none",
     )
 
   def tokens_per_step(self, T: int) -> int:

@@ -355,11 +355,3 @@ def within(order: Sequence[int], T: int) -> list[int]:
   """
   inside = [position for position in order if position <= T]
   return inside + list(range(len(inside) + 1, T + 1))
-
-
-def padded_length(n: int, T: int) -> int:
-  """Return a length for n <= T tokens, rounded up so that few are compiled.
-
-  The length is the next power of two, at least 16 and at most T.
-  """
-  return min(T, max(16, 1 << (n - 1).bit_length()))

@@ -89,7 +89,11 @@ def _parallel(network, law, plan, start):
     # once the row has ended.
     count = jnp.minimum(jnp.clip(count, 1, width), state.end - state.done)
     logits, state = _predict(
-      network, state, width, _ranks(state.order, state.done, width)
+      network,
+      state,
+      width,
+      _ranks(state.order, state.done, width),
+      plan.groups,
     )
     log_p = sampling.log_law(logits, law)
     at = state.done[:, None] + s + jnp.arange(width)
@@ -106,7 +110,7 @@ def _share_left(done, schedule):
   return 1 - jnp.minimum(done, 1)
 
 
-def _predict(network, state, R, targets):
+def _predict(network, state, R, targets, as_group=False):
   """Put the pending slots, R at most, into the cache and predict targets.
 
   Args:
@@ -114,6 +118,8 @@ def _predict(network, state, R, targets):
     state: plan.State.
     R: most slots that may be pending.
     targets: int32 [B, Q], the positions to predict, see cached.Cached.predict.
+    as_group: whether the pending slots are a group. They are the tokens of the
+      last step, or one slot before the first step.
 
   Returns:
     (logits float32 [B, Q, V], the state with these slots in its cache).
@@ -126,6 +132,7 @@ def _predict(network, state, R, targets):
     state.filled,
     pending,
     targets,
+    as_group=as_group,
   )
   filled = jnp.maximum(state.done + s, state.filled)
   return logits, state._replace(cache=cache, filled=filled)
@@ -157,7 +164,7 @@ def _adaptive(network, law, plan, start):
         [first, _ranks(state.order, ranks, chunk)], axis=1
       )
       logits, after = _predict(
-        network, state._replace(cache=cache), width, targets
+        network, state._replace(cache=cache), width, targets, plan.groups
       )
       chunk_scores = _score(jax.nn.softmax(logits[:, 1:]), plan.score)
       at = jnp.minimum(ranks[:, None] + jnp.arange(chunk), T)

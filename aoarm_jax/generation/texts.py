@@ -199,7 +199,7 @@ class Sampler:
     key, *everywhere = sharding.put(self._mesh, (key, law, most_blanks))
     by_row = tokens, known, length, index, order
     *by_row, order = sharding.put_rows(self._mesh, by_row)
-    plan = plan_lib.Plan.of(sample)
+    plan = plan_lib.Plan.of(sample, self._config.orders)
     most_known = T if prefill and known.any() else 0
     program = B, T, plan, prefill, most_known, law.top_k is None
     texts_here = shapes.describe(len(rows), T)

@@ -82,7 +82,8 @@ class Cached:
     """Return the cache filled from slot 0 on; nothing is predicted.
 
     Args:
-      slots: int32 [B, R] each: the slots 0 .. R - 1.
+      slots: int32 [B, R] each: the slots 0 .. R - 1. With two streams
+        `slots.visible` may say what the content rows see.
       cache: has at least R slots.
     """
     B = len(slots.tokens)
@@ -99,7 +100,9 @@ class Cached:
     """Append slots to a cache, and predict at each of them.
 
     Args:
-      slots: int32 [B, R] each: the slots start .. start + R - 1.
+      slots: int32 [B, R] each: the slots start .. start + R - 1. With two
+        streams `slots.visible` may say what the content rows see. It counts
+        from slot 0 and does not exceed start + R.
       cache: has S slots. The first `start` slots are filled.
       start: int32 [B].
 
@@ -112,6 +115,8 @@ class Cached:
     R = slots.tokens.shape[1]
     slot_index = start[:, None] + jnp.arange(R)
     visible = slot_index + 1
+    if slots.visible is not None:
+      visible = slots.visible[..., 0]
     if slots.queries is not None:
       visible = jnp.concatenate([visible, slots.queries.visible], axis=1)
     return self._cached(slots, cache, slot_index, visible)
@@ -123,6 +128,8 @@ class Cached:
     start: jax.Array,
     count: jax.Array,
     targets: jax.Array,
+    *,
+    as_group: bool = False,
   ) -> tuple[jax.Array, Cache]:
     """Append slots to a cache, and predict several targets from all of them.
 
@@ -140,6 +147,8 @@ class Cached:
         holds junk, which nothing sees and later slots replace.
       targets: int32 [B, Q], positions. The first is the target of the last real
         slot.
+      as_group: for two streams: the real slots are one group of
+        orders.to_slots, so that each of their content rows sees all of them.
 
     Returns:
       The logits, float32 [B, Q, V], and the cache.
@@ -150,7 +159,11 @@ class Cached:
     filled = (start + count)[:, None]
     if self.model.kind.streams == 2:
       queries = orders.Queries(targets, jnp.broadcast_to(filled, (B, Q)))
-      return self.extend(slots._replace(queries=queries), cache, start)
+      slots = slots._replace(queries=queries)
+      if as_group:
+        seen = jnp.broadcast_to(filled[..., None], (B, R, 2))
+        slots = slots._replace(visible=seen)
+      return self.extend(slots, cache, start)
     last = (count - 1)[:, None]
 
     def with_copies(x):
@@ -184,8 +197,8 @@ class Cached:
       slot_index: int32 [B, R], the places in the cache of the first R slots.
       visible: int32, the number of leading slots of the cache that every row
         sees. It is [B, W], or [B, R] followed by that of slots.queries. None
-        means that the rows are the causal slots from 0 on. Faster attention can
-        be used for them.
+        means that the rows are the slots from 0 on, which see what
+        slots.visible says. Faster attention can be used for them.
     """
     streams, setting = self._network.enter(slots)
     R, W = slot_index.shape[1], slots.tokens.shape[1]
@@ -193,13 +206,17 @@ class Cached:
 
     def attend_in(layer):
       def attend(q, k, v, sequence_visible):
-        del sequence_visible  # It is for attention without a cache.
         keys[layer] = _written(keys[layer], k[:, :R], slot_index)
         values[layer] = _written(values[layer], v[:, :R], slot_index)
         if visible is None:
+          # The rows are whole sequences, so the cache need not be read.
           name = self.compute.attention
           return parallel.attention(
-            q, k, v, None, implementation=None if name == "auto" else name
+            q,
+            k,
+            v,
+            None if slots.visible is None else sequence_visible,
+            implementation=None if name == "auto" else name,
           )
         # The last layer has only the rows that are read out, and these are the
         # last rows.

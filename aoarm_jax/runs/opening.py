@@ -72,12 +72,16 @@ def read_config(workdir: epath.Path) -> config_lib.Config:
 
 
 # Besides the model, an evaluation takes these fields from the run: the text,
-# its form, and the smallest time of the ELBO.
+# its form, the smallest time of the ELBO, and the groups. Generation and scores
+# follow the groups that the model was trained with.
 _EVALUATED = (
   "data.corpus",
   "data.path",
   "data.normalise",
   "train.least_time",
+  "orders.groups",
+  "orders.group_width",
+  "orders.group_sizes",
 )
 
 

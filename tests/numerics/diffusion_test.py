@@ -184,6 +184,22 @@ def _generate(s, method, steps, T=_T):
   )
 
 
+@functools.cache
+def _logits(s):
+  """(tokens [T], masked [T]) -> log p [T, V] of the model's own law."""
+  made = _bind(s)
+  params = tiny.sharp(made)
+  run = tiny.quick_jit(
+    lambda tokens, masked: jax.nn.log_softmax(
+      made.apply(
+        params,
+        orders.to_masked_slots(tokens[None], masked[None], made.layout),
+      )[0, s:]
+    )
+  )
+  return lambda *args: np.asarray(run(*args))
+
+
 def _prompt(B=_MANY):
   """Position 3 is known to be 1; order 4, 3, 1, 2."""
   order = np.tile(np.array([4, 3, 1, 2], np.int32), (B, 1))
@@ -287,6 +303,30 @@ class GenerateTest(parameterized.TestCase):
     self.assertEqual(np.asarray(place).tolist(), [[1, 2, 0]])
     place = diffusion._surest(log_p, drawn, np.array([[True, True, False]]))
     self.assertEqual(np.asarray(place)[0, :2].tolist(), [0, 1])
+
+  @parameterized.parameters((0.0, 0, 1.0), (1.0, 1, 1.0), (0.5, 0, 1e-6))
+  def test_a_sharp_law_leaves_the_order_to_the_model(self, *numbers):
+    """The likeliest tokens are drawn; the model's own law ranks them."""
+    params, run = _generate(1, "confidence", _T)
+    kinds = np.float32, np.int32, np.float32
+    law = sampling.Sampling(*(kind(x) for kind, x in zip(kinds, numbers)))
+    tokens, known, order = _prompt(3)
+    tokens[:, 2] = np.arange(3)
+    out = run(params, jax.random.key(0), tokens, known, order, law)
+    apply, jumps = _logits(1), 0
+    for b in range(3):
+      text, masked, came = tokens[b].copy(), ~known[b], [3]
+      while masked.any():
+        log_p = apply(text, masked)
+        sure = np.where(masked, log_p.max(axis=-1), -np.inf)
+        chosen = sure.argmax()
+        jumps += chosen != masked.argmax()
+        text[chosen] = log_p[chosen].argmax()
+        masked[chosen] = False
+        came.append(chosen + 1)
+      self.assertEqual(np.asarray(out.order[b]).tolist(), came)
+      self.assertEqual(np.asarray(out.tokens[b]).tolist(), text.tolist())
+    self.assertGreater(jumps, 0)  # Not just from left to right.
 
   @parameterized.parameters("sequential", "ancestral", "confidence")
   def test_known_tokens_stay_and_rows_stand_alone(self, method):

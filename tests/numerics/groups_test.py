@@ -1,8 +1,12 @@
-"""Two streams over groups of ranks, and over some of the ranks."""
+"""Two streams over groups of ranks, and over some of the ranks.
+
+Groups in likelihoods, in generation and in scores.
+"""
 
 import functools
 import itertools
 
+import helpers
 import jax
 import numpy as np
 import pytest
@@ -11,11 +15,20 @@ from absl.testing import absltest, parameterized
 
 from aoarm_jax import objective, orders
 from aoarm_jax.config import schema as config
+from aoarm_jax.data import tokenizers
+from aoarm_jax.devices import sharding
+from aoarm_jax.evaluation import score
+from aoarm_jax.generation import decode, prompts
+from aoarm_jax.generation import law as sampling
+from aoarm_jax.generation import plan as plan_lib
+from aoarm_jax.generation import texts as generate
+from aoarm_jax.model import network as network_lib
 
 # On the older Python alone, for time.
 pytestmark = pytest.mark.once
 
 _B, _T, _V = 3, 7, 5
+_ABC = tokenizers.Tokenizer("abc", b"abc")
 
 
 def _starts(*sizes):
@@ -213,6 +226,179 @@ class QueryFractionTest(parameterized.TestCase):
     self.assertTrue((np.diff(ranks, axis=1) > 0).all())
     share = np.bincount(ranks.reshape(-1), minlength=_T) / 4000
     np.testing.assert_allclose(share, 3 / _T, atol=0.04)
+
+
+_MANY = 30_000
+_PLAIN = sampling.make_law()
+# Of texts of 4 tokens: nothing is known, or positions 2, 3 and 4.
+_USED, _KNOWN = ((3, 1, 4, 2), (2, 3, 4, 1)), (0, 3)
+_PARALLEL = plan_lib.Plan("parallel", 2, groups=True)
+
+
+@functools.cache
+def _drawn(s, plan, B, T=4, V=3):
+  """Texts of the prompts _USED in turn; or of T tokens, with 0 to T - 1 known.
+
+  Without groups of its own, a plan is that of a model trained without.
+  """
+  made = tiny.make("two_stream", s, T=T, V=V, D=8, N=2)
+  if T == 4:
+    order, rank = np.array(_USED, np.int32), np.arange(T)
+    known = np.stack([np.isin(rank + 1, o[:n]) for o, n in zip(order, _KNOWN)])
+    order, known = (np.tile(x, (B // 2, 1)) for x in (order, known))
+    tokens = np.tile(np.array([1, 0, 2, 1], np.int32), (B, 1))
+  else:
+    order = tiny.orders_of("two_stream", B, T)
+    known = np.arange(T) < np.arange(B)[:, None] % T
+    known = np.random.default_rng(0).permuted(known, axis=1)
+    tokens = tiny.tokens(B, T, V)
+  run = tiny.quick_jit(
+    lambda params, *args: decode.generate(
+      made, params, *args, _PLAIN, plan=plan
+    )
+  )
+  out = run(tiny.sharp(made), jax.random.key(1), tokens, known, order)
+  return jax.tree.map(np.asarray, out), known.sum(axis=1)
+
+
+def _starts_of(known, width, T):
+  """bool [B, T]: groups of `width` known ranks, then of `width` others."""
+  rank, known = np.arange(T), np.asarray(known)[:, None]
+  return np.where(rank < known, rank, rank - known) % width == 0
+
+
+class GenerationTest(parameterized.TestCase):
+  @parameterized.parameters((1, 3), (2, 2))
+  def test_parallel_has_the_law_of_its_groups(self, s, width):
+    """Enumerated, from nothing and from a prompt of a group and a part."""
+    plan = _PARALLEL._replace(width=width)
+    out, _ = _drawn(s, plan, _MANY)
+    causal, _ = _drawn(s, plan._replace(groups=False), _MANY)
+    texts = tiny.all_sequences(3, 4)
+    for which, (order, known) in enumerate(zip(_USED, _KNOWN)):
+      nats = _nll(s, 4, 3, D=8, N=2)(
+        texts,
+        np.tile(np.array(order, np.int32), (81, 1)),
+        np.tile(_starts_of([known], width, 4), (81, 1)),
+      )
+      given = np.array(order[:known], int) - 1
+      prompt = np.array([1, 0, 2, 1])[given]
+      law = np.exp(-nats[:, known:].sum(axis=1))
+      law *= (texts[:, given] == prompt).all(axis=1)
+      self.assertAlmostEqual(law.sum(), 1.0, delta=1e-5)
+      for drawn, holds in ((out, True), (causal, False)):
+        ids = drawn.tokens[which::2] @ (3 ** np.arange(3, -1, -1))
+        p_value = tiny.p_value(np.bincount(ids, minlength=81), law)
+        self.assertEqual(p_value > 1e-4, holds)
+
+  @parameterized.parameters(
+    (1, 3, "parallel"),
+    (2, 4, "parallel"),
+    (2, 1, "parallel"),
+    (2, 3, "adaptive"),
+  )
+  def test_log_probability_is_that_of_the_groups(self, s, width, method):
+    """Text by text, whatever is known; of the order that was followed."""
+    plan = plan_lib.Plan(method, width, groups=True)
+    out, known = _drawn(s, plan, 14, _T, _V)
+    nats = _nll(s, D=8, N=2)(
+      out.tokens, out.order, _starts_of(known, width, _T)
+    )
+    blank = np.arange(_T) >= known[:, None]
+    tiny.assert_same(out.log_p, -np.where(blank, nats, 0).sum(axis=1))
+
+  def test_steps_are_groups(self):
+    """In three steps of 7 tokens: 2, 2 and 3."""
+    plan = plan_lib.Plan("parallel", steps=3, groups=True)
+    out, known = _drawn(2, plan, 14, _T, _V)
+    self.assertEqual(known[0], 0)
+    groups = np.tile(_starts(2, 2, 3), (14, 1))
+    nats = _nll(2, D=8, N=2)(out.tokens, out.order, groups)
+    self.assertAlmostEqual(out.log_p[0], -nats[0].sum(), delta=1e-4)
+
+  def test_the_chain_rule_knows_no_groups(self):
+    plan = plan_lib.Plan("speculative", 3)
+    for got, want in zip(
+      _drawn(1, plan._replace(groups=True), 14, _T, _V)[0],
+      _drawn(1, plan, 14, _T, _V)[0],
+    ):
+      np.testing.assert_array_equal(got, want)
+
+
+@functools.cache
+def _run(groups):
+  """(config, network, mesh, params) of a model trained with these groups."""
+  model = config.Model(sentinels=2, T=6, D=8, L=2, N=2)
+  options = config.Config(
+    model=model,
+    orders=config.Orders(groups=groups, group_width=2),
+    compute=config.Compute(dtype="float32", attention="xla"),
+  )
+  mesh = sharding.make_mesh(config.Mesh(data=1))
+  made = network_lib.Network(options, mesh, _ABC)
+  return options, made, mesh, sharding.put(mesh, tiny.sharp(made))
+
+
+def _scores(texts, given=(), **options):
+  base, made, mesh, params = _run("random")
+  parsed = [
+    (text, prompts.parse_marked(text, _ABC, "_", "[]")) for text in texts
+  ]
+  changed = base.replace("score", config.Score(**options))
+  with jax.set_mesh(mesh):
+    scorer = score.Scorer(base, made)
+    return scorer.score(params, parsed, changed, given or None)
+
+
+class ScoreTest(parameterized.TestCase):
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.enterClassContext(helpers.quick_compilation())
+
+  @parameterized.parameters((2, "_b__c", False), (3, "_____", True))
+  def test_parallel_generation_says_the_same(self, width, pattern, whole):
+    """Texts of 5 of 6 tokens; for a model without groups it does not."""
+    prompt = prompts.Prompt(np.zeros(5, np.int32), np.zeros(5, bool))
+    if not whole:
+      prompt = prompts.parse_prompt(pattern, _ABC, "_")
+    away = {}
+    for groups in ("random", "none"):
+      base, made, mesh, params = _run(groups)
+      sample = config.Sample(count=6, method="parallel", width=width)
+      with jax.set_mesh(mesh):
+        sampler = generate.Sampler(base.replace("sample", sample), made)
+        (texts,) = sampler.fill(params, [prompt])
+      scored = _scores(
+        [
+          "".join(f"[{x}]" if y == "_" else x for x, y in zip(t.text, pattern))
+          for t in texts
+        ],
+        [text.order for text in texts],
+        order="given",
+        width=width,
+      )
+      away[groups] = [abs(a.log_p - b.log_p) for a, b in zip(texts, scored)]
+    self.assertLess(max(away["random"]), 1e-4)
+    self.assertGreater(max(away["none"]), 1e-3)
+
+  def test_fillings_of_a_part_sum_to_one(self):
+    """Also averaged over orders; an unknown token is in no group."""
+    texts = [
+      "_[{}]ab[{}{}]".format(*xyz) for xyz in itertools.product("abc", repeat=3)
+    ]
+    for width in (2, 4):
+      scores = _scores(texts, order="uniform", orders=3, width=width)
+      p = np.exp([each.log_p for each in scores])
+      self.assertAlmostEqual(p.sum(), 1.0, delta=1e-5)
+    one, two = (_scores(texts, width=width) for width in (1, 2))
+    self.assertGreater(
+      max(abs(a.log_p - b.log_p) for a, b in zip(one, two)), 1e-3
+    )
+    # The tokens of a group are independent of each other.
+    (wide,) = _scores(["[ab]__"], width=2)
+    (swapped,) = _scores(["[ab]__"], [[2, 1, 3, 4]], order="given", width=2)
+    self.assertAlmostEqual(wide.log_p, swapped.log_p, delta=1e-5)
 
 
 if __name__ == "__main__":

@@ -327,6 +327,7 @@ class RulesTest(parameterized.TestCase):
       "orders.group_sizes",
     ),
     ("no_group", {"orders.groups": "given"}, "orders.group_sizes"),
+    ("score_groups", {"score.width": 2}, "score.width"),
     (
       "queries",
       {"model.mechanism": "sigma_gpt", "train.query_fraction": 0.5},

@@ -47,6 +47,18 @@ class AsTrainedTest(absltest.TestCase):
     got = self.as_trained(own, ["data.path"])
     self.assertEqual((got.data.corpus, got.data.path), ("folder", "other"))
 
+  def test_groups_are_the_run_s(self):
+    """Generation and scores follow them, whatever experiment is named."""
+    groups = config_lib.Orders(
+      family="block", groups="given", group_width=3, group_sizes=(30, 2)
+    )
+    self.run_config = dataclasses.replace(self.run_config, orders=groups)
+    self.write()
+    got = config_rules.validate(self.as_trained())
+    self.assertEqual(got.orders, dataclasses.replace(groups, family="uniform"))
+    got = self.as_trained(None, ["orders.groups"])
+    self.assertEqual(got.orders.groups, "none")
+
   def test_a_run_on_docstrings_reads_another_text_and_says_so(self):
     """Its config.json names a corpus that there is no more."""
     self.run_config = dataclasses.replace(

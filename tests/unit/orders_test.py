@@ -248,5 +248,18 @@ class NearestTest(parameterized.TestCase):
     self.assertEqual(near.recency.tolist(), [[0, 1, 1, 1, 1]])
 
 
+class GroupsTest(absltest.TestCase):
+  def test_groups_of_one_width_end_with_their_class(self):
+    classes = np.array([[0, 0, 0, 1, 1, 2, 2, 2], [1] * 8], np.int32)
+    for width, want in (
+      (1, ["11111111", "11111111"]),
+      (2, ["10110101", "10101010"]),
+      (3, ["10010100", "10010010"]),
+      (9, ["10010100", "10000000"]),
+    ):
+      start = np.asarray(orders.equal_groups(classes, width)).astype(int)
+      self.assertEqual(["".join(map(str, row)) for row in start], want)
+
+
 if __name__ == "__main__":
   absltest.main()
