@@ -320,13 +320,17 @@ def score(
     marked = prompts.parse_marked(
       line, tokenizer, config.sample.blank, config.score.marks, name
     )
-    check(marked, config.model)
     return line, marked
 
-  # All lines are checked before the first one is scored.
+  # All lines are checked before the first one is scored: here for symbols and
+  # marks, and below, when the run's model is known, for length and order.
   texts = prompts.check_lines(lines, parse)
   prompts.note_text(lines, tokenizer, config.sample.blank, config.score.marks)
   run = opening.open_run(workdir, config)
+  prompts.check_lines(
+    [(marked.name, marked) for _, marked in texts],
+    lambda marked, _: check(marked, run.network.model),
+  )
   with jax.set_mesh(run.network.mesh):
     scorer = Scorer(config, run.network)
     # Each part is printed at once, so that a later failure loses nothing of it.

@@ -312,17 +312,17 @@ def read_lines(path: str) -> list[tuple[str, str]]:
 
 
 def check_lines(
-  lines: Sequence[tuple[str, str]], parse: Callable[[str, str], Any]
+  lines: Sequence[tuple[str, Any]], parse: Callable[[Any, str], Any]
 ) -> list[Any]:
-  """Parse and check all lines, before anything is computed for one of them.
+  """Parse or check all lines, before anything is computed for one of them.
 
   Args:
-    lines: pairs (name, text).
+    lines: pairs of a name and a text, parsed or not.
     parse: function (text, name) that returns the parsed text, or raises
       PromptError.
 
   Returns:
-    The parsed texts.
+    The results of `parse`.
 
   Raises:
     PromptError: lines are wrong. The message is that of the first wrong line,

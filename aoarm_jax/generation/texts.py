@@ -361,13 +361,16 @@ def sample(
     lines = prompts.normalised(lines, tokenizer, blank, "")
 
   def parse(line, name):
-    parsed_prompt = prompts.parse_prompt(line, tokenizer, blank, name)
-    check(parsed_prompt, config.model)
-    return parsed_prompt
+    return prompts.parse_prompt(line, tokenizer, blank, name)
 
-  # All prompts are checked before the first one is filled.
+  # All prompts are checked before the first one is filled: here for symbols and
+  # blanks, and below, when the run's model is known, for length and order.
   parsed = prompts.check_lines(lines, parse)
   run = opening.open_run(workdir, config)
+  prompts.check_lines(
+    [(text.name, text) for text in parsed],
+    lambda text, _: check(text, run.network.model),
+  )
   with jax.set_mesh(run.network.mesh):
     sampler = Sampler(config, run.network)
     if input_file:

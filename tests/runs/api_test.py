@@ -596,22 +596,33 @@ class CommandTest(parameterized.TestCase):
     (
       ("score", "--input={long}"),
       "{long}, line 4 has 41 tokens; .* .2 others are wrong too; the next is "
-      "{long}, line 5",
+      "{long}, line 6",
     ),
     (
       ("sample", "--input={long}"),
-      "{long}, line 1='ab' has no blank '_': .* .4 others are wrong",
+      "{long}, line 4 has 41 tokens; the model ge",
+    ),
+    (
+      ("score", "--input={mixed}"),
+      "{mixed}, line 3: '.' at offset 1 has no partner .* .1 other is wrong",
+    ),
+    (
+      ("sample", "--input={mixed}"),
+      "{mixed}, line 1='ab' has no blank '_': .* .2 others are wrong",
     ),
     (("score", "--input={utf16}"), "{utf16}: is not text: it is UTF-16 text"),
     (("score", "--input={none}"), "{none} is empty: one text a line"),
   )
   def test_commands_that_cannot_be(self, command, message):
-    names = ("bad", "none", "utf16", "long")
+    names = ("bad", "none", "utf16", "long", "mixed")
     files = {name: str(_folder / name) for name in names}
     (_folder / "utf16").write_text("ab\ncd\n", encoding="utf-16")
     (_folder / "bad").write_text("a_\ncd\n")
     (_folder / "none").write_text("")
-    (_folder / "long").write_text(f"ab\nc_\nab\n{'d' * 41}\na[b\naXb\n")
+    long, longer = "d" * 40 + "_", "d" * 41 + "_"
+    lines = ["ab_", "c_", "d_", long, "e_", long, longer]
+    (_folder / "long").write_text("\n".join(lines))
+    (_folder / "mixed").write_text("ab\nc_\na[b_\naXb\n")
     mode, *rest = (part.format(**files) for part in command)
     out = io.StringIO()
     with (
