@@ -282,15 +282,19 @@ def run(flag_values: flags.FlagValues, argv: list[str]) -> None:
     or f"runs/{flag_values.config.name}-{flag_values.config.variant}"
   )
   config = config_lib.from_config_dict(flag_values.config)
-  if flag_values.mode in ("eval", "sample", "score"):
-    overridden = config_flags.get_override_values(flag_values["config"])
+  overridden = config_flags.get_override_values(flag_values["config"])
+  reads_a_run = flag_values.mode in ("eval", "sample", "score")
+  if reads_a_run:
     config = opening.as_trained(config, workdir, overridden)
   config = config_rules.validate(config)
   _check_flags(flag_values)
   # JAX must know the other processes before anything looks at a device.
   distributed.start(config.distributed)
-  config_file = config_flags.get_config_filename(flag_values["config"])
-  config = config_rules.validate(matching.resolve(config, config_file))
+  # The model of a run was matched when the run started.
+  if not (reads_a_run and (workdir / "config.json").exists()):
+    config_file = config_flags.get_config_filename(flag_values["config"])
+    config = matching.resolve(config, config_file, overridden)
+    config = config_rules.validate(config)
   if flag_values.mode == "train" and config.study.sweep:
     raise flags.Error(
       f"--config={config.name} is a sweep of many runs: --mode=study runs them"

@@ -16,6 +16,7 @@ from absl.testing import absltest, parameterized
 
 from aoarm_jax import main
 from aoarm_jax.config import errors
+from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import corpora
 
 # On the older Python alone, for time.
@@ -44,6 +45,33 @@ class StartTest(absltest.TestCase):
       helpers.run([f"--config={helpers.TINY}", "--mode=count"])
     order = [call[0] for call in calls.method_calls]
     self.assertEqual(order, ["start", "resolve", "table"])
+
+  def test_the_match_knows_the_overrides(self):
+    resolve = mock.Mock(side_effect=lambda config, *_: config)
+    with (
+      mock.patch.object(main.matching, "resolve", resolve),
+      mock.patch.object(main.matching, "table", return_value=""),
+    ):
+      helpers.run([TINY, "--mode=count", "--config.model.D=128"])
+    config, path, overridden = resolve.call_args.args
+    self.assertEqual(config.model.D, 128)
+    self.assertEqual(path, helpers.TINY)
+    self.assertEqual(list(overridden), ["model.D"])
+
+  def test_the_model_of_a_run_is_not_matched_again(self):
+    with (
+      tempfile.TemporaryDirectory() as folder,
+      mock.patch.object(main.evaluate, "evaluate") as evaluate,
+    ):
+      trained = helpers.config_of([TINY]).replace("model.mlp_width", 40)
+      path = pathlib.Path(folder) / "config.json"
+      path.write_text(config_lib.to_json(trained))
+      match = [
+        f"--config.match.{name}"
+        for name in ("to=causal", "by=parameters", "change=mlp_width")
+      ]
+      helpers.run([TINY, "--mode=eval", f"--workdir={folder}", *match])
+    self.assertEqual(evaluate.call_args.args[0].model.mlp_width, 40)
 
   def test_the_cache_folder_is_the_user_s(self):
     for value, folder in (
