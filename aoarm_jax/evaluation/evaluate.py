@@ -276,7 +276,7 @@ def evaluate(config: config_lib.Config, workdir: epath.Path) -> None:
 
   The estimates are logged. They are also written to the run directory:
   evaluations/step_<n>_<split>_<time>.json, slot_curve_<split>.png and
-  nearness_<split>.png.
+  nearness_<split>.png. A failure to write one of them is a warning.
 
   Args:
     config: the config; checkpoint.read says which checkpoint is read.
@@ -324,22 +324,22 @@ def _write(config, workdir, step, corpus, estimates):
   }
   now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S.%f")
   path = workdir / "evaluations" / f"step_{step:08d}_{split}_{now}.json"
-  run_dir.write_atomically(path, json.dumps(report, indent=2) + "\n")
-  logging.info("written: %s", path)
-  figures.slot_curve(
-    {
-      e.estimator: e.record()["slot_curve_bits"]
-      for e in estimates
-      if e.slot_curve_nats
-    },
-    workdir / f"slot_curve_{split}.png",
-    title=f"{config.name}:{config.variant}, {split}",
-  )
-  figures.nearness(
-    {e.estimator: e.report() for e in estimates if e.by_distance},
-    workdir / f"nearness_{split}.png",
-    title=f"{config.name}:{config.variant}, {split}",
-  )
+  content = json.dumps(report, indent=2) + "\n"
+  if run_dir.attempt(lambda: run_dir.write_atomically(path, content)):
+    logging.info("written: %s", path)
+  title = f"{config.name}:{config.variant}, {split}"
+  curves = {
+    e.estimator: e.record()["slot_curve_bits"]
+    for e in estimates
+    if e.slot_curve_nats
+  }
+  bins = {e.estimator: e.report() for e in estimates if e.by_distance}
+  for draw, values, name in (
+    (figures.slot_curve, curves, "slot_curve"),
+    (figures.nearness, bins, "nearness"),
+  ):
+    picture = workdir / f"{name}_{split}.png"
+    run_dir.attempt(functools.partial(draw, values, picture, title=title))
 
 
 def evaluation_batches(

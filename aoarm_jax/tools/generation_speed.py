@@ -237,7 +237,7 @@ def _fill(benchmark, chosen, path, device):
   """Measures, prints and saves; returns whether any cell could be measured."""
   benchmark.compile(chosen)
   print(decode_cells.header(), flush=True)
-  saved = []
+  saved, is_written = [], True
   for cell, results, failure in table.measured(chosen, benchmark.measure):
     if failure:
       print(f"{cell}: {failure}", flush=True)
@@ -249,7 +249,9 @@ def _fill(benchmark, chosen, path, device):
         dataclasses.asdict(result) | {"device": device, "jax": jax.__version__}
       )
     if path:
-      table.write_csv(path, saved)
+      is_written = table.write_csv(path, saved)
+  if not is_written:
+    sys.exit(f"--out={path}: not written; the table above is all")
   return bool(saved)
 
 

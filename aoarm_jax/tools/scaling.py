@@ -335,7 +335,7 @@ def _fill(chosen, devices, flags):
     return measure(config, compiled[config].result(), flags.steps)
 
   first: dict[tuple[Any, ...], float | None] = {}
-  is_any = False
+  is_any, all_written = False, True
   for (row, config, _), result, failure in table.measured(
     chosen, lambda item: measure_once(item[1])
   ):
@@ -350,9 +350,11 @@ def _fill(chosen, devices, flags):
       shown = [_cell(row, column) for column in _COLUMNS if column in row]
       _print_row(shown + ([failure] if failure else []))
       if flags.json:
-        table.append_json(
+        all_written &= table.append_json(
           flags.json, row | {"config": dataclasses.asdict(config)}
         )
+  if not all_written:
+    sys.exit(f"--json={flags.json}: not all rows are written, see above")
   return is_any
 
 

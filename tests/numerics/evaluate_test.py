@@ -2,6 +2,7 @@
 
 import functools
 import math
+import tempfile
 from unittest import mock
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 from absl.testing import absltest, parameterized
+from etils import epath
 
 from aoarm_jax import objective, orders
 from aoarm_jax.config import purposes
@@ -334,6 +336,22 @@ class ElboTest(parameterized.TestCase):
     )
     self.assertEqual((elbo.slot_curve_nats, elbo.by_distance), ((), ()))
     self.assertLen(chain.slot_curve_nats, T)
+
+
+class WriteTest(absltest.TestCase):
+  def test_every_file_is_tried(self):
+    """The numbers are in the log already."""
+    workdir = epath.Path(self.enterContext(tempfile.TemporaryDirectory()))
+    (workdir / "evaluations").write_text("no folder")
+    corpus = mock.Mock()
+    corpus.describe.return_value = corpus.hash.return_value = "text"
+    corpus.split.return_value, corpus.tokenizer.V = np.arange(9) % _V, _V
+    estimate = evaluate.Estimate("any_order", 1.0, 0.1, 3, (1.0,) * 7)
+    with self.assertLogs(level="INFO") as logs:
+      evaluate._write(config.Config(), workdir, 3, corpus, [estimate])
+    (warning,) = logs.output
+    self.assertIn("not written: ", warning)
+    self.assertTrue((workdir / "slot_curve_valid.png").exists())
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """Tests of runs/directory.py: metrics.jsonl, and files that explain a run."""
 
+import errno
 import importlib.util
 import json
 import math
 import os
 import subprocess
 import tempfile
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -186,6 +188,31 @@ class MetricsTest(_FolderTest):
     written = b"".join(path.read_bytes() for path in events)
     self.assertIn(b"train/loss_nats_per_token", written)
     self.assertIn(b"valid/left_to_right/bits_per_char", written)
+
+
+class WriteTest(_FolderTest):
+  def test_what_cannot_be_written_is_logged(self):
+    (self.workdir / "file").write_text("")
+    path = self.workdir / "file" / "x.json"
+    with self.assertLogs(level="WARNING") as logs:
+      written = run_dir.attempt(lambda: run_dir.write_atomically(path, "x"))
+    self.assertFalse(written)
+    self.assertRegex(logs.output[0], "not written: .*file: .*[Ee]xists")
+    path = self.workdir / "x.json"
+    self.assertTrue(run_dir.attempt(lambda: path.write_text("x")))
+    with self.assertRaises(ValueError):  # A defect of the program.
+      run_dir.attempt(lambda: path.write_text(int("x")))
+
+  def test_the_file_is_named_where_nothing_can_be_written_or_removed(self):
+    """As on a file system that is read-only."""
+    read_only = OSError(errno.EROFS, "Read-only file system", ".x.tmp")
+    with (
+      mock.patch("builtins.open", side_effect=read_only),
+      mock.patch("pathlib.Path.unlink", side_effect=read_only),
+      self.assertRaises(OSError) as caught,
+    ):
+      run_dir.write_atomically(self.workdir / "x.json", "x")
+    self.assertEqual(caught.exception.filename, str(self.workdir / "x.json"))
 
 
 class RunDirTest(_FolderTest):
