@@ -27,7 +27,7 @@ from etils import epath
 from ml_collections import config_flags
 
 import pallas_kernels
-from aoarm_jax.config import errors
+from aoarm_jax.config import errors, experiments
 from aoarm_jax.config import rules as config_rules
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import distributed
@@ -42,8 +42,8 @@ from aoarm_jax.training import loop as train
 
 MODES = ("train", "eval", "sample", "score", "count", "study", "compile")
 _NO_CONFIG = (
-  "--config is missing: name an experiment, as in "
-  "--config=configs/two_stream.py"
+  "--config is missing: name an experiment, as in --config=two_stream:tiny, or "
+  "its file, as in --config=configs/two_stream.py:tiny"
 )
 
 _GOES_ON = {"study": ": the same command goes on with the cell that was lost"}
@@ -76,8 +76,8 @@ def define_flags(
   config_flags.DEFINE_config_file(
     "config",
     None,
-    "experiment file and variant, as in configs/two_stream.py:tiny; single "
-    "fields by --config.train.steps=100",
+    "experiment and variant, by name, as in two_stream:tiny, or by file, as in "
+    "configs/two_stream.py:tiny; single fields by --config.train.steps=100",
     flag_values=flag_values,
     sys_argv=argv,
   )
@@ -139,7 +139,7 @@ def parse(
   for argument in argv[1:]:
     _check_override(argument)
   try:
-    arguments = flag_values(argv)
+    arguments = flag_values(_with_paths(argv))
     if len(arguments) > 1:
       raise flags.Error(f"unexpected argument {arguments[1]!r}")
     if not flag_values["config"].present:
@@ -158,6 +158,20 @@ def parse(
       raise
     raise config_lib.ConfigError(message) from error
   return arguments
+
+
+def _with_paths(argv):
+  """Return the command line with the path of the experiment for its name."""
+  paths, is_value = [], False
+  for argument in argv:
+    flag, equals, value = argument.partition("=")
+    if is_value and argument:
+      argument = experiments.find(argument)
+    elif flag in ("--config", "-config") and value:
+      argument = f"{flag}={experiments.find(value)}"
+    is_value = flag in ("--config", "-config") and not equals
+    paths.append(argument)
+  return paths
 
 
 def _in_experiment(error):
@@ -206,7 +220,9 @@ def _no_file(path):
   """Return the message for an experiment's file that does not exist."""
   folder = glob.escape(os.path.dirname(path))
   files = glob.glob(os.path.join(folder, "*.py")) + glob.glob("configs/*.py")
+  name = pathlib.Path(path).stem
   near = difflib.get_close_matches(path, files, 1)
+  near = near or difflib.get_close_matches(name, experiments.names(), 1)
   return f"no file {path}" + "".join(f"; did you mean {p}?" for p in near)
 
 
@@ -433,5 +449,10 @@ def _parse_or_exit(argv):
     return _fail(_last_line(error), 2)
 
 
-if __name__ == "__main__":
+def command() -> None:
+  """Run the command aoarm_jax; it is the same as python -m aoarm_jax.main."""
   app.run(main, flags_parser=_parse_or_exit)
+
+
+if __name__ == "__main__":
+  command()

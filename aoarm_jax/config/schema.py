@@ -331,7 +331,8 @@ class Match:
 
   to: str = _field(
     "",
-    "name of a config file in the same folder, such as two_stream or "
+    "name of a config file in the same folder, or of an experiment of this "
+    "package, such as two_stream or "
     "two_stream:long; without a variant this experiment's variant is used; "
     "'' matches nothing",
   )

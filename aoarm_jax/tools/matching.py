@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from absl import logging
 from etils import epath
 
-from aoarm_jax.config import mechanisms
+from aoarm_jax.config import experiments, mechanisms
 from aoarm_jax.config import rules as config_rules
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.model import cost
@@ -108,7 +108,7 @@ def resolve(
   Args:
     config: to be changed. It stays as it is where match.to is "".
     config_file: path of the config's file. The other experiment's file lies in
-      the same folder.
+      the same folder, or is one of this package.
     overridden: paths of the fields that the command line set, such as
       "model.D". Their values are those of `config`.
 
@@ -121,6 +121,8 @@ def resolve(
     return config
   name, _, variant = wanted.to.partition(":")
   path = epath.Path(config_file.partition(":")[0]).parent / f"{name}.py"
+  if not path.exists() and name in experiments.names():
+    path = epath.Path(experiments.folder() / f"{name}.py")
   if not path.exists():
     raise config_lib.ConfigError(
       f"config.match.to={wanted.to!r}: there is no {path}"

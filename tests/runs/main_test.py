@@ -5,6 +5,8 @@ import io
 import os
 import pathlib
 import re
+import subprocess
+import sys
 import tempfile
 from unittest import mock
 
@@ -313,6 +315,22 @@ class ParseTest(parameterized.TestCase):
     with self.assertRaisesRegex(errors.UserError, "get it from http.*text8"):
       helpers.run([f"--config={path}:base", f"--workdir={self.folder}"])
 
+  def test_an_experiment_by_name(self):
+    """Beside its path; the value may be an argument of its own."""
+    by_path = helpers.config_of([TINY])
+    for command in (
+      ["--config=two_stream:tiny"],
+      ["--config", "two_stream:tiny"],
+      ["-config=two_stream:tiny"],
+    ):
+      self.assertEqual(helpers.config_of(command), by_path)
+    values, _ = helpers.parse(["--config=causal", "--workdir=two_stream"])
+    self.assertEqual(values.config.name, "causal")
+    self.assertEqual(values.workdir, "two_stream")
+    self.assertIn(
+      "did you mean two_stream?", self.refused("--config=twostream:tiny")
+    )
+
   def test_flags_can_be_defined_anew(self):
     for steps in (3, 4):
       config = helpers.config_of([TINY, f"--config.train.steps={steps}"])
@@ -367,6 +385,34 @@ class ProcessTest(parameterized.TestCase):
       self.assertStartsWith(err, "aoarm_jax: error: ")
       self.assertIn(message, err)
       self.assertEqual(os.listdir(folder), [])
+
+  @pytest.mark.slow
+  def test_a_wheel_is_usable(self):
+    """pip install, then the command in a folder without a checkout."""
+    folder = self.enterContext(tempfile.TemporaryDirectory())
+    pip = [sys.executable, "-m", "pip", "--quiet"]
+    wheels, site = os.path.join(folder, "wheels"), os.path.join(folder, "site")
+    subprocess.run(
+      [*pip, "wheel", "--no-deps", "-w", wheels, helpers.ROOT], check=True
+    )
+    (name,) = os.listdir(wheels)
+    wheel = os.path.join(wheels, name)
+    subprocess.run(
+      [*pip, "install", "--no-deps", "-t", site, wheel], check=True
+    )
+    shown = subprocess.run(
+      [
+        os.path.join(site, "bin", "aoarm_jax"),
+        "--config=two_stream:tiny",
+        "--mode=count",
+      ],
+      cwd=folder,
+      env=os.environ | {"PYTHONPATH": site, "JAX_PLATFORMS": "cpu"},
+      capture_output=True,
+      text=True,
+      check=True,
+    ).stdout
+    self.assertStartsWith(shown, "mechanism")
 
 
 if __name__ == "__main__":

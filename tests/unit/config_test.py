@@ -1,11 +1,17 @@
 """The schema, the experiment files, and the rules between fields."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
+import os
 import pathlib
 import pickle
+import subprocess
+import sys
+import tempfile
 
+import pytest
 from absl.testing import absltest, parameterized
 
 from aoarm_jax.config import experiments
@@ -89,6 +95,51 @@ class ExperimentsTest(parameterized.TestCase):
     self.assertEqual(sizes["default"], (256, 10, 4, 128))
     self.assertEqual(sizes["long"], (256, 10, 4, 1024))
     self.assertEqual(sizes["base"], (768, 12, 12, 256))
+
+  def test_an_experiment_has_a_name(self):
+    self.assertContainsSubset(EXPERIMENTS, experiments.names())
+    path = str(CONFIGS / "two_stream.py")
+    self.assertEqual(experiments.find("two_stream:tiny"), f"{path}:tiny")
+    self.assertEqual(experiments.find("two_stream"), path)
+    with contextlib.chdir(self.enterContext(tempfile.TemporaryDirectory())):
+      # As the docs have it, where no checkout is.
+      published = "configs/two_stream.py:tiny"
+      self.assertEqual(experiments.find(published), f"{path}:tiny")
+      pathlib.Path("configs").mkdir()
+      pathlib.Path("configs/two_stream.py").write_text("")
+      self.assertEqual(experiments.find(published), published)
+    for own in ("./two_stream:tiny", "mine.py", "configs/mine.py", ""):
+      self.assertEqual(experiments.find(own), own)
+
+  @parameterized.parameters(
+    ("twostream:tiny", "'twostream'; did you mean two_stream\\?"),
+    ("xyz5", "'xyz5'; there are: any_subset, .*--config=./xyz5.py"),
+  )
+  def test_no_experiment_of_that_name(self, name, message):
+    with self.assertRaisesRegex(config_lib.ConfigError, message):
+      experiments.find(name)
+
+  def test_a_wheel_has_the_experiments(self):
+    """The files that a build puts into the package, and those of an sdist."""
+    pytest.importorskip("setuptools")
+    code = (
+      "import setuptools\n"
+      "from distutils import core\n"
+      "made = core.run_setup('setup.py', ['--quiet'], 'config')\n"
+      "build = made.get_command_obj('build_py')\n"
+      "build.ensure_finalized()\n"
+      "print(*build.get_outputs(False), *build.get_source_files(), sep='\\n')"
+    )
+    shown = subprocess.run(
+      [sys.executable, "-c", code],
+      cwd=CONFIGS.parent,
+      capture_output=True,
+      text=True,
+      check=True,
+    ).stdout.replace(os.sep, "/")
+    for path in CONFIGS.glob("*.py"):
+      self.assertIn(f"/aoarm_jax/configs/{path.name}\n", shown)
+      self.assertIn(f"\nconfigs/{path.name}\n", shown)
 
   def test_base_wants_text8_when_it_is_read_and_says_where_it_is(self):
     data = config_lib.from_config_dict(get_config("two_stream", "base")).data
