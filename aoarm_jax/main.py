@@ -12,12 +12,14 @@ code that is not zero:
 import dataclasses
 import difflib
 import errno
+import functools
 import glob
 import os
 import pathlib
 import re
 import signal
 import sys
+import textwrap
 import traceback
 from typing import Any
 
@@ -27,7 +29,7 @@ from etils import epath
 from ml_collections import config_flags
 
 import pallas_kernels
-from aoarm_jax.config import errors, experiments
+from aoarm_jax.config import errors, experiments, explain
 from aoarm_jax.config import rules as config_rules
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import distributed
@@ -40,7 +42,11 @@ from aoarm_jax.tools import compile as pod
 from aoarm_jax.tools import matching
 from aoarm_jax.training import loop as train
 
-MODES = ("train", "eval", "sample", "score", "count", "study", "compile")
+MODES = (
+  *("train", "eval", "sample", "score"),
+  *("config", "count", "study", "compile"),
+)
+_HELP = ("--help", "-help", "-h", "-?", "--helpshort", "--helpfull")
 _NO_CONFIG = (
   "--config is missing: name an experiment, as in --config=two_stream:tiny, or "
   "its file, as in --config=configs/two_stream.py:tiny"
@@ -54,6 +60,7 @@ _LESS_TRAINING = (
 _LESS_MEMORY = {
   "train": _LESS_TRAINING,
   "compile": _LESS_TRAINING,
+  "config": "the model is too large",
   "count": "the model is too large",
   # This field is not part of a cell's identity, so finished cells stay valid.
   "study": "set --config.compute.remat=true",
@@ -253,15 +260,13 @@ def _check_override(argument: str) -> None:
       raise config_lib.ConfigError(f"{path}.{name}: {path} has no fields")
     fields = [field.name for field in dataclasses.fields(node)]
     if name not in fields:
-      raise config_lib.ConfigError(
-        f"{path}.{name}: no such field; {path} has: {', '.join(fields)}"
-      )
+      raise config_lib.no_such_field(path, name, node)
     path, node = f"{path}.{name}", getattr(node, name)
   if dataclasses.is_dataclass(node):
     raise config_lib.ConfigError(f"{path}: a section; set one of its fields")
   if match[2] is not None and not _reads_as(type(node), match[2]):
     raise config_lib.ConfigError(
-      f"{path}={match[2]!r}: must be of type {type(node).__name__}"
+      f"{path}={match[2]!r}: must be {config_lib.KINDS[type(node)]}"
     )
 
 
@@ -325,6 +330,8 @@ def run(flag_values: flags.FlagValues, argv: list[str]) -> None:
       generate.sample(config, workdir, flag_values.prompt, flag_values.input)
     case "score":
       score.score(config, workdir, flag_values.text, flag_values.input)
+    case "config":
+      print(explain.table(config))
     case "count":
       print(matching.table(config))
     case "study":
@@ -420,8 +427,7 @@ def main(argv: list[str]) -> None:
       raise
     # The reader of the output has ended, as `| head` does.
     if error.errno == errno.EPIPE:
-      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-      sys.exit(128 + signal.SIGPIPE)
+      _end_without_reader()
     where = f": {error.filename}" if error.filename else ""
     hint = " (free some space and start the same command again)"
     _fail(
@@ -435,16 +441,62 @@ def main(argv: list[str]) -> None:
     _fail(f"out of device memory: {_LESS_MEMORY[flags.FLAGS.mode]}", 1)
 
 
+def _end_without_reader():
+  """End the program whose output nobody reads any more."""
+  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  sys.exit(128 + signal.SIGPIPE)
+
+
 def _fail(error, code):
   """Print an error in one line and end the program."""
   print(f"aoarm_jax: error: {error}", file=sys.stderr)
   sys.exit(code)
 
 
+def help_text(
+  argv: list[str], flag_values: flags.FlagValues = flags.FLAGS
+) -> str:
+  """Return what --help prints: the flags, and every field of the config.
+
+  Args:
+    argv: the command line. If it names an experiment, the values of its fields
+      are shown, else the defaults.
+    flag_values: the flags to set, see `define_flags`.
+
+  Raises:
+    flags.Error, ConfigError: see `parse`.
+  """
+  config = config_lib.Config()
+  argv = [argument for argument in argv if argument not in _HELP]
+  if any(re.match("--?config(=|$)", argument) for argument in argv):
+    parse(argv, flag_values)
+    config = config_lib.from_config_dict(flag_values.config)
+  ours = flag_values.get_key_flags_for_module(sys.modules[__name__])
+  lines = [f"--{flag.name}: {flag.help}" for flag in ours]
+  indented = functools.partial(
+    textwrap.fill, width=80, initial_indent="  ", subsequent_indent="      "
+  )
+  return "\n\n".join(
+    (
+      f"{__doc__.strip()}\n\nFlags:\n" + "\n".join(map(indented, lines)),
+      "Experiments:\n" + indented(", ".join(experiments.names())),
+      "Variants of most experiments:\n"
+      + indented(", ".join(experiments.VARIANTS)),
+      f"Fields of {config.name}:{config.variant}:",
+      explain.table(config),
+    )
+  )
+
+
 def _parse_or_exit(argv):
   """Parse the command line, or end the program with exit code 2."""
   try:
+    if not set(_HELP).isdisjoint(argv[1:]):
+      print(help_text(argv), flush=True)
+      sys.exit(0)
     return parse(argv)
+  except BrokenPipeError:
+    _end_without_reader()
   except (errors.UserError, flags.Error) as error:
     return _fail(_last_line(error), 2)
 

@@ -331,6 +331,34 @@ class ParseTest(parameterized.TestCase):
       "did you mean two_stream?", self.refused("--config=twostream:tiny")
     )
 
+  def test_help_shows_flags_and_fields(self):
+    values = flags.FlagValues()
+    main.define_flags(values, ["main.py"])
+    text = main.help_text(["main.py", "--help"], values)
+    for flag in (*values, "config.model.T=128"):
+      self.assertIn(f"--{flag}", text)
+    self.assertIn("two_stream", text)
+    argv = ["main.py", "--config=two_stream:tiny", "-h"]
+    argv.append("--config.model.D=96")
+    values = flags.FlagValues()
+    main.define_flags(values, argv)
+    text = main.help_text(argv, values)
+    self.assertIn("--config.model.D=96\n", text)
+    self.assertIn("--config.model.T=64\n", text)
+    self.assertIn("default 128", text)
+
+  def test_a_mode_that_shows_the_fields(self):
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+      helpers.run(
+        [
+          f"--config={helpers.TINY.replace('two_stream', 'decoupled_rope')}",
+          "--mode=config",
+          "--config.match.to=two_stream",
+        ]
+      )
+    self.assertIn("--config.train.steps=3740\n", shown.getvalue())
+
   def test_flags_can_be_defined_anew(self):
     for steps in (3, 4):
       config = helpers.config_of([TINY, f"--config.train.steps={steps}"])

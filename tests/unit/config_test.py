@@ -222,14 +222,28 @@ class SchemaTest(parameterized.TestCase):
   @parameterized.parameters(
     ({"nodel": {}}, "config.nodel: no such field; config has: name, "),
     ({"model": {"d": 3}}, "config.model.d: no such field; config.model has"),
-    ({"model": {"D": 3.0}}, "config.model.D=3.0: a float where a int"),
-    ({"model": {"D": True}}, "config.model.D=True: a bool where a int"),
+    ({"model": {"D": 3.0}}, "config.model.D=3.0: must be a whole number (int)"),
+    (
+      {"model": {"D": True}},
+      "config.model.D=True: must be a whole number (int)",
+    ),
     ({"model": {"D": None}}, "config.model.D=None"),
-    ({"compute": {"remat": 1}}, "config.compute.remat=1: a int where a bool"),
-    ({"optimizer": {"b1": "1"}}, "config.optimizer.b1='1': a str where"),
-    ({"optimizer": {"b1": False}}, "config.optimizer.b1=False: a bool where"),
-    ({"orders": {"given": "12"}}, "config.orders.given='12': a str where"),
-    ({"data": {"path": 3}}, "config.data.path=3: a int where a str"),
+    (
+      {"compute": {"remat": 1}},
+      "config.compute.remat=1: must be true or false (bool)",
+    ),
+    (
+      {"optimizer": {"b1": "1"}},
+      "config.optimizer.b1='1': must be a number (float)",
+    ),
+    (
+      {"optimizer": {"b1": False}},
+      "config.optimizer.b1=False: must be a number (float)",
+    ),
+    ({"orders": {"given": "12"}}, "config.orders.given='12': must be a tuple"),
+    ({"model": 3}, "config.model=3: a section; it has: mechanism, sent"),
+    ([1], "config=[1]: a section; it has: name, variant"),
+    ({"data": {"path": 3}}, "config.data.path=3: must be a text (str)"),
   )
   def test_what_json_may_not_hold(self, tree, message):
     with self.assertRaises(config_lib.ConfigError) as caught:
