@@ -32,7 +32,7 @@ import pallas_kernels
 from aoarm_jax.config import errors, experiments, explain
 from aoarm_jax.config import rules as config_rules
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.devices import distributed
+from aoarm_jax.devices import distributed, sharding
 from aoarm_jax.evaluation import evaluate, score
 from aoarm_jax.generation import texts as generate
 from aoarm_jax.runs import directory as run_dir
@@ -302,6 +302,7 @@ def run(flag_values: flags.FlagValues, argv: list[str]) -> None:
     flag_values.workdir
     or f"runs/{flag_values.config.name}-{flag_values.config.variant}"
   )
+  run_dir.check_workdir(workdir)
   config = config_lib.from_config_dict(flag_values.config)
   overridden = config_flags.get_override_values(flag_values["config"])
   reads_a_run = flag_values.mode in ("eval", "sample", "score")
@@ -311,6 +312,8 @@ def run(flag_values: flags.FlagValues, argv: list[str]) -> None:
   _check_flags(flag_values)
   # JAX must know the other processes before anything looks at a device.
   distributed.start(config.distributed)
+  if flag_values.mode not in ("config", "compile"):
+    sharding.all_devices()
   # The model of a run was matched when the run started.
   if not (reads_a_run and (workdir / "config.json").exists()):
     config_file = config_flags.get_config_filename(flag_values["config"])

@@ -207,18 +207,20 @@ def over_batches(
   first_row = sharding.put(mesh, np.int32(0))
   sequence_nats: list[np.ndarray] = []
   total = None
-  start = last_line = time.monotonic()
+  # The first batch also compiles, so the time left is told from the second on.
+  second_start = last_line = time.monotonic()
   for done in range(len(batches)):
     batch = batches[done]
+    if done == 1:
+      second_start = time.monotonic()
     if done and time.monotonic() - last_line > _SECONDS_BETWEEN_LINES:
       last_line = time.monotonic()
-      seconds_left = (last_line - start) / done * (len(batches) - done)
-      logging.info(
-        "%d of %d batches  ETA %s",
-        done,
-        len(batches),
-        telemetry.format_duration(seconds_left),
-      )
+      eta = ""
+      if done > 1:
+        seconds = (last_line - second_start) / (done - 1)
+        seconds_left = seconds * (len(batches) - done)
+        eta = f"  ETA {telemetry.format_duration(seconds_left)}"
+      logging.info("%d of %d batches%s", done, len(batches), eta)
     if is_stopped():
       return None
     nats, sums, real, first_row = estimate(

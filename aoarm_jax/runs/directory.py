@@ -83,6 +83,22 @@ def write_atomically(path: epath.PathLike, content: str | bytes) -> None:
     raise OSError(error.errno, error.strerror, str(path)) from error
 
 
+def check_workdir(workdir: epath.PathLike) -> None:
+  """Refuses a run directory that is a file, or lies below one.
+
+  Raises:
+    config.ConfigError: names the file.
+  """
+  workdir = epath.Path(workdir)
+  if not _is_local(workdir):
+    return
+  for path in (workdir, *workdir.parents):
+    if path.exists() and not path.is_dir():
+      raise config.ConfigError(
+        f"--workdir={workdir}: {path} is a file; name a folder"
+      )
+
+
 def attempt(write: Callable[[], object]) -> bool:
   """Writes a file beside an answer that the user has got already.
 
@@ -417,8 +433,7 @@ def parameter_table(params: Any) -> str:
     count = math.prod(leaf.shape)
     size += count * dtype.itemsize
     shape = " x ".join(map(str, leaf.shape)) or "scalar"
-    # A Flax variable keeps its array in an attribute called value.
-    rows.append((name.removesuffix("/value"), shape, dtype.name, f"{count:,}"))
+    rows.append((name, shape, dtype.name, f"{count:,}"))
   rows.append(
     ("total", "", f"{size / 2**20:,.1f} MiB", f"{parameter_count(params):,}")
   )

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 import tempfile
 from unittest import mock
 
@@ -128,11 +129,29 @@ class EstimateTest(parameterized.TestCase):
   def test_long_ones_say_how_long(self):
     with (
       mock.patch.object(evaluate, "_SECONDS_BETWEEN_LINES", 0.0),
-      self.assertLogs(level="INFO") as logs,
+      self.assertLogs("absl", level="INFO") as logs,
     ):
       _estimate("any_order", _batches(3))
     self.assertLen(logs.output, 2)
-    self.assertRegex(logs.output[0], r"1 of 3 batches  ETA \d+s")
+    # The first batch compiles: it says nothing about the others.
+    self.assertRegex(logs.output[0], "1 of 3 batches$")
+    self.assertRegex(logs.output[1], r"2 of 3 batches  ETA \d+s$")
+
+  def test_the_time_left_does_not_count_compiling(self):
+    clock = iter([0.0, *(300.0 + i for i in range(99))])
+    batches = mock.MagicMock()
+    batches.__len__.return_value = 5
+    result = (np.zeros(1), {}, np.ones(1, bool), 0)
+    with (
+      mock.patch.object(evaluate.time, "monotonic", side_effect=clock),
+      mock.patch.object(evaluate, "sharding"),
+      mock.patch.object(evaluate, "_SECONDS_BETWEEN_LINES", 0.0),
+      self.assertLogs(level="INFO") as logs,
+    ):
+      evaluate.over_batches(lambda *_: result, batches, mock.Mock())
+    for line in logs.output[1:]:
+      (seconds,) = re.findall(r"ETA (\d+)s", line)
+      self.assertLess(int(seconds), 20)
 
   def test_ensembled(self):
     """-log of the mean probability over K orders, which has no curve."""

@@ -398,6 +398,12 @@ class ProcessTest(parameterized.TestCase):
     ("unknown_flag", [TINY, "--foo=1"], 2, "'foo'"),
     ("impossible_value", [TINY, "--config.model.N=3"], 2, "config.model.N=3"),
     (
+      "workdir_is_a_file",
+      [TINY, f"--workdir={__file__}"],
+      2,
+      "main_test.py is a file; name a folder",
+    ),
+    (
       "no_text",
       [TINY, "--config.data.path=/absent"],
       1,
@@ -441,6 +447,16 @@ class ProcessTest(parameterized.TestCase):
       check=True,
     ).stdout
     self.assertStartsWith(shown, "mechanism")
+
+  def test_devices_that_are_not_here(self):
+    process = helpers.start([TINY, "--mode=count"], JAX_PLATFORMS="cuda")
+    code, out, err = helpers.finish(process)
+    if code:  # There may be a GPU.
+      self.assertEqual((code, out), (2, ""))
+      error = err.splitlines()[-1]
+      self.assertStartsWith(
+        error, "aoarm_jax: error: JAX_PLATFORMS=cuda: JAX finds no such device"
+      )
 
 
 if __name__ == "__main__":

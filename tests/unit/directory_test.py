@@ -191,6 +191,18 @@ class MetricsTest(_FolderTest):
 
 
 class WriteTest(_FolderTest):
+  def test_a_run_directory_is_a_folder(self):
+    file = self.workdir / "file"
+    file.write_text("")
+    for path in (file, file / "x" / "y"):
+      with self.assertRaisesRegex(
+        config.ConfigError, f"--workdir={path}: {file} is a file; name a folder"
+      ):
+        run_dir.check_workdir(path)
+    run_dir.check_workdir(self.workdir)
+    run_dir.check_workdir(self.workdir / "new" / "x")
+    run_dir.check_workdir("gs://bucket/x")
+
   def test_what_cannot_be_written_is_logged(self):
     (self.workdir / "file").write_text("")
     path = self.workdir / "file" / "x.json"
@@ -234,6 +246,10 @@ class RunDirTest(_FolderTest):
     self.assertEqual(lines[3].split()[1:], ["scalar", "int32", "1"])
     self.assertEqual(lines[-1].split(), ["total", "0.0", "MiB", "175"])
     self.assertLen({len(line) for line in lines}, 1)
+
+  def test_a_parameter_may_be_called_value(self):
+    table = run_dir.parameter_table({"attention": {"value": np.ones(3)}})
+    self.assertIn("attention/value ", table)
 
   def _describe(self, *argv):
     run_dir.describe_run(
