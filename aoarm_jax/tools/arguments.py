@@ -7,9 +7,14 @@ import argparse
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Collection
 
+import jax
 from etils import epath
+
+from aoarm_jax.config import schema as config_lib
+from aoarm_jax.devices import sharding
 
 
 def parser(module: str, description: str) -> argparse.ArgumentParser:
@@ -81,6 +86,14 @@ def pattern(text: str) -> re.Pattern:
     raise argparse.ArgumentTypeError(
       f"{text!r} is not a regular expression: {error}"
     ) from None
+
+
+def devices() -> list[jax.Device]:
+  """Returns the devices, or ends the program in one line."""
+  try:
+    return sharding.all_devices()
+  except config_lib.ConfigError as error:
+    sys.exit(f"aoarm_jax: error: {error}")
 
 
 def output(text: str) -> str:

@@ -181,6 +181,7 @@ def _parse(argv):
   options = parser.parse_args(argv)
   if options.quick and not options.plot:
     size, T, B = "8m", 1024, 64
+    arguments.devices()
     if jax.default_backend() == "cpu":
       size, T, B = "tiny", 128, 8
     parser.set_defaults(
@@ -204,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.exit(
       f"no cell has a name with {only.pattern!r}; the first one's is {every[0]}"
     )
-  device = jax.devices()[0].device_kind
+  device = arguments.devices()[0].device_kind
   how = _how(options, device)
   print(f"jax {jax.__version__}, {device}")
   if run is None and options.quick and jax.default_backend() == "cpu":

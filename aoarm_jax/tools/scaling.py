@@ -300,7 +300,7 @@ def main(argv: list[str]) -> int:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
   distributed.start(config_lib.Distributed())
-  devices = jax.devices()
+  devices = arguments.devices()
   if jax.process_index() == 0:
     kind = devices[0].device_kind
     print(f"{len(devices)} x {kind}, jax {jax.__version__}", flush=True)
