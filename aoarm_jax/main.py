@@ -12,12 +12,14 @@ code that is not zero:
 import dataclasses
 import difflib
 import errno
+import functools
 import glob
 import os
 import pathlib
 import re
 import signal
 import sys
+import textwrap
 import traceback
 from typing import Any
 
@@ -26,10 +28,10 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 import pallas_kernels
-from aoarm_jax.config import errors, paths
+from aoarm_jax.config import errors, experiments, explain, paths
 from aoarm_jax.config import rules as config_rules
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.devices import distributed, switches
+from aoarm_jax.devices import distributed, sharding, switches
 from aoarm_jax.evaluation import evaluate, score
 from aoarm_jax.generation import texts as generate
 from aoarm_jax.runs import directory as run_dir
@@ -39,10 +41,14 @@ from aoarm_jax.tools import compile as pod
 from aoarm_jax.tools import matching
 from aoarm_jax.training import loop as train
 
-MODES = ("train", "eval", "sample", "score", "count", "study", "compile")
+MODES = (
+  *("train", "eval", "sample", "score"),
+  *("config", "count", "study", "compile"),
+)
+_HELP = ("--help", "-help", "-h", "-?", "--helpshort", "--helpfull")
 _NO_CONFIG = (
-  "--config is missing: name an experiment, as in "
-  "--config=configs/two_stream.py"
+  "--config is missing: name an experiment, as in --config=two_stream:tiny, or "
+  "its file, as in --config=configs/two_stream.py:tiny"
 )
 
 _GOES_ON = {"study": ": the same command goes on with the cell that was lost"}
@@ -53,6 +59,7 @@ _LESS_TRAINING = (
 _LESS_MEMORY = {
   "train": _LESS_TRAINING,
   "compile": _LESS_TRAINING,
+  "config": "the model is too large",
   "count": "the model is too large",
   # This field is not part of a cell's identity, so finished cells stay valid.
   "study": "set --config.compute.remat=true",
@@ -75,8 +82,8 @@ def define_flags(
   config_flags.DEFINE_config_file(
     "config",
     None,
-    "experiment file and variant, as in configs/two_stream.py:tiny; single "
-    "fields by --config.train.steps=100",
+    "experiment and variant, by name, as in two_stream:tiny, or by file, as in "
+    "configs/two_stream.py:tiny; single fields by --config.train.steps=100",
     flag_values=flag_values,
     sys_argv=argv,
   )
@@ -139,7 +146,7 @@ def parse(
     _check_override(argument)
   argv = [argv[0], *map(_expanded, argv[1:])]
   try:
-    arguments = flag_values(argv)
+    arguments = flag_values(_with_paths(argv))
     if len(arguments) > 1:
       raise flags.Error(f"unexpected argument {arguments[1]!r}")
     if not flag_values["config"].present:
@@ -158,6 +165,20 @@ def parse(
       raise
     raise config_lib.ConfigError(message) from error
   return arguments
+
+
+def _with_paths(argv):
+  """Return the command line with the path of the experiment for its name."""
+  paths, is_value = [], False
+  for argument in argv:
+    flag, equals, value = argument.partition("=")
+    if is_value and argument:
+      argument = experiments.find(argument)
+    elif flag in ("--config", "-config") and value:
+      argument = f"{flag}={experiments.find(value)}"
+    is_value = flag in ("--config", "-config") and not equals
+    paths.append(argument)
+  return paths
 
 
 def _in_experiment(error):
@@ -206,7 +227,9 @@ def _no_file(path):
   """Return the message for an experiment's file that does not exist."""
   folder = glob.escape(os.path.dirname(path))
   files = glob.glob(os.path.join(folder, "*.py")) + glob.glob("configs/*.py")
+  name = pathlib.Path(path).stem
   near = difflib.get_close_matches(path, files, 1)
+  near = near or difflib.get_close_matches(name, experiments.names(), 1)
   return f"no file {path}" + "".join(f"; did you mean {p}?" for p in near)
 
 
@@ -248,15 +271,13 @@ def _check_override(argument: str) -> None:
       raise config_lib.ConfigError(f"{path}.{name}: {path} has no fields")
     fields = [field.name for field in dataclasses.fields(node)]
     if name not in fields:
-      raise config_lib.ConfigError(
-        f"{path}.{name}: no such field; {path} has: {', '.join(fields)}"
-      )
+      raise config_lib.no_such_field(path, name, node)
     path, node = f"{path}.{name}", getattr(node, name)
   if dataclasses.is_dataclass(node):
     raise config_lib.ConfigError(f"{path}: a section; set one of its fields")
   if match[2] is not None and not _reads_as(type(node), match[2]):
     raise config_lib.ConfigError(
-      f"{path}={match[2]!r}: must be of type {type(node).__name__}"
+      f"{path}={match[2]!r}: must be {config_lib.KINDS[type(node)]}"
     )
 
 
@@ -293,19 +314,26 @@ def run(flag_values: flags.FlagValues, argv: list[str]) -> None:
     or f"runs/{flag_values.config.name}-{flag_values.config.variant}",
     "--workdir",
   )
-  if flag_values.mode not in ("count", "compile"):
+  if flag_values.mode not in ("count", "compile", "config"):
     paths.reached(workdir, "--workdir")
+  run_dir.check_workdir(workdir)
   config = config_lib.from_config_dict(flag_values.config)
-  if flag_values.mode in ("eval", "sample", "score"):
-    overridden = config_flags.get_override_values(flag_values["config"])
+  overridden = config_flags.get_override_values(flag_values["config"])
+  reads_a_run = flag_values.mode in ("eval", "sample", "score")
+  if reads_a_run:
     config = opening.as_trained(config, workdir, overridden)
   config = config_rules.validate(config)
   _check_flags(flag_values)
   switches.fix_types()
   # JAX must know the other processes before anything looks at a device.
   distributed.start(config.distributed)
-  config_file = config_flags.get_config_filename(flag_values["config"])
-  config = config_rules.validate(matching.resolve(config, config_file))
+  if flag_values.mode not in ("config", "compile"):
+    sharding.all_devices()
+  # The model of a run was matched when the run started.
+  if not (reads_a_run and (workdir / "config.json").exists()):
+    config_file = config_flags.get_config_filename(flag_values["config"])
+    config = matching.resolve(config, config_file, overridden)
+    config = config_rules.validate(config)
   if flag_values.mode == "train" and config.study.sweep:
     raise flags.Error(
       f"--config={config.name} is a sweep of many runs: --mode=study runs them"
@@ -321,6 +349,8 @@ def run(flag_values: flags.FlagValues, argv: list[str]) -> None:
       generate.sample(config, workdir, flag_values.prompt, flag_values.input)
     case "score":
       score.score(config, workdir, flag_values.text, flag_values.input)
+    case "config":
+      print(explain.table(config))
     case "count":
       print(matching.table(config))
     case "study":
@@ -416,8 +446,7 @@ def main(argv: list[str]) -> None:
       raise
     # The reader of the output has ended, as `| head` does.
     if error.errno == errno.EPIPE:
-      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-      sys.exit(128 + signal.SIGPIPE)
+      _end_without_reader()
     where = f": {error.filename}" if error.filename else ""
     hint = " (free some space and start the same command again)"
     _fail(
@@ -431,19 +460,70 @@ def main(argv: list[str]) -> None:
     _fail(f"out of device memory: {_LESS_MEMORY[flags.FLAGS.mode]}", 1)
 
 
+def _end_without_reader():
+  """End the program whose output nobody reads any more."""
+  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  sys.exit(128 + signal.SIGPIPE)
+
+
 def _fail(error, code):
   """Print an error in one line and end the program."""
   print(f"aoarm_jax: error: {error}", file=sys.stderr)
   sys.exit(code)
 
 
+def help_text(
+  argv: list[str], flag_values: flags.FlagValues = flags.FLAGS
+) -> str:
+  """Return what --help prints: the flags, and every field of the config.
+
+  Args:
+    argv: the command line. If it names an experiment, the values of its fields
+      are shown, else the defaults.
+    flag_values: the flags to set, see `define_flags`.
+
+  Raises:
+    flags.Error, ConfigError: see `parse`.
+  """
+  config = config_lib.Config()
+  argv = [argument for argument in argv if argument not in _HELP]
+  if any(re.match("--?config(=|$)", argument) for argument in argv):
+    parse(argv, flag_values)
+    config = config_lib.from_config_dict(flag_values.config)
+  ours = flag_values.get_key_flags_for_module(sys.modules[__name__])
+  lines = [f"--{flag.name}: {flag.help}" for flag in ours]
+  indented = functools.partial(
+    textwrap.fill, width=80, initial_indent="  ", subsequent_indent="      "
+  )
+  return "\n\n".join(
+    (
+      f"{__doc__.strip()}\n\nFlags:\n" + "\n".join(map(indented, lines)),
+      "Experiments:\n" + indented(", ".join(experiments.names())),
+      "Variants of most experiments:\n"
+      + indented(", ".join(experiments.VARIANTS)),
+      f"Fields of {config.name}:{config.variant}:",
+      explain.table(config),
+    )
+  )
+
+
 def _parse_or_exit(argv):
   """Parse the command line, or end the program with exit code 2."""
   try:
+    if not set(_HELP).isdisjoint(argv[1:]):
+      print(help_text(argv), flush=True)
+      sys.exit(0)
     return parse(argv)
+  except BrokenPipeError:
+    _end_without_reader()
   except (errors.UserError, flags.Error) as error:
     return _fail(_last_line(error), 2)
 
 
-if __name__ == "__main__":
+def command() -> None:
+  """Run the command aoarm_jax; it is the same as python -m aoarm_jax.main."""
   app.run(main, flags_parser=_parse_or_exit)
+
+
+if __name__ == "__main__":
+  command()

@@ -11,7 +11,7 @@ import re
 
 from mkdocs.structure import files as files_lib
 
-from aoarm_jax.config import schema
+from aoarm_jax.config import explain, schema
 
 # Page of the site -> file of the repository.
 PAGES = {
@@ -56,22 +56,15 @@ def _fields():
   for name, field, default in schema.leaves(schema.Config()):
     section, _, short = name.removeprefix("config.").rpartition(".")
     data = field.metadata
-    ranges = [
-      f"{sign} {data[key]:g}"
-      for key, sign in (
-        ("above", ">"),
-        ("low", "≥"),
-        ("below", "<"),
-        ("high", "≤"),
-      )
-      if data.get(key) is not None
-    ]
     cells = (
       f"`{short}`",
       f"`{default!r}`",
       str(data.get("doc", "")),
       ", ".join(
-        [*(f"`{choice}`" for choice in data.get("choices") or ()), *ranges]
+        [
+          *(f"`{choice}`" for choice in data.get("choices") or ()),
+          *explain.limits(field),
+        ]
       ),
       data.get("binds", ""),
     )

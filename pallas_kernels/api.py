@@ -74,8 +74,8 @@ def any_order_attention(
     visible: number of slots that each row sees. A row sees the slots whose rank
       is below this number; the output of a row that sees no slot is 0. It is
       int32 [B, T], or int32 [B, T, Nq / N] if the query heads of a group (the
-      streams) see different slots. An int holds for all rows. None is causal:
-      row i sees min(i + 1, S) slots.
+      streams) see different slots. An int, or an array of one integer [], holds
+      for all rows. None is causal: row i sees min(i + 1, S) slots.
     key_rank: int32 [B, S], the rank of each slot, for sequences that are not in
       generation order; needs `visible`. None is 0 to S - 1: row i sees the
       first visible[b, i] slots.
@@ -113,6 +113,7 @@ def any_order_attention(
   if k.ndim == 5 and k.shape == v.shape and k.shape[2] % 2 == 0:
     # XLA drops these copies if the kernel reads the gathered arrays in place.
     k, v = (shards.whole(x) for x in gathered)
+  visible = _for_all_rows(q, visible)
   _check(q, k, v, visible, key_rank)
   scale = q.shape[-1] ** -0.5 if scale is None else scale
   # The kernels of this package take a number of visible slots for each row.
@@ -174,6 +175,15 @@ def _of_streams(
     return tuple(x[:, :, :, g] for g in range(G))
 
   return jax.tree.map(split, result)
+
+
+def _for_all_rows(q: jax.Array, visible: Any) -> jax.Array | int | None:
+  """Return one number for all rows as an int, or as [B, T] if it is traced."""
+  if not _is_integer_array(visible) or jnp.ndim(visible) or q.ndim != 4:
+    return visible
+  if isinstance(visible, jax.Array):
+    return jnp.broadcast_to(visible, q.shape[:2])
+  return int(visible)  # A scalar of numpy.
 
 
 def _choose(

@@ -1,5 +1,9 @@
-"""The builder of the files in configs/, and the variants of an experiment."""
+"""The files in configs/: where they are, their builder, and their variants."""
 
+import difflib
+import os
+import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -75,6 +79,54 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "compute.dtype": "float32",
   },
 }
+
+
+def folder() -> pathlib.Path:
+  """Return the folder of the experiments that come with this package.
+
+  A wheel has them in aoarm_jax/configs, and a checkout in configs/ beside
+  aoarm_jax/.
+  """
+  package = pathlib.Path(__file__).resolve().parents[1]
+  inside = package / "configs"
+  return inside if inside.is_dir() else package.parent / "configs"
+
+
+def names() -> list[str]:
+  """Return the names of the experiments that come with this package."""
+  return sorted(path.stem for path in folder().glob("*.py"))
+
+
+def find(text: str) -> str:
+  """Return the path of an experiment's file, with the variant behind it.
+
+  Args:
+    text: an experiment as a user names it. A name without a folder and without
+      .py, as in "two_stream:tiny", is an experiment of this package. So is
+      "configs/two_stream.py:tiny" where the current folder has no such file.
+      Any other text is a path and is returned as it is.
+
+  Raises:
+    ConfigError: this package has no experiment of that name.
+  """
+  path, colon, variant = text.partition(":")
+  if re.fullmatch(r"\w+", path):
+    if path not in names():
+      near = difflib.get_close_matches(path, names(), 1)
+      hint = (
+        f"did you mean {near[0]}?"
+        if near
+        else "there are: " + ", ".join(names())
+      )
+      raise config_lib.ConfigError(
+        f"--config={text}: there is no experiment {path!r}; {hint} (A file of "
+        f"your own has a path, as in --config=./{path}.py)"
+      )
+    return f"{folder() / path}.py{colon}{variant}"
+  name = re.fullmatch(r"configs/(\w+)\.py", path)
+  if name and name[1] in names() and not os.path.exists(path):
+    return f"{folder() / name[1]}.py{colon}{variant}"
+  return text
 
 
 def experiment(

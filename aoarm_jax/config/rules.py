@@ -77,6 +77,19 @@ def _relations(config):
   ]
 
 
+def refused_by_mechanism(config: config_lib.Config) -> list[str]:
+  """Return the paths of fields whose values the mechanism does not allow.
+
+  Args:
+    config: the config to check.
+
+  Returns:
+    Paths such as "train.query_fraction", each once.
+  """
+  refused = (path for path, holds, _ in _of_the_mechanism(config) if not holds)
+  return list(dict.fromkeys(refused))
+
+
 def _of_the_mechanism(config):
   """Return the rules that follow from the table of mechanisms."""
   m, kind = config.model, config.model.kind

@@ -44,6 +44,16 @@ ESTIMATORS = (
 )
 
 
+# The types of fields, for people.
+KINDS: dict[type, str] = {
+  bool: "true or false (bool)",
+  int: "a whole number (int)",
+  float: "a number (float)",
+  str: "a text (str)",
+  tuple: "a tuple",
+}
+
+
 class ConfigError(errors.UserError, ValueError):
   """A value that the config refuses.
 
@@ -339,7 +349,8 @@ class Match:
 
   to: str = _field(
     "",
-    "name of a config file in the same folder, such as two_stream or "
+    "name of a config file in the same folder, or of an experiment of this "
+    "package, such as two_stream or "
     "two_stream:long; without a variant this experiment's variant is used; "
     "'' matches nothing",
   )
@@ -785,8 +796,8 @@ class Study:
 class Config:
   """The configuration of one experiment."""
 
-  name: str = "experiment"
-  variant: str = "default"
+  name: str = _field("experiment", "name of the experiment, for people")
+  variant: str = _field("default", "name of its variant, for people")
   seed: int = _field(
     0, "seed of the parameters, batches and orders", low=0, binds="run"
   )
@@ -858,13 +869,36 @@ def from_json(text: str) -> Config:
   return from_dict(json.loads(text))
 
 
+def no_such_field(
+  path: str, name: str, section: type[Any] | Any
+) -> ConfigError:
+  """Return the error for a field that a section does not have.
+
+  Args:
+    path: the path of the section, such as "config.model".
+    name: the unknown field.
+    section: the dataclass of the section.
+  """
+  fields = [
+    # The letters of the dimensions say little to a new user.
+    f.name if len(f.name) > 1 else f"{f.name} ({f.metadata['doc']})"
+    for f in dataclasses.fields(section)
+  ]
+  return ConfigError(
+    f"{path}.{name}: no such field; {path} has: {', '.join(fields)} "
+    "(--mode=config explains all fields)"
+  )
+
+
 def _build(cls, tree, path):
   fields = {f.name: f for f in dataclasses.fields(cls)}
+  if not isinstance(tree, dict):
+    raise ConfigError(
+      f"{path}={tree!r}: a section; it has: {', '.join(fields)}"
+    )
   for name in tree:
     if name not in fields:
-      raise ConfigError(
-        f"{path}.{name}: no such field; {path} has: {', '.join(fields)}"
-      )
+      raise no_such_field(path, name, cls)
   values = {}
   for name, value in tree.items():
     kind = type(fields[name].default)
@@ -883,10 +917,7 @@ def _cast(kind, value, path):
   if kind is float and type(value) is int:
     return float(value)
   if type(value) is not kind:
-    raise ConfigError(
-      f"{path}={value!r}: a {type(value).__name__} where a {kind.__name__} "
-      "belongs"
-    )
+    raise ConfigError(f"{path}={value!r}: must be {KINDS[kind]}")
   return value
 
 

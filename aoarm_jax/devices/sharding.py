@@ -45,6 +45,27 @@ MESH_AXIS: dict[str, str | tuple[str, ...] | None] = {
 }
 
 
+def all_devices() -> list[jax.Device]:
+  """Return the devices of all processes.
+
+  Raises:
+    ConfigError: the variable JAX_PLATFORMS names devices that are not here.
+  """
+  try:
+    return jax.devices()
+  # JAX says nothing at all where a platform has no devices.
+  except (RuntimeError, AssertionError) as error:
+    platforms = jax.config.values["jax_platforms"]
+    if not platforms:
+      raise
+    why = f" ({text})" if (text := str(error).partition("\n")[0]) else ""
+    raise config_lib.ConfigError(
+      f"JAX_PLATFORMS={platforms}: JAX finds no such device here{why}; unset "
+      "the variable, or install JAX for the device: pip install "
+      "'aoarm_jax[cuda]' or 'aoarm_jax[tpu]'"
+    ) from None
+
+
 def make_mesh(
   mesh: config_lib.Mesh, devices: Sequence[jax.Device] | None = None
 ) -> jax.sharding.Mesh:
@@ -57,7 +78,7 @@ def make_mesh(
   Raises:
     ConfigError: the mesh does not fit the devices.
   """
-  devices = jax.devices() if devices is None else devices
+  devices = all_devices() if devices is None else devices
   count = len(devices)
   platform = devices[0].platform
   kind = f"{count} {platform} device{'s' * (count > 1)}"

@@ -253,18 +253,20 @@ def over_batches(
   first_row = sharding.put(mesh, np.int32(0))
   sequence_nats: list[np.ndarray] = []
   total = None
-  start = last_line = time.monotonic()
+  # The first batch also compiles, so the time left is told from the second on.
+  second_start = last_line = time.monotonic()
   for done in range(len(batches)):
     batch = batches[done]
+    if done == 1:
+      second_start = time.monotonic()
     if done and time.monotonic() - last_line > _SECONDS_BETWEEN_LINES:
       last_line = time.monotonic()
-      seconds_left = (last_line - start) / done * (len(batches) - done)
-      logging.info(
-        "%d of %d batches  ETA %s",
-        done,
-        len(batches),
-        telemetry.format_duration(seconds_left),
-      )
+      eta = ""
+      if done > 1:
+        seconds = (last_line - second_start) / (done - 1)
+        seconds_left = seconds * (len(batches) - done)
+        eta = f"  ETA {telemetry.format_duration(seconds_left)}"
+      logging.info("%d of %d batches%s", done, len(batches), eta)
     if is_stopped():
       return None
     nats, sums, real, first_row = estimate(
@@ -323,7 +325,7 @@ def evaluate(config: config_lib.Config, workdir: epath.Path) -> None:
 
   The estimates are logged. They are also written to the run directory:
   evaluations/step_<n>_<split>_<time>.json, slot_curve_<split>.png and
-  nearness_<split>.png.
+  nearness_<split>.png. A failure to write one of them is a warning.
 
   Args:
     config: the config; checkpoint.read says which checkpoint is read.
@@ -378,24 +380,23 @@ def _write(config, workdir, step, corpus, batches, estimates):
   }
   now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S.%f")
   path = workdir / "evaluations" / f"step_{step:08d}_{split}_{now}.json"
-  run_dir.write_atomically(path, run_dir.to_json(report, indent=2) + "\n")
-  logging.info("written: %s", path)
-  figures.slot_curve(
-    {
-      e.estimator: e.record()["slot_curve_bits"]
-      for e in estimates
-      if e.slot_curve_nats
-    },
-    workdir / f"slot_curve_{split}.png",
-    title=f"{config.name}:{config.variant}, {split}",
-    unit=corpus.tokenizer.unit,
-  )
-  figures.nearness(
-    {e.estimator: e.report() for e in estimates if e.by_distance},
-    workdir / f"nearness_{split}.png",
-    title=f"{config.name}:{config.variant}, {split}",
-    unit=corpus.tokenizer.unit,
-  )
+  content = run_dir.to_json(report, indent=2) + "\n"
+  if run_dir.attempt(lambda: run_dir.write_atomically(path, content)):
+    logging.info("written: %s", path)
+  title = f"{config.name}:{config.variant}, {split}"
+  curves = {
+    e.estimator: e.record()["slot_curve_bits"]
+    for e in estimates
+    if e.slot_curve_nats
+  }
+  bins = {e.estimator: e.report() for e in estimates if e.by_distance}
+  options = {"title": title, "unit": corpus.tokenizer.unit}
+  for draw, values, name in (
+    (figures.slot_curve, curves, "slot_curve"),
+    (figures.nearness, bins, "nearness"),
+  ):
+    picture = workdir / f"{name}_{split}.png"
+    run_dir.attempt(functools.partial(draw, values, picture, **options))
 
 
 def evaluation_batches(

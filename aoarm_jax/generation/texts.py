@@ -26,6 +26,7 @@ from aoarm_jax.generation import plan as plan_lib
 from aoarm_jax.model import network as network_lib
 from aoarm_jax.runs import directory as run_dir
 from aoarm_jax.runs import opening, telemetry
+from aoarm_jax.runs import text as text_lib
 
 # The texts of a file are drawn in parts of this many, and each part is printed
 # before the next one is drawn.
@@ -337,9 +338,11 @@ def sample(
 ) -> None:
   """Print texts of a checkpoint: --mode=sample.
 
-  Without an input file, the texts go to standard output, one per line. They are
-  also written, with their orders, to samples/ in the run directory. With an
-  input file, they go to standard output as JSON lines and are not written.
+  Without an input file, the texts go to standard output, one per line, with
+  control characters escaped. They are
+  then also written, with their orders, to samples/ in the run directory. A
+  failure to write them is a warning. With an input file, they go to standard
+  output as JSON lines and are not written.
 
   Args:
     config: the config; its section sample says how.
@@ -392,12 +395,16 @@ def sample(
     name: getattr(config.sample, name)
     for name in ("method", "order", "temperature", "top_k", "top_p")
   }
-  write(
-    path, texts, run.step, prompt="".join(text for _, text in lines), **facts
-  )
-  logging.info("written with their orders: %s", path)
-  for text in texts:
-    print(text.text)
+  given = "".join(text for _, text in lines)
+  try:
+    for text in texts:
+      print(text_lib.printable(text.text))
+    sys.stdout.flush()
+  finally:  # The reader of the output may have ended, as `| head` does.
+    if run_dir.attempt(
+      lambda: write(path, texts, run.step, prompt=given, **facts)
+    ):
+      logging.info("written with their orders: %s", path)
 
 
 def _print_json(lines, filled):

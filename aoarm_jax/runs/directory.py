@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -78,8 +78,46 @@ def write_atomically(path: epath.PathLike, content: str | bytes) -> None:
       os.fsync(file.fileno())
     os.replace(temporary, path)
   except OSError as error:
-    temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # A read-only folder has no such file.
+      temporary.unlink(missing_ok=True)
     raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def check_workdir(workdir: epath.PathLike) -> None:
+  """Refuses a run directory that is a file, or lies below one.
+
+  Raises:
+    config.ConfigError: names the file.
+  """
+  workdir = epath.Path(workdir)
+  if not _is_local(workdir):
+    return
+  for path in (workdir, *workdir.parents):
+    if path.exists() and not path.is_dir():
+      raise config.ConfigError(
+        f"--workdir={workdir}: {path} is a file; name a folder"
+      )
+
+
+def attempt(write: Callable[[], object]) -> bool:
+  """Writes a file beside an answer that the user has got already.
+
+  A failure is logged, and the program goes on.
+
+  Args:
+    write: function that writes the file.
+
+  Returns:
+    Whether the file was written.
+  """
+  try:
+    write()
+  except OSError as error:
+    why = error.strerror or text.first_line(error)
+    where = f"{error.filename}: " if error.filename else ""
+    logging.warning("not written: %s%s", where, why)
+    return False
+  return True
 
 
 @contextlib.contextmanager
@@ -425,8 +463,7 @@ def parameter_table(params: Any) -> str:
     count = math.prod(leaf.shape)
     size += count * dtype.itemsize
     shape = " x ".join(map(str, leaf.shape)) or "scalar"
-    # A Flax variable keeps its array in an attribute called value.
-    rows.append((name.removesuffix("/value"), shape, dtype.name, f"{count:,}"))
+    rows.append((name, shape, dtype.name, f"{count:,}"))
   rows.append(
     ("total", "", f"{size / 2**20:,.1f} MiB", f"{parameter_count(params):,}")
   )

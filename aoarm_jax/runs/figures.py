@@ -10,7 +10,7 @@ from etils import epath
 
 from aoarm_jax.runs import canvas
 
-_MARKERS = ("o", "s", "^", "D", "v", "P")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*")
 # A linear axis hides the start of a run whose last step is this many times
 # the first one.
 _LOG_STEPS_FROM = 500
@@ -52,7 +52,7 @@ def loss_curve(
           color=canvas.COLOURS[1 + i % 5],
           lw=1.2,
           ms=6,
-          marker=_MARKERS[i % 6],
+          marker=_MARKERS[i % len(_MARKERS)],
           label=f"{label}: {bits[-1]:.3f}",
         )
         steps, is_empty = np.append(steps, points), False
@@ -206,7 +206,7 @@ def decode_speed(
           axes.plot(
             *zip(*points),
             color=canvas.COLOURS[i % 6],
-            marker=_MARKERS[i % 6],
+            marker=_MARKERS[i % len(_MARKERS)],
             ls="-" if i < 6 else "--",
             lw=1.6,
             ms=6,

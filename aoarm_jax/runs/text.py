@@ -28,3 +28,16 @@ def aligned(rows: Sequence[Sequence[str]], sides: str) -> str:
 def first_line(error: object) -> str:
   """Returns the first line of an error's message, or its type without one."""
   return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def printable(text: str) -> str:
+  """Returns a text on one line, with its control characters escaped.
+
+  A byte model can generate any character. A terminal would obey some of them.
+
+  Args:
+    text: any text. A backslash in it stays a single backslash.
+  """
+  return "".join(
+    c if c.isprintable() else c.encode("unicode_escape").decode() for c in text
+  )

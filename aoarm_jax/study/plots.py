@@ -1,7 +1,7 @@
 """The pictures of the report, each as PNG and SVG."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,30 @@ _COLOURS = dict(
   )
 )
 _OTHER = "#444444"
+
+
+# What the heads of a stream are drawn as, and further markers for arms that
+# share a colour.
+_MARKS = {"content": "s", "query": "o", "only": "^"}
+_SPARE = ("v", "D", "P", "X", "<", ">", "p", "h", "*")
+
+
+def _markers(items: Iterable[tuple[Any, str, str]]) -> dict[Any, str]:
+  """Returns a marker for each name, so that no two names look alike.
+
+  Args:
+    items: (name, colour, the marker that is wanted). The first name with a
+      colour and a marker has it. A later one has a spare marker.
+  """
+  chosen: dict[Any, str] = {}
+  taken: set[tuple[str, str]] = set()
+  for name, shade, wanted in items:
+    if name in chosen:
+      continue
+    free = (m for m in (wanted, *_SPARE) if (shade, m) not in taken)
+    chosen[name] = next(free, wanted)
+    taken.add((shade, chosen[name]))
+  return chosen
 
 
 def colour(mechanism: str) -> str:
@@ -236,7 +260,11 @@ def locality_plane(
   panels = sorted({arm.T for arm in chosen})
   if not panels:
     return False
-  marks = {"content": "s", "query": "o", "only": "^"}
+  marks = _markers(
+    (_label(arm, stream), colour(arm.mechanism), _MARKS[stream])
+    for arm in chosen
+    for stream in tables.streams_of(arm)
+  )
   with _picture(
     folder, "locality", *_shape(len(panels)), sharex=True, sharey=True
   ) as (picture, grid):
@@ -248,12 +276,12 @@ def locality_plane(
           continue
         for stream in tables.streams_of(arm):
           index = np.mean([tables.index_of(f, stream) for f in files], axis=0)
-          words = _name(arm) + (f", {stream}" if stream != "only" else "")
+          words = _label(arm, stream)
           filled = stream != "content"
           axes.plot(
             index[..., 1].ravel(),
             index[..., 0].ravel(),
-            marks[stream],
+            marks[words],
             ms=5,
             color=colour(arm.mechanism),
             alpha=0.7,
@@ -262,7 +290,7 @@ def locality_plane(
           )
           axes.plot(
             *np.nanmean(index, axis=(0, 1))[::-1],
-            marks[stream],
+            marks[words],
             ms=13,
             color=colour(arm.mechanism),
             mec="black",
@@ -275,6 +303,10 @@ def locality_plane(
       axes.set_ylabel("semantic locality")
     _legend(picture, grid)
   return True
+
+
+def _label(arm, stream):
+  return _name(arm) + (f", {stream}" if stream != "only" else "")
 
 
 def _first_reference(rows):
@@ -313,6 +345,15 @@ def differences(rows: list[tables.Row], folder: epath.Path) -> bool:
     grid,
   ):
     main = measured[0]["size"]
+    keys = [(r["mechanism"], r["orders"], r["size"]) for r in measured]
+    marks = _markers(
+      (
+        key,
+        colour(key[0]),
+        "D" if key[1] != "uniform" else "o" if key[2] == main else "s",
+      )
+      for key in keys
+    )
     for axes, budget in zip(grid[0], budgets):
       axes.axhline(0, color="#777777", lw=1)
       chosen = tables.find(measured, budget=budget)
@@ -330,7 +371,7 @@ def differences(rows: list[tables.Row], folder: epath.Path) -> bool:
           line,
           color=colour(mechanism),
           ls="-" if size == main else ":",
-          marker="D" if family != "uniform" else "o" if size == main else "s",
+          marker=marks[key],
           label=_trained(mechanism, family) + f", {size}" * (size != main),
         )
       axes.set_xscale("log", base=2)

@@ -7,12 +7,15 @@ import argparse
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Collection
 
+import jax
 from etils import epath
 
 from aoarm_jax.config import paths
 from aoarm_jax.config import schema as config_lib
+from aoarm_jax.devices import sharding
 
 
 def parser(module: str, description: str) -> argparse.ArgumentParser:
@@ -93,6 +96,14 @@ def place(text: str) -> epath.Path:
   except config_lib.ConfigError as error:
     message = str(error).removeprefix("=")
     raise argparse.ArgumentTypeError(message) from None
+
+
+def devices() -> list[jax.Device]:
+  """Returns the devices, or ends the program in one line."""
+  try:
+    return sharding.all_devices()
+  except config_lib.ConfigError as error:
+    sys.exit(f"aoarm_jax: error: {error}")
 
 
 def output(text: str) -> str:

@@ -104,8 +104,10 @@ class Benchmark:
       network, abstract = self._run.network, self._run.params
       params = lambda: self._run.params  # noqa: E731
     else:
-      compute = config_lib.Compute(attention=self._options.attention)
-      network = _network(config_lib.Config(model=model, compute=compute))
+      # A run's alphabet and dtype hold for the model beside the run, too.
+      config = self._run.config if self._run else config_lib.Config()
+      config = config.replace("compute.attention", self._options.attention)
+      network = _network(config.replace("model", model))
       abstract = network.abstract_params
       params = functools.partial(_fresh, network)
     make = {

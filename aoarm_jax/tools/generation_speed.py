@@ -188,6 +188,7 @@ def _parse(argv):
   options = parser.parse_args(argv)
   if options.quick and not options.plot:
     size, T, B = "8m", 1024, 64
+    arguments.devices()
     if jax.default_backend() == "cpu":
       size, T, B = "tiny", 128, 8
     parser.set_defaults(
@@ -212,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.exit(
       f"no cell has a name with {only.pattern!r}; the first one's is {every[0]}"
     )
-  device = jax.devices()[0].device_kind
+  device = arguments.devices()[0].device_kind
   how = _how(options, device)
   print(f"jax {jax.__version__}, {device}")
   if run is None and options.quick and jax.default_backend() == "cpu":
@@ -245,7 +246,7 @@ def _fill(benchmark, chosen, path, device):
   """Measures, prints and saves; returns whether any cell could be measured."""
   benchmark.compile(chosen)
   print(decode_cells.header(), flush=True)
-  saved = []
+  saved, is_written = [], True
   for cell, results, failure in table.measured(chosen, benchmark.measure):
     if failure:
       print(f"{cell}: {failure}", flush=True)
@@ -257,7 +258,9 @@ def _fill(benchmark, chosen, path, device):
         dataclasses.asdict(result) | {"device": device, "jax": jax.__version__}
       )
     if path:
-      table.write_csv(path, saved)
+      is_written = table.write_csv(path, saved)
+  if not is_written:
+    sys.exit(f"--out={path}: not written; the table above is all")
   return bool(saved)
 
 

@@ -1,11 +1,13 @@
 """Fair comparisons: equal parameters, or equal FLOPs of training."""
 
 import runpy
+from collections.abc import Iterable
 
 from absl import logging
 from etils import epath
 
-from aoarm_jax.config import mechanisms
+from aoarm_jax.config import experiments, mechanisms
+from aoarm_jax.config import rules as config_rules
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.model import cost
 from aoarm_jax.model import network as network_lib
@@ -92,41 +94,99 @@ def _changed(config):
   return f"{getattr(getattr(config, _section(change)), change):,}"
 
 
-def resolve(config: config_lib.Config, config_file: str) -> config_lib.Config:
+def resolve(
+  config: config_lib.Config,
+  config_file: str,
+  overridden: Iterable[str] = (),
+) -> config_lib.Config:
   """Matches a config to the experiment that config.match.to names.
+
+  The other experiment takes the values that the command line set. It keeps its
+  mechanism, and its own values of fields that its mechanism does not allow to
+  be set so. The log names its sizes.
 
   Args:
     config: to be changed. It stays as it is where match.to is "".
     config_file: path of the config's file. The other experiment's file lies in
-      the same folder.
+      the same folder, or is one of this package.
+    overridden: paths of the fields that the command line set, such as
+      "model.D". Their values are those of `config`.
 
   Raises:
-    ConfigError: there is no such file or variant, or no match; see `match`.
+    ConfigError: there is no such file or variant, the other experiment cannot
+      have these values, or there is no match; see `match`.
   """
   wanted = config.match
   if not wanted.to:
     return config
   name, _, variant = wanted.to.partition(":")
   path = epath.Path(config_file.partition(":")[0]).parent / f"{name}.py"
+  if not path.exists() and name in experiments.names():
+    path = epath.Path(experiments.folder() / f"{name}.py")
   if not path.exists():
     raise config_lib.ConfigError(
       f"config.match.to={wanted.to!r}: there is no {path}"
     )
   get_config = runpy.run_path(str(path))["get_config"]
   other = config_lib.from_config_dict(get_config(variant or config.variant))
+  other = _with_overrides(other, config, overridden)
   if wanted.steps:
     other = other.replace("train.steps", wanted.steps)
+  try:
+    config_rules.validate(other)
+  except config_lib.ConfigError as error:
+    raise config_lib.ConfigError(
+      f"config.match.to={wanted.to!r}: with the values of this command it "
+      f"cannot be: {error}"
+    ) from None
   matched = match(config, other)
   measure = _MEASURES[wanted.by]
   logging.info(
-    "match: %s=%s has %.4f of the %s of %s",
+    "match: %s=%s has %.4f of the %s of %s (%s)",
     wanted.change,
     _changed(matched),
     measure(matched) / measure(other),
     wanted.by.replace("_", " "),
     wanted.to,
+    _sizes(other),
   )
   return matched
+
+
+# The command line sets these for its own experiment alone.
+_OWN = ("name", "variant", "model.mechanism")
+
+
+def _with_overrides(other, config, overridden):
+  """Returns the other config with this config's values of some fields."""
+  kept = other
+  for path in overridden:
+    if path not in _OWN and not path.startswith("match."):
+      section, _, field = path.partition(".")
+      value = getattr(config, section)
+      other = other.replace(path, getattr(value, field) if field else value)
+  for path in config_rules.refused_by_mechanism(other):
+    section, _, field = path.partition(".")
+    value = getattr(getattr(kept, section), field)
+    other = other.replace(path, value)
+    logging.info(
+      "match: %s keeps config.%s=%r: its mechanism does not allow the value of "
+      "this command",
+      kept.name,
+      path,
+      value,
+    )
+  return other
+
+
+def _sizes(config):
+  """Returns the sizes that decide what a training costs, for people."""
+  model, train = config.model, config.train
+  sizes = {name: getattr(model, name) for name in ("T", "D", "L", "N", "F")}
+  sizes |= {"batch_size": train.batch_size, "steps": train.steps}
+  if train.query_fraction < 1:
+    sizes["query_fraction"] = train.query_fraction
+  return ", ".join(f"{name}={value:,}" for name, value in sizes.items())
 
 
 def table(config: config_lib.Config) -> str:

@@ -308,7 +308,7 @@ def main(argv: list[str]) -> int:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
   distributed.start(config_lib.Distributed())
-  devices = jax.devices()
+  devices = arguments.devices()
   if jax.process_index() == 0:
     kind = devices[0].device_kind
     print(f"{len(devices)} x {kind}, jax {jax.__version__}", flush=True)
@@ -343,7 +343,7 @@ def _fill(chosen, devices, flags):
     return measure(config, compiled[config].result(), flags.steps)
 
   first: dict[tuple[Any, ...], float | None] = {}
-  is_any = False
+  is_any, all_written = False, True
   for (row, config, _), result, failure in table.measured(
     chosen, lambda item: measure_once(item[1])
   ):
@@ -358,9 +358,11 @@ def _fill(chosen, devices, flags):
       shown = [_cell(row, column) for column in _COLUMNS if column in row]
       _print_row(shown + ([failure] if failure else []))
       if flags.json:
-        table.append_json(
+        all_written &= table.append_json(
           flags.json, row | {"config": dataclasses.asdict(config)}
         )
+  if not all_written:
+    sys.exit(f"--json={flags.json}: not all rows are written, see above")
   return is_any
 
 

@@ -98,17 +98,32 @@ def measured(
     yield row, result, failure
 
 
-def write_csv(path: epath.PathLike, rows: list[dict[str, Any]]) -> None:
-  """Writes or replaces a CSV file; the first row has the titles."""
+def write_csv(path: epath.PathLike, rows: list[dict[str, Any]]) -> bool:
+  """Writes or replaces a CSV file; the first row has the titles.
+
+  Returns:
+    Whether the file was written. A failure is logged: the table is on the
+    screen already, and further rows may come.
+  """
   content = io.StringIO(newline="")
   writer = csv.DictWriter(content, rows[0] if rows else (), lineterminator="\n")
   writer.writeheader()
   writer.writerows(rows)
-  run_dir.write_atomically(path, content.getvalue())
+  return run_dir.attempt(
+    lambda: run_dir.write_atomically(path, content.getvalue())
+  )
 
 
-def append_json(path: epath.PathLike, row: dict[str, Any]) -> None:
-  """Adds a row to a file that has one JSON object per line."""
+def append_json(path: epath.PathLike, row: dict[str, Any]) -> bool:
+  """Adds a row to a file that has one JSON object per line.
+
+  Returns:
+    Whether the row was written. A failure is logged, as in `write_csv`.
+  """
   path = epath.Path(path)
-  before = path.read_text() if path.exists() else ""
-  run_dir.write_atomically(path, before + run_dir.to_json(row) + "\n")
+
+  def write():
+    before = path.read_text() if path.exists() else ""
+    run_dir.write_atomically(path, before + run_dir.to_json(row) + "\n")
+
+  return run_dir.attempt(write)

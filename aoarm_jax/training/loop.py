@@ -21,6 +21,7 @@ from aoarm_jax.generation import texts as generate
 from aoarm_jax.model import cost
 from aoarm_jax.runs import checkpoint, figures, identity, telemetry
 from aoarm_jax.runs import directory as run_dir
+from aoarm_jax.runs import text as text_lib
 from aoarm_jax.training import program as program_lib
 from aoarm_jax.training import resuming
 
@@ -340,7 +341,8 @@ class _Run:
         self._settle(step, former_sums)
     self.checkpoints.wait()
     if self.primary:
-      self._draw_figures()
+      # The run is complete and saved, with or without its pictures.
+      run_dir.attempt(self._draw_figures)
     logging.info("done: %s", self.workdir)
 
   def _start(self, saved):
@@ -460,7 +462,7 @@ class _Run:
       path.exists
     ):
       texts = self.sampler.sample(state.read_out_params)
-      logging.info("sample: %s", texts[0].text)
+      logging.info("sample: %s", text_lib.printable(texts[0].text))
       if self.primary:
         generate.write(path, texts, step)
 

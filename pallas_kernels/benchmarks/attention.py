@@ -463,9 +463,25 @@ def _options(arguments):
   return options
 
 
+def _device() -> jax.Device:
+  """Returns the GPU, or ends the program: the rows are too large for a CPU."""
+  try:
+    device = jax.devices()[0]
+    if device.platform == "gpu":
+      return device
+    seen = f"JAX finds {device.device_kind!r}"
+  # JAX_PLATFORMS names a device that is not here. JAX may say nothing at all.
+  except (RuntimeError, AssertionError):
+    seen = "JAX finds no device"
+  sys.exit(
+    "python -m pallas_kernels.benchmarks.attention: error: it needs an NVIDIA "
+    f"GPU, and {seen}; its rows are too large for a CPU"
+  )
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
   options = _options(arguments)
-  device = jax.devices()[0]
+  device = _device()
   print(f"jax {jax.__version__}, {device.device_kind}, bfloat16")
   for row in options.rows:
     config = dataclasses.replace(

@@ -112,6 +112,20 @@ class AttentionTest(parameterized.TestCase):
     got = jax.jit(attend)(q, k, v)
     chex.assert_trees_all_close(got, want if lse else want[0], atol=1e-5)
 
+  @parameterized.parameters(np.int32, np.array, jnp.int32)
+  def test_the_same_prefix_as_a_scalar(self, make):
+    """Of any array library, as it is and traced."""
+    q, k, v = _inputs(5, 7)
+    want = _slow(q, k, v, np.full((_B, 5), 4))[0]
+    attend = functools.partial(
+      pallas_kernels.any_order_attention, implementation="xla"
+    )
+    for attend_in_its_way in (attend, jax.jit(attend)):
+      out = attend_in_its_way(q, k, v, make(4))
+      np.testing.assert_allclose(out, want, atol=1e-5)
+    with self.assertRaisesRegex(ValueError, "visible must be an array of in"):
+      attend(q, k, v, np.float32(4))
+
   @parameterized.product(shape=_SHAPES, name=_ON_CPU, lse=(False, True))
   def test_streams_that_see_differently(self, shape, name, lse):
     """Heads of one group with prefixes of their own; also with an lse."""

@@ -4,6 +4,7 @@ import contextlib
 import io
 from unittest import mock
 
+import jax
 from absl.testing import absltest, parameterized
 
 from pallas_kernels.benchmarks import attention as benchmark
@@ -26,6 +27,26 @@ class BenchmarkTest(parameterized.TestCase):
     self.assertRegex(shown.getvalue(), f"^python -m .*: error: .*{message}")
     self.assertEqual(shown.getvalue().count("\n"), 1)
 
+  @parameterized.parameters("--quick", "--sweep", "--rounds=1")
+  def test_a_machine_without_a_gpu_is_refused(self, argument):
+    """Before any work: the rows are too large for a CPU."""
+    if jax.default_backend() == "gpu":
+      self.skipTest("for machines without a GPU")
+    with (
+      mock.patch.object(benchmark, "_arrays", side_effect=AssertionError),
+      self.assertRaises(SystemExit) as stop,
+    ):
+      benchmark.main([argument])
+    self.assertRegex(stop.exception.code, "error: it needs an NVIDIA GPU")
+    self.assertLen(stop.exception.code.splitlines(), 1)
+
+  def test_a_device_that_is_not_here_is_one_line(self):
+    with (
+      mock.patch.object(jax, "devices", side_effect=AssertionError),
+      self.assertRaisesRegex(SystemExit, "error: it .*JAX finds no device"),
+    ):
+      benchmark.main([])
+
   def test_rows_columns_and_settings(self):
     """Both passes of a row that trains; what is left of backward."""
     shown = io.StringIO()
@@ -45,6 +66,7 @@ class BenchmarkTest(parameterized.TestCase):
     with (
       contextlib.redirect_stdout(shown),
       mock.patch.object(benchmark, "measure", side_effect=found) as measure,
+      mock.patch.object(benchmark, "_device"),
     ):
       benchmark.main(arguments)
     candidates = measure.call_args_list[0].args[1]

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import math
+import re
+import tempfile
 from unittest import mock
 
 import jax
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 from absl.testing import absltest, parameterized
+from etils import epath
 
 from aoarm_jax import objective, orders
 from aoarm_jax.config import purposes
@@ -160,11 +163,29 @@ class EstimateTest(parameterized.TestCase):
   def test_long_ones_say_how_long(self):
     with (
       mock.patch.object(evaluate, "_SECONDS_BETWEEN_LINES", 0.0),
-      self.assertLogs(level="INFO") as logs,
+      self.assertLogs("absl", level="INFO") as logs,
     ):
       _estimate("any_order", _batches(3))
     self.assertLen(logs.output, 2)
-    self.assertRegex(logs.output[0], r"1 of 3 batches  ETA \d+s")
+    # The first batch compiles: it says nothing about the others.
+    self.assertRegex(logs.output[0], "1 of 3 batches$")
+    self.assertRegex(logs.output[1], r"2 of 3 batches  ETA \d+s$")
+
+  def test_the_time_left_does_not_count_compiling(self):
+    clock = iter([0.0, *(300.0 + i for i in range(99))])
+    batches = mock.MagicMock()
+    batches.__len__.return_value = 5
+    result = (np.zeros(1), {}, np.ones(1, bool), 0)
+    with (
+      mock.patch.object(evaluate.time, "monotonic", side_effect=clock),
+      mock.patch.object(evaluate, "sharding"),
+      mock.patch.object(evaluate, "_SECONDS_BETWEEN_LINES", 0.0),
+      self.assertLogs(level="INFO") as logs,
+    ):
+      evaluate.over_batches(lambda *_: result, batches, mock.Mock())
+    for line in logs.output[1:]:
+      (seconds,) = re.findall(r"ETA (\d+)s", line)
+      self.assertLess(int(seconds), 20)
 
   def test_ensembled(self):
     """-log of the mean probability over K orders, which has no curve."""
@@ -368,6 +389,22 @@ class ElboTest(parameterized.TestCase):
     )
     self.assertEqual((elbo.slot_curve_nats, elbo.by_distance), ((), ()))
     self.assertLen(chain.slot_curve_nats, T)
+
+
+class WriteTest(absltest.TestCase):
+  def test_every_file_is_tried(self):
+    """The numbers are in the log already."""
+    workdir = epath.Path(self.enterContext(tempfile.TemporaryDirectory()))
+    (workdir / "evaluations").write_text("no folder")
+    corpus = mock.Mock()
+    corpus.describe.return_value = corpus.hash.return_value = "text"
+    corpus.split.return_value, corpus.tokenizer.V = np.arange(9) % _V, _V
+    estimate = evaluate.Estimate("any_order", 1.0, 0.1, 3, (1.0,) * 7)
+    with self.assertLogs(level="INFO") as logs:
+      evaluate._write(config.Config(), workdir, 3, corpus, [estimate])
+    (warning,) = logs.output
+    self.assertIn("not written: ", warning)
+    self.assertTrue((workdir / "slot_curve_valid.png").exists())
 
 
 if __name__ == "__main__":

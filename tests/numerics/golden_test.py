@@ -1,14 +1,18 @@
 """Three steps of training of every mechanism, against numbers kept in a file.
 
 A change of the loss, the gradient, clipping, decay or the update shows here,
-also one that no property test sees. If it is meant, make the file anew:
+also one that no property test sees. If it is meant, make the file anew, or, for
+a new mechanism, add its numbers to the file:
 
   PYTHONPATH=tests python tests/numerics/golden_test.py --write
+  PYTHONPATH=tests python tests/numerics/golden_test.py --add
 """
 
 import json
 import pathlib
 import sys
+import tempfile
+from unittest import mock
 
 import helpers
 import jax
@@ -67,6 +71,14 @@ def numbers(mechanism: str) -> list[list[float]]:
   return rows
 
 
+def write(file: pathlib.Path, kept: dict[str, list]) -> None:
+  """Writes the numbers of all mechanisms; those in `kept` are not computed."""
+  made = {
+    name: kept.get(name) or numbers(name) for name in mechanisms.MECHANISMS
+  }
+  file.write_text(json.dumps(made, indent=1) + "\n")
+
+
 class GoldenTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
@@ -74,7 +86,29 @@ class GoldenTest(parameterized.TestCase):
 
   def test_every_mechanism_is_in_the_file(self):
     self.assertSetEqual(
-      set(json.loads(_FILE.read_text())), set(mechanisms.MECHANISMS)
+      set(json.loads(_FILE.read_text())),
+      set(mechanisms.MECHANISMS),
+      "for a new mechanism: PYTHONPATH=tests python "
+      "tests/numerics/golden_test.py --add",
+    )
+
+  def test_a_new_mechanism_is_added_and_no_other_number_changes(self):
+    kept = {"two_stream": [1.0, 2.0, 3.0], "gone": [1.0]}
+    file = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()), "x")
+    file.write_text(json.dumps(kept))
+    new = {name: mechanisms.MECHANISMS[name] for name in ("two_stream", "mdlm")}
+    with (
+      mock.patch.object(mechanisms, "MECHANISMS", new),
+      mock.patch(f"{__name__}.numbers", return_value=[7.0]),
+    ):
+      write(file, kept)
+      self.assertEqual(
+        json.loads(file.read_text()),
+        {"two_stream": kept["two_stream"], "mdlm": [7.0]},
+      )
+      write(file, {})
+    self.assertEqual(
+      json.loads(file.read_text()), {"two_stream": [7.0], "mdlm": [7.0]}
     )
 
   @parameterized.parameters(*mechanisms.MECHANISMS)
@@ -85,7 +119,8 @@ class GoldenTest(parameterized.TestCase):
 
 if __name__ == "__main__":
   if sys.argv[1:] == ["--write"]:
-    made = {name: numbers(name) for name in mechanisms.MECHANISMS}
-    _FILE.write_text(json.dumps(made, indent=1) + "\n")
+    write(_FILE, {})
+  elif sys.argv[1:] == ["--add"]:
+    write(_FILE, json.loads(_FILE.read_text()))
   else:
     absltest.main()

@@ -54,12 +54,11 @@ class _Written:
 
   def content(self, ids, position, target):
     x = self.params["embedding"][ids]
-    match self.model.mechanism:
-      case "sigma_gpt":
-        first, second = self.params["start"]["added"]
-        x = x + np.concatenate([first[position], second[target]], axis=-1)
-      case "ao_gpt":
-        x = x + self.params["start"]["added"][0][position]
+    index = {"content": position, "target": target}
+    if names := self.model.kind.added:
+      tables = self.params["start"]["added"]
+      parts = [table[index[name]] for name, table in zip(names, tables)]
+      x = x + np.concatenate(parts, axis=-1)
     return x
 
   def modulation(self, node, target):
@@ -131,7 +130,7 @@ class _Written:
     return self.read_out(x)
 
 
-def _in_natural_order(mechanism, written, tokens, order):
+def _in_natural_order(written, tokens, order):
   """Logits [T, V] by rank, computed by position with dense rank masks.
 
   Rows stand at positions 0, 1..T (and T + 1); the last token generated is
@@ -147,7 +146,7 @@ def _in_natural_order(mechanism, written, tokens, order):
     rank[0] = -2  # BOS stands before EOS.
   seen = rank[:, None] >= rank
   before = np.argsort(rank)[s - 1 : -1]  # The row before each target.
-  if mechanism == "two_stream":
+  if model.kind.streams == 2:
     _, cache = written.one_stream(ids, position, position, seen)
     seen = rank[order][:, None] > rank
     return written.query_stream(order, cache, seen)
@@ -362,9 +361,7 @@ class WrittenTest(parameterized.TestCase):
     """Slots in generation order equal natural order with the rank mask."""
     written, _, logits = self.both(mechanism, s)
     for b in range(_B):
-      want = _in_natural_order(
-        mechanism, written, self.tokens[b], self.order[b]
-      )
+      want = _in_natural_order(written, self.tokens[b], self.order[b])
       self.assert_close(logits[b, s - 1 :], want)
 
   @parameterized.parameters(*tiny.ANY_ORDER)

@@ -1,9 +1,12 @@
 """Generation: the law of what comes out, by enumeration; prompts; orders."""
 
+import contextlib
 import functools
+import io
 import json
 import tempfile
 from typing import NamedTuple
+from unittest import mock
 
 import jax
 import numpy as np
@@ -432,6 +435,45 @@ class SamplerTest(parameterized.TestCase):
         },
       ],
     )
+
+  def test_texts_are_printed_before_they_are_written(self):
+    """On one line each; the program goes on where nothing can be written."""
+    workdir = epath.Path(self.enterContext(tempfile.TemporaryDirectory()))
+    options = config.Config(mesh=config.Mesh(data=1))
+    run = mock.Mock(step=7)
+    run.network.mesh = sharding.make_mesh(options.mesh)
+    texts = [
+      generate.Text("a\n\x1b[2Jb", [1, 2], [1, 2], -1.5, 2),
+      generate.Text("c", [3], [1], 0.0, 1),
+    ]
+    with (
+      mock.patch.object(generate.opening, "open_run", return_value=run),
+      mock.patch.object(generate, "Sampler") as sampler,
+    ):
+      sampler.return_value.sample.return_value = texts
+      shown = io.StringIO()
+      with contextlib.redirect_stdout(shown):
+        generate.sample(options, workdir)
+      self.assertEqual(shown.getvalue(), "a\\n\\x1b[2Jb\nc\n")
+      (written,) = (workdir / "samples").iterdir()
+      self.assertIn('"text": "a\\n\\u001b[2Jb"', written.read_text())
+      # The folder of the texts cannot be made below a file.
+      with (
+        contextlib.redirect_stdout(io.StringIO()) as shown,
+        self.assertLogs(level="WARNING") as logs,
+      ):
+        generate.sample(options, written)
+      self.assertEqual(shown.getvalue(), "a\\n\\x1b[2Jb\nc\n")
+      self.assertIn("not written: ", logs.output[0])
+      # A reader that has ended loses nothing of the file.
+      with (
+        mock.patch.object(
+          generate, "print", side_effect=BrokenPipeError, create=True
+        ),
+        self.assertRaises(BrokenPipeError),
+      ):
+        generate.sample(options, workdir)
+      self.assertLen(list((workdir / "samples").iterdir()), 2)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ import io
 import os
 import pathlib
 import re
+import subprocess
+import sys
 import tempfile
 from unittest import mock
 
@@ -16,6 +18,7 @@ from absl.testing import absltest, parameterized
 
 from aoarm_jax import main
 from aoarm_jax.config import errors
+from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import corpora
 
 # On the older Python alone, for time.
@@ -44,6 +47,33 @@ class StartTest(absltest.TestCase):
       helpers.run([f"--config={helpers.TINY}", "--mode=count"])
     order = [call[0] for call in calls.method_calls]
     self.assertEqual(order, ["start", "resolve", "table"])
+
+  def test_the_match_knows_the_overrides(self):
+    resolve = mock.Mock(side_effect=lambda config, *_: config)
+    with (
+      mock.patch.object(main.matching, "resolve", resolve),
+      mock.patch.object(main.matching, "table", return_value=""),
+    ):
+      helpers.run([TINY, "--mode=count", "--config.model.D=128"])
+    config, path, overridden = resolve.call_args.args
+    self.assertEqual(config.model.D, 128)
+    self.assertEqual(path, helpers.TINY)
+    self.assertEqual(list(overridden), ["model.D"])
+
+  def test_the_model_of_a_run_is_not_matched_again(self):
+    with (
+      tempfile.TemporaryDirectory() as folder,
+      mock.patch.object(main.evaluate, "evaluate") as evaluate,
+    ):
+      trained = helpers.config_of([TINY]).replace("model.mlp_width", 40)
+      path = pathlib.Path(folder) / "config.json"
+      path.write_text(config_lib.to_json(trained))
+      match = [
+        f"--config.match.{name}"
+        for name in ("to=causal", "by=parameters", "change=mlp_width")
+      ]
+      helpers.run([TINY, "--mode=eval", f"--workdir={folder}", *match])
+    self.assertEqual(evaluate.call_args.args[0].model.mlp_width, 40)
 
   def test_the_cache_folder_is_the_user_s(self):
     for value, folder in (
@@ -285,6 +315,50 @@ class ParseTest(parameterized.TestCase):
     with self.assertRaisesRegex(errors.UserError, "get it from http.*text8"):
       helpers.run([f"--config={path}:base", f"--workdir={self.folder}"])
 
+  def test_an_experiment_by_name(self):
+    """Beside its path; the value may be an argument of its own."""
+    by_path = helpers.config_of([TINY])
+    for command in (
+      ["--config=two_stream:tiny"],
+      ["--config", "two_stream:tiny"],
+      ["-config=two_stream:tiny"],
+    ):
+      self.assertEqual(helpers.config_of(command), by_path)
+    values, _ = helpers.parse(["--config=causal", "--workdir=two_stream"])
+    self.assertEqual(values.config.name, "causal")
+    self.assertEqual(values.workdir, "two_stream")
+    self.assertIn(
+      "did you mean two_stream?", self.refused("--config=twostream:tiny")
+    )
+
+  def test_help_shows_flags_and_fields(self):
+    values = flags.FlagValues()
+    main.define_flags(values, ["main.py"])
+    text = main.help_text(["main.py", "--help"], values)
+    for flag in (*values, "config.model.T=128"):
+      self.assertIn(f"--{flag}", text)
+    self.assertIn("two_stream", text)
+    argv = ["main.py", "--config=two_stream:tiny", "-h"]
+    argv.append("--config.model.D=96")
+    values = flags.FlagValues()
+    main.define_flags(values, argv)
+    text = main.help_text(argv, values)
+    self.assertIn("--config.model.D=96\n", text)
+    self.assertIn("--config.model.T=64\n", text)
+    self.assertIn("default 128", text)
+
+  def test_a_mode_that_shows_the_fields(self):
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+      helpers.run(
+        [
+          f"--config={helpers.TINY.replace('two_stream', 'decoupled_rope')}",
+          "--mode=config",
+          "--config.match.to=two_stream",
+        ]
+      )
+    self.assertIn("--config.train.steps=3740\n", shown.getvalue())
+
   def test_flags_can_be_defined_anew(self):
     for steps in (3, 4):
       config = helpers.config_of([TINY, f"--config.train.steps={steps}"])
@@ -324,6 +398,12 @@ class ProcessTest(parameterized.TestCase):
     ("unknown_flag", [TINY, "--foo=1"], 2, "'foo'"),
     ("impossible_value", [TINY, "--config.model.N=3"], 2, "config.model.N=3"),
     (
+      "workdir_is_a_file",
+      [TINY, f"--workdir={__file__}"],
+      2,
+      "main_test.py is a file; name a folder",
+    ),
+    (
       "no_text",
       [TINY, "--config.data.path=/absent"],
       1,
@@ -339,6 +419,44 @@ class ProcessTest(parameterized.TestCase):
       self.assertStartsWith(err, "aoarm_jax: error: ")
       self.assertIn(message, err)
       self.assertEqual(os.listdir(folder), [])
+
+  @pytest.mark.slow
+  def test_a_wheel_is_usable(self):
+    """pip install, then the command in a folder without a checkout."""
+    folder = self.enterContext(tempfile.TemporaryDirectory())
+    pip = [sys.executable, "-m", "pip", "--quiet"]
+    wheels, site = os.path.join(folder, "wheels"), os.path.join(folder, "site")
+    subprocess.run(
+      [*pip, "wheel", "--no-deps", "-w", wheels, helpers.ROOT], check=True
+    )
+    (name,) = os.listdir(wheels)
+    wheel = os.path.join(wheels, name)
+    subprocess.run(
+      [*pip, "install", "--no-deps", "-t", site, wheel], check=True
+    )
+    shown = subprocess.run(
+      [
+        os.path.join(site, "bin", "aoarm_jax"),
+        "--config=two_stream:tiny",
+        "--mode=count",
+      ],
+      cwd=folder,
+      env=os.environ | {"PYTHONPATH": site, "JAX_PLATFORMS": "cpu"},
+      capture_output=True,
+      text=True,
+      check=True,
+    ).stdout
+    self.assertStartsWith(shown, "mechanism")
+
+  def test_devices_that_are_not_here(self):
+    process = helpers.start([TINY, "--mode=count"], JAX_PLATFORMS="cuda")
+    code, out, err = helpers.finish(process)
+    if code:  # There may be a GPU.
+      self.assertEqual((code, out), (2, ""))
+      error = err.splitlines()[-1]
+      self.assertStartsWith(
+        error, "aoarm_jax: error: JAX_PLATFORMS=cuda: JAX finds no such device"
+      )
 
 
 if __name__ == "__main__":

@@ -95,13 +95,15 @@ class ExperimentTest(parameterized.TestCase):
       self.assertEqual(text["order"][:2], [1, 2])
 
   def test_contributing_adds_one(self):
-    """Its law sums to one, and it is one that was not there."""
+    """Its law sums to one, also after a user has added it to the table."""
     page = (helpers.ROOT / "CONTRIBUTING.md").read_text()
     (code,) = re.findall(r"```python\n(MECHANISMS\[.*?)```", page, re.DOTALL)
+    (name,) = re.findall(r'^MECHANISMS\["(\w+)"\]', code)
     with mock.patch.dict(mechanisms.MECHANISMS):
+      mechanisms.MECHANISMS.pop(name, None)
       before = set(mechanisms.MECHANISMS)
       exec(code, vars(mechanisms))  # As if the line stood there.
-      (name,) = set(mechanisms.MECHANISMS) - before
+      self.assertEqual(set(mechanisms.MECHANISMS) - before, {name})
       made = tiny.make(name, T=4, V=3, D=8, N=2)
       texts = tiny.all_sequences(3, 4)
       order = np.tile(np.array([3, 1, 4, 2]), (len(texts), 1))

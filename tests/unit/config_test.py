@@ -1,11 +1,17 @@
 """The schema, the experiment files, and the rules between fields."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
+import os
 import pathlib
 import pickle
+import subprocess
+import sys
+import tempfile
 
+import pytest
 from absl.testing import absltest, parameterized
 
 from aoarm_jax.config import experiments
@@ -90,6 +96,51 @@ class ExperimentsTest(parameterized.TestCase):
     self.assertEqual(sizes["long"], (256, 10, 4, 1024))
     self.assertEqual(sizes["base"], (768, 12, 12, 256))
 
+  def test_an_experiment_has_a_name(self):
+    self.assertContainsSubset(EXPERIMENTS, experiments.names())
+    path = str(CONFIGS / "two_stream.py")
+    self.assertEqual(experiments.find("two_stream:tiny"), f"{path}:tiny")
+    self.assertEqual(experiments.find("two_stream"), path)
+    with contextlib.chdir(self.enterContext(tempfile.TemporaryDirectory())):
+      # As the docs have it, where no checkout is.
+      published = "configs/two_stream.py:tiny"
+      self.assertEqual(experiments.find(published), f"{path}:tiny")
+      pathlib.Path("configs").mkdir()
+      pathlib.Path("configs/two_stream.py").write_text("")
+      self.assertEqual(experiments.find(published), published)
+    for own in ("./two_stream:tiny", "mine.py", "configs/mine.py", ""):
+      self.assertEqual(experiments.find(own), own)
+
+  @parameterized.parameters(
+    ("twostream:tiny", "'twostream'; did you mean two_stream\\?"),
+    ("xyz5", "'xyz5'; there are: any_subset, .*--config=./xyz5.py"),
+  )
+  def test_no_experiment_of_that_name(self, name, message):
+    with self.assertRaisesRegex(config_lib.ConfigError, message):
+      experiments.find(name)
+
+  def test_a_wheel_has_the_experiments(self):
+    """The files that a build puts into the package, and those of an sdist."""
+    pytest.importorskip("setuptools")
+    code = (
+      "import setuptools\n"
+      "from distutils import core\n"
+      "made = core.run_setup('setup.py', ['--quiet'], 'config')\n"
+      "build = made.get_command_obj('build_py')\n"
+      "build.ensure_finalized()\n"
+      "print(*build.get_outputs(False), *build.get_source_files(), sep='\\n')"
+    )
+    shown = subprocess.run(
+      [sys.executable, "-c", code],
+      cwd=CONFIGS.parent,
+      capture_output=True,
+      text=True,
+      check=True,
+    ).stdout.replace(os.sep, "/")
+    for path in CONFIGS.glob("*.py"):
+      self.assertIn(f"/aoarm_jax/configs/{path.name}\n", shown)
+      self.assertIn(f"\nconfigs/{path.name}\n", shown)
+
   def test_base_wants_text8_when_it_is_read_and_says_where_it_is(self):
     data = config_lib.from_config_dict(get_config("two_stream", "base")).data
     with self.assertRaisesRegex(corpora.DataError, "http.*--config.data.path"):
@@ -171,14 +222,28 @@ class SchemaTest(parameterized.TestCase):
   @parameterized.parameters(
     ({"nodel": {}}, "config.nodel: no such field; config has: name, "),
     ({"model": {"d": 3}}, "config.model.d: no such field; config.model has"),
-    ({"model": {"D": 3.0}}, "config.model.D=3.0: a float where a int"),
-    ({"model": {"D": True}}, "config.model.D=True: a bool where a int"),
+    ({"model": {"D": 3.0}}, "config.model.D=3.0: must be a whole number (int)"),
+    (
+      {"model": {"D": True}},
+      "config.model.D=True: must be a whole number (int)",
+    ),
     ({"model": {"D": None}}, "config.model.D=None"),
-    ({"compute": {"remat": 1}}, "config.compute.remat=1: a int where a bool"),
-    ({"optimizer": {"b1": "1"}}, "config.optimizer.b1='1': a str where"),
-    ({"optimizer": {"b1": False}}, "config.optimizer.b1=False: a bool where"),
-    ({"orders": {"given": "12"}}, "config.orders.given='12': a str where"),
-    ({"data": {"path": 3}}, "config.data.path=3: a int where a str"),
+    (
+      {"compute": {"remat": 1}},
+      "config.compute.remat=1: must be true or false (bool)",
+    ),
+    (
+      {"optimizer": {"b1": "1"}},
+      "config.optimizer.b1='1': must be a number (float)",
+    ),
+    (
+      {"optimizer": {"b1": False}},
+      "config.optimizer.b1=False: must be a number (float)",
+    ),
+    ({"orders": {"given": "12"}}, "config.orders.given='12': must be a tuple"),
+    ({"model": 3}, "config.model=3: a section; it has: mechanism, sent"),
+    ([1], "config=[1]: a section; it has: name, variant"),
+    ({"data": {"path": 3}}, "config.data.path=3: must be a text (str)"),
   )
   def test_what_json_may_not_hold(self, tree, message):
     with self.assertRaises(config_lib.ConfigError) as caught:

@@ -1,6 +1,7 @@
 """Tests of runs/directory.py: metrics.jsonl, and files that explain a run."""
 
 import contextlib
+import errno
 import importlib.util
 import json
 import math
@@ -205,6 +206,43 @@ class MetricsTest(_FolderTest):
     self.assertIn(b"valid/left_to_right/bits_per_char", written)
 
 
+class WriteTest(_FolderTest):
+  def test_a_run_directory_is_a_folder(self):
+    file = self.workdir / "file"
+    file.write_text("")
+    for path in (file, file / "x" / "y"):
+      with self.assertRaisesRegex(
+        config.ConfigError, f"--workdir={path}: {file} is a file; name a folder"
+      ):
+        run_dir.check_workdir(path)
+    run_dir.check_workdir(self.workdir)
+    run_dir.check_workdir(self.workdir / "new" / "x")
+    run_dir.check_workdir("gs://bucket/x")
+
+  def test_what_cannot_be_written_is_logged(self):
+    (self.workdir / "file").write_text("")
+    path = self.workdir / "file" / "x.json"
+    with self.assertLogs(level="WARNING") as logs:
+      written = run_dir.attempt(lambda: run_dir.write_atomically(path, "x"))
+    self.assertFalse(written)
+    self.assertRegex(logs.output[0], "not written: .*file: .*[Ee]xists")
+    path = self.workdir / "x.json"
+    self.assertTrue(run_dir.attempt(lambda: path.write_text("x")))
+    with self.assertRaises(ValueError):  # A defect of the program.
+      run_dir.attempt(lambda: path.write_text(int("x")))
+
+  def test_the_file_is_named_where_nothing_can_be_written_or_removed(self):
+    """As on a file system that is read-only."""
+    read_only = OSError(errno.EROFS, "Read-only file system", ".x.tmp")
+    with (
+      mock.patch("builtins.open", side_effect=read_only),
+      mock.patch("pathlib.Path.unlink", side_effect=read_only),
+      self.assertRaises(OSError) as caught,
+    ):
+      run_dir.write_atomically(self.workdir / "x.json", "x")
+    self.assertEqual(caught.exception.filename, str(self.workdir / "x.json"))
+
+
 class RunDirTest(_FolderTest):
   def setUp(self):
     super().setUp()
@@ -224,6 +262,10 @@ class RunDirTest(_FolderTest):
     self.assertEqual(lines[3].split()[1:], ["scalar", "int32", "1"])
     self.assertEqual(lines[-1].split(), ["total", "0.0", "MiB", "175"])
     self.assertLen({len(line) for line in lines}, 1)
+
+  def test_a_parameter_may_be_called_value(self):
+    table = run_dir.parameter_table({"attention": {"value": np.ones(3)}})
+    self.assertIn("attention/value ", table)
 
   def _describe(self, *argv):
     run_dir.describe_run(

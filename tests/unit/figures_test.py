@@ -158,6 +158,15 @@ class FiguresTest(parameterized.TestCase):
       figures.decode_speed(one_length, self.path, title="")
     self.assertLen(noted.call_args_list, len(one_length))
 
+  def test_no_two_methods_have_one_marker(self):
+    row = dict(size="8m", T="8", B="1", best="False", device="GPU")
+    rows = [row | dict(method=f"m{i}", tokens_per_second="9") for i in range(9)]
+    plot = "matplotlib.axes.Axes.plot"
+    with mock.patch(plot, autospec=True, side_effect=axes.Axes.plot) as drawn:
+      figures.decode_speed(rows, self.path, title="")
+    kinds = [call.kwargs["marker"] for call in drawn.call_args_list]
+    self.assertLen(set(kinds), 9)
+
   def test_generation_strip(self):
     panels = {"one": ("$a b", [3, 1, 2, 4]), "two": ("^c_d", [1, 2, 3, 4])}
     figures.generation_strip(panels, self.path, title="_$", frames=3)

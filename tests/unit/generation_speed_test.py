@@ -15,7 +15,12 @@ from absl.testing import absltest, parameterized
 
 import pallas_kernels
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.tools import decode_cells, decode_timing, table
+from aoarm_jax.tools import (
+  decode_cells,
+  decode_programs,
+  decode_timing,
+  table,
+)
 from aoarm_jax.tools import generation_speed as decode_benchmark
 
 
@@ -74,6 +79,23 @@ class BenchmarkTest(parameterized.TestCase):
         float(row["tokens_per_second"]) * seconds * steps / (2 * T), 1.0
       )
       self.assertGreater(float(row["floor_ms"]), 0.0)
+
+  def test_a_model_beside_a_run_has_its_alphabet_and_dtype(self):
+    config = config_lib.Config().replace("data.tokenizer", "byte")
+    config = config.replace("compute.dtype", "float32")
+    options = decode_programs.Options(4, False, None, None, "reference")
+    benchmark = decode_timing.Benchmark(options, mock.Mock(config=config))
+    cell = decode_cells.Cell("run", config.model, 2, decode_cells.MASKED)
+    made = mock.patch.object(
+      decode_timing, "_network", wraps=decode_timing._network
+    )
+    with made as network:
+      benchmark._start(cell)
+    (config,) = network.call_args.args
+    self.assertEqual(config.data.tokenizer, "byte")
+    self.assertEqual(config.compute.dtype, "float32")
+    self.assertEqual(config.compute.attention, "reference")
+    self.assertEqual(config.model.mechanism, decode_cells.MASKED)
 
   def test_no_floor_where_the_bandwidth_is_not_known(self):
     self.enter_context(helpers.quick_compilation())

@@ -139,22 +139,32 @@ class MatchTest(parameterized.TestCase):
 
 
 class ResolveTest(absltest.TestCase):
-  def resolve(self, **match):
+  def resolve(self, overrides=(), mechanism="two_stream", **match):
+    """(config, matched config); `overrides`: {path: value}, as of flags."""
+    more = ""
+    if mechanism == "causal":
+      way = "left_to_right"
+      more = (
+        f"orders={{'family': {way!r}}}, sample={{'order': {way!r}}}, "
+        f"eval={{'estimators': ({way!r},)}}"
+      )
     with tempfile.TemporaryDirectory() as folder:
       with open(os.path.join(folder, "other.py"), "w") as file:
         file.write(
           "from aoarm_jax.config import experiments\n"
           "def get_config(variant):\n"
           "  return experiments.experiment('other', variant,\n"
-          "    model={'mechanism': 'two_stream'})\n"
+          f"    model={{'mechanism': {mechanism!r}}}, {more})\n"
         )
       config = dataclasses.replace(
-        _config("causal", D=256, L=10, N=4, T=128),
+        _config("decoupled_rope", D=256, L=10, N=4, T=128),
         train=config_lib.Train(),
         match=config_lib.Match(**match),
       )
+      for path, value in dict(overrides).items():
+        config = config.replace(path, value)
       return config, matching.resolve(
-        config, os.path.join(folder, "own.py:default")
+        config, os.path.join(folder, "own.py:default"), list(overrides)
       )
 
   def test_nothing_to_match(self):
@@ -168,6 +178,53 @@ class ResolveTest(absltest.TestCase):
     self.assertEqual(half.train.steps, 1755)
     _, tiny = self.resolve(to="other:tiny", steps=20_000)
     self.assertLess(tiny.train.steps, 1000)
+
+  def test_the_other_takes_the_values_of_the_command_line(self):
+    """All that are not the mechanism: sizes, batch, steps, alphabet."""
+    wide = {"model.D": 512, "model.mechanism": "decoupled_rope"}
+    _, plain = self.resolve(to="other")
+    config, matched = self.resolve(wide, to="other")
+    self.assertEqual(matched.train.steps, self.expected_steps(config))
+    self.assertAlmostEqual(
+      matched.train.steps, plain.train.steps, delta=0.1 * plain.train.steps
+    )
+    small = {"train.batch_size": 64}
+    _, matched = self.resolve(small, to="other")
+    self.assertEqual(matched.train.steps, plain.train.steps)
+    _, matched = self.resolve({"train.steps": 1000}, to="other")
+    self.assertAlmostEqual(matched.train.steps, plain.train.steps / 2, delta=1)
+    # The field of the match goes before the one of the command line.
+    _, matched = self.resolve({"train.steps": 7}, to="other", steps=2000)
+    self.assertEqual(matched.train.steps, plain.train.steps)
+    by_size = dict(by="parameters", change="mlp_width")
+    _, matched = self.resolve(
+      {"data.tokenizer": "byte", "model.D": 64}, to="other", **by_size
+    )
+    self.assertEqual(matched.model.F, 256)
+
+  def expected_steps(self, config):
+    other = config.replace("model.mechanism", "two_stream")
+    steps = matching.training_flops(other) / matching.training_flops(config)
+    return round(steps * config.train.steps)
+
+  def test_a_value_that_the_other_mechanism_does_not_allow_stays_away(self):
+    fraction = {"train.query_fraction": 0.5, "orders.family": "block"}
+    with self.assertLogs(level="INFO") as logs:
+      _, matched = self.resolve(fraction, "causal", to="other")
+    config, _ = self.resolve({}, "causal")
+    self.assertLess(matched.train.steps, config.train.steps * 2)
+    text = "\n".join(logs.output)
+    self.assertIn("other keeps config.train.query_fraction=1.0", text)
+    self.assertIn("other keeps config.orders.family='left_to_right'", text)
+
+  def test_the_log_names_the_sizes_of_the_other(self):
+    with self.assertLogs(level="INFO") as logs:
+      self.resolve({"model.D": 512}, to="other:tiny")
+    self.assertIn(
+      "of other:tiny (T=64, D=512, L=3, N=2, F=2,048, batch_size=32, "
+      "steps=2,400)",
+      logs.output[-1],
+    )
 
   def test_no_such_config(self):
     with self.assertRaisesRegex(

@@ -111,7 +111,8 @@ def check(words: list[str]) -> None:
 def check_main(arguments: list[str], *, alone: bool = False) -> None:
   """The flags and fields; unless `alone`, whether they fit together too."""
   argv = ["main", *arguments]
-  argv = [re.sub("^--config=", f"--config={ROOT}/", a) for a in argv]
+  # An experiment by name stays as it is.
+  argv = [re.sub("^--config=(?=.*/)", f"--config={ROOT}/", a) for a in argv]
   values = flags.FlagValues()
   main.define_flags(values, argv)
   main.parse(argv, values)
@@ -184,7 +185,15 @@ class CommandsTest(parameterized.TestCase):
       with self.subTest(page=name, command=shlex.join(words)):
         check(words)
 
+  def test_every_use_of_the_command_parses(self):
+    every = every_command("aoarm_jax")
+    self.assertNotEmpty(every)
+    for name, words in every:
+      with self.subTest(page=name, command=shlex.join(words)):
+        check_main(words[1:])
+
   @parameterized.parameters(
+    "python -m aoarm_jax.main --config=absent",
     "python -m aoarm_jax.absent",
     "python -m aoarm_jax.main --config=configs/absent.py",
     "python -m aoarm_jax.main --config=configs/causal.py:absent",

@@ -70,6 +70,15 @@ class TableTest(absltest.TestCase):
         rows,
       )
 
+  def test_a_file_that_cannot_be_written_does_not_end_the_table(self):
+    folder = epath.Path(self.enterContext(tempfile.TemporaryDirectory()))
+    (folder / "file").write_text("")
+    path = folder / "file" / "x"
+    with self.assertLogs(level="WARNING"):
+      self.assertFalse(table.write_csv(path, [dict(T=8)]))
+      self.assertFalse(table.append_json(path, dict(T=8)))
+    self.assertTrue(table.write_csv(folder / "x", [dict(T=8)]))
+
 
 if __name__ == "__main__":
   absltest.main()

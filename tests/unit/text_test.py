@@ -19,6 +19,13 @@ class TextTest(absltest.TestCase):
     self.assertEqual(text.first_line(ValueError("\n one\ntwo")), "one")
     self.assertEqual(text.first_line(KeyError()), "KeyError")
 
+  def test_printable(self):
+    self.assertEqual(text.printable("a é ☃"), "a é ☃")
+    self.assertEqual(
+      text.printable("a\x1b[2J\nb\x00\u202e\r"),
+      "a\\x1b[2J\\nb\\x00\\u202e\\r",
+    )
+
 
 if __name__ == "__main__":
   absltest.main()
