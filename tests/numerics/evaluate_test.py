@@ -399,9 +399,12 @@ class WriteTest(absltest.TestCase):
     corpus = mock.Mock()
     corpus.describe.return_value = corpus.hash.return_value = "text"
     corpus.split.return_value, corpus.tokenizer.V = np.arange(9) % _V, _V
-    estimate = evaluate.Estimate("any_order", 1.0, 0.1, 3, (1.0,) * 7)
+    corpus.tokenizer.unit = "char"
+    estimate = evaluate.Estimate("any_order", 1.0, 0.1, 3, 21, (1.0,) * 7)
     with self.assertLogs(level="INFO") as logs:
-      evaluate._write(config.Config(), workdir, 3, corpus, [estimate])
+      evaluate._write(
+        config.Config(), workdir, 3, corpus, _batches(3), [estimate]
+      )
     (warning,) = logs.output
     self.assertIn("not written: ", warning)
     self.assertTrue((workdir / "slot_curve_valid.png").exists())

@@ -36,7 +36,7 @@ class ExplainTest(absltest.TestCase):
     self.assertIn("--config.data.path='my books'\n", table)
     self.assertIn('--config.orders.given="(2, 1)"\n', table)
     self.assertIn("--config.compute.remat=false\n", table)
-    self.assertIn("--config.sample.blank=_\n", table)
+    self.assertIn("--config.sample.blank=auto\n", table)
 
   def test_limits(self):
     limits = {
