@@ -1,1 +1,1 @@
-"""What a run leaves: checkpoints, metrics, logs, pictures; reading it."""
+"""Everything that a run leaves: checkpoints, metrics, logs, pictures; reading it."""

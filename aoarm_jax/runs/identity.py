@@ -1,4 +1,4 @@
-"""What makes a run this run: one list, compared in one place.
+"""The identity of a run: one list, compared in one place.
 
   fields     of the config that bind a checkpoint ("model") or a run ("run"):
              model, tokenizer, optimizer, orders, batches, seed, validation

@@ -1,4 +1,4 @@
-"""What a run reports: log lines, speed, time left, profile, NaN guard.
+"""Reports of a run: log lines, speed, time left, profile, NaN guard.
 
 Everything here runs on the host, at the edge of the training loop, on plain
 floats. directory.py writes the files of the run directory.

@@ -38,7 +38,7 @@ class Run(NamedTuple):
     result: what its result.json holds.
     steps: optimizer steps.
     bits: of every window, bits per character, [windows].
-    recipe: what sets it apart from the primary runs, "" if nothing does.
+    recipe: rate and fields that differ from the primary runs, "" for those.
   """
 
   cell: cells_lib.Cell
@@ -58,7 +58,7 @@ class Run(NamedTuple):
 
 
 def _recipe(cell, config):
-  """What sets a cell apart from the primary runs, "" if nothing does."""
+  """Return the marks of a cell that is no primary run, "" for primary runs."""
   primary = f"{config.optimizer.peak_learning_rate:g}"
   given = rates.parse(cell.rate) is None and cell.rate != primary
   return " ".join(filter(None, (f"rate={cell.rate}" * given, cell.changes)))

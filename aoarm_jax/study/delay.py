@@ -89,7 +89,7 @@ def delays(
     seed: seed of the resamples.
   """
   own, other = _stretches(np.asarray(reference)), _stretches(np.asarray(curve))
-  # Of every seed; and of all seeds without one stretch of the text.
+  # The delays of every seed, and of all seeds without one stretch of text.
   of_seed = [
     _read(own[:, n].mean(-1), other[:, n].mean(-1), reference_steps, steps)
     for n in range(own.shape[1])
