@@ -58,7 +58,7 @@ class Run(NamedTuple):
 
 
 def _recipe(cell, config):
-  """Return the marks of a cell that is no primary run, "" for primary runs."""
+  """Return the marks of a cell that is not primary, "" for primary cells."""
   primary = f"{config.optimizer.peak_learning_rate:g}"
   given = rates.parse(cell.rate) is None and cell.rate != primary
   return " ".join(filter(None, (f"rate={cell.rate}" * given, cell.changes)))
