@@ -1,1 +1,1 @@
-"""Everything that a run leaves: checkpoints, metrics, logs, pictures; reading it."""
+"""The files of a run: checkpoints, metrics, logs, pictures; reading a run."""
