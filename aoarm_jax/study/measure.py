@@ -334,7 +334,7 @@ def _note(losses, sums):
 
 
 def _report(found, split):
-  """What result.json says of an estimate's report."""
+  """Return the part of an estimate's report that result.json holds."""
   report = {
     "estimator": found["estimator"],
     "split": split,

@@ -26,8 +26,8 @@ _COLOURS = dict(
 _OTHER = "#444444"
 
 
-# What the heads of a stream are drawn as, and further markers for arms that
-# share a colour.
+# Markers for the heads of each stream, and further markers for arms that share
+# a colour.
 _MARKS = {"content": "s", "query": "o", "only": "^"}
 _SPARE = ("v", "D", "P", "X", "<", ">", "p", "h", "*")
 

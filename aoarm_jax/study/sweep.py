@@ -404,7 +404,7 @@ def _run_all(lab, results, todo, clock, start):
 
 
 def _fits(clock, cell, start, results):
-  """Whether a cell would end in time, as far as is known.
+  """Return if a cell would end in time, as far as is known.
 
   One that can be interrupted is begun if there is time for a part of it.
   """

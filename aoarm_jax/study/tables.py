@@ -192,7 +192,7 @@ def differences_table(
     config: of the study.
   """
   rows = []
-  # Of an arm whatever its rate.
+  # The rates of every arm.
   rates: dict[cells_lib.Cell, set[str]] = {}
   for cell in cells:
     rates.setdefault(_without_rate(cell.arm), set()).add(cell.rate)

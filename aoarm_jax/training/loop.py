@@ -152,7 +152,7 @@ def train(
         ):
           _say_finished(config, workdir, saved, corpus)
           return
-      run = _Run(program, workdir, argv, corpus, checkpoints)
+      run = _Run(program, workdir, argv, corpus, text, checkpoints)
       run.loop(saved, signals)
 
 
@@ -197,6 +197,7 @@ class _Run:
     workdir: epath.Path,
     argv: list[str],
     corpus: corpora.Corpus,
+    text: dict[str, str],
     checkpoints: checkpoint.Checkpoints,
   ) -> None:
     self.program, self.network = program, program.network
@@ -217,7 +218,7 @@ class _Run:
     self.eval_batches = evaluate.evaluation_batches(self.network, valid_tokens)
     what_is_read = self.eval_batches.describe(self.network.tokenizer.units)
     logging.info("%s %s", config.eval.split, what_is_read)
-    self.text = identity.text_of(corpus, "train", config.eval.split)
+    self.text = text
     self.unigram_bits = corpora.unigram_entropy(
       valid_tokens, self.network.vocabulary
     )
