@@ -34,8 +34,8 @@ from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import distributed, sharding, switches
 from aoarm_jax.evaluation import evaluate, score
 from aoarm_jax.generation import texts as generate
+from aoarm_jax.runs import agreement, opening, telemetry
 from aoarm_jax.runs import directory as run_dir
-from aoarm_jax.runs import opening, telemetry
 from aoarm_jax.study import sweep
 from aoarm_jax.tools import compile as pod
 from aoarm_jax.tools import matching
@@ -51,6 +51,9 @@ _NO_CONFIG = (
   "its file, as in --config=configs/two_stream.py:tiny"
 )
 
+# The processes of a run must agree about these. A run directory may be mounted
+# at different places.
+_AGREED_FLAGS = ("mode", "prompt", "text", "topology")
 _GOES_ON = {"study": ": the same command goes on with the cell that was lost"}
 _LESS_TRAINING = (
   "lower --config.train.batch_size, raise --config.compute.accumulate, or set "
@@ -327,8 +330,14 @@ def run(flag_values: flags.FlagValues, argv: list[str]) -> None:
   switches.fix_types()
   # JAX must know the other processes before anything looks at a device.
   distributed.start(config.distributed)
+  if reads_a_run:
+    agreement.check_disk(workdir, writes=False)
+  agreement.check_command(
+    config, {name: flag_values[name].value for name in _AGREED_FLAGS}
+  )
   if flag_values.mode not in ("config", "compile"):
     sharding.all_devices()
+    agreement.check_devices()
   # The model of a run was matched when the run started.
   if not (reads_a_run and (workdir / "config.json").exists()):
     config_file = config_flags.get_config_filename(flag_values["config"])
@@ -429,7 +438,8 @@ def main(argv: list[str]) -> None:
   telemetry.setup_logging()
   _cache_compilations()
   try:
-    run(flags.FLAGS, sys.argv)
+    with distributed.blaming_neighbours():
+      run(flags.FLAGS, sys.argv)
   except train.Preempted as stop:
     logging.warning("%s", stop)
     sys.exit(stop.exit_code)
@@ -507,6 +517,7 @@ def help_text(
   )
 
 
+@distributed.failing_at_once()
 def _parse_or_exit(argv):
   """Parse the command line, or end the program with exit code 2."""
   try:

@@ -17,6 +17,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from aoarm_jax.config import schema as config_lib
+from aoarm_jax.devices import neighbours, rendezvous
 
 # Environment variables and the fields of config.distributed that they set. They
 # hold all that differs between launchers and processes, so every process can
@@ -113,13 +114,16 @@ def start(
     environment: variables that override the fields; see VARIABLES.
 
   Raises:
-    ConfigError: a field is not valid, or no cluster is found.
+    ConfigError: a field is not valid, no cluster is found, or the port of the
+      coordinator is in use.
+    NeighbourError: another process failed or did not come.
   """
   fields = with_environment(fields, environment)
   if not fields.enabled:
     return
   explicit: dict[str, Any] = {}
   if fields.coordinator_address:
+    _meet(fields)
     explicit = {
       "coordinator_address": fields.coordinator_address,
       "num_processes": fields.process_count,
@@ -140,9 +144,31 @@ def start(
       "outside of Cloud TPU, Slurm and Kubernetes give "
       "config.distributed.coordinator_address, process_count and process_id"
     ) from error
+  except jax.errors.JaxRuntimeError as error:
+    raise neighbours.NeighbourError(
+      f"the processes cannot be joined ({str(error).splitlines()[0]}): see "
+      "what process 0 says, and start the same command again on all processes"
+    ) from error
+  neighbours.listen(fields.heartbeat_timeout_seconds)
   logging.info("process %d of %d", jax.process_index(), jax.process_count())
   if jax.process_index() > 0:  # Process 0 speaks for all.
     logging.set_verbosity(logging.WARNING)
+
+
+_has_met = False
+
+
+def _meet(fields, failure=None):
+  """Wait for the other processes, at the address that the config gives."""
+  global _has_met
+  _has_met = True
+  rendezvous.meet(
+    fields.coordinator_address,
+    fields.process_count,
+    fields.process_id,
+    fields.initialization_timeout_seconds,
+    failure,
+  )
 
 
 class Watchdog:
@@ -212,24 +238,61 @@ class Watchdog:
 
 
 @contextlib.contextmanager
+def blaming_neighbours() -> Iterator[None]:
+  """Raise NeighbourError for an error that another process has caused.
+
+  When a process is gone, the others get an error of their connections. If that
+  process has said why it failed, the error of the others says the same.
+
+  Raises:
+    NeighbourError: see `neighbours.cause_of`.
+  """
+  try:
+    yield
+  except Exception as error:
+    cause = neighbours.cause_of(error)
+    if cause is None:
+      raise
+    raise cause from error
+
+
+@contextlib.contextmanager
 def failing_at_once() -> Iterator[None]:
   """End one of several processes as soon as it fails, with its exit code.
 
-  At its exit, JAX would make the process wait for the others. They wait for it
-  in turn, until all are aborted. A preempted run ends in agreement, so it may
-  wait.
+  The other processes are told, and they end, too. At its exit, JAX would make
+  the process wait for the others. They wait for it in turn, until all are
+  aborted. A preempted run ends in agreement, so it may wait.
   """
   try:
     yield
   except BaseException as error:
     code: Any = error.code if isinstance(error, SystemExit) else 1
-    if code in (0, None, 75) or not jax.distributed.is_initialized():
+    # The program has printed the error that made it exit.
+    cause = error.__context__ if isinstance(error, SystemExit) else error
+    blames = isinstance(cause, neighbours.NeighbourError)
+    if code in (0, None) or (code == 75 and not blames):
+      raise
+    line = str(cause).strip() or type(cause).__name__
+    if cause is error:
+      line = f"{type(error).__name__}: {line}"
+    line = line.splitlines()[0]
+    if not neighbours.several():
+      _tell_early(code, line)
       raise
     if not isinstance(error, SystemExit):
       traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)
+    os._exit(neighbours.tell(code, line).exit_code)
+
+
+def _tell_early(code, line):
+  """Tell the other processes, if any, that this one will not join them."""
+  with contextlib.suppress(config_lib.ConfigError):
+    fields = with_environment(config_lib.Distributed(), os.environ)
+    if fields.enabled and fields.coordinator_address and not _has_met:
+      _meet(fields, neighbours.Failure(fields.process_id, code, line))
 
 
 def process_0_says(decide: Callable[[], int]) -> int:

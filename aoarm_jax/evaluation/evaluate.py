@@ -20,8 +20,8 @@ from aoarm_jax.data import corpora, pipeline
 from aoarm_jax.devices import sharding
 from aoarm_jax.evaluation import estimators
 from aoarm_jax.model import network as network_lib
+from aoarm_jax.runs import agreement, figures, identity, opening, telemetry
 from aoarm_jax.runs import directory as run_dir
-from aoarm_jax.runs import figures, identity, opening, telemetry
 
 _SECONDS_BETWEEN_LINES = 15.0
 
@@ -342,6 +342,7 @@ def evaluate(config: config_lib.Config, workdir: epath.Path) -> None:
     data.corpus, data.path, network.tokenizer, data.normalise
   )
   logging.info("text: %s", corpus.describe(config.eval.split))
+  agreement.check_text(identity.text_of(corpus, config.eval.split))
   identity.warn_other_text(run.saved, corpus, config.eval.split)
   batches = evaluation_batches(network, corpus.split(config.eval.split))
   logging.info("%s", batches.describe(network.tokenizer.units))

@@ -30,7 +30,7 @@ from aoarm_jax.data import tokenizers
 from aoarm_jax.devices import sharding
 from aoarm_jax.generation import prompts, shapes
 from aoarm_jax.model import network as network_lib
-from aoarm_jax.runs import opening, telemetry
+from aoarm_jax.runs import agreement, opening, telemetry
 
 # The texts of a file are scored in parts of this many, and each part is printed
 # before the next one is scored.
@@ -311,6 +311,7 @@ def score(
   """
   tokenizer = tokenizers.get(config.data.tokenizer)
   lines = [("--text", text)] if text else prompts.read_lines(input_file)
+  agreement.check_lines(lines)
   if config.data.normalise:
     lines = prompts.normalised(
       lines, tokenizer, config.sample.blank, config.score.marks

@@ -24,8 +24,8 @@ from aoarm_jax.generation import decode, diffusion, prompts, shapes
 from aoarm_jax.generation import law as sampling
 from aoarm_jax.generation import plan as plan_lib
 from aoarm_jax.model import network as network_lib
+from aoarm_jax.runs import agreement, opening, telemetry
 from aoarm_jax.runs import directory as run_dir
-from aoarm_jax.runs import opening, telemetry
 from aoarm_jax.runs import text as text_lib
 
 # The texts of a file are drawn in parts of this many, and each part is printed
@@ -360,6 +360,7 @@ def sample(
   lines = prompts.read_lines(input_file) if input_file else []
   if prompt:
     lines = [("--prompt", prompt)]
+  agreement.check_lines(lines)
   if config.data.normalise:
     lines = prompts.normalised(lines, tokenizer, blank, "")
 

@@ -32,7 +32,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1
 
-from aoarm_jax.devices import distributed
+from aoarm_jax.devices import distributed, neighbours
 from aoarm_jax.runs import manifest, text
 
 FORMAT_VERSION = manifest.FORMAT_VERSION
@@ -96,6 +96,8 @@ class Checkpoints:
   ) -> None:
     if error is None:
       self.close()
+    elif neighbours.is_lost(error):
+      return  # Orbax would wait minutes for the process that is gone.
     elif save_error := self._drain():
       # `error` came first, so it is raised, and the later one is only logged.
       logging.error("%s", save_error)
@@ -160,12 +162,12 @@ class Checkpoints:
       CheckpointError: the save failed. The error is raised once.
     """
     pending = self._pending is not None
-    error = self._drain()
-    if pending and jax.process_count() > 1:
-      # Only process 0 writes the manifest, so the others wait for it.
-      multihost_utils.sync_global_devices("aoarm_jax_checkpoint_wait")
-    if error:
-      raise error
+    with neighbours.ending_at_sigterm():
+      if error := self._drain():
+        raise error  # The others are told, wherever they wait.
+      if pending and jax.process_count() > 1:
+        # Only process 0 writes the manifest, so the others wait for it.
+        multihost_utils.sync_global_devices("aoarm_jax_checkpoint_wait")
 
   def close(self) -> None:
     """Wait for the last save and free the thread.
@@ -181,6 +183,21 @@ class Checkpoints:
   def steps(self) -> list[int]:
     """Return the steps that have a manifest, ascending, without verifying."""
     return self._steps.finished()
+
+  def files(self, step: int) -> dict[str, Any]:
+    """Return the sizes and checksums of a step's files, from its manifest.
+
+    Raises:
+      CheckpointError: this process cannot read the manifest.
+    """
+    try:
+      files: dict[str, Any] = self._steps.record(step)["files"]
+    except manifest.BrokenError as error:
+      raise CheckpointError(
+        f"checkpoint step {step} in {self._steps.directory} cannot be used: "
+        f"{error}"
+      ) from error
+    return files
 
   def newest(self) -> Saved | None:
     """Return the newest complete step, or None if there is no checkpoint.
@@ -330,8 +347,9 @@ class Checkpoints:
       response.result()
       if jax.process_index() != 0:
         return
-      files = manifest.checksums(directory)
-      manifest.write(directory, record | {"files": files})
+      with neighbours.saving():
+        files = manifest.checksums(directory)
+        manifest.write(directory, record | {"files": files})
     except Exception:
       # If the disk is full, half a checkpoint would keep it full.
       if jax.process_index() == 0:

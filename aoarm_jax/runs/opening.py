@@ -11,7 +11,7 @@ from etils import epath
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import sharding
 from aoarm_jax.model import network as network_lib
-from aoarm_jax.runs import checkpoint, identity, telemetry
+from aoarm_jax.runs import agreement, checkpoint, identity, telemetry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +166,7 @@ def open_run(
       f"no checkpoint{' with a validation' * best} in "
       f"{workdir / 'checkpoints'}: train first, or name the run with --workdir"
     )
+  agreement.check_checkpoint(checkpoints, saved)
   trained = config_lib.from_json(saved.config_json)
   identity.check_same_model(saved, config, workdir)
   network = network_lib.Network(config, mesh)

@@ -19,7 +19,13 @@ from aoarm_jax.devices import distributed, sharding
 from aoarm_jax.evaluation import evaluate
 from aoarm_jax.generation import texts as generate
 from aoarm_jax.model import cost
-from aoarm_jax.runs import checkpoint, figures, identity, telemetry
+from aoarm_jax.runs import (
+  agreement,
+  checkpoint,
+  figures,
+  identity,
+  telemetry,
+)
 from aoarm_jax.runs import directory as run_dir
 from aoarm_jax.runs import text as text_lib
 from aoarm_jax.training import program as program_lib
@@ -141,10 +147,13 @@ def train(
       description = corpus.describe(*splits)  # This reads the splits.
     logging.info("text: %s", description)
     text = identity.text_of(corpus, *splits)
+    agreement.check_text(text)
     # Everything that depends on what stands in the run directory is decided
     # under the lock. Before, another process may still be saving there.
     with run_dir.lock(workdir):
+      agreement.check_disk(workdir, writes=True)
       saved = checkpoints.newest()
+      agreement.check_checkpoint(checkpoints, saved)
       if saved:
         resuming.check_resume(saved, config, text, workdir)
         if distributed.process_0_says(

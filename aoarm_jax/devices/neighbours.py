@@ -1,0 +1,359 @@
+"""What the processes of a run tell each other beside their computations.
+
+The messages go through the key-value store of JAX's coordination service. They
+arrive while a process waits in a collective, in a disk or in a compilation.
+"""
+
+import atexit
+import contextlib
+import ctypes
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+from jax._src import distributed as runtime
+
+from aoarm_jax.config import schema as config_lib
+from aoarm_jax.devices import rendezvous
+
+Failure = rendezvous.Failure
+NeighbourError = rendezvous.NeighbourError
+
+_FOLDER = "aoarm_jax"
+_POLL_SECONDS = 1.0
+# A process whose neighbour failed may fail by itself within this time.
+_GRACE_SECONDS = 1.0
+# The neighbour that caused a broken connection may tell why within this time.
+_CAUSE_SECONDS = 2.0
+# The other processes have heard of a failure within this time.
+_HEARD_SECONDS = 3.0
+# What errors of Gloo, NCCL and the coordination service say when another
+# process is gone. Their types are those of all errors of JAX.
+_LOST = re.compile(
+  r"gloo|connection (reset|closed|refused)|socket closed|broken pipe"
+  r"|nccl.*(remote|system error|abort|timed? ?out)"
+  r"|barrier.*(fail|timed out|error)|heartbeat|coordination ?service",
+  re.IGNORECASE | re.DOTALL,
+)
+
+_fails = threading.Event()  # The main thread is ending this process.
+_saves = threading.Lock()  # Held while this process writes a manifest.
+_patience_seconds = 100.0
+_agreements: dict[str, int] = {}
+
+
+def several() -> bool:
+  """Return whether this process has joined other processes."""
+  # jax.process_count() would wait for the devices of all processes.
+  return _client() is not None and _count() > 1
+
+
+def listen(patience_seconds: float) -> None:
+  """Begin to listen for the failures of other processes.
+
+  When another process fails, this process ends within seconds, with the line
+  and the exit code of that process. It does so even in a collective, and then
+  nothing else could end it.
+
+  Args:
+    patience_seconds: config.distributed.heartbeat_timeout_seconds, the time
+      after which a silent process is lost.
+  """
+  global _patience_seconds
+  _patience_seconds = patience_seconds
+  if not several():
+    return
+  is_over = threading.Event()
+  thread = threading.Thread(
+    target=_listen, args=(is_over,), name="neighbours", daemon=True
+  )
+  thread.start()
+
+  def stop():
+    # Python may not end while a thread is in a call of JAX.
+    is_over.set()
+    thread.join()
+
+  atexit.register(stop)
+
+
+def tell(exit_code: int, line: str) -> Failure:
+  """Tell the other processes that this process fails.
+
+  Process 0 keeps what is told. So it also waits until the others have heard,
+  and the writing of a manifest comes to its end.
+
+  Args:
+    exit_code: the exit code of this process.
+    line: its message.
+
+  Returns:
+    The first failure among all processes, which is the cause of the others.
+  """
+  _fails.set()
+  first = failure = Failure(_process(), exit_code, line)
+  with contextlib.suppress(jax.errors.JaxRuntimeError):
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+      # The first failure stays.
+      _client().key_value_set(f"{_FOLDER}/failure/first", json.dumps(failure))
+    first = _failure() or failure
+    _heard()
+  _finish_saving()
+  return first
+
+
+def cause_of(error: BaseException) -> NeighbourError | None:
+  """Return why an error is the fault of another process.
+
+  Args:
+    error: an error of a computation, or one that such an error caused.
+
+  Returns:
+    None if the error is none of a connection between processes.
+  """
+  if not (several() and (line := _lost(error))):
+    return None
+  failure = None
+  deadline = time.monotonic() + _CAUSE_SECONDS
+  with contextlib.suppress(jax.errors.JaxRuntimeError):
+    while failure is None and time.monotonic() < deadline:
+      failure = _failure()
+      time.sleep(0.1)
+  return (
+    failure.error()
+    if failure
+    else NeighbourError(
+      f"process {_process()} lost a neighbour ({line}): start the same command "
+      "again on all processes, and the run goes on from its last checkpoint"
+    )
+  )
+
+
+def is_lost(error: BaseException) -> bool:
+  """Return whether an error says that another process is gone."""
+  return several() and _lost(error) is not None
+
+
+def agree(what: str, facts: Mapping[str, str]) -> None:
+  """Check that all processes know the same facts. All return, or none does.
+
+  Args:
+    what: what the facts are about.
+    facts: short texts by their names.
+
+  Raises:
+    ConfigError: this process knows something else than process 0. The message
+      names the process, the fact and both values. The others are told.
+    NeighbourError: a SIGTERM came during the wait.
+  """
+  if not several():
+    return
+  _agreements[what] = number = _agreements.get(what, 0) + 1
+  folder = f"{_FOLDER}/{what}/{number}"
+  me, client = _process(), _client()
+  with ending_at_sigterm(0):
+    if me == 0:
+      client.key_value_set(f"{folder}/facts", json.dumps(dict(facts)))
+    expected = json.loads(_get(f"{folder}/facts"))
+    for name in {**expected, **facts}:
+      wants, has = (f.get(name, "absent") for f in (expected, facts))
+      if wants != has:
+        raise config_lib.ConfigError(
+          f"process {me} ({socket.gethostname()}): {name} is {has}, and it is "
+          f"{wants} in process 0: start all processes with the same command, "
+          "text and code"
+        )
+    client.key_value_set(f"{folder}/agreed/{me}", "")
+    if me == 0:
+      while len(client.key_value_dir_get(f"{folder}/agreed/")) < _count():
+        time.sleep(0.01)
+      client.key_value_set(f"{folder}/all", "")
+    _get(f"{folder}/all")
+
+
+def from_process_0(name: str, value: str) -> str:
+  """Return the value that process 0 gives; to be called once for a name."""
+  if _process() == 0:
+    _client().key_value_set(f"{_FOLDER}/{name}", value)
+  return _get(f"{_FOLDER}/{name}")
+
+
+@contextlib.contextmanager
+def saving() -> Iterator[None]:
+  """Let this thread finish before a failure elsewhere ends the process."""
+  with _saves:
+    yield
+
+
+@contextlib.contextmanager
+def ending_at_sigterm(seconds: float | None = None) -> Iterator[None]:
+  """End this process by a SIGTERM, although it waits for other processes.
+
+  With several processes JAX catches SIGTERM, and the run stops when all
+  processes have reached the same step. A process that waits for a stuck
+  neighbour would never come there.
+
+  Args:
+    seconds: time from the signal to the end of the process. None is
+      config.distributed.heartbeat_timeout_seconds.
+  """
+  if not several() or (
+    threading.current_thread() is not threading.main_thread()
+  ):
+    yield
+    return
+  seconds = _patience_seconds if seconds is None else seconds
+  # The main thread may wait outside of Python, where Python's handlers do not
+  # run. A thread can still read the numbers of signals from a socket.
+  reader, writer = socket.socketpair()
+  writer.setblocking(False)
+  # Python cannot put back a handler that is not written in Python.
+  former, of_jax = signal.getsignal(signal.SIGTERM), _getsig(signal.SIGTERM)
+  is_python = callable(former) and former is not _ignore
+  if not is_python:
+    signal.signal(signal.SIGTERM, _ignore)
+  former_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+  left = threading.Event()
+  thread = threading.Thread(
+    target=_end_at_sigterm,
+    args=(reader, left, seconds, None if is_python else of_jax),
+    daemon=True,
+  )
+  thread.start()
+  try:
+    yield
+  finally:
+    signal.set_wakeup_fd(former_fd)
+    if not is_python:
+      _setsig(signal.SIGTERM, of_jax)
+    left.set()
+    writer.close()
+    thread.join()
+    reader.close()
+
+
+def _ignore(number, frame):
+  """Handle a signal in Python, so that its number is written to the socket."""
+
+
+def _end_at_sigterm(reader, left, seconds, of_jax):
+  """Wait for a SIGTERM; then end the process after some time."""
+  while numbers := reader.recv(16):
+    if signal.SIGTERM in numbers:
+      if seconds and of_jax:
+        ctypes.CFUNCTYPE(None, ctypes.c_int)(of_jax)(signal.SIGTERM)
+      if not left.wait(seconds):
+        end(
+          NeighbourError(
+            f"SIGTERM ended process {_process()} while it waited for the other "
+            "processes: start the same command again on all processes"
+          )
+        )
+      return
+
+
+def _getsig(number):
+  function = ctypes.pythonapi.PyOS_getsig
+  function.restype = ctypes.c_void_p
+  return function(int(number))
+
+
+def _setsig(number, handler):
+  function = ctypes.pythonapi.PyOS_setsig
+  function.restype = ctypes.c_void_p
+  function(int(number), ctypes.c_void_p(handler))
+
+
+def end(error: NeighbourError) -> None:
+  """End the process from any thread; the others are told."""
+  print(f"aoarm_jax: error: {error}", file=sys.stderr, flush=True)
+  tell(error.exit_code, str(error))
+  sys.stdout.flush()
+  os._exit(error.exit_code)
+
+
+def _listen(is_over):
+  """Wait for a failure of another process; then end this one."""
+  failure = None
+  while failure is None:
+    if is_over.wait(_POLL_SECONDS):
+      return
+    try:
+      failure = _failure()
+    except jax.errors.JaxRuntimeError:  # JAX is shutting down.
+      return
+  if failure.process == _process() or _fails.wait(_GRACE_SECONDS):
+    return
+  error = failure.error()
+  print(f"aoarm_jax: error: {error}", file=sys.stderr, flush=True)
+  _finish_saving()
+  with contextlib.suppress(jax.errors.JaxRuntimeError):
+    _heard()
+  sys.stdout.flush()
+  os._exit(error.exit_code)
+
+
+def _finish_saving():
+  """Wait for a manifest that is being written, and let no other begin."""
+  _saves.acquire(timeout=_patience_seconds)
+
+
+def _heard():
+  """Say that this process knows of the failure; process 0 waits for all."""
+  client = _client()
+  client.key_value_set(f"{_FOLDER}/heard/{_process()}", "", True)
+  if _process() == 0:
+    deadline = time.monotonic() + _HEARD_SECONDS
+    while time.monotonic() < deadline:
+      if len(client.key_value_dir_get(f"{_FOLDER}/heard/")) == _count():
+        break
+      time.sleep(0.05)
+
+
+def _failure():
+  """Return the first failure of any process, or None."""
+  values = _client().key_value_dir_get(f"{_FOLDER}/failure/")
+  return Failure(*json.loads(values[0][1])) if values else None
+
+
+def _get(key):
+  """Return a value as soon as there is one."""
+  while True:  # Signals are handled between the calls.
+    try:
+      return _client().blocking_key_value_get(key, int(1000 * _POLL_SECONDS))
+    except jax.errors.JaxRuntimeError as error:
+      if "DEADLINE_EXCEEDED" not in str(error):
+        raise
+
+
+def _lost(error):
+  """Return the line of the error of JAX that says so, or None."""
+  seen = set()
+  while error is not None and id(error) not in seen:
+    seen.add(id(error))
+    if isinstance(error, jax.errors.JaxRuntimeError) and _LOST.search(
+      str(error)
+    ):
+      return str(error).strip().splitlines()[0]
+    error = error.__cause__ or error.__context__
+  return None
+
+
+def _client() -> Any:
+  return runtime.global_state.client
+
+
+def _process() -> int:
+  return runtime.global_state.process_id
+
+
+def _count() -> int:
+  return runtime.global_state.num_processes
