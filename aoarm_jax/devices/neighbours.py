@@ -21,6 +21,7 @@ from typing import Any
 import jax
 from jax._src import distributed as runtime
 
+from aoarm_jax.config import errors
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import rendezvous
 
@@ -335,12 +336,15 @@ def _get(key):
 
 
 def _lost(error):
-  """Return the line of the error of JAX that says so, or None."""
+  """Return the line of JAX's error if another process is gone, or None."""
   seen = set()
   while error is not None and id(error) not in seen:
     seen.add(id(error))
-    if isinstance(error, jax.errors.JaxRuntimeError) and _LOST.search(
-      str(error)
+    # JAX raises a ValueError where a jitted function is called anew.
+    if (
+      isinstance(error, (RuntimeError, ValueError))
+      and not isinstance(error, errors.UserError)
+      and _LOST.search(str(error))
     ):
       return str(error).strip().splitlines()[0]
     error = error.__cause__ or error.__context__

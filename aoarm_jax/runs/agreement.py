@@ -35,10 +35,12 @@ from aoarm_jax.runs import directory as run_dir
 _OWN_FIELDS = ("config.distributed.", "config.data.path")
 _TOKEN = ".shared"
 # Network disks and buckets may show a new file after some seconds.
-_DISK_SECONDS = 15.0
+_DISK_SECONDS = 10.0
 
 
-def check_command(config: config_lib.Config, words: Mapping[str, str]) -> None:
+def check_command(
+  config: config_lib.Config, words: Mapping[str, str | None]
+) -> None:
   """Check that all processes have the same command and the same code.
 
   Args:
