@@ -27,6 +27,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import IO
 
+from aoarm_jax.config import exit_codes
 from launch import common
 
 _MODULE = "launch.local"
@@ -205,17 +206,16 @@ class Group:
 def _first_failure(codes: Sequence[int | None]) -> tuple[int, int]:
   """Return (index, code) of the process whose failure caused the others.
 
-  A lost process makes others fail with an exit code, and JAX ends others by an
-  abort. So a process that was lost comes first, then one with an exit code.
-
   Args:
-    codes: exit code of each process, None for a running one; at least one is
+    codes: return code of each process, None for a running one; at least one is
       not 0.
   """
   failed = [(index, code) for index, code in enumerate(codes) if code]
-  lost = [x for x in failed if x[1] < 0 and x[1] != -signal.SIGABRT]
-  exited = [x for x in failed if x[1] > 0]
-  return (lost or exited or failed)[0]
+
+  def row(failure):
+    return exit_codes.row_of(exit_codes.of_return_code(failure[1]))
+
+  return min(failed, key=row)
 
 
 _output_lock = threading.Lock()
@@ -291,11 +291,11 @@ def _run_with_restarts(flags: argparse.Namespace, stop: _Stop) -> int:
       group.kill()
     if failure is None:
       return 0
-    code = failure.code if failure.code > 0 else 128 - failure.code
+    code = exit_codes.of_return_code(failure.code)
     common.say(_MODULE, _describe(failure, flags))
     if stop.received:
       return common.INTERRUPTED if stop.received == signal.SIGINT else code
-    if code != common.PREEMPTED and not common.died_by_signal(code):
+    if not exit_codes.is_restartable(code):
       return code
     if restart < flags.max_restarts:
       common.say(
@@ -312,13 +312,15 @@ def _run_with_restarts(flags: argparse.Namespace, stop: _Stop) -> int:
 def _describe(failure: Failure, flags: argparse.Namespace) -> str:
   """Return a line that says how a start failed."""
   who = f"process {failure.index} of {flags.processes}"
-  if failure.code == common.PREEMPTED:
+  if failure.code == exit_codes.PREEMPTED:
     text = "the run was preempted and saved"
-  elif failure.code == -signal.SIGALRM:
+  elif failure.code == exit_codes.STUCK:
     text = (
       f"{who} was stuck and ended itself, or another process that it waited "
       "for was stuck"
     )
+  elif failure.code == exit_codes.LOST:
+    text = f"{who} lost another process"
   elif failure.code < 0:
     text = f"{who} was lost: {signal.Signals(-failure.code).name}"
   else:

@@ -207,13 +207,7 @@ JOB_SET = {
   "spec": {
     "failurePolicy": {
       "maxRestarts": int,
-      "rules": [
-        {
-          "name": str,
-          "action": "RestartJobSetAndIgnoreMaxRestarts",
-          "onJobFailureReasons": ["PodFailurePolicy"],
-        }
-      ],
+      "rules": list,
     },
     "replicatedJobs": [
       {"name": str, "replicas": int, "template": {"spec": dict}}
@@ -277,12 +271,31 @@ class GkeTest(LaunchTest):
     for name, value in tree["metadata"].pop("annotations", {}).items():
       self.assertEqual((type(name), type(value)), (str, str))
     check_fields(tree, JOB_SET)
+    end, again = tree["spec"]["failurePolicy"]["rules"]
+    check_fields(
+      end,
+      {
+        "name": str,
+        "action": "FailJobSet",
+        "onJobFailureReasons": ["PodFailurePolicy"],
+        "onJobFailureMessagePatterns": ["FailJob rule at index 2$"],
+      },
+    )
+    check_fields(
+      again,
+      {
+        "name": str,
+        "action": "RestartJobSetAndIgnoreMaxRestarts",
+        "onJobFailureReasons": ["PodFailurePolicy"],
+      },
+    )
     (jobs,) = tree["spec"]["replicatedJobs"]
     self.assertEqual(jobs["name"], "hosts")
     job = jobs["template"]["spec"]
-    self.assertEqual(
-      job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"], [75]
-    )
+    again, _, end = job["podFailurePolicy"]["rules"]
+    self.assertEqual(again["onExitCodes"]["values"], [75])
+    self.assertEqual(end["onExitCodes"]["values"], [1, 2, 126, 127, 130])
+    self.assertTrue(job["template"]["spec"]["shareProcessNamespace"])
     if importlib.util.find_spec("kubernetes_validate") is None:
       self.skipTest("kubernetes-validate is not installed (extra test)")
     import kubernetes_validate
@@ -318,22 +331,49 @@ class GkeTest(LaunchTest):
     self.assertEqual(applied, self.manifest("--tpu=v5e:4x4"))
 
 
+# srun and the tasks of a step. The n-th task takes the n-th word of ENDS: its
+# exit code, KILL for a task that srun kills, or ABRT for one that aborts.
+SRUN = r"""
+while [ "$1" != bash ]; do shift; done
+shift 2; script=$1; shift; worst=0; n=0
+for end in $ENDS; do
+  case $end in
+    KILL) code=137 ;;
+    ABRT) bash -c "$script" task bash -c 'kill -ABRT $$' | sed "s/^/$n: /"
+      code=${PIPESTATUS[0]} ;;
+    *) bash -c "$script" task bash -c "exit $end" | sed "s/^/$n: /"
+      code=${PIPESTATUS[0]} ;;
+  esac
+  n=$((n + 1)); [ $code -gt $worst ] && worst=$code
+done
+exit $worst
+"""
+
+
 class SlurmTest(LaunchTest):
   @parameterized.parameters(
-    # Exit code of srun, restarts before: exit code of the job, queued again.
-    (0, 0, 0, False),
-    (1, 0, 1, False),
-    (2, 0, 2, False),
-    (130, 0, 130, False),
-    (75, 0, 0, True),
-    (75, 3, 0, True),
-    (75, 4, 75, False),
-    (134, 0, 0, True),
-    (137, 4, 137, False),
+    # How the tasks end, restarts before: exit code of the job, queued again.
+    ("0", 0, 0, False),
+    ("0 0", 0, 0, False),
+    ("1", 0, 1, False),
+    ("3", 0, 3, False),
+    ("130", 0, 130, False),
+    ("75 75", 0, 0, True),
+    ("75", 3, 0, True),
+    ("75", 4, 75, False),
+    ("14 76", 0, 0, True),
+    ("134", 0, 0, True),
+    ("137", 4, 137, False),
+    # The cause, and not the highest code.
+    ("2 ABRT", 0, 2, False),
+    ("139 1", 0, 1, False),
+    ("76 137", 0, 0, True),
+    ("1 KILL", 0, 1, False),
+    ("KILL", 0, 0, True),
   )
-  def test_what_is_queued_again(self, code, restarts, job_code, is_again):
+  def test_what_is_queued_again(self, ends, restarts, job_code, is_again):
     self.client("sbatch", "cp $1 submitted")
-    self.client("srun", f'echo "srun $@" $AOARM_DISTRIBUTED; exit {code}')
+    self.client("srun", 'echo "srun $@" $AOARM_DISTRIBUTED' + SRUN)
     self.client("scontrol", 'echo "$@" > scontrol')
     path = f"{self.folder}/bin:{os.environ['PATH']}"
     self.assertEqual(
@@ -348,23 +388,39 @@ class SlurmTest(LaunchTest):
       ),
       (0, "", ""),
     )
+    with open("log", "a") as log:
+      done = subprocess.run(
+        ["bash", "submitted"],
+        env={
+          "PATH": path,
+          "SLURM_RESTART_COUNT": str(restarts),
+          "SLURM_JOB_ID": "7",
+          "SLURM_JOB_NODELIST": "n[1-2]",
+          "ENDS": ends,
+        },
+        stdout=log,
+        stderr=log,
+      )
+    text = (self.folder / "log").read_text()
+    self.assertEqual(done.returncode, job_code, text)
+    self.assertTrue(text.startswith("start "), text)
+    self.assertIn("--label --wait=120 bash -c", text)
+    self.assertIn(f"{shlex.join(TRAIN)} 1", text)
+    asked = self.folder / "scontrol"
+    self.assertEqual(asked.exists(), is_again, text)
+    if is_again:
+      self.assertEqual(asked.read_text(), "requeue 7\n")
+
+  def test_a_task_survives_the_notice(self):
+    """Slurm signals all processes of a task. The shell waits for its end."""
+    notice = "kill -TERM $PPID; sleep 0.1; exit 75"
     done = subprocess.run(
-      ["bash", "submitted"],
-      env={
-        "PATH": path,
-        "SLURM_RESTART_COUNT": str(restarts),
-        "SLURM_JOB_ID": "7",
-        "SLURM_JOB_NODELIST": "n[1-2]",
-      },
+      ["bash", "-c", slurm._TASK, "task", "bash", "-c", notice],
       capture_output=True,
       text=True,
     )
-    self.assertEqual((done.returncode, done.stderr), (job_code, ""))
-    self.assertIn(f"--label --wait=120 {shlex.join(TRAIN)} 1", done.stdout)
-    asked = self.folder / "scontrol"
-    self.assertEqual(asked.exists(), is_again)
-    if is_again:
-      self.assertEqual(asked.read_text(), "requeue 7\n")
+    self.assertEqual(done.returncode, 75)
+    self.assertEqual(done.stdout, "launch.slurm: exit code 75\n")
 
 
 class TpuPodTest(LaunchTest):
@@ -627,7 +683,9 @@ class LocalTest(LaunchTest):
 
   @parameterized.parameters(
     ([0, -9], (1, -9)),
-    ([1, -11], (1, -11)),
+    ([1, -11], (0, 1)),
+    ([-9, 2], (1, 2)),
+    ([76, 14], (1, 14)),
     ([-6, 1], (1, 1)),
     ([-6, None], (0, -6)),
     ([None, 75], (1, 75)),
