@@ -212,7 +212,7 @@ def _first_failure(codes: Sequence[int | None]) -> tuple[int, int]:
   """
   failed = [(index, code) for index, code in enumerate(codes) if code]
 
-  def row(failure):
+  def row(failure: tuple[int, int]) -> int:
     return exit_codes.row_of(exit_codes.of_return_code(failure[1]))
 
   return min(failed, key=row)
