@@ -6,6 +6,7 @@ start the same command again.
 """
 
 import argparse
+import contextlib
 import pathlib
 import re
 import shlex
@@ -234,8 +235,9 @@ def main(
 
 
 def say(module: str, text: str) -> None:
-  """Print a line of a launcher to the error output."""
-  print(f"{module}: {text}", file=sys.stderr, flush=True)
+  """Print a line of a launcher to the error output, if anybody reads it."""
+  with contextlib.suppress(OSError):
+    print(f"{module}: {text}", file=sys.stderr, flush=True)
 
 
 def check_name(name: str) -> None:

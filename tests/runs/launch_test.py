@@ -544,6 +544,22 @@ class TpuPodTest(LaunchTest):
     self.assertNotIn("start 1", self.wait_for(home, "exit code 75"))
 
 
+# One long sleep would not see a signal that comes as it begins.
+SAVES = """
+def save(*_):
+  print('saved', flush=True)
+  sys.exit(75)
+signal.signal(signal.SIGTERM, save)
+os.write(1, b'up\\n')
+for _ in range(600): time.sleep(0.1)
+"""
+
+
+def is_alive(pid):
+  state = pathlib.Path(f"/proc/{pid}/stat")
+  return state.exists() and state.read_text().split()[2] != "Z"
+
+
 class LocalTest(LaunchTest):
   def start(self, code, *flags):
     """launch.local of two processes that run this Python code."""
@@ -569,6 +585,20 @@ class LocalTest(LaunchTest):
     self.addCleanup(process.communicate)
     self.addCleanup(process.kill)
     return process
+
+  def ups(self, process, count=2):
+    """The pids of as many processes, when they have said that they are up."""
+    lines = [process.stdout.readline() for _ in range(count)]
+    for line in lines:
+      self.assertIn("up", line)
+    return [int(pid) for line in lines for pid in re.findall(r"up (\d+)", line)]
+
+  def assert_gone(self, pids):
+    self.assertNotEmpty(pids)
+    deadline = time.monotonic() + 10
+    while alive := [pid for pid in pids if is_alive(pid)]:
+      self.assertLess(time.monotonic(), deadline, alive)
+      time.sleep(0.05)
 
   def finished(self, process, timeout=15):
     out, err = process.communicate(timeout=timeout)
@@ -626,9 +656,7 @@ class LocalTest(LaunchTest):
     pids = re.findall(r"pid (\d+)", out)
     self.assertLen(pids, 2)
     for pid in map(int, pids):
-      state = pathlib.Path(f"/proc/{pid}/stat")
-      alive = state.exists() and state.read_text().split()[2] != "Z"
-      self.assertFalse(alive, pid)
+      self.assertFalse(is_alive(pid), pid)
 
   def test_a_stopped_process_is_ended_too(self):
     process = self.start(
@@ -662,24 +690,74 @@ class LocalTest(LaunchTest):
     for name in ("starts0", "starts1"):
       self.assertEqual((self.folder / name).read_text(), "xxx")
 
-  @parameterized.parameters((signal.SIGTERM, 75), (signal.SIGINT, 130))
+  @parameterized.parameters(
+    (signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGHUP, 75)
+  )
   def test_a_signal_reaches_all_and_ends_it(self, number, exit_code):
-    process = self.start(
-      "def save(*_):\n"
-      "  print('saved', flush=True)\n"
-      "  sys.exit(75)\n"
-      "signal.signal(signal.SIGTERM, save)\n"
-      "print('up', flush=True)\n"
-      # One long sleep would not see a signal that comes as it begins.
-      "for _ in range(600): time.sleep(0.1)"
-    )
-    self.assertRegex(process.stdout.readline(), "up")
-    self.assertRegex(process.stdout.readline(), "up")
+    process = self.start(SAVES)
+    self.ups(process)
     process.send_signal(number)
     code, out, err = self.finished(process, 10)
     self.assertEqual(code, exit_code, err)
     self.assertEqual(sorted(out.splitlines()), ["[0] saved", "[1] saved"])
     self.assertNotIn("restart", err)
+
+  def test_an_impatient_ctrl_c_still_saves(self):
+    """A terminal and a parent that both pass one Ctrl-C on."""
+    process = self.start(SAVES)
+    self.ups(process)
+    for _ in range(5):
+      process.send_signal(signal.SIGINT)
+      time.sleep(0.003)
+    code, out, err = self.finished(process, 10)
+    self.assertEqual(code, 130, err)
+    self.assertEqual(sorted(out.splitlines()), ["[0] saved", "[1] saved"])
+    self.assertNotIn("Traceback", err)
+
+  def test_no_process_outlives_a_killed_launcher(self):
+    """It can save, and is killed then, with all that it has started."""
+    process = self.start(
+      "os.fork()\n"
+      "signal.signal(signal.SIGTERM, lambda *_: open('saved', 'w'))\n"
+      "os.write(1, b'up %d\\n' % os.getpid())\n"
+      "for _ in range(600): time.sleep(0.1)",
+      "--grace-seconds=0.5",
+    )
+    pids = self.ups(process, 4)
+    process.kill()
+    process.wait()
+    self.assert_gone(pids)
+    self.assertTrue((self.folder / "saved").exists())
+
+  def test_a_signal_is_followed_by_a_stronger_one(self):
+    process = self.start(
+      "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+      "print(f'up {os.getpid()}', flush=True)\n"
+      "time.sleep(60)",
+      "--stop-seconds=0.5",
+    )
+    pids = self.ups(process)
+    process.send_signal(signal.SIGTERM)
+    code, _, err = self.finished(process, 10)
+    self.assertEqual(code, 137)
+    self.assertIn(
+      "process 0, 1 of 2 did not end within 0.5 s after the signal: killed", err
+    )
+    self.assertNotIn("restart", err)
+    self.assert_gone(pids)
+
+  def test_a_reader_that_goes_stops_nothing(self):
+    process = self.start(
+      "print('up', flush=True)\n"
+      "time.sleep(0.2)\n"
+      "print('x' * 200_000, flush=True)\n"
+      "open(f'done{me}', 'w')"
+    )
+    process.stdout.readline()
+    process.stdout.close()
+    self.assertEqual(process.wait(10), 0)
+    self.assertTrue((self.folder / "done0").exists())
+    self.assertTrue((self.folder / "done1").exists())
 
   @parameterized.parameters(
     ([0, -9], (1, -9)),
