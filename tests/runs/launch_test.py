@@ -522,7 +522,10 @@ class TpuPodTest(LaunchTest):
     return log.read_text()
 
   def test_a_host_starts_the_command_again(self):
-    toy = "n=$(cat n); echo $((n + 1)) > n; echo n $n; exit $((n ? 2 : 75))"
+    toy = (
+      "n=$(cat n); echo $((n + 1)) > n; echo n $n; codes=(75 76 14 2); "
+      "((n == 4)) && kill -ABRT $$; exit ${codes[n]:-3}"
+    )
     home = self.scripts(["bash", "-c", toy])
     (home / "aoarm_jax" / "n").write_text("0")
     self.assertEqual(self.on_host(home, "bash start.sh").returncode, 0)
