@@ -1,6 +1,7 @@
 """Several processes as one run, started and synchronised by JAX's runtime."""
 
 import contextlib
+import ctypes
 import dataclasses
 import faulthandler
 import os
@@ -16,6 +17,7 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
+from aoarm_jax.config import exit_codes
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import neighbours, rendezvous
 
@@ -177,9 +179,12 @@ class Watchdog:
   JAX notices a process that is gone. It does not notice a process that is
   stuck: in a collective whose partner hangs, in a disk, or in a lock.
 
-  A thread reports the problem, prints the stack of every thread, and raises
-  SIGALRM. The thread cannot run if the interpreter's lock is never released.
+  A thread reports the problem, prints the stack of every thread, and ends the
+  process. The thread cannot run if the interpreter's lock is never released.
   For this case the kernel's timer raises SIGALRM a little later.
+
+  The exit code is exit_codes.STUCK. The default action of a signal would not
+  do: the kernel drops it for process 1 of a container.
   """
 
   def __init__(self, seconds: float):
@@ -198,12 +203,14 @@ class Watchdog:
     if self._seconds:
       self._thread = threading.Thread(target=self._watch, daemon=True)
       self._thread.start()
+      self._former_action = _set_alarm_action(_exit_function())
       self.beat(0)
     return self
 
   def __exit__(self, *_: object) -> None:
     if self._seconds:
       signal.setitimer(signal.ITIMER_REAL, 0)
+      _set_alarm_action(self._former_action)
       self._is_over = True
       self._sign_of_life.set()
 
@@ -234,7 +241,25 @@ class Watchdog:
     )
     stderr: Any = sys.__stderr__  # None only in a program without a console.
     faulthandler.dump_traceback(file=stderr, all_threads=True)
-    signal.raise_signal(signal.SIGALRM)
+    os._exit(exit_codes.STUCK)
+
+
+def _exit_function() -> int | None:
+  """Return the address of C's _exit.
+
+  As the handler of SIGALRM it needs no interpreter, and it takes the number of
+  the signal as the exit code: exit_codes.STUCK.
+  """
+  return ctypes.cast(ctypes.CDLL(None)._exit, ctypes.c_void_p).value
+
+
+def _set_alarm_action(action: int | None) -> int | None:
+  """Set the action of SIGALRM and return the former one, as C sees them."""
+  signal_function = ctypes.CDLL(None).signal
+  signal_function.argtypes = (ctypes.c_int, ctypes.c_void_p)
+  signal_function.restype = ctypes.c_void_p
+  former: int | None = signal_function(signal.SIGALRM, action)
+  return former
 
 
 @contextlib.contextmanager
@@ -267,24 +292,30 @@ def failing_at_once() -> Iterator[None]:
   try:
     yield
   except BaseException as error:
-    code: Any = error.code if isinstance(error, SystemExit) else 1
-    # The program has printed the error that made it exit.
-    cause = error.__context__ if isinstance(error, SystemExit) else error
+    code: Any = exit_codes.FAILED
+    cause: BaseException | None = error
+    if isinstance(error, SystemExit):
+      # The program has printed the error that made it exit.
+      code, cause = error.code, error.__context__
     blames = isinstance(cause, neighbours.NeighbourError)
-    if code in (0, None) or (code == 75 and not blames):
+    if code in (0, None) or (code == exit_codes.PREEMPTED and not blames):
       raise
-    line = str(cause).strip() or type(cause).__name__
+    line = str(cause or "").strip() or f"exit code {code}"
     if cause is error:
       line = f"{type(error).__name__}: {line}"
     line = line.splitlines()[0]
+    # A text in place of a number is printed, and the exit code is 1.
+    number = exit_codes.FAILED if isinstance(code, str) else code
     if not neighbours.several():
-      _tell_early(code, line)
+      _tell_early(number, line)
       raise
     if not isinstance(error, SystemExit):
       traceback.print_exc()
+    elif isinstance(code, str):
+      print(code, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(neighbours.tell(code, line).exit_code)
+    os._exit(neighbours.tell(number, line).exit_code)
 
 
 def _tell_early(code, line):
@@ -306,5 +337,6 @@ def process_0_says(decide: Callable[[], int]) -> int:
   # A single process reads files without starting a backend.
   if not jax.distributed.is_initialized() or jax.process_count() == 1:
     return decide()
-  decision = decide() if jax.process_index() == 0 else 0
-  return int(multihost_utils.broadcast_one_to_all(np.int32(decision)))
+  with neighbours.ending_at_sigterm():
+    decision = decide() if jax.process_index() == 0 else 0
+    return int(multihost_utils.broadcast_one_to_all(np.int32(decision)))

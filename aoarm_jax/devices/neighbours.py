@@ -21,7 +21,7 @@ from typing import Any
 import jax
 from jax._src import distributed as runtime
 
-from aoarm_jax.config import errors
+from aoarm_jax.config import errors, exit_codes
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import rendezvous
 
@@ -217,10 +217,12 @@ def ending_at_sigterm(seconds: float | None = None) -> Iterator[None]:
   reader, writer = socket.socketpair()
   writer.setblocking(False)
   # Python cannot put back a handler that is not written in Python.
-  former, of_jax = signal.getsignal(signal.SIGTERM), _getsig(signal.SIGTERM)
-  is_python = callable(former) and former is not _ignore
-  if not is_python:
-    signal.signal(signal.SIGTERM, _ignore)
+  of_jax = _getsig(signal.SIGTERM)
+  former = signal.signal(signal.SIGTERM, _ignore)
+  # All handlers that are written in Python have the same address.
+  is_python = of_jax == _getsig(signal.SIGTERM)
+  if is_python:
+    signal.signal(signal.SIGTERM, former)
   former_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
   left = threading.Event()
   thread = threading.Thread(
@@ -234,6 +236,7 @@ def ending_at_sigterm(seconds: float | None = None) -> Iterator[None]:
   finally:
     signal.set_wakeup_fd(former_fd)
     if not is_python:
+      signal.signal(signal.SIGTERM, former or signal.SIG_DFL)
       _setsig(signal.SIGTERM, of_jax)
     left.set()
     writer.close()
@@ -252,12 +255,13 @@ def _end_at_sigterm(reader, left, seconds, of_jax):
       if seconds and of_jax:
         ctypes.CFUNCTYPE(None, ctypes.c_int)(of_jax)(signal.SIGTERM)
       if not left.wait(seconds):
-        end(
-          NeighbourError(
-            f"SIGTERM ended process {_process()} while it waited for the other "
-            "processes: start the same command again on all processes"
-          )
+        line = (
+          f"process {_process()} was ended by SIGTERM while it waited for the "
+          "other processes: start the same command again on all processes"
         )
+        print(f"aoarm_jax: error: {line}", file=sys.stderr, flush=True)
+        tell(exit_codes.PREEMPTED, line)
+        os._exit(exit_codes.PREEMPTED)
       return
 
 
@@ -271,14 +275,6 @@ def _setsig(number, handler):
   function = ctypes.pythonapi.PyOS_setsig
   function.restype = ctypes.c_void_p
   function(int(number), ctypes.c_void_p(handler))
-
-
-def end(error: NeighbourError) -> None:
-  """End the process from any thread; the others are told."""
-  print(f"aoarm_jax: error: {error}", file=sys.stderr, flush=True)
-  tell(error.exit_code, str(error))
-  sys.stdout.flush()
-  os._exit(error.exit_code)
 
 
 def _listen(is_over):

@@ -16,12 +16,13 @@ already. Then all processes end with this line and this exit code.
 import contextlib
 import errno
 import json
+import os
 import selectors
 import socket
 import time
 from typing import Any, NamedTuple
 
-from aoarm_jax.config import errors
+from aoarm_jax.config import errors, exit_codes
 from aoarm_jax.config import schema as config_lib
 
 _ADDRESS = "config.distributed.coordinator_address"
@@ -43,11 +44,11 @@ class NeighbourError(errors.UserError):
   """Another process failed or is gone, or could not be waited for.
 
   Attributes:
-    exit_code: the exit code of the process that failed first. By default 75,
+    exit_code: the exit code of the process that failed first. By default LOST,
       since the same command may succeed when it is started again.
   """
 
-  def __init__(self, message: str, exit_code: int = 75) -> None:
+  def __init__(self, message: str, exit_code: int = exit_codes.LOST) -> None:
     super().__init__(message)
     self.exit_code = exit_code
 
@@ -101,7 +102,10 @@ def meet(
   host, _, port = address.rpartition(":")
   try:
     if process == 0:
-      _Host(address, count, seconds, failure).run(int(port))
+      # JAX can listen at another port, where a router leads to.
+      bound = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", address)
+      listened = int(bound.rpartition(":")[2])
+      _Host(address, count, seconds, failure).run(listened)
     else:
       _join(host.strip("[]"), int(port), count, process, seconds, failure)
   except errors.UserError:
