@@ -236,7 +236,8 @@ def ending_at_sigterm(seconds: float | None = None) -> Iterator[None]:
   finally:
     signal.set_wakeup_fd(former_fd)
     if not is_python:
-      signal.signal(signal.SIGTERM, former or signal.SIG_DFL)
+      if callable(former):
+        signal.signal(signal.SIGTERM, former)
       _setsig(signal.SIGTERM, of_jax)
     left.set()
     writer.close()

@@ -16,11 +16,14 @@ already. Then all processes end with this line and this exit code.
 import contextlib
 import errno
 import json
+import math
 import os
 import selectors
 import socket
 import time
 from typing import Any, NamedTuple
+
+from absl import logging
 
 from aoarm_jax.config import errors, exit_codes
 from aoarm_jax.config import schema as config_lib
@@ -37,6 +40,8 @@ _ANSWER_SECONDS = 3.0
 _STRANGER_SECONDS = 10.0
 # A process that has failed already waits so long to tell the others.
 _TELL_SECONDS = 10.0
+# Then a wait is logged.
+_SILENT_SECONDS = 5.0
 _LONGEST_LINE = 1 << 16
 
 
@@ -120,6 +125,7 @@ class _Host:
     self._address, self._count = address, count
     self._seconds, self._failure = seconds, failure
     self._deadline = time.monotonic() + seconds
+    self._says_at = time.monotonic() + _SILENT_SECONDS
     self._guests: dict[int, socket.socket] = {}
     self._selector = selectors.DefaultSelector()
 
@@ -141,12 +147,17 @@ class _Host:
 
   def _wait(self, server):
     """Welcome those who come, and forget those who go."""
+    absent = ", ".join(
+      str(k) for k in range(1, self._count) if k not in self._guests
+    )
+    if time.monotonic() > self._says_at:
+      logging.info("waiting for process %s at %s", absent, self._address)
+      self._says_at = math.inf
     if time.monotonic() > self._deadline:
       if self._failure:
         raise self._failure.error()
-      absent = [k for k in range(1, self._count) if k not in self._guests]
       error = NeighbourError(
-        f"process {', '.join(map(str, absent))} of {self._count} did not come "
+        f"process {absent} of {self._count} did not come "
         f"to {_ADDRESS}={self._address} within {self._seconds:g} s "
         "(config.distributed.initialization_timeout_seconds): see what that "
         f"process says, and {_AGAIN}"
@@ -226,7 +237,11 @@ def _join(host, port, count, process, seconds, failure):
   where = f"{_ADDRESS}={host}:{port} ({_VARIABLE})"
   deadline = time.monotonic() + seconds
   stranger_since, why = None, ""
+  says_at = time.monotonic() + _SILENT_SECONDS
   while time.monotonic() < deadline:
+    if time.monotonic() > says_at:
+      logging.info("waiting for process 0 at %s:%d: %s", host, port, why)
+      says_at = math.inf
     try:
       connection = socket.create_connection((host, port), _ANSWER_SECONDS)
     except OSError as error:
@@ -236,7 +251,8 @@ def _join(host, port, count, process, seconds, failure):
     with connection:
       _send(connection, hello)
       if _receive(connection, _ANSWER_SECONDS).get("aoarm_jax") == "welcome":
-        start = _receive(connection, deadline - time.monotonic())
+        # Process 0 knows when to give up, and says who is missing.
+        start = _receive(connection, seconds + _TELL_SECONDS)
         if not start:
           raise NeighbourError(
             f"process {process} lost a neighbour: process 0 ended while it "
