@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax._src import distributed as runtime
@@ -48,6 +48,33 @@ _LOST = re.compile(
 _fails = threading.Event()  # The main thread is ending this process.
 _saves = threading.Lock()  # Held while this process writes a manifest.
 _patience_seconds = 100.0
+
+
+class _Wait(NamedTuple):
+  """A wait that a SIGTERM ends.
+
+  Attributes:
+    since: the earliest signal that counts, as time.monotonic() tells it.
+    seconds: time from the signal to the end of the process.
+  """
+
+  since: float
+  seconds: float
+
+
+class _Sigterm:
+  """What is known of SIGTERM.
+
+  Attributes:
+    came: when one came, as time.monotonic() tells it; None before. Of several
+      in one wait it is the first.
+    wait: the wait that the main thread is in; else None.
+  """
+
+  came: float | None = None
+  wait: _Wait | None = None
+
+
 _agreements: dict[str, int] = {}
 
 
@@ -84,6 +111,7 @@ def listen(patience_seconds: float) -> None:
     thread.join()
 
   atexit.register(stop)
+  _catch_sigterm()
 
 
 def tell(exit_code: int, line: str) -> Failure:
@@ -203,67 +231,57 @@ def ending_at_sigterm(seconds: float | None = None) -> Iterator[None]:
   neighbour would never come there.
 
   Args:
-    seconds: time from the signal to the end of the process. None is
-      config.distributed.heartbeat_timeout_seconds.
+    seconds: time from the signal to the end of the process. With 0 an earlier
+      signal counts, too. None is config.distributed.heartbeat_timeout_seconds.
+      Then only a signal during the wait counts, since the run may be saving
+      because of an earlier one.
   """
-  if not several() or (
-    threading.current_thread() is not threading.main_thread()
-  ):
-    yield
-    return
-  seconds = _patience_seconds if seconds is None else seconds
-  # The main thread may wait outside of Python, where Python's handlers do not
-  # run. A thread can still read the numbers of signals from a socket.
-  reader, writer = socket.socketpair()
-  writer.setblocking(False)
-  # Python cannot put back a handler that is not written in Python.
-  of_jax = _getsig(signal.SIGTERM)
-  former = signal.signal(signal.SIGTERM, _ignore)
-  # All handlers that are written in Python have the same address.
-  is_python = of_jax == _getsig(signal.SIGTERM)
-  if is_python:
-    signal.signal(signal.SIGTERM, former)
-  former_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-  left = threading.Event()
-  thread = threading.Thread(
-    target=_end_at_sigterm,
-    args=(reader, left, seconds, None if is_python else of_jax),
-    daemon=True,
-  )
-  thread.start()
+  before = _Sigterm.wait
+  if before is None:  # The outer wait decides.
+    since = 0.0 if seconds == 0 else time.monotonic()
+    _Sigterm.wait = _Wait(
+      since, _patience_seconds if seconds is None else seconds
+    )
   try:
     yield
   finally:
-    signal.set_wakeup_fd(former_fd)
-    if not is_python:
-      if callable(former):
-        signal.signal(signal.SIGTERM, former)
-      _setsig(signal.SIGTERM, of_jax)
-    left.set()
-    writer.close()
-    thread.join()
-    reader.close()
+    _Sigterm.wait = before
 
 
-def _ignore(number, frame):
-  """Handle a signal in Python, so that its number is written to the socket."""
+def _is_ended_by_sigterm():
+  """Return whether a SIGTERM ends the wait that the main thread is in."""
+  wait, came = _Sigterm.wait, _Sigterm.came
+  return (
+    wait is not None
+    and came is not None
+    and came >= wait.since
+    and time.monotonic() >= came + wait.seconds
+  )
 
 
-def _end_at_sigterm(reader, left, seconds, of_jax):
-  """Wait for a SIGTERM; then end the process after some time."""
-  while numbers := reader.recv(16):
-    if signal.SIGTERM in numbers:
-      if seconds and of_jax:
-        ctypes.CFUNCTYPE(None, ctypes.c_int)(of_jax)(signal.SIGTERM)
-      if not left.wait(seconds):
-        line = (
-          f"process {_process()} was ended by SIGTERM while it waited for the "
-          "other processes: start the same command again on all processes"
-        )
-        print(f"aoarm_jax: error: {line}", file=sys.stderr, flush=True)
-        tell(exit_codes.PREEMPTED, line)
-        os._exit(exit_codes.PREEMPTED)
-      return
+def _catch_sigterm():
+  """Note every SIGTERM, and pass it on to JAX.
+
+  The main thread may wait outside of Python, where Python's handlers do not
+  run. A thread can still read the numbers of signals from a socket.
+  """
+  if threading.current_thread() is not threading.main_thread():
+    return
+  of_jax = _getsig(signal.SIGTERM)
+  signal.signal(signal.SIGTERM, lambda *_: None)
+  reader, writer = socket.socketpair()
+  writer.setblocking(False)
+  signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+
+  def read():
+    with writer:  # It stays open.
+      while numbers := reader.recv(16):
+        if signal.SIGTERM in numbers:
+          _Sigterm.came = _Sigterm.came or time.monotonic()
+          if of_jax:
+            ctypes.CFUNCTYPE(None, ctypes.c_int)(of_jax)(signal.SIGTERM)
+
+  threading.Thread(target=read, name="sigterm", daemon=True).start()
 
 
 def _getsig(number):
@@ -272,10 +290,14 @@ def _getsig(number):
   return function(int(number))
 
 
-def _setsig(number, handler):
-  function = ctypes.pythonapi.PyOS_setsig
-  function.restype = ctypes.c_void_p
-  function(int(number), ctypes.c_void_p(handler))
+def _end_by_sigterm():
+  line = (
+    f"process {_process()} was ended by SIGTERM while it waited for the other "
+    "processes: start the same command again on all processes"
+  )
+  print(f"aoarm_jax: error: {line}", file=sys.stderr, flush=True)
+  tell(exit_codes.PREEMPTED, line)
+  os._exit(exit_codes.PREEMPTED)
 
 
 def _listen(is_over):
@@ -284,6 +306,8 @@ def _listen(is_over):
   while failure is None:
     if is_over.wait(_POLL_SECONDS):
       return
+    if _is_ended_by_sigterm():
+      _end_by_sigterm()
     try:
       failure = _failure()
     except jax.errors.JaxRuntimeError:  # JAX is shutting down.

@@ -144,7 +144,11 @@ class Checkpoints:
     start = time.monotonic()
     try:
       self._steps.directory.mkdir(parents=True, exist_ok=True)
-      with jax.transfer_guard("allow"), _context():
+      with (
+        jax.transfer_guard("allow"),
+        _context(),
+        neighbours.ending_at_sigterm(),
+      ):
         response = v1.save_checkpointables_async(
           self._steps.at(step), {_STATE: _nest(_not_empty(leaves))}
         )

@@ -20,7 +20,7 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.devices import distributed
+from aoarm_jax.devices import distributed, rendezvous
 
 PLACE = {
   "AOARM_DISTRIBUTED": "1",
@@ -158,8 +158,12 @@ class StartTest(parameterized.TestCase):
   @parameterized.parameters(True, False)
   def test_jax_is_told_what_is_known(self, is_explicit):
     place = PLACE if is_explicit else {"AOARM_DISTRIBUTED": "1"}
-    with mock.patch("jax.distributed.initialize") as initialize:
+    with (
+      mock.patch("jax.distributed.initialize") as initialize,
+      mock.patch.object(rendezvous, "meet") as meet,
+    ):
       distributed.start(config_lib.Distributed(), place)
+    self.assertEqual(meet.called, is_explicit)
     told = initialize.call_args.kwargs
     self.assertEqual(told["heartbeat_timeout_seconds"], 100)
     self.assertEqual(told["initialization_timeout"], 300)

@@ -1,0 +1,300 @@
+"""Two processes that differ end with the same line, before the first step."""
+
+import contextlib
+import json
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+
+import helpers
+import pytest
+from absl.testing import absltest, parameterized
+
+CHANGES = {
+  "model.T": 8,
+  "model.L": 1,
+  "train.steps": 3,
+  "eval.every": 0,
+  "eval.batches": 1,
+  "sample.every": 0,
+  "distributed.heartbeat_timeout_seconds": 10,
+}
+# Process 1 differs in what this code changes.
+OTHER_TEXT = """
+from aoarm_jax.data import corpora
+hash_of = corpora.Corpus.hash
+def other(self, name):
+  return "f" * 64 if name == "valid" else hash_of(self, name)
+corpora.Corpus.hash = other
+"""
+OTHER_CODE = """
+from aoarm_jax.runs import agreement
+agreement._source_hash = lambda: "other"
+"""
+IMPATIENT = """
+from aoarm_jax.runs import agreement
+agreement._DISK_SECONDS = 1.0
+"""
+# A process that reads its text for ever, as from a disk that hangs.
+HANGS = """
+import time
+from aoarm_jax.data import corpora
+corpora.load = lambda *args: time.sleep(1000)
+"""
+# A save without a training run. Process 0 waits for the other one.
+SAVES = """
+import os, sys, time
+import jax, numpy as np
+from aoarm_jax.config import schema
+from aoarm_jax.devices import distributed
+from aoarm_jax.runs import checkpoint
+
+def save():
+  distributed.start(schema.Distributed(heartbeat_timeout_seconds=10))
+  process = jax.process_index()
+  def strike(*args, **kwargs):
+    if sys.argv[2] == "full":
+      raise OSError(28, "No space left on device")
+    if sys.argv[2] == "killed":
+      os.kill(os.getpid(), 9)
+    time.sleep(1000)
+  if process == int(sys.argv[3]):
+    checkpoint.v1.save_checkpointables_async = strike
+  with checkpoint.Checkpoints(sys.argv[1], keep_last=1, keep_best=0) as saves:
+    print("saving", flush=True)
+    saves.save(1, {"x": np.ones(3)}, data_state={}, config_json="")
+
+with distributed.failing_at_once():
+  try:
+    with distributed.blaming_neighbours():
+      save()
+  except Exception as error:
+    print("error:", error, flush=True)
+    sys.exit(getattr(error, "exit_code", 1))
+"""
+_contexts = contextlib.ExitStack()
+_folder: pathlib.Path  # Of this module's runs.
+
+
+def setUpModule():
+  global _folder
+  _contexts.enter_context(helpers.quick_compilation())
+  _folder = pathlib.Path(_contexts.enter_context(tempfile.TemporaryDirectory()))
+  helpers.write_text(_folder / "text")
+  shutil.copytree(_folder / "text", _folder / "copy")
+
+
+def tearDownModule():
+  _contexts.close()
+
+
+def arguments(name, *more, **changes):
+  changes = {path.replace("__", "."): v for path, v in changes.items()}
+  return helpers.arguments(
+    _folder / name, {**CHANGES, "data.path": _folder / "text", **changes}, *more
+  )
+
+
+@contextlib.contextmanager
+def pair(*commands, environments=({}, {})):
+  """Both processes of a run, each with its own command; killed in the end."""
+  with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    port = probe.getsockname()[1]
+  processes = [
+    subprocess.Popen(
+      command,
+      env=helpers.environment(
+        AOARM_DISTRIBUTED="1",
+        AOARM_COORDINATOR_ADDRESS=f"127.0.0.1:{port}",
+        AOARM_PROCESS_COUNT="2",
+        AOARM_PROCESS_ID=str(index),
+        **environment,
+      ),
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+    for index, (command, environment) in enumerate(zip(commands, environments))
+  ]
+  try:
+    yield processes
+  finally:
+    for process in processes:
+      process.kill()
+      process.communicate()
+
+
+def ends(processes, seconds=100):
+  """[(exit code, output)] of both processes, once both have ended."""
+  outputs = [process.communicate(timeout=seconds)[0] for process in processes]
+  return [(p.returncode, out) for p, out in zip(processes, outputs)]
+
+
+def read_until(process, text):
+  lines = []
+  while not lines or text not in lines[-1]:
+    lines.append(process.stdout.readline())
+    assert lines[-1], "".join(lines)
+
+
+class DifferenceTest(parameterized.TestCase):
+  def assert_refused(self, processes, *words):
+    """Both processes say the same in one line, and exit with 2."""
+    for code, out in ends(processes):
+      lines = [x for x in out.splitlines() if "aoarm_jax: error:" in x]
+      self.assertEqual(code, 2, out)
+      self.assertLen(lines, 1, out)
+      self.assertNotIn("Traceback", out)
+      self.assertNotIn("resumed", out)
+      for word in words:
+        self.assertIn(word, lines[0])
+
+  def differing(self, first, second, code=""):
+    """Both processes with their arguments; process 1 runs `code` before."""
+    return pair([*helpers.program(), *first], [*helpers.program(code), *second])
+
+  def test_a_field(self):
+    """The hosts may have the text in different places, and no other field."""
+    with self.differing(
+      arguments("seed"), arguments("seed", seed=1, data__path=_folder / "copy")
+    ) as processes:
+      self.assert_refused(
+        processes, "process 1 ", "config.seed is 1, and it is 0 in process 0"
+      )
+    self.assertFalse((_folder / "seed").exists())
+
+  def test_the_command_line(self):
+    """A process that cannot read its command ends the other one, too."""
+    with self.differing(
+      arguments("line"), arguments("line", "--nothing")
+    ) as processes:
+      self.assert_refused(processes, "Unknown command line flag 'nothing'")
+
+  @pytest.mark.once
+  def test_the_code(self):
+    with self.differing(
+      arguments("code"), arguments("code"), OTHER_CODE
+    ) as processes:
+      self.assert_refused(
+        processes, "process 1 ", "source code of aoarm_jax (sha256) is other"
+      )
+
+  @pytest.mark.once
+  def test_the_number_of_devices(self):
+    with pair(
+      *[[*helpers.program(), *arguments("devices")]] * 2,
+      environments=({}, {"JAX_NUM_CPU_DEVICES": "2"}),
+    ) as processes:
+      self.assert_refused(
+        processes, "process 1 ", "the number of devices is 2, and it is 1"
+      )
+
+  @pytest.mark.once
+  def test_the_text(self):
+    with self.differing(
+      arguments("text"), arguments("text"), OTHER_TEXT
+    ) as processes:
+      self.assert_refused(
+        processes, "process 1 ", "the valid text (sha256) is ffffffffffff"
+      )
+
+  @pytest.mark.once
+  def test_the_disk(self):
+    """The folder of process 1 lies on a disk of its own."""
+    with self.differing(
+      arguments("disk"), arguments("disk_of_1"), IMPATIENT
+    ) as processes:
+      self.assert_refused(
+        processes,
+        "process 1 ",
+        f"--workdir={_folder / 'disk_of_1'}: cannot read the file .shared",
+        "shared disk",
+      )
+    self.assertFalse((_folder / "disk" / "config.json").exists())
+
+  @pytest.mark.once
+  def test_reading_a_run(self):
+    """Every mode compares: here a checkpoint that has another file."""
+    helpers.run(arguments("run"))
+    shutil.copytree(_folder / "run", _folder / "other")
+    path = _folder / "other" / "checkpoints" / "3" / "manifest.json"
+    # The folders share the probe, as a disk does that is stale.
+    (_folder / "other" / ".shared").symlink_to(_folder / "run" / ".shared")
+    with (
+      self.subTest("another prompt"),
+      self.differing(
+        arguments("run", "--mode=sample", "--prompt=a"),
+        arguments("run", "--mode=sample", "--prompt=b"),
+      ) as processes,
+    ):
+      self.assert_refused(processes, "--prompt is 'b', and it is 'a'")
+    with self.subTest("another checkpoint"):
+      record = json.loads(path.read_text())["record"]
+      record["files"].popitem()
+      from aoarm_jax.runs import manifest
+
+      manifest.write(path.parent, record)
+      with self.differing(
+        arguments("run", "--mode=eval"), arguments("other", "--mode=eval")
+      ) as processes:
+        self.assert_refused(processes, "the manifest of the checkpoint")
+
+
+@pytest.mark.once
+class FailureTest(parameterized.TestCase):
+  @parameterized.parameters(0, 1)
+  def test_a_save_that_fails_ends_the_other_process(self, index):
+    command = [*helpers.program(), "x"]
+    command = [*command[:1], "-c", SAVES, str(_folder / f"full_{index}")]
+    begin = time.monotonic()
+    with pair(*[[*command, "full", str(index)]] * 2) as processes:
+      for k, (code, out) in enumerate(ends(processes)):
+        self.assertEqual(code, 1, out)
+        self.assertIn("checkpoint step 1 was not saved", out)
+        self.assertIn("No space left on device", out)
+        self.assertEqual(f"process {index} failed" in out, k != index, out)
+    self.assertLess(time.monotonic() - begin, 60)  # Not after a timeout.
+
+  def test_a_killed_process(self):
+    """The other one says in a line what it lost; it can be started again."""
+    command = [helpers.program()[0], "-c", SAVES, str(_folder / "killed")]
+    with pair(*[[*command, "killed", "1"]] * 2) as processes:
+      (code, out), (killed, _) = ends(processes)
+    self.assertEqual(killed, -signal.SIGKILL)
+    # JAX itself aborts a process whose neighbour has no heartbeat any more.
+    self.assertIn(code, (76, -signal.SIGABRT), out)
+
+  def test_sigterm_while_another_process_hangs(self):
+    """Reading its text, and in a save."""
+    with (
+      self.subTest("at the start"),
+      pair(
+        [*helpers.program(), *arguments("hangs")],
+        [*helpers.program(HANGS), *arguments("hangs")],
+      ) as processes,
+    ):
+      read_until(processes[0], "text: folder")
+      processes[0].terminate()
+      self.assert_ended(processes)
+    with self.subTest("in a save"):
+      command = [helpers.program()[0], "-c", SAVES, str(_folder / "stuck")]
+      with pair(*[[*command, "hangs", "1"]] * 2) as processes:
+        read_until(processes[0], "saving")
+        time.sleep(1)
+        processes[0].terminate()
+        self.assert_ended(processes)
+
+  def assert_ended(self, processes):
+    """Process 0 by the signal, and process 1 because of that."""
+    for code, out in ends(processes, seconds=60):
+      self.assertEqual(code, 75, out)
+      self.assertIn("process 0 was ended by SIGTERM while it waited", out)
+
+
+if __name__ == "__main__":
+  absltest.main()
