@@ -239,9 +239,8 @@ def ending_at_sigterm(seconds: float | None = None) -> Iterator[None]:
   before = _Sigterm.wait
   if before is None:  # The outer wait decides.
     since = 0.0 if seconds == 0 else time.monotonic()
-    _Sigterm.wait = _Wait(
-      since, _patience_seconds if seconds is None else seconds
-    )
+    seconds = _patience_seconds if seconds is None else seconds
+    _Sigterm.wait = _Wait(since, seconds)
   try:
     yield
   finally:
@@ -277,7 +276,9 @@ def _catch_sigterm():
     with writer:  # It stays open.
       while numbers := reader.recv(16):
         if signal.SIGTERM in numbers:
-          _Sigterm.came = _Sigterm.came or time.monotonic()
+          wait, came = _Sigterm.wait, _Sigterm.came
+          if came is None or wait is None or came < wait.since:
+            _Sigterm.came = time.monotonic()
           if of_jax:
             ctypes.CFUNCTYPE(None, ctypes.c_int)(of_jax)(signal.SIGTERM)
 

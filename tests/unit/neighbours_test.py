@@ -44,9 +44,11 @@ class NeighboursTest(parameterized.TestCase):
 
   def blamed(self, error):
     """What the program gets for an error of a computation."""
-    with self.assertRaises(Exception) as caught:
-      with distributed.blaming_neighbours():
-        raise error
+    with (
+      self.assertRaises(Exception) as caught,
+      distributed.blaming_neighbours(),
+    ):
+      raise error
     return caught.exception
 
   @parameterized.parameters(*LOST)
