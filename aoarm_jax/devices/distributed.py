@@ -147,6 +147,12 @@ def start(
       "config.distributed.coordinator_address, process_count and process_id"
     ) from error
   except jax.errors.JaxRuntimeError as error:
+    if "Failed to start RPC server" in str(error):
+      raise config_lib.ConfigError(
+        f"{neighbours.coordinator()}: another program uses the port of this "
+        "address on the host of process 0; choose another one: give "
+        "config.distributed.coordinator_address, process_count and process_id"
+      ) from error
     raise neighbours.NeighbourError(
       f"the processes cannot be joined ({str(error).splitlines()[0]}): see "
       "what process 0 says, and start the same command again on all processes"

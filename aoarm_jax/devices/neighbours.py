@@ -128,7 +128,7 @@ def tell(exit_code: int, line: str) -> Failure:
     The first failure among all processes, which is the cause of the others.
   """
   _fails.set()
-  first = failure = Failure(_process(), exit_code, line)
+  first = failure = Failure(process(), exit_code, line)
   with contextlib.suppress(jax.errors.JaxRuntimeError):
     with contextlib.suppress(jax.errors.JaxRuntimeError):
       # The first failure stays.
@@ -160,7 +160,7 @@ def cause_of(error: BaseException) -> NeighbourError | None:
     failure.error()
     if failure
     else NeighbourError(
-      f"process {_process()} lost a neighbour ({line}): start the same command "
+      f"process {process()} lost a neighbour ({line}): start the same command "
       "again on all processes, and the run goes on from its last checkpoint"
     )
   )
@@ -187,7 +187,7 @@ def agree(what: str, facts: Mapping[str, str]) -> None:
     return
   _agreements[what] = number = _agreements.get(what, 0) + 1
   folder = f"{_FOLDER}/{what}/{number}"
-  me, client = _process(), _client()
+  me, client = process(), _client()
   with ending_at_sigterm(0):
     if me == 0:
       client.key_value_set(f"{folder}/facts", json.dumps(dict(facts)))
@@ -210,7 +210,7 @@ def agree(what: str, facts: Mapping[str, str]) -> None:
 
 def from_process_0(name: str, value: str) -> str:
   """Return the value that process 0 gives; to be called once for a name."""
-  if _process() == 0:
+  if process() == 0:
     _client().key_value_set(f"{_FOLDER}/{name}", value)
   return _get(f"{_FOLDER}/{name}")
 
@@ -293,7 +293,7 @@ def _getsig(number):
 
 def _end_by_sigterm():
   line = (
-    f"process {_process()} was ended by SIGTERM while it waited for the other "
+    f"process {process()} was ended by SIGTERM while it waited for the other "
     "processes: start the same command again on all processes"
   )
   print(f"aoarm_jax: error: {line}", file=sys.stderr, flush=True)
@@ -313,7 +313,7 @@ def _listen(is_over):
       failure = _failure()
     except jax.errors.JaxRuntimeError:  # JAX is shutting down.
       return
-  if failure.process == _process() or _fails.wait(_GRACE_SECONDS):
+  if failure.process == process() or _fails.wait(_GRACE_SECONDS):
     return
   error = failure.error()
   print(f"aoarm_jax: error: {error}", file=sys.stderr, flush=True)
@@ -332,8 +332,8 @@ def _finish_saving():
 def _heard():
   """Say that this process knows of the failure; process 0 waits for all."""
   client = _client()
-  client.key_value_set(f"{_FOLDER}/heard/{_process()}", "", True)
-  if _process() == 0:
+  client.key_value_set(f"{_FOLDER}/heard/{process()}", "", True)
+  if process() == 0:
     deadline = time.monotonic() + _HEARD_SECONDS
     while time.monotonic() < deadline:
       if len(client.key_value_dir_get(f"{_FOLDER}/heard/")) == _count():
@@ -377,8 +377,15 @@ def _client() -> Any:
   return runtime.global_state.client
 
 
-def _process() -> int:
+def process() -> int:
+  """Return the number of this process, without looking at any device."""
   return runtime.global_state.process_id
+
+
+def coordinator() -> str | None:
+  """Return the address of process 0 that JAX was given or has found."""
+  address: str | None = runtime.global_state.coordinator_address
+  return address
 
 
 def _count() -> int:

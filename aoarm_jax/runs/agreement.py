@@ -149,7 +149,7 @@ def check_disk(workdir: epath.Path, *, writes: bool) -> None:
   if not neighbours.several():
     return
   token, path = uuid.uuid4().hex, workdir / _TOKEN
-  if jax.process_index() == 0:
+  if neighbours.process() == 0:
     try:
       if writes or workdir.exists():
         run_dir.write_atomically(path, token)
@@ -169,14 +169,14 @@ def check_disk(workdir: epath.Path, *, writes: bool) -> None:
     while token and _read(path) != token:
       if time.monotonic() > deadline:
         raise config_lib.ConfigError(
-          f"process {jax.process_index()} ({socket.gethostname()}): "
+          f"process {neighbours.process()} ({socket.gethostname()}): "
           f"--workdir={workdir}: cannot read the file {path.name} that process "
           f"0 ({host}) has written there; all processes must see the same run "
           "directory: name one on a shared disk, or in a bucket (gs://...)"
         )
       time.sleep(0.05)
   _agree("disk", {})
-  if jax.process_index() == 0:
+  if neighbours.process() == 0:
     with contextlib.suppress(OSError):
       path.unlink(missing_ok=True)
 
@@ -193,7 +193,7 @@ def _read(path):
 def _agree(what, facts):
   if not neighbours.several():
     return
-  with telemetry.waiting(f"comparing the {what} with other processes"):
+  with telemetry.waiting(f"comparing the {what} with all processes"):
     neighbours.agree(what, facts)
 
 

@@ -381,4 +381,5 @@ def _cell(row, column):
 
 if __name__ == "__main__":
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-  sys.exit(main(sys.argv[1:]))
+  with distributed.failing_at_once():
+    sys.exit(main(sys.argv[1:]))

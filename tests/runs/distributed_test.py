@@ -19,6 +19,7 @@ import optax
 import pytest
 from absl.testing import absltest, parameterized
 
+from aoarm_jax.config import errors
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import distributed, rendezvous
 
@@ -177,6 +178,22 @@ class StartTest(parameterized.TestCase):
         ),
         ("h:1", 3, 2),
       )
+
+  @parameterized.parameters(
+    ("UNKNOWN: Failed to start RPC server", 2, "another program uses the port"),
+    ("DEADLINE_EXCEEDED: too late\nmore", 76, "(DEADLINE_EXCEEDED: too late)"),
+  )
+  def test_jax_cannot_join(self, text, exit_code, message):
+    """Where JAX finds the address by itself."""
+    error = jax.errors.JaxRuntimeError(text)
+    with (
+      mock.patch("jax.distributed.initialize", side_effect=error),
+      self.assertRaises(errors.UserError) as caught,
+    ):
+      distributed.start(config_lib.Distributed(), {"AOARM_DISTRIBUTED": "1"})
+    self.assertEqual(caught.exception.exit_code, exit_code)
+    self.assertIn(message, str(caught.exception))
+    self.assertLen(str(caught.exception).splitlines(), 1)
 
   def test_no_cluster(self):
     """The error of a lone machine is shown, not swallowed."""
