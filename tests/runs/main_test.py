@@ -444,10 +444,11 @@ interrupts = 0
 with stopping.Signals("step", (signal.SIGINT,)) as signals:
   signal_repeatedly()
   time.sleep(0.6)
-  threading.Thread(target=signal_repeatedly).start()
-  for seconds in (60, 0.1):
+  thread = threading.Thread(target=signal_repeatedly)
+  for act in (thread.start, lambda: None):
     try:
-      time.sleep(seconds)
+      act()
+      time.sleep(0.1)
     except KeyboardInterrupt:
       interrupts += 1
 print(signals.received, interrupts)
