@@ -137,9 +137,9 @@ class Signals:
   def _interrupt(self, frame: FrameType | None) -> None:
     """Do at the second Ctrl-C what the first one would do elsewhere."""
     former = self._former[signal.SIGINT]
-    if callable(former):
-      former(signal.SIGINT, frame)
-    raise KeyboardInterrupt
+    if not callable(former):
+      raise KeyboardInterrupt
+    former(signal.SIGINT, frame)
 
   def _note(self, number: int, frame: FrameType | None) -> None:
     if not self.received:

@@ -431,6 +431,29 @@ finally:
   print("closed")
 """
 )
+# The first Ctrl-C is noted, the second one interrupts. JAX is not needed.
+SECOND_WISH = (
+  SIGNALS
+  + """
+import signal, types
+several = types.SimpleNamespace(is_initialized=lambda: False)
+sys.modules["jax"] = types.SimpleNamespace(distributed=several)
+from aoarm_jax.devices import stopping
+stopping.end_at_once(unwinds=True)
+interrupts = 0
+with stopping.Signals("step", (signal.SIGINT,)) as signals:
+  signal_repeatedly()
+  time.sleep(0.6)
+  thread = threading.Thread(target=signal_repeatedly)
+  for act in (thread.start, lambda: None):
+    try:
+      act()
+      time.sleep(0.1)
+    except KeyboardInterrupt:
+      interrupts += 1
+print(signals.received, interrupts)
+"""
+)
 
 
 class ProcessTest(parameterized.TestCase):
@@ -498,6 +521,17 @@ class ProcessTest(parameterized.TestCase):
     self.assertEqual(
       done.stderr, "aoarm_jax: SIGTERM: start the same command again\n"
     )
+
+  def test_a_second_ctrl_c_interrupts_once(self):
+    done = subprocess.run(
+      [sys.executable, "-c", SECOND_WISH],
+      env=helpers.environment(NUMBER=str(signal.SIGINT)),
+      capture_output=True,
+      text=True,
+    )
+    self.assertEqual((done.returncode, done.stdout), (0, "2 1\n"))
+    self.assertIn("SIGINT: stopping after this step", done.stderr)
+    self.assertNotIn("Traceback", done.stderr)
 
   @pytest.mark.slow
   def test_a_wheel_is_usable(self):
