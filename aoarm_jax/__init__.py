@@ -21,6 +21,7 @@ if typing.TYPE_CHECKING:
   from aoarm_jax.config.schema import ConfigError as ConfigError
   from aoarm_jax.data.tokenizers import DataError as DataError
   from aoarm_jax.data.tokenizers import TokenizerError as TokenizerError
+  from aoarm_jax.devices.rendezvous import NeighbourError as NeighbourError
   from aoarm_jax.devices.stopping import Stopped as Stopped
   from aoarm_jax.evaluation.score import Score as Score
   from aoarm_jax.generation.prompts import PromptError as PromptError
@@ -40,6 +41,7 @@ _MODULES = {
   "CheckpointError": "aoarm_jax.runs.manifest",
   "ConfigError": "aoarm_jax.config.schema",
   "DataError": "aoarm_jax.data.tokenizers",
+  "NeighbourError": "aoarm_jax.devices.rendezvous",
   "NonFiniteError": "aoarm_jax.runs.telemetry",
   "Preempted": "aoarm_jax.training.loop",
   "PromptError": "aoarm_jax.generation.prompts",

@@ -9,10 +9,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from unittest import mock
 
 import helpers
 import pytest
 from absl.testing import absltest, parameterized
+
+from aoarm_jax import main
+from aoarm_jax.devices import sharding
+from aoarm_jax.runs import agreement
 
 CHANGES = {
   "model.T": 8,
@@ -138,6 +143,27 @@ def read_until(process, text):
   while not lines or text not in lines[-1]:
     lines.append(process.stdout.readline())
     assert lines[-1], "".join(lines)
+
+
+class Compared(Exception):
+  """The processes have been compared."""
+
+
+class ModesTest(parameterized.TestCase):
+  @parameterized.parameters(*main.MODES)
+  def test_every_mode_compares_first(self, mode):
+    """Before it looks at a device; the modes that read a run look for it."""
+    more = {"score": ["--text=a"], "compile": ["--topology=v5e:2x4"]}
+    command = arguments(mode, f"--mode={mode}", *more.get(mode, []))
+    with (
+      mock.patch.object(agreement, "check_disk") as check_disk,
+      mock.patch.object(agreement, "check_command", side_effect=Compared),
+      mock.patch.object(sharding, "all_devices") as all_devices,
+      self.assertRaises(Compared),
+    ):
+      helpers.run(command)
+    all_devices.assert_not_called()
+    self.assertEqual(check_disk.called, mode in ("eval", "sample", "score"))
 
 
 class DifferenceTest(parameterized.TestCase):
