@@ -66,17 +66,15 @@ def attention(
   """
   B, T = q.shape[:2]
   S = k.shape[1]
-  if visible is None:
-    visible = jnp.minimum(jnp.arange(1, T + 1), S)
-  if jnp.ndim(visible) < 2:
-    visible = jnp.broadcast_to(jnp.asarray(visible, jnp.int32), (B, T))
-  if visible.ndim == 2:
-    visible = visible[..., None]
+  rows = jnp.minimum(jnp.arange(1, T + 1), S) if visible is None else visible
+  rows = jnp.asarray(rows, jnp.int32)
+  if rows.ndim < 2:
+    rows = jnp.broadcast_to(rows, (B, T))
+  if rows.ndim == 2:
+    rows = rows[..., None]
   if key_rank is None:
     key_rank = jnp.arange(S)[None]
-  return _attention(
-    q, k, v, visible.astype(jnp.int32), key_rank.astype(jnp.int32), scale
-  )
+  return _attention(q, k, v, rows, key_rank.astype(jnp.int32), scale)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -257,13 +255,15 @@ def _cut(
   rank = jnp.moveaxis(rank.reshape(rank.shape[0], -1, C), 1, 0)
   rows = jnp.moveaxis(_padded(visible, R, 0), 2, 1)
   rows = jnp.moveaxis(rows.reshape(B, rows.shape[1], -1, R), 2, 0)
-  slots = (
+  key_blocks, value_blocks = (
     jnp.moveaxis(_padded(x, C, 0).reshape(B, -1, C, N, H), (1, 3), (0, 2))
     for x in (k, v)
   )
   seen = rank.min((1, 2)) < rows.max((1, 2, 3))[:, None]
   visits = jnp.where(seen, jnp.arange(1, 1 + rank.shape[0]), 0).max(1)
-  return _Blocks(_row_blocks(q, R, Nq // N), rows, *slots, rank, visits)
+  return _Blocks(
+    _row_blocks(q, R, Nq // N), rows, key_blocks, value_blocks, rank, visits
+  )
 
 
 def _row_blocks(x: jax.Array, R: int, group: int) -> jax.Array:
