@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import reference, shards, tuning
+from pallas_kernels import blockwise, reference, shards, tuning
 from pallas_kernels.hopper import attention as hopper
 from pallas_kernels.tpu import attention as tpu
 
@@ -15,7 +15,14 @@ class UnsupportedError(NotImplementedError):
   """The named implementation does not support a call; the message says why."""
 
 
-IMPLEMENTATIONS = ("reference", "xla", "cudnn", "mosaic_gpu", "mosaic_tpu")
+IMPLEMENTATIONS = (
+  "reference",
+  "xla",
+  "blockwise",
+  "cudnn",
+  "mosaic_gpu",
+  "mosaic_tpu",
+)
 
 
 def any_order_attention(
@@ -129,6 +136,8 @@ def any_order_attention(
     case "reference" | "xla":
       # The log-sum-exp of jax.nn has the keys' dtype and no gradient.
       out, lse = reference.attention(q, k, v, visible, key_rank, scale)
+    case "blockwise":
+      out, lse = blockwise.attention(q, k, v, visible, key_rank, scale)
     case "cudnn":
       return _cudnn(q, k, v, visible, scale)
     case "mosaic_gpu":
@@ -213,7 +222,10 @@ def _choose(
   }
   if implementation is None:
     fastest = tuning.fastest(jax.default_backend(), q.shape[1], k.shape[1])
-    return next((x for x in fastest if not unsupported[x]()), "xla")
+    plain = "xla"
+    if q.shape[1] * k.shape[1] >= tuning.MANY_SCORES:
+      plain = "blockwise"
+    return next((x for x in fastest if not unsupported[x]()), plain)
   if implementation in unsupported and (
     reason := unsupported[implementation]()
   ):

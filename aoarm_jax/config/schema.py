@@ -562,6 +562,7 @@ class Compute:
       "auto",
       "reference",
       "xla",
+      "blockwise",
       "cudnn",
       "mosaic_gpu",
       "mosaic_tpu",
