@@ -224,7 +224,7 @@ def _candidates(
   row: Row, config: tuning.Hopper
 ) -> dict[str, Callable[..., Any]]:
   scores = 2.0 * row.B * row.N * row.group * row.T * row.slots
-  found = {}
+  found: dict[str, Callable[..., Any]] = {}
   if scores <= _MOST_SCORES:
     found["xla"] = functools.partial(_plain, "xla")
   found["blockwise"] = functools.partial(_plain, "blockwise")
