@@ -153,8 +153,15 @@ class Hopper:
   query_stages: int = 3
 
 
-def hopper(T: int, S: int, H: int) -> Hopper:
-  """Return the sizes for T rows, S slots and heads of size H, 64 or 128."""
+def hopper(T: int, S: int, H: int, blocks: int = 132) -> Hopper:
+  """Return the sizes of a call.
+
+  Args:
+    T: rows.
+    S: slots.
+    H: size of a head, 64 or 128.
+    blocks: multiprocessors of the GPU.
+  """
   if H == 64:
     config = Hopper(
       consumers=4,
@@ -173,7 +180,7 @@ def hopper(T: int, S: int, H: int) -> Hopper:
     config = dataclasses.replace(
       config, consumers=1, keys=keys, stages=5, pingpong=False
     )
-  return config
+  return dataclasses.replace(config, blocks=blocks)
 
 
 def hopper_splits(heads: int, S: int, config: Hopper) -> int:
