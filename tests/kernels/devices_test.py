@@ -24,7 +24,8 @@ class DevicesTest(parameterized.TestCase):
   def test_the_default_device(self):
     self.assertEqual(devices.of(np.ones(2)).platform, jax.default_backend())
     card = mock.Mock(platform="gpu", device_kind="NVIDIA B200")
-    with mock.patch.dict(jax.config.values, jax_default_device=card):
+    config = mock.Mock(values={"jax_default_device": card})
+    with mock.patch.object(jax, "config", config):
       self.assertEqual(devices.of(np.ones(2)).kind, "NVIDIA B200")
 
   def test_arrays_say_where_they_are(self):
