@@ -78,6 +78,7 @@ _RUN = """\
 #!/bin/bash
 flock --nonblock 9 || exit 1
 export PATH="$HOME/venv/bin:$PATH" {environment}
+{verdict}\
 cd aoarm_jax
 for restart in $(seq 0 {max_restarts}); do
   echo "$(hostname): start $restart"
@@ -86,12 +87,17 @@ for restart in $(seq 0 {max_restarts}); do
   wait $!
   code=$?
   echo "$(hostname): exit code $code"
-  if [ -e ~/run.stop ] || ! {{ {restart_test}; }}; then
+  read -r next _ <<< "$(verdict <<< "$code")"
+  if [ -e ~/run.stop ] || [ "$next" != again ]; then
     break
   fi
 done
 """
-_STOP = "touch run.stop; kill $(cat run.pid)"
+# A command that has not ended after five minutes is killed.
+_STOP = (
+  "touch run.stop; pid=$(cat run.pid); kill $pid; "
+  "timeout 300 tail --pid=$pid -f /dev/null || kill -KILL $pid"
+)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -240,7 +246,7 @@ class _Pod:
       environment=common.assignments(common.ENVIRONMENT),
       max_restarts=self._flags.max_restarts,
       command=shlex.join(self._flags.command),
-      restart_test=common.restart_test("code"),
+      verdict=common.verdict_function(),
     )
     self._shell.write(loop, content)
     self._shell.write(script, _START)
