@@ -23,19 +23,10 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Sequence
 
-from launch import common
+from launch import common, published
 
-_CHIPS = (1, *(2**n for n in range(2, 9)))
-# Runtime version of each accelerator type, and the sizes it has: in cores for
-# v4 and v5p, in chips for the others.
-_TPUS: dict[str, tuple[str, Sequence[int]]] = {
-  "v4": ("tpu-ubuntu2204-base", range(8, 8193, 8)),
-  "v5litepod": ("v2-alpha-tpuv5-lite", _CHIPS),
-  "v5p": ("v2-alpha-tpuv5", range(8, 12289, 8)),
-  "v6e": ("v2-alpha-tpuv6e", _CHIPS),
-}
+_TPUS = {tpu.accelerator: tpu for tpu in published.TPUS.values()}
 _POLL_SECONDS = 30
 # Waiting does not change these states of a queued resource.
 _LOST = ("FAILED", "SUSPENDED", "SUSPENDING", "DELETING")
@@ -299,14 +290,14 @@ def _runtime(accelerator: str) -> str:
       f"--accelerator={accelerator}: write <type>-<size>, the type one of "
       f"{', '.join(_TPUS)}"
     )
-  runtime, sizes = _TPUS[match[1]]
-  if int(match[2]) not in sizes:
-    listed = ", ".join(map(str, sizes[:5]))
+  tpu = _TPUS[match[1]]
+  if match[2] not in map(str, tpu.sizes()):
+    near = common.nearest(int(match[2]), tpu.sizes())
     raise common.LaunchError(
-      f"--accelerator={accelerator}: {match[1]} has the sizes {listed}, ..., "
-      f"{sizes[-1]}"
+      f"--accelerator={accelerator}: there is no such size; {match[1]} has "
+      f"{near}, up to {tpu.sizes()[-1]}"
     )
-  return runtime
+  return tpu.runtime
 
 
 def start(flags: argparse.Namespace) -> int:
