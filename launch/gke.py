@@ -362,10 +362,9 @@ def _topologies(tpu: published.Tpu) -> str:
   few = tpu.topologies[:8]
   if len(tpu.topologies) == len(few):
     return f"there are {', '.join(few)}"
-  last = max(tpu.topologies, key=published.chips)
   return (
     f"there are {', '.join(few[:5])} and others of multiples of 4, in rising "
-    f"order, up to {last}"
+    f"order, up to {tpu.topologies[-1]}"
   )
 
 

@@ -69,7 +69,7 @@ _RUN = """\
 #!/bin/bash
 flock --nonblock 9 || exit 1
 export PATH="$HOME/venv/bin:$PATH" {environment}
-cd aoarm_jax
+cd aoarm_jax || exit
 for restart in $(seq 0 {max_restarts}); do
   echo "$(hostname): start $restart"
   {command} &
@@ -82,7 +82,7 @@ for restart in $(seq 0 {max_restarts}); do
   fi
 done
 """
-_STOP = "touch run.stop; kill $(cat run.pid)"
+_STOP = 'touch run.stop; kill "$(cat run.pid)"'
 
 
 def make_parser() -> argparse.ArgumentParser:
