@@ -127,6 +127,9 @@ def cluster(folder):
     wait_until(lambda: " idle" in call("sinfo", "-h", "-o", "%D %T"))
     yield
   finally:
+    with contextlib.suppress(AssertionError):
+      call("scancel", "--user=root")
+      wait_until(lambda: not call("squeue", "-h"), 40)
     for pid in (*folder.glob("*.pid"), folder / "munge" / "pid"):
       with contextlib.suppress(OSError, ValueError):
         os.kill(int(pid.read_text()), signal.SIGTERM)
@@ -179,7 +182,7 @@ class Job:
 
   def show(self, field):
     shown = call("scontrol", "show", "job", self.id)
-    return re.search(rf"\b{field}=(.*?)(?= +\w+=| *$)", shown, re.MULTILINE)[1]
+    return re.search(rf"\b{field}=(.*?)(?= +[\w:/]+=| *$)", shown, re.MULTILINE)[1]
 
   def wait_for(self, *texts):
     """Waits for the texts in the log, one after another."""
