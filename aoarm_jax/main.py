@@ -5,20 +5,29 @@ code that is not zero:
 
   1    The run failed.
   2    The command cannot be carried out as it was written.
+  14   The run made no progress. The same command continues it.
   75   A SIGTERM stopped the run after a save. The same command continues it.
+  76   Another process of the run was lost. The same command continues it.
   130  Ctrl-C stopped the run.
 """
+
+import os
+import sys
+
+from aoarm_jax.devices import stopping
+
+# The imports below take seconds, in which a signal may come, too.
+if __name__ == "__main__" or os.path.basename(sys.argv[0]) == "aoarm_jax":
+  stopping.end_at_once()
 
 import dataclasses
 import difflib
 import errno
 import functools
 import glob
-import os
 import pathlib
 import re
 import signal
-import sys
 import textwrap
 import traceback
 from typing import Any
@@ -28,7 +37,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 import pallas_kernels
-from aoarm_jax.config import errors, experiments, explain, paths
+from aoarm_jax.config import errors, exit_codes, experiments, explain, paths
 from aoarm_jax.config import rules as config_rules
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import distributed, sharding, switches
@@ -51,6 +60,8 @@ _NO_CONFIG = (
   "its file, as in --config=configs/two_stream.py:tiny"
 )
 
+# The other modes have nothing to keep when a signal comes.
+_STOP_AFTER_A_BATCH = ("train", "eval", "sample", "score")
 _GOES_ON = {"study": ": the same command goes on with the cell that was lost"}
 _LESS_TRAINING = (
   "lower --config.train.batch_size, raise --config.compute.accumulate, or set "
@@ -327,6 +338,9 @@ def run(flag_values: flags.FlagValues, argv: list[str]) -> None:
   switches.fix_types()
   # JAX must know the other processes before anything looks at a device.
   distributed.start(config.distributed)
+  keeps_nothing = flag_values.mode not in _STOP_AFTER_A_BATCH
+  if jax.distributed.is_initialized() and keeps_nothing:
+    stopping.end_at_once(unwinds=True)  # JAX has taken SIGTERM for itself.
   if flag_values.mode not in ("config", "compile"):
     sharding.all_devices()
   # The model of a run was matched when the run started.
@@ -428,19 +442,21 @@ def main(argv: list[str]) -> None:
   del argv
   telemetry.setup_logging()
   _cache_compilations()
+  stopping.end_at_once(unwinds=True)
   try:
     run(flags.FLAGS, sys.argv)
-  except train.Preempted as stop:
+  except stopping.Stopped as stop:
     logging.warning("%s", stop)
     sys.exit(stop.exit_code)
   except KeyboardInterrupt:
-    _fail("interrupted" + _GOES_ON.get(flags.FLAGS.mode, ""), 130)
+    goes_on = _GOES_ON.get(flags.FLAGS.mode, "")
+    _fail("interrupted" + goes_on, exit_codes.INTERRUPTED)
   except flags.Error as error:
-    _fail(error, 2)
+    _fail(error, exit_codes.REFUSED)
   except errors.UserError as error:
     _fail(error, error.exit_code)
   except pallas_kernels.UnsupportedError as error:
-    _fail(f"config.compute.attention: {error}", 2)
+    _fail(f"config.compute.attention: {error}", exit_codes.REFUSED)
   except OSError as error:
     if error.errno is None:
       raise
@@ -452,12 +468,15 @@ def main(argv: list[str]) -> None:
     _fail(
       f"{os.strerror(error.errno)}{where}"
       + hint * (error.errno in (errno.ENOSPC, errno.EDQUOT)),
-      1,
+      exit_codes.FAILED,
     )
   except jax.errors.JaxRuntimeError as error:
     if not telemetry.is_out_of_memory(error):
       raise
-    _fail(f"out of device memory: {_LESS_MEMORY[flags.FLAGS.mode]}", 1)
+    hint = _LESS_MEMORY[flags.FLAGS.mode]
+    _fail(f"out of device memory: {hint}", exit_codes.FAILED)
+  finally:
+    stopping.forget_signals()
 
 
 def _end_without_reader():
@@ -517,7 +536,7 @@ def _parse_or_exit(argv):
   except BrokenPipeError:
     _end_without_reader()
   except (errors.UserError, flags.Error) as error:
-    return _fail(_last_line(error), 2)
+    return _fail(_last_line(error), exit_codes.REFUSED)
 
 
 def command() -> None:

@@ -6,6 +6,7 @@ start the same command again.
 """
 
 import argparse
+import contextlib
 import pathlib
 import re
 import shlex
@@ -14,11 +15,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
+from aoarm_jax.config import exit_codes
+
 # Folder for the files that launchers write. It is beside the runs, and git
 # ignores it.
 FOLDER = "runs/launch"
-PREEMPTED = 75
-INTERRUPTED = 130
+PREEMPTED = exit_codes.PREEMPTED
+INTERRUPTED = exit_codes.INTERRUPTED
 
 # Variables of every process: join the others, and print lines at once.
 ENVIRONMENT = {"AOARM_DISTRIBUTED": "1", "PYTHONUNBUFFERED": "1"}
@@ -39,7 +42,7 @@ _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
 class LaunchError(Exception):
   """An error that the user can mend; the line names the value and the fix."""
 
-  def __init__(self, message: str, exit_code: int = 2):
+  def __init__(self, message: str, exit_code: int = exit_codes.REFUSED):
     super().__init__(message)
     self.exit_code = exit_code
 
@@ -232,8 +235,9 @@ def main(
 
 
 def say(module: str, text: str) -> None:
-  """Print a line of a launcher to the error output."""
-  print(f"{module}: {text}", file=sys.stderr, flush=True)
+  """Print a line of a launcher to the error output, if anybody reads it."""
+  with contextlib.suppress(OSError):
+    print(f"{module}: {text}", file=sys.stderr, flush=True)
 
 
 def check_name(name: str) -> None:
@@ -320,21 +324,30 @@ def _workdir(command: Sequence[str]) -> str:
   return ""
 
 
-def died_by_signal(code: int) -> bool:
-  """Return whether a shell's exit code means a crash: killed or aborted.
+def verdict_function() -> str:
+  """Return a shell function that judges how a start of processes ended.
 
-  Ctrl-C is no crash. When a process is lost, JAX ends the others by an abort.
+  `verdict` reads the exit codes of the processes, one a line. It prints "done",
+  "again" or "end", and the code that explains the others, as in "end 2". See
+  exit_codes.cause.
   """
-  return code > 128 and code != INTERRUPTED
-
-
-def restart_test(variable: str) -> str:
-  """Return shell code that is true if the command should be started again.
-
-  Args:
-    variable: shell variable that holds the exit code of the command.
-  """
+  arms = []
+  other = ""
+  for number, row in enumerate(exit_codes.TABLE):
+    word = f'row="{number} {"again" if row.again else "end"}"'
+    if row.codes:
+      arms.append(f"      {' | '.join(row.codes)}) {word} ;;\n")
+    else:
+      other = word
   return (
-    f"[ ${variable} -eq {PREEMPTED} ] || "
-    f"{{ [ ${variable} -gt 128 ] && [ ${variable} -ne {INTERRUPTED} ]; }}"
+    "verdict() {\n"
+    "  while read -r code; do\n"
+    "    case $code in\n"
+    f'      0) row="{len(exit_codes.TABLE)} done" ;;\n'
+    + "".join(arms)
+    + f"      *) {other} ;;\n"
+    "    esac\n"
+    '    echo "$row $code"\n'
+    "  done | sort -s -n -k 1,1 | head -n 1 | cut -d ' ' -f 2-\n"
+    "}\n"
   )

@@ -6,10 +6,11 @@
     --workdir=gs://bucket/base
 
 apply writes the manifest and applies it. If a pod exits with 75 or loses its
-node, all pods are restarted, without a limit. After any other failure they are
-restarted at most --max-restarts times. The image contains this repository and
-its extra tpu or cuda (launch/Dockerfile). The cluster needs the JobSet
-controller, 0.6 or newer, and a node pool of the machines asked for.
+node, all pods are restarted, without a limit. If the command cannot succeed
+(exit codes 1, 2, 126, 127, 130), the JobSet ends. After any other failure all
+pods are restarted at most --max-restarts times. The image contains this
+repository and its extra tpu or cuda (launch/Dockerfile). The cluster needs the
+JobSet controller, 0.10 or newer, and a node pool of the machines asked for.
 
 With --gpu one process has all GPUs of its node. --processes-per-node=8 starts
 one process for each of 8 GPUs instead, by launch.local in the pod.
@@ -25,6 +26,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from aoarm_jax.config import exit_codes
 from launch import common, published
 
 _CONTAINER = "train"
@@ -160,12 +162,21 @@ def job_set(flags: argparse.Namespace) -> dict[str, Any]:
     "spec": {
       "failurePolicy": {
         "maxRestarts": flags.max_restarts,
+        # The first rule that fits counts. Any other failure is a restart that
+        # counts.
         "rules": [
+          {
+            "name": "failed",
+            "action": "FailJobSet",
+            "onJobFailureReasons": ["PodFailurePolicy"],
+            # The index of the last rule of podFailurePolicy.
+            "onJobFailureMessagePatterns": ["FailJob rule at index 2$"],
+          },
           {
             "name": "preempted",
             "action": "RestartJobSetAndIgnoreMaxRestarts",
             "onJobFailureReasons": ["PodFailurePolicy"],
-          }
+          },
         ],
       },
       "replicatedJobs": [
@@ -201,10 +212,25 @@ def _job(flags: argparse.Namespace, nodes: _Nodes) -> dict[str, Any]:
           "action": "FailJob",
           "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
         },
+        {
+          "action": "FailJob",
+          "onExitCodes": {
+            "containerName": _CONTAINER,
+            "operator": "In",
+            "values": _permanent(),
+          },
+        },
       ]
     },
     "template": {"spec": _pod(flags, nodes)},
   }
+
+
+def _permanent() -> list[int]:
+  """Return the exit codes after which the command is not started again."""
+  ends = [row for row in exit_codes.TABLE if not row.again]
+  named = [int(code) for row in ends for code in row.codes]
+  return sorted([exit_codes.FAILED, *named])
 
 
 def _pod(flags: argparse.Namespace, nodes: _Nodes) -> dict[str, Any]:
@@ -220,6 +246,9 @@ def _pod(flags: argparse.Namespace, nodes: _Nodes) -> dict[str, Any]:
   pod = {
     "restartPolicy": "Never",
     "terminationGracePeriodSeconds": _grace_seconds(flags),
+    # Process 1 is then an init of Kubernetes, and the program gets the default
+    # actions of signals.
+    "shareProcessNamespace": True,
     "nodeSelector": nodes.labels | ({_SPOT: "true"} if flags.spot else {}),
     "volumes": volumes,
     "containers": [

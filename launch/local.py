@@ -13,13 +13,16 @@ processes again.
 When one process fails, the others are ended. The command is started again after
 exit code 75 (preempted, saved) and after a crash, where this helps. It is not
 started again after any other exit code: then the command has said what is
-wrong. Ctrl-C and SIGTERM ask all processes to save and stop; a second Ctrl-C
-kills them.
+wrong. Ctrl-C, SIGTERM and the end of the terminal ask all processes to save and
+stop. After --stop-seconds they are killed, and at once by a second Ctrl-C. If
+this launcher is killed, its processes are asked to stop, too, and killed after
+--grace-seconds.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import math
 import os
 import shlex
 import signal
@@ -31,10 +34,26 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import IO
 
+from aoarm_jax.config import exit_codes
 from launch import common
 
 _MODULE = "launch.local"
 _POLL_SECONDS = 0.1
+# A terminal and a parent may both pass one Ctrl-C on.
+_ECHO_SECONDS = 0.5
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+# A small process that leads the process group of all processes of a start. The
+# launcher holds the other end of its input, which ends with the launcher.
+_GUARD = """
+import os, signal, sys, time
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+  signal.signal(number, signal.SIG_IGN)
+sys.stdin.buffer.read()
+os.killpg(0, signal.SIGTERM)
+time.sleep(float(sys.argv[1]))
+os.killpg(0, signal.SIGKILL)
+"""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -79,6 +98,13 @@ def make_parser() -> argparse.ArgumentParser:
     default=15.0,
     help="from the first process's failure until the others are killed "
     "(default: 15)",
+  )
+  parser.add_argument(
+    "--stop-seconds",
+    type=float,
+    default=300.0,
+    help="from SIGTERM or Ctrl-C until the processes are killed, enough for a "
+    "save (default: 300)",
   )
   common.add_dry_run(parser)
   return parser
@@ -134,6 +160,15 @@ class Group:
       LaunchError: the command cannot be started.
     """
     self._grace_seconds = flags.grace_seconds
+    self._stop_seconds = flags.stop_seconds
+    self._kill_at = math.inf  # On time.monotonic's clock.
+    self._is_killed = False
+    self._guard = subprocess.Popen(
+      [sys.executable, "-I", "-S", "-c", _GUARD, str(flags.grace_seconds)],
+      stdin=subprocess.PIPE,
+      stdout=subprocess.DEVNULL,
+      process_group=0,
+    )
     port = _free_port()
     self._processes: list[subprocess.Popen[bytes]] = []
     self._readers: list[threading.Thread] = []
@@ -156,9 +191,9 @@ class Group:
       stdin=subprocess.DEVNULL,
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
-      # In its own session Ctrl-C does not reach it. Otherwise the processes
-      # would stop at different steps.
-      start_new_session=True,
+      # In another group Ctrl-C does not reach it. Otherwise the processes would
+      # stop at different steps.
+      process_group=self._guard.pid,
     )
     self._processes.append(process)
     reader = threading.Thread(
@@ -183,6 +218,10 @@ class Group:
       if None not in codes:
         self._join_readers()
         return None
+      if time.monotonic() > self._kill_at:
+        killed = self._end()
+        if killed:
+          return Failure(killed[0], -signal.SIGKILL, killed)
       time.sleep(_POLL_SECONDS)
 
   def _codes(self) -> list[int | None]:
@@ -196,7 +235,7 @@ class Group:
 
   def _end(self) -> list[int]:
     """Give the running processes time to end; kill and return the others."""
-    deadline = time.monotonic() + self._grace_seconds
+    deadline = min(time.monotonic() + self._grace_seconds, self._kill_at)
     while time.monotonic() < deadline and any(
       process.poll() is None for process in self._processes
     ):
@@ -207,15 +246,20 @@ class Group:
 
   def kill(self) -> None:
     """Kill all processes, and those that they have started."""
-    for process in self._processes:
-      # A process may be gone while its children still run.
+    if not self._is_killed:
+      # The group of a guard that nobody has waited for cannot be another's.
       with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+        os.killpg(self._guard.pid, signal.SIGKILL)
+      self._is_killed = True
+    for process in (*self._processes, self._guard):
       process.wait()
+    assert self._guard.stdin is not None  # It is a pipe.
+    self._guard.stdin.close()
     self._join_readers()
 
   def terminate(self) -> None:
-    """Send SIGTERM to all running processes."""
+    """Send SIGTERM to all running processes; later they are killed."""
+    self._kill_at = min(self._kill_at, time.monotonic() + self._stop_seconds)
     for process in self._processes:
       if process.poll() is None:
         process.terminate()
@@ -228,17 +272,16 @@ class Group:
 def _first_failure(codes: Sequence[int | None]) -> tuple[int, int]:
   """Return (index, code) of the process whose failure caused the others.
 
-  A lost process makes others fail with an exit code, and JAX ends others by an
-  abort. So a process that was lost comes first, then one with an exit code.
-
   Args:
-    codes: exit code of each process, None for a running one; at least one is
+    codes: return code of each process, None for a running one; at least one is
       not 0.
   """
   failed = [(index, code) for index, code in enumerate(codes) if code]
-  lost = [x for x in failed if x[1] < 0 and x[1] != -signal.SIGABRT]
-  exited = [x for x in failed if x[1] > 0]
-  return (lost or exited or failed)[0]
+
+  def row(failure: tuple[int, int]) -> int:
+    return exit_codes.row_of(exit_codes.of_return_code(failure[1]))
+
+  return min(failed, key=row)
 
 
 _output_lock = threading.Lock()
@@ -248,8 +291,12 @@ def _print_lines(index: int, pipe: IO[bytes]) -> None:
   """Print the lines of a process, with its number in front."""
   for line in pipe:
     with _output_lock:
-      sys.stdout.write(f"[{index}] {line.decode(errors='replace')}")
-      sys.stdout.flush()
+      try:
+        sys.stdout.write(f"[{index}] {line.decode(errors='replace')}")
+        sys.stdout.flush()
+      except OSError:
+        # Nobody reads the output any more. The process must not wait for it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _free_port() -> int:
@@ -260,7 +307,7 @@ def _free_port() -> int:
 
 
 class _Stop:
-  """Passes SIGTERM and Ctrl-C on to the processes, as SIGTERM.
+  """Passes SIGTERM, Ctrl-C and SIGHUP on to the processes, as SIGTERM.
 
   Attributes:
     received: number of the last signal, 0 before any.
@@ -270,13 +317,19 @@ class _Stop:
   def __init__(self) -> None:
     self.received = 0
     self.group: Group | None = None
-    for number in (signal.SIGTERM, signal.SIGINT):
-      signal.signal(number, self._handle)
+    self._since = 0.0
+    for number in _SIGNALS:
+      # nohup ignores SIGHUP.
+      if signal.getsignal(number) != signal.SIG_IGN:
+        signal.signal(number, self._handle)
 
   def _handle(self, number: int, _: object) -> None:
     if self.received == signal.SIGINT == number:
+      if time.monotonic() < self._since + _ECHO_SECONDS:
+        return
+      signal.signal(signal.SIGINT, signal.SIG_IGN)
       raise KeyboardInterrupt
-    self.received = number
+    self.received, self._since = number, time.monotonic()
     if self.group:
       self.group.terminate()
 
@@ -288,13 +341,14 @@ def start(flags: argparse.Namespace) -> int:
   common.check_at_least("--max-restarts", flags.max_restarts, 0)
   common.check_at_least("--grace-seconds", flags.grace_seconds, 0)
   _check_machines(flags)
+  common.check_at_least("--stop-seconds", flags.stop_seconds, 0)
   common.check_command(flags.command)
   if flags.dry_run:
     for index in range(flags.processes):
       variables = environment(flags, index, "PORT")
       print(common.assignments(variables), shlex.join(flags.command))
     return 0
-  handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+  handlers = {number: signal.getsignal(number) for number in _SIGNALS}
   try:
     return _run_with_restarts(flags, _Stop())
   finally:
@@ -328,11 +382,11 @@ def _run_with_restarts(flags: argparse.Namespace, stop: _Stop) -> int:
       group.kill()
     if failure is None:
       return 0
-    code = failure.code if failure.code > 0 else 128 - failure.code
+    code = exit_codes.of_return_code(failure.code)
     common.say(_MODULE, _describe(failure, flags))
     if stop.received:
       return common.INTERRUPTED if stop.received == signal.SIGINT else code
-    if code != common.PREEMPTED and not common.died_by_signal(code):
+    if not exit_codes.is_restartable(code):
       return code
     if restart < flags.max_restarts:
       common.say(
@@ -349,13 +403,20 @@ def _run_with_restarts(flags: argparse.Namespace, stop: _Stop) -> int:
 def _describe(failure: Failure, flags: argparse.Namespace) -> str:
   """Return a line that says how a start failed."""
   who = f"process {failure.index} of {flags.processes}"
-  if failure.code == common.PREEMPTED:
+  if failure.index in failure.killed:
+    return (
+      f"process {', '.join(map(str, failure.killed))} of {flags.processes} did "
+      f"not end within {flags.stop_seconds:g} s after the signal: killed"
+    )
+  if failure.code == exit_codes.PREEMPTED:
     text = "the run was preempted and saved"
-  elif failure.code == -signal.SIGALRM:
+  elif failure.code == exit_codes.STUCK:
     text = (
       f"{who} was stuck and ended itself, or another process that it waited "
       "for was stuck"
     )
+  elif failure.code == exit_codes.LOST:
+    text = f"{who} lost another process"
   elif failure.code < 0:
     text = f"{who} was lost: {signal.Signals(-failure.code).name}"
   else:

@@ -23,8 +23,10 @@ import sys
 
 from launch import common, published
 
-# When one process has ended, srun gives the others time to end by themselves.
-# Its exit code is the highest one of all; after signal n it is 128 + n.
+# When one process has ended, srun gives the others time to end by themselves,
+# and then it kills them. The exit code of srun is the highest one of all, which
+# may be a consequence. So every task prints its own one if it ends by itself.
+# The shell of a task must survive the SIGTERM that Slurm sends to all of them.
 _SCRIPT = """\
 #!/bin/bash
 #SBATCH --job-name={name}
@@ -40,11 +42,17 @@ _SCRIPT = """\
 export {environment}
 restarts=${{SLURM_RESTART_COUNT:-0}}
 echo "start $restarts of job $SLURM_JOB_ID on $SLURM_JOB_NODELIST"
-srun --label --wait={wait}{step} \\
-  {command}
-code=$?
+{verdict}\
+codes=$(
+  srun --label --wait={wait}{step} bash -c {task} task \\
+    {command} 2>&1 | tee -a /dev/stderr | \\
+    sed -n 's/.*{mark}\\([0-9]*\\)$/\\1/p'
+  echo "${{PIPESTATUS[0]}}"
+)
+# The last line is the exit code of srun. It counts if no task named its own.
+read -r next code <<< "$(verdict <<< "${{codes%$'\\n'*}}")"
 echo "exit code $code"
-if {restart_test}; then
+if [ "$next" = again ]; then
   if [ "$restarts" -lt {max_restarts} ]; then
     echo "starting again: the run goes on from its last checkpoint"
     scontrol requeue "$SLURM_JOB_ID"
@@ -52,7 +60,7 @@ if {restart_test}; then
   fi
   echo "gave up after $restarts restarts"
 fi
-exit $code
+exit "$code"
 """
 _WAIT_SECONDS = 120
 # Flags of sbatch that --also may not change: the script depends on them. JAX
@@ -67,6 +75,10 @@ _FLAGS = {
   *("account", "constraint", "cpus-per-task", "gpus-per-node"),
   *("job-name", "mem", "nodes", "partition", "qos", "time"),
 }
+_MARK = "launch.slurm: exit code "
+_TASK = (
+  f'trap : TERM INT; "$@" || {{ code=$?; echo "{_MARK}$code"; exit $code; }}'
+)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -162,11 +174,13 @@ def script(flags: argparse.Namespace) -> str:
     log=common.path_of(flags.name, "log"),
     options="".join(f"#SBATCH {x}\n" for x in _options(flags)),
     environment=common.assignments(environment),
+    verdict=common.verdict_function(),
+    mark=_MARK,
+    task=shlex.quote(_TASK),
     wait=_WAIT_SECONDS,
     # Since Slurm 22.05 srun does not take this from sbatch.
     step="" if cpus is None else f" --cpus-per-task={cpus}",
     command=shlex.join(flags.command),
-    restart_test=common.restart_test("code"),
     max_restarts=flags.max_restarts,
   )
 

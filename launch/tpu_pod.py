@@ -69,6 +69,7 @@ _RUN = """\
 #!/bin/bash
 flock --nonblock 9 || exit 1
 export PATH="$HOME/venv/bin:$PATH" {environment}
+{verdict}\
 cd aoarm_jax || exit
 for restart in $(seq 0 {max_restarts}); do
   echo "$(hostname): start $restart"
@@ -77,7 +78,8 @@ for restart in $(seq 0 {max_restarts}); do
   wait $!
   code=$?
   echo "$(hostname): exit code $code"
-  if [ -e ~/run.stop ] || ! {{ {restart_test}; }}; then
+  read -r next _ <<< "$(verdict <<< "$code")"
+  if [ -e ~/run.stop ] || [ "$next" != again ]; then
     break
   fi
 done
@@ -231,7 +233,7 @@ class _Pod:
       environment=common.assignments(common.ENVIRONMENT),
       max_restarts=self._flags.max_restarts,
       command=shlex.join(self._flags.command),
-      restart_test=common.restart_test("code"),
+      verdict=common.verdict_function(),
     )
     self._shell.write(loop, content)
     self._shell.write(script, _START)

@@ -1,5 +1,7 @@
 """The base class of all errors that a user can mend."""
 
+from aoarm_jax.config import exit_codes
+
 
 class UserError(Exception):
   """An error that a user can mend.
@@ -11,4 +13,4 @@ class UserError(Exception):
       failed. 2: the command cannot be carried out as it was written.
   """
 
-  exit_code = 1
+  exit_code = exit_codes.FAILED

@@ -21,7 +21,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from aoarm_jax.config import errors, mechanisms
+from aoarm_jax.config import errors, exit_codes, mechanisms
 
 ORDER_FAMILIES = (
   "uniform",
@@ -60,7 +60,7 @@ class ConfigError(errors.UserError, ValueError):
   The message is one line. It names the field, the value, and how to mend it.
   """
 
-  exit_code = 2
+  exit_code = exit_codes.REFUSED
 
 
 def _field(

@@ -1,6 +1,7 @@
 """Several processes as one run, started and synchronised by JAX's runtime."""
 
 import contextlib
+import ctypes
 import dataclasses
 import faulthandler
 import os
@@ -16,6 +17,7 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
+from aoarm_jax.config import exit_codes
 from aoarm_jax.config import schema as config_lib
 
 # Environment variables and the fields of config.distributed that they set. They
@@ -151,9 +153,12 @@ class Watchdog:
   JAX notices a process that is gone. It does not notice a process that is
   stuck: in a collective whose partner hangs, in a disk, or in a lock.
 
-  A thread reports the problem, prints the stack of every thread, and raises
-  SIGALRM. The thread cannot run if the interpreter's lock is never released.
+  A thread reports the problem, prints the stack of every thread, and ends the
+  process. The thread cannot run if the interpreter's lock is never released.
   For this case the kernel's timer raises SIGALRM a little later.
+
+  The exit code is exit_codes.STUCK. The default action of a signal would not
+  do: the kernel drops it for process 1 of a container.
   """
 
   def __init__(self, seconds: float):
@@ -172,12 +177,14 @@ class Watchdog:
     if self._seconds:
       self._thread = threading.Thread(target=self._watch, daemon=True)
       self._thread.start()
+      self._former_action = _set_alarm_action(_exit_function())
       self.beat(0)
     return self
 
   def __exit__(self, *_: object) -> None:
     if self._seconds:
       signal.setitimer(signal.ITIMER_REAL, 0)
+      _set_alarm_action(self._former_action)
       self._is_over = True
       self._sign_of_life.set()
 
@@ -208,7 +215,25 @@ class Watchdog:
     )
     stderr: Any = sys.__stderr__  # None only in a program without a console.
     faulthandler.dump_traceback(file=stderr, all_threads=True)
-    signal.raise_signal(signal.SIGALRM)
+    os._exit(exit_codes.STUCK)
+
+
+def _exit_function() -> int | None:
+  """Return the address of C's _exit.
+
+  As the handler of SIGALRM it needs no interpreter, and it takes the number of
+  the signal as the exit code: exit_codes.STUCK.
+  """
+  return ctypes.cast(ctypes.CDLL(None)._exit, ctypes.c_void_p).value
+
+
+def _set_alarm_action(action: int | None) -> int | None:
+  """Set the action of SIGALRM and return the former one, as C sees them."""
+  signal_function = ctypes.CDLL(None).signal
+  signal_function.argtypes = (ctypes.c_int, ctypes.c_void_p)
+  signal_function.restype = ctypes.c_void_p
+  former: int | None = signal_function(signal.SIGALRM, action)
+  return former
 
 
 @contextlib.contextmanager
@@ -222,8 +247,11 @@ def failing_at_once() -> Iterator[None]:
   try:
     yield
   except BaseException as error:
-    code: Any = error.code if isinstance(error, SystemExit) else 1
-    if code in (0, None, 75) or not jax.distributed.is_initialized():
+    code: Any = exit_codes.FAILED
+    if isinstance(error, SystemExit):
+      code = error.code
+    may_wait = code in (0, None, exit_codes.PREEMPTED)
+    if may_wait or not jax.distributed.is_initialized():
       raise
     if not isinstance(error, SystemExit):
       traceback.print_exc()

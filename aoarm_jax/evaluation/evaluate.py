@@ -17,7 +17,7 @@ from etils import epath
 from aoarm_jax.config import purposes
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import corpora, pipeline
-from aoarm_jax.devices import sharding
+from aoarm_jax.devices import sharding, stopping
 from aoarm_jax.evaluation import estimators
 from aoarm_jax.model import network as network_lib
 from aoarm_jax.runs import directory as run_dir
@@ -182,6 +182,7 @@ class Evaluator:
     estimator: str,
     step: int,
     is_stopped: Callable[[], object] = lambda: False,
+    keeps_part: bool = False,
   ) -> Estimate | None:
     """Average an estimator over batches.
 
@@ -194,6 +195,8 @@ class Evaluator:
       step: training steps of the parameters. The orders of training_order
         under a curriculum depend on it.
       is_stopped: called before every batch. A true result ends the evaluation.
+      keeps_part: whether an evaluation that was stopped returns the mean over
+        the batches before.
 
     Returns:
       The Estimate, or None if the evaluation was stopped.
@@ -218,13 +221,16 @@ class Evaluator:
         batches,
         self._mesh,
         is_stopped,
+        keeps_part,
       )
     if nats_and_sums is None:
       return None
     found = mean(estimator, self._config.model.T, *nats_and_sums)
     unit, characters = self._network.tokenizer.unit, 0
-    if unit == "byte" and isinstance(batches, pipeline.EvalBatches):
-      characters = batches.characters
+    if isinstance(batches, pipeline.EvalBatches):
+      is_whole = found.tokens == batches.evaluated_tokens
+      if unit == "byte" and is_whole:
+        characters = batches.characters
     return dataclasses.replace(found, unit=unit, characters=characters)
 
 
@@ -233,6 +239,7 @@ def over_batches(
   batches: Batches,
   mesh: jax.sharding.Mesh,
   is_stopped: Callable[[], object] = lambda: False,
+  keeps_part: bool = False,
 ) -> tuple[np.ndarray, dict[str, Any] | None] | None:
   """Run an estimator over batches; collect its nats and add its sums up.
 
@@ -245,6 +252,7 @@ def over_batches(
     batches: the sequences to evaluate.
     mesh: the mesh that the batches are put on.
     is_stopped: called before every batch. A true result ends the evaluation.
+    keeps_part: whether an evaluation that was stopped returns what it has.
 
   Returns:
     The nats of the real sequences, float32 [sequences], and the sums in
@@ -268,6 +276,9 @@ def over_batches(
         eta = f"  ETA {telemetry.format_duration(seconds_left)}"
       logging.info("%d of %d batches%s", done, len(batches), eta)
     if is_stopped():
+      if done and keeps_part:
+        logging.info("stopped after %d of %d batches", done, len(batches))
+        break
       return None
     nats, sums, real, first_row = estimate(
       first_row, *sharding.put_batch(mesh, batch)
@@ -334,6 +345,7 @@ def evaluate(config: config_lib.Config, workdir: epath.Path) -> None:
   Raises:
     CheckpointError, ConfigError: see opening.open_run.
     DataError: the split is missing or wrong.
+    Stopped: SIGTERM came. The estimates so far are logged, and not written.
   """
   run = opening.open_run(workdir, config, "eval")
   network = run.network
@@ -350,13 +362,24 @@ def evaluate(config: config_lib.Config, workdir: epath.Path) -> None:
   given = config.orders.given or run.trained.orders.given
   trained = dataclasses.replace(run.trained.orders, given=given)
   evaluator = Evaluator(config.replace("orders", trained), network)
-  with jax.set_mesh(network.mesh):
-    estimates = []
+  estimates: list[Estimate] = []
+  with jax.set_mesh(network.mesh), stopping.Signals("batch") as signals:
     for estimator in config.eval.estimators:
-      estimates.append(
-        evaluator.estimate(run.params, batches, estimator, run.step)
+      estimate = evaluator.estimate(
+        run.params,
+        batches,
+        estimator,
+        run.step,
+        is_stopped=signals.poll,
+        keeps_part=True,
       )
-      logging.info("%s  %s", config.eval.split, estimates[-1])
+      if estimate is not None:
+        logging.info("%s  %s", config.eval.split, estimate)
+        estimates.append(estimate)
+      done, total = len(estimates), len(config.eval.estimators)
+      signals.raise_if_stopped(
+        f"{done} of {total} estimators, the last one over a part of the text"
+      )
   if jax.process_index() == 0:
     _write(config, workdir, run.step, corpus, batches, estimates)
 

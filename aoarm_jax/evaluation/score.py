@@ -15,7 +15,7 @@ import functools
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +27,7 @@ from aoarm_jax import objective, orders
 from aoarm_jax.config import purposes
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import tokenizers
-from aoarm_jax.devices import sharding
+from aoarm_jax.devices import sharding, stopping
 from aoarm_jax.generation import prompts, shapes
 from aoarm_jax.model import network as network_lib
 from aoarm_jax.runs import opening, telemetry
@@ -100,6 +100,7 @@ class Scorer:
     texts: Sequence[tuple[str, prompts.Marked]],
     config: config_lib.Config | None = None,
     given: Sequence[Sequence[int]] | None = None,
+    is_stopped: Callable[[], object] = lambda: False,
   ) -> list[Score]:
     """Score every text in the orders that config.score names.
 
@@ -115,9 +116,11 @@ class Scorer:
         the Scorer's config.
       given: for config.score.order="given", a permutation of 1..n for every
         text. None takes config.orders.given for all texts.
+      is_stopped: called before every batch. A true result ends the call.
 
     Returns:
-      One Score per text.
+      One Score per text. If the call was stopped, the texts of the batches
+      before have a Score.
 
     Raises:
       PromptError: this model cannot score one of the texts.
@@ -135,10 +138,12 @@ class Scorer:
     for T, rows in by_length.items():
       B = sharding.batch_size(self._mesh, config.score.batch_size, len(rows))
       for first in range(0, len(rows), B):
+        if is_stopped():
+          break
         scores |= self._batch(
           params, texts, config, given, T, rows[first : first + B], B
         )
-    return [scores[i] for i in range(len(texts))]
+    return [scores[i] for i in sorted(scores)]
 
   def _batch(self, params, texts, config, given, T, rows, B):
     """Return {index: Score} of the texts at indices `rows`: one batch of B."""
@@ -308,6 +313,7 @@ def score(
   Raises:
     CheckpointError, ConfigError: see opening.open_run.
     PromptError: this model cannot score one of the texts.
+    Stopped: SIGTERM came. The scores so far are printed.
   """
   tokenizer = tokenizers.get(config.data.tokenizer)
   lines = [("--text", text)] if text else prompts.read_lines(input_file)
@@ -331,12 +337,16 @@ def score(
     [(marked.name, marked) for _, marked in texts],
     lambda marked, _: check(marked, run.network.model),
   )
-  with jax.set_mesh(run.network.mesh):
+  done = 0
+  with jax.set_mesh(run.network.mesh), stopping.Signals("batch") as signals:
     scorer = Scorer(config, run.network)
     # Each part is printed at once, so that a later failure loses nothing of it.
     for start in range(0, len(texts), _AT_ONCE):
-      scores = scorer.score(run.params, texts[start : start + _AT_ONCE])
+      part = texts[start : start + _AT_ONCE]
+      scores = scorer.score(run.params, part, is_stopped=signals.poll)
+      done += len(scores)
       if jax.process_index() == 0:
         for text_score in scores:
           print(json.dumps(text_score._asdict()))
         sys.stdout.flush()
+      signals.raise_if_stopped(f"{done} of {len(texts)} texts")

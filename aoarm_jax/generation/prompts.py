@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import logging
 
-from aoarm_jax.config import errors, paths
+from aoarm_jax.config import errors, exit_codes, paths
 from aoarm_jax.data import corpora, files, tokenizers
 
 # The blank and the marks where the user asks for none and the alphabet has no
@@ -24,7 +24,7 @@ AUTO = "auto"
 class PromptError(errors.UserError, ValueError):
   """A text that cannot be used: one line that says what is wrong and where."""
 
-  exit_code = 2
+  exit_code = exit_codes.REFUSED
 
 
 class Prompt(NamedTuple):

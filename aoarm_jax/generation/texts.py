@@ -7,7 +7,7 @@ methods are exact.
 import datetime
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +19,7 @@ from aoarm_jax import orders
 from aoarm_jax.config import purposes
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import tokenizers
-from aoarm_jax.devices import sharding
+from aoarm_jax.devices import sharding, stopping
 from aoarm_jax.generation import decode, diffusion, prompts, shapes
 from aoarm_jax.generation import law as sampling
 from aoarm_jax.generation import plan as plan_lib
@@ -101,18 +101,22 @@ class Sampler:
     self._compiled: set[Any] = set()
 
   def sample(
-    self, params: Any, prompt: prompts.Prompt | None = None
+    self,
+    params: Any,
+    prompt: prompts.Prompt | None = None,
+    is_stopped: Callable[[], object] = lambda: False,
   ) -> list[Text]:
     """Draw config.sample.count texts for one prompt, see `fill`.
 
     Args:
       params: the network's parameters, on the mesh.
       prompt: the prompt. None generates all T tokens.
+      is_stopped: see `fill`.
     """
     if prompt is None:
       T = self._config.model.T
       prompt = prompts.Prompt(np.zeros(T, np.int32), np.zeros(T, bool))
-    return self.fill(params, [prompt])[0]
+    return self.fill(params, [prompt], is_stopped=is_stopped)[0]
 
   def fill(
     self,
@@ -121,6 +125,7 @@ class Sampler:
     config: config_lib.Config | None = None,
     given: Sequence[Sequence[int]] | None = None,
     first: int = 0,
+    is_stopped: Callable[[], object] = lambda: False,
   ) -> list[list[Text]]:
     """Draw config.sample.count texts for every prompt.
 
@@ -137,9 +142,11 @@ class Sampler:
       given: for config.sample.order="given", a permutation of 1..n for every
         prompt. None takes config.orders.given for all prompts.
       first: number of the first prompt.
+      is_stopped: called before every batch. A true result ends the call.
 
     Returns:
-      One list of texts per prompt.
+      One list of texts per prompt. If the call was stopped, the lists hold the
+      texts of the batches before.
 
     Raises:
       PromptError: this model cannot fill one of the prompts.
@@ -166,6 +173,8 @@ class Sampler:
         self._mesh, config.sample.batch_size, len(rows), least
       )
       for start in range(0, len(rows), B):
+        if is_stopped():
+          break
         drawn |= self._batch(
           params,
           texts,
@@ -177,9 +186,8 @@ class Sampler:
           rows[start : start + B],
           B,
         )
-    return [
-      [drawn[i * count + j] for j in range(count)] for i in range(len(texts))
-    ]
+    every = [range(i * count, (i + 1) * count) for i in range(len(texts))]
+    return [[drawn[row] for row in rows if row in drawn] for rows in every]
 
   def _batch(self, params, texts, config, given, first, T, prefill, rows, B):
     """Return {row: Text} for row numbers `rows`, drawn in one batch of B."""
@@ -354,6 +362,7 @@ def sample(
   Raises:
     CheckpointError, ConfigError: see opening.open_run.
     PromptError: this model cannot fill one of the prompts.
+    Stopped: SIGTERM came. The texts so far are printed and written.
   """
   tokenizer = tokenizers.get(config.data.tokenizer)
   blank, primary = config.sample.blank, jax.process_index() == 0
@@ -374,7 +383,8 @@ def sample(
     [(text.name, text) for text in parsed],
     lambda text, _: check(text, run.network.model),
   )
-  with jax.set_mesh(run.network.mesh):
+  done, total = 0, max(1, len(parsed)) * config.sample.count
+  with jax.set_mesh(run.network.mesh), stopping.Signals("batch") as signals:
     sampler = Sampler(config, run.network)
     if input_file:
       # Each part is printed at once, so that a later failure loses nothing of
@@ -382,13 +392,24 @@ def sample(
       at_once = -(-_AT_ONCE // config.sample.count)
       for start in range(0, len(parsed), at_once):
         span = slice(start, start + at_once)
-        filled = sampler.fill(run.params, parsed[span], first=start)
+        filled = sampler.fill(
+          run.params, parsed[span], first=start, is_stopped=signals.poll
+        )
         if primary:
           _print_json(lines[span], filled)
+        done += sum(map(len, filled))
+        signals.raise_if_stopped(f"{done} of {total} texts")
       return
-    texts = sampler.sample(run.params, parsed[0] if parsed else None)
-  if not primary:
-    return
+    texts = sampler.sample(
+      run.params, parsed[0] if parsed else None, is_stopped=signals.poll
+    )
+  if primary and texts:
+    _show(config, workdir, run.step, lines, texts)
+  signals.raise_if_stopped(f"{len(texts)} of {total} texts")
+
+
+def _show(config, workdir, step, lines, texts):
+  """Print the texts and write them with their orders."""
   now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S.%f")
   path = workdir / "samples" / f"{now}.jsonl"
   facts = {
@@ -401,9 +422,7 @@ def sample(
       print(text_lib.printable(text.text))
     sys.stdout.flush()
   finally:  # The reader of the output may have ended, as `| head` does.
-    if run_dir.attempt(
-      lambda: write(path, texts, run.step, prompt=given, **facts)
-    ):
+    if run_dir.attempt(lambda: write(path, texts, step, prompt=given, **facts)):
       logging.info("written with their orders: %s", path)
 
 

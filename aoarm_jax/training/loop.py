@@ -9,13 +9,11 @@ import jax
 import numpy as np
 from absl import logging
 from etils import epath
-from jax.experimental import multihost_utils
 
 from aoarm_jax import orders
-from aoarm_jax.config import errors
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import corpora, pipeline
-from aoarm_jax.devices import distributed, sharding
+from aoarm_jax.devices import distributed, sharding, stopping
 from aoarm_jax.evaluation import evaluate
 from aoarm_jax.generation import texts as generate
 from aoarm_jax.model import cost
@@ -26,12 +24,8 @@ from aoarm_jax.training import program as program_lib
 from aoarm_jax.training import resuming
 
 
-class Preempted(errors.UserError):
-  """A signal stopped the run after a save. The same command continues it.
-
-  Attributes:
-    exit_code: 130 after SIGINT, else 75.
-  """
+class Preempted(stopping.Stopped):
+  """A signal stopped the run after a save. The same command continues it."""
 
   def __init__(self, signal_number: int, step: int) -> None:
     """Write the message.
@@ -44,60 +38,9 @@ class Preempted(errors.UserError):
     super().__init__(
       f"{name} at step {step:,}"
       + ", which is saved" * (step > 0)
-      + ": start the same command again to continue from there"
+      + ": start the same command again to continue from there",
+      signal_number,
     )
-    # 75 is EX_TEMPFAIL, which tells a launcher to start the command again. 130
-    # is the exit code that shells use after Ctrl-C.
-    self.exit_code = 130 if signal_number == signal.SIGINT else 75
-
-
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-
-class _Signals:
-  """Remembers the first SIGTERM or SIGINT until the step is done.
-
-  Several processes must stop at the same step. So with several processes JAX
-  catches the SIGTERM of any process and tells the others, and all processes
-  see the signal in the same poll.
-  """
-
-  def __init__(self, watchdog: distributed.Watchdog) -> None:
-    self.received = 0
-    self._polls = 0
-    self._watchdog = watchdog
-
-  def __enter__(self) -> "_Signals":
-    handled = () if jax.distributed.is_initialized() else _SIGNALS
-    self._former = {n: signal.signal(n, self._note) for n in handled}
-    return self
-
-  def __exit__(self, *_: object) -> None:
-    for number, handler in self._former.items():
-      signal.signal(number, handler)
-
-  def _note(self, number, _):
-    if self.received and number == signal.SIGINT:
-      raise KeyboardInterrupt
-    self.received = number
-    logging.warning("%s: stopping after this step", signal.Signals(number).name)
-
-  def poll(self, step: int | None = None) -> int:
-    """Return the signal received, or 0 if there was none.
-
-    All processes must poll equally often. A poll also tells the watchdog that
-    this process is alive.
-
-    Args:
-      step: the step that begins, for the watchdog's message; None within a
-        step.
-    """
-    self._watchdog.beat(step)
-    if jax.distributed.is_initialized() and not self.received:
-      self._polls += 1
-      if multihost_utils.reached_preemption_sync_point(self._polls):
-        self._note(signal.SIGTERM, None)
-    return self.received
 
 
 def train(
@@ -129,7 +72,9 @@ def train(
     checkpoints,
     jax.set_mesh(network.mesh),
     watchdog,
-    _Signals(watchdog) as signals,
+    stopping.Signals(
+      "step", (signal.SIGTERM, signal.SIGINT), watchdog.beat
+    ) as signals,
   ):
     # A missing text is told before the run directory is made.
     data = config.data
@@ -278,7 +223,9 @@ class _Run:
       _mean_alignment(c),
     )
 
-  def loop(self, saved: checkpoint.Saved | None, signals: _Signals) -> None:
+  def loop(
+    self, saved: checkpoint.Saved | None, signals: stopping.Signals
+  ) -> None:
     """Run the training steps up to config.train.steps.
 
     Args:

@@ -304,8 +304,8 @@ def _closed(properties, *required):
 
 
 # The part that we use of the schema in config/components/crd/bases/
-# jobset.x-k8s.io_jobsets.yaml of github.com/kubernetes-sigs/jobset, v0.9.1, and
-# the names that its webhook accepts. v0.6.0 has the same fields.
+# jobset.x-k8s.io_jobsets.yaml of github.com/kubernetes-sigs/jobset, v0.10.0,
+# and the names that its webhook accepts.
 # kubernetes_validate checks a Job's fields.
 _LABEL = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"
 _RULE = _closed(
@@ -333,6 +333,10 @@ _RULE = _closed(
           "PodFailurePolicy",
         ]
       },
+    },
+    "onJobFailureMessagePatterns": {
+      "type": "array",
+      "items": {"type": "string", "format": "regex"},
     },
   },
   "action",
@@ -427,11 +431,15 @@ class GkeTest(LaunchTest):
   def test_the_manifest_is_of_the_api(self, *flags):
     tree = self.manifest(*flags)
     jsonschema.validate(tree, JOB_SET)
+    end, again = tree["spec"]["failurePolicy"]["rules"]
+    self.assertEqual(end["action"], "FailJobSet")
+    self.assertEqual(again["action"], "RestartJobSetAndIgnoreMaxRestarts")
     (jobs,) = tree["spec"]["replicatedJobs"]
     job = jobs["template"]["spec"]
-    self.assertEqual(
-      job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"], [75]
-    )
+    again, _, end = job["podFailurePolicy"]["rules"]
+    self.assertEqual(again["onExitCodes"]["values"], [75])
+    self.assertEqual(end["onExitCodes"]["values"], [1, 2, 126, 127, 130])
+    self.assertTrue(job["template"]["spec"]["shareProcessNamespace"])
     names = [v["name"] for v in job["template"]["spec"]["volumes"]]
     (container,) = job["template"]["spec"]["containers"]
     self.assertEqual(names, [m["name"] for m in container["volumeMounts"]])
@@ -542,6 +550,25 @@ class GkeTest(LaunchTest):
     self.assertEqual(applied, self.manifest("--tpu=v5e:4x4"))
 
 
+# srun and the tasks of a step. The n-th task takes the n-th word of ENDS: its
+# exit code, KILL for a task that srun kills, or ABRT for one that aborts.
+SRUN = r"""
+while [ "$1" != bash ]; do shift; done
+shift 2; script=$1; shift; worst=0; n=0
+for end in $ENDS; do
+  case $end in
+    KILL) code=137 ;;
+    ABRT) bash -c "$script" task bash -c 'kill -ABRT $$' | sed "s/^/$n: /"
+      code=${PIPESTATUS[0]} ;;
+    *) bash -c "$script" task bash -c "exit $end" | sed "s/^/$n: /"
+      code=${PIPESTATUS[0]} ;;
+  esac
+  n=$((n + 1)); [ $code -gt $worst ] && worst=$code
+done
+exit $worst
+"""
+
+
 class SlurmTest(LaunchTest):
   def lines(self, *flags):
     code, out, err = launch("slurm", *SUBMIT, *flags, "--dry-run")
@@ -570,7 +597,7 @@ class SlurmTest(LaunchTest):
       options,
     )
     # srun does not take this one from sbatch.
-    self.assertIn("srun --label --wait=120 --cpus-per-task=12 \\", lines)
+    self.assertIn(" --cpus-per-task=12 ", next(x for x in lines if "srun" in x))
 
   @parameterized.parameters(
     ([], 1, None),
@@ -589,20 +616,28 @@ class SlurmTest(LaunchTest):
     )
 
   @parameterized.parameters(
-    # Exit code of srun, restarts before: exit code of the job, queued again.
-    (0, 0, 0, False),
-    (1, 0, 1, False),
-    (2, 0, 2, False),
-    (130, 0, 130, False),
-    (75, 0, 0, True),
-    (75, 3, 0, True),
-    (75, 4, 75, False),
-    (134, 0, 0, True),
-    (137, 4, 137, False),
+    # How the tasks end, restarts before: exit code of the job, queued again.
+    ("0", 0, 0, False),
+    ("0 0", 0, 0, False),
+    ("1", 0, 1, False),
+    ("3", 0, 3, False),
+    ("130", 0, 130, False),
+    ("75 75", 0, 0, True),
+    ("75", 3, 0, True),
+    ("75", 4, 75, False),
+    ("14 76", 0, 0, True),
+    ("134", 0, 0, True),
+    ("137", 4, 137, False),
+    # The cause, and not the highest code.
+    ("2 ABRT", 0, 2, False),
+    ("139 1", 0, 1, False),
+    ("76 137", 0, 0, True),
+    ("1 KILL", 0, 1, False),
+    ("KILL", 0, 0, True),
   )
-  def test_what_is_queued_again(self, code, restarts, job_code, is_again):
+  def test_what_is_queued_again(self, ends, restarts, job_code, is_again):
     self.client("sbatch", "cp $1 submitted")
-    self.client("srun", f'echo "srun $@" $AOARM_DISTRIBUTED; exit {code}')
+    self.client("srun", 'echo "srun $@" $AOARM_DISTRIBUTED' + SRUN)
     self.client("scontrol", 'echo "$@" > scontrol')
     path = f"{self.folder}/bin:{os.environ['PATH']}"
     self.assertEqual(
@@ -617,23 +652,39 @@ class SlurmTest(LaunchTest):
       ),
       (0, "", ""),
     )
+    with open("log", "a") as log:
+      done = subprocess.run(
+        ["bash", "submitted"],
+        env={
+          "PATH": path,
+          "SLURM_RESTART_COUNT": str(restarts),
+          "SLURM_JOB_ID": "7",
+          "SLURM_JOB_NODELIST": "n[1-2]",
+          "ENDS": ends,
+        },
+        stdout=log,
+        stderr=log,
+      )
+    text = (self.folder / "log").read_text()
+    self.assertEqual(done.returncode, job_code, text)
+    self.assertTrue(text.startswith("start "), text)
+    self.assertIn("--label --wait=120 bash -c", text)
+    self.assertIn(f"{shlex.join(TRAIN)} 1", text)
+    asked = self.folder / "scontrol"
+    self.assertEqual(asked.exists(), is_again, text)
+    if is_again:
+      self.assertEqual(asked.read_text(), "requeue 7\n")
+
+  def test_a_task_survives_the_notice(self):
+    """Slurm signals all processes of a task. The shell waits for its end."""
+    notice = "kill -TERM $PPID; sleep 0.1; exit 75"
     done = subprocess.run(
-      ["bash", "submitted"],
-      env={
-        "PATH": path,
-        "SLURM_RESTART_COUNT": str(restarts),
-        "SLURM_JOB_ID": "7",
-        "SLURM_JOB_NODELIST": "n[1-2]",
-      },
+      ["bash", "-c", slurm._TASK, "task", "bash", "-c", notice],
       capture_output=True,
       text=True,
     )
-    self.assertEqual((done.returncode, done.stderr), (job_code, ""))
-    self.assertIn(f"--label --wait=120 {shlex.join(TRAIN)} 1", done.stdout)
-    asked = self.folder / "scontrol"
-    self.assertEqual(asked.exists(), is_again)
-    if is_again:
-      self.assertEqual(asked.read_text(), "requeue 7\n")
+    self.assertEqual(done.returncode, 75)
+    self.assertEqual(done.stdout, "launch.slurm: exit code 75\n")
 
 
 class ScriptsTest(LaunchTest):
@@ -670,7 +721,12 @@ class ScriptsTest(LaunchTest):
     self.assertEqual(sorted(os.listdir(folder)), names)
     scripts = [folder / name for name in names]
     done = subprocess.run(
-      [shutil.which("shellcheck", path=path), *scripts, ROOT / ".ci" / "run"],
+      [
+        shutil.which("shellcheck", path=path),
+        "--exclude=SC2016",  # What another shell reads stays in single quotes.
+        *scripts,
+        ROOT / ".ci" / "run",
+      ],
       capture_output=True,
       text=True,
     )
@@ -798,6 +854,22 @@ class TpuPodTest(LaunchTest):
     self.assertNotIn("start 1", self.wait_for(home, "exit code 75"))
 
 
+# One long sleep would not see a signal that comes as it begins.
+SAVES = """
+def save(*_):
+  print('saved', flush=True)
+  sys.exit(75)
+signal.signal(signal.SIGTERM, save)
+os.write(1, b'up\\n')
+for _ in range(600): time.sleep(0.1)
+"""
+
+
+def is_alive(pid):
+  state = pathlib.Path(f"/proc/{pid}/stat")
+  return state.exists() and state.read_text().split()[2] != "Z"
+
+
 class LocalTest(LaunchTest):
   def start(self, code, *flags):
     """launch.local of two processes that run this Python code."""
@@ -823,6 +895,20 @@ class LocalTest(LaunchTest):
     self.addCleanup(process.communicate)
     self.addCleanup(process.kill)
     return process
+
+  def ups(self, process, count=2):
+    """The pids of as many processes, when they have said that they are up."""
+    lines = [process.stdout.readline() for _ in range(count)]
+    for line in lines:
+      self.assertIn("up", line)
+    return [int(pid) for line in lines for pid in re.findall(r"up (\d+)", line)]
+
+  def assert_gone(self, pids):
+    self.assertNotEmpty(pids)
+    deadline = time.monotonic() + 10
+    while alive := [pid for pid in pids if is_alive(pid)]:
+      self.assertLess(time.monotonic(), deadline, alive)
+      time.sleep(0.05)
 
   def finished(self, process, timeout=15):
     out, err = process.communicate(timeout=timeout)
@@ -880,9 +966,7 @@ class LocalTest(LaunchTest):
     pids = re.findall(r"pid (\d+)", out)
     self.assertLen(pids, 2)
     for pid in map(int, pids):
-      state = pathlib.Path(f"/proc/{pid}/stat")
-      alive = state.exists() and state.read_text().split()[2] != "Z"
-      self.assertFalse(alive, pid)
+      self.assertFalse(is_alive(pid), pid)
 
   def test_a_stopped_process_is_ended_too(self):
     process = self.start(
@@ -916,28 +1000,80 @@ class LocalTest(LaunchTest):
     for name in ("starts0", "starts1"):
       self.assertEqual((self.folder / name).read_text(), "xxx")
 
-  @parameterized.parameters((signal.SIGTERM, 75), (signal.SIGINT, 130))
+  @parameterized.parameters(
+    (signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGHUP, 75)
+  )
   def test_a_signal_reaches_all_and_ends_it(self, number, exit_code):
-    process = self.start(
-      "def save(*_):\n"
-      "  print('saved', flush=True)\n"
-      "  sys.exit(75)\n"
-      "signal.signal(signal.SIGTERM, save)\n"
-      "print('up', flush=True)\n"
-      # One long sleep would not see a signal that comes as it begins.
-      "for _ in range(600): time.sleep(0.1)"
-    )
-    self.assertRegex(process.stdout.readline(), "up")
-    self.assertRegex(process.stdout.readline(), "up")
+    process = self.start(SAVES)
+    self.ups(process)
     process.send_signal(number)
     code, out, err = self.finished(process, 10)
     self.assertEqual(code, exit_code, err)
     self.assertEqual(sorted(out.splitlines()), ["[0] saved", "[1] saved"])
     self.assertNotIn("restart", err)
 
+  def test_an_impatient_ctrl_c_still_saves(self):
+    """A terminal and a parent that both pass one Ctrl-C on."""
+    process = self.start(SAVES)
+    self.ups(process)
+    for _ in range(5):
+      process.send_signal(signal.SIGINT)
+      time.sleep(0.003)
+    code, out, err = self.finished(process, 10)
+    self.assertEqual(code, 130, err)
+    self.assertEqual(sorted(out.splitlines()), ["[0] saved", "[1] saved"])
+    self.assertNotIn("Traceback", err)
+
+  def test_no_process_outlives_a_killed_launcher(self):
+    """It can save, and is killed then, with all that it has started."""
+    process = self.start(
+      "os.fork()\n"
+      "signal.signal(signal.SIGTERM, lambda *_: open('saved', 'w'))\n"
+      "os.write(1, b'up %d\\n' % os.getpid())\n"
+      "for _ in range(600): time.sleep(0.1)",
+      "--grace-seconds=0.5",
+    )
+    pids = self.ups(process, 4)
+    process.kill()
+    process.wait()
+    self.assert_gone(pids)
+    self.assertTrue((self.folder / "saved").exists())
+
+  def test_a_signal_is_followed_by_a_stronger_one(self):
+    process = self.start(
+      "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+      "print(f'up {os.getpid()}', flush=True)\n"
+      "time.sleep(60)",
+      "--stop-seconds=0.5",
+    )
+    pids = self.ups(process)
+    process.send_signal(signal.SIGTERM)
+    code, _, err = self.finished(process, 10)
+    self.assertEqual(code, 137)
+    self.assertIn(
+      "process 0, 1 of 2 did not end within 0.5 s after the signal: killed", err
+    )
+    self.assertNotIn("restart", err)
+    self.assert_gone(pids)
+
+  def test_a_reader_that_goes_stops_nothing(self):
+    process = self.start(
+      "print('up', flush=True)\n"
+      "time.sleep(0.2)\n"
+      "print('x' * 200_000, flush=True)\n"
+      "open(f'done{me}', 'w')"
+    )
+    process.stdout.readline()
+    process.stdout.close()
+    self.assertEqual(process.wait(10), 0)
+    self.assertTrue((self.folder / "done0").exists())
+    self.assertTrue((self.folder / "done1").exists())
+
   @parameterized.parameters(
     ([0, -9], (1, -9)),
-    ([1, -11], (1, -11)),
+    ([1, -11], (0, 1)),
+    ([-9, 2], (1, 2)),
+    ([76, 14], (1, 14)),
     ([-6, 1], (1, 1)),
     ([-6, None], (0, -6)),
     ([None, 75], (1, 75)),

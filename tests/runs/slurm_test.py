@@ -182,7 +182,9 @@ class Job:
 
   def show(self, field):
     shown = call("scontrol", "show", "job", self.id)
-    return re.search(rf"\b{field}=(.*?)(?= +[\w:/]+=| *$)", shown, re.MULTILINE)[1]
+    return re.search(
+      rf"\b{field}=(.*?)(?= +[\w:/]+=| *$)", shown, re.MULTILINE
+    )[1]
 
   def wait_for(self, *texts):
     """Waits for the texts in the log, one after another."""

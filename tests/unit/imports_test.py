@@ -29,7 +29,7 @@ FLOORS = (
 )
 # Rooms that may not import all that is below.
 ONLY = {
-  "launch": "",
+  "launch": "config",
   "configs": "config",
   "objective": "orders config",
   "devices": "config pallas_kernels",
