@@ -25,6 +25,8 @@ INTERRUPTED = exit_codes.INTERRUPTED
 
 # Variables of every process: join the others, and print lines at once.
 ENVIRONMENT = {"AOARM_DISTRIBUTED": "1", "PYTHONUNBUFFERED": "1"}
+# The seconds from SIGTERM to the kill, so that a save can be compared.
+NOTICE_VARIABLE = "AOARM_NOTICE_SECONDS"
 
 _SLURM = "this is a Slurm command: run on a login node of the cluster"
 _INSTALL = {

@@ -235,7 +235,12 @@ def _permanent() -> list[int]:
 
 def _pod(flags: argparse.Namespace, nodes: _Nodes) -> dict[str, Any]:
   """Return the spec of a pod."""
-  given = _environment(flags, {x["name"] for x in nodes.variables})
+  grace_seconds = _grace_seconds(flags)
+  own = _variables(
+    common.ENVIRONMENT | {common.NOTICE_VARIABLE: str(grace_seconds)}
+  )
+  own += nodes.variables
+  given = _environment(flags, {x["name"] for x in own})
   # The 64 MiB that a container has by default are too few for NCCL.
   volumes = [{"name": "shm", "emptyDir": {"medium": "Memory"}}]
   mounts = [{"name": "shm", "mountPath": "/dev/shm"}]
@@ -245,7 +250,7 @@ def _pod(flags: argparse.Namespace, nodes: _Nodes) -> dict[str, Any]:
     mounts.append({"name": name, "mountPath": volume.path})
   pod = {
     "restartPolicy": "Never",
-    "terminationGracePeriodSeconds": _grace_seconds(flags),
+    "terminationGracePeriodSeconds": grace_seconds,
     # Process 1 is then an init of Kubernetes, and the program gets the default
     # actions of signals.
     "shareProcessNamespace": True,
@@ -256,11 +261,7 @@ def _pod(flags: argparse.Namespace, nodes: _Nodes) -> dict[str, Any]:
         "name": _CONTAINER,
         "image": flags.image,
         "command": [*nodes.starter, *map(_literal, flags.command)],
-        "env": [
-          *_variables(common.ENVIRONMENT),
-          *nodes.variables,
-          *_variables(given),
-        ],
+        "env": [*own, *_variables(given)],
         "resources": {"limits": nodes.limits},
         "volumeMounts": mounts,
       }
@@ -319,7 +320,7 @@ def _environment(flags: argparse.Namespace, taken: set[str]) -> dict[str, str]:
       raise common.LaunchError(
         f"--env={text}: write NAME=VALUE, as in --env=NCCL_DEBUG=INFO"
       )
-    if name in {*common.ENVIRONMENT, *taken, *given}:
+    if name in {*taken, *given}:
       raise common.LaunchError(f"--env={text}: {name} has a value already")
     given[name] = value
   return given

@@ -160,7 +160,9 @@ def script(flags: argparse.Namespace) -> str:
       f"--time={flags.time}"
     )
   common.check_command(flags.command)
-  environment = dict(common.ENVIRONMENT)
+  environment = common.ENVIRONMENT | {
+    common.NOTICE_VARIABLE: str(flags.notice_seconds)
+  }
   if processes < gpus:
     # On Slurm, JAX gives a process the GPU of its number on the node alone.
     environment["JAX_LOCAL_DEVICE_IDS"] = ",".join(map(str, range(gpus)))
