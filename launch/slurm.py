@@ -45,8 +45,11 @@ echo "start $restarts of job $SLURM_JOB_ID on $SLURM_JOB_NODELIST"
 {verdict}\
 codes=$(
   srun --label --wait={wait}{step} bash -c {task} task \\
-    {command} 2>&1 | tee -a /dev/stderr | \\
-    sed -n 's/.*{mark}\\([0-9]*\\)$/\\1/p'
+    {command} 2>&1 | (
+    # Slurm sends SIGTERM to these, too, before the tasks have ended.
+    trap '' TERM INT
+    tee -a /dev/stderr | sed -n 's/.*{mark}\\([0-9]*\\)$/\\1/p'
+  )
   echo "${{PIPESTATUS[0]}}"
 )
 # The last line is the exit code of srun. It counts if no task named its own.

@@ -686,6 +686,29 @@ class SlurmTest(LaunchTest):
     self.assertEqual(done.returncode, 75)
     self.assertEqual(done.stdout, "launch.slurm: exit code 75\n")
 
+  def test_the_last_words_come_after_sigterm(self):
+    """Slurm sends SIGTERM to all processes of the script."""
+    self.client("sbatch", "cp $1 submitted")
+    self.client(
+      "srun",
+      "trap 'sleep 0.2; echo last words; exit 75' TERM\n"
+      "echo up\n"
+      "for _ in {1..200}; do sleep 0.05; done",
+    )
+    path = f"{self.folder}/bin:{os.environ['PATH']}"
+    self.assertEqual(launch("slurm", *SUBMIT, path=path), (0, "", ""))
+    job = subprocess.Popen(
+      ["bash", "submitted"],
+      env={"PATH": path, "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1"},
+      stderr=subprocess.PIPE,
+      stdout=subprocess.DEVNULL,
+      start_new_session=True,
+      text=True,
+    )
+    self.assertEqual(job.stderr.readline(), "up\n")
+    os.killpg(job.pid, signal.SIGTERM)
+    self.assertIn("last words\n", job.communicate(timeout=10)[1])
+
 
 class ScriptsTest(LaunchTest):
   def test_shellcheck(self):

@@ -186,11 +186,11 @@ class Job:
       rf"\b{field}=(.*?)(?= +[\w:/]+=| *$)", shown, re.MULTILINE
     )[1]
 
-  def wait_for(self, *texts):
+  def wait_for(self, *texts, seconds=120.0):
     """Waits for the texts in the log, one after another."""
     pattern = ".*?".join(map(re.escape, texts))
     try:
-      wait_until(lambda: re.search(pattern, self.text(), re.DOTALL), 120)
+      wait_until(lambda: re.search(pattern, self.text(), re.DOTALL), seconds)
     except AssertionError:
       raise AssertionError(f"no {texts}:\n{self.text()}") from None
 
@@ -245,9 +245,38 @@ class SlurmTest(absltest.TestCase):
     self.assertEqual(job.end(), "COMPLETED", job.text())
     self.assertEqual(final_state("disturbed"), final_state("undisturbed"))
 
+  def test_the_last_words_of_a_cancelled_job(self):
+    """Slurm sends SIGTERM to all that the script started, too."""
+    toy = (
+      "import signal, sys, time\n"
+      "def save(*_):\n"
+      "  time.sleep(1)\n"
+      "  print('saved', flush=True)\n"
+      "  sys.exit(75)\n"
+      "signal.signal(signal.SIGTERM, save)\n"
+      "print('up', flush=True)\n"
+      "for _ in range(600): time.sleep(0.1)"
+    )
+    job = Job("words", [sys.executable, "-c", toy])
+    job.wait_for("up", "up")
+    call("scancel", job.id)
+    self.assertEqual(job.end(), "CANCELLED")
+    for rank in "01":
+      job.wait_for(
+        f"{rank}: saved", f"{rank}: launch.slurm: exit code 75", seconds=5
+      )
+
   def test_what_is_refused_is_not_queued_again(self):
-    job = Job("refused", [sys.executable, "-c", "raise SystemExit(2)"])
+    """JAX would abort the neighbour, and srun ends with the higher code."""
+    toy = (
+      "import os, time\n"
+      "if os.environ['SLURM_PROCID'] == '0': raise SystemExit(2)\n"
+      "time.sleep(1)\n"
+      "os.abort()"
+    )
+    job = Job("refused", [sys.executable, "-c", toy])
     self.assertEqual(job.end(), "FAILED")
+    self.assertRegex(job.text(), r"1: launch.slurm: exit code 13[49]")
     self.assertEqual(job.show("ExitCode"), "2:0")
     self.assertEqual(job.show("Restarts"), "0")
 
