@@ -84,7 +84,11 @@ for restart in $(seq 0 {max_restarts}); do
   fi
 done
 """
-_STOP = 'touch run.stop; kill "$(cat run.pid)"'
+# A command that has not ended after five minutes is killed.
+_STOP = (
+  'touch run.stop; pid=$(cat run.pid); kill "$pid"; '
+  'timeout 300 tail --pid="$pid" -f /dev/null || kill -KILL "$pid"'
+)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -4,7 +4,6 @@ import contextlib
 import os
 import pathlib
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,8 @@ import numpy as np
 import optax
 import pytest
 from absl.testing import absltest, parameterized
+
+from aoarm_jax.config import exit_codes
 
 CHANGES = {
   "model.T": 8,
@@ -64,6 +65,14 @@ if os.environ.get("AOARM_PROCESS_ID", "0") == os.environ["FAULT_PROCESS"]:
     save = first(checkpoint.Checkpoints.save, wait)
     checkpoint.Checkpoints.save = lambda *args, **kwargs: save(*args, **kwargs)
 """
+# It must say where it stands, and end. PyDLL keeps the interpreter's lock.
+PROCESS_ONE = """
+import ctypes, os, threading
+from aoarm_jax.devices import distributed
+libc = ctypes.PyDLL(None)
+print(os.getpid(), flush=True)
+with distributed.Watchdog(0.3):
+  """
 _contexts = contextlib.ExitStack()
 _folder: pathlib.Path  # Of this module's runs.
 
@@ -154,7 +163,7 @@ class FaultsTest(parameterized.TestCase):
       **fault(name, what),
     )
     code, _, err = helpers.finish(process)
-    self.assertEqual(code, -signal.SIGALRM, err)
+    self.assertEqual(code, 14, err)
     if what == "lock":
       self.assertIn(
         "aoarm_jax: error: stuck at step 5: no progress for 4 s "
@@ -164,6 +173,24 @@ class FaultsTest(parameterized.TestCase):
       self.assertIn("in strike", err)  # Where it stands.
     helpers.run(arguments(name))
     self.assert_uninterrupted(name, bitwise=True)
+
+  @parameterized.parameters("threading.Event().wait()", "libc.sleep(1000)")
+  def test_process_one_of_a_container_ends_itself(self, stuck):
+    """The kernel drops signals with default action for such a process."""
+    command = ["unshare", "-Urp", "--fork", "--kill-child", "--mount-proc"]
+    if not shutil.which("unshare"):
+      self.skipTest("no unshare here, which makes a namespace of processes")
+    if subprocess.run([*command, "true"], capture_output=True).returncode:
+      self.skipTest("this user may not make a namespace of processes")
+    done = subprocess.run(
+      [*command, sys.executable, "-c", PROCESS_ONE + stuck],
+      env=helpers.environment(),
+      capture_output=True,
+      text=True,
+      timeout=60,
+    )
+    self.assertEqual(done.stdout, "1\n", done.stderr)
+    self.assertEqual(done.returncode, exit_codes.STUCK, done.stderr)
 
   @pytest.mark.slow
   def test_a_stopped_process_ends_the_others(self):

@@ -855,13 +855,17 @@ class TpuPodTest(LaunchTest):
     return log.read_text()
 
   def test_a_host_starts_the_command_again(self):
-    toy = "n=$(cat n); echo $((n + 1)) > n; echo n $n; exit $((n ? 2 : 75))"
+    toy = (
+      "n=$(cat n); echo $((n + 1)) > n; echo n $n; codes=(75 76 14 2); "
+      "((n == 4)) && kill -ABRT $$; exit ${codes[n]:-3}"
+    )
     home = self.scripts(["bash", "-c", toy])
     (home / "aoarm_jax" / "n").write_text("0")
     self.assertEqual(self.on_host(home, "bash start.sh").returncode, 0)
     log = self.wait_for(home, "exit code 2")
     self.assertRegex(
-      log, r"start 0\nn 0\n.*exit code 75\n.*start 1\nn 1\n.*exit code 2\n$"
+      log,
+      r"(?s)start 0\nn 0\n.*exit code 75\n.*start 1\nn 1\n.*exit code 2\n$",
     )
 
   def test_a_host_runs_one_command_and_stops_it(self):

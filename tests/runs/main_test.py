@@ -5,6 +5,7 @@ import io
 import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -376,6 +377,8 @@ class MemoryTest(parameterized.TestCase):
       mock.patch.object(main.flags, "FLAGS", mock.Mock(mode=mode)),
       mock.patch.object(main, "_cache_compilations"),
       mock.patch.object(main.telemetry, "setup_logging"),
+      mock.patch.object(main.stopping, "end_at_once"),
+      mock.patch.object(main.stopping, "forget_signals"),
       contextlib.redirect_stderr(stderr),
       self.assertRaises(SystemExit) as stop,
     ):
@@ -385,6 +388,49 @@ class MemoryTest(parameterized.TestCase):
     self.assertStartsWith(line, "aoarm_jax: error: out of device memory: ")
     for field in re.findall(r"--config\.[\w.]+", line):
       main._check_override(field)
+
+
+SIGNALS = """
+import os, sys, threading, time
+def signal_repeatedly():
+  for _ in range(5):
+    os.kill(os.getpid(), int(os.environ["NUMBER"]))
+    time.sleep(0.003)
+"""
+SIGNALLED_IN_IMPORT = (
+  SIGNALS
+  + """
+class Finder:
+  def find_spec(self, name, *_):
+    if name == "jax":
+      signal_repeatedly()
+sys.meta_path.insert(0, Finder())
+"""
+)
+# From a thread, so that the main thread is unwinding when the last ones come.
+SIGNALLED_IN_COUNT = (
+  SIGNALS
+  + """
+from aoarm_jax.tools import matching
+def table(config):
+  threading.Thread(target=signal_repeatedly).start()
+  time.sleep(60)
+matching.table = table
+"""
+)
+UNWINDS = (
+  SIGNALS
+  + """
+from aoarm_jax.devices import stopping
+stopping.end_at_once(unwinds=True)
+try:
+  threading.Thread(target=signal_repeatedly).start()
+  time.sleep(60)
+finally:
+  time.sleep(0.1)
+  print("closed")
+"""
+)
 
 
 class ProcessTest(parameterized.TestCase):
@@ -419,6 +465,39 @@ class ProcessTest(parameterized.TestCase):
       self.assertStartsWith(err, "aoarm_jax: error: ")
       self.assertIn(message, err)
       self.assertEqual(os.listdir(folder), [])
+
+  @parameterized.parameters((signal.SIGTERM, 75), (signal.SIGINT, 130))
+  def test_a_signal_in_the_first_second(self, number, exit_code):
+    """While modules are imported, and more than once."""
+    process = helpers.start(
+      [TINY], code=SIGNALLED_IN_IMPORT, NUMBER=str(number)
+    )
+    code, out, err = helpers.finish(process)
+    self.assertEqual((code, out), (exit_code, ""), err)
+    self.assertLen(err.splitlines(), 1, err)
+    self.assertStartsWith(err, "aoarm_jax: ")
+
+  def test_an_impatient_ctrl_c(self):
+    process = helpers.start(
+      [TINY, "--mode=count"],
+      code=SIGNALLED_IN_COUNT,
+      NUMBER=str(signal.SIGINT),
+    )
+    code, out, err = helpers.finish(process)
+    self.assertEqual((code, out), (130, ""), err)
+    self.assertEqual(err, "aoarm_jax: error: interrupted\n")
+
+  def test_what_ends_at_once_closes_what_is_open(self):
+    done = subprocess.run(
+      [sys.executable, "-c", UNWINDS],
+      env=helpers.environment(NUMBER=str(signal.SIGTERM)),
+      capture_output=True,
+      text=True,
+    )
+    self.assertEqual((done.returncode, done.stdout), (75, "closed\n"))
+    self.assertEqual(
+      done.stderr, "aoarm_jax: SIGTERM: start the same command again\n"
+    )
 
   @pytest.mark.slow
   def test_a_wheel_is_usable(self):

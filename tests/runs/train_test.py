@@ -13,6 +13,7 @@ import re
 import shutil
 import signal
 import tempfile
+import time
 
 import chex
 import helpers
@@ -26,6 +27,7 @@ from etils import epath
 from aoarm_jax.config import errors
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import corpora
+from aoarm_jax.devices import sharding, stopping
 from aoarm_jax.runs import directory as run_dir
 from aoarm_jax.runs import manifest, telemetry
 from aoarm_jax.training import loop as train
@@ -381,6 +383,65 @@ class ReadTest(TrainTest):
     self.assertNotEqual(outs[0], outs[2])
     self.assertLen(list((workdir / "samples").iterdir()), 3)
 
+  def stopped(self, mode, batch, changes, *more):
+    """(stdout, log lines, error) of a mode that gets SIGTERM in a batch."""
+    workdir, calls = copy_of(base()[0], f"stopped_{self._testMethodName}"), []
+    out = io.StringIO()
+
+    def signalled(put):
+      def call(*args):
+        calls.append(1)
+        if len(calls) == batch:
+          os.kill(os.getpid(), signal.SIGTERM)
+        return put(*args)
+
+      return call
+
+    with (
+      absltest.mock.patch.object(
+        sharding, "put_batch", signalled(sharding.put_batch)
+      ),
+      absltest.mock.patch.object(
+        sharding, "put_rows", signalled(sharding.put_rows)
+      ),
+      contextlib.redirect_stdout(out),
+      self.assertLogs("absl", "INFO") as logs,
+      self.assertRaises(stopping.Stopped) as caught,
+    ):
+      helpers.run(arguments(workdir, BASE | changes, f"--mode={mode}", *more))
+    self.assertEqual(caught.exception.exit_code, 75)
+    lines = [record.getMessage() for record in logs.records]
+    self.matching("SIGTERM: stopping after this batch", lines)
+    self.assertLen(calls, batch)
+    return workdir, out.getvalue().splitlines(), lines, str(caught.exception)
+
+  def test_eval_stops_at_the_next_batch(self):
+    estimators = ("any_order", "left_to_right")
+    workdir, _, lines, message = self.stopped(
+      "eval", 3, {"eval.estimators": estimators}
+    )
+    self.matching("stopped after 3 of 8 batches", lines)
+    self.matching(r"valid  any_order .*\(24 sequences, 384 characters\)", lines)
+    self.assertStartsWith(message, "SIGTERM after 1 of 2 estimators")
+    self.assertFalse((workdir / "evaluations").exists())
+
+  def test_sample_stops_at_the_next_batch(self):
+    changes = {"sample.count": 12, "sample.batch_size": 4}
+    workdir, out, _, message = self.stopped("sample", 2, changes)
+    self.assertLen(out, 8)
+    self.assertStartsWith(message, "SIGTERM after 8 of 12 texts")
+    texts = [p for p in (workdir / "samples").iterdir() if "step" not in p.name]
+    self.assertLen(texts[0].read_text().splitlines(), 8)
+
+  @parameterized.parameters("sample", "score")
+  def test_a_file_stops_at_the_next_batch(self, mode):
+    path = _folder / "lines.txt"
+    path.write_text("ab_d\n" * 6)
+    changes = {f"{mode}.batch_size": 4, "sample.count": 1}
+    _, out, _, message = self.stopped(mode, 1, changes, f"--input={path}")
+    self.assertLen(list(map(json.loads, out)), 4)
+    self.assertStartsWith(message, "SIGTERM after 4 of 6 texts")
+
 
 @pytest.mark.once
 class StopTest(TrainTest):
@@ -422,7 +483,9 @@ class StopTest(TrainTest):
         process = helpers.start([*command, f"--config.data.workers={workers}"])
         helpers.read_until(process, "resumed from step")
         helpers.read_until(process, "loss", 3)
-        os.killpg(process.pid, number)
+        for _ in range(3):  # A key that is pressed once may come twice.
+          os.killpg(process.pid, number)
+          time.sleep(0.005)
         code, _, err = helpers.finish(process)
         self.assertEqual(code, exit_code, err)
         self.assertNotIn("Traceback", err)
