@@ -364,7 +364,7 @@ def evaluate(config: config_lib.Config, workdir: epath.Path) -> None:
   evaluator = Evaluator(config.replace("orders", trained), network)
   estimates: list[Estimate] = []
   with jax.set_mesh(network.mesh), stopping.Signals("batch") as signals:
-    for estimator in config.eval.estimators:
+    for done, estimator in enumerate(config.eval.estimators):
       estimate = evaluator.estimate(
         run.params,
         batches,
@@ -376,10 +376,8 @@ def evaluate(config: config_lib.Config, workdir: epath.Path) -> None:
       if estimate is not None:
         logging.info("%s  %s", config.eval.split, estimate)
         estimates.append(estimate)
-      done, total = len(estimates), len(config.eval.estimators)
-      signals.raise_if_stopped(
-        f"{done} of {total} estimators, the last one over a part of the text"
-      )
+      total = len(config.eval.estimators)
+      signals.raise_if_stopped(f"{done} of {total} estimators")
   if jax.process_index() == 0:
     _write(config, workdir, run.step, corpus, batches, estimates)
 

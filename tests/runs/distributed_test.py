@@ -256,6 +256,23 @@ class RunTest(parameterized.TestCase):
       self.assert_same_run("two")
 
   @pytest.mark.slow
+  def test_an_evaluation_stops_in_all_processes(self):
+    """At the same batch. JAX alone would take the signal and go on."""
+    helpers.run(arguments("evaluated", train__steps=1))
+    command = arguments("evaluated", "--mode=eval", eval__batches=0)
+    with started(*command, processes=2) as launcher:
+      seen = ""
+      while "evaluated: " not in seen:
+        line = launcher.stdout.readline()
+        self.assertNotEqual(line, "", seen)
+        seen += line
+      launcher.terminate()
+      out, err = launcher.communicate(timeout=200)
+    self.assertEqual(launcher.returncode, 75, seen + out + err)
+    stops = re.findall(r"^\[(\d)\] .*SIGTERM after 0 of 2 est", out, re.M)
+    self.assertEqual(sorted(stops), ["0", "1"], out)
+
+  @pytest.mark.slow
   def test_four_processes_are_one_run_of_fifty_steps(self):
     """Stopped by a SIGTERM to one of them; the same tokens, bit by bit."""
     watched = _folder / "watched"

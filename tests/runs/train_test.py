@@ -422,7 +422,7 @@ class ReadTest(TrainTest):
     )
     self.matching("stopped after 3 of 8 batches", lines)
     self.matching(r"valid  any_order .*\(24 sequences, 384 characters\)", lines)
-    self.assertStartsWith(message, "SIGTERM after 1 of 2 estimators")
+    self.assertStartsWith(message, "SIGTERM after 0 of 2 estimators")
     self.assertFalse((workdir / "evaluations").exists())
 
   def test_sample_stops_at_the_next_batch(self):
