@@ -21,60 +21,17 @@ are used.
 
 import argparse
 import json
-import re
 import sys
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from aoarm_jax.config import exit_codes
-from launch import common, published
+from launch import common, pods, published
 
-_CONTAINER = "train"
 # Keeps the pods of a slice in one slice if there are several of its kind.
 _ONE_SLICE = {
   "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
 }
-_SPOT = "cloud.google.com/gke-spot"
 _PORT = 8476
-_GRACE_SECONDS = 120
-# An image with its registry, tag and digest.
-_IMAGE = re.compile(
-  r"[a-z0-9]([-.a-z0-9]*[a-z0-9])?(:\d+)?(/[a-z0-9]+([-._]+[a-z0-9]+)*)*"
-  r"(:\w[-.\w]{0,127})?(@sha256:[0-9a-f]{64})?"
-)
-# Names of service accounts and of volume claims.
-_DNS = re.compile(r"(?=.{1,253}$)[a-z0-9]([-.a-z0-9]*[a-z0-9])?")
-_VARIABLE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
-
-
-class _Nodes(NamedTuple):
-  """The machines of a JobSet, as the manifest describes them.
-
-  Attributes:
-    hosts: number of machines, one pod on each.
-    labels: node labels that select them.
-    limits: devices of a pod.
-    variables: environment of a pod, as a list for Kubernetes.
-    starter: words before the command, which start it as several processes.
-  """
-
-  hosts: int
-  labels: dict[str, str]
-  limits: dict[str, int]
-  variables: list[dict[str, Any]]
-  starter: Sequence[str] = ()
-
-
-class _Volume(NamedTuple):
-  """A volume claim in a pod.
-
-  Attributes:
-    claim: name of the PersistentVolumeClaim.
-    path: where the pod sees it.
-  """
-
-  claim: str
-  path: str
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -91,7 +48,6 @@ def make_parser() -> argparse.ArgumentParser:
     named="JobSet",
   )
   apply = verbs["apply"]
-  apply.add_argument("--image", required=True, help="container image")
   what = apply.add_mutually_exclusive_group(required=True)
   what.add_argument("--tpu", help="slice, as in v5e:4x4, v5p:4x4x8, v6e:16x16")
   what.add_argument("--gpu", help="node label, as in nvidia-h100-80gb")
@@ -108,32 +64,8 @@ def make_parser() -> argparse.ArgumentParser:
     type=int,
     help="with --gpu: 1, or as many as GPUs (default: 1)",
   )
-  apply.add_argument("--spot", action="store_true", help="use spot machines")
   common.add_max_restarts(apply, 3, "failures other than preemption")
-  apply.add_argument(
-    "--grace-seconds",
-    type=int,
-    help="from SIGTERM to the kill, enough for a save (default: "
-    f"{_GRACE_SECONDS}, with --spot {published.SPOT_GRACE_SECONDS})",
-  )
-  apply.add_argument(
-    "--env",
-    action="append",
-    default=[],
-    metavar="NAME=VALUE",
-    help="environment variable of all processes; may be repeated",
-  )
-  apply.add_argument(
-    "--volume",
-    action="append",
-    default=[],
-    metavar="CLAIM:PATH",
-    help="mount a PersistentVolumeClaim that all pods may write to; may be "
-    "repeated",
-  )
-  apply.add_argument(
-    "--service-account", default="", help="service account of the pods"
-  )
+  pods.add_flags(apply)
   return parser
 
 
@@ -146,11 +78,8 @@ def job_set(flags: argparse.Namespace) -> dict[str, Any]:
   common.check_range(
     "--max-restarts", flags.max_restarts, 0, published.MOST_RESTARTS
   )
-  _check_names(flags)
-  volumes = _volumes(flags)
-  common.check_command(
-    flags.command, shared_workdir="gs://", mounts=[x.path for x in volumes]
-  )
+  mounts = [volume.path for volume in pods.volumes(flags)]
+  common.check_command(flags.command, shared_workdir="gs://", mounts=mounts)
   nodes = _gpu_nodes(flags) if flags.tpu is None else _tpu_slice(flags)
   metadata: dict[str, Any] = {"name": flags.name}
   if flags.tpu and nodes.hosts > 1:
@@ -190,7 +119,7 @@ def job_set(flags: argparse.Namespace) -> dict[str, Any]:
   }
 
 
-def _job(flags: argparse.Namespace, nodes: _Nodes) -> dict[str, Any]:
+def _job(flags: argparse.Namespace, nodes: pods.Nodes) -> dict[str, Any]:
   """Return the spec of the Job that has a pod on each host."""
   return {
     "parallelism": nodes.hosts,
@@ -203,7 +132,7 @@ def _job(flags: argparse.Namespace, nodes: _Nodes) -> dict[str, Any]:
         {
           "action": "FailJob",
           "onExitCodes": {
-            "containerName": _CONTAINER,
+            "containerName": pods.CONTAINER,
             "operator": "In",
             "values": [common.PREEMPTED],
           },
@@ -215,14 +144,14 @@ def _job(flags: argparse.Namespace, nodes: _Nodes) -> dict[str, Any]:
         {
           "action": "FailJob",
           "onExitCodes": {
-            "containerName": _CONTAINER,
+            "containerName": pods.CONTAINER,
             "operator": "In",
             "values": _permanent(),
           },
         },
       ]
     },
-    "template": {"spec": _pod(flags, nodes)},
+    "template": {"spec": pods.spec(flags, nodes)},
   }
 
 
@@ -233,129 +162,7 @@ def _permanent() -> list[int]:
   return sorted([exit_codes.FAILED, *named])
 
 
-def _pod(flags: argparse.Namespace, nodes: _Nodes) -> dict[str, Any]:
-  """Return the spec of a pod."""
-  grace_seconds = _grace_seconds(flags)
-  own = _variables(
-    common.ENVIRONMENT | {common.NOTICE_VARIABLE: str(grace_seconds)}
-  )
-  own += nodes.variables
-  given = _environment(flags, {x["name"] for x in own})
-  # The 64 MiB that a container has by default are too few for NCCL.
-  volumes = [{"name": "shm", "emptyDir": {"medium": "Memory"}}]
-  mounts = [{"name": "shm", "mountPath": "/dev/shm"}]
-  for index, volume in enumerate(_volumes(flags)):
-    name, claim = f"volume-{index}", {"claimName": volume.claim}
-    volumes.append({"name": name, "persistentVolumeClaim": claim})
-    mounts.append({"name": name, "mountPath": volume.path})
-  pod = {
-    "restartPolicy": "Never",
-    "terminationGracePeriodSeconds": grace_seconds,
-    # Process 1 is then an init of Kubernetes, and the program gets the default
-    # actions of signals.
-    "shareProcessNamespace": True,
-    "nodeSelector": nodes.labels | ({_SPOT: "true"} if flags.spot else {}),
-    "volumes": volumes,
-    "containers": [
-      {
-        "name": _CONTAINER,
-        "image": flags.image,
-        "command": [*nodes.starter, *map(_literal, flags.command)],
-        "env": [*own, *_variables(given)],
-        "resources": {"limits": nodes.limits},
-        "volumeMounts": mounts,
-      }
-    ],
-  }
-  if flags.spot:
-    pod["tolerations"] = [
-      {
-        "key": _SPOT,
-        "operator": "Equal",
-        "value": "true",
-        "effect": "NoSchedule",
-      }
-    ]
-  if flags.service_account:
-    pod["serviceAccountName"] = flags.service_account
-  return pod
-
-
-def _grace_seconds(flags: argparse.Namespace) -> int:
-  """Return the seconds from SIGTERM to the kill."""
-  if flags.grace_seconds is None:
-    return published.SPOT_GRACE_SECONDS if flags.spot else _GRACE_SECONDS
-  seconds: int = flags.grace_seconds
-  if flags.spot:
-    most = published.MOST_SPOT_GRACE_SECONDS
-    common.check_range("--grace-seconds", seconds, 1, most)
-  common.check_at_least("--grace-seconds", seconds, 1)
-  return seconds
-
-
-def _check_names(flags: argparse.Namespace) -> None:
-  """Raise LaunchError if Kubernetes would refuse the name of an object."""
-  if not _IMAGE.fullmatch(flags.image):
-    raise common.LaunchError(
-      f"--image={flags.image}: write registry/name:tag, in lower case, as in "
-      "us-docker.pkg.dev/my-project/images/aoarm_jax:1"
-    )
-  if flags.service_account and not _DNS.fullmatch(flags.service_account):
-    raise common.LaunchError(
-      f"--service-account={flags.service_account}: write the name of a "
-      "ServiceAccount of the namespace: lower-case letters, digits, . and -"
-    )
-
-
-def _environment(flags: argparse.Namespace, taken: set[str]) -> dict[str, str]:
-  """Return the variables of --env.
-
-  Raises:
-    LaunchError: a variable has no name, or has a meaning here.
-  """
-  given: dict[str, str] = {}
-  for text in flags.env:
-    name, equals, value = text.partition("=")
-    if not equals or not _VARIABLE.fullmatch(name):
-      raise common.LaunchError(
-        f"--env={text}: write NAME=VALUE, as in --env=NCCL_DEBUG=INFO"
-      )
-    if name in {*taken, *given}:
-      raise common.LaunchError(f"--env={text}: {name} has a value already")
-    given[name] = value
-  return given
-
-
-def _volumes(flags: argparse.Namespace) -> list[_Volume]:
-  """Return the volumes of --volume.
-
-  Raises:
-    LaunchError: the claim or the path is not possible.
-  """
-  volumes: list[_Volume] = []
-  for text in flags.volume:
-    claim, _, path = text.partition(":")
-    if not _DNS.fullmatch(claim) or not re.fullmatch(r"(/[^/:\s]+)+", path):
-      raise common.LaunchError(
-        f"--volume={text}: write CLAIM:PATH, as in --volume=shared-disk:/data"
-      )
-    if path in ("/dev/shm", *[x.path for x in volumes]):
-      raise common.LaunchError(f"--volume={text}: {path} is mounted already")
-    volumes.append(_Volume(claim, path))
-  return volumes
-
-
-def _literal(text: str) -> str:
-  """Return a text as Kubernetes takes it without replacing $(NAME) in it."""
-  return text.replace("$", "$$")
-
-
-def _variables(environment: dict[str, str]) -> list[dict[str, Any]]:
-  """Return environment variables as a manifest lists them."""
-  return [{"name": k, "value": _literal(v)} for k, v in environment.items()]
-
-
-def _tpu_slice(flags: argparse.Namespace) -> _Nodes:
+def _tpu_slice(flags: argparse.Namespace) -> pods.Nodes:
   """Return the hosts of a slice, written as in v5p:4x4x8.
 
   GKE tells the pods of a slice about each other, and JAX reads that.
@@ -384,7 +191,7 @@ def _tpu_slice(flags: argparse.Namespace) -> _Nodes:
     "cloud.google.com/gke-tpu-topology": topology,
   }
   per_host = published.chips(topology) // hosts
-  return _Nodes(hosts, labels, {"google.com/tpu": per_host}, [])
+  return pods.Nodes(hosts, labels, {"google.com/tpu": per_host}, [])
 
 
 def _topologies(tpu: published.Tpu) -> str:
@@ -398,7 +205,7 @@ def _topologies(tpu: published.Tpu) -> str:
   )
 
 
-def _gpu_nodes(flags: argparse.Namespace) -> _Nodes:
+def _gpu_nodes(flags: argparse.Namespace) -> pods.Nodes:
   """Return the GPU machines; variables tell their processes of each other."""
   if flags.gpu not in published.GPUS:
     raise common.LaunchError(
@@ -421,7 +228,7 @@ def _gpu_nodes(flags: argparse.Namespace) -> _Nodes:
   variables = []
   number = "AOARM_PROCESS_ID"
   if processes == 1:
-    variables = _variables(common.join_variables(address, machines))
+    variables = pods.variables(common.join_variables(address, machines))
   else:
     number = "AOARM_MACHINE"
     starter = [
@@ -433,7 +240,7 @@ def _gpu_nodes(flags: argparse.Namespace) -> _Nodes:
   variables.append(
     {"name": number, "valueFrom": {"fieldRef": {"fieldPath": index}}}
   )
-  return _Nodes(
+  return pods.Nodes(
     hosts=machines,
     labels={"cloud.google.com/gke-accelerator": flags.gpu},
     limits={"nvidia.com/gpu": gpus},
