@@ -311,6 +311,10 @@ def start(flags: argparse.Namespace) -> int:
   common.check_name(flags.name)
   if not re.fullmatch(r"[a-z]+-[a-z]+\d+-[a-z]", flags.zone):
     raise common.LaunchError(f"--zone={flags.zone}: write as in us-east5-a")
+  if "worker" in flags and not re.fullmatch(r"all|[0-9]+", flags.worker):
+    raise common.LaunchError(
+      f"--worker={flags.worker}: write the number of a host, or all"
+    )
   if "accelerator" in flags:
     _runtime(flags.accelerator)
     common.check_at_least("--wait-minutes", flags.wait_minutes, 1)

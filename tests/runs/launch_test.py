@@ -194,6 +194,7 @@ class CommandsTest(LaunchTest):
       "--wait-minutes=0: must be at least 1",
     ),
     ("tpu_pod", ["create", *SLICE, "--name=My_pod"], [], "--name=My_pod: use"),
+    ("tpu_pod", ["logs", *POD, "--worker=-1"], [], "write the number of a ho"),
     ("tpu_pod", ["create", *SLICE, "--zone=east"], [], "--zone=east: write as"),
     ("gke", [*APPLY, "--tpu=v5:4x4"], TRAIN, "'v5' is not one of v4, v5e, v5p"),
     ("gke", [*APPLY, "--tpu=v5p:4x4"], TRAIN, "2x2x1, .*up to 16x16x24"),
