@@ -8,6 +8,7 @@ Read on 2026-11-29:
   supported-tpu-configurations (v5p) and v5e; for v6e and the node labels of GKE
   src/xpk/core/system_characteristics.py of github.com/AI-Hypercomputer/xpk at
   367c838 (2026-06-25);
+- other GPUs: AcceleratorType of Vertex AI, which has the names of the labels;
 - spot machines: cloud.google.com/kubernetes-engine/docs/concepts/spot-vms;
 - Slurm: sbatch and slurmctld 22.05.8, tried out. They store larger numbers
   wrongly, without an error.

@@ -796,6 +796,16 @@ class TpuPodTest(LaunchTest):
     self.assertEqual(code, 1)
     self.assertIn("pod: the slice is FAILED, not ACTIVE; why: gcloud comp", err)
 
+  @parameterized.parameters(
+    *("v4-8", "v4-64", "v4-128", "v4-384", "v4-8192", "v5litepod-1"),
+    *("v5litepod-256", "v5p-16", "v5p-640", "v5p-12288", "v6e-4", "v6e-256"),
+  )
+  def test_sizes_that_exist(self, accelerator):
+    flags = [*POD, f"--accelerator={accelerator}", "--dry-run"]
+    code, out, err = launch("tpu_pod", "create", *flags, command=[])
+    self.assertEqual((code, err), (0, ""))
+    self.assertIn(f" --accelerator-type={accelerator} ", out)
+
   def test_create_passes_flags_on(self):
     flags = ["--also=--reserved", "--also=--network=mine"]
     _, out, _ = launch(
