@@ -186,7 +186,7 @@ class Job:
       rf"\b{field}=(.*?)(?= +[\w:/]+=| *$)", shown, re.MULTILINE
     )[1]
 
-  def wait_for(self, *texts, seconds=120.0):
+  def wait_for(self, *texts, seconds=300.0):
     """Waits for the texts in the log, one after another."""
     pattern = ".*?".join(map(re.escape, texts))
     try:
@@ -197,7 +197,7 @@ class Job:
   def end(self):
     """Waits for the end of the job; returns its state."""
     ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-    wait_until(lambda: self.show("JobState") in ended, 120)
+    wait_until(lambda: self.show("JobState") in ended, 300)
     return self.show("JobState")
 
 
