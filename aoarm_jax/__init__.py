@@ -21,6 +21,7 @@ if typing.TYPE_CHECKING:
   from aoarm_jax.config.schema import ConfigError as ConfigError
   from aoarm_jax.data.tokenizers import DataError as DataError
   from aoarm_jax.data.tokenizers import TokenizerError as TokenizerError
+  from aoarm_jax.devices.stopping import Stopped as Stopped
   from aoarm_jax.evaluation.score import Score as Score
   from aoarm_jax.generation.prompts import PromptError as PromptError
   from aoarm_jax.generation.texts import Text as Text
@@ -42,6 +43,7 @@ _MODULES = {
   "NonFiniteError": "aoarm_jax.runs.telemetry",
   "Preempted": "aoarm_jax.training.loop",
   "PromptError": "aoarm_jax.generation.prompts",
+  "Stopped": "aoarm_jax.devices.stopping",
   "TokenizerError": "aoarm_jax.data.tokenizers",
 }
 

@@ -384,8 +384,12 @@ def _run_with_restarts(flags: argparse.Namespace, stop: _Stop) -> int:
       return 0
     code = exit_codes.of_return_code(failure.code)
     common.say(_MODULE, _describe(failure, flags))
+    if stop.received == signal.SIGINT:
+      return exit_codes.INTERRUPTED
     if stop.received:
-      return common.INTERRUPTED if stop.received == signal.SIGINT else code
+      # The first instants of a process are too early for a handler.
+      ended = failure.code == -signal.SIGTERM
+      return exit_codes.PREEMPTED if ended else code
     if not exit_codes.is_restartable(code):
       return code
     if restart < flags.max_restarts:

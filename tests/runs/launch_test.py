@@ -1084,6 +1084,13 @@ class LocalTest(LaunchTest):
     self.assert_gone(pids)
     self.assertTrue((self.folder / "saved").exists())
 
+  def test_a_signal_before_a_process_can_handle_it(self):
+    process = self.start("os.write(1, b'up\\n')\ntime.sleep(60)")
+    self.ups(process)
+    process.send_signal(signal.SIGTERM)
+    code, _, err = self.finished(process, 10)
+    self.assertEqual(code, 75, err)
+
   def test_a_signal_is_followed_by_a_stronger_one(self):
     process = self.start(
       "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
