@@ -25,6 +25,8 @@ INTERRUPTED = exit_codes.INTERRUPTED
 
 # Variables of every process: join the others, and print lines at once.
 ENVIRONMENT = {"AOARM_DISTRIBUTED": "1", "PYTHONUNBUFFERED": "1"}
+# The seconds from SIGTERM to the kill, so that a save can be compared.
+NOTICE_VARIABLE = "AOARM_NOTICE_SECONDS"
 
 _SLURM = "this is a Slurm command: run on a login node of the cluster"
 _INSTALL = {
@@ -261,13 +263,43 @@ def check_at_least(flag: str, value: float, low: int) -> None:
     raise LaunchError(f"{flag}={value}: must be at least {low}")
 
 
-def check_command(command: Sequence[str], *, shared_workdir: str = "") -> None:
+def check_range(flag: str, value: int, low: int, high: int) -> None:
+  """Raise LaunchError unless low <= value <= high."""
+  if not low <= value <= high:
+    raise LaunchError(f"{flag}={value}: must be from {low} to {high}")
+
+
+def nearest(size: int, sizes: Sequence[int]) -> str:
+  """Return the sizes next below and above one that does not exist."""
+  around = [
+    *[x for x in sizes if x < size][-1:],
+    *[x for x in sizes if x > size][:1],
+  ]
+  return " and ".join(map(str, around))
+
+
+def check_processes_per_node(processes: int, gpus: int) -> None:
+  """Raise LaunchError unless a node has one process, or one for each GPU."""
+  if processes not in (1, gpus or 1):
+    raise LaunchError(
+      f"--processes-per-node={processes}: must be 1, or --gpus-per-node={gpus} "
+      "for one process on each GPU"
+    )
+
+
+def check_command(
+  command: Sequence[str],
+  *,
+  shared_workdir: str = "",
+  mounts: Sequence[str] = (),
+) -> None:
   """Raise LaunchError if the command could not train here.
 
   Args:
     command: the words after `--`.
     shared_workdir: how a work directory that all hosts see begins, as in
       "gs://"; "" checks no work directory.
+    mounts: paths of shared disks, below which a work directory may be, too.
   """
   if not command:
     raise LaunchError(
@@ -277,7 +309,8 @@ def check_command(command: Sequence[str], *, shared_workdir: str = "") -> None:
   if not shared_workdir or "aoarm_jax.main" not in command:
     return
   workdir = _workdir(command)
-  if not workdir.startswith(shared_workdir):
+  shared = (shared_workdir, *[f"{mount}/" for mount in mounts])
+  if not workdir.startswith(shared):
     raise LaunchError(
       f"--workdir={workdir or '(none)'}: the hosts share no disk and lose "
       f"theirs; give a bucket, as in --workdir={shared_workdir}bucket/run"

@@ -1,7 +1,7 @@
 """Runs a command on Kubernetes (GKE), as a JobSet with one pod on each host.
 
   python -m launch.gke apply --name=base --tpu=v5p:4x4x8 --spot \\
-    --image=REGION-docker.pkg.dev/PROJECT/REPOSITORY/aoarm_jax:TAG -- \\
+    --image=us-docker.pkg.dev/my-project/images/aoarm_jax:1 -- \\
     python -m aoarm_jax.main --config=configs/two_stream.py:base \\
     --workdir=gs://bucket/base
 
@@ -12,68 +12,26 @@ pods are restarted at most --max-restarts times. The image contains this
 repository and its extra tpu or cuda (launch/Dockerfile). The cluster needs the
 JobSet controller, 0.10 or newer, and a node pool of the machines asked for.
 
+With --gpu one process has all GPUs of its node. --processes-per-node=8 starts
+one process for each of 8 GPUs instead, by launch.local in the pod.
+
 status, logs and delete take the name. kubectl's current cluster and namespace
 are used.
 """
 
 import argparse
 import json
-import math
 import sys
-from typing import Any, NamedTuple
+from typing import Any
 
 from aoarm_jax.config import exit_codes
-from launch import common
+from launch import common, pods, published
 
-_CONTAINER = "train"
 # Keeps the pods of a slice in one slice if there are several of its kind.
 _ONE_SLICE = {
   "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
 }
-_SPOT = "cloud.google.com/gke-spot"
 _PORT = 8476
-
-
-class _Tpu(NamedTuple):
-  """A generation of TPUs on GKE.
-
-  Attributes:
-    label: value of the node label.
-    axes: axes of a topology.
-    chips_per_host: chips on a host, in a slice of several hosts.
-    most_on_one_host: most chips of a slice that has one host.
-    most: most chips of a slice.
-  """
-
-  label: str
-  axes: int
-  chips_per_host: int
-  most_on_one_host: int
-  most: int
-
-
-_TPUS = {
-  "v4": _Tpu("tpu-v4-podslice", 3, 4, 4, 4096),
-  "v5e": _Tpu("tpu-v5-lite-podslice", 2, 4, 8, 256),
-  "v5p": _Tpu("tpu-v5p-slice", 3, 4, 4, 6144),
-  "v6e": _Tpu("tpu-v6e-slice", 2, 4, 8, 256),
-}
-
-
-class _Nodes(NamedTuple):
-  """The machines of a JobSet, as the manifest describes them.
-
-  Attributes:
-    hosts: number of machines, one pod on each.
-    labels: node labels that select them.
-    limits: devices of a pod.
-    variables: environment of a pod, as a list for Kubernetes.
-  """
-
-  hosts: int
-  labels: dict[str, str]
-  limits: dict[str, int]
-  variables: list[dict[str, Any]]
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -90,27 +48,24 @@ def make_parser() -> argparse.ArgumentParser:
     named="JobSet",
   )
   apply = verbs["apply"]
-  apply.add_argument("--image", required=True, help="container image")
   what = apply.add_mutually_exclusive_group(required=True)
   what.add_argument("--tpu", help="slice, as in v5e:4x4, v5p:4x4x8, v6e:16x16")
   what.add_argument("--gpu", help="node label, as in nvidia-h100-80gb")
   apply.add_argument(
-    "--nodes", type=int, default=1, help="with --gpu: machines (default: 1)"
+    "--nodes", type=int, help="with --gpu: machines (default: 1)"
   )
   apply.add_argument(
-    "--gpus-per-node", type=int, default=8, help="with --gpu (default: 8)"
-  )
-  apply.add_argument("--spot", action="store_true", help="use spot machines")
-  common.add_max_restarts(apply, 3, "failures other than preemption")
-  apply.add_argument(
-    "--grace-seconds",
+    "--gpus-per-node",
     type=int,
-    default=120,
-    help="from SIGTERM to the kill, enough for a save (default: 120)",
+    help="with --gpu (default: 8, or fewer if no machine has 8)",
   )
   apply.add_argument(
-    "--service-account", default="", help="service account of the pods"
+    "--processes-per-node",
+    type=int,
+    help="with --gpu: 1, or as many as GPUs (default: 1)",
   )
+  common.add_max_restarts(apply, 3, "failures other than preemption")
+  pods.add_flags(apply)
   return parser
 
 
@@ -120,12 +75,14 @@ def job_set(flags: argparse.Namespace) -> dict[str, Any]:
   Raises:
     LaunchError: a flag has a value that is not possible.
   """
-  common.check_at_least("--max-restarts", flags.max_restarts, 0)
-  common.check_at_least("--grace-seconds", flags.grace_seconds, 1)
-  common.check_command(flags.command, shared_workdir="gs://")
-  nodes = _gpu_nodes(flags) if flags.tpu is None else _tpu_slice(flags.tpu)
+  common.check_range(
+    "--max-restarts", flags.max_restarts, 0, published.MOST_RESTARTS
+  )
+  mounts = [volume.path for volume in pods.volumes(flags)]
+  common.check_command(flags.command, shared_workdir="gs://", mounts=mounts)
+  nodes = _gpu_nodes(flags) if flags.tpu is None else _tpu_slice(flags)
   metadata: dict[str, Any] = {"name": flags.name}
-  if flags.tpu:
+  if flags.tpu and nodes.hosts > 1:
     metadata["annotations"] = _ONE_SLICE
   return {
     "apiVersion": "jobset.x-k8s.io/v1alpha2",
@@ -162,7 +119,7 @@ def job_set(flags: argparse.Namespace) -> dict[str, Any]:
   }
 
 
-def _job(flags: argparse.Namespace, nodes: _Nodes) -> dict[str, Any]:
+def _job(flags: argparse.Namespace, nodes: pods.Nodes) -> dict[str, Any]:
   """Return the spec of the Job that has a pod on each host."""
   return {
     "parallelism": nodes.hosts,
@@ -175,7 +132,7 @@ def _job(flags: argparse.Namespace, nodes: _Nodes) -> dict[str, Any]:
         {
           "action": "FailJob",
           "onExitCodes": {
-            "containerName": _CONTAINER,
+            "containerName": pods.CONTAINER,
             "operator": "In",
             "values": [common.PREEMPTED],
           },
@@ -187,14 +144,14 @@ def _job(flags: argparse.Namespace, nodes: _Nodes) -> dict[str, Any]:
         {
           "action": "FailJob",
           "onExitCodes": {
-            "containerName": _CONTAINER,
+            "containerName": pods.CONTAINER,
             "operator": "In",
             "values": _permanent(),
           },
         },
       ]
     },
-    "template": {"spec": _pod(flags, nodes)},
+    "template": {"spec": pods.spec(flags, nodes)},
   }
 
 
@@ -205,102 +162,90 @@ def _permanent() -> list[int]:
   return sorted([exit_codes.FAILED, *named])
 
 
-def _pod(flags: argparse.Namespace, nodes: _Nodes) -> dict[str, Any]:
-  """Return the spec of a pod."""
-  pod = {
-    "restartPolicy": "Never",
-    "terminationGracePeriodSeconds": flags.grace_seconds,
-    # Process 1 is then an init of Kubernetes, and the program gets the default
-    # actions of signals.
-    "shareProcessNamespace": True,
-    "nodeSelector": nodes.labels | ({_SPOT: "true"} if flags.spot else {}),
-    "containers": [
-      {
-        "name": _CONTAINER,
-        "image": flags.image,
-        "command": list(flags.command),
-        "env": [*_variables(common.ENVIRONMENT), *nodes.variables],
-        "resources": {"limits": nodes.limits},
-      }
-    ],
-  }
-  if flags.spot:
-    pod["tolerations"] = [
-      {
-        "key": _SPOT,
-        "operator": "Equal",
-        "value": "true",
-        "effect": "NoSchedule",
-      }
-    ]
-  if flags.service_account:
-    pod["serviceAccountName"] = flags.service_account
-  return pod
-
-
-def _variables(environment: dict[str, str]) -> list[dict[str, Any]]:
-  """Return environment variables as a manifest lists them."""
-  return [{"name": k, "value": v} for k, v in environment.items()]
-
-
-def _tpu_slice(text: str) -> _Nodes:
+def _tpu_slice(flags: argparse.Namespace) -> pods.Nodes:
   """Return the hosts of a slice, written as in v5p:4x4x8.
 
   GKE tells the pods of a slice about each other, and JAX reads that.
   """
+  text = flags.tpu
+  for name in ("nodes", "gpus_per_node", "processes_per_node"):
+    if getattr(flags, name) is not None:
+      flag = "--" + name.replace("_", "-")
+      raise common.LaunchError(
+        f"{flag}={getattr(flags, name)}: only with --gpu; the topology gives "
+        "the hosts of a slice"
+      )
   generation, _, topology = text.partition(":")
-  if generation not in _TPUS:
+  if generation not in published.TPUS:
     raise common.LaunchError(
-      f"--tpu={text}: {generation!r} is not one of {', '.join(_TPUS)}"
+      f"--tpu={text}: {generation!r} is not one of {', '.join(published.TPUS)}"
     )
-  tpu = _TPUS[generation]
-  sizes = topology.split("x")
-  allowed_sizes = {str(2**n) for n in range(8)} | {"12", "20", "24", "28"}
-  chips = 0
-  if set(sizes) <= allowed_sizes:
-    chips = math.prod(int(size) for size in sizes)
-  if len(sizes) != tpu.axes or not 0 < chips <= tpu.most:
-    example = "4x4x8" if tpu.axes == 3 else "4x8"
+  tpu = published.TPUS[generation]
+  if topology not in tpu.topologies:
     raise common.LaunchError(
-      f"--tpu={text}: a {generation} slice has {tpu.axes} axes and at most "
-      f"{tpu.most} chips, as in {generation}:{example}"
+      f"--tpu={text}: no node pool has this topology; {_topologies(tpu)}"
     )
-  has_one_host = chips <= tpu.most_on_one_host
-  if not has_one_host and chips % tpu.chips_per_host:
-    raise common.LaunchError(
-      f"--tpu={text}: {chips} chips are no whole number of hosts of "
-      f"{tpu.chips_per_host}"
-    )
-  hosts = 1 if has_one_host else chips // tpu.chips_per_host
+  hosts = tpu.hosts(topology)
   labels = {
     "cloud.google.com/gke-tpu-accelerator": tpu.label,
     "cloud.google.com/gke-tpu-topology": topology,
   }
-  return _Nodes(hosts, labels, {"google.com/tpu": chips // hosts}, [])
+  per_host = published.chips(topology) // hosts
+  return pods.Nodes(hosts, labels, {"google.com/tpu": per_host}, [])
 
 
-def _gpu_nodes(flags: argparse.Namespace) -> _Nodes:
+def _topologies(tpu: published.Tpu) -> str:
+  """Return which topologies there are, in a few words."""
+  few = tpu.topologies[:8]
+  if len(tpu.topologies) == len(few):
+    return f"there are {', '.join(few)}"
+  return (
+    f"there are {', '.join(few[:5])} and others of multiples of 4, in rising "
+    f"order, up to {tpu.topologies[-1]}"
+  )
+
+
+def _gpu_nodes(flags: argparse.Namespace) -> pods.Nodes:
   """Return the GPU machines; variables tell their processes of each other."""
-  if not flags.gpu:
-    raise common.LaunchError("--gpu=: write a label, as in nvidia-h100-80gb")
-  common.check_at_least("--nodes", flags.nodes, 1)
-  common.check_at_least("--gpus-per-node", flags.gpus_per_node, 1)
+  if flags.gpu not in published.GPUS:
+    raise common.LaunchError(
+      f"--gpu={flags.gpu}: no machine of GKE has this label; there are "
+      f"{', '.join(published.GPUS)}"
+    )
+  most = published.GPUS[flags.gpu]
+  machines = 1 if flags.nodes is None else flags.nodes
+  gpus = min(8, most) if flags.gpus_per_node is None else flags.gpus_per_node
+  processes = flags.processes_per_node
+  processes = 1 if processes is None else processes
+  common.check_at_least("--nodes", machines, 1)
+  common.check_range("--gpus-per-node", gpus, 1, most)
+  common.check_processes_per_node(processes, gpus)
   index = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
   # The JobSet controller gives pod 0 this host name, in a service that has the
   # name of the JobSet.
   address = f"{flags.name}-hosts-0-0.{flags.name}:{_PORT}"
-  variables = [
-    *_variables(common.join_variables(address, flags.nodes)),
-    {
-      "name": "AOARM_PROCESS_ID",
-      "valueFrom": {"fieldRef": {"fieldPath": index}},
-    },
-  ]
-  return _Nodes(
-    hosts=flags.nodes,
+  starter: list[str] = []
+  variables = []
+  number = "AOARM_PROCESS_ID"
+  if processes == 1:
+    variables = pods.variables(common.join_variables(address, machines))
+  else:
+    number = "AOARM_MACHINE"
+    starter = [
+      *("python", "-m", "launch.local", f"--processes={processes}"),
+      *("--platform=gpu", "--max-restarts=0", f"--machines={machines}"),
+      # Kubernetes replaces $(NAME) by the variable.
+      *(f"--machine=$({number})", f"--address={address}", "--"),
+    ]
+  variables.append(
+    {"name": number, "valueFrom": {"fieldRef": {"fieldPath": index}}}
+  )
+  return pods.Nodes(
+    hosts=machines,
     labels={"cloud.google.com/gke-accelerator": flags.gpu},
-    limits={"nvidia.com/gpu": flags.gpus_per_node},
+    limits={"nvidia.com/gpu": gpus},
     variables=variables,
+    starter=starter,
   )
 
 

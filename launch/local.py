@@ -6,6 +6,10 @@
 --platform=cpu: every process has --devices virtual CPU devices.
 --platform=gpu: process i has GPU i alone.
 
+One run may have processes on several machines. Start this launcher on each of
+them, with --machines, --machine and --address. Every launcher starts its own
+processes again.
+
 When one process fails, the others are ended. The command is started again after
 exit code 75 (preempted, saved) and after a crash, where this helps. It is not
 started again after any other exit code: then the command has said what is
@@ -70,6 +74,23 @@ def make_parser() -> argparse.ArgumentParser:
     default=1,
     help="with cpu: virtual devices of a process (default: 1)",
   )
+  parser.add_argument(
+    "--machines",
+    type=int,
+    default=1,
+    help="machines of the run, each with --processes (default: 1)",
+  )
+  parser.add_argument(
+    "--machine",
+    type=int,
+    default=0,
+    help="with --machines: number of this one, from 0 (default: 0)",
+  )
+  parser.add_argument(
+    "--address",
+    default="",
+    help="with --machines: machine 0 and a free port there, as in host:8476",
+  )
   common.add_max_restarts(parser, 3, "preemption or a crash")
   parser.add_argument(
     "--grace-seconds",
@@ -96,13 +117,15 @@ def environment(
 
   Args:
     flags: flags of this launcher.
-    index: number of the process.
-    port: port at which process 0 listens.
+    index: number of the process on this machine.
+    port: port at which process 0 listens if --address names none.
   """
   variables = {
     **common.ENVIRONMENT,
-    **common.join_variables(f"127.0.0.1:{port}", flags.processes),
-    "AOARM_PROCESS_ID": str(index),
+    **common.join_variables(
+      flags.address or f"127.0.0.1:{port}", flags.machines * flags.processes
+    ),
+    "AOARM_PROCESS_ID": str(flags.machine * flags.processes + index),
   }
   if flags.platform == "cpu":
     return variables | {
@@ -317,6 +340,7 @@ def start(flags: argparse.Namespace) -> int:
   common.check_at_least("--devices", flags.devices, 1)
   common.check_at_least("--max-restarts", flags.max_restarts, 0)
   common.check_at_least("--grace-seconds", flags.grace_seconds, 0)
+  _check_machines(flags)
   common.check_at_least("--stop-seconds", flags.stop_seconds, 0)
   common.check_command(flags.command)
   if flags.dry_run:
@@ -330,6 +354,19 @@ def start(flags: argparse.Namespace) -> int:
   finally:
     for number, handler in handlers.items():
       signal.signal(number, handler)
+
+
+def _check_machines(flags: argparse.Namespace) -> None:
+  """Raise LaunchError unless the flags about several machines agree."""
+  common.check_at_least("--machines", flags.machines, 1)
+  common.check_range("--machine", flags.machine, 0, flags.machines - 1)
+  host, _, port = flags.address.rpartition(":")
+  is_given = host != "" and port.isdigit()
+  if not is_given and (flags.address or flags.machines > 1):
+    raise common.LaunchError(
+      f"--address={flags.address}: write host:port of machine 0, the same for "
+      "all --machines"
+    )
 
 
 def _run_with_restarts(flags: argparse.Namespace, stop: _Stop) -> int:

@@ -23,19 +23,10 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Sequence
 
-from launch import common
+from launch import common, published
 
-_CHIPS = (1, *(2**n for n in range(2, 9)))
-# Runtime version of each accelerator type, and the sizes it has: in cores for
-# v4 and v5p, in chips for the others.
-_TPUS: dict[str, tuple[str, Sequence[int]]] = {
-  "v4": ("tpu-ubuntu2204-base", range(8, 8193, 8)),
-  "v5litepod": ("v2-alpha-tpuv5-lite", _CHIPS),
-  "v5p": ("v2-alpha-tpuv5", range(8, 12289, 8)),
-  "v6e": ("v2-alpha-tpuv6e", _CHIPS),
-}
+_TPUS = {tpu.accelerator: tpu for tpu in published.TPUS.values()}
 _POLL_SECONDS = 30
 # Waiting does not change these states of a queued resource.
 _LOST = ("FAILED", "SUSPENDED", "SUSPENDING", "DELETING")
@@ -79,7 +70,7 @@ _RUN = """\
 flock --nonblock 9 || exit 1
 export PATH="$HOME/venv/bin:$PATH" {environment}
 {verdict}\
-cd aoarm_jax
+cd aoarm_jax || exit
 for restart in $(seq 0 {max_restarts}); do
   echo "$(hostname): start $restart"
   {command} &
@@ -95,8 +86,8 @@ done
 """
 # A command that has not ended after five minutes is killed.
 _STOP = (
-  "touch run.stop; pid=$(cat run.pid); kill $pid; "
-  "timeout 300 tail --pid=$pid -f /dev/null || kill -KILL $pid"
+  'touch run.stop; pid=$(cat run.pid); kill "$pid"; '
+  'timeout 300 tail --pid="$pid" -f /dev/null || kill -KILL "$pid"'
 )
 
 
@@ -305,14 +296,14 @@ def _runtime(accelerator: str) -> str:
       f"--accelerator={accelerator}: write <type>-<size>, the type one of "
       f"{', '.join(_TPUS)}"
     )
-  runtime, sizes = _TPUS[match[1]]
-  if int(match[2]) not in sizes:
-    listed = ", ".join(map(str, sizes[:5]))
+  tpu = _TPUS[match[1]]
+  if match[2] not in map(str, tpu.sizes()):
+    near = common.nearest(int(match[2]), tpu.sizes())
     raise common.LaunchError(
-      f"--accelerator={accelerator}: {match[1]} has the sizes {listed}, ..., "
-      f"{sizes[-1]}"
+      f"--accelerator={accelerator}: there is no such size; {match[1]} has "
+      f"{near}, up to {tpu.sizes()[-1]}"
     )
-  return runtime
+  return tpu.runtime
 
 
 def start(flags: argparse.Namespace) -> int:
@@ -320,6 +311,10 @@ def start(flags: argparse.Namespace) -> int:
   common.check_name(flags.name)
   if not re.fullmatch(r"[a-z]+-[a-z]+\d+-[a-z]", flags.zone):
     raise common.LaunchError(f"--zone={flags.zone}: write as in us-east5-a")
+  if "worker" in flags and not re.fullmatch(r"all|[0-9]+", flags.worker):
+    raise common.LaunchError(
+      f"--worker={flags.worker}: write the number of a host, or all"
+    )
   if "accelerator" in flags:
     _runtime(flags.accelerator)
     common.check_at_least("--wait-minutes", flags.wait_minutes, 1)

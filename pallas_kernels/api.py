@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import reference, shards, tuning
+from pallas_kernels import blockwise, devices, reference, shards, tuning
 from pallas_kernels.hopper import attention as hopper
 from pallas_kernels.tpu import attention as tpu
 
@@ -15,7 +15,14 @@ class UnsupportedError(NotImplementedError):
   """The named implementation does not support a call; the message says why."""
 
 
-IMPLEMENTATIONS = ("reference", "xla", "cudnn", "mosaic_gpu", "mosaic_tpu")
+IMPLEMENTATIONS = (
+  "reference",
+  "xla",
+  "blockwise",
+  "cudnn",
+  "mosaic_gpu",
+  "mosaic_tpu",
+)
 
 
 def any_order_attention(
@@ -129,6 +136,8 @@ def any_order_attention(
     case "reference" | "xla":
       # The log-sum-exp of jax.nn has the keys' dtype and no gradient.
       out, lse = reference.attention(q, k, v, visible, key_rank, scale)
+    case "blockwise":
+      out, lse = blockwise.attention(q, k, v, visible, key_rank, scale)
     case "cudnn":
       return _cudnn(q, k, v, visible, scale)
     case "mosaic_gpu":
@@ -212,8 +221,12 @@ def _choose(
     ),
   }
   if implementation is None:
-    fastest = tuning.fastest(jax.default_backend(), q.shape[1], k.shape[1])
-    return next((x for x in fastest if not unsupported[x]()), "xla")
+    platform = devices.of(q, k).platform
+    fastest = tuning.fastest(platform, q.shape[1], k.shape[1])
+    plain = "xla"
+    if q.shape[1] * k.shape[1] >= tuning.MANY_SCORES:
+      plain = "blockwise"
+    return next((x for x in fastest if not unsupported[x]()), plain)
   if implementation in unsupported and (
     reason := unsupported[implementation]()
   ):
@@ -408,9 +421,8 @@ def _cudnn_unsupported(
     return f"{q.dtype} (bfloat16 and float16 only)"
   if q.shape[-1] % 8 or q.shape[-1] > 128:
     return f"H={q.shape[-1]} (multiples of 8 up to 128)"
-  device = jax.local_devices()[0]
+  device = devices.of(q, k)
   # "8.0" to "12.1" on NVIDIA GPUs; other makers use names such as "gfx942".
-  capability = str(getattr(device, "compute_capability", ""))
-  if capability[:1] not in tuple("89") and not capability.startswith("1"):
-    return f"device {device.device_kind!r} (NVIDIA, Ampere or newer, only)"
+  if device.capability[:1] not in ("1", "8", "9"):
+    return f"device {device.kind!r} (NVIDIA, Ampere or newer, only)"
   return ""

@@ -7,6 +7,11 @@ from typing import NamedTuple
 # first. `fastest` has an exception for one row over a long cache.
 _FASTEST = {"gpu": ("mosaic_gpu", "cudnn"), "tpu": ("mosaic_tpu",)}
 
+# Rows and slots of a block of scores in `blockwise`, and the smallest number of
+# scores of a head for which `blockwise` is chosen where no kernel serves.
+BLOCK = 512
+MANY_SCORES = 2048 * 2048
+
 LANES = 128  # Lanes of a TPU vector register; tile sizes are multiples of it.
 
 
@@ -21,6 +26,16 @@ def fastest(platform: str, T: int, S: int) -> tuple[str, ...]:
   if platform == "gpu" and T == 1 and S > 1024:
     return "cudnn", "mosaic_gpu"
   return _FASTEST.get(platform, ())
+
+
+def blockwise(T: int, S: int) -> tuple[int, int]:
+  """Return the rows and the slots of a block of `blockwise`.
+
+  Args:
+    T: rows.
+    S: slots.
+  """
+  return min(T, BLOCK), min(S, BLOCK)
 
 
 class TpuTiles(NamedTuple):
@@ -138,8 +153,15 @@ class Hopper:
   query_stages: int = 3
 
 
-def hopper(T: int, S: int, H: int) -> Hopper:
-  """Return the sizes for T rows, S slots and heads of size H, 64 or 128."""
+def hopper(T: int, S: int, H: int, blocks: int = 132) -> Hopper:
+  """Return the sizes of a call.
+
+  Args:
+    T: rows.
+    S: slots.
+    H: size of a head, 64 or 128.
+    blocks: multiprocessors of the GPU.
+  """
   if H == 64:
     config = Hopper(
       consumers=4,
@@ -158,7 +180,7 @@ def hopper(T: int, S: int, H: int) -> Hopper:
     config = dataclasses.replace(
       config, consumers=1, keys=keys, stages=5, pingpong=False
     )
-  return config
+  return dataclasses.replace(config, blocks=blocks)
 
 
 def hopper_splits(heads: int, S: int, config: Hopper) -> int:

@@ -562,6 +562,7 @@ class Compute:
       "auto",
       "reference",
       "xla",
+      "blockwise",
       "cudnn",
       "mosaic_gpu",
       "mosaic_tpu",
@@ -649,8 +650,8 @@ class Mesh:
 class Distributed:
   """Several processes as one run (aoarm_jax/devices/distributed.py).
 
-  Launchers set the first four fields by environment variables, which override
-  the config. The names are in distributed.VARIABLES.
+  Launchers set the first four fields and notice_seconds by environment
+  variables, which override the config. The names are in distributed.VARIABLES.
   """
 
   enabled: bool = _field(False, "join other processes; this is never guessed")
@@ -674,6 +675,12 @@ class Distributed:
   )
   initialization_timeout_seconds: int = _field(
     300, "longest wait for all processes to start", low=1
+  )
+  notice_seconds: int = _field(
+    0,
+    "seconds from SIGTERM to the kill; a save that takes longer is warned of; "
+    "0 is unknown",
+    low=0,
   )
   step_timeout_seconds: int = _field(
     3600,

@@ -29,6 +29,7 @@ VARIABLES = {
   "AOARM_COORDINATOR_ADDRESS": "coordinator_address",
   "AOARM_PROCESS_COUNT": "process_count",
   "AOARM_PROCESS_ID": "process_id",
+  "AOARM_NOTICE_SECONDS": "notice_seconds",
 }
 
 

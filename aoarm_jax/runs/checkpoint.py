@@ -54,7 +54,12 @@ class Checkpoints:
   """
 
   def __init__(
-    self, directory: epath.PathLike, *, keep_last: int, keep_best: int
+    self,
+    directory: epath.PathLike,
+    *,
+    keep_last: int,
+    keep_best: int,
+    notice_seconds: float = 0,
   ) -> None:
     """Open a directory. It need not exist, since the first save creates it.
 
@@ -63,6 +68,8 @@ class Checkpoints:
       keep_last: number of newest steps to keep, at least 1.
       keep_best: number of steps with the lowest metric to keep in addition, at
         least 0.
+      notice_seconds: the first save that takes longer is warned of; 0 warns of
+        none.
 
     Raises:
       CheckpointError: keep_last or keep_best is too small.
@@ -78,6 +85,7 @@ class Checkpoints:
       path = epath.Path(os.path.abspath(path))
     self._steps = manifest.Steps(path)
     self._keep_last, self._keep_best = keep_last, keep_best
+    self._notice_seconds = notice_seconds
     self._thread = concurrent.futures.ThreadPoolExecutor(
       1, thread_name_prefix="checkpoint"
     )
@@ -360,12 +368,22 @@ class Checkpoints:
         with contextlib.suppress(OSError):
           self._steps.clean()
       raise
+    seconds = time.monotonic() - start
     logging.info(
       "saved checkpoint step %d: %.1f MB in %.2f s",
       step,
       sum(f["bytes"] for f in files.values()) / 1e6,
-      time.monotonic() - start,
+      seconds,
     )
+    if 0 < self._notice_seconds < seconds:
+      logging.warning(
+        "this save took longer than the %g s from SIGTERM to the kill "
+        "(config.distributed.notice_seconds): a preempted run goes on from the "
+        "checkpoint before; raise the launcher's --grace-seconds or "
+        "--notice-seconds, or lower config.checkpoint.every",
+        self._notice_seconds,
+      )
+      self._notice_seconds = 0  # Once is enough.
     try:
       self._steps.retain(step, self._keep_last, self._keep_best)
       self._steps.clean()

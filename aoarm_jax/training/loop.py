@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import math
+import os
 import signal
 
 import jax
@@ -72,6 +73,9 @@ def train(
     workdir / "checkpoints",
     keep_last=config.checkpoint.keep_last,
     keep_best=config.checkpoint.keep_best,
+    notice_seconds=distributed.with_environment(
+      config.distributed, os.environ
+    ).notice_seconds,
   )
   watchdog = distributed.Watchdog(config.distributed.step_timeout_seconds)
   with (

@@ -29,7 +29,7 @@ from pallas_kernels.hopper import peaks
 
 # The plain implementation is left out where it would have more scores.
 _MOST_SCORES = 6e9
-_COLUMNS = ("xla", "cudnn", "cudnn x2", "ours")
+_COLUMNS = ("xla", "blockwise", "cudnn", "cudnn x2", "ours")
 # A call of decoding takes as long as its dispatch. So a program has this many.
 _CHAIN = 16
 _SWEEP = dict(
@@ -135,7 +135,12 @@ _ONE_STREAM = tuple(
 )
 _MASKED = tuple(
   Row(B, T, N, 64, mask)
-  for B, T, N in ((512, 128, 8), (64, 1024, 12), (16, 4096, 12))
+  for B, T, N in (
+    (512, 128, 8),
+    (64, 1024, 12),
+    (16, 4096, 12),
+    (4, 16384, 12),
+  )
   for mask in ("prompt", "groups")
 )
 _DECODING = tuple(
@@ -156,9 +161,9 @@ def _arrays(row: Row) -> tuple[jax.Array, ...]:
   )
 
 
-def _xla(row, q, k, v):
+def _plain(name, row, q, k, v):
   return pallas_kernels.any_order_attention(
-    q, k, v, row.visible(), implementation="xla"
+    q, k, v, row.visible(), implementation=name
   )
 
 
@@ -219,9 +224,10 @@ def _candidates(
   row: Row, config: tuning.Hopper
 ) -> dict[str, Callable[..., Any]]:
   scores = 2.0 * row.B * row.N * row.group * row.T * row.slots
-  found = {}
+  found: dict[str, Callable[..., Any]] = {}
   if scores <= _MOST_SCORES:
-    found["xla"] = _xla
+    found["xla"] = functools.partial(_plain, "xla")
+  found["blockwise"] = functools.partial(_plain, "blockwise")
   found["cudnn"] = _cudnn
   if row.mask == "causal" and row.group > 1:
     found["cudnn x2"] = _cudnn_twice
@@ -438,7 +444,13 @@ def _options(arguments):
     default="",
     help="rows that match this regular expression, as in '^causal 64x1024'",
   )
-  parser.add_argument("--skip", choices=_COLUMNS, help="column to leave out")
+  parser.add_argument(
+    "--skip",
+    nargs="+",
+    default=(),
+    choices=_COLUMNS,
+    help="columns to leave out",
+  )
   parser.add_argument(
     "--rounds", type=_rounds, default=7, help="of interleaved measurements"
   )
@@ -491,7 +503,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
       sweep(row, config, options.rounds)
       continue
     candidates = _candidates(row, config)
-    candidates.pop(options.skip, None)
+    for name in options.skip:
+      candidates.pop(name, None)
     forward = measure(row, candidates, False, options.rounds)
     _show(row, "forward", forward, row.floor(False))
     if row.mask == "ragged":

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import shards, tuning
+from pallas_kernels import devices, shards, tuning
 from pallas_kernels.hopper import backward as hopper_backward
 from pallas_kernels.hopper import forward as hopper_forward
 from pallas_kernels.hopper import fused as hopper_fused
@@ -31,16 +31,16 @@ def unsupported(
     visible: an array, or None for causal.
     key_rank: ranks of the slots.
   """
-  del k, visible
+  del visible
   if key_rank is not None:
     return "`key_rank` (slots in generation order only)"
   if q.dtype not in (jnp.bfloat16, jnp.float16):
     return f"{q.dtype} (bfloat16 and float16 only)"
   if q.shape[-1] > 128:
     return f"H={q.shape[-1]} (up to 128)"
-  device = jax.local_devices()[0]
-  if getattr(device, "compute_capability", "") != "9.0":
-    return f"device {device.device_kind!r} (NVIDIA Hopper only)"
+  device = devices.of(q, k)
+  if device.capability != "9.0":
+    return f"device {device.kind!r} (NVIDIA Hopper only)"
   return ""
 
 
@@ -67,7 +67,8 @@ def attention(
     visible: int32 [B, T] or [B, T, Nq / N], or None for causal.
     key_rank: must be None.
     scale: factor of the scores.
-    config: tile sizes; None takes those that `tuning` has for the shape.
+    config: tile sizes; None takes those that `tuning` has for the shape and
+      the device.
 
   Returns:
     out [B, T, Nq, H] in q's dtype; lse float32 [B, T, Nq], nats.
@@ -95,7 +96,8 @@ def attention(
     visible = visible.reshape(len(visible), T * G)
     q = _pack(q, G)
   if config is None:
-    config = tuning.hopper(q.shape[1], S, _padded_head(H))
+    cores = devices.of(q, k).cores
+    config = tuning.hopper(q.shape[1], S, _padded_head(H), cores)
   if k.ndim == 5:
     if _can_read_in_place(S, H, len(k), config):
       k, v = (x.reshape(-1, *x.shape[2:]) for x in (k, v))

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import context, tuning
+from pallas_kernels import context, devices, tuning
 from pallas_kernels.tpu import kernels as tpu_kernels
 from pallas_kernels.tpu import tiles
 
@@ -43,7 +43,7 @@ def unsupported(
   mesh = jax.sharding.get_abstract_mesh()
   if any(mesh.shape[axis] > 1 for axis in mesh.auto_axes):
     return f"mesh {dict(mesh.shape)} outside jax.shard_map"
-  platform = jax.default_backend()
+  platform = devices.of(q, k).platform
   if platform != "tpu" and context.interpret.value is None:
     return f"platform {platform!r} (tpu, or see pallas_kernels.interpret)"
   return ""

@@ -351,7 +351,9 @@ class ChooserTest(parameterized.TestCase):
     self.assertNotEqual(program(None), program("reference"))
 
   def test_every_name_is_known(self):
-    self.assertEqual(pallas_kernels.IMPLEMENTATIONS[:3], (*_ON_CPU, "cudnn"))
+    self.assertEqual(
+      pallas_kernels.IMPLEMENTATIONS[:3], (*_ON_CPU, "blockwise")
+    )
     self.assertTrue(
       issubclass(pallas_kernels.UnsupportedError, NotImplementedError)
     )

@@ -59,6 +59,7 @@ class BenchmarkTest(parameterized.TestCase):
       "^causal 512x128x8x64$",
       "--skip",
       "xla",
+      "blockwise",
       "--set",
       "stages=3",
       "pingpong=0",

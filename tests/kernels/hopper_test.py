@@ -18,7 +18,7 @@ import pytest
 from absl.testing import absltest, parameterized
 
 import pallas_kernels
-from pallas_kernels import tuning
+from pallas_kernels import devices, tuning
 from pallas_kernels.hopper import attention as hopper
 from pallas_kernels.hopper import masks as hopper_masks
 from pallas_kernels.hopper import mosaic
@@ -230,10 +230,11 @@ class LacksTest(parameterized.TestCase):
       )
 
   def test_a_hopper_is_supported(self):
-    device = mock.Mock(compute_capability="9.0")
+    device = mock.Mock(compute_capability="9.0", core_count=114)
     with mock.patch.object(jax, "local_devices", return_value=[device]):
       q, k, _ = _shapes(128, 128)
       self.assertEqual(hopper.unsupported(q, k, None, None), "")
+      self.assertEqual(devices.of(q, k).cores, 114)
 
 
 class ActiveTest(absltest.TestCase):

@@ -260,7 +260,12 @@ class LacksTest(parameterized.TestCase):
     def program(x):
       return str(jax.make_jaxpr(pallas_kernels.any_order_attention)(x, x, x))
 
-    with mock.patch.object(jax, "default_backend", return_value="tpu"):
+    mesh = jax.sharding.AbstractMesh(
+      (1,),
+      ("data",),
+      abstract_device=jax.sharding.AbstractDevice("TPU v5 lite", 1, "tpu"),
+    )
+    with jax.sharding.use_abstract_mesh(mesh):
       self.assertIn("any_order_attention_forward", program(q))
       self.assertNotIn("any_order_attention_forward", program(half))
 

@@ -97,9 +97,9 @@ class CheckpointTest(parameterized.TestCase):
     temporary = self.enter_context(tempfile.TemporaryDirectory())
     self.directory = os.path.join(temporary, "run", "ck")
 
-  def open(self, keep_last=9, keep_best=0):
+  def open(self, keep_last=9, keep_best=0, **more):
     checkpoints = checkpoint.Checkpoints(
-      self.directory, keep_last=keep_last, keep_best=keep_best
+      self.directory, keep_last=keep_last, keep_best=keep_best, **more
     )
     self.addCleanup(checkpoints.close)
     return checkpoints
@@ -376,6 +376,14 @@ class StepsTest(CheckpointTest):
   def test_impossible_retention(self):
     with self.assertRaisesRegex(checkpoint.CheckpointError, "keep_last=0"):
       self.open(0)
+
+  @parameterized.parameters((0, 0), (60, 0), (1e-6, 1))
+  def test_a_save_that_takes_longer_than_the_notice(self, seconds, warnings):
+    with self.assertLogs(level="INFO") as logs:
+      self.fill(self.open(notice_seconds=seconds), [1, 2])
+    text = "".join(logs.output)
+    self.assertEqual(text.count("saved checkpoint"), 2)
+    self.assertEqual(text.count("this save took longer than the"), warnings)
 
   def test_older_step_goes_only_after_the_newer_is_whole(self):
     checkpoints = self.open(1)

@@ -130,11 +130,19 @@ class StartTest(parameterized.TestCase):
     got = distributed.with_environment(fields, PLACE)
     want = config_lib.Distributed(True, "h:1", 3, 2, 7)
     self.assertEqual(got, want)
+    notice = distributed.with_environment(
+      config_lib.Distributed(), {"AOARM_NOTICE_SECONDS": "25"}
+    )
+    self.assertEqual(notice, config_lib.Distributed(notice_seconds=25))
     self.assertEqual(distributed.with_environment(fields, {}), fields)
 
   @parameterized.parameters(
     ({"AOARM_DISTRIBUTED": "yes"}, "AOARM_DISTRIBUTED='yes': must be 0 or 1"),
     ({"AOARM_PROCESS_ID": "a"}, "AOARM_PROCESS_ID='a': must be a whole number"),
+    (
+      {"AOARM_NOTICE_SECONDS": "1s"},
+      "NOTICE_SECONDS='1s': must be a whole num",
+    ),
     ({"AOARM_PROCESS_ID": "3"}, "process_id=3 .AOARM_PROCESS_ID.: must be bel"),
     ({"AOARM_PROCESS_ID": "-1"}, "process_id .AOARM_PROCESS_ID. is missing"),
     (

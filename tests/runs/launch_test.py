@@ -8,12 +8,14 @@ import os
 import pathlib
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 
+import jsonschema
 import pytest
 from absl.testing import absltest, parameterized
 
@@ -34,6 +36,7 @@ TRAIN = [
 POD = ["--name=pod", "--zone=us-east5-a"]
 SLICE = [*POD, "--accelerator=v5p-256"]
 APPLY = ["apply", "--name=run", "--image=i:1"]
+SUBMIT = ["submit", "--name=run", "--nodes=1"]
 
 
 def launch(launcher, *argv, command=TRAIN, path=""):
@@ -97,7 +100,66 @@ class CommandsTest(LaunchTest):
   @parameterized.parameters(
     ("tpu_pod", ["run", *POD], [], "no command: end with -- python -m"),
     ("gke", [*APPLY, "--tpu="], TRAIN, "--tpu=: '' is not one of v4"),
-    ("gke", [*APPLY, "--gpu="], TRAIN, "--gpu=: write a label, as in nvidia"),
+    ("gke", [*APPLY, "--gpu="], TRAIN, "--gpu=: no machine of GKE has this "),
+    ("gke", [*APPLY, "--gpu=nvidia-h100"], TRAIN, "there are .*h100-80gb"),
+    (
+      "gke",
+      [*APPLY, "--gpu=nvidia-gb200", "--gpus-per-node=8"],
+      TRAIN,
+      "--gpus-per-node=8: must be from 1 to 4",
+    ),
+    (
+      "gke",
+      [*APPLY, "--gpu=nvidia-l4", "--processes-per-node=2"],
+      TRAIN,
+      "--processes-per-node=2: must be 1, or --gpus-per-node=8",
+    ),
+    ("gke", [*APPLY, "--tpu=v5e:4x4", "--nodes=2"], TRAIN, "only with --gpu"),
+    ("gke", [*APPLY[:2], "--image=a b", "--tpu=v5e:4x4"], TRAIN, "write regi"),
+    (
+      "gke",
+      [*APPLY, "--tpu=v5e:4x4", "--service-account=a b"],
+      TRAIN,
+      "--service-account=a b: write the name of a ServiceAccount",
+    ),
+    (
+      "gke",
+      [*APPLY, "--tpu=v5e:4x4", "--max-restarts=2147483648"],
+      TRAIN,
+      "must be from 0 to 2147483647",
+    ),
+    (
+      "gke",
+      [*APPLY, "--tpu=v5e:4x4", "--spot", "--grace-seconds=121"],
+      TRAIN,
+      "--grace-seconds=121: must be from 1 to 120",
+    ),
+    ("gke", [*APPLY, "--tpu=v5e:4x4", "--env=1=2"], TRAIN, "write NAME=VALUE"),
+    (
+      "gke",
+      [*APPLY, "--tpu=v5e:4x4", "--env=AOARM_DISTRIBUTED=0"],
+      TRAIN,
+      "AOARM_DISTRIBUTED has a value already",
+    ),
+    ("gke", [*APPLY, "--tpu=v5e:4x4", "--volume=a"], TRAIN, "write CLAIM:PATH"),
+    (
+      "gke",
+      [*APPLY, "--tpu=v5e:4x4", "--volume=a:/dev/shm"],
+      TRAIN,
+      "/dev/shm is mounted already",
+    ),
+    (
+      "local",
+      ["--processes=1", "--machines=2"],
+      TRAIN,
+      "--address=: write host:port of machine 0",
+    ),
+    (
+      "local",
+      ["--processes=1", "--machines=2", "--address=h:1", "--machine=2"],
+      TRAIN,
+      "--machine=2: must be from 0 to 1",
+    ),
     (
       "local",
       ["--processes=1", "--grace-seconds=nan"],
@@ -118,9 +180,13 @@ class CommandsTest(LaunchTest):
       "tpu_pod",
       ["create", *POD, "--accelerator=v5p-0"],
       [],
-      "v5p has the sizes 8, 16, .*12288",
+      "no such size; v5p has 8, up to 12288",
     ),
-    ("tpu_pod", ["create", *POD, "--accelerator=v6e-12"], [], "sizes 1, 4, 8"),
+    ("tpu_pod", ["create", *POD, "--accelerator=v6e-12"], [], "has 8 and 16,"),
+    ("tpu_pod", ["create", *POD, "--accelerator=v6e-2"], [], "has 1 and 4, "),
+    ("tpu_pod", ["create", *POD, "--accelerator=v6e-08"], [], "no such size"),
+    ("tpu_pod", ["create", *POD, "--accelerator=v5p-24"], [], "16 and 32,"),
+    ("tpu_pod", ["create", *POD, "--accelerator=v4-8320"], [], "8192, up to"),
     (
       "tpu_pod",
       ["create", *SLICE, "--wait-minutes=0"],
@@ -128,15 +194,45 @@ class CommandsTest(LaunchTest):
       "--wait-minutes=0: must be at least 1",
     ),
     ("tpu_pod", ["create", *SLICE, "--name=My_pod"], [], "--name=My_pod: use"),
+    ("tpu_pod", ["logs", *POD, "--worker=-1"], [], "write the number of a ho"),
     ("tpu_pod", ["create", *SLICE, "--zone=east"], [], "--zone=east: write as"),
     ("gke", [*APPLY, "--tpu=v5:4x4"], TRAIN, "'v5' is not one of v4, v5e, v5p"),
-    ("gke", [*APPLY, "--tpu=v5p:4x4"], TRAIN, "v5p slice has 3 axes.*4x4x8"),
-    ("gke", [*APPLY, "--tpu=v5e:4x3"], TRAIN, "v5e slice has 2 axes"),
-    ("gke", [*APPLY, "--tpu=v5e:32x16"], TRAIN, "at most 256 chips"),
-    ("gke", [*APPLY, "--gpu=x", "--nodes=0"], TRAIN, "--nodes=0: must be at"),
+    ("gke", [*APPLY, "--tpu=v5p:4x4"], TRAIN, "2x2x1, .*up to 16x16x24"),
+    ("gke", [*APPLY, "--tpu=v5e:4x3"], TRAIN, "there are 1x1, 2x2, .* 16x16$"),
+    ("gke", [*APPLY, "--tpu=v5e:32x16"], TRAIN, "no node pool has this topolo"),
+    ("gke", [*APPLY, "--tpu=v6e:4x2"], TRAIN, "no node pool has this topology"),
+    ("gke", [*APPLY, "--tpu=v6e:2x8"], TRAIN, "no node pool has this topology"),
+    ("gke", [*APPLY, "--tpu=v5p:8x4x4"], TRAIN, "no node pool has this topolo"),
+    ("gke", [*APPLY, "--tpu=v4:2x2x8"], TRAIN, "no node pool has this topolog"),
+    (
+      "gke",
+      [*APPLY, "--gpu=nvidia-l4", "--nodes=0"],
+      TRAIN,
+      "--nodes=0: must be at",
+    ),
     ("gke", [*APPLY, "--tpu=v5e:4x4"], TRAIN[:-1], r"\(none\).*gs://bucket"),
     ("gke", ["status", "--name=run"], TRAIN, "status takes no command"),
     ("slurm", ["submit", "--name=r", "--nodes=0"], TRAIN, "--nodes=0: must"),
+    ("slurm", [*SUBMIT, "--time=24855-03:14:08"], TRAIN, "up to 24855 days"),
+    ("slurm", [*SUBMIT, "--time=1:60:00"], TRAIN, "--time=1:60:00: write "),
+    ("slurm", [*SUBMIT, "--time=1:00:00 "], TRAIN, "--time=1:00:00 : write "),
+    ("slurm", [*SUBMIT, "--notice-seconds=65536"], TRAIN, "from 30 to 65535"),
+    ("slurm", [*SUBMIT, "--cpus-per-task=65536"], TRAIN, "from 1 to 65533"),
+    ("slurm", [*SUBMIT, "--gpus-per-node=70000"], TRAIN, "from 0 to 65533"),
+    ("slurm", [*SUBMIT, "--mem=1.5G"], TRAIN, "--mem=1.5G: write a whole num"),
+    ("slurm", [*SUBMIT, "--mem=2P"], TRAIN, "--mem=2P: write a whole number"),
+    ("slurm", [*SUBMIT, "--qos=a\nb"], TRAIN, "no backslash and no control"),
+    ("slurm", [*SUBMIT, "--account=a\\b"], TRAIN, "no backslash and no con"),
+    ("slurm", [*SUBMIT, "--also=-N 2"], TRAIN, "write one long flag"),
+    ("slurm", [*SUBMIT, "--also=--nodes=3"], TRAIN, "write --nodes without"),
+    ("slurm", [*SUBMIT, "--also=--out=x"], TRAIN, "--also=--out=x: this lau"),
+    ("slurm", [*SUBMIT, "--also=--gpu-bind=none"], TRAIN, "needs it unset"),
+    (
+      "slurm",
+      [*SUBMIT, "--gpus-per-node=4", "--processes-per-node=2"],
+      TRAIN,
+      "--processes-per-node=2: must be 1, or --gpus-per-node=4",
+    ),
     (
       "slurm",
       ["submit", "--name=r", "--nodes=1", "--time=5"],
@@ -198,38 +294,94 @@ class CommandsTest(LaunchTest):
     self.assertIn("docs/launching.md", linked)
 
 
-# The fields of API jobset.x-k8s.io/v1alpha2 that are JobSet's own and that we
-# use, as its definition has them; a Job's fields are Kubernetes'.
-JOB_SET = {
-  "apiVersion": "jobset.x-k8s.io/v1alpha2",
-  "kind": "JobSet",
-  "metadata": {"name": str},
-  "spec": {
-    "failurePolicy": {
-      "maxRestarts": int,
-      "rules": list,
+def _closed(properties, *required):
+  """The schema of an object that has no other fields."""
+  return {
+    "type": "object",
+    "properties": properties,
+    "required": list(required),
+    "additionalProperties": False,
+  }
+
+
+# The part that we use of the schema in config/components/crd/bases/
+# jobset.x-k8s.io_jobsets.yaml of github.com/kubernetes-sigs/jobset, v0.10.0,
+# and the names that its webhook accepts.
+# kubernetes_validate checks a Job's fields.
+_LABEL = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"
+_RULE = _closed(
+  {
+    "name": {
+      "type": "string",
+      "pattern": "^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$",
+      "maxLength": 128,
     },
-    "replicatedJobs": [
-      {"name": str, "replicas": int, "template": {"spec": dict}}
-    ],
+    "action": {
+      "enum": [
+        "FailJobSet",
+        "RestartJobSet",
+        "RestartJobSetAndIgnoreMaxRestarts",
+      ]
+    },
+    "onJobFailureReasons": {
+      "type": "array",
+      "items": {
+        "enum": [
+          "BackoffLimitExceeded",
+          "DeadlineExceeded",
+          "FailedIndexes",
+          "MaxFailedIndexesExceeded",
+          "PodFailurePolicy",
+        ]
+      },
+    },
+    "onJobFailureMessagePatterns": {
+      "type": "array",
+      "items": {"type": "string", "format": "regex"},
+    },
   },
-}
-
-
-def check_fields(tree, schema):
-  """Raises AssertionError unless `tree` has the schema's fields exactly."""
-  if isinstance(schema, type):
-    assert type(tree) is schema, (tree, schema)
-  elif isinstance(schema, dict):
-    assert set(tree) == set(schema), (set(tree), set(schema))
-    for name, part in schema.items():
-      check_fields(tree[name], part)
-  elif isinstance(schema, list):
-    assert isinstance(tree, list)
-    for item in tree:
-      check_fields(item, schema[0])
-  else:
-    assert tree == schema, (tree, schema)
+  "action",
+  "name",
+)
+_REPLICATED_JOB = _closed(
+  {
+    "name": {"type": "string", "pattern": _LABEL, "maxLength": 20},
+    "replicas": {"type": "integer", "minimum": 0},
+    "template": _closed({"spec": {"type": "object"}}, "spec"),
+  },
+  "name",
+  "template",
+)
+JOB_SET = _closed(
+  {
+    "apiVersion": {"const": "jobset.x-k8s.io/v1alpha2"},
+    "kind": {"const": "JobSet"},
+    "metadata": _closed(
+      {
+        # With it, names of pods have at most 63 characters.
+        "name": {"type": "string", "pattern": _LABEL, "maxLength": 40},
+        "annotations": {"additionalProperties": {"type": "string"}},
+      },
+      "name",
+    ),
+    "spec": _closed(
+      {
+        "failurePolicy": _closed(
+          {
+            "maxRestarts": {
+              "type": "integer",
+              "minimum": 0,
+              "maximum": 2**31 - 1,
+            },
+            "rules": {"type": "array", "items": _RULE},
+          }
+        ),
+        "replicatedJobs": {"type": "array", "items": _REPLICATED_JOB},
+      }
+    ),
+  },
+  *("apiVersion", "kind", "metadata", "spec"),
+)
 
 
 class GkeTest(LaunchTest):
@@ -242,6 +394,10 @@ class GkeTest(LaunchTest):
     self.assertEqual(call, "kubectl apply --filename=runs/launch/run.json")
     return json.loads(manifest)
 
+  def pod(self, *flags):
+    job = self.manifest(*flags)["spec"]["replicatedJobs"][0]["template"]["spec"]
+    return job["template"]["spec"]
+
   @parameterized.parameters(
     ("v5e:2x2", 1, 4),
     ("v5e:2x4", 1, 8),
@@ -253,7 +409,9 @@ class GkeTest(LaunchTest):
   )
   def test_tpu_slices(self, tpu, hosts, chips):
     tree = self.manifest(f"--tpu={tpu}")
-    self.assertIn("exclusive-topology", str(tree["metadata"]["annotations"]))
+    # Slices of one host share a node pool: none has one to itself.
+    annotations = tree["metadata"].get("annotations", {})
+    self.assertEqual("exclusive-topology" in str(annotations), hosts > 1)
     spec = tree["spec"]
     job = spec["replicatedJobs"][0]["template"]["spec"]
     self.assertEqual((job["parallelism"], job["completions"]), (hosts, hosts))
@@ -264,38 +422,28 @@ class GkeTest(LaunchTest):
 
   @parameterized.parameters(
     ["--tpu=v5p:4x4x8", "--spot"],
+    ["--tpu=v6e:2x4", "--max-restarts=2147483647"],
     ["--gpu=nvidia-h100-80gb", "--nodes=3", "--service-account=me"],
+    [
+      *("--gpu=nvidia-gb200", "--processes-per-node=4", "--env=A=$(B)"),
+      *("--volume=disk:/data", "--volume=other:/data/other"),
+    ],
   )
   def test_the_manifest_is_of_the_api(self, *flags):
     tree = self.manifest(*flags)
-    for name, value in tree["metadata"].pop("annotations", {}).items():
-      self.assertEqual((type(name), type(value)), (str, str))
-    check_fields(tree, JOB_SET)
+    jsonschema.validate(tree, JOB_SET)
     end, again = tree["spec"]["failurePolicy"]["rules"]
-    check_fields(
-      end,
-      {
-        "name": str,
-        "action": "FailJobSet",
-        "onJobFailureReasons": ["PodFailurePolicy"],
-        "onJobFailureMessagePatterns": ["FailJob rule at index 2$"],
-      },
-    )
-    check_fields(
-      again,
-      {
-        "name": str,
-        "action": "RestartJobSetAndIgnoreMaxRestarts",
-        "onJobFailureReasons": ["PodFailurePolicy"],
-      },
-    )
+    self.assertEqual(end["action"], "FailJobSet")
+    self.assertEqual(again["action"], "RestartJobSetAndIgnoreMaxRestarts")
     (jobs,) = tree["spec"]["replicatedJobs"]
-    self.assertEqual(jobs["name"], "hosts")
     job = jobs["template"]["spec"]
     again, _, end = job["podFailurePolicy"]["rules"]
     self.assertEqual(again["onExitCodes"]["values"], [75])
     self.assertEqual(end["onExitCodes"]["values"], [1, 2, 126, 127, 130])
     self.assertTrue(job["template"]["spec"]["shareProcessNamespace"])
+    names = [v["name"] for v in job["template"]["spec"]["volumes"]]
+    (container,) = job["template"]["spec"]["containers"]
+    self.assertEqual(names, [m["name"] for m in container["volumeMounts"]])
     if importlib.util.find_spec("kubernetes_validate") is None:
       self.skipTest("kubernetes-validate is not installed (extra test)")
     import kubernetes_validate
@@ -310,6 +458,78 @@ class GkeTest(LaunchTest):
     job["template"]["spec"]["containers"][0]["imagePolicy"] = "Always"
     with self.assertRaises(kubernetes_validate.ValidationError):
       kubernetes_validate.validate(whole, "1.31", strict=True)
+
+  @parameterized.parameters(
+    (lambda tree: tree.update(status={}),),
+    (lambda tree: tree["spec"]["failurePolicy"].update(maxRestarts=2**31),),
+    (
+      lambda tree: tree["spec"]["failurePolicy"]["rules"][0].update(
+        name="pre-empted"
+      ),
+    ),
+    (lambda tree: tree["metadata"].update(name="1st"),),
+  )
+  def test_the_schema_refuses(self, change):
+    tree = self.manifest("--tpu=v5e:4x4")
+    change(tree)
+    with self.assertRaises(jsonschema.ValidationError):
+      jsonschema.validate(tree, JOB_SET)
+
+  @parameterized.parameters(
+    ([], 120),
+    (["--spot"], 25),
+    (["--spot", "--grace-seconds=120"], 120),
+    (["--grace-seconds=600"], 600),
+  )
+  def test_grace(self, flags, seconds):
+    pod = self.pod("--tpu=v5e:4x4", *flags)
+    self.assertEqual(pod["terminationGracePeriodSeconds"], seconds)
+
+  def test_shared_memory_variables_and_volumes(self):
+    pod = self.pod("--gpu=nvidia-l4", "--env=X=a $(b) $", "--volume=d:/data")
+    memory, disk = pod["volumes"]
+    self.assertEqual(memory["emptyDir"], {"medium": "Memory"})
+    self.assertEqual(disk["persistentVolumeClaim"], {"claimName": "d"})
+    container = pod["containers"][0]
+    self.assertEqual(
+      [m["mountPath"] for m in container["volumeMounts"]], ["/dev/shm", "/data"]
+    )
+    # Kubernetes would replace $(b) by a variable; $$ is $.
+    self.assertEqual(container["env"][-1], {"name": "X", "value": "a $$(b) $$"})
+
+  def test_a_command_reaches_the_pod_as_it_is(self):
+    command = [*TRAIN, "--text=$(HOME) $x"]
+    _, out, _ = launch(
+      *("gke", *APPLY, "--tpu=v5e:4x4", "--dry-run"), command=command
+    )
+    self.assertIn('"--text=$$(HOME) $$x"', out)
+
+  def test_a_workdir_on_a_volume(self):
+    flags = ["--tpu=v5e:4x4", "--volume=disk:/data", "--dry-run"]
+    for workdir, code in (("/data/run", 0), ("/database/run", 2)):
+      command = [*TRAIN[:-1], f"--workdir={workdir}"]
+      self.assertEqual(launch("gke", *APPLY, *flags, command=command)[0], code)
+
+  def test_one_process_on_each_gpu(self):
+    flags = ["--gpu=nvidia-h100-80gb", "--nodes=3", "--processes-per-node=8"]
+    container = self.pod(*flags)["containers"][0]
+    self.assertEqual(container["resources"]["limits"], {"nvidia.com/gpu": 8})
+    words = container["command"]
+    split = words.index("--")
+    self.assertEqual(words[:3], ["python", "-m", "launch.local"])
+    self.assertEqual(words[split + 1 :], TRAIN)
+    # What the launcher in the last pod would start.
+    inside = [x.replace("$(AOARM_MACHINE)", "2") for x in words[3:split]]
+    _, out, _ = launch("local", *inside, "--dry-run")
+    lines = out.splitlines()
+    self.assertLen(lines, 8)
+    for index, line in enumerate(lines):
+      self.assertIn(
+        "AOARM_COORDINATOR_ADDRESS=run-hosts-0-0.run:8476 "
+        f"AOARM_PROCESS_COUNT=24 AOARM_PROCESS_ID={16 + index} "
+        f"CUDA_VISIBLE_DEVICES={index} ",
+        line,
+      )
 
   def test_gpu_processes_find_each_other(self):
     tree = self.manifest("--gpu=nvidia-h100-80gb", "--nodes=3")
@@ -351,6 +571,51 @@ exit $worst
 
 
 class SlurmTest(LaunchTest):
+  def lines(self, *flags):
+    code, out, err = launch("slurm", *SUBMIT, *flags, "--dry-run")
+    self.assertEqual((code, err), (0, ""))
+    return out.splitlines()
+
+  def test_options_are_quoted(self):
+    lines = self.lines(
+      *("--cpus-per-task=12", "--mem=200G", "--qos=high", "--exclusive"),
+      *("--constraint=a&(b|c)", "--partition=gpu,all", "--account=it's"),
+      *("--also=--comment=a #b", "--also=--no-kill"),
+    )
+    options = {x.removeprefix("#SBATCH ") for x in lines if x[:8] == "#SBATCH "}
+    self.assertContainsSubset(
+      {
+        "--cpus-per-task=12",
+        "--mem=200G",
+        "--qos=high",
+        "--exclusive",
+        "--constraint='a&(b|c)'",
+        "--partition=gpu,all",
+        """--account='it'"'"'s'""",
+        "--comment='a #b'",
+        "--no-kill",
+      },
+      options,
+    )
+    # srun does not take this one from sbatch.
+    self.assertIn(" --cpus-per-task=12 ", next(x for x in lines if "srun" in x))
+
+  @parameterized.parameters(
+    ([], 1, None),
+    (["--gpus-per-node=4"], 4, None),
+    (["--gpus-per-node=4", "--processes-per-node=4"], 4, None),
+    (["--gpus-per-node=4", "--processes-per-node=1"], 1, "0,1,2,3"),
+    (["--gpus-per-node=1"], 1, None),
+  )
+  def test_processes_of_a_node(self, flags, tasks, devices):
+    lines = self.lines(*flags)
+    self.assertIn(f"#SBATCH --ntasks-per-node={tasks}", lines)
+    (export,) = [x for x in lines if x.startswith("export ")]
+    # JAX would take one GPU for the one process on a node.
+    self.assertEqual(
+      export.partition("JAX_LOCAL_DEVICE_IDS=")[2] or None, devices
+    )
+
   @parameterized.parameters(
     # How the tasks end, restarts before: exit code of the job, queued again.
     ("0", 0, 0, False),
@@ -422,6 +687,75 @@ class SlurmTest(LaunchTest):
     self.assertEqual(done.returncode, 75)
     self.assertEqual(done.stdout, "launch.slurm: exit code 75\n")
 
+  def test_the_last_words_come_after_sigterm(self):
+    """Slurm sends SIGTERM to all processes of the script."""
+    self.client("sbatch", "cp $1 submitted")
+    self.client(
+      "srun",
+      "trap 'sleep 0.2; echo last words; exit 75' TERM\n"
+      "echo up\n"
+      "for _ in {1..200}; do sleep 0.05; done",
+    )
+    path = f"{self.folder}/bin:{os.environ['PATH']}"
+    self.assertEqual(launch("slurm", *SUBMIT, path=path), (0, "", ""))
+    job = subprocess.Popen(
+      ["bash", "submitted"],
+      env={"PATH": path, "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1"},
+      stderr=subprocess.PIPE,
+      stdout=subprocess.DEVNULL,
+      start_new_session=True,
+      text=True,
+    )
+    self.assertEqual(job.stderr.readline(), "up\n")
+    os.killpg(job.pid, signal.SIGTERM)
+    self.assertIn("last words\n", job.communicate(timeout=10)[1])
+
+
+class ScriptsTest(LaunchTest):
+  def test_shellcheck(self):
+    """All that launchers write for bash, and the script of CI."""
+    path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
+    for client in ("sbatch", "git", "gcloud"):
+      self.client(client, "")
+    path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
+    gpus = ["--gpus-per-node=8", "--processes-per-node=1", "--qos=a b"]
+    for launcher, *words in (
+      ["slurm", "submit", "--name=a", "--nodes=2"],
+      ["slurm", "submit", "--name=b", "--nodes=2", "--cpus-per-task=2", *gpus],
+      ["tpu_pod", "install", *POD],
+      ["tpu_pod", "run", *POD],
+    ):
+      code, _, err = launch(
+        launcher,
+        *words,
+        command=[] if "install" in words else [*TRAIN, "--text=it's (a)"],
+        path=f"{self.folder}/bin:{path}",
+      )
+      self.assertEqual((code, err), (0, ""))
+    folder = self.folder / common.FOLDER
+    (folder / "stop.sh").write_text(f"#!/bin/bash\n{tpu_pod._STOP}\n")
+    names = [
+      "a.sbatch",
+      "b.sbatch",
+      "install.sh",
+      "next.sh",
+      "start.sh",
+      "stop.sh",
+    ]
+    self.assertEqual(sorted(os.listdir(folder)), names)
+    scripts = [folder / name for name in names]
+    done = subprocess.run(
+      [
+        shutil.which("shellcheck", path=path),
+        "--exclude=SC2016",  # What another shell reads stays in single quotes.
+        *scripts,
+        ROOT / ".ci" / "run",
+      ],
+      capture_output=True,
+      text=True,
+    )
+    self.assertEqual((done.returncode, done.stdout), (0, ""))
+
 
 class TpuPodTest(LaunchTest):
   def gcloud(self, *states):
@@ -461,6 +795,16 @@ class TpuPodTest(LaunchTest):
     )
     self.assertEqual(code, 1)
     self.assertIn("pod: the slice is FAILED, not ACTIVE; why: gcloud comp", err)
+
+  @parameterized.parameters(
+    *("v4-8", "v4-64", "v4-128", "v4-384", "v4-8192", "v5litepod-1"),
+    *("v5litepod-256", "v5p-16", "v5p-640", "v5p-12288", "v6e-4", "v6e-256"),
+  )
+  def test_sizes_that_exist(self, accelerator):
+    flags = [*POD, f"--accelerator={accelerator}", "--dry-run"]
+    code, out, err = launch("tpu_pod", "create", *flags, command=[])
+    self.assertEqual((code, err), (0, ""))
+    self.assertIn(f" --accelerator-type={accelerator} ", out)
 
   def test_create_passes_flags_on(self):
     flags = ["--also=--reserved", "--also=--network=mine"]
