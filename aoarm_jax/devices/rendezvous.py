@@ -250,7 +250,8 @@ def _join(host, port, count, process, seconds, failure):
       continue
     with connection:
       _send(connection, hello)
-      if _receive(connection, _ANSWER_SECONDS).get("aoarm_jax") == "welcome":
+      answer = _line(connection, _ANSWER_SECONDS)
+      if _message(answer).get("aoarm_jax") == "welcome":
         # Process 0 knows when to give up, and says who is missing.
         start = _receive(connection, seconds + _TELL_SECONDS)
         if not start:
@@ -261,8 +262,12 @@ def _join(host, port, count, process, seconds, failure):
         if start["failure"]:
           raise Failure(*start["failure"]).error()
         return _until_it_listens(host, port)
+    why = "another program answers there"
     stranger_since = stranger_since or time.monotonic()
-    if time.monotonic() - stranger_since > _STRANGER_SECONDS:
+    # HTTP/2 is what JAX's server speaks: an earlier start of this run may still
+    # be ending there, and process 0 comes after it.
+    is_jax = answer[:2] == b"\0\0" and answer[3:4] == b"\4"
+    if not is_jax and time.monotonic() - stranger_since > _STRANGER_SECONDS:
       raise NeighbourError(
         f"{where}: process {process} finds another program than process 0 of "
         "this run at this address; choose another port, the same for all "
@@ -295,16 +300,27 @@ def _send(connection, message):
 
 def _receive(connection: socket.socket, seconds: float) -> dict[str, Any]:
   """Return the next message, or {} if there is none."""
+  return _message(_line(connection, seconds))
+
+
+def _message(line: bytes) -> dict[str, Any]:
+  """Return the message in a line, or {} if it is none."""
+  try:
+    message = json.loads(line)
+  except ValueError:
+    return {}
+  return message if isinstance(message, dict) else {}
+
+
+def _line(connection: socket.socket, seconds: float) -> bytes:
+  """Return the next line, or what there is of it when the time is over."""
   deadline = time.monotonic() + seconds
   line = b""
-  try:
+  with contextlib.suppress(OSError):
     while not line.endswith(b"\n") and len(line) < _LONGEST_LINE:
       connection.settimeout(max(0.001, deadline - time.monotonic()))
       received = connection.recv(1)  # No byte of the next message.
       if not received:
-        return {}
+        break
       line += received
-    message = json.loads(line)
-  except (OSError, ValueError):
-    return {}
-  return message if isinstance(message, dict) else {}
+  return line

@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import socket
+import time
 from unittest import mock
 
 from absl.testing import absltest, parameterized
@@ -134,6 +135,19 @@ class RendezvousTest(parameterized.TestCase):
     words = (address, "another program", "choose another port")
     self.assert_all([first], config_lib.ConfigError, 2, *words)
     self.assert_all([second], rendezvous.NeighbourError, 76, *words)
+
+  def test_an_earlier_start_is_still_ending(self):
+    """Its server speaks HTTP/2. Process 0 listens as soon as it is gone."""
+    port = free_port()
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+      with socket.create_server(("127.0.0.1", port)) as former:
+        guest = pool.submit(rendezvous.meet, f"127.0.0.1:{port}", 2, 1, 20)
+        for _ in range(3):  # Longer than another program is waited for.
+          with former.accept()[0] as connection:
+            connection.sendall(b"\0\0\x12\4\0\0\0\0\0")
+            time.sleep(0.3)
+      rendezvous.meet(f"127.0.0.1:{port}", 2, 0, 20)
+      self.assertIsNone(guest.result())
 
   def test_strangers_do_not_count(self):
     """Whoever looks at the port of process 0, such as a health check."""
