@@ -75,7 +75,7 @@ class _Sigterm:
   wait: _Wait | None = None
 
 
-_agreements: dict[str, int] = {}
+_calls: dict[str, int] = {}  # How often something was compared.
 
 
 def several() -> bool:
@@ -174,19 +174,20 @@ def is_lost(error: BaseException) -> bool:
 def agree(what: str, facts: Mapping[str, str]) -> None:
   """Check that all processes know the same facts. All return, or none does.
 
+  All processes must call this equally often. A SIGTERM ends the wait.
+
   Args:
     what: what the facts are about.
     facts: short texts by their names.
 
   Raises:
     ConfigError: this process knows something else than process 0. The message
-      names the process, the fact and both values. The others are told.
-    NeighbourError: a SIGTERM came during the wait.
+      names the process, the fact and both values. It has to reach `tell`,
+      which ends the others.
   """
   if not several():
     return
-  _agreements[what] = number = _agreements.get(what, 0) + 1
-  folder = f"{_FOLDER}/{what}/{number}"
+  folder = _new_folder(what)
   me, client = process(), _client()
   with ending_at_sigterm(0):
     if me == 0:
@@ -203,16 +204,29 @@ def agree(what: str, facts: Mapping[str, str]) -> None:
     client.key_value_set(f"{folder}/agreed/{me}", "")
     if me == 0:
       while len(client.key_value_dir_get(f"{folder}/agreed/")) < _count():
-        time.sleep(0.01)
+        time.sleep(0.02)
       client.key_value_set(f"{folder}/all", "")
     _get(f"{folder}/all")
 
 
 def from_process_0(name: str, value: str) -> str:
-  """Return the value that process 0 gives; to be called once for a name."""
+  """Return the value that process 0 gives.
+
+  Args:
+    name: what the value is.
+    value: the value of this process.
+  """
+  folder = _new_folder(name)
   if process() == 0:
-    _client().key_value_set(f"{_FOLDER}/{name}", value)
-  return _get(f"{_FOLDER}/{name}")
+    _client().key_value_set(f"{folder}/value", value)
+  text: str = _get(f"{folder}/value")
+  return text
+
+
+def _new_folder(name):
+  """Return the folder of messages for one call by all processes."""
+  _calls[name] = number = _calls.get(name, 0) + 1
+  return f"{_FOLDER}/{name}/{number}"
 
 
 @contextlib.contextmanager

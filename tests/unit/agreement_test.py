@@ -66,7 +66,7 @@ class State(threading.local):
 
 
 class Numbers(dict):
-  """neighbours._agreements, of every process."""
+  """neighbours._calls, of every process."""
 
   def __init__(self, state):
     super().__init__()
@@ -87,7 +87,7 @@ class AgreementTest(parameterized.TestCase):
       mock.patch.object(neighbours.runtime, "global_state", self.state)
     )
     self.enter_context(
-      mock.patch.object(neighbours, "_agreements", Numbers(self.state))
+      mock.patch.object(neighbours, "_calls", Numbers(self.state))
     )
     self.enter_context(mock.patch.object(agreement, "_DISK_SECONDS", 0.3))
 
@@ -143,8 +143,14 @@ class AgreementTest(parameterized.TestCase):
 
   def test_again(self):
     """The same things may be compared several times."""
-    check = self.command()
-    self.assert_agreed(lambda process: (check(process), check(process)))
+    check, folder = self.command(), epath.Path(self.folder())
+
+    def both(process):
+      for _ in range(2):
+        check(process)
+        agreement.check_disk(folder, writes=True)
+
+    self.assert_agreed(both)
 
   def test_what_may_differ(self):
     """The place of the text, and the place of the process itself."""
