@@ -31,12 +31,12 @@ def of(text: os.PathLike | str, name: str) -> epath.Path:
       its home folder is unknown.
   """
   text = os.fspath(text)
-  scheme = _SCHEME.match(text)
-  if scheme and not text.startswith(tuple(f"{s}://" for s in BUCKETS)):
-    buckets = ", ".join(f"{scheme}://" for scheme in BUCKETS)
-    download = "; download the file first" * scheme[0].startswith("http")
+  address = scheme(text)
+  if address and not text.startswith(tuple(f"{s}://" for s in BUCKETS)):
+    buckets = ", ".join(f"{bucket}://" for bucket in BUCKETS)
+    download = "; download the file first" * address.startswith("http")
     raise config_lib.ConfigError(
-      f"{name}={text}: addresses that begin with {scheme[0]} are not read: "
+      f"{name}={text}: addresses that begin with {address} are not read: "
       f"name a place on this machine or in a bucket ({buckets}){download}"
     )
   path = epath.Path(text).expanduser()
@@ -46,6 +46,12 @@ def of(text: os.PathLike | str, name: str) -> epath.Path:
       f"./{text} for a folder of that name"
     )
   return path
+
+
+def scheme(text: str) -> str:
+  """Return how an address begins, as in "https://", or "" for a path."""
+  match = _SCHEME.match(text)
+  return match[0] if match else ""
 
 
 def reached(path: epath.Path, name: str) -> epath.Path:

@@ -450,11 +450,12 @@ class _Run:
         step, "valid", unigram_bits=self.unigram_bits, **estimate.record()
       )
       logging.info(
-        "step %s  %s: %s  (unigram entropy %.4f)",
+        "step %s  %s: %s  (unigram entropy %.4f bits/%s)",
         f"{step:,}",
         c.eval.split,
         estimate,
         self.unigram_bits,
+        self.network.tokenizer.unit,
       )
     if self._due(step, c.checkpoint.every):
       self._save(step, state, metric)

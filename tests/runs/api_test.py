@@ -120,10 +120,12 @@ class ModelTest(parameterized.TestCase):
 
   def test_the_loop_around_the_pieces_learns(self):
     lines = _printed_by("docs/pieces.md", 0)
-    losses = [float(line.split()[2]) for line in lines[:-1]]
-    self.assertLen(losses, 4)
+    self.assertLen(lines, 4 + 2 + 1)
+    losses = [float(line.split()[2]) for line in lines[:4]]
     self.assertBetween(losses[0], 3.0, 3.6)
     self.assertBetween(losses[-1], 2.0, losses[0] - 0.3)
+    for line in lines[4:6]:
+      self.assertRegex(line, r"^she said [a-z ]{23}: -\d+\.\d nats$")
     self.assertEqual(lines[-1], "[(16, 32, 4, 8), (16, 32, 4, 8)]")
 
   def test_what_was_trained(self):
