@@ -176,7 +176,10 @@ class Model:
     try:
       given = self._network.tokenizer.encode(prompt)
     except tokenizers.TokenizerError as error:
-      raise prompts.PromptError(f"prompt: {error}") from error
+      fills = f"; infill fills every {prompts.BLANK!r}"
+      raise prompts.PromptError(
+        f"prompt: {error}{fills * (prompts.BLANK in prompt)}"
+      ) from error
     T = self.config.model.T
     n = T if length is None else _whole_number("length", length)
     if not 1 <= n <= T:

@@ -28,13 +28,18 @@ def of(text: os.PathLike | str, name: str) -> epath.Path:
 
   Raises:
     ConfigError: the text is the address of something else than a bucket, or
-      its home folder is unknown.
+      its home folder is unknown; or it is no text and no path.
   """
-  text = os.fspath(text)
+  if isinstance(text, os.PathLike):
+    text = os.fspath(text)
+  if not isinstance(text, str):
+    raise config_lib.ConfigError(
+      f"{name}={text!r}: is no path; give a str or a pathlib.Path"
+    )
   address = scheme(text)
   if address and not text.startswith(tuple(f"{s}://" for s in BUCKETS)):
     buckets = ", ".join(f"{bucket}://" for bucket in BUCKETS)
-    download = "; download the file first" * address.startswith("http")
+    download = "; download the file first" * address.lower().startswith("http")
     raise config_lib.ConfigError(
       f"{name}={text}: addresses that begin with {address} are not read: "
       f"name a place on this machine or in a bucket ({buckets}){download}"

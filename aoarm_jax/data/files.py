@@ -68,6 +68,8 @@ def read(path: epath.Path) -> bytes:
       by_content = (u for sign, u in _PACKED.items() if head.startswith(sign))
       unpack = next(by_content, None) or _BY_SUFFIX.get(suffix)
       data = unpack(whole) if unpack else whole.read()
+  except _SeveralFilesError as error:
+    raise tokenizers.DataError(f"{path}: {error}") from None
   except (
     *(OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError),
     # zipfile raises the last two for an unknown method and a missing password.
@@ -145,11 +147,18 @@ def _byte(value):
   return bytes([value])
 
 
+class _SeveralFilesError(Exception):
+  """An archive that holds no text, or several files."""
+
+
 def _unzip(file: IO[bytes]) -> bytes:
   with zipfile.ZipFile(file) as archive:
     names = [n for n in archive.namelist() if not n.endswith("/")]
     if len(names) != 1:
-      raise zipfile.BadZipFile(f"it holds {len(names)} files instead of one")
+      raise _SeveralFilesError(
+        f"is no text but a zip archive of {len(names)} files (as documents of "
+        "word processors are): unpack it, and name the text in it"
+      )
     return archive.read(names[0])
 
 

@@ -214,11 +214,20 @@ def _normal_form(text, blank, marks):
   """Return one text in normal form."""
   pieces: list[str | None] = []  # None is a space.
   last: str | None = None  # The last piece that is no mark.
+  is_apart = False  # Whether a space must come before the next letter.
   for character in text:
     if character in marks:
       pieces.append(character)
       continue
     for piece in _pieces(character, blank):
+      if piece == _APART:
+        is_apart = True
+        continue
+      # The space beside a digit's word is where the user's space is: behind the
+      # mark in "[2] x".
+      if piece and last and is_apart:
+        pieces.append(None)
+      is_apart = False
       if piece or last:
         pieces.append(piece)
         last = piece
@@ -228,13 +237,17 @@ def _normal_form(text, blank, marks):
   return "".join(" " if piece is None else piece for piece in pieces)
 
 
+# Around the word of a digit: a space, unless there is a space anyway.
+_APART = ""
+
+
 def _pieces(character, blank):
   """Return what becomes of a character in normal form; None is a space."""
   if character == blank:
     return [character]
   form = corpora.normal_form(character.encode("utf-8", "replace")).decode()
   if len(form) > 1:  # The word of a digit.
-    return [None, form, None]
+    return [_APART, form, _APART]
   return [form or None]
 
 

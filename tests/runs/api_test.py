@@ -313,6 +313,7 @@ class ModelTest(parameterized.TestCase):
     (lambda m: m.generate(blank="?"), "blank: no such option; there are: cou"),
     (lambda m: m.generate(1.5), "count=1.5: must be a whole number"),
     (lambda m: m.generate(prompt="aX"), "prompt: char27: character 'X' at of"),
+    (lambda m: m.generate(prompt="a_"), "prompt: .*; infill fills every '_'$"),
     (lambda m: m.generate(prompt="ab", length=2), "prompt has 2 tokens, and t"),
     (lambda m: m.generate(prompt=3), "prompt=3 is no text: give a str"),
     (
@@ -330,7 +331,7 @@ class ModelTest(parameterized.TestCase):
     ),
     (
       lambda m: m.score("Hello, 1[", normalise=True),
-      r"text 1 \(in normal form\): '\[' at offset 10 has no partner",
+      r"text 1 \(in normal form\): '\[' at offset 9 has no partner",
     ),
     (
       lambda m: m.score("ab", normalise="no"),
