@@ -454,7 +454,7 @@ def main(argv: list[str]) -> None:
     _fail(f"out of device memory: {_LESS_MEMORY[flags.FLAGS.mode]}", 1)
 
 
-def _fail_by_system(error: OSError):
+def _fail_by_system(error):
   """Print what the operating system refused, and end the program."""
   if error.errno is None:
     raise error
