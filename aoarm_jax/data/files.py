@@ -21,6 +21,7 @@ _CHUNK = 1 << 24  # Bytes. Bounds the transient memory of a pass over a text.
 # feeds and escapes. A few may be stray; more of them are numbers.
 _CONTROLS = bytes({*range(32), 127} - {*b"\t\n\v\f\r\x1b"})
 _MOST_CONTROLS = 0.01
+_FEW_CONTROLS = 4  # As many may be stray in a text of any length.
 # The first bytes of files that are no text, for messages.
 _KINDS = {
   b"\x1f\x8b": "gzip data",
@@ -138,7 +139,7 @@ def _first_control(data):
   for start in range(0, len(data), _CHUNK):
     chunk = data[start : start + _CHUNK]
     controls += len(chunk) - len(chunk.translate(None, _CONTROLS))
-  if controls <= _MOST_CONTROLS * len(data):
+  if controls <= max(_FEW_CONTROLS, _MOST_CONTROLS * len(data)):
     return -1
   return min(at for at in map(data.find, map(_byte, _CONTROLS)) if at >= 0)
 

@@ -129,6 +129,7 @@ class CorporaTest(parameterized.TestCase):
     ("é".encode() * 9, 1, 17),
     ("🎉".encode() * 9, 3, 33),
     (_TEXT + b"\x02\x1b[0m" + _TEXT, 0, None),
+    (b"a short text of DOS \x1a\x7f", 0, None),
     (b"PK is no zip, BZh no bzip2" * 9, 0, None),
   )
   def test_text_of_every_kind(self, data, start, end):
