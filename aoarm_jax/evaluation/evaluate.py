@@ -235,9 +235,11 @@ class Evaluator:
     if unit == "byte":
       # Of a part of the batches, the number of characters is not known.
       characters = 0
-      if isinstance(batches, pipeline.EvalBatches):
-        if found.tokens == batches.evaluated_tokens:
-          characters = batches.characters
+      if (
+        isinstance(batches, pipeline.EvalBatches)
+        and found.tokens == batches.evaluated_tokens
+      ):
+        characters = batches.characters
     return dataclasses.replace(found, unit=unit, characters=characters)
 
 
