@@ -60,7 +60,7 @@ class ScoreOptions(TypedDict, total=False):
 
 # The parameters beside these options.
 _NAMED = {
-  GenerateOptions: ("count", "prompt", "length"),
+  GenerateOptions: ("count", "prompt", "length", "normalise"),
   InfillOptions: ("count", "normalise"),
   ScoreOptions: ("blank", "normalise"),
 }
@@ -141,6 +141,7 @@ class Model:
     *,
     prompt: str = "",
     length: int | None = None,
+    normalise: bool | None = None,
     **options: Unpack[GenerateOptions],
   ) -> list[generate_lib.Text]:
     """Draw `count` texts, or continue a text `count` times.
@@ -152,6 +153,9 @@ class Model:
       length: number of tokens of every result, with those of the prompt. None
         means T, config.model.T. A shorter text is drawn as the start of a
         text of T tokens: the model does not know that it ends there.
+      normalise: whether the prompt is first brought into the form of text8: a
+        to z and single spaces. Its last word may go on, unless a space or
+        another mark follows it. None takes the run's config.data.normalise.
       **options: fields of config.sample, such as temperature, order or method.
         Without a seed, every call draws other texts.
 
@@ -167,10 +171,15 @@ class Model:
     """
     if not isinstance(prompt, str):
       raise prompts.PromptError(f"prompt={prompt!r} is no text: give a str")
+    if self._is_normal(normalise):
+      prompt = prompts.normalised_start(prompt, "prompt")
     try:
       given = self._network.tokenizer.encode(prompt)
     except tokenizers.TokenizerError as error:
-      raise prompts.PromptError(f"prompt: {error}") from error
+      fills = f"; infill fills every {prompts.BLANK!r}"
+      raise prompts.PromptError(
+        f"prompt: {error}{fills * (prompts.BLANK in prompt)}"
+      ) from error
     T = self.config.model.T
     n = T if length is None else _whole_number("length", length)
     if not 1 <= n <= T:
@@ -226,7 +235,8 @@ class Model:
         blank="_". To continue a text, `generate` takes a prompt.
       count: number of results for each text.
       normalise: whether the texts are first brought into the form of text8: a
-        to z and single spaces. None takes the run's config.data.normalise.
+        to z and single spaces. The results have this form. None takes the run's
+        config.data.normalise.
       **options: fields of config.sample, such as temperature, order or method.
         Without a seed, every call draws other texts.
 
@@ -338,21 +348,28 @@ class Model:
       seconds, lambda line: print(f"aoarm_jax: {line}", file=sys.stderr)
     )
 
+  def _is_normal(self, normalise):
+    """Return whether a call brings its texts into normal form."""
+    if normalise is not None and not isinstance(normalise, bool | np.bool_):
+      raise config_lib.ConfigError(
+        f"normalise={normalise!r}: must be True, False, or None for "
+        "config.data.normalise of the run"
+      )
+    return self.config.data.normalise if normalise is None else bool(normalise)
+
   def _lines(self, texts, normalise, blank, marks):
     """Return pairs of a name for messages and the text, in its normal form."""
     lines = [(f"text {i}", text) for i, text in enumerate(texts, 1)]
-    if normalise is None:
-      normalise = self.config.data.normalise
-    if not normalise:
+    if not self._is_normal(normalise):
       return lines
 
-    def normal(line):
-      if isinstance(line[1], generate_lib.Text):
-        return line
+    def normal(text, name):
+      if isinstance(text, generate_lib.Text):
+        return name, text
       tokenizer = self._network.tokenizer
-      return prompts.normalised([line], tokenizer, blank, marks)[0]
+      return prompts.normalised([(name, text)], tokenizer, blank, marks)[0]
 
-    return [normal(line) for line in lines]
+    return prompts.check_lines(lines, normal)
 
   def _marked(self, text, config, name):
     """Return (text, prompts.Marked) of a text or of a generated Text."""
@@ -428,6 +445,8 @@ def _effects(section, config):
     return [(name, is_drawn, words) for name in ("orders", "seed")]
   sample = config.sample
   method, in_steps = sample.method, sample.steps > 0
+  # Tokens that come in steps need no width. Known tokens are groups of it.
+  has_groups = config.orders.groups != "none"
   by_width = ("adaptive", "speculative")
   drawn = f"temperature above 0 only; temperature is {sample.temperature:g}"
   return [
@@ -435,9 +454,10 @@ def _effects(section, config):
     ("top_p", sample.temperature > 0, drawn),
     (
       "width",
-      method in by_width or (method == "parallel" and not in_steps),
-      "method='adaptive', 'speculative' or 'parallel' (without steps) only; "
-      f"method is {method!r}",
+      method in by_width
+      or (method == "parallel" and (not in_steps or has_groups)),
+      "method='adaptive', 'speculative' or 'parallel' (without steps, or for a "
+      f"model trained with groups) only; method is {method!r}",
     ),
     (
       "schedule",

@@ -54,6 +54,7 @@ MODES = (
   *("train", "eval", "sample", "score"),
   *("config", "count", "study", "compile"),
 )
+_PRINTING = ("sample", "score", "config", "count", "compile")
 _HELP = ("--help", "-help", "-h", "-?", "--helpshort", "--helpfull")
 _NO_CONFIG = (
   "--config is missing: name an experiment, as in --config=two_stream:tiny, or "
@@ -406,6 +407,10 @@ def _check_flags(flag_values):
     if flag_values[name].value and mode not in modes:
       needs = " or ".join(f"--mode={mode}" for mode in modes)
       raise flags.Error(f"--{name} needs {needs}")
+  if sys.stdout is None and mode in _PRINTING:
+    raise flags.Error(
+      f"standard output is closed, and --mode={mode} prints its answer there"
+    )
   if mode == "compile" and not flag_values.topology:
     raise flags.Error(
       "--mode=compile needs a TPU slice, as in --topology=v5p:4x4x8"
@@ -480,18 +485,7 @@ def main(argv: list[str]) -> None:
   except pallas_kernels.UnsupportedError as error:
     _fail(f"config.compute.attention: {error}", exit_codes.REFUSED)
   except OSError as error:
-    if error.errno is None:
-      raise
-    # The reader of the output has ended, as `| head` does.
-    if error.errno == errno.EPIPE:
-      _end_without_reader()
-    where = f": {error.filename}" if error.filename else ""
-    hint = " (free some space and start the same command again)"
-    _fail(
-      f"{os.strerror(error.errno)}{where}"
-      + hint * (error.errno in (errno.ENOSPC, errno.EDQUOT)),
-      exit_codes.FAILED,
-    )
+    _fail_by_system(error)
   except jax.errors.JaxRuntimeError as error:
     if not telemetry.is_out_of_memory(error):
       raise
@@ -499,6 +493,22 @@ def main(argv: list[str]) -> None:
     _fail(f"out of device memory: {hint}", exit_codes.FAILED)
   finally:
     stopping.forget_signals()
+
+
+def _fail_by_system(error):
+  """Print what the operating system refused, and end the program."""
+  if error.errno is None:
+    raise error
+  # The reader of the output has ended, as `| head` does.
+  if error.errno == errno.EPIPE:
+    _end_without_reader()
+  where = f": {error.filename}" if error.filename else ""
+  hint = " (free some space and start the same command again)"
+  _fail(
+    f"{os.strerror(error.errno)}{where}"
+    + hint * (error.errno in (errno.ENOSPC, errno.EDQUOT)),
+    exit_codes.FAILED,
+  )
 
 
 def _end_without_reader():
@@ -556,8 +566,8 @@ def _parse_or_exit(argv):
       print(help_text(argv), flush=True)
       sys.exit(0)
     return parse(argv)
-  except BrokenPipeError:
-    _end_without_reader()
+  except OSError as error:
+    return _fail_by_system(error)
   except (errors.UserError, flags.Error) as error:
     return _fail(_last_line(error), exit_codes.REFUSED)
 

@@ -2,7 +2,7 @@
 
 A group holds 16 ranks in the mean; content sees to the end of its group, a
 query to its start. `training_order` is the likelihood with groups, `any_order`
-that of one token after the other. `sample.method=parallel` draws groups.
+that of one token after the other. Texts are drawn and scored in groups of 16.
 
   python -m aoarm_jax.main --config=configs/any_subset.py
 
@@ -22,4 +22,7 @@ def get_config(variant: str = "default"):
     model={"mechanism": "two_stream"},
     orders={"groups": "random", "group_width": 16},
     eval={"estimators": ("any_order", "training_order")},
+    # A width of 0 is that of the groups in training.
+    sample={"method": "parallel", "width": 0},
+    score={"width": 0},
   )

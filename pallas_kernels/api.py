@@ -92,12 +92,12 @@ def any_order_attention(
       raises. None chooses the fastest one that supports the call.
 
   Returns:
-    The output [B, T, Nq, H] in v's dtype. For a list of streams, the output is
-    a tuple with [B, T, N, H] for each stream, and the log-sum-exp is such a
-    tuple too. With `return_lse`, a pair of the
+    The output, [B, T, Nq, H] in v's dtype. With `return_lse`, the pair of the
     output and the log-sum-exp of the scaled scores: float32 [B, T, Nq], in
     nats, -inf for a row that sees no slot. Both are differentiable, so that
-    attention over disjoint sets of slots can be merged.
+    attention over disjoint sets of slots can be merged. For a list of streams,
+    the output and the log-sum-exp are tuples with one array for each stream:
+    [B, T, N, H] and [B, T, N].
 
   Raises:
     ValueError: shapes or dtypes do not fit together, an array is empty, or the

@@ -9,6 +9,7 @@ from typing import Any
 
 import ml_collections
 
+from aoarm_jax.config import paths
 from aoarm_jax.config import schema as config_lib
 
 _LARGE = {
@@ -107,8 +108,15 @@ def find(text: str) -> str:
       Any other text is a path and is returned as it is.
 
   Raises:
-    ConfigError: this package has no experiment of that name.
+    ConfigError: this package has no experiment of that name, or the text is an
+      address.
   """
+  if address := paths.scheme(text):
+    raise config_lib.ConfigError(
+      f"--config={text}: an experiment's file is not read from {address}...: "
+      "copy it to this machine and name the copy, or name an experiment of "
+      "this package, as in --config=two_stream:tiny"
+    )
   path, colon, variant = text.partition(":")
   if re.fullmatch(r"\w+", path):
     if path not in names():

@@ -28,15 +28,20 @@ def of(text: os.PathLike | str, name: str) -> epath.Path:
 
   Raises:
     ConfigError: the text is the address of something else than a bucket, or
-      its home folder is unknown.
+      its home folder is unknown; or it is no text and no path.
   """
-  text = os.fspath(text)
-  scheme = _SCHEME.match(text)
-  if scheme and not text.startswith(tuple(f"{s}://" for s in BUCKETS)):
-    buckets = ", ".join(f"{scheme}://" for scheme in BUCKETS)
-    download = "; download the file first" * scheme[0].startswith("http")
+  if isinstance(text, os.PathLike):
+    text = os.fspath(text)
+  if not isinstance(text, str):
     raise config_lib.ConfigError(
-      f"{name}={text}: addresses that begin with {scheme[0]} are not read: "
+      f"{name}={text!r}: is no path; give a str or a pathlib.Path"
+    )
+  address = scheme(text)
+  if address and not text.startswith(tuple(f"{s}://" for s in BUCKETS)):
+    buckets = ", ".join(f"{bucket}://" for bucket in BUCKETS)
+    download = "; download the file first" * address.lower().startswith("http")
+    raise config_lib.ConfigError(
+      f"{name}={text}: addresses that begin with {address} are not read: "
       f"name a place on this machine or in a bucket ({buckets}){download}"
     )
   path = epath.Path(text).expanduser()
@@ -46,6 +51,12 @@ def of(text: os.PathLike | str, name: str) -> epath.Path:
       f"./{text} for a folder of that name"
     )
   return path
+
+
+def scheme(text: str) -> str:
+  """Return how an address begins, as in "https://", or "" for a path."""
+  match = _SCHEME.match(text)
+  return match[0] if match else ""
 
 
 def reached(path: epath.Path, name: str) -> epath.Path:

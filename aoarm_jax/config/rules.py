@@ -125,8 +125,8 @@ def _of_the_mechanism(config):
     ),
     (
       "score.width",
-      config.score.width == 1 or config.orders.groups != "none",
-      "needs a model that was trained with groups; it must be 1 with "
+      config.score.width <= 1 or config.orders.groups != "none",
+      "needs a model that was trained with groups; it must be 0 or 1 with "
       "config.orders.groups=none",
     ),
     (

@@ -246,6 +246,11 @@ class Orders:
     binds="run",
   )
 
+  @property
+  def width(self) -> int:
+    """Number of ranks in a group, in the mean; 1 without groups."""
+    return 1 if self.groups == "none" else self.group_width
+
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
@@ -349,10 +354,9 @@ class Match:
 
   to: str = _field(
     "",
-    "name of a config file in the same folder, or of an experiment of this "
-    "package, such as two_stream or "
-    "two_stream:long; without a variant this experiment's variant is used; "
-    "'' matches nothing",
+    "the other experiment, such as two_stream or two_stream:long: a file in "
+    "the folder of this one, or an experiment of this package; without a "
+    "variant it has the variant of this experiment; '' matches nothing",
   )
   by: str = _field(
     "training_flops",
@@ -477,8 +481,9 @@ class Sample:
   width: int = _field(
     4,
     "parallel and adaptive: number of tokens per step; speculative: number of "
-    "drafts",
-    low=1,
+    "drafts; 0 is the width that the model was trained with: "
+    "orders.group_width, or 1 without orders.groups",
+    low=0,
   )
   steps: int = _field(
     0,
@@ -531,8 +536,10 @@ class Score:
     1,
     "number of tokens in a group, for models trained with orders.groups; the "
     "tokens of a group are scored given earlier groups alone, as "
-    "sample.method=parallel draws them; 1 is the chain rule",
-    low=1,
+    "sample.method=parallel draws them; 1 is the chain rule; 0 is the width "
+    "that the model was trained with: orders.group_width, or 1 without "
+    "orders.groups",
+    low=0,
   )
   marks: str = _field(
     "auto",

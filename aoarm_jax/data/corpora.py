@@ -272,8 +272,9 @@ class _Text8:
     ids = _encode(self._path, self._tokenizer, self._normalise)
     if len(ids) < 20:
       raise DataError(
-        f"{self._path}: {len(ids)} {self._tokenizer.units} are too few for "
-        "splits of 90, 5 and 5%"
+        f"{self._path}: {len(ids)} {self._tokenizer.units}"
+        f"{' in normal form' * self._normalise} are too few for splits of 90, "
+        "5 and 5%"
       )
     return ids
 

@@ -21,6 +21,7 @@ _CHUNK = 1 << 24  # Bytes. Bounds the transient memory of a pass over a text.
 # feeds and escapes. A few may be stray; more of them are numbers.
 _CONTROLS = bytes({*range(32), 127} - {*b"\t\n\v\f\r\x1b"})
 _MOST_CONTROLS = 0.01
+_FEW_CONTROLS = 4  # As many may be stray in a text of any length.
 # The first bytes of files that are no text, for messages.
 _KINDS = {
   b"\x1f\x8b": "gzip data",
@@ -68,6 +69,8 @@ def read(path: epath.Path) -> bytes:
       by_content = (u for sign, u in _PACKED.items() if head.startswith(sign))
       unpack = next(by_content, None) or _BY_SUFFIX.get(suffix)
       data = unpack(whole) if unpack else whole.read()
+  except _SeveralFilesError as error:
+    raise tokenizers.DataError(f"{path}: {error}") from None
   except (
     *(OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError),
     # zipfile raises the last two for an unknown method and a missing password.
@@ -136,7 +139,7 @@ def _first_control(data):
   for start in range(0, len(data), _CHUNK):
     chunk = data[start : start + _CHUNK]
     controls += len(chunk) - len(chunk.translate(None, _CONTROLS))
-  if controls <= _MOST_CONTROLS * len(data):
+  if controls <= max(_FEW_CONTROLS, _MOST_CONTROLS * len(data)):
     return -1
   return min(at for at in map(data.find, map(_byte, _CONTROLS)) if at >= 0)
 
@@ -145,11 +148,18 @@ def _byte(value):
   return bytes([value])
 
 
+class _SeveralFilesError(Exception):
+  """An archive that holds no text, or several files."""
+
+
 def _unzip(file: IO[bytes]) -> bytes:
   with zipfile.ZipFile(file) as archive:
     names = [n for n in archive.namelist() if not n.endswith("/")]
     if len(names) != 1:
-      raise zipfile.BadZipFile(f"it holds {len(names)} files instead of one")
+      raise _SeveralFilesError(
+        f"is no text but a zip archive of {len(names)} files (as documents of "
+        "word processors are): unpack it, and name the text in it"
+      )
     return archive.read(names[0])
 
 

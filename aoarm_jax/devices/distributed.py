@@ -320,8 +320,7 @@ def failing_at_once() -> Iterator[None]:
       traceback.print_exc()
     elif isinstance(code, str):
       print(code, file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    neighbours.flush()
     os._exit(neighbours.tell(number, line).exit_code)
 
 

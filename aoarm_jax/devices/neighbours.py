@@ -312,6 +312,7 @@ def _end_by_sigterm():
   )
   print(f"aoarm_jax: error: {line}", file=sys.stderr, flush=True)
   tell(exit_codes.PREEMPTED, line)
+  flush()
   os._exit(exit_codes.PREEMPTED)
 
 
@@ -334,8 +335,16 @@ def _listen(is_over):
   _finish_saving()
   with contextlib.suppress(jax.errors.JaxRuntimeError):
     _heard()
-  sys.stdout.flush()
+  flush()
   os._exit(error.exit_code)
+
+
+def flush() -> None:
+  """Write out what is printed; os._exit does not."""
+  for stream in (sys.stdout, sys.stderr):
+    if stream is not None:  # It may be closed.
+      with contextlib.suppress(OSError):
+        stream.flush()
 
 
 def _finish_saving():

@@ -127,6 +127,7 @@ def make_mesh(
 def of_run(
   config: config_lib.Config,
   *batches: str,
+  mesh: jax.sharding.Mesh | None = None,
   devices: Sequence[jax.Device] | None = None,
 ) -> jax.sharding.Mesh:
   """Return the mesh of a run, after checking the model and the batches.
@@ -134,12 +135,13 @@ def of_run(
   Args:
     config: the config of the run.
     *batches: the batches that the run reads: "train", "eval".
+    mesh: the mesh. None makes the config's mesh over `devices`.
     devices: see `make_mesh`.
 
   Raises:
     ConfigError: the mesh does not fit the devices, the model or a batch.
   """
-  mesh = make_mesh(config.mesh, devices)
+  mesh = mesh or make_mesh(config.mesh, devices)
   check(mesh, config)
   if "train" in batches:
     check_batch(

@@ -2,8 +2,9 @@
 
 Environment variables such as JAX_ENABLE_X64 set them, often for another
 program. Types are fixed by this library: parameters, states and random numbers
-have 32 bits, whatever the switch says. The switches of random numbers stay with
-the user. A checkpoint records them, see runs/identity.py.
+have 32 bits, whatever the switch says. Switches that would stop every program
+are off too. The switches of random numbers stay with the user. A checkpoint
+records them, see runs/identity.py.
 """
 
 import contextlib
@@ -19,30 +20,35 @@ STREAMS = (
   "jax_threefry_partitionable",
   "jax_random_seed_offset",
 )
-# The types of this library. With strict promotion no program would compile.
-_TYPES = {"jax_enable_x64": False, "jax_numpy_dtype_promotion": "standard"}
+_32_BITS = "parameters, states and random numbers have 32 bits"
+# The values that this library needs, and why. With strict promotion of types,
+# or without promotion of ranks, no program would compile.
+_FIXED = {
+  "jax_enable_x64": (False, _32_BITS),
+  "jax_numpy_dtype_promotion": ("standard", _32_BITS),
+  "jax_numpy_rank_promotion": ("allow", "programs here promote ranks"),
+}
 
 
 def fix_types() -> None:
-  """Switch 64-bit types off, for this whole process and all its threads.
+  """Set the fixed switches, for this whole process and all its threads.
 
   The command line calls this. A library may not, see `fixed_types`.
   """
-  for name, value in _TYPES.items():
+  for name, (value, reason) in _FIXED.items():
     if getattr(jax.config, name) != value:
-      logging.warning(
-        "%s is set to %r here: parameters, states and random numbers have 32 "
-        "bits",
-        name.upper(),
-        value,
-      )
+      logging.warning("%s is set to %r here: %s", name.upper(), value, reason)
       jax.config.update(name, value)
 
 
 @contextlib.contextmanager
 def fixed_types() -> Iterator[None]:
-  """Switch 64-bit types off in a context, for this thread only."""
-  with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
+  """Set the fixed switches in a context, for this thread only."""
+  with (
+    jax.enable_x64(False),
+    jax.numpy_dtype_promotion("standard"),
+    jax.numpy_rank_promotion("allow"),
+  ):
     yield
 
 

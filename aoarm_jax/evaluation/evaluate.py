@@ -85,8 +85,8 @@ class Estimate:
     by_recency: mean by how many steps ago that token was generated; () if the
       estimator has no ranks.
     unit: name of a token, see Tokenizer.unit.
-    characters: number of characters in all sequences, where a token is a byte;
-      0 if it is not known.
+    characters: number of characters in all sequences; 0 if it is not known.
+      A token of another unit than "byte" is a character.
   """
 
   estimator: str
@@ -119,7 +119,8 @@ class Estimate:
 
     The mean is bits_per_char, or bits_per_byte where a token is a byte. Then
     bits_per_char is the mean per UTF-8 character, if the number of characters
-    is known. All other bits are per token.
+    is known. All other bits are per token. characters is None if their number
+    is not known.
     """
     return {
       "estimator": self.estimator,
@@ -129,6 +130,7 @@ class Estimate:
       "standard_error_bits": self._error_bits(),
       "sequences": self.sequences,
       "tokens": self.tokens,
+      "characters": self.characters or None,
       "slot_curve_bits": [x / math.log(2) for x in self.slot_curve_nats],
     }
 
@@ -150,11 +152,14 @@ class Estimate:
     plural = "s" * (self.sequences != 1)
     bits = self._bits()
     also = f"= {bits['bits_per_char']:.4f} bits/char  " * (len(bits) > 1)
-    units = "bytes" if self.unit == "byte" else "characters"
+    units = f"{self.tokens:,} characters"
+    if self.unit == "byte":
+      also_characters = f", {self.characters:,} characters" * (len(bits) > 1)
+      units = f"{self.tokens:,} bytes{also_characters}"
     return (
       f"{self.estimator:<17}  {self.bits_per_token:.4f} bits/{self.unit}  "
       f"± {error}  {also}"
-      f"({self.sequences:,} sequence{plural}, {self.tokens:,} {units})"
+      f"({self.sequences:,} sequence{plural}, {units})"
     )
 
 
@@ -226,10 +231,14 @@ class Evaluator:
     if nats_and_sums is None:
       return None
     found = mean(estimator, self._config.model.T, *nats_and_sums)
-    unit, characters = self._network.tokenizer.unit, 0
-    if isinstance(batches, pipeline.EvalBatches):
-      is_whole = found.tokens == batches.evaluated_tokens
-      if unit == "byte" and is_whole:
+    unit, characters = self._network.tokenizer.unit, found.characters
+    if unit == "byte":
+      # Of a part of the batches, the number of characters is not known.
+      characters = 0
+      if (
+        isinstance(batches, pipeline.EvalBatches)
+        and found.tokens == batches.evaluated_tokens
+      ):
         characters = batches.characters
     return dataclasses.replace(found, unit=unit, characters=characters)
 
@@ -298,6 +307,8 @@ def mean(
 ) -> Estimate:
   """Return the Estimate of the results of `over_batches`.
 
+  A token counts as a character.
+
   Args:
     estimator: name of the estimator.
     T: tokens of a sequence.
@@ -317,6 +328,7 @@ def mean(
     slot_curve_nats=tuple(map(float, curve)),
     by_distance=_bins(*total["by_distance"]) if total else (),
     by_recency=_bins(*total["by_recency"]) if total else (),
+    characters=count * T,
   )
 
 
@@ -349,11 +361,7 @@ def evaluate(config: config_lib.Config, workdir: epath.Path) -> None:
   """
   run = opening.open_run(workdir, config, "eval")
   network = run.network
-  data = config.data
-  corpus = corpora.load(
-    data.corpus, data.path, network.tokenizer, data.normalise
-  )
-  logging.info("text: %s", corpus.describe(config.eval.split))
+  corpus = identity.read_text(config.data, network.tokenizer, config.eval.split)
   agreement.check_text(identity.text_of(corpus, config.eval.split))
   identity.warn_other_text(run.saved, corpus, config.eval.split)
   batches = evaluation_batches(network, corpus.split(config.eval.split))

@@ -8,7 +8,7 @@ orders, the score is log mean_k p(scored | known, sigma_k).
 
 With score.width above 1, p is the likelihood of groups of that many tokens. The
 tokens of a group are independent given the groups before them. The known tokens
-are groups of the same width.
+are groups of the same width. With 0, the width is that of training.
 """
 
 import functools
@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from etils import epath
 
 from aoarm_jax import objective, orders
@@ -46,7 +47,8 @@ class Score(NamedTuple):
   log-probability of a text of exactly n tokens.
 
   Attributes:
-    text: the text, as it was given.
+    text: the text, as it was given. With data.normalise it is the text in
+      normal form, and positions are those of this form.
     log_p: nats, log p(scored | known). Over several orders, the log of the mean
       of p.
     bits: -log_p / ln 2.
@@ -170,8 +172,9 @@ class Scorer:
     count = options.orders if options.order == "uniform" else 0
     most = self._most_ranks(int(counts.max()), T)
     width = None
-    if options.width > 1:
-      width = sharding.put(self._mesh, np.int32(options.width))
+    group = options.width or config.orders.width
+    if group > 1:
+      width = sharding.put(self._mesh, np.int32(group))
     program = B, T, count, most, width is None
     texts_here = shapes.describe(len(rows), T)
     what = f"scoring {texts_here}"
@@ -332,6 +335,11 @@ def score(
   # All lines are checked before the first one is scored: here for symbols and
   # marks, and below, when the run's model is known, for length and order.
   texts = prompts.check_lines(lines, parse)
+  if config.orders.groups != "none" and config.score.width == 1:
+    logging.info(
+      "config.score.width=1: scores follow the chain rule, and this model was "
+      "trained with groups; --config.score.width=0 scores groups"
+    )
   prompts.note_text(lines, tokenizer, config.sample.blank, config.score.marks)
   run = opening.open_run(workdir, config)
   prompts.check_lines(

@@ -66,7 +66,8 @@ def generate(
   batch. Rows may have different lengths and numbers of known tokens.
 
   Args:
-    network: a network with at least T positions.
+    network: a network with at least T positions. Its mechanism is not masked,
+      see diffusion.py.
     params: the network's parameters.
     key: typed PRNG key.
     tokens: int32 [B, T], natural order; arbitrary where not known.
@@ -90,11 +91,15 @@ def generate(
   Returns:
     The texts, the orders that were used, and the counts of law.Generation. In
     the order of a shorter row, the row's own positions come first.
+
+  Raises:
+    ValueError: the mechanism is masked, or it has no such method.
   """
+  plan = plan or plan_lib.Plan()
+  plan.check(network.model, masked=False)
   chex.assert_equal_shape([tokens, known, order])
   B, T = tokens.shape
   s = network.model.sentinels
-  plan = plan or plan_lib.Plan()
   if plan.method not in ("parallel", "adaptive"):
     plan = plan._replace(groups=False)
   cached_network = cached.Cached(network.bind(params))

@@ -63,8 +63,9 @@ def generate(
     beyond a row's length last.
 
   Raises:
-    ValueError: the method is unknown.
+    ValueError: the mechanism is not masked, or it has no such method.
   """
+  plan.check(network.model, masked=True)
   chex.assert_equal_shape([tokens, known, order])
   B, T = tokens.shape
   s, T_max = network.layout.sentinels, network.model.T

@@ -74,12 +74,35 @@ class Plan(NamedTuple):
     """
     return cls(
       sample.method,
-      sample.width,
+      sample.width or orders.width,
       sample.steps,
       sample.schedule,
       sample.score,
       orders.groups != "none",
     )
+
+  def check(self, model: config_lib.Model, *, masked: bool) -> None:
+    """Check that a model can be sampled by this plan.
+
+    Args:
+      model: the model.
+      masked: whether masked mechanisms are sampled here: by full passes, and
+        not from a cache.
+
+    Raises:
+      ValueError: the mechanism is of the other sort, or lacks the method.
+    """
+    name, kind = model.mechanism, model.kind
+    if kind.masked != masked:
+      raise ValueError(
+        f"mechanism {name} is {'masked' if kind.masked else 'not masked'}: "
+        f"{'diffusion' if kind.masked else 'decode'}.generate draws its texts"
+      )
+    if self.method not in kind.methods:
+      raise ValueError(
+        f"method {self.method!r}: mechanism {name} generates by: "
+        + ", ".join(kind.methods)
+      )
 
   def tokens_per_step(self, T: int) -> int:
     """Return the largest number of tokens that one step decides, of T."""

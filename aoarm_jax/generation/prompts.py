@@ -164,20 +164,70 @@ def normalised(
     tokenizer: the model's tokenizer.
     blank: config.sample.blank.
     marks: config.score.marks; '' if the texts are prompts.
+
+  Returns:
+    Pairs (name, text). The name of a text that changed says that offsets are
+    those of the normal form.
+
+  Raises:
+    PromptError: nothing is left of a text.
   """
   blank, marks = syntax(tokenizer, blank, marks)
-  return [(name, _normal_form(text, blank, marks)) for name, text in lines]
+
+  def normal(text, name):
+    form = _normal_form(text, blank, marks)
+    if text and not form.strip(f"{marks} "):
+      raise _nothing_left(name, text)
+    return (name if form == text else f"{name} (in normal form)"), form
+
+  return check_lines(lines, normal)
+
+
+def normalised_start(text: str, name: str) -> str:
+  """Return the start of a longer text in the form of text8.
+
+  Its last word may go on, and a space after it stays.
+
+  Args:
+    text: the text. It has no blanks and no marks.
+    name: name of the text, for messages.
+
+  Raises:
+    PromptError: nothing is left of the text.
+  """
+  # The text goes on with a letter, which is not part of it.
+  form = corpora.normal_form(f"{text}a".encode("utf-8", "replace"))[:-1]
+  if text and not form:
+    raise _nothing_left(name, text)
+  return form.decode()
+
+
+def _nothing_left(name, text):
+  """Return the error for a text whose normal form is empty."""
+  return PromptError(
+    f"{name}={text!r}: has no letter from a to z and no digit, so nothing is "
+    "left of it in normal form (config.data.normalise)"
+  )
 
 
 def _normal_form(text, blank, marks):
   """Return one text in normal form."""
   pieces: list[str | None] = []  # None is a space.
   last: str | None = None  # The last piece that is no mark.
+  is_apart = False  # Whether a space must come before the next letter.
   for character in text:
     if character in marks:
       pieces.append(character)
       continue
     for piece in _pieces(character, blank):
+      if piece == _APART:
+        is_apart = True
+        continue
+      # The space beside a digit's word is where the user's space is: behind the
+      # mark in "[2] x".
+      if piece and last and is_apart:
+        pieces.append(None)
+      is_apart = False
       if piece or last:
         pieces.append(piece)
         last = piece
@@ -187,13 +237,17 @@ def _normal_form(text, blank, marks):
   return "".join(" " if piece is None else piece for piece in pieces)
 
 
+# Around the word of a digit: a space, unless there is a space anyway.
+_APART = ""
+
+
 def _pieces(character, blank):
   """Return what becomes of a character in normal form; None is a space."""
   if character == blank:
     return [character]
   form = corpora.normal_form(character.encode("utf-8", "replace")).decode()
   if len(form) > 1:  # The word of a digit.
-    return [None, form, None]
+    return [_APART, form, _APART]
   return [form or None]
 
 

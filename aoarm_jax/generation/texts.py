@@ -347,10 +347,11 @@ def sample(
   """Print texts of a checkpoint: --mode=sample.
 
   Without an input file, the texts go to standard output, one per line, with
-  control characters escaped. They are
-  then also written, with their orders, to samples/ in the run directory. A
-  failure to write them is a warning. With an input file, they go to standard
-  output as JSON lines and are not written.
+  control characters escaped. Then they are also written, with their orders, to
+  samples/ in the run directory. A failure to write them is a warning. With an
+  input file, they go to standard output as JSON lines and are not written. The
+  `prompt` of the JSON is the text that was filled: with data.normalise it is
+  the normal form of what the user gave.
 
   Args:
     config: the config; its section sample says how.
@@ -379,6 +380,14 @@ def sample(
   # All prompts are checked before the first one is filled: here for symbols and
   # blanks, and below, when the run's model is known, for length and order.
   parsed = prompts.check_lines(lines, parse)
+  one_by_one = config.sample.method in ("sequential", "speculative")
+  if config.orders.groups != "none" and one_by_one:
+    logging.info(
+      "config.sample.method=%s: texts follow the chain rule, and this model "
+      "was trained with groups; --config.sample.method=parallel with "
+      "--config.sample.width=0 draws groups",
+      config.sample.method,
+    )
   run = opening.open_run(workdir, config)
   prompts.check_lines(
     [(text.name, text) for text in parsed],

@@ -81,7 +81,7 @@ class Network:
 
   @property
   def kept_whole(self) -> int:
-    """The number of parameters that stay whole to avoid short shards."""
+    """The number of arrays of parameters that avoid short shards, uncut."""
     axes = jax.tree.leaves(self.axes, is_leaf=lambda x: isinstance(x, tuple))
     return sum("width" in names for names in axes)
 

@@ -12,6 +12,7 @@ be evaluated on another text.
 """
 
 import itertools
+import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -20,9 +21,9 @@ from etils import epath
 
 from aoarm_jax.config import rules as config_rules
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.data import corpora
+from aoarm_jax.data import corpora, tokenizers
 from aoarm_jax.devices import switches
-from aoarm_jax.runs import manifest
+from aoarm_jax.runs import manifest, telemetry
 
 
 class Difference(NamedTuple):
@@ -48,6 +49,26 @@ def record(text: dict[str, str]) -> dict[str, Any]:
     text: sha256 of every split that the run reads, by the split's name.
   """
   return {"text": text, "switches": switches.streams()}
+
+
+def read_text(
+  data: config_lib.Data, tokenizer: tokenizers.Tokenizer, *splits: str
+) -> corpora.Corpus:
+  """Read some splits of the text of a config, and log what was read.
+
+  Args:
+    data: the config's section.
+    tokenizer: the tokenizer of the ids.
+    *splits: names of the splits.
+
+  Raises:
+    DataError, ConfigError: see corpora.load and Corpus.split.
+  """
+  with telemetry.waiting("reading the text"):
+    corpus = corpora.load(data.corpus, data.path, tokenizer, data.normalise)
+    description = corpus.describe(*splits)  # This reads the splits.
+  logging.info("text: %s", description)
+  return corpus
 
 
 def text_of(corpus: corpora.Corpus, *splits: str) -> dict[str, str]:
@@ -116,8 +137,8 @@ def check_same_run(
     if kind == "text":
       what = (
         f"config.data.path={config.data.path!r}: the {name} text is not that "
-        f"of {stands}, which has config.data.path={before.data.path!r} (sha256 "
-        f"{now[:12]} now, {then[:12]} then)"
+        f"of {stands}, {other_text(before, config)} (sha256 {now[:12]} now, "
+        f"{then[:12]} then)"
       )
     raise config_lib.ConfigError(
       f"{what}; set it back, or choose another --workdir, as in "
@@ -125,8 +146,31 @@ def check_same_run(
     )
 
 
+def other_text(before: config_lib.Config, config: config_lib.Config) -> str:
+  """Return why a text may differ from a run's, as the end of a sentence.
+
+  Args:
+    before: the config of the run.
+    config: the config of this start. It reads another text.
+  """
+  differing = [
+    f"config.data.{name}={value!r}"
+    for name in ("corpus", "path", "normalise")
+    if (value := getattr(before.data, name)) != getattr(config.data, name)
+  ]
+  if differing:
+    return f"which has {' and '.join(differing)}"
+  return (
+    "which has the same config.data: the text has changed since, or it begins "
+    "with a byte order mark, which earlier versions took for text"
+  )
+
+
 def another(workdir: epath.Path) -> epath.Path:
   """Return a directory beside `workdir` that does not exist."""
+  if workdir.name in ("", "..") and "://" not in str(workdir):
+    # A path such as "." has no name that others could be made of.
+    workdir = epath.Path(os.path.abspath(workdir))
   names = (f"{workdir.name}-{n}" for n in itertools.count(2))
   return next(
     path for name in names if not (path := workdir.parent / name).exists()

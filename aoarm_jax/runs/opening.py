@@ -8,6 +8,7 @@ import jax
 from absl import logging
 from etils import epath
 
+from aoarm_jax.config import paths
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import sharding
 from aoarm_jax.model import network as network_lib
@@ -39,7 +40,7 @@ class Run:
     return self.saved.step
 
 
-def read_config(workdir: epath.Path) -> config_lib.Config:
+def read_config(workdir: epath.PathLike) -> config_lib.Config:
   """Return the config of a run, as the run was last started.
 
   Args:
@@ -49,6 +50,7 @@ def read_config(workdir: epath.Path) -> config_lib.Config:
     CheckpointError: the directory has no config.json.
     ConfigError: config.json cannot be read.
   """
+  workdir = paths.of(workdir, "workdir")
   path = workdir / "config.json"
   try:
     config = config_lib.from_json(path.read_text())
@@ -86,7 +88,7 @@ _EVALUATED = (
 
 
 def as_trained(
-  config: config_lib.Config, workdir: epath.Path, overridden: Iterable[str]
+  config: config_lib.Config, workdir: epath.PathLike, overridden: Iterable[str]
 ) -> config_lib.Config:
   """Return the config with the model and the text of the run in `workdir`.
 
@@ -103,6 +105,7 @@ def as_trained(
   Raises:
     ConfigError: the run has another mechanism than the config.
   """
+  workdir = paths.of(workdir, "workdir")
   if not (workdir / "config.json").exists():
     return config
   run, overridden = read_config(workdir), set(overridden)
@@ -122,7 +125,7 @@ def as_trained(
 
 
 def open_run(
-  workdir: epath.Path,
+  workdir: epath.PathLike,
   config: config_lib.Config,
   *batches: str,
   step: int | None = None,
@@ -145,10 +148,16 @@ def open_run(
     ConfigError: the checkpoint has another model, and the message names the
       field; or the mesh does not fit the devices, the model or a batch.
   """
-  checkpoints = checkpoint.Checkpoints(
-    workdir / "checkpoints", keep_last=1, keep_best=0
-  )
+  workdir = paths.of(workdir, "workdir")
   mesh = sharding.of_run(config, *batches)
+  with checkpoint.Checkpoints(
+    workdir / "checkpoints", keep_last=1, keep_best=0
+  ) as checkpoints:
+    return _opened(workdir, config, mesh, checkpoints, step)
+
+
+def _opened(workdir, config, mesh, checkpoints, step):
+  """Return the Run of a checkpoint, see `open_run`."""
   best = config.checkpoint.read == "best"
   saved: checkpoint.Saved | None
   steps = checkpoints.steps()

@@ -23,15 +23,15 @@ LEVEL = f"no (within {LEAST_AREA:g})"
 _WIDE = 0.02
 # The two arms of the paper: the first single stream that knows any order, and
 # the masked mechanism.
-_SINGLE = next(
+SINGLE = next(
   name
   for name, kind in mechanisms.MECHANISMS.items()
   if kind.streams == 1 and not kind.left_to_right
 )
-_TWO_STREAMS = next(
+TWO_STREAMS = next(
   name for name, kind in mechanisms.MECHANISMS.items() if kind.streams == 2
 )
-_MASKED = next(
+MASKED = next(
   name for name, kind in mechanisms.MECHANISMS.items() if kind.masked
 )
 
@@ -115,24 +115,24 @@ def _areas(rows, reference):
       at = f"T = {T}, equal {budget}"
       found = {
         name: _area(rows, name, T, budget)
-        for name in (_SINGLE, _MASKED, reference)
+        for name in (SINGLE, MASKED, reference)
       }
       if T in paper:
         level = T == 128
         answers.append(
           _pair(
-            f"{at}: is {_SINGLE} {'level with' if level else 'behind'} "
-            f"{_MASKED} (coherence-diversity)?",
-            *((_MASKED, _SINGLE), found),
+            f"{at}: is {SINGLE} {'level with' if level else 'behind'} "
+            f"{MASKED} (coherence-diversity)?",
+            *((MASKED, SINGLE), found),
             level=level,
           )
         )
-      mine = (found[_SINGLE], found[reference])
+      mine = (found[SINGLE], found[reference])
       if T in paper or all(area and area.seeds > 1 for area in mine):
         answers.append(
           _pair(
-            f"{at}: is {reference} ahead of {_SINGLE} (coherence-diversity)?",
-            (reference, _SINGLE),
+            f"{at}: is {reference} ahead of {SINGLE} (coherence-diversity)?",
+            (reference, SINGLE),
             found,
           )
         )
@@ -188,16 +188,14 @@ def _deficits(rows, reference):
   answers: list[Answer] = []
   former: list[tuple[int, float]] = []
   for budget in ("steps", "flops", "parameters"):
-    found = tables.find(
-      rows, mechanism=_SINGLE, budget=budget, orders="uniform"
-    )
+    found = tables.find(rows, mechanism=SINGLE, budget=budget, orders="uniform")
     same = [(r["T"], r["difference_bits"]) for r in found]
     if same and set(same) <= set(former):
       continue  # The same runs: it is as large as it stands.
     former += same
     answers.append(
       _over(
-        f"equal {budget}: does {_SINGLE} need more bits than {reference}?",
+        f"equal {budget}: does {SINGLE} need more bits than {reference}?",
         found,
       )
     )
@@ -231,16 +229,16 @@ def _growth(question, rows, key):
 
 
 def _growth_with_length(rows, reference, budget):
-  found = tables.find(rows, mechanism=_SINGLE, budget=budget, orders="uniform")
+  found = tables.find(rows, mechanism=SINGLE, budget=budget, orders="uniform")
   question = (
-    f"equal {budget}: does {_SINGLE}'s deficit against {reference} grow with "
+    f"equal {budget}: does {SINGLE}'s deficit against {reference} grow with "
     "length?"
   )
   return _growth(question, sorted(found, key=lambda r: r["T"]), "T")
 
 
 def _growth_with_width(rows, reference, budget):
-  found = tables.find(rows, mechanism=_SINGLE, budget=budget)
+  found = tables.find(rows, mechanism=SINGLE, budget=budget)
   T = max((r["T"] for r in found if r["orders"].startswith("block")), default=0)
   widths = tables.by_width(tables.find(found, T=T))
   question = (
@@ -252,18 +250,18 @@ def _growth_with_width(rows, reference, budget):
 
 def _content(rows, reference):
   """The rival explanation: that the rows miss where their content stands."""
-  name = f"{_SINGLE}_content"
+  name = f"{SINGLE}_content"
   found = tables.find(rows, mechanism=name, budget="steps", orders="uniform")
   if not found:
     return []
   answer = _over(
-    f"equal steps: does {_SINGLE} need more bits than {reference} also where "
+    f"equal steps: does {SINGLE} need more bits than {reference} also where "
     f"its rows know their content's position ({name})?",
     tables.find(found, reference=reference),
   )
-  plain = tables.find(found, reference=_SINGLE)
+  plain = tables.find(found, reference=SINGLE)
   if plain:
-    numbers = f"{answer.numbers}; against {_SINGLE}: {_list(plain, 'T')}"
+    numbers = f"{answer.numbers}; against {SINGLE}: {_list(plain, 'T')}"
     answer = answer._replace(numbers=numbers)
   return [answer]
 
@@ -277,9 +275,9 @@ def _parting(rows):
     mine = tables.find(rows, T=T, budget="steps", orders="uniform")
     two = {
       (r["index"], r["stream"]): r
-      for r in tables.find(mine, mechanism=_TWO_STREAMS)
+      for r in tables.find(mine, mechanism=TWO_STREAMS)
     }
-    one = {r["index"]: r for r in tables.find(mine, mechanism=_SINGLE)}
+    one = {r["index"]: r for r in tables.find(mine, mechanism=SINGLE)}
     part = "query - content"
     for question, key, sign in (
       (
@@ -330,7 +328,7 @@ def _locality(question, row, key, sign):
 
 def _between(two, one, T):
   """By the indices in which the streams part at all."""
-  question = f"T = {T}: does {_SINGLE} sit between the two streams?"
+  question = f"T = {T}: does {SINGLE} sit between the two streams?"
   if not two or not one:
     return Answer(question, OPEN, "")
   inside, parts = [], []
@@ -339,7 +337,7 @@ def _between(two, one, T):
     ends = [_index(two[index, name]) for name in ("content", "query")]
     parts.append(
       f"{index}: content {ends[0].value:.3f}, query {ends[1].value:.3f}, "
-      f"{_SINGLE} {own.value:.3f}"
+      f"{SINGLE} {own.value:.3f}"
     )
     low, high = sorted(ends, key=lambda end: end.value)
     if min(low.seeds, high.seeds, own.seeds) < 2:

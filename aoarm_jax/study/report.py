@@ -12,6 +12,7 @@ from typing import Any
 from absl import logging
 from etils import epath
 
+from aoarm_jax.config import mechanisms
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.runs import directory as run_dir
 from aoarm_jax.study import cells as cells_lib
@@ -123,6 +124,8 @@ def _remove_stale(folder, drawn):
 
 def _text(config, cells, results, made, drawn, answers, shown):
   first = next((r for r in map(results.result, cells) if r), None)
+  one_way = _named(lambda kind: kind.left_to_right)
+  masked = _named(lambda kind: kind.masked)
   parts = [
     "# The structural-semantic tradeoff\n\nMade by the command below from the "
     "cells that were run; not to be edited by hand.\n\n"
@@ -132,13 +135,14 @@ def _text(config, cells, results, made, drawn, answers, shown):
     _budget(config, first),
     _state(made["cells"], results.failures(cells)),
     _answers(answers),
-    "## Bits per character\n\nNever compare `causal` (left to right, its only "
-    "order) with the others. `elbo` estimates the mean of `any_order`. "
-    "*untrained*: runs that ended within 0.1 bits of the letters' own entropy; "
-    "they are in no other table.\n\n" + _markdown(made["bits"], _BITS),
+    f"## Bits per character\n\nNever compare {one_way} (left to right, the "
+    "only order there) with the others. `elbo` estimates the mean of "
+    "`any_order`. *untrained*: runs that ended within 0.1 bits of the letters' "
+    "own entropy; they are in no other table.\n\n"
+    + _markdown(made["bits"], _BITS),
     _rates(config, made["rates"]),
     "## Paired differences\n\nArm - reference on the same windows, orders and "
-    "seeds (`mdlm`: the same windows and seeds), each at its own rate; "
+    f"seeds ({masked}: the same windows and seeds), each at its own rate; "
     "positive: the arm needs more bits. [differences.csv](differences.csv)\n\n"
     + _markdown(made["differences"], _DIFFERENCES),
     "## Dominated area of coherence-diversity\n\nOf each seed by itself, then "
@@ -160,18 +164,26 @@ def _text(config, cells, results, made, drawn, answers, shown):
   return "\n".join(part.rstrip() + "\n" for part in parts if part)
 
 
+def _named(holds):
+  """Returns the names of the mechanisms whose pieces are so, as code."""
+  return ", ".join(
+    f"`{name}`" for name, kind in mechanisms.MECHANISMS.items() if holds(kind)
+  )
+
+
 def _hypotheses():
+  single, masked = findings.SINGLE, findings.MASKED
   return _paragraphs(
-    """## Hypotheses
+    f"""## Hypotheses
 
     arXiv 2602.16092 holds that in any-order generation one hidden state must
     attend to what stands near its target (semantic) and to what was generated
     last (structural), that the two compete in one stream, and that two streams
-    can specialise. If so: a single stream (`decoupled_rope`) falls behind
-    `mdlm` as length grows, and behind `two_stream`, the arm that the paper
-    lacks, at equal compute; the deficit grows with length and with order
-    divergence; query rows look semantically, content rows structurally, and
-    the single stream sits between."""
+    can specialise. If so: a single stream (`{single}`) falls behind
+    `{masked}` as length grows, and behind `{findings.TWO_STREAMS}`, the arm
+    that the paper lacks, at equal compute; the deficit grows with length and
+    with order divergence; query rows look semantically, content rows
+    structurally, and the single stream sits between."""
   )
 
 
@@ -207,8 +219,9 @@ def _method(config, cells, first):
     **Attention**: exact sums over {study.profile_sequences} windows of
     `{split}` (fewer where it has fewer), divided by what uniform attention
     would give; sentinels and a row's own slot (the token generated last) are
-    left out, and their mass is in [locality.csv](locality.csv). Of `mdlm` there
-    is none: its slots have no order of generation. The definitions are in
+    left out, and their mass is in [locality.csv](locality.csv). There is none
+    of {_named(lambda kind: kind.masked)}: slots there have no order of
+    generation. The definitions are in
     `aoarm_jax/study`.
 
     **Answers** are about mechanisms at {size} (width x layers x heads),
@@ -269,10 +282,12 @@ def _budget(config, first):
     {optimizer["b2"]:g}), decay {optimizer["weight_decay"]:g},
     {config.optimizer.warmup_steps} steps of warmup,
     {optimizer["schedule"]}. That is little: at more of it answers may change,
-    first for the mechanisms that begin slowly. `ao_gpt` begins with
-    `condition_scale` {config.model.condition_scale or 0.02:g} (published: 0.02,
-    with which it learns nothing for longer); `mdlm` draws its times from
-    {config.train.least_time:g} on, in training and in its bound."""
+    first for the mechanisms that begin slowly. With adaLN
+    ({_named(lambda kind: kind.condition)}) a run begins with `condition_scale`
+    {config.model.condition_scale or 0.02:g} (published: 0.02, with which it
+    learns nothing for longer). Masked mechanisms
+    ({_named(lambda kind: kind.masked)}) draw their times from
+    {config.train.least_time:g} on, in training and in the bound."""
   )
 
 

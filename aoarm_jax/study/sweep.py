@@ -28,7 +28,7 @@ from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import corpora, pipeline, tokenizers
 from aoarm_jax.devices import sharding
 from aoarm_jax.runs import directory as run_dir
-from aoarm_jax.runs import telemetry
+from aoarm_jax.runs import identity, telemetry
 from aoarm_jax.study import cells as cells_lib
 from aoarm_jax.study import curve, measure, rates, report, trunks
 from aoarm_jax.study import programs as programs_lib
@@ -343,9 +343,10 @@ def _run_cells(config, cells, results):
     todo[0].label if todo else "nothing",
   )
   fitting = [cell for cell in todo if _fits(clock, cell, start, results)]
-  data, tokenizer = config.data, tokenizers.get(config.data.tokenizer)
+  tokenizer = tokenizers.get(config.data.tokenizer)
+  splits = "train", config.eval.split
   if not fitting:
-    corpus = corpora.load(data.corpus, data.path, tokenizer, data.normalise)
+    corpus = identity.read_text(config.data, tokenizer, *splits)
     _check_text(results, measure.text_of(corpus, config))
     if todo:
       _say_what_is_left(clock, todo, results)
@@ -357,8 +358,7 @@ def _run_cells(config, cells, results):
   programs = programs_lib.Programs(mesh)
   with jax.set_mesh(mesh), contextlib.closing(programs):
     _prepare(programs, results, fitting[:2])  # While the text is read.
-    corpus = corpora.load(data.corpus, data.path, tokenizer, data.normalise)
-    logging.info("text: %s", corpus.describe("train", config.eval.split))
+    corpus = identity.read_text(config.data, tokenizer, *splits)
     lab = measure.Lab(config, corpus, mesh, programs)
     _check_text(results, lab.text)
     for split in lab.text:

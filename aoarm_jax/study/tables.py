@@ -113,7 +113,7 @@ def _of_run(folder, result):
 
 
 def bits_table(cells: list[cells_lib.Cell], results: Any) -> list[Row]:
-  """Bits a character of every arm; causal's is left to right: another one."""
+  """Bits a character of every arm; some arms are left to right only."""
   rows = []
   for arm, members in arms(cells).items():
     members = [cell for cell in members if results.result(cell)]
@@ -182,9 +182,10 @@ def differences_table(
   """Arm - reference, paired: the same windows, orders and seed.
 
   Positive: the arm needs more bits. `error` is over windows and, where there
-  are two or more, over seeds, together; `error_of` says which. mdlm draws masks
-  in place of orders: there only the windows are the same. An ablation is held
-  against what it changes, too. Runs that learned nothing are in no pair.
+  are two or more, over seeds, together; `error_of` says which. A masked
+  mechanism draws masks in place of orders: there only the windows are the same.
+  An ablation is held against what it changes, too. Runs that learned nothing
+  are in no pair.
 
   Args:
     cells: all of the sweep.

@@ -111,6 +111,11 @@ def output(text: str) -> str:
   path = place(text)
   if not path.name or path.is_dir():
     raise argparse.ArgumentTypeError(f"{text!r}: name a file, not a folder")
+  # A whole file is renamed to its place, which would replace a device.
+  if path.exists() and not os.path.isfile(path):
+    raise argparse.ArgumentTypeError(
+      f"{text!r}: is a device or a pipe; name a file"
+    )
   # The nearest folder that exists. A bucket has no such folder.
   for folder in filter(os.path.exists, path.parents):
     if not (os.path.isdir(folder) and os.access(folder, os.W_OK)):

@@ -1,5 +1,6 @@
 """Fair comparisons: equal parameters, or equal FLOPs of training."""
 
+import difflib
 import runpy
 from collections.abc import Iterable
 
@@ -119,13 +120,19 @@ def resolve(
   wanted = config.match
   if not wanted.to:
     return config
-  name, _, variant = wanted.to.partition(":")
+  name, colon, variant = wanted.to.partition(":")
   path = epath.Path(config_file.partition(":")[0]).parent / f"{name}.py"
   if not path.exists() and name in experiments.names():
     path = epath.Path(experiments.folder() / f"{name}.py")
   if not path.exists():
+    near = difflib.get_close_matches(
+      epath.Path(name).stem, experiments.names(), 1
+    )
+    hint = f"; did you mean {near[0]}{colon}{variant}?" if near else ""
     raise config_lib.ConfigError(
-      f"config.match.to={wanted.to!r}: there is no {path}"
+      f"config.match.to={wanted.to!r}: there is no {path}: name a file in the "
+      "folder of this experiment, without .py, or an experiment of this "
+      f"package{hint}"
     )
   get_config = runpy.run_path(str(path))["get_config"]
   other = config_lib.from_config_dict(get_config(variant or config.variant))

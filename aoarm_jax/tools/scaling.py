@@ -20,9 +20,9 @@ strong scaling they stay the same. Texts, orders and parameters are random.
 The exit status is 1 where no row could be measured.
 
 --dry-run uses 8 virtual CPU devices, which share one processor. By default it
-measures a tiny model with two streams on 1 and on 4 of them: six programs, a
-minute or two on 2 cores. Its times mean nothing, so it shows no efficiency.
-Several processes, started by launch.local or launch.slurm, measure
+measures a tiny model with two streams on 1 and on 4 of them: six programs,
+some 4 minutes of processor time. Its times mean nothing, so it shows no
+efficiency. Several processes, started by launch.local or launch.slurm, measure
 all their devices only, and show no efficiency either.
 """
 

@@ -87,14 +87,8 @@ def train(
     ) as signals,
   ):
     # A missing text is told before the run directory is made.
-    data = config.data
-    with telemetry.waiting("reading the text"):
-      corpus = corpora.load(
-        data.corpus, data.path, network.tokenizer, data.normalise
-      )
-      splits = list(dict.fromkeys(("train", config.eval.split)))
-      description = corpus.describe(*splits)  # This reads the splits.
-    logging.info("text: %s", description)
+    splits = list(dict.fromkeys(("train", config.eval.split)))
+    corpus = identity.read_text(config.data, network.tokenizer, *splits)
     text = identity.text_of(corpus, *splits)
     agreement.check_text(text)
     # Everything that depends on what stands in the run directory is decided
@@ -410,11 +404,12 @@ class _Run:
         step, "valid", unigram_bits=self.unigram_bits, **estimate.record()
       )
       logging.info(
-        "step %s  %s: %s  (unigram entropy %.4f)",
+        "step %s  %s: %s  (unigram entropy %.4f bits/%s)",
         f"{step:,}",
         c.eval.split,
         estimate,
         self.unigram_bits,
+        self.network.tokenizer.unit,
       )
     if self._due(step, c.checkpoint.every):
       self._save(step, state, metric)

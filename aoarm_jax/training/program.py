@@ -63,8 +63,7 @@ def make(
   Raises:
     ConfigError: the mesh does not divide the model or the batch.
   """
-  if mesh is None:
-    mesh = sharding.of_run(config, *batches, devices=devices)
+  mesh = sharding.of_run(config, *batches, mesh=mesh, devices=devices)
   network = network_lib.Network(config, mesh)
   init = functools.partial(train_state.init, network)
   abstract = network.placed(jax.eval_shape(init, 0))

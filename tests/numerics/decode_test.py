@@ -12,7 +12,7 @@ from absl.testing import absltest, parameterized
 
 from aoarm_jax import objective, orders
 from aoarm_jax.config import mechanisms
-from aoarm_jax.generation import decode
+from aoarm_jax.generation import decode, diffusion
 from aoarm_jax.generation import law as sampling
 from aoarm_jax.generation import plan as plan_lib
 from aoarm_jax.generation import steps as decode_steps
@@ -199,6 +199,38 @@ def _steps_seen(method, ran):
     return step, passes
 
   return mock.patch.dict(decode_steps.METHODS, {method: seen})
+
+
+class RefusedTest(parameterized.TestCase):
+  @parameterized.parameters(
+    (decode, "mdlm", "sequential", "mechanism mdlm is masked: diffusion.gen"),
+    (decode, "causal", "adaptive", "method 'adaptive': mechanism causal gener"),
+    (decode, "two_stream", "ancestral", "'ancestral': .* by: sequential, par"),
+    (diffusion, "mdlm", "parallel", "'parallel': .* by: sequential, ancestral"),
+    (
+      diffusion,
+      "causal",
+      "sequential",
+      "causal is not masked: decode.generate",
+    ),
+  )
+  def test_a_method_that_the_mechanism_has_not(
+    self, module, mechanism, method, message
+  ):
+    made = tiny.make(mechanism)
+    blank = np.zeros((1, 7), np.int32)
+    with self.assertRaisesRegex(ValueError, message) as caught:
+      module.generate(
+        made,
+        made.abstract_params,
+        jax.random.key(0),
+        blank,
+        blank > 0,
+        tiny.orders_of(mechanism, 1, 7),
+        sampling.make_law(),
+        plan=plan_lib.Plan(method),
+      )
+    self.assertNotIn("\n", str(caught.exception))
 
 
 class StagesTest(parameterized.TestCase):

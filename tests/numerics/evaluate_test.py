@@ -108,14 +108,18 @@ class UnitTest(absltest.TestCase):
     self.assertAlmostEqual(record["bits_per_char"], 2 * bits)
     self.assertAlmostEqual(record["by_distance"][0]["bits_per_byte"], bits)
     self.assertRegex(
-      str(byte), r"2.8854 bits/byte .* = 5.7708 bits/char .* 8 bytes\)"
+      str(byte),
+      r"2.8854 bits/byte .* = 5.7708 bits/char .* 8 bytes, 4 characters\)",
     )
+    self.assertEqual((record["tokens"], record["characters"]), (8, 4))
     record = found.record()
+    self.assertEqual((record["tokens"], record["characters"]), (8, 8))
     self.assertAlmostEqual(record["bits_per_char"], bits)
     self.assertNotIn("bits_per_byte", record)
     self.assertRegex(str(found), r"2.8854 bits/char .*, 8 characters\)")
     unknown = dataclasses.replace(byte, characters=0).record()
     self.assertNotIn("bits_per_char", unknown)
+    self.assertIsNone(unknown["characters"])
 
 
 class EstimateTest(parameterized.TestCase):

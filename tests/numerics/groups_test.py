@@ -5,15 +5,18 @@ Groups in likelihoods, in generation and in scores.
 
 import functools
 import itertools
+import tempfile
 
 import helpers
 import jax
 import numpy as np
 import pytest
 import tiny
+from absl import logging
 from absl.testing import absltest, parameterized
+from etils import epath
 
-from aoarm_jax import objective, orders
+from aoarm_jax import api, objective, orders
 from aoarm_jax.config import schema as config
 from aoarm_jax.data import tokenizers
 from aoarm_jax.devices import sharding
@@ -23,6 +26,7 @@ from aoarm_jax.generation import law as sampling
 from aoarm_jax.generation import plan as plan_lib
 from aoarm_jax.generation import texts as generate
 from aoarm_jax.model import network as network_lib
+from aoarm_jax.runs import checkpoint
 
 # On the older Python alone, for time.
 pytestmark = pytest.mark.once
@@ -348,6 +352,88 @@ def _scores(texts, given=(), **options):
   with jax.set_mesh(mesh):
     scorer = score.Scorer(base, made)
     return scorer.score(params, parsed, changed, given or None)
+
+
+class ExperimentTest(absltest.TestCase):
+  """configs/any_subset.py is sampled and scored as it is trained."""
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.enterClassContext(helpers.quick_compilation())
+
+  def test_its_law_is_that_of_its_groups(self):
+    experiment = str(helpers.ROOT / "configs" / "any_subset.py:tiny")
+    changes = {"model.T": 6, "model.D": 8, "model.L": 1, "sample.count": 6}
+    changes |= {"orders.groups": "fixed", "orders.group_width": 4}
+    base = helpers.config_of(
+      helpers.arguments("x", changes, experiment=experiment)
+    )
+    mesh = sharding.make_mesh(config.Mesh(data=1))
+    made = network_lib.Network(base, mesh, _ABC)
+    params = sharding.put(mesh, tiny.sharp(made))
+    with jax.set_mesh(mesh):
+      texts = generate.Sampler(base, made).sample(params)
+      order = base.replace("score.order", "given")
+      scores = score.Scorer(order, made).score(
+        params,
+        [(t.text, prompts.parse_marked(t.text, _ABC, "", "")) for t in texts],
+        given=[text.order for text in texts],
+      )
+      nll = jax.jit(
+        lambda *args: objective.order_nll(
+          made.bind(params),
+          made.layout,
+          *args,
+          group_start=orders.draw_groups(jax.random.key(0), 6, 6, base.orders),
+        )
+      )
+      nats = np.asarray(
+        nll(
+          np.array([text.tokens for text in texts]),
+          np.array([text.order for text in texts]),
+        )
+      ).sum(axis=1)
+    for text, scored, want in zip(texts, scores, nats):
+      self.assertAlmostEqual(text.log_p, -want, delta=1e-4)
+      self.assertAlmostEqual(scored.log_p, -want, delta=1e-4)
+
+  def test_widths_are_those_of_training(self):
+    groups = config.Orders(groups="random", group_width=5)
+    sample = config.Sample(method="parallel", width=0)
+    self.assertEqual(plan_lib.Plan.of(sample, groups).width, 5)
+    self.assertEqual(plan_lib.Plan.of(sample, config.Orders()).width, 1)
+    self.assertEqual(plan_lib.Plan.of(config.Sample(width=3), groups).width, 3)
+
+  def test_the_chain_rule_is_said(self):
+    """A model of groups hardly knows it."""
+    workdir = epath.Path(self.enterContext(tempfile.TemporaryDirectory()))
+    base = config.Config(orders=config.Orders(groups="random"))
+    grouped = base.replace("sample.method", "parallel")
+    grouped = grouped.replace("score.width", 0)
+    for made, said in ((base, 1), (grouped, 0), (config.Config(), 0)):
+      for call in (
+        lambda: generate.sample(made, workdir, "a_"),  # noqa: B023
+        lambda: score.score(made, workdir, "ab"),  # noqa: B023
+      ):
+        with (
+          self.assertLogs(level="INFO") as logs,
+          self.assertRaises(checkpoint.CheckpointError),
+        ):
+          logging.info("start")
+          call()
+        lines = [x for x in logs.output if "trained with groups; --con" in x]
+        self.assertLen(lines, said)
+
+  def test_the_width_of_known_tokens_has_an_effect(self):
+    """Also where the other tokens come in steps."""
+    for groups, has_effect in (("random", True), ("none", False)):
+      made = config.Config(
+        orders=config.Orders(groups=groups),
+        sample=config.Sample(method="parallel", steps=3),
+      )
+      effects = {name: holds for name, holds, _ in api._effects("sample", made)}
+      self.assertEqual(effects["width"], has_effect)
 
 
 class ScoreTest(parameterized.TestCase):

@@ -13,6 +13,7 @@ import tiny
 from absl.testing import absltest, parameterized
 from studies import V, config
 
+from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import sharding
 from aoarm_jax.generation import decode, diffusion
 from aoarm_jax.generation import law as sampling
@@ -25,6 +26,19 @@ from aoarm_jax.training import program as program_lib
 # On the older Python alone, but for what profiles_test.py and coherence_test.py
 # say of the measures.
 pytestmark = pytest.mark.once
+
+
+class MeshTest(absltest.TestCase):
+  def test_a_given_mesh_must_divide_the_batches(self):
+    mesh = jax.sharding.AbstractMesh((3, 1, 1, 1), sharding.AXES)
+    made = config_lib.Config(
+      train=config_lib.Train(batch_size=6),
+      eval=config_lib.Eval(batch_size=4),
+    )
+    with self.assertRaisesRegex(
+      config_lib.ConfigError, "config.eval.batch_size=4"
+    ):
+      program_lib.make(made, "train", "eval", mesh=mesh)
 
 
 class TemperaturesTest(parameterized.TestCase):

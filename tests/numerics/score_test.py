@@ -4,6 +4,7 @@ import contextlib
 import functools
 import itertools
 import math
+import re
 from unittest import mock
 
 import helpers
@@ -273,21 +274,37 @@ class MarksTest(parameterized.TestCase):
     ("Hello World!", "hello world"),
     ("  She said: [Nothing!] ", "she said [nothing]"),
     ("It was [3]?", "it was [three]"),
+    ("the [2] x 3", "the [two] x three"),
+    ("a[2]b", "a[ two] b"),
+    ("3[3] [3", "three[ three] [three"),
+    ("_2_ [2,2]", "_ two _ [two two]"),
     ("no[ 3 x]", "no[ three x]"),
     ("the Qu__k, Élan ___.", "the qu__k lan ___"),
     ("[ ] - [a]", "[][a]"),
-    ("...", ""),
     ("a [b] c", "a [b] c"),
     ("\u212a3", "three"),
   )
   def test_a_text_in_normal_form_keeps_blanks_and_marks(self, text, want):
     char27 = tokenizers.get("char27")
     lines = prompts.normalised([("x", text)], char27, "auto", "auto")
-    self.assertEqual(lines, [("x", want)])
+    name = "x" if want == text else "x (in normal form)"
+    self.assertEqual(lines, [(name, want)])
     plain = text.translate(dict.fromkeys(map(ord, "[]_"), " "))
     form = corpora.normal_form(plain.encode()).decode()
     got = want.translate(dict.fromkeys(map(ord, "[]_"), " "))
     self.assertEqual(got.split(), form.split())
+
+  @parameterized.parameters("...", " ", "[,]", "é [ ] 中")
+  def test_a_text_of_which_nothing_is_left(self, text):
+    """The message has the text as the user gave it."""
+    char27 = tokenizers.get("char27")
+    lines = [("x", "a"), ("y", text), ("z", "b"), ("w", "?")]
+    with self.assertRaisesRegex(
+      prompts.PromptError,
+      rf"^y={re.escape(repr(text))}: has no letter .*1 other is wrong too; the "
+      "next is w",
+    ):
+      prompts.normalised(lines, char27, "auto", "auto")
 
   @parameterized.parameters("x[0] = 1", "assert_stmt", "]", "_", "a [b_] _c[")
   def test_the_text_of_a_byte_model_is_text(self, text):

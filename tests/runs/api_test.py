@@ -120,10 +120,12 @@ class ModelTest(parameterized.TestCase):
 
   def test_the_loop_around_the_pieces_learns(self):
     lines = _printed_by("docs/pieces.md", 0)
-    losses = [float(line.split()[2]) for line in lines[:-1]]
-    self.assertLen(losses, 4)
+    self.assertLen(lines, 4 + 2 + 1)
+    losses = [float(line.split()[2]) for line in lines[:4]]
     self.assertBetween(losses[0], 3.0, 3.6)
     self.assertBetween(losses[-1], 2.0, losses[0] - 0.3)
+    for line in lines[4:6]:
+      self.assertRegex(line, r"^she said [a-z ]{23}: -\d+\.\d nats$")
     self.assertEqual(lines[-1], "[(16, 32, 4, 8), (16, 32, 4, 8)]")
 
   def test_what_was_trained(self):
@@ -311,8 +313,30 @@ class ModelTest(parameterized.TestCase):
     (lambda m: m.generate(blank="?"), "blank: no such option; there are: cou"),
     (lambda m: m.generate(1.5), "count=1.5: must be a whole number"),
     (lambda m: m.generate(prompt="aX"), "prompt: char27: character 'X' at of"),
+    (lambda m: m.generate(prompt="a_"), "prompt: .*; infill fills every '_'$"),
     (lambda m: m.generate(prompt="ab", length=2), "prompt has 2 tokens, and t"),
     (lambda m: m.generate(prompt=3), "prompt=3 is no text: give a str"),
+    (
+      lambda m: m.generate(prompt="?!", normalise=True),
+      r"prompt='\?!': has no letter from a to z and no digit, so nothing is",
+    ),
+    (
+      lambda m: m.score(["a", "[!]"], normalise=True),
+      r"text 2='\[!\]': has no",
+    ),
+    (lambda m: m.infill("Éè", normalise=True), "text 1='Éè': has no letter"),
+    (
+      lambda m: m.infill("Hello!", normalise=True),
+      r"text 1 \(in normal form\)='hello' has no blank",
+    ),
+    (
+      lambda m: m.score("Hello, 1[", normalise=True),
+      r"text 1 \(in normal form\): '\[' at offset 9 has no partner",
+    ),
+    (
+      lambda m: m.score("ab", normalise="no"),
+      "normalise='no': must be True, F",
+    ),
     (lambda m: m.generate(length=41), "length=41: must be at least 1 and at m"),
     (lambda m: m.score({"ab"}), "{'ab'} is no text"),
     (lambda m: m.score(iter(["ab", 3])), "3 is no text"),
@@ -379,6 +403,24 @@ class ModelTest(parameterized.TestCase):
     # It is what infill draws.
     want = _model.infill("ab_____", seed=3)
     self.assertEqual(_model.generate(prompt="ab", length=7, seed=3), want)
+
+  def test_a_prompt_in_normal_form(self):
+    """It goes on where it ends: within a word, or after a space."""
+    for prompt, start in (
+      ("She said: No", "she said no"),
+      ("She said, ", "she said "),
+      ("", ""),
+    ):
+      want = _model.infill(start + "___", seed=3)
+      n = len(start) + 3
+      got = _model.generate(prompt=prompt, length=n, seed=3, normalise=True)
+      self.assertEqual(got, want)
+      normal = _model.config.replace("data.normalise", True)
+      with mock.patch.object(_model, "config", normal):
+        got = _model.generate(prompt=prompt, length=n, seed=3)
+        self.assertEqual(got, want)
+        with self.assertRaisesRegex(aoarm_jax.PromptError, "character ','"):
+          _model.generate(prompt="a, b", normalise=False)
 
   @parameterized.parameters(
     iter, tuple, np.array, lambda x: np.array(x, object), lambda x: map(str, x)

@@ -158,7 +158,7 @@ class FaultsTest(parameterized.TestCase):
     """Python's main thread waits for ever, or holds the interpreter's lock."""
     name = f"stuck_{what}"
     process = helpers.start(
-      arguments(name, distributed__step_timeout_seconds=4),
+      arguments(name, distributed__step_timeout_seconds=8),
       code=FAULT,
       **fault(name, what),
     )
@@ -166,7 +166,7 @@ class FaultsTest(parameterized.TestCase):
     self.assertEqual(code, 14, err)
     if what == "lock":
       self.assertIn(
-        "aoarm_jax: error: stuck at step 5: no progress for 4 s "
+        "aoarm_jax: error: stuck at step 5: no progress for 8 s "
         "(config.distributed.step_timeout_seconds); start the same command",
         err,
       )

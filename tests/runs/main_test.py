@@ -1,6 +1,7 @@
 """The command line: every error is one line that names what to mend."""
 
 import contextlib
+import errno
 import io
 import os
 import pathlib
@@ -359,6 +360,28 @@ class ParseTest(parameterized.TestCase):
         ]
       )
     self.assertIn("--config.train.steps=3740\n", shown.getvalue())
+
+  def test_an_answer_has_a_place(self):
+    """Without standard output it would be lost in silence."""
+    for mode, *more in (("score", "--text=a"), ("config",), ("count",)):
+      with (
+        mock.patch.object(sys, "stdout", None),
+        self.assertRaisesRegex(flags.Error, f"closed, and --mode={mode} prin"),
+      ):
+        helpers.run([f"--config={helpers.TINY}", f"--mode={mode}", *more])
+
+  def test_help_that_cannot_be_written(self):
+    full = OSError(errno.ENOSPC, "full")
+    err = io.StringIO()
+    with (
+      mock.patch.object(main, "help_text", side_effect=full),
+      contextlib.redirect_stderr(err),
+      self.assertRaises(SystemExit) as caught,
+    ):
+      main._parse_or_exit(["main.py", "--help"])
+    self.assertEqual(caught.exception.code, 1)
+    self.assertStartsWith(err.getvalue(), "aoarm_jax: error: No space left")
+    self.assertLen(err.getvalue().splitlines(), 1)
 
   def test_flags_can_be_defined_anew(self):
     for steps in (3, 4):

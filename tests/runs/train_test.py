@@ -230,7 +230,9 @@ class RunTest(TrainTest):
     self.matching(
       r"step +20/160  loss .* nats/token  .* bits/char .* tokens/s  ETA", lines
     )
-    self.matching(r"step 160  valid: any_order .*unigram entropy 4\.7", lines)
+    self.matching(
+      r"step 160  valid: any_order .*unigram entropy 4\.7\d* bits/char\)", lines
+    )
     self.matching("done: .*base", lines)
     with self.assertRaises(AssertionError):
       self.matching("finished", lines)

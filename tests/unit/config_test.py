@@ -117,6 +117,17 @@ class ExperimentsTest(parameterized.TestCase):
     with self.assertRaisesRegex(config_lib.ConfigError, message):
       experiments.find(name)
 
+  @parameterized.parameters(
+    "gs://b/two_stream.py:tiny", "https://x.org/mine.py", "file:///x.py"
+  )
+  def test_an_experiment_is_not_read_from_an_address(self, text):
+    start = text.partition("//")[0] + "//"
+    with self.assertRaisesRegex(
+      config_lib.ConfigError, f"^--config={text}: .* not read from {start}"
+    ) as caught:
+      experiments.find(text)
+    self.assertNotIn("\n", str(caught.exception))
+
   def test_a_wheel_has_the_experiments_and_every_package(self):
     """The slow test of a whole wheel is in main_test.py."""
     parser = configparser.ConfigParser()

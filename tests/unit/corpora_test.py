@@ -129,6 +129,7 @@ class CorporaTest(parameterized.TestCase):
     ("é".encode() * 9, 1, 17),
     ("🎉".encode() * 9, 3, 33),
     (_TEXT + b"\x02\x1b[0m" + _TEXT, 0, None),
+    (b"a short text of DOS \x1a\x7f", 0, None),
     (b"PK is no zip, BZh no bzip2" * 9, 0, None),
   )
   def test_text_of_every_kind(self, data, start, end):
@@ -174,7 +175,9 @@ class CorporaTest(parameterized.TestCase):
 
   def test_a_zip_of_two_files_is_refused(self):
     path = self.file("text8.zip", _zip(_TEXT, names=("a", "b")))
-    with self.assert_refused(path, "2 files instead of one"):
+    # It is not damaged. A document of a word processor is such an archive.
+    message = f"{path}: is no text but a zip archive of 2 files"
+    with self.assert_refused(message, "unpack it"):
       self.load(path).split("train")
 
   @parameterized.parameters(
@@ -193,6 +196,12 @@ class CorporaTest(parameterized.TestCase):
     path = self.file("text8", data)
     with self.assert_refused(path, f"{len(data)} characters are too few"):
       self.load(path).split("train")
+
+  def test_a_text_whose_normal_form_is_short(self):
+    path = self.file("text8", b"... 2 !" * 3)
+    corpus = corpora.load("auto", path, self.char27, normalise=True)
+    with self.assert_refused(path, "11 characters in normal form are too few"):
+      corpus.split("train")
 
   def test_twenty_characters_are_enough(self):
     corpus = self.load(self.file("text8", b"abcdefghijklmnopqrst"))

@@ -203,6 +203,7 @@ class BenchmarkTest(parameterized.TestCase):
     (["--bandwidth=nan"], "--bandwidth: 'nan': must be a number"),
     (["--only", "("], "--only: '(' is not a regular expression: missing )"),
     (["--out=/"], "--out: '/': name a file, not a folder"),
+    (["--out=/dev/null"], "--out: '/dev/null': is a device or a pipe; name a"),
     ([f"--out={__file__}/x"], f"{__file__} is no folder that can be written"),
     (["--attention", "foo"], "--attention: invalid choice: 'foo'"),
     (["--methods"], "--methods: expected at least one argument"),

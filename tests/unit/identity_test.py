@@ -1,14 +1,18 @@
 """What makes a run this run, and what a checkpoint says of it."""
 
+import contextlib
 import tempfile
+import time
+from unittest import mock
 
 import jax
 from absl.testing import absltest, parameterized
 from etils import epath
 
 from aoarm_jax.config import schema as config_lib
+from aoarm_jax.data import corpora, tokenizers
 from aoarm_jax.devices import switches
-from aoarm_jax.runs import identity, manifest
+from aoarm_jax.runs import identity, manifest, telemetry
 
 TEXT = {"train": "a" * 64, "valid": "b" * 64}
 OTHER = "c" * 64
@@ -71,6 +75,16 @@ class IdentityTest(parameterized.TestCase):
     self.assertIn("which has config.data.path='old'", message)
     self.assertIn("c" * 12, message)
 
+  def test_another_reading_of_the_same_text(self):
+    """The message does not name a path that is the same."""
+    other = TEXT | {"train": OTHER}
+    message = self.refused(CONFIG.replace("data.normalise", True), other)
+    self.assertIn("which has config.data.normalise=False (sha256", message)
+    message = self.refused(CONFIG, other)
+    self.assertIn(
+      "the text has changed since, or it begins with a byte order mark", message
+    )
+
   @parameterized.parameters(
     ("jax_default_prng_impl", "rbg"),
     ("jax_threefry_partitionable", False),
@@ -111,6 +125,31 @@ class IdentityTest(parameterized.TestCase):
   def test_another_directory(self):
     (self.workdir.parent / "run-2").mkdir()
     self.assertEqual(identity.another(self.workdir).name, "run-3")
+    (self.workdir / "x").mkdir()
+    with contextlib.chdir(self.workdir / "x"):
+      for text, name in ((".", "x-2"), ("..", "run-3"), ("y", "y-2")):
+        path = identity.another(epath.Path(text))
+        self.assertEqual(path.name, name)
+        self.assertFalse(path.exists())
+      self.assertEqual(str(path), "y-2")
+
+  def test_a_text_that_is_read_for_long(self):
+    """It says so, and then what it is."""
+    tokenizer, lines = tokenizers.get("char27"), []
+    load = corpora.load
+
+    def slow(*args):
+      time.sleep(0.05)
+      return load(*args)
+
+    with (
+      mock.patch.object(corpora, "load", slow),
+      telemetry.patience(0.01, lines.append),
+      self.assertLogs(level="INFO") as logs,
+    ):
+      identity.read_text(config_lib.Data(), tokenizer, "valid")
+    self.assertStartsWith(lines[0], "reading the text: ")
+    self.assertRegex(logs.output[0], "text: built-in text.*: valid [0-9,]+ ch")
 
   def test_every_switch_is_known_to_jax(self):
     self.assertEqual(tuple(switches.streams()), switches.STREAMS)

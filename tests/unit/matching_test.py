@@ -229,9 +229,13 @@ class ResolveTest(absltest.TestCase):
   def test_no_such_config(self):
     with self.assertRaisesRegex(
       config_lib.ConfigError,
-      "config.match.to='another': there is no .*another.py",
+      "config.match.to='another': there is no .*another.py: name a file in",
     ):
       self.resolve(to="another")
+    with self.assertRaisesRegex(
+      config_lib.ConfigError, r"this package; did you mean two_stream:tiny\?$"
+    ):
+      self.resolve(to="configs/two_stream.py:tiny")
 
 
 if __name__ == "__main__":

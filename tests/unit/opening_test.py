@@ -2,13 +2,14 @@
 
 import dataclasses
 import tempfile
+from unittest import mock
 
 from absl.testing import absltest
 from etils import epath
 
 from aoarm_jax.config import rules as config_rules
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.runs import opening
+from aoarm_jax.runs import checkpoint, opening
 
 
 class AsTrainedTest(absltest.TestCase):
@@ -87,6 +88,26 @@ class AsTrainedTest(absltest.TestCase):
         "'two_stream': give the --config .*experiment.*, or another --workdir",
       ):
         self.as_trained(own)
+
+  def test_the_checkpoints_of_an_open_run_are_closed(self):
+    """Its directory may be a str, and it may fail."""
+    self.write()
+    closed = []
+    with (
+      mock.patch.object(
+        checkpoint.Checkpoints,
+        "close",
+        lambda self: closed.append(self._steps.directory),
+      ),
+      mock.patch.object(opening, "_opened", return_value="run") as opened,
+    ):
+      run = opening.open_run(str(self.workdir), self.run_config)
+    self.assertEqual(run, "run")
+    self.assertEqual(opened.call_args.args[0], self.workdir)
+    self.assertEqual(closed, [self.workdir / "checkpoints"])
+    with self.assertRaisesRegex(checkpoint.CheckpointError, "train first"):
+      opening.open_run(str(self.workdir), self.run_config)
+    self.assertEqual(opening.read_config(str(self.workdir)), self.run_config)
 
   def test_without_a_run(self):
     own = dataclasses.replace(config_lib.Config(), seed=3)

@@ -20,7 +20,13 @@ from aoarm_jax.study import sweep
 from aoarm_jax.tools import arguments
 from aoarm_jax.training import loop as train
 
-ADDRESSES = ("http://x.org/text8.zip", "hf://x/y", "file:///x", "gs:/x")
+ADDRESSES = (
+  "http://x.org/text8.zip",
+  "HTTPS://x.org/x",
+  "hf://x/y",
+  "file:///x",
+  "gs:/x",
+)
 
 
 class PathsTest(parameterized.TestCase):
@@ -49,6 +55,13 @@ class PathsTest(parameterized.TestCase):
       config_lib.ConfigError, f"^--workdir={text}: [^\n]+$"
     ):
       paths.of(text, "--workdir")
+
+  @parameterized.parameters(b"/x", None, 3)
+  def test_no_path(self, text):
+    with self.assertRaisesRegex(
+      config_lib.ConfigError, f"^workdir={text!r}: is no path; give a str"
+    ):
+      aoarm_jax.load(text)
 
   def test_a_bucket_without_its_client(self):
     with (

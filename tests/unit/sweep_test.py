@@ -18,6 +18,7 @@ from absl.testing import absltest
 from etils import epath
 from studies import config
 
+from aoarm_jax.config import mechanisms
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import tokenizers
 from aoarm_jax.runs import telemetry
@@ -259,6 +260,22 @@ class FailureTest(absltest.TestCase):
     )
     text = (folder / "README.md").read_text()
     self.assertIn(f"1 failed:\n\n- {cells[1].label}: loss is nan", text)
+
+  def test_the_report_names_mechanisms_by_their_pieces(self):
+    """A line that is added to the table is in it."""
+    added = {
+      "mine": mechanisms.Mechanism("mine", left_to_right=True),
+      "hidden": mechanisms.Mechanism("mine", masked=True),
+    }
+    cells = cells_lib.expand(self.config)
+    results = sweep.Results(self.config, self.folder)
+    folder = self.folder / "report"
+    with mock.patch.dict(mechanisms.MECHANISMS, added):
+      sweep.report.write(self.config, cells, results, folder, [""])
+    text = " ".join((folder / "README.md").read_text().split())
+    self.assertIn("Never compare `causal`, `mine` (left to right", text)
+    self.assertIn("seeds (`mdlm`, `hidden`: the same windows", text)
+    self.assertIn("There is none of `mdlm`, `hidden`: slots there", text)
 
   def test_a_report_of_nothing_is_refused(self):
     study = dataclasses.replace(self.config.study, part="report")

@@ -42,8 +42,13 @@ class SwitchesTest(parameterized.TestCase):
 
   def test_context(self):
     with jax.enable_x64(True):
-      with jax.numpy_dtype_promotion("strict"), switches.fixed_types():
+      with (
+        jax.numpy_dtype_promotion("strict"),
+        jax.numpy_rank_promotion("raise"),
+        switches.fixed_types(),
+      ):
         self.assertEqual(jnp.zeros(()).dtype, jnp.float32)
+        self.assertEqual((jnp.zeros((2, 1)) + jnp.zeros(1)).ndim, 2)
         self.assertEqual((jnp.zeros(1) + jnp.arange(1)).dtype, jnp.float32)
       self.assertEqual(jnp.zeros(()).dtype, jnp.float64)
 
@@ -60,6 +65,15 @@ class SwitchesTest(parameterized.TestCase):
     self.assertEqual(jnp.zeros(()).dtype, jnp.float32)
     with self.assertNoLogs(level="WARNING"):
       switches.fix_types()
+
+  def test_a_switch_that_would_stop_every_program(self):
+    name = "jax_numpy_rank_promotion"
+    self.addCleanup(jax.config.update, name, jax.config.values[name])
+    jax.config.update(name, "raise")
+    with self.assertLogs(level="WARNING") as logs:
+      switches.fix_types()
+    self.assertIn("JAX_NUMPY_RANK_PROMOTION is set to 'allow'", logs.output[0])
+    self.assertEqual((jnp.zeros((2, 1)) + jnp.zeros(1)).ndim, 2)
 
 
 if __name__ == "__main__":
