@@ -21,7 +21,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from aoarm_jax.config import errors, mechanisms
+from aoarm_jax.config import errors, mechanisms, reading
 
 ORDER_FAMILIES = (
   "uniform",
@@ -509,6 +509,9 @@ class Sample:
     "steps of training between samples; 0 samples at the end only",
     low=0,
   )
+  keep_last: int = _field(
+    10, "number of newest files of samples that training keeps", low=1
+  )
   seed: int = _field(0, "seed of the orders and of the drawn tokens", low=0)
 
 
@@ -865,8 +868,19 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str) -> Config:
-  """Return the config that `to_json` wrote; see `from_dict`."""
-  return from_dict(json.loads(text))
+  """Return the config that `to_json` wrote; see `from_dict`.
+
+  Args:
+    text: the JSON text, which may come from a stranger.
+
+  Raises:
+    ConfigError: the text is no JSON, or see `from_dict`.
+  """
+  try:
+    tree = reading.parse(text)
+  except ValueError as error:
+    raise ConfigError(f"config: {error}") from error
+  return from_dict(tree)
 
 
 def no_such_field(
@@ -885,7 +899,8 @@ def no_such_field(
     for f in dataclasses.fields(section)
   ]
   return ConfigError(
-    f"{path}.{name}: no such field; {path} has: {', '.join(fields)} "
+    f"{path}.{reading.shown_name(name)}: no such field; {path} has: "
+    f"{', '.join(fields)} "
     "(--mode=config explains all fields)"
   )
 
@@ -894,7 +909,7 @@ def _build(cls, tree, path):
   fields = {f.name: f for f in dataclasses.fields(cls)}
   if not isinstance(tree, dict):
     raise ConfigError(
-      f"{path}={tree!r}: a section; it has: {', '.join(fields)}"
+      f"{path}={reading.shown(tree)}: a section; it has: {', '.join(fields)}"
     )
   for name in tree:
     if name not in fields:
@@ -914,10 +929,10 @@ def _cast(kind, value, path):
     value = value.item()
   if kind is tuple and isinstance(value, (list, tuple)):
     return tuple(value)
-  if kind is float and type(value) is int:
+  if kind is float and type(value) is int and abs(value) < 2**63:
     return float(value)
   if type(value) is not kind:
-    raise ConfigError(f"{path}={value!r}: must be {KINDS[kind]}")
+    raise ConfigError(f"{path}={reading.shown(value)}: must be {KINDS[kind]}")
   return value
 
 

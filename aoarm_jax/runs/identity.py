@@ -24,6 +24,9 @@ from aoarm_jax.data import corpora
 from aoarm_jax.devices import switches
 from aoarm_jax.runs import manifest
 
+# training/resuming.py compares this field.
+_STEPS = "config.train.steps"
+
 
 class Difference(NamedTuple):
   """One thing that differs between a checkpoint and this start.
@@ -50,6 +53,21 @@ def record(text: dict[str, str]) -> dict[str, Any]:
   return {"text": text, "switches": switches.streams()}
 
 
+def config_of(saved: manifest.Saved) -> config_lib.Config:
+  """Return the config that a checkpoint was saved with.
+
+  Raises:
+    CheckpointError: the checkpoint holds no config of this program.
+  """
+  try:
+    return config_lib.from_json(saved.config_json)
+  except config_lib.ConfigError as error:
+    raise manifest.CheckpointError(
+      f"checkpoint step {saved.step}: its manifest has no config that this "
+      f"program can read: {error}; use the release that wrote it"
+    ) from error
+
+
 def text_of(corpus: corpora.Corpus, *splits: str) -> dict[str, str]:
   """Return the sha256 of some splits by their names."""
   return {name: corpus.hash(name) for name in sorted({*splits})}
@@ -70,7 +88,7 @@ def differences(
     text: sha256 of the splits that are read now. None compares no text.
   """
   if config is not None:
-    before = config_lib.from_json(saved.config_json)
+    before = config_of(saved)
     for field in config_rules.differences(before, config, ("model", "run")):
       yield Difference("field", *field)
   then = saved.data_state.get("switches", {})
@@ -103,12 +121,12 @@ def check_same_run(
     ConfigError: something differs. The message names the value, what stands in
       the directory, and how to choose another directory.
   """
-  before = config_lib.from_json(saved.config_json)
+  before = config_of(saved)
   stands = (
     f"the run in {workdir} (step {saved.step:,} of {before.train.steps:,})"
   )
   for kind, name, then, now in differences(saved, config, text):
-    if name == "config.train.steps":
+    if name == _STEPS:
       continue
     what = f"{name}={now!r}: {stands} has {then!r}"
     if kind == "switch":
@@ -123,6 +141,21 @@ def check_same_run(
       f"{what}; set it back, or choose another --workdir, as in "
       f"--workdir={another(workdir)}"
     )
+
+
+def is_same_run(
+  saved: manifest.Saved, config: config_lib.Config, text: dict[str, str]
+) -> bool:
+  """Return whether this run can have saved a checkpoint.
+
+  Args:
+    saved: the checkpoint.
+    config: the config of this run. Its number of steps may have changed.
+    text: sha256 of the splits that are read now.
+  """
+  return all(
+    difference.name == _STEPS for difference in differences(saved, config, text)
+  )
 
 
 def another(workdir: epath.Path) -> epath.Path:
@@ -149,7 +182,7 @@ def check_same_model(
     ConfigError: the checkpoint has another model, and the message names the
       field.
   """
-  before = config_lib.from_json(saved.config_json)
+  before = config_of(saved)
   for path, old, new in config_rules.differences(before, config, ("model",)):
     raise config_lib.ConfigError(
       f"{path}={new!r}: the checkpoint in {workdir} has {old!r}; it is of "

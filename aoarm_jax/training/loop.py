@@ -4,6 +4,8 @@ import contextlib
 import functools
 import math
 import signal
+import tempfile
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -49,6 +51,10 @@ class Preempted(errors.UserError):
     # 75 is EX_TEMPFAIL, which tells a launcher to start the command again. 130
     # is the exit code that shells use after Ctrl-C.
     self.exit_code = 130 if signal_number == signal.SIGINT else 75
+
+
+class EvictedError(errors.UserError, RuntimeError):
+  """The run directory no longer belongs to the run, which has stopped."""
 
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -114,6 +120,8 @@ def train(
     ConfigError: the config does not fit the machine or the checkpoint.
     DataError: the text is missing or wrong.
     CheckpointError: a checkpoint cannot be read or written.
+    EvictedError: the run directory was removed or replaced, or another run has
+      saved there; the message says where the state is saved.
     NonFiniteError: the loss is NaN or infinite; the last checkpoint is good.
     Preempted: SIGTERM or SIGINT came, and the state is saved.
   """
@@ -126,7 +134,6 @@ def train(
   )
   watchdog = distributed.Watchdog(config.distributed.step_timeout_seconds)
   with (
-    checkpoints,
     jax.set_mesh(network.mesh),
     watchdog,
     _Signals(watchdog) as signals,
@@ -142,8 +149,9 @@ def train(
     logging.info("text: %s", description)
     text = identity.text_of(corpus, *splits)
     # Everything that depends on what stands in the run directory is decided
-    # under the lock. Before, another process may still be saving there.
-    with run_dir.lock(workdir):
+    # under the lock. Before, another process may still be saving there. A save
+    # that is running when an error comes ends under the lock, too.
+    with run_dir.lock(workdir) as is_there, checkpoints:
       saved = checkpoints.newest()
       if saved:
         resuming.check_resume(saved, config, text, workdir)
@@ -152,7 +160,7 @@ def train(
         ):
           _say_finished(config, workdir, saved, corpus)
           return
-      run = _Run(program, workdir, argv, corpus, text, checkpoints)
+      run = _Run(program, workdir, argv, corpus, text, checkpoints, is_there)
       run.loop(saved, signals)
 
 
@@ -185,6 +193,15 @@ def _samples_path(workdir, step):
   return workdir / "samples" / f"step_{step:08d}.jsonl"
 
 
+def _delete_samples(folder, keep_last):
+  """Delete the older samples of training; those of --mode=sample stay."""
+  try:
+    for path in sorted(folder.glob("step_*.jsonl"))[:-keep_last]:
+      path.unlink(missing_ok=True)
+  except OSError as error:
+    logging.warning("cannot delete old samples: %s", error)
+
+
 class _Run:
   """The objects that the training loop works with, and the loop itself.
 
@@ -199,12 +216,14 @@ class _Run:
     corpus: corpora.Corpus,
     text: dict[str, str],
     checkpoints: checkpoint.Checkpoints,
+    is_there: Callable[[], bool],
   ) -> None:
     self.program, self.network = program, program.network
     self.config = config = self.network.config
     assert self.network.mesh is not None  # program.make always gives a mesh.
     self.mesh, self.workdir = self.network.mesh, workdir
-    self.checkpoints = checkpoints
+    self.checkpoints, self.is_there = checkpoints, is_there
+    self.argv = argv
     train_tokens = corpus.split("train")
     self.batches = pipeline.train_batches(
       train_tokens,
@@ -228,14 +247,18 @@ class _Run:
     # The first log line may be hours away, so the ETA is logged once as soon as
     # it is known.
     self.told_eta = False
+    self._describe(workdir)
+    self._greet()
+
+  def _describe(self, workdir):
+    """Write the files that explain the run into a run directory."""
     if self.primary:
       run_dir.describe_run(
         workdir,
-        config_json=config_lib.to_json(config),
-        argv=argv,
+        config_json=config_lib.to_json(self.config),
+        argv=self.argv,
         params=self.network.abstract_params,
       )
-    self._greet()
 
   def _greet(self):
     """Log the size of the model, the devices and the orders."""
@@ -322,6 +345,7 @@ class _Run:
             self._visit(step, state, signals)
         if signals.received:
           if step > start:
+            self._check_place(step, state)
             self._save(step, state)
           self.checkpoints.wait()
           raise Preempted(signals.received, step)
@@ -432,6 +456,8 @@ class _Run:
     continues. A signal ends an evaluation early, so that the save is not late.
     """
     c, metric = self.config, None
+    # A sample or a save would make the folder again, without the run's files.
+    self._check_place(step, state)
     if self._due(step, c.eval.every) and not distributed.process_0_says(
       lambda: self._is_evaluated(step)
     ):
@@ -466,6 +492,7 @@ class _Run:
       logging.info("sample: %s", text_lib.printable(texts[0].text))
       if self.primary:
         generate.write(path, texts, step)
+        _delete_samples(path.parent, c.sample.keep_last)
 
   def _is_evaluated(self, step):
     """Return whether the run had evaluated this step before it was stopped."""
@@ -476,7 +503,14 @@ class _Run:
 
   def _save(self, step, state, metric=None):
     """Start to save a checkpoint; `metric` is its validation loss, if known."""
-    self.checkpoints.save(
+    try:
+      self._save_in(self.checkpoints, step, state, metric)
+    except checkpoint.ForeignStepError as error:
+      self._save_elsewhere(step, state, str(error))
+
+  def _save_in(self, checkpoints, step, state, metric=None):
+    """Start to save a checkpoint in one of two directories."""
+    checkpoints.save(
       step,
       state,
       data_state={
@@ -486,6 +520,47 @@ class _Run:
       },
       config_json=config_lib.to_json(self.config),
       metric=metric,
+      is_ours=lambda saved: identity.is_same_run(saved, self.config, self.text),
+    )
+
+  def _check_place(self, step, state):
+    """Stop with the state saved elsewhere if the run directory is gone."""
+    if not distributed.process_0_says(self.is_there):
+      self._save_elsewhere(
+        step,
+        state,
+        f"--workdir={self.workdir} was removed, moved or replaced while this "
+        "run trained there",
+      )
+
+  def _save_elsewhere(self, step, state, reason):
+    """Save the state beside the run directory; raise EvictedError.
+
+    Where the run has one process, the folder for temporary files is the second
+    choice.
+    """
+    places = [lambda: identity.another(self.workdir)]
+    if jax.process_count() == 1:
+      places.append(lambda: epath.Path(tempfile.mkdtemp(prefix="aoarm_jax-")))
+    problems = []
+    for place in places:
+      try:
+        folder = place()
+        with checkpoint.Checkpoints(
+          folder / "checkpoints", keep_last=1, keep_best=0
+        ) as checkpoints:
+          self._save_in(checkpoints, step, state)
+        self._describe(folder)
+      except (OSError, checkpoint.CheckpointError) as error:
+        problems.append(text_lib.first_line(error))
+        continue
+      raise EvictedError(
+        f"{reason}; step {step:,} is saved in {folder}: the same command with "
+        f"--workdir={folder} continues from there"
+      )
+    raise EvictedError(
+      f"{reason}; step {step:,} could not be saved elsewhere either: "
+      + "; ".join(problems)
     )
 
   def _draw_figures(self):
@@ -495,9 +570,10 @@ class _Run:
     figures.loss_curve(
       records, self.workdir / "loss.png", title=title, unit=unit
     )
-    valid = [r for r in records if r["kind"] == "valid"]
+    # Somebody may have changed the file, so its records may lack values.
+    valid = [r for r in records if r.keys() >= {"estimator", "slot_curve_bits"}]
     figures.slot_curve(
-      {valid[-1]["estimator"]: valid[-1]["slot_curve_bits"]},
+      {r["estimator"]: r["slot_curve_bits"] for r in valid[-1:]},
       self.workdir / "slot_curve.png",
       title=title,
       unit=unit,

@@ -152,9 +152,7 @@ class MetricsTest(_FolderTest):
     """A finished run there is told to be finished."""
     for is_writable in (False, True):
       with (
-        mock.patch.object(
-          run_dir, "open", create=True, side_effect=PermissionError
-        ),
+        mock.patch.object(os, "open", side_effect=PermissionError),
         mock.patch.object(os, "access", return_value=is_writable),
         self.assertRaises(PermissionError)
         if is_writable
