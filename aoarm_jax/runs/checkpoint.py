@@ -32,6 +32,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1
+from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from aoarm_jax.devices import distributed
 from aoarm_jax.runs import manifest, text
@@ -431,6 +432,11 @@ def _quiet_orbax():
   logger = logging.get_absl_logger()
   if _passes not in logger.filters:
     logger.addFilter(_passes)
+  # For its log, orbax asks for tensorstore's statistics at every save. Each
+  # answer leaks its lists, some 20 kB a save.
+  for name in ("get_tensorstore_raw_bytes", "print_ts_debug_data"):
+    if hasattr(tensorstore_utils, name):
+      setattr(tensorstore_utils, name, lambda *_, **__: 0)
   if getattr(sys.unraisablehook, "func", None) is not _report_unraisable:
     sys.unraisablehook = functools.partial(
       _report_unraisable, sys.unraisablehook

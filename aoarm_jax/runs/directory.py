@@ -63,6 +63,7 @@ _RECORD = {
   "bits_per_byte?": (float, None),
   "slot_curve_bits?": [(float, None)],
 }
+_LONGEST_RECORD = 1 << 22  # Bytes of a line of metrics.jsonl.
 _MOST_COMMANDS = 1 << 24  # Bytes of command.txt.
 # Object stores cannot append, so the file is rewritten at this interval.
 _REMOTE_FLUSH_SECONDS = 30.0
@@ -257,11 +258,19 @@ def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
   problem = ""
   with reading.open_file(path) as file:
     number = 0
-    while line := file.readline(reading.JSON_BYTES + 1):
+    while line := file.readline(_LONGEST_RECORD + 1):
       number += 1
       if problem:
         logging.warning("%s, line %s", path, problem)
         problem = ""
+      if len(line) > _LONGEST_RECORD:
+        logging.warning(
+          "%s, line %d has more than %d bytes; nothing from there is read",
+          path,
+          number,
+          _LONGEST_RECORD,
+        )
+        break
       try:
         records.append(reading.parse(line, _RECORD))
       except ValueError as error:  # Unicode errors too.
