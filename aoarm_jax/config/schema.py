@@ -189,6 +189,12 @@ class Data:
     "letters become lower case, digits become words, and all else becomes "
     "single spaces",
   )
+  largest_megabytes: int = _field(
+    0,
+    "largest text that is read, in 10^6 bytes after unpacking; 0 means half of "
+    "the memory",
+    low=0,
+  )
   workers: int = _field(
     0, "number of loader processes; 0 means that a thread loads", low=0
   )

@@ -339,7 +339,11 @@ def evaluate(config: config_lib.Config, workdir: epath.Path) -> None:
   network = run.network
   data = config.data
   corpus = corpora.load(
-    data.corpus, data.path, network.tokenizer, data.normalise
+    data.corpus,
+    data.path,
+    network.tokenizer,
+    data.normalise,
+    data.largest_megabytes,
   )
   logging.info("text: %s", corpus.describe(config.eval.split))
   identity.warn_other_text(run.saved, corpus, config.eval.split)

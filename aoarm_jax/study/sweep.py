@@ -344,8 +344,12 @@ def _run_cells(config, cells, results):
   )
   fitting = [cell for cell in todo if _fits(clock, cell, start, results)]
   data, tokenizer = config.data, tokenizers.get(config.data.tokenizer)
+  text = (
+    *(data.corpus, data.path, tokenizer, data.normalise),
+    data.largest_megabytes,
+  )
   if not fitting:
-    corpus = corpora.load(data.corpus, data.path, tokenizer, data.normalise)
+    corpus = corpora.load(*text)
     _check_text(results, measure.text_of(corpus, config))
     if todo:
       _say_what_is_left(clock, todo, results)
@@ -357,7 +361,7 @@ def _run_cells(config, cells, results):
   programs = programs_lib.Programs(mesh)
   with jax.set_mesh(mesh), contextlib.closing(programs):
     _prepare(programs, results, fitting[:2])  # While the text is read.
-    corpus = corpora.load(data.corpus, data.path, tokenizer, data.normalise)
+    corpus = corpora.load(*text)
     logging.info("text: %s", corpus.describe("train", config.eval.split))
     lab = measure.Lab(config, corpus, mesh, programs)
     _check_text(results, lab.text)

@@ -142,7 +142,11 @@ def train(
     data = config.data
     with telemetry.waiting("reading the text"):
       corpus = corpora.load(
-        data.corpus, data.path, network.tokenizer, data.normalise
+        data.corpus,
+        data.path,
+        network.tokenizer,
+        data.normalise,
+        data.largest_megabytes,
       )
       splits = list(dict.fromkeys(("train", config.eval.split)))
       description = corpus.describe(*splits)  # This reads the splits.
