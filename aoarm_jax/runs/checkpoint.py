@@ -20,6 +20,7 @@ import functools
 import json
 import logging as python_logging
 import os
+import re
 import sys
 import time
 import types
@@ -407,11 +408,22 @@ class Checkpoints:
     """Return the CheckpointError for a save that failed with `error`."""
     wrapped = CheckpointError(
       f"checkpoint step {step} was not saved in {self._steps.directory}: "
-      f"{text.first_line(error)}; mend that (free space? permissions?) and run "
-      f"again; whole steps there: {_listed(self.steps())}"
+      f"{_reason(error)}; mend that (free space? permissions?) and run again; "
+      f"whole steps there: {_listed(self.steps())}"
     )
     wrapped.__cause__ = error
     return wrapped
+
+
+def _reason(error):
+  """Return why a save failed, without the names of orbax's temporary files."""
+  line = text.first_line(error)
+  code = re.search(r"os_error_code='(\d+)'|\bOS error (\d+)", line)
+  if isinstance(error, OSError) and error.errno is not None:
+    return os.strerror(error.errno)
+  if code:
+    return os.strerror(int(code[1] or code[2]))
+  return re.sub(r"\S*[.]orbax-checkpoint-tmp\S*", "a temporary file", line)
 
 
 def _context():

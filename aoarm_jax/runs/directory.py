@@ -173,7 +173,7 @@ def lock(workdir: epath.PathLike) -> Iterator[Callable[[], bool]]:
   try:
     # A link or a pipe of this name is not opened for writing.
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-    file = os.fdopen(os.open(path, flags, 0o666), "r+")
+    descriptor = os.open(path, flags, 0o666)
   except OSError as error:
     if error.errno == errno.ELOOP:
       raise config.ConfigError(
@@ -184,11 +184,12 @@ def lock(workdir: epath.PathLike) -> Iterator[Callable[[], bool]]:
     # Nobody can train in such a folder, and a finished run is still told so.
     yield lambda: True
     return
-  with file, _opened_folder(workdir) as is_there:
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-      raise config.ConfigError(
-        f"{path}: is no file; delete it, or choose another --workdir"
-      )
+  if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    os.close(descriptor)
+    raise config.ConfigError(
+      f"{path}: is no file; delete it, or choose another --workdir"
+    )
+  with os.fdopen(descriptor, "r+") as file, _opened_folder(workdir) as is_there:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
