@@ -55,7 +55,7 @@ def collect(chunks: Iterable[np.ndarray]) -> np.ndarray:
     try:
       file = file or tempfile.TemporaryFile()  # noqa: SIM115
       while held:
-        file.write(held[0])
+        file.write(held[0].data)
         file.flush()
         held.pop(0)
     except OSError as error:

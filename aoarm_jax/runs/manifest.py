@@ -386,7 +386,7 @@ def verify(directory: epath.Path, record: dict[str, Any]) -> None:
     BrokenError: a file is missing, differs or is not in the record; names the
       first one.
   """
-  files, name = record["files"], ""
+  files, name = record["files"], "the folder"
   _check_total(record)
   try:
     for name in _names(directory):

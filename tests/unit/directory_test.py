@@ -167,7 +167,7 @@ class MetricsTest(_FolderTest):
     other.write_text("of somebody else")
     match kind:
       case "link":
-        path.symlink_to(other)
+        os.symlink(other, path)
       case "pipe":
         os.mkfifo(path)
       case "folder":
