@@ -151,14 +151,16 @@ def draw(
     for column, (unit, rows, names, words) in enumerate(columns):
       above, below = axes[:, column]
       x = [row[unit] for row in rows]
-      above.plot(x, [row["rss_megabytes"] for row in rows])
-      above.set_ylim(bottom=0)
+      memory = [row["rss_megabytes"] for row in rows]
+      above.plot(x, memory, color=canvas.COLOURS[0])
+      above.set_ylim(0, 1.1 * max(memory))
       above.set_title(f"memory (RSS), 10^6 bytes, over {words}")
       for colour, name in zip(canvas.COLOURS, names):
-        below.plot(x, [row[name] for row in rows], color=colour, label=name)
-      below.set_ylim(bottom=0)
+        counts = [row[name] for row in rows]
+        below.plot(x, counts, color=colour, label=name, lw=1)
+      below.set_ylim(0, 1.5 * max(row[name] for row in rows for name in names))
       below.set_xlabel(words)
-      below.legend()
+      below.legend(loc="upper right", ncols=3, fontsize=9)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
