@@ -21,7 +21,7 @@ class SoakTest(absltest.TestCase):
     self.assertLen(memory, 50_000_000)
 
   def test_the_step_of_a_run_that_writes(self):
-    folder = pathlib.Path(self.create_tempdir().full_path)
+    folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
     self.assertEqual(soak._step_of(folder), 0)
     line = '{"step": 7, "kind": "train"}\n'
     (folder / "metrics.jsonl").write_text(line * 500)
