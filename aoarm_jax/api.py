@@ -98,6 +98,8 @@ class Model:
     progress: bool = True,
   ) -> None:
     """Load a checkpoint. See aoarm_jax.load for the arguments and errors."""
+    switches.check_not_forked()
+    switches.keep_compilations()
     self.workdir = paths.reached(paths.of(workdir, "workdir"), "workdir")
     config = opening.read_config(self.workdir)
     # The mesh and the attention must fit the devices here, and not those of
@@ -319,6 +321,7 @@ class Model:
         character is outside the vocabulary, or a text has more than T tokens.
       ConfigError: an option is unknown, has an invalid value or no effect.
     """
+    switches.check_not_forked()
     kinds = (str, generate_lib.Text)
     several = _several(texts, kinds)
     config = self._with("score", options, ScoreOptions, blank)
@@ -384,6 +387,7 @@ class Model:
 
   def _fill(self, parsed, count, options, known):
     """Return `count` texts for each of the parsed prompts."""
+    switches.check_not_forked()
     options = dict(options)
     if options.get("seed") is None:
       # Seeds are int32 on devices.

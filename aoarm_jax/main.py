@@ -428,35 +428,6 @@ def _check_flags(flag_values):
     )
 
 
-def _cache_compilations():
-  """Keep compiled programs in the user's cache folder.
-
-  A folder that JAX_COMPILATION_CACHE_DIR names stays.
-  """
-  # JAX adds its options as attributes, which type checkers do not see.
-  cache = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
-  if cache is not None:
-    return
-  try:
-    folder = cache_folder() / "xla"
-  except RuntimeError:  # Without a home folder there is no cache.
-    return
-  jax.config.update("jax_compilation_cache_dir", str(folder))
-
-
-def cache_folder() -> pathlib.Path:
-  """Return $XDG_CACHE_HOME/aoarm_jax, by default ~/.cache/aoarm_jax.
-
-  Raises:
-    RuntimeError: the default is needed, and the user has no home folder.
-  """
-  folder = os.environ.get("XDG_CACHE_HOME", "")
-  # By the XDG specification a relative path is invalid and must be ignored.
-  if os.path.isabs(folder):
-    return pathlib.Path(folder, "aoarm_jax")
-  return pathlib.Path.home() / ".cache" / "aoarm_jax"
-
-
 @distributed.failing_at_once()
 def main(argv: list[str]) -> None:
   """Run the command line; end the program with its exit code.
@@ -467,7 +438,7 @@ def main(argv: list[str]) -> None:
   """
   del argv
   telemetry.setup_logging()
-  _cache_compilations()
+  switches.keep_compilations()
   stopping.end_at_once(unwinds=True)
   try:
     with distributed.blaming_neighbours():

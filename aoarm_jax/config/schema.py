@@ -21,7 +21,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from aoarm_jax.config import errors, exit_codes, mechanisms
+from aoarm_jax.config import errors, exit_codes, mechanisms, reading
 
 ORDER_FAMILIES = (
   "uniform",
@@ -188,6 +188,12 @@ class Data:
     "bring the text, prompts and texts to score into the form of text8: "
     "letters become lower case, digits become words, and all else becomes "
     "single spaces",
+  )
+  largest_megabytes: int = _field(
+    0,
+    "largest text that is read, in 10^6 bytes after unpacking; 0 means half of "
+    "the memory",
+    low=0,
   )
   workers: int = _field(
     0, "number of loader processes; 0 means that a thread loads", low=0
@@ -513,6 +519,9 @@ class Sample:
     500,
     "steps of training between samples; 0 samples at the end only",
     low=0,
+  )
+  keep_last: int = _field(
+    10, "number of newest files of samples that training keeps", low=1
   )
   seed: int = _field(0, "seed of the orders and of the drawn tokens", low=0)
 
@@ -879,8 +888,19 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str) -> Config:
-  """Return the config that `to_json` wrote; see `from_dict`."""
-  return from_dict(json.loads(text))
+  """Return the config that `to_json` wrote; see `from_dict`.
+
+  Args:
+    text: the JSON text, which may come from a stranger.
+
+  Raises:
+    ConfigError: the text is no JSON, or see `from_dict`.
+  """
+  try:
+    tree = reading.parse(text)
+  except ValueError as error:
+    raise ConfigError(f"config: {error}") from error
+  return from_dict(tree)
 
 
 def no_such_field(
@@ -899,7 +919,8 @@ def no_such_field(
     for f in dataclasses.fields(section)
   ]
   return ConfigError(
-    f"{path}.{name}: no such field; {path} has: {', '.join(fields)} "
+    f"{path}.{reading.shown_name(name)}: no such field; {path} has: "
+    f"{', '.join(fields)} "
     "(--mode=config explains all fields)"
   )
 
@@ -908,7 +929,7 @@ def _build(cls, tree, path):
   fields = {f.name: f for f in dataclasses.fields(cls)}
   if not isinstance(tree, dict):
     raise ConfigError(
-      f"{path}={tree!r}: a section; it has: {', '.join(fields)}"
+      f"{path}={reading.shown(tree)}: a section; it has: {', '.join(fields)}"
     )
   for name in tree:
     if name not in fields:
@@ -928,10 +949,10 @@ def _cast(kind, value, path):
     value = value.item()
   if kind is tuple and isinstance(value, (list, tuple)):
     return tuple(value)
-  if kind is float and type(value) is int:
+  if kind is float and type(value) is int and abs(value) < 2**63:
     return float(value)
   if type(value) is not kind:
-    raise ConfigError(f"{path}={value!r}: must be {KINDS[kind]}")
+    raise ConfigError(f"{path}={reading.shown(value)}: must be {KINDS[kind]}")
   return value
 
 

@@ -12,14 +12,14 @@ import functools
 import hashlib
 import re
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from absl import logging
 from etils import epath
 
 from aoarm_jax.config import paths
-from aoarm_jax.data import files, tokenizers
+from aoarm_jax.data import files, mapped, tokenizers
 
 DataError = tokenizers.DataError
 SPLITS = ("train", "valid", "test")
@@ -109,6 +109,7 @@ def load(
   path: str,
   tokenizer: tokenizers.Tokenizer,
   normalise: bool = False,
+  largest_megabytes: int = 0,
 ) -> Corpus:
   """Return the corpus that config.Data names; no text is read yet.
 
@@ -119,6 +120,8 @@ def load(
     tokenizer: the tokenizer of the ids.
     normalise: whether the text is brought into normal form, see `normal_form`.
       The tokenizer char27 always reads the built-in text so.
+    largest_megabytes: the largest text that is read; 0 means half of the
+      memory.
 
   Raises:
     DataError: the path is missing, not needed, or of the wrong kind.
@@ -145,7 +148,8 @@ def load(
         f"and test.txt with {_FLAG}"
       )
     return _books(tokenizer, normalise)
-  return _at_path(corpus, path, tokenizer, normalise)
+  largest = largest_megabytes * 10**6
+  return _at_path(corpus, path, tokenizer, normalise, largest)
 
 
 def normal_form(text: bytes) -> bytes:
@@ -178,7 +182,11 @@ def unigram_entropy(tokens: np.ndarray, V: int) -> float:
 
 
 def _at_path(
-  corpus: str, path: str, tokenizer: tokenizers.Tokenizer, normalise: bool
+  corpus: str,
+  path: str,
+  tokenizer: tokenizers.Tokenizer,
+  normalise: bool,
+  largest: int,
 ) -> Corpus:
   """Return the corpus of a file or folder: auto, text8 or folder."""
   location = paths.of(path, "config.data.path")
@@ -200,9 +208,11 @@ def _at_path(
     )
   form = " in normal form" if normalise else ""
   if is_folder:
-    read = functools.partial(_read_folder, location, tokenizer, normalise)
+    read = functools.partial(
+      _read_folder, location, tokenizer, normalise, largest
+    )
     return Corpus("folder", f"folder {path}{form}", tokenizer, read)
-  text = _Text8(location, tokenizer, normalise)
+  text = _Text8(location, tokenizer, normalise, largest)
   return Corpus(
     "text8", f"text8 {path}{form}", tokenizer, text.split, text.note
   )
@@ -227,6 +237,7 @@ def _read_folder(
   folder: epath.Path,
   tokenizer: tokenizers.Tokenizer,
   normalise: bool,
+  largest: int,
   split: str,
 ) -> np.ndarray:
   candidates = [f"{split}.txt{suffix}" for suffix in _FOLDER_SUFFIXES]
@@ -250,7 +261,7 @@ def _read_folder(
       f"{folder}: both {' and '.join(names)}: which is the {split} split? "
       "Remove one"
     )
-  return _encode(folder / names[0], tokenizer, normalise)
+  return _encode(folder / names[0], tokenizer, normalise, largest)
 
 
 class _Text8:
@@ -262,14 +273,18 @@ class _Text8:
   """
 
   def __init__(
-    self, path: epath.Path, tokenizer: tokenizers.Tokenizer, normalise: bool
+    self,
+    path: epath.Path,
+    tokenizer: tokenizers.Tokenizer,
+    normalise: bool,
+    largest: int,
   ):
     self._path, self._tokenizer = path, tokenizer
-    self._normalise = normalise
+    self._normalise, self._largest = normalise, largest
 
   @functools.cached_property
   def _ids(self) -> np.ndarray:
-    ids = _encode(self._path, self._tokenizer, self._normalise)
+    ids = _encode(self._path, self._tokenizer, self._normalise, self._largest)
     if len(ids) < 20:
       raise DataError(
         f"{self._path}: {len(ids)} {self._tokenizer.units}"
@@ -297,16 +312,53 @@ class _Text8:
 
 
 def _encode(
-  path: epath.Path, tokenizer: tokenizers.Tokenizer, normalise: bool
+  path: epath.Path,
+  tokenizer: tokenizers.Tokenizer,
+  normalise: bool,
+  largest: int,
 ) -> np.ndarray:
-  # A byte order mark belongs to the encoding and not to the text.
-  text = files.read(path).removeprefix(codecs.BOM_UTF8)
+  chunks = _without_mark(files.chunks(path, largest))
   if normalise:
-    text = normal_form(text)
+    chunks = _in_normal_form(chunks)
   elif not tokenizer.knows("\n"):
     # Editors end a file with a line end, even where the text has no lines.
-    text = text.removesuffix(b"\n").removesuffix(b"\r")
+    chunks = _without_line_end(chunks)
+
+  def encoded():
+    before = 0
+    for chunk in chunks:
+      yield tokenizer.encode(chunk, before)
+      before += len(chunk)
+
   try:
-    return tokenizer.encode(text)
+    return mapped.collect(encoded())
   except tokenizers.TokenizerError as error:
     raise DataError(f"{path}: {error}") from error
+
+
+def _without_mark(chunks: Iterator[bytes]) -> Iterator[bytes]:
+  """Yield the chunks without a byte order mark, which is no part of a text."""
+  yield next(chunks, b"").removeprefix(codecs.BOM_UTF8)
+  yield from chunks
+
+
+def _without_line_end(chunks: Iterator[bytes]) -> Iterator[bytes]:
+  """Yield the chunks without a line end after the last line."""
+  last = b""
+  for chunk in chunks:
+    text = last + chunk
+    yield text[:-2]
+    last = text[-2:]
+  yield last.removesuffix(b"\n").removesuffix(b"\r")
+
+
+def _in_normal_form(chunks: Iterator[bytes]) -> Iterator[bytes]:
+  """Yield the chunks of the normal form of a text."""
+  is_first, former = True, b""  # The last byte of the chunk before.
+  for chunk in chunks:
+    if words := normal_form(chunk):
+      # A word may go on from one chunk to the next.
+      is_one_word = former.isalpha() and chunk[:1].isalpha()
+      yield words if is_first or is_one_word else b" " + words
+      is_first = False
+    former = chunk[-1:] or former

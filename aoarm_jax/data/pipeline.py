@@ -17,7 +17,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from aoarm_jax.data import corpora
+from aoarm_jax.data import corpora, mapped
 
 
 class TrainBatches:
@@ -88,7 +88,8 @@ def train_batches(
   Crops are drawn with replacement.
 
   Args:
-    tokens: uint8 [n], n >= T. Every worker process gets a copy.
+    tokens: uint8 [n], n >= T. Every worker process gets a copy, unless the
+      text is long, see data/mapped.py.
     T: the length of a crop.
     batch_size: the number of crops in a global batch.
     seed: the seed of the start indices, at least 0.
@@ -233,6 +234,13 @@ class _Crops:
 
   def __init__(self, tokens: np.ndarray, T: int, rows: np.ndarray):
     self.tokens, self.T, self.rows = tokens, T, rows
+
+  def __getstate__(self) -> Any:
+    # A loader process maps the file of a long text and gets no copy.
+    return self.__dict__ | {"tokens": mapped.packed(self.tokens)}
+
+  def __setstate__(self, state: Any) -> None:
+    self.__dict__.update(state, tokens=mapped.unpacked(state["tokens"]))
 
   def __call__(self, starts: np.ndarray) -> np.ndarray:
     crops = np.lib.stride_tricks.sliding_window_view(self.tokens, self.T)

@@ -49,11 +49,12 @@ class Tokenizer:
     """The plural for people: "bytes" or "characters"."""
     return "bytes" if self.unit == "byte" else "characters"
 
-  def encode(self, text: str | bytes) -> np.ndarray:
+  def encode(self, text: str | bytes, before: int = 0) -> np.ndarray:
     """Return the token ids of a text.
 
     Args:
       text: a string, or its bytes.
+      before: offset of the text in a longer text, for messages.
 
     Returns:
       uint8 [n], one id per byte. The array may be read-only.
@@ -68,7 +69,7 @@ class Tokenizer:
     ids = np.frombuffer(data.translate(_table(self.symbols)), np.uint8)
     if len(ids) and ids.max() >= self.V:
       offset = int((ids >= self.V).argmax())
-      raise TokenizerError(self._complaint(text[offset], offset))
+      raise TokenizerError(self._complaint(text[offset], before + offset))
     return ids
 
   def knows(self, character: str) -> bool:

@@ -20,9 +20,11 @@ import functools
 import json
 import logging as python_logging
 import os
+import re
 import sys
 import time
 import types
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,6 +33,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1
+from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from aoarm_jax.devices import distributed, neighbours
 from aoarm_jax.runs import manifest, text
@@ -40,8 +43,14 @@ CheckpointError = manifest.CheckpointError
 Saved = manifest.Saved
 
 _STATE = "state"
+# What stands on disk for a step that is to be saved.
+_ABSENT, _OURS, _FOREIGN = 0, 1, 2
 # Process 0 broadcasts one of these numbers if it has no step to broadcast.
 _NONE, _ERROR = -1, -2
+
+
+class ForeignStepError(CheckpointError):
+  """A step that is to be saved stands on disk, and another run saved it."""
 
 
 class Checkpoints:
@@ -104,11 +113,12 @@ class Checkpoints:
   ) -> None:
     if error is None:
       self.close()
-    elif neighbours.is_lost(error):
-      return  # Orbax would wait minutes for the process that is gone.
-    elif save_error := self._drain():
-      # `error` came first, so it is raised, and the later one is only logged.
-      logging.error("%s", save_error)
+    elif not neighbours.is_lost(error):
+      # Of a process that is gone, orbax would wait for minutes.
+      if save_error := self._drain():
+        # `error` came first, so it is raised, and the later one is only logged.
+        logging.error("%s", save_error)
+      self._thread.shutdown()
 
   def save(
     self,
@@ -118,6 +128,7 @@ class Checkpoints:
     data_state: dict[str, Any],
     config_json: str,
     metric: float | None = None,
+    is_ours: Callable[[Saved], bool] = lambda saved: True,
   ) -> None:
     """Start to save a step. The state may be donated as soon as this returns.
 
@@ -132,12 +143,22 @@ class Checkpoints:
       config_json: the whole configuration.
       metric: the number that `best` minimises, such as validation nats per
         token.
+      is_ours: whether a step that is complete on disk was saved by this run.
 
     Raises:
+      ForeignStepError: another run has saved the step.
       CheckpointError: this save cannot start, or the previous save failed.
     """
     self.wait()
-    if distributed.process_0_says(lambda: self._stands(step, metric)):
+    standing = distributed.process_0_says(
+      lambda: self._stands(step, metric, is_ours)
+    )
+    if standing == _FOREIGN:
+      raise ForeignStepError(
+        f"checkpoint step {step} in {self._steps.directory} was saved by "
+        "another run since this run looked"
+      )
+    if standing == _OURS:
       return
     leaves = _leaves_by_name(state)
     # The caller may change its dict later, so dumps and loads copy it.
@@ -161,6 +182,7 @@ class Checkpoints:
           self._steps.at(step), {_STATE: _nest(_not_empty(leaves))}
         )
     except Exception as error:
+      self._clean_after_failure()
       raise self._save_error(step, error) from error
     self._pending = (
       step,
@@ -332,24 +354,33 @@ class Checkpoints:
         f"takes, cannot be read here: {broken}"
       ) from broken
 
-  def _stands(self, step, metric):
-    """Return whether a step is complete on disk; delete it if it is broken.
+  def _stands(self, step, metric, is_ours):
+    """Say what stands on disk for a step; delete a broken step.
 
-    The metric of a complete step is replaced if the new metric differs.
+    The metric of a complete step of this run is replaced if the new metric
+    differs.
+
+    Returns:
+      _ABSENT, _OURS or _FOREIGN.
     """
     directory = self._steps.at(step)
+    if manifest.is_link(directory) and not directory.exists():
+      logging.warning("%s leads nowhere; it is replaced", directory)
+      self._steps.delete(step)
     if not directory.exists():
-      return False
+      return _ABSENT
     try:
-      self._steps.verified(step)
+      saved = self._steps.verified(step)
     except manifest.BrokenError as error:
       logging.warning("%s is broken: %s; it is replaced", directory, error)
       self._steps.delete(step)
-      return False
-    record = self._steps.record(step)
-    if metric is not None and metric != record["metric"]:
+      return _ABSENT
+    if not is_ours(saved):
+      return _FOREIGN
+    if metric is not None and metric != saved.metric:
+      record = self._steps.record(step)
       manifest.write(directory, record | {"metric": float(metric)})
-    return True
+    return _OURS
 
   def _finish(self, response, record, start):
     """Wait for orbax, then write the manifest; runs in the thread."""
@@ -363,10 +394,7 @@ class Checkpoints:
         files = manifest.checksums(directory)
         manifest.write(directory, record | {"files": files})
     except Exception:
-      # If the disk is full, half a checkpoint would keep it full.
-      if jax.process_index() == 0:
-        with contextlib.suppress(OSError):
-          self._steps.clean()
+      self._clean_after_failure()
       raise
     seconds = time.monotonic() - start
     logging.info(
@@ -391,6 +419,21 @@ class Checkpoints:
       # The save itself has succeeded, so this is only a warning.
       logging.warning("cannot delete old checkpoints: %s", error)
 
+  def _clean_after_failure(self):
+    """Delete the remains of a save that failed.
+
+    If the disk is full, half a checkpoint would keep it full. Writes that are
+    still running may add files meanwhile, so the folder is looked at again.
+    """
+    if jax.process_index() != 0:
+      return
+    for pause in (0.0, 0.1, 0.5):
+      time.sleep(pause)
+      with contextlib.suppress(OSError):
+        self._steps.clean()
+        if not self._steps.remains():
+          return
+
   def _drain(self):
     """Wait for the running save and return its CheckpointError or None."""
     if self._pending is None:
@@ -404,11 +447,22 @@ class Checkpoints:
     """Return the CheckpointError for a save that failed with `error`."""
     wrapped = CheckpointError(
       f"checkpoint step {step} was not saved in {self._steps.directory}: "
-      f"{text.first_line(error)}; mend that (free space? permissions?) and run "
-      f"again; whole steps there: {_listed(self.steps())}"
+      f"{_reason(error)}; mend that (free space? permissions?) and run again; "
+      f"whole steps there: {_listed(self.steps())}"
     )
     wrapped.__cause__ = error
     return wrapped
+
+
+def _reason(error):
+  """Return why a save failed, without the names of orbax's temporary files."""
+  line = text.first_line(error)
+  code = re.search(r"os_error_code='(\d+)'|\bOS error (\d+)", line)
+  if isinstance(error, OSError) and error.errno is not None:
+    return os.strerror(error.errno)
+  if code:
+    return os.strerror(int(code[1] or code[2]))
+  return re.sub(r"\S*[.]orbax-checkpoint-tmp\S*", "a temporary file", line)
 
 
 def _context():
@@ -429,6 +483,11 @@ def _quiet_orbax():
   logger = logging.get_absl_logger()
   if _passes not in logger.filters:
     logger.addFilter(_passes)
+  # For its log, orbax asks for tensorstore's statistics at every save. Each
+  # answer leaks its lists, some 20 kB a save.
+  for name in ("get_tensorstore_raw_bytes", "print_ts_debug_data"):
+    if hasattr(tensorstore_utils, name):
+      setattr(tensorstore_utils, name, lambda *_, **__: 0)
   if getattr(sys.unraisablehook, "func", None) is not _report_unraisable:
     sys.unraisablehook = functools.partial(
       _report_unraisable, sys.unraisablehook

@@ -9,6 +9,7 @@ metrics.jsonl    measurements, one JSON object per line
 
 import contextlib
 import datetime
+import errno
 import importlib.metadata
 import importlib.util
 import json
@@ -17,6 +18,7 @@ import os
 import pathlib
 import platform
 import shlex
+import stat
 import subprocess
 import sys
 import time
@@ -29,6 +31,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from aoarm_jax.config import reading
 from aoarm_jax.config import schema as config
 from aoarm_jax.runs import text
 
@@ -50,6 +53,18 @@ _LIBRARIES = (
   "grain",
   "numpy",
 )
+# The types of a record of metrics.jsonl, see reading.check.
+_RECORD = {
+  "step": reading.Count(),
+  "kind": str,
+  "estimator?": str,
+  "loss_nats_per_token?": (float, None),
+  "bits_per_char?": (float, None),
+  "bits_per_byte?": (float, None),
+  "slot_curve_bits?": [(float, None)],
+}
+_LONGEST_RECORD = 1 << 22  # Bytes of a line of metrics.jsonl.
+_MOST_COMMANDS = 1 << 24  # Bytes of command.txt.
 # Object stores cannot append, so the file is rewritten at this interval.
 _REMOTE_FLUSH_SECONDS = 30.0
 
@@ -71,15 +86,28 @@ def write_atomically(path: epath.PathLike, content: str | bytes) -> None:
     path.write_bytes(data)  # Object stores show an object when it is complete.
     return
   temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  with _naming(path):
+    try:
+      with contextlib.suppress(FileNotFoundError):
+        os.unlink(temporary)  # A process of the same number was killed.
+      # A link of that name, which somebody else made, is not followed.
+      with open(temporary, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+      os.replace(temporary, path)
+    except OSError:
+      with contextlib.suppress(OSError):  # A read-only folder has no such file.
+        temporary.unlink(missing_ok=True)
+      raise
+
+
+@contextlib.contextmanager
+def _naming(path: epath.PathLike) -> Iterator[None]:
+  """Names the file in errors, which may name none or a temporary one."""
   try:
-    with open(temporary, "wb") as file:
-      file.write(data)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(temporary, path)
+    yield
   except OSError as error:
-    with contextlib.suppress(OSError):  # A read-only folder has no such file.
-      temporary.unlink(missing_ok=True)
     raise OSError(error.errno, error.strerror, str(path)) from error
 
 
@@ -121,42 +149,81 @@ def attempt(write: Callable[[], object]) -> bool:
 
 
 @contextlib.contextmanager
-def lock(workdir: epath.PathLike) -> Iterator[None]:
+def lock(workdir: epath.PathLike) -> Iterator[Callable[[], bool]]:
   """Keeps a second training run out of a local run directory.
 
   The lock ends with the process, even if the process is killed. Nothing is
   locked where the folder is remote or cannot be written to, or the system has
   no such locks.
 
+  Yields:
+    A function that returns whether the folder still stands at its path. Where
+    nothing is locked the function always returns True.
+
   Raises:
     config.ConfigError: another process holds the lock; names the process.
+    OSError: the lock cannot be written; names its file.
   """
   workdir = epath.Path(workdir)
   if fcntl is None or not _is_local(workdir) or jax.process_index() != 0:
-    yield
+    yield lambda: True
     return
   workdir.mkdir(parents=True, exist_ok=True)
+  path = workdir / ".lock"
   try:
-    file = open(workdir / ".lock", "a+")  # noqa: SIM115
-  except OSError:
+    # A link or a pipe of this name is not opened for writing.
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    descriptor = os.open(path, flags, 0o666)
+  except OSError as error:
+    if error.errno == errno.ELOOP:
+      raise config.ConfigError(
+        f"{path}: is a link; delete the link, or choose another --workdir"
+      ) from error
     if os.access(workdir, os.W_OK):
       raise
     # Nobody can train in such a folder, and a finished run is still told so.
-    yield
+    yield lambda: True
     return
-  with file:
+  if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    os.close(descriptor)
+    raise config.ConfigError(
+      f"{path}: is no file; delete it, or choose another --workdir"
+    )
+  with os.fdopen(descriptor, "r+") as file, _opened_folder(workdir) as is_there:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-      file.seek(0)
+      holder = text.printable(file.read(200).strip())
       raise config.ConfigError(
-        f"--workdir={workdir}: {file.read().strip() or 'another process'} is "
-        "training there; stop it, or choose another --workdir"
+        f"--workdir={workdir}: {holder or 'another process'} is training "
+        "there; stop it, or choose another --workdir"
       ) from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}")
-    file.flush()
-    yield
+    with _naming(path):
+      file.truncate(0)
+      file.write(f"process {os.getpid()} on {platform.node()}")
+      file.flush()
+    yield is_there
+
+
+@contextlib.contextmanager
+def _opened_folder(folder: epath.Path) -> Iterator[Callable[[], bool]]:
+  """Yields a function that returns whether a folder stands at its path.
+
+  While the folder is open, no other folder gets its number, even if the folder
+  is removed.
+  """
+  descriptor = os.open(folder, os.O_RDONLY)
+
+  def is_there():
+    try:
+      return os.path.samestat(os.fstat(descriptor), os.stat(folder))
+    except OSError:
+      return False
+
+  try:
+    yield is_there
+  finally:
+    os.close(descriptor)
 
 
 def _is_local(path: epath.PathLike) -> bool:
@@ -181,23 +248,34 @@ def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
 
   A partial last line, left by a killed process, is skipped. Any other line that
   is no record is skipped with a warning.
+
+  Raises:
+    reading.ReadError: metrics.jsonl is no regular file.
   """
   path = epath.Path(workdir) / METRICS_FILE
   if not path.exists():
     return []
-  lines = path.read_bytes().splitlines()
-  records = []
-  for number, line in enumerate(lines, start=1):
-    try:
-      record = json.loads(line)
-      if not isinstance(record, dict) or "step" not in record:
-        raise ValueError("not a JSON object with a step")
-    except ValueError as error:  # JSON and Unicode errors too.
-      if number == len(lines):
+  records: list[dict[str, Any]] = []
+  problem = ""
+  with reading.open_file(path) as file:
+    number = 0
+    while line := file.readline(_LONGEST_RECORD + 1):
+      number += 1
+      if problem:
+        logging.warning("%s, line %s", path, problem)
+        problem = ""
+      if len(line) > _LONGEST_RECORD:
+        logging.warning(
+          "%s, line %d has more than %d bytes; nothing from there is read",
+          path,
+          number,
+          _LONGEST_RECORD,
+        )
         break
-      logging.warning("%s, line %d is left out: %s", path, number, error)
-      continue
-    records.append(record)
+      try:
+        records.append(reading.parse(line, _RECORD))
+      except ValueError as error:  # Unicode errors too.
+        problem = f"{number} is left out: {error}"
   return records
 
 
@@ -285,8 +363,9 @@ class MetricsWriter:
       return
     line = json.dumps(record, allow_nan=False) + "\n"
     if self._file is not None:
-      self._file.write(line)
-      self._file.flush()
+      with _naming(self._path):
+        self._file.write(line)
+        self._file.flush()
     else:
       self._lines.append(line)
       if time.monotonic() - self._rewritten > _REMOTE_FLUSH_SECONDS:
@@ -313,7 +392,8 @@ class MetricsWriter:
       return
     self._closed = True
     if self._file is not None:
-      self._file.close()
+      with _naming(self._path):
+        self._file.close()
     else:
       self._rewrite()
     if self._events is not None:
@@ -386,7 +466,9 @@ def describe_run(
   versions = json.dumps(_versions(), indent=2) + "\n"
   write_atomically(workdir / "versions.json", versions)
   commands = workdir / "command.txt"
-  before = commands.read_text() if commands.exists() else ""
+  before = ""
+  if commands.exists():
+    before = reading.read(commands, _MOST_COMMANDS).decode(errors="replace")
   now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
   write_atomically(commands, f"{before}{now}  {_command_line(argv)}\n")
 

@@ -25,6 +25,9 @@ from aoarm_jax.data import corpora, tokenizers
 from aoarm_jax.devices import switches
 from aoarm_jax.runs import manifest, telemetry
 
+# training/resuming.py compares this field.
+_STEPS = "config.train.steps"
+
 
 class Difference(NamedTuple):
   """One thing that differs between a checkpoint and this start.
@@ -65,10 +68,31 @@ def read_text(
     DataError, ConfigError: see corpora.load and Corpus.split.
   """
   with telemetry.waiting("reading the text"):
-    corpus = corpora.load(data.corpus, data.path, tokenizer, data.normalise)
+    corpus = corpora.load(
+      data.corpus,
+      data.path,
+      tokenizer,
+      data.normalise,
+      data.largest_megabytes,
+    )
     description = corpus.describe(*splits)  # This reads the splits.
   logging.info("text: %s", description)
   return corpus
+
+
+def config_of(saved: manifest.Saved) -> config_lib.Config:
+  """Return the config that a checkpoint was saved with.
+
+  Raises:
+    CheckpointError: the checkpoint holds no config of this program.
+  """
+  try:
+    return config_lib.from_json(saved.config_json)
+  except config_lib.ConfigError as error:
+    raise manifest.CheckpointError(
+      f"checkpoint step {saved.step}: its manifest has no config that this "
+      f"program can read: {error}; use the release that wrote it"
+    ) from error
 
 
 def text_of(corpus: corpora.Corpus, *splits: str) -> dict[str, str]:
@@ -91,7 +115,7 @@ def differences(
     text: sha256 of the splits that are read now. None compares no text.
   """
   if config is not None:
-    before = config_lib.from_json(saved.config_json)
+    before = config_of(saved)
     for field in config_rules.differences(before, config, ("model", "run")):
       yield Difference("field", *field)
   then = saved.data_state.get("switches", {})
@@ -124,12 +148,12 @@ def check_same_run(
     ConfigError: something differs. The message names the value, what stands in
       the directory, and how to choose another directory.
   """
-  before = config_lib.from_json(saved.config_json)
+  before = config_of(saved)
   stands = (
     f"the run in {workdir} (step {saved.step:,} of {before.train.steps:,})"
   )
   for kind, name, then, now in differences(saved, config, text):
-    if name == "config.train.steps":
+    if name == _STEPS:
       continue
     what = f"{name}={now!r}: {stands} has {then!r}"
     if kind == "switch":
@@ -166,6 +190,21 @@ def other_text(before: config_lib.Config, config: config_lib.Config) -> str:
   )
 
 
+def is_same_run(
+  saved: manifest.Saved, config: config_lib.Config, text: dict[str, str]
+) -> bool:
+  """Return whether this run can have saved a checkpoint.
+
+  Args:
+    saved: the checkpoint.
+    config: the config of this run. Its number of steps may have changed.
+    text: sha256 of the splits that are read now.
+  """
+  return all(
+    difference.name == _STEPS for difference in differences(saved, config, text)
+  )
+
+
 def another(workdir: epath.Path) -> epath.Path:
   """Return a directory beside `workdir` that does not exist."""
   if workdir.name in ("", "..") and "://" not in str(workdir):
@@ -193,7 +232,7 @@ def check_same_model(
     ConfigError: the checkpoint has another model, and the message names the
       field.
   """
-  before = config_lib.from_json(saved.config_json)
+  before = config_of(saved)
   for path, old, new in config_rules.differences(before, config, ("model",)):
     raise config_lib.ConfigError(
       f"{path}={new!r}: the checkpoint in {workdir} has {old!r}; it is of "

@@ -15,22 +15,49 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
+import re
 from collections.abc import Callable
 from typing import Any
 
 from absl import logging
 from etils import epath
 
-from aoarm_jax.config import errors
+from aoarm_jax.config import errors, reading
 from aoarm_jax.runs import directory as run_dir
 
 # Version of the record and of the state's layout on disk. In every version the
 # manifest must stay readable far enough to give its format_version.
 FORMAT_VERSION = 1
 NAME = "manifest.json"
+# The types of a record, see reading.check. Of data_state the values that this
+# program's runs save.
+_RECORD = {
+  "format_version": int,
+  "step": reading.Count(),
+  "metric": (float, None),
+  "config": str,
+  "data_state": {
+    "iterator?": {"next_batch": reading.Count()},
+    "interval?": [
+      {"loss": float, "learning_rate": float, "gradient_norm": float}
+    ],
+    "losses?": [float],
+    "text?": reading.Each(str),
+    "switches?": reading.Each((str, bool, int)),
+  },
+  "leaves": reading.Each(str),
+  "files": reading.Each({"bytes": reading.Count(), "blake2b": str}),
+}
 # Mark in the name of a save that is running or was killed.
-_ORBAX_TEMPORARY = ".orbax-checkpoint-tmp"
+_ORBAX = ".orbax-checkpoint-tmp"
 _CHUNK_BYTES = 1 << 22
+_NUMBER = re.compile("0|[1-9][0-9]{0,17}")
+_LOOKS = 20  # Times that vanished steps make a reader look again.
+_DEPTH = 8  # Of folders in a step. Orbax makes two or three.
+_LEAF = re.compile(r"[\w<>]+\[((?:\d{1,18}(?:,|(?=\])))*)\]$")
+# Orbax describes arrays in files of some kB, and keeps a little spare room.
+_MOST_BESIDE_ARRAYS = 1 << 24
 _DIGEST_BYTES = 32
 
 
@@ -82,8 +109,9 @@ class Steps:
     """Return the steps that have a folder, complete or not, ascending."""
     if not self.directory.is_dir():
       return []
-    names = [path.name for path in self.directory.iterdir()]
-    return sorted(int(n) for n in names if n.isdecimal() and n == str(int(n)))
+    # A link whose folder is gone is no step, and a file is no step.
+    names = [path.name for path in self.directory.iterdir() if path.is_dir()]
+    return sorted(int(n) for n in names if _NUMBER.fullmatch(n))
 
   def finished(self) -> list[int]:
     """Return the steps that have a manifest, ascending."""
@@ -104,6 +132,12 @@ class Steps:
         f"{version}, this code reads version {FORMAT_VERSION}: use the "
         "release that wrote it, or start in another directory"
       )
+    try:
+      reading.check(record, _RECORD)
+    except ValueError as error:
+      raise BrokenError(f"{NAME}: {error}") from None
+    if record["step"] != step:
+      raise BrokenError(f"{NAME}: is of step {record['step']}")
     return record
 
   def verified(self, step: int) -> Saved:
@@ -173,6 +207,9 @@ class Steps:
 
   def delete(self, step: int) -> None:
     """Delete a step with all its files."""
+    if is_link(self.at(step)):
+      self.at(step).unlink()  # What it leads to belongs to somebody else.
+      return
     # The manifest goes first, so that half a step never counts as a checkpoint.
     (self.at(step) / NAME).unlink(missing_ok=True)
     self.at(step).rmtree()
@@ -194,15 +231,34 @@ class Steps:
       if step not in best:
         self.delete(step)
 
+  def remains(self) -> list[epath.Path]:
+    """Return the folders of killed, failed or running saves."""
+    if not self.directory.is_dir():
+      return []
+    unfinished = [
+      self.at(step) for step in self.folders() if not present(self.at(step))
+    ]
+    marked = ((p, p.name.partition(_ORBAX)) for p in self.directory.iterdir())
+    return unfinished + [
+      path for path, (number, mark, _) in marked if mark and number.isdecimal()
+    ]
+
   def clean(self) -> None:
-    """Delete the remains of killed or failed saves."""
-    for step in self.folders():
-      if not present(self.at(step)):
-        self.delete(step)
-    for path in self.directory.iterdir():
-      number, mark, _ = path.name.partition(_ORBAX_TEMPORARY)
-      if mark and number.isdecimal():
-        path.rmtree()
+    """Delete the remains of killed or failed saves.
+
+    Raises:
+      OSError: some could not be deleted; all were tried.
+    """
+    problems = []
+    for path in self.remains():
+      try:
+        path.unlink() if is_link(path) else path.rmtree()
+      except FileNotFoundError:
+        pass
+      except OSError as error:
+        problems.append(error)
+    if problems:
+      raise problems[0]
 
   def _by_metric(self):
     """Return the steps whose metric is a number, lowest metric first."""
@@ -226,7 +282,7 @@ class Steps:
       CheckpointError: there are steps with a manifest, but none is complete.
     """
     problems: dict[int, BrokenError] = {}
-    saved = None
+    saved, looks = None, _LOOKS
     steps = candidates()
     while steps and saved is None:
       step = steps.pop(0)
@@ -235,9 +291,15 @@ class Steps:
       except BrokenError as error:
         if self.at(step).exists():
           problems[step] = error
-        else:
-          # A running training has just deleted the step, so look again.
-          steps = [s for s in candidates() if s not in problems]
+          continue
+        # A running training has just deleted the step, so look again.
+        looks -= 1
+        if not looks:
+          raise CheckpointError(
+            f"steps in {self.directory} vanish while they are read, {_LOOKS} "
+            f"times, at last step {step}: {error}; end what deletes them"
+          ) from None
+        steps = [s for s in candidates() if s not in problems]
     if saved is None and any(present(self.at(step)) for step in problems):
       reasons = "; ".join(f"step {s}: {e}" for s, e in problems.items())
       raise CheckpointError(
@@ -268,7 +330,7 @@ def checksums(directory: epath.Path) -> dict[str, dict[str, Any]]:
     manifest.
   """
   return {
-    name: dict(zip(("bytes", "blake2b"), _digest(directory / name)))
+    name: dict(zip(("bytes", "blake2b"), _digest(directory / name, directory)))
     for name in sorted(_names(directory))
   }
 
@@ -290,15 +352,19 @@ def read(directory: epath.Path) -> dict[str, Any]:
     BrokenError: there is no manifest, or it is not what was written.
   """
   try:
-    raw = (directory / NAME).read_bytes()
+    raw = reading.read(directory / NAME, reading.JSON_BYTES, inside=directory)
   except FileNotFoundError:
     raise BrokenError(f"{NAME}: missing (an interrupted save)") from None
   except OSError as error:
     raise BrokenError(f"{NAME}: {error.strerror or error}") from error
+  except reading.ReadError as error:
+    raise BrokenError(f"{NAME}: {error.reason}") from error
   try:
-    record = json.loads(raw)["record"]
-  except (ValueError, KeyError, TypeError):
-    raise BrokenError(f"{NAME}: {len(raw)} bytes that do not parse") from None
+    record = reading.parse(raw, {"record": {"format_version": int}})["record"]
+  except ValueError as error:
+    raise BrokenError(
+      f"{NAME}: {len(raw)} bytes that do not parse: {error}"
+    ) from None
   # The bytes are compared, and not the values, so that every flipped bit is
   # noticed.
   if _encode(record) != raw:
@@ -307,28 +373,73 @@ def read(directory: epath.Path) -> dict[str, Any]:
 
 
 def verify(directory: epath.Path, record: dict[str, Any]) -> None:
-  """Read every file that the record lists and compare it with the record.
+  """Compare every file of a step with its record.
+
+  The files may come from a stranger. Only regular files inside the folder are
+  opened. All sizes are compared before the first file is read.
 
   Args:
     directory: folder of the step.
     record: the record of the step's manifest.
 
   Raises:
-    BrokenError: a file is missing or differs; names the first one.
+    BrokenError: a file is missing, differs or is not in the record; names the
+      first one.
   """
-  for name, wanted in record["files"].items():
-    try:
-      # The size comes first, since it costs nothing and its message tells more
-      # than the message of a checksum.
+  files, name = record["files"], "the folder"
+  _check_total(record)
+  try:
+    for name in _names(directory):
+      hidden = name.rpartition("/")[2].startswith(".")
+      if name not in files and not hidden:
+        raise BrokenError(f"{name}: not in the manifest")
+    for name, wanted in files.items():
+      if not _is_relative(name):
+        raise BrokenError(
+          f"{reading.shown(name)}: not a name inside the folder"
+        )
+      # The size costs nothing, and its message tells more than the message of a
+      # checksum.
       length = (directory / name).stat().length
       if length != wanted["bytes"]:
         raise BrokenError(f"{name}: {length} bytes, not {wanted['bytes']}")
-      if _digest(directory / name)[1] != wanted["blake2b"]:
+    for name, wanted in files.items():
+      if _digest(directory / name, directory)[1] != wanted["blake2b"]:
         raise BrokenError(f"{name}: checksum differs")
-    except FileNotFoundError:
-      raise BrokenError(f"{name}: missing") from None
-    except OSError as error:
-      raise BrokenError(f"{name}: {error.strerror or error}") from error
+  except FileNotFoundError:
+    raise BrokenError(f"{name}: missing") from None
+  except OSError as error:
+    raise BrokenError(f"{name}: {error.strerror or error}") from error
+  except reading.ReadError as error:
+    raise BrokenError(f"{name}: {error.reason}") from error
+
+
+def _check_total(record):
+  """Raise BrokenError where the files are far larger than the arrays."""
+  arrays = 0
+  for name, leaf in record["leaves"].items():
+    match = _LEAF.match(leaf)
+    if match is None:
+      raise BrokenError(f"{NAME}: leaf {name} is {reading.shown(leaf)}")
+    sizes = [int(size) for size in match[1].split(",") if size]
+    # No number has more than 16 bytes, and a key of random numbers has as many.
+    arrays += 16 * math.prod(sizes)
+  total = sum(file["bytes"] for file in record["files"].values())
+  if total > 2 * arrays + _MOST_BESIDE_ARRAYS:
+    raise BrokenError(
+      f"{NAME}: files of {total:,} bytes for arrays of {arrays:,} at most"
+    )
+
+
+def _is_relative(name):
+  """Return whether a name of the record is one of a file in the folder."""
+  parts = name.split("/")
+  return not {"", ".", ".."} & {*parts} and not set(name) & {"\\", "\0", ":"}
+
+
+def is_link(path: epath.Path) -> bool:
+  """Return whether a local path is a symbolic link."""
+  return "://" not in str(path) and os.path.islink(path)
 
 
 def _encode(record):
@@ -343,10 +454,10 @@ def _hasher():
   return hashlib.blake2b(digest_size=_DIGEST_BYTES)
 
 
-def _digest(path):
-  """Return (size in bytes, checksum) of one file."""
+def _digest(path, inside):
+  """Return (size in bytes, checksum) of one regular file inside a folder."""
   digest, length = _hasher(), 0
-  with path.open("rb") as file:
+  with reading.open_file(path, inside) as file:
     while chunk := file.read(_CHUNK_BYTES):
       digest.update(chunk)
       length += len(chunk)
@@ -355,8 +466,10 @@ def _digest(path):
 
 def _names(directory, prefix=""):
   """Yield the relative names of all files below, without the manifest."""
+  if prefix.count("/") > _DEPTH:
+    raise BrokenError(f"{prefix}: folders below folders without end")
   for path in directory.iterdir():
-    if path.is_dir():
+    if path.is_dir() and not is_link(path):
       yield from _names(path, f"{prefix}{path.name}/")
     elif prefix or path.name != NAME:
       yield prefix + path.name

@@ -8,11 +8,12 @@ import jax
 from absl import logging
 from etils import epath
 
-from aoarm_jax.config import paths
+from aoarm_jax.config import paths, reading
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import sharding
 from aoarm_jax.model import network as network_lib
 from aoarm_jax.runs import agreement, checkpoint, identity, telemetry
+from aoarm_jax.runs import text as text_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,9 @@ class Run:
     return self.saved.step
 
 
+_CONFIG_BYTES = 1 << 20  # A config has some 10 kB.
+
+
 def read_config(workdir: epath.PathLike) -> config_lib.Config:
   """Return the config of a run, as the run was last started.
 
@@ -53,11 +57,17 @@ def read_config(workdir: epath.PathLike) -> config_lib.Config:
   workdir = paths.of(workdir, "workdir")
   path = workdir / "config.json"
   try:
-    config = config_lib.from_json(path.read_text())
+    data = reading.read(path, _CONFIG_BYTES, inside=workdir)
+    config = config_lib.from_json(data.decode())
   except (FileNotFoundError, NotADirectoryError):
     raise checkpoint.CheckpointError(
       f"{path}: no such file; {workdir} is not the directory of a run"
     ) from None
+  except OSError as error:
+    why = error.strerror or text_lib.first_line(error)
+    raise config_lib.ConfigError(f"{path}: {why}") from error
+  except reading.ReadError as error:
+    raise config_lib.ConfigError(str(error)) from error
   except ValueError as error:
     raise config_lib.ConfigError(f"{path}: {error}") from error
   if config.data.corpus != "docstrings":
@@ -176,7 +186,7 @@ def _opened(workdir, config, mesh, checkpoints, step):
       f"{workdir / 'checkpoints'}: train first, or name the run with --workdir"
     )
   agreement.check_checkpoint(checkpoints, saved)
-  trained = config_lib.from_json(saved.config_json)
+  trained = identity.config_of(saved)
   identity.check_same_model(saved, config, workdir)
   network = network_lib.Network(config, mesh)
   field = "ema" if trained.optimizer.ema_decay > 0 else "params"

@@ -111,11 +111,42 @@ def setup_logging() -> None:
   logging.set_verbosity(logging.INFO)
 
 
+class _Call:
+  """A call that waits many times: when it began, and when it says a line.
+
+  Attributes:
+    next_line: the time of the next line, on the clock time.monotonic.
+  """
+
+  def __init__(self, seconds: float) -> None:
+    self._start = time.monotonic()
+    self.next_line = self._start + seconds
+    self._waits = collections.Counter[str]()
+
+  def begin(self, what: str) -> str:
+    """Return the words for one more wait of a kind."""
+    self._waits[what] += 1
+    number = self._waits[what]
+    return f"{what}, batch {number}" if number > 1 else what
+
+  @property
+  def passed(self) -> float:
+    """Seconds since the call began."""
+    return time.monotonic() - self._start
+
+
 class _Patience(NamedTuple):
-  """How long a wait is silent, and the function that takes its lines."""
+  """How long a wait is silent, and the function that takes its lines.
+
+  Attributes:
+    seconds: time before the first line; 0 means no lines.
+    say: takes a line.
+    call: the call that waits. None: every wait stands for itself.
+  """
 
   seconds: float
   say: Callable[[str], None]
+  call: _Call | None = None
 
 
 def _log(line):
@@ -144,8 +175,11 @@ def set_patience(
 
 @contextlib.contextmanager
 def patience(seconds: float, say: Callable[[str], None]) -> Iterator[None]:
-  """Does what `set_patience` does, for the time inside."""
-  token = set_patience(seconds, say)
+  """Does what `set_patience` does, for one call.
+
+  Lines also come where the call takes long and each of its waits is short.
+  """
+  token = _patience.set(_Patience(seconds, say, _Call(seconds)))
   try:
     yield
   finally:
@@ -159,18 +193,23 @@ def waiting(what: str) -> Iterator[None]:
   Args:
     what: the work, as in "compiling the training step".
   """
-  seconds, say = _patience.get(_Patience(2.0, _log))
+  seconds, say, call = _patience.get(_Patience(2.0, _log))
   if seconds <= 0:
     yield
     return
   start, is_over = time.monotonic(), threading.Event()
+  words = call.begin(what) if call else what
 
   def watch():
     silence = seconds
+    if call:
+      silence = min(seconds, max(0.0, call.next_line - start))
     while not is_over.wait(silence):
       silence = _SECONDS_BETWEEN_WAITS
-      passed = format_duration(time.monotonic() - start)
-      say(f"{what}: {passed} so far")
+      passed = call.passed if call else time.monotonic() - start
+      say(f"{words}: {format_duration(passed)} so far")
+      if call:
+        call.next_line = time.monotonic() + silence
 
   thread = threading.Thread(target=watch, daemon=True)
   thread.start()

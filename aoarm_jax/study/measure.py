@@ -22,6 +22,7 @@ import io
 import itertools
 import json
 import time
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from aoarm_jax.config import reading
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import corpora, pipeline
 from aoarm_jax.devices import sharding
@@ -42,6 +44,20 @@ from aoarm_jax.tools import matching
 from aoarm_jax.training import optimizer
 
 RESULT, FAILED = "result.json", "failed.json"
+# The types of what is read back, see reading.check.
+_RESULT_KINDS = {
+  "cell?": dict,
+  "config?": dict,
+  "estimate?": {"bits_per_char": float},
+  "files?": reading.Each(str),
+  "text?": reading.Each(str),
+  "unigram_bits?": float,
+  "training_flops?": float,
+  "steps_taken?": int,
+}
+_FAILED_KINDS = {"reason": str, "again": bool}
+_MOST_ARRAYS = 1 << 34  # Bytes of an npz file.
+_MOST_UNPACKED = 1 << 26
 _TELL_SECONDS = 15.0
 _TEXTS = 2  # Kept of every third temperature.
 
@@ -392,9 +408,13 @@ def _hash(data):
 
 def read_result(path: epath.Path) -> dict:
   """What a result.json or failed.json holds; DataError where it is damaged."""
+  kinds = _RESULT_KINDS if path.name == RESULT else _FAILED_KINDS
   try:
-    return json.loads(path.read_text())
-  except ValueError as error:
+    data = reading.read(path, reading.JSON_BYTES, inside=path.parent)
+    return reading.parse(data, kinds)
+  except reading.ReadError as error:
+    raise _damaged(path, error.reason) from None
+  except (OSError, ValueError) as error:
     raise _damaged(path, error) from None
 
 
@@ -418,11 +438,23 @@ def read_arrays(
   path = folder / name
   if not path.exists():
     raise _damaged(path, "it is not there")
-  data = path.read_bytes()
+  try:
+    data = reading.read(path, _MOST_ARRAYS, inside=folder)
+  except reading.ReadError as error:
+    raise _damaged(path, error.reason) from None
+  except OSError as error:
+    raise _damaged(path, error.strerror) from None
   if _hash(data) != result["files"][name]:
     raise _damaged(path, f"it is not the one of {RESULT}")
-  with np.load(io.BytesIO(data)) as file:
-    return dict(file)
+  try:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+      unpacked = sum(file.file_size for file in archive.infolist())
+    if unpacked > max(_MOST_UNPACKED, 16 * len(data)):
+      raise ValueError(f"{len(data):,} bytes that unpack to {unpacked:,}")
+    with np.load(io.BytesIO(data)) as file:
+      return dict(file)
+  except (*(EOFError, KeyError, OSError, ValueError), zipfile.BadZipFile) as e:
+    raise _damaged(path, e) from None
 
 
 def _damaged(path, error):

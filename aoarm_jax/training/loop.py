@@ -5,6 +5,8 @@ import functools
 import math
 import os
 import signal
+import tempfile
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -12,6 +14,7 @@ from absl import logging
 from etils import epath
 
 from aoarm_jax import orders
+from aoarm_jax.config import errors
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import corpora, pipeline
 from aoarm_jax.devices import distributed, sharding, stopping
@@ -50,6 +53,10 @@ class Preempted(stopping.Stopped):
     )
 
 
+class EvictedError(errors.UserError, RuntimeError):
+  """The run directory no longer belongs to the run, which has stopped."""
+
+
 def train(
   config: config_lib.Config, workdir: epath.Path, argv: list[str]
 ) -> None:
@@ -64,6 +71,8 @@ def train(
     ConfigError: the config does not fit the machine or the checkpoint.
     DataError: the text is missing or wrong.
     CheckpointError: a checkpoint cannot be read or written.
+    EvictedError: the run directory was removed or replaced, or another run has
+      saved there; the message says where the state is saved.
     NonFiniteError: the loss is NaN or infinite; the last checkpoint is good.
     Preempted: SIGTERM or SIGINT came, and the state is saved.
   """
@@ -79,7 +88,6 @@ def train(
   )
   watchdog = distributed.Watchdog(config.distributed.step_timeout_seconds)
   with (
-    checkpoints,
     jax.set_mesh(network.mesh),
     watchdog,
     stopping.Signals(
@@ -92,8 +100,9 @@ def train(
     text = identity.text_of(corpus, *splits)
     agreement.check_text(text)
     # Everything that depends on what stands in the run directory is decided
-    # under the lock. Before, another process may still be saving there.
-    with run_dir.lock(workdir):
+    # under the lock. Before, another process may still be saving there. A save
+    # that is running when an error comes ends under the lock, too.
+    with run_dir.lock(workdir) as is_there, checkpoints:
       agreement.check_disk(workdir, writes=True)
       saved = checkpoints.newest()
       agreement.check_checkpoint(checkpoints, saved)
@@ -104,7 +113,7 @@ def train(
         ):
           _say_finished(config, workdir, saved, corpus)
           return
-      run = _Run(program, workdir, argv, corpus, text, checkpoints)
+      run = _Run(program, workdir, argv, corpus, text, checkpoints, is_there)
       run.loop(saved, signals)
 
 
@@ -137,6 +146,15 @@ def _samples_path(workdir, step):
   return workdir / "samples" / f"step_{step:08d}.jsonl"
 
 
+def _delete_samples(folder, keep_last):
+  """Delete the older samples of training; those of --mode=sample stay."""
+  try:
+    for path in sorted(folder.glob("step_*.jsonl"))[:-keep_last]:
+      path.unlink(missing_ok=True)
+  except OSError as error:
+    logging.warning("cannot delete old samples: %s", error)
+
+
 class _Run:
   """The objects that the training loop works with, and the loop itself.
 
@@ -151,12 +169,14 @@ class _Run:
     corpus: corpora.Corpus,
     text: dict[str, str],
     checkpoints: checkpoint.Checkpoints,
+    is_there: Callable[[], bool],
   ) -> None:
     self.program, self.network = program, program.network
     self.config = config = self.network.config
     assert self.network.mesh is not None  # program.make always gives a mesh.
     self.mesh, self.workdir = self.network.mesh, workdir
-    self.checkpoints = checkpoints
+    self.checkpoints, self.is_there = checkpoints, is_there
+    self.argv = argv
     train_tokens = corpus.split("train")
     self.batches = pipeline.train_batches(
       train_tokens,
@@ -180,14 +200,18 @@ class _Run:
     # The first log line may be hours away, so the ETA is logged once as soon as
     # it is known.
     self.told_eta = False
+    self._describe(workdir)
+    self._greet()
+
+  def _describe(self, workdir):
+    """Write the files that explain the run into a run directory."""
     if self.primary:
       run_dir.describe_run(
         workdir,
-        config_json=config_lib.to_json(config),
-        argv=argv,
+        config_json=config_lib.to_json(self.config),
+        argv=self.argv,
         params=self.network.abstract_params,
       )
-    self._greet()
 
   def _greet(self):
     """Log the size of the model, the devices and the orders."""
@@ -276,6 +300,7 @@ class _Run:
             self._visit(step, state, signals)
         if signals.received:
           if step > start:
+            self._check_place(step, state)
             self._save(step, state)
           self.checkpoints.wait()
           raise Preempted(signals.received, step)
@@ -386,6 +411,8 @@ class _Run:
     continues. A signal ends an evaluation early, so that the save is not late.
     """
     c, metric = self.config, None
+    # A sample or a save would make the folder again, without the run's files.
+    self._check_place(step, state)
     if self._due(step, c.eval.every) and not distributed.process_0_says(
       lambda: self._is_evaluated(step)
     ):
@@ -421,6 +448,7 @@ class _Run:
       logging.info("sample: %s", text_lib.printable(texts[0].text))
       if self.primary:
         generate.write(path, texts, step)
+        _delete_samples(path.parent, c.sample.keep_last)
 
   def _is_evaluated(self, step):
     """Return whether the run had evaluated this step before it was stopped."""
@@ -431,7 +459,14 @@ class _Run:
 
   def _save(self, step, state, metric=None):
     """Start to save a checkpoint; `metric` is its validation loss, if known."""
-    self.checkpoints.save(
+    try:
+      self._save_in(self.checkpoints, step, state, metric)
+    except checkpoint.ForeignStepError as error:
+      self._save_elsewhere(step, state, str(error))
+
+  def _save_in(self, checkpoints, step, state, metric=None):
+    """Start to save a checkpoint in one of two directories."""
+    checkpoints.save(
       step,
       state,
       data_state={
@@ -441,6 +476,47 @@ class _Run:
       },
       config_json=config_lib.to_json(self.config),
       metric=metric,
+      is_ours=lambda saved: identity.is_same_run(saved, self.config, self.text),
+    )
+
+  def _check_place(self, step, state):
+    """Stop with the state saved elsewhere if the run directory is gone."""
+    if not distributed.process_0_says(self.is_there):
+      self._save_elsewhere(
+        step,
+        state,
+        f"--workdir={self.workdir} was removed, moved or replaced while this "
+        "run trained there",
+      )
+
+  def _save_elsewhere(self, step, state, reason):
+    """Save the state beside the run directory; raise EvictedError.
+
+    Where the run has one process, the folder for temporary files is the second
+    choice.
+    """
+    places = [lambda: identity.another(self.workdir)]
+    if jax.process_count() == 1:
+      places.append(lambda: epath.Path(tempfile.mkdtemp(prefix="aoarm_jax-")))
+    problems = []
+    for place in places:
+      try:
+        folder = place()
+        with checkpoint.Checkpoints(
+          folder / "checkpoints", keep_last=1, keep_best=0
+        ) as checkpoints:
+          self._save_in(checkpoints, step, state)
+        self._describe(folder)
+      except (OSError, checkpoint.CheckpointError) as error:
+        problems.append(text_lib.first_line(error))
+        continue
+      raise EvictedError(
+        f"{reason}; step {step:,} is saved in {folder}: the same command with "
+        f"--workdir={folder} continues from there"
+      )
+    raise EvictedError(
+      f"{reason}; step {step:,} could not be saved elsewhere either: "
+      + "; ".join(problems)
     )
 
   def _draw_figures(self):
@@ -450,9 +526,10 @@ class _Run:
     figures.loss_curve(
       records, self.workdir / "loss.png", title=title, unit=unit
     )
-    valid = [r for r in records if r["kind"] == "valid"]
+    # Somebody may have changed the file, so its records may lack values.
+    valid = [r for r in records if r.keys() >= {"estimator", "slot_curve_bits"}]
     figures.slot_curve(
-      {valid[-1]["estimator"]: valid[-1]["slot_curve_bits"]},
+      {r["estimator"]: r["slot_curve_bits"] for r in valid[-1:]},
       self.workdir / "slot_curve.png",
       title=title,
       unit=unit,

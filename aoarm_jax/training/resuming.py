@@ -32,7 +32,7 @@ def check_resume(
       values.
   """
   identity.check_same_run(saved, config, text, workdir)
-  before = config_lib.from_json(saved.config_json)
+  before = identity.config_of(saved)
   error = config_rules.schedule_steps_error(before, config, saved.step)
   if not error and saved.step > config.train.steps:
     error = (

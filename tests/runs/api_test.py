@@ -5,13 +5,17 @@ import dataclasses
 import importlib
 import io
 import json
+import os
 import pathlib
 import pkgutil
 import re
+import select
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import warnings
 from unittest import mock
 
 import helpers
@@ -20,6 +24,7 @@ import numpy as np
 import pytest
 from absl import flags
 from absl.testing import absltest, parameterized
+from jax.experimental.compilation_cache import compilation_cache
 
 import aoarm_jax
 from aoarm_jax import api
@@ -209,6 +214,50 @@ class ModelTest(parameterized.TestCase):
       self.assertLen(lines, 2 * progress)
       for line, words in zip(lines, want):
         self.assertRegex(line, f"^{words}[0-9]+s so far$")
+
+  def test_a_fork_is_told_at_once(self):
+    """JAX would wait for ever in it."""
+    calls = (
+      lambda: _model.score("abc"),
+      lambda: _model.generate(),
+      lambda: _model.infill("a_c"),
+      lambda: aoarm_jax.load(_folder / "run"),
+    )
+    for call in calls:
+      out, pipe = os.pipe()
+      with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # JAX warns of forks.
+        child = os.fork()
+      if not child:
+        try:
+          call()
+        except errors.UserError as error:
+          os.write(pipe, str(error).encode())
+        finally:
+          os._exit(0)
+      os.close(pipe)
+      ready, _, _ = select.select([out], [], [], 60)
+      message = os.read(out, 1000).decode() if ready else "it hangs"
+      os.kill(child, signal.SIGKILL)
+      os.waitpid(child, 0)
+      os.close(out)
+      self.assertStartsWith(message, f"process {child} is a fork of process ")
+
+  def test_programs_are_kept_for_later_processes(self):
+    name, folder = "jax_compilation_cache_dir", _folder / "cache"
+    before = jax.config.values[name]
+
+    def restore():
+      jax.config.update(name, before)
+      compilation_cache.reset_cache()
+
+    self.addCleanup(restore)
+    jax.config.update(name, None)
+    compilation_cache.reset_cache()
+    jax.jit(lambda x: x + 1)(1.0)  # The user's own program comes first.
+    with mock.patch.dict(os.environ, {"XDG_CACHE_HOME": str(folder)}):
+      aoarm_jax.load(_folder / "run").score("abc")
+    self.assertNotEmpty(list((folder / "aoarm_jax" / "xla").glob("jit_*")))
 
   def test_prompts_of_several_lengths(self):
     """Each as if it stood alone at its index."""

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import functools
+import gc
 import json
 import os
 import random
@@ -21,6 +22,7 @@ import numpy as np
 import optax
 import tensorstore
 from absl.testing import absltest, parameterized
+from orbax.checkpoint import v1
 
 from aoarm_jax.devices import distributed
 from aoarm_jax.runs import checkpoint, manifest
@@ -416,6 +418,16 @@ class StepsTest(CheckpointTest):
     got = checkpoints.restore(checkpoints.newest(), abstract(make_state()))
     self.assert_same(got, make_state(1))
 
+  def test_saves_leave_no_objects_behind(self):
+    """Some 20 kB of them at every save are much in a long run."""
+    checkpoints = self.open(keep_last=1)
+    counts = []
+    for first in (1, 4, 7):
+      self.fill(checkpoints, range(first, first + 3))
+      gc.collect()
+      counts.append(len(gc.get_objects()))
+    self.assertLess(counts[2] - counts[1], 20)
+
   def test_strangers_in_the_directory_are_left_alone(self):
     os.makedirs(os.path.join(self.directory, "notes"))
     os.makedirs(os.path.join(self.directory, "007"))
@@ -572,10 +584,38 @@ class InterruptedSaveTest(CheckpointTest):
       finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
       self.assertNotIn("\n", str(caught.exception))
+      self.assertNotIn("orbax-checkpoint-tmp", str(caught.exception))
       self.assertEqual(checkpoints.newest().step, 10)
       self.assertEqual(os.listdir(self.directory), ["10"])
     self.fill(checkpoints, [20], state=big)
     self.assertEqual(checkpoints.steps(), [20])
+
+  def test_remains_of_writes_that_outlive_a_failed_save_are_deleted(self):
+    """A late write makes a file in the folder while it is deleted."""
+    checkpoints = self.open()
+    self.fill(checkpoints, [10])
+    clean = manifest.Steps.clean
+    late = os.path.join(self.directory, "20.orbax-checkpoint-tmp", "late")
+
+    def clean_too_early(steps):
+      clean(steps)
+      if not os.path.exists(os.path.dirname(late)) and written.pop():
+        os.makedirs(late)
+
+    def fail(*_):
+      raise OSError(28, "No space left on device", late)
+
+    written = [False, True]
+    with (
+      mock.patch.object(v1, "save_checkpointables_async", fail),
+      mock.patch.object(manifest.Steps, "clean", clean_too_early),
+      self.assertRaisesRegex(
+        checkpoint.CheckpointError,
+        f"step 20 was not saved in {self.directory}: No space left on device;",
+      ),
+    ):
+      self.fill(checkpoints, [20])
+    self.assertEqual(os.listdir(self.directory), ["10"])
 
   def test_writes_that_outlive_a_failed_save_are_silent(self):
     reported = []

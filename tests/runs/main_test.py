@@ -22,6 +22,7 @@ from aoarm_jax import main
 from aoarm_jax.config import errors
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import corpora
+from aoarm_jax.devices import switches
 
 # On the older Python alone, for time.
 pytestmark = pytest.mark.once
@@ -86,7 +87,7 @@ class StartTest(absltest.TestCase):
     ):
       environment = {"XDG_CACHE_HOME": value, "HOME": "/home/me"}
       with mock.patch.dict(os.environ, environment):
-        self.assertEqual(main.cache_folder(), pathlib.Path(folder))
+        self.assertEqual(switches.cache_folder(), pathlib.Path(folder))
 
 
 class ParseTest(parameterized.TestCase):
@@ -398,7 +399,7 @@ class MemoryTest(parameterized.TestCase):
     with (
       mock.patch.object(main, "run", side_effect=error),
       mock.patch.object(main.flags, "FLAGS", mock.Mock(mode=mode)),
-      mock.patch.object(main, "_cache_compilations"),
+      mock.patch.object(main.switches, "keep_compilations"),
       mock.patch.object(main.telemetry, "setup_logging"),
       mock.patch.object(main.stopping, "end_at_once"),
       mock.patch.object(main.stopping, "forget_signals"),

@@ -13,6 +13,7 @@ import re
 import shutil
 import signal
 import tempfile
+import threading
 import time
 
 import chex
@@ -29,9 +30,10 @@ from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import corpora
 from aoarm_jax.devices import sharding, stopping
 from aoarm_jax.runs import directory as run_dir
-from aoarm_jax.runs import manifest, telemetry
+from aoarm_jax.runs import identity, manifest, opening, telemetry
 from aoarm_jax.training import loop as train
 from aoarm_jax.training import program as program_lib
+from aoarm_jax.training import resuming
 
 _folder: pathlib.Path  # Of this module's runs.
 _contexts = contextlib.ExitStack()
@@ -59,6 +61,8 @@ SHORT = {
   "sample.every": 0,
   "checkpoint.every": 4,
 }
+
+LONGER = SHORT | {"train.steps": 20}
 
 
 def setUpModule():
@@ -603,15 +607,144 @@ class StopTest(TrainTest):
 
     @contextlib.contextmanager
     def lock_after_a_save(path):
-      with lock(path):
+      with lock(path) as is_there:
         shutil.move(later, steps / "12")
         shutil.rmtree(steps / "8")
-        yield
+        yield is_there
 
     changes = SHORT | {"train.steps": 14}
     with absltest.mock.patch.object(run_dir, "lock", lock_after_a_save):
       lines = logged(arguments(workdir, changes))
     self.matching("resumed from step 12", lines)
+
+  def test_a_run_that_finishes_while_the_text_is_read_stays(self):
+    """The later start has another seed, and looked into an empty folder."""
+    workdir, load = _folder / "raced", corpora.load
+
+    def load_late(*args):
+      shutil.copytree(short(), workdir, dirs_exist_ok=True)
+      return load(*args)
+
+    with absltest.mock.patch.object(corpora, "load", load_late):
+      message = self.refused(
+        config_lib.ConfigError, arguments(workdir, SHORT | {"seed": 1})
+      )
+    self.assertStartsWith(message, "config.seed=1: the run in ")
+    files = helpers.contents(workdir)
+    del files[".lock"]
+    want = helpers.contents(short())
+    del want[".lock"]
+    self.assertEqual(files, want)
+
+  def goes_on(self, name, strike, at=14):
+    """(workdir, error) of the short run, prolonged, and struck in a step."""
+    workdir, tick = copy_of(short(), name), telemetry.Progress.tick
+
+    def tick_and_strike(progress, step):
+      if step == at:
+        strike(workdir)
+      tick(progress, step)
+
+    with absltest.mock.patch.object(
+      telemetry.Progress, "tick", tick_and_strike
+    ):
+      message = self.refused(train.EvictedError, arguments(workdir, LONGER))
+    return workdir, message
+
+  @parameterized.parameters("removed", "replaced")
+  def test_a_run_directory_that_goes(self, how):
+    def strike(workdir):
+      shutil.rmtree(workdir)
+      if how == "replaced":
+        workdir.mkdir()
+
+    workdir, message = self.goes_on(how, strike)
+    saved = workdir.with_name(f"{how}-2")
+    self.assertStartsWith(message, f"--workdir={workdir} was removed, moved or")
+    self.assertIn(f"step 16 is saved in {saved}: ", message)
+    self.assertEqual(list(workdir.glob("*")), [])
+    # The message tells the truth.
+    config = helpers.config_of(arguments(saved, LONGER))
+    self.assertEqual(opening.read_config(epath.Path(saved)), config)
+    found, _ = helpers.final_state(saved, config)
+    text = {name: found.data_state["text"][name] for name in ("train", "valid")}
+    resuming.check_resume(found, config, text, epath.Path(saved))
+    self.assertEqual(found.step, 16)
+
+  def test_a_run_directory_that_goes_with_all_around_it(self):
+    folder = _folder / "temporary"
+    folder.mkdir()
+    with (
+      absltest.mock.patch.object(tempfile, "tempdir", str(folder)),
+      absltest.mock.patch.object(
+        identity, "another", lambda workdir: epath.Path("/proc/no/place")
+      ),
+    ):
+      _, message = self.goes_on("alone", shutil.rmtree)
+    (saved,) = folder.iterdir()
+    self.assertIn(f"step 16 is saved in {saved}: ", message)
+    self.assertTrue((saved / "checkpoints" / "16" / "manifest.json").exists())
+
+  def test_a_step_of_another_run_stays(self):
+    """A second process does not see the lock, as on some network disks."""
+    config = helpers.config_of(arguments("", LONGER | {"seed": 1}))
+
+    def strike(workdir):
+      steps = epath.Path(workdir) / "checkpoints"
+      shutil.copytree(steps / "12", steps / "16")
+      record = manifest.read(steps / "16")
+      changes = {"step": 16, "config": config_lib.to_json(config)}
+      manifest.write(steps / "16", record | changes)
+      before.update(helpers.contents(workdir / "checkpoints" / "16"))
+
+    before: dict[str, bytes] = {}
+    workdir, message = self.goes_on("shared", strike)
+    self.assertIn("checkpoint step 16 in ", message)
+    self.assertIn("another run", message)
+    saved = workdir.with_name("shared-2")
+    self.assertIn(f"step 16 is saved in {saved}: ", message)
+    self.assertTrue((saved / "checkpoints" / "16" / "manifest.json").exists())
+    self.assertEqual(helpers.contents(workdir / "checkpoints" / "16"), before)
+
+  def test_a_running_save_ends_under_the_lock(self):
+    """The run fails at step 14 while it still saves step 12."""
+    workdir = copy_of(short(), "failing")
+    shutil.rmtree(workdir / "checkpoints" / "12")
+    has_failed, was_refused = threading.Event(), []
+    checksums = manifest.checksums
+
+    def checksums_late(directory):
+      has_failed.wait(60)
+      time.sleep(0.2)
+      try:
+        with run_dir.lock(workdir):
+          was_refused.append(False)
+      except config_lib.ConfigError:
+        was_refused.append(True)
+      return checksums(directory)
+
+    def check_finite(step, values):
+      if step == 14:
+        has_failed.set()
+        raise telemetry.NonFiniteError("no number")
+
+    with (
+      absltest.mock.patch.object(manifest, "checksums", checksums_late),
+      absltest.mock.patch.object(telemetry, "check_finite", check_finite),
+    ):
+      self.refused(errors.UserError, arguments(workdir, LONGER))
+    self.assertEqual(was_refused, [True])
+
+  def test_samples_do_not_pile_up(self):
+    workdir = copy_of(short(), "samples")
+    written = workdir / "samples" / "20260101T000000.000000.jsonl"
+    written.write_text("written by --mode=sample")
+    changes = {"sample.every": 2, "sample.keep_last": 2}
+    helpers.run(arguments(workdir, LONGER | changes))
+    self.assertEqual(
+      sorted(os.listdir(workdir / "samples")),
+      [written.name, "step_00000018.jsonl", "step_00000020.jsonl"],
+    )
 
   def test_newest_checkpoint_damaged(self):
     workdir = copy_of(short(), "damaged")

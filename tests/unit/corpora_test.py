@@ -10,6 +10,7 @@ import math
 import os
 import pathlib
 import re
+import resource
 import tarfile
 import tempfile
 import zipfile
@@ -18,8 +19,9 @@ from unittest import mock
 import numpy as np
 import zstandard
 from absl.testing import absltest, parameterized
+from etils import epath
 
-from aoarm_jax.data import corpora, files, tokenizers
+from aoarm_jax.data import corpora, files, mapped, tokenizers
 
 # sha256 of the built-in text, as it is and in normal form: runs are compared by
 # their numbers on it, so it must never change unnoticed.
@@ -62,6 +64,25 @@ _PACK = {
 }
 
 
+def _bomb(suffix: str) -> bytes:
+  """A small file that unpacks to 200 million letters."""
+  letters = b"a" * 1_000_000
+  file = io.BytesIO()
+  match suffix:
+    case ".zst":
+      frame = zstandard.ZstdCompressor().compress(letters)
+      return frame * 200
+    case ".zip":
+      with (
+        zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("text8", "w") as packed,
+      ):
+        for _ in range(200):
+          packed.write(letters)
+      return file.getvalue()
+  return _PACK[suffix](letters) * 200
+
+
 class CorporaTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
@@ -86,6 +107,84 @@ class CorporaTest(parameterized.TestCase):
     self.assertNotIn("\n", message)
 
   # files
+
+  @parameterized.parameters("pipe", "/dev/zero", "/dev/stdin")
+  def test_only_regular_files_are_texts(self, kind):
+    path = self.folder / "train.txt"
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to(kind)
+    with (
+      mock.patch.object(os, "open", side_effect=AssertionError),
+      self.assert_refused("train.txt: is a ", "only regular files are read"),
+    ):
+      self.load(self.folder, "folder").split("train")
+
+  @parameterized.parameters("", ".gz", ".xz", ".bz2", ".zst", ".zip")
+  def test_a_text_that_is_too_large(self, suffix):
+    """A packed one is refused as it grows, and a plain one by its size."""
+    path = self.folder / f"train.txt{suffix}"
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if suffix:
+      path.write_bytes(_bomb(suffix))
+      self.assertLess(path.stat().st_size, 1e6)
+    else:
+      with path.open("wb") as file:
+        file.truncate(1 << 40)
+    corpus = corpora.load(
+      "auto", str(path), self.char27, largest_megabytes=0 if not suffix else 60
+    )
+    with self.assert_refused(f"{path}: ", "more than", "largest_megabytes="):
+      corpus.split("train")
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    self.assertLess((after - before) / 1024, 160)  # Megabytes.
+
+  @parameterized.product(
+    text=(
+      b"\xef\xbb\xbfthe cat sat on the mat and then it ran away\r\n",
+      "It’s 12 o’clock; naïve 3RD words,  one\n\n two".encode() * 2,
+      b"a" * 90,
+      b"  -  " * 20 + b"word" + b"1" * 9 + b"  " * 20,
+    ),
+    tokenizer=("char27", "byte"),
+    chunk=(3, 4, 7),
+  )
+  def test_chunks_change_nothing(self, text, tokenizer, chunk):
+    path, tokenizer = self.file("x.txt", text), tokenizers.get(tokenizer)
+    for normalise in (False, True):
+      results = []
+      for size, long in ((1 << 24, 1 << 26), (chunk, 1 << 26), (chunk, 3)):
+        corpus = corpora.load("auto", path, tokenizer, normalise)
+        with (
+          mock.patch.object(files, "_CHUNK", size),
+          mock.patch.object(mapped, "_LONG", long),
+        ):
+          try:
+            results.append(corpus.hash("train") + corpus.hash("test"))
+          except corpora.DataError as error:
+            results.append(str(error))
+      self.assertLen({*results}, 1, results)
+
+  @parameterized.parameters(1, 3, 50)
+  def test_a_wrong_byte_has_the_same_offset_in_chunks(self, chunk):
+    for wrong in (b"\xff", b"\0", "é".encode()[:1]):
+      data = "né à 日本 🎉".encode() * 3 + wrong + b"text"
+      with mock.patch.object(files, "_CHUNK", 1 << 24):
+        want = files.not_text(data)
+      with mock.patch.object(files, "_CHUNK", chunk):
+        self.assertEqual(files.not_text(data), want)
+
+  def test_a_long_text_where_no_file_can_be_written(self):
+    path = self.file("x.txt", _TEXT)
+    with (
+      mock.patch.object(files, "_CHUNK", 50),
+      mock.patch.object(mapped, "_LONG", 60),
+      mock.patch.object(
+        tempfile, "TemporaryFile", side_effect=OSError(28, "No space left")
+      ),
+      self.assertLogs("absl", "WARNING") as log,
+    ):
+      ids = corpora._encode(epath.Path(path), self.char27, False, 0)
+    self.assertEqual(self.char27.to_bytes(ids), _TEXT)
+    self.assertIn("No space left: the text stays in memory", log.output[0])
 
   @parameterized.product(
     suffix=tuple(_PACK), name=("text", "text.bin", "text.TXT")
@@ -269,7 +368,7 @@ class CorporaTest(parameterized.TestCase):
 
   def test_a_folder_in_place_of_a_file(self):
     (self.folder / "test.txt").mkdir()
-    with self.assert_refused("test.txt", "cannot be read"):
+    with self.assert_refused("test.txt", "is a folder"):
       self.load(self.folder).split("test")
 
   def test_the_hash_is_of_the_text_and_not_of_its_ids(self):

@@ -152,9 +152,7 @@ class MetricsTest(_FolderTest):
     """A finished run there is told to be finished."""
     for is_writable in (False, True):
       with (
-        mock.patch.object(
-          run_dir, "open", create=True, side_effect=PermissionError
-        ),
+        mock.patch.object(os, "open", side_effect=PermissionError),
         mock.patch.object(os, "access", return_value=is_writable),
         self.assertRaises(PermissionError)
         if is_writable
@@ -162,6 +160,44 @@ class MetricsTest(_FolderTest):
         run_dir.lock(self.workdir),
       ):
         pass
+
+  @parameterized.parameters("link", "pipe", "folder")
+  def test_a_lock_that_is_no_file_is_left_alone(self, kind):
+    path, other = self.workdir / ".lock", self.workdir / "other"
+    other.write_text("of somebody else")
+    match kind:
+      case "link":
+        os.symlink(other, path)
+      case "pipe":
+        os.mkfifo(path)
+      case "folder":
+        path.mkdir()
+    with (
+      self.assertRaisesRegex((config.ConfigError, OSError), r"\.lock"),
+      run_dir.lock(self.workdir),
+    ):
+      pass
+    self.assertEqual(other.read_text(), "of somebody else")
+
+  def test_a_full_disk_is_named(self):
+    """A write to an open file names no file by itself."""
+    with self.writer() as writer:
+      writer._file.close()
+      writer._file = open("/dev/full", "w")  # noqa: SIM115
+      with self.assertRaisesRegex(OSError, r"No space .*metrics\.jsonl"):
+        writer.write(1, "train", loss=1.0)
+      with self.assertRaisesRegex(OSError, r"No space .*metrics\.jsonl"):
+        writer.close()
+      writer._file = None
+
+  def test_a_link_of_the_temporary_name_is_not_followed(self):
+    other = self.workdir / "other"
+    other.write_text("of somebody else")
+    temporary = self.workdir / f".file.{os.getpid()}.tmp"
+    os.symlink(other, temporary)
+    run_dir.write_atomically(self.workdir / "file", "ours")
+    self.assertEqual(other.read_text(), "of somebody else")
+    self.assertEqual((self.workdir / "file").read_text(), "ours")
 
   def test_other_processes_write_nothing(self):
     with self.writer(primary=False) as writer:

@@ -3,15 +3,17 @@
 import json
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
+from unittest import mock
 
 import numpy as np
 from absl import flags
 from absl.testing import absltest, parameterized
 
-from aoarm_jax.data import corpora, pipeline
+from aoarm_jax.data import corpora, mapped, pipeline
 
 _B, _T = 12, 7
 
@@ -94,6 +96,37 @@ class TrainBatchesTest(parameterized.TestCase):
     half = self.batches(rows=rows_of(1, 2))
     half.set_state(state)
     np.testing.assert_array_equal(next(half), whole[5][_B // 2 :])
+
+  def test_workers_map_a_long_text_and_get_no_copy(self):
+    tokens = np.arange(200_000, dtype=np.uint32).astype(np.uint8)
+    with mock.patch.object(mapped, "_LONG", 1000):
+      text = mapped.collect(np.array_split(tokens, 7))[100:-100]
+    self.assertLess(
+      len(pickle.dumps(pipeline._Crops(text, 7, np.arange(3)))), 1000
+    )
+    whole = _take(self.batches(tokens[100:-100].copy()), 3)
+    np.testing.assert_array_equal(
+      _take(self.batches(text, workers=1), 3), whole
+    )
+
+  def test_a_mapped_text_ends_with_its_last_user(self):
+    def is_open():
+      try:
+        return os.path.exists(f"/proc/self/fd/{descriptor}")
+      except OSError:
+        return False
+
+    with mock.patch.object(mapped, "_LONG", 10):
+      text = mapped.collect([np.arange(99, dtype=np.uint8)])
+    path, offset, length = mapped.packed(text[9:30])
+    self.assertEqual((offset, length), (9, 21))
+    descriptor = int(path.rpartition("/")[2])
+    again = mapped.unpacked((path, offset, length))
+    np.testing.assert_array_equal(again, np.arange(9, 30))
+    self.assertTrue(is_open())
+    del text
+    self.assertFalse(is_open())
+    np.testing.assert_array_equal(again, np.arange(9, 30))
 
   def test_signals_to_workers_and_the_death_of_their_parent(self):
     command = [sys.executable, __file__, "--parent"]

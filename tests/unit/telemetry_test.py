@@ -283,5 +283,29 @@ class ProfileTest(parameterized.TestCase):
     self.assertNotEmpty([path for path in traces if path.is_file()])
 
 
+class CallTest(absltest.TestCase):
+  def test_a_long_call_of_short_waits_is_said(self):
+    """Each wait alone is shorter than the patience."""
+    lines = []
+    with (
+      mock.patch.object(telemetry, "_SECONDS_BETWEEN_WAITS", 0.3),
+      telemetry.patience(0.2, lines.append),
+    ):
+      for _ in range(60):
+        with telemetry.waiting("generating 3 texts"):
+          time.sleep(0.02)
+    self.assertBetween(len(lines), 2, 8)
+    for line in lines:
+      self.assertRegex(line, r"^generating 3 texts, batch \d+: \d+s so far$")
+
+  def test_a_short_call_is_silent(self):
+    lines = []
+    with telemetry.patience(5.0, lines.append):
+      for _ in range(3):
+        with telemetry.waiting("generating"):
+          pass
+    self.assertEmpty(lines)
+
+
 if __name__ == "__main__":
   absltest.main()
