@@ -18,16 +18,20 @@ import typing
 if typing.TYPE_CHECKING:
   from aoarm_jax.api import Model as Model
   from aoarm_jax.config.errors import UserError as UserError
+  from aoarm_jax.config.reading import ReadError as ReadError
   from aoarm_jax.config.schema import ConfigError as ConfigError
   from aoarm_jax.data.tokenizers import DataError as DataError
   from aoarm_jax.data.tokenizers import TokenizerError as TokenizerError
   from aoarm_jax.devices.rendezvous import NeighbourError as NeighbourError
   from aoarm_jax.devices.stopping import Stopped as Stopped
+  from aoarm_jax.devices.switches import ForkError as ForkError
   from aoarm_jax.evaluation.score import Score as Score
   from aoarm_jax.generation.prompts import PromptError as PromptError
   from aoarm_jax.generation.texts import Text as Text
+  from aoarm_jax.runs.checkpoint import ForeignStepError as ForeignStepError
   from aoarm_jax.runs.manifest import CheckpointError as CheckpointError
   from aoarm_jax.runs.telemetry import NonFiniteError as NonFiniteError
+  from aoarm_jax.training.loop import EvictedError as EvictedError
   from aoarm_jax.training.loop import Preempted as Preempted
 
 __version__ = "0.1.0"
@@ -41,10 +45,14 @@ _MODULES = {
   "CheckpointError": "aoarm_jax.runs.manifest",
   "ConfigError": "aoarm_jax.config.schema",
   "DataError": "aoarm_jax.data.tokenizers",
+  "EvictedError": "aoarm_jax.training.loop",
+  "ForeignStepError": "aoarm_jax.runs.checkpoint",
+  "ForkError": "aoarm_jax.devices.switches",
   "NeighbourError": "aoarm_jax.devices.rendezvous",
   "NonFiniteError": "aoarm_jax.runs.telemetry",
   "Preempted": "aoarm_jax.training.loop",
   "PromptError": "aoarm_jax.generation.prompts",
+  "ReadError": "aoarm_jax.config.reading",
   "Stopped": "aoarm_jax.devices.stopping",
   "TokenizerError": "aoarm_jax.data.tokenizers",
 }

@@ -4,6 +4,7 @@ The text of a user is text. A character is a blank or a mark only if the user
 asked for this character, or if the model's alphabet does not have it.
 """
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -291,30 +292,44 @@ def _encode(text, tokenizer, name, blank, marks):
     tokenizer.encode(text.translate(special))
   except tokenizers.TokenizerError as error:
     raise PromptError(f"{name}: {error}") from error
-  tokens: list[int] = []
-  kinds: list[int] = []
+  pieces: list[np.ndarray] = []
+  kinds: list[np.ndarray] = []
   opened = 0  # Place of the open mark, counted from 1; 0 if no mark is open.
-  for at, character in enumerate(text, 1):
-    if marks and character in marks:
-      if (character == marks[0]) == bool(opened):
+  at = 0
+  for piece in _split(text, blank, marks):
+    at += len(piece)
+    if marks and piece in (marks[0], marks[1]):
+      if (piece == marks[0]) == bool(opened):
         raise PromptError(
-          f"{name}: {character!r} at offset {at - 1} has no partner; marks are "
+          f"{name}: {piece!r} at offset {at - 1} has no partner; marks are "
           f"{marks[0]!r} and {marks[1]!r}, and do not nest"
         )
       opened = 0 if opened else at
       continue
-    if character == blank:
-      character, kind = filler, _UNKNOWN
+    if blank and piece[0] == blank:
+      piece, kind = filler * len(piece), _UNKNOWN
     else:
       kind = _MARKED if opened else _PLAIN
-    ids = tokenizer.encode(character).tolist()
-    tokens += ids
-    kinds += [kind] * len(ids)
+    pieces.append(tokenizer.encode(piece).astype(np.int32))
+    kinds.append(np.full(len(pieces[-1]), kind, np.int32))
   if opened:
     raise PromptError(
       f"{name}: {marks[0]!r} at offset {opened - 1} has no partner {marks[1]!r}"
     )
-  return np.array(tokens, np.int32), np.array(kinds, np.int32)
+  nothing = np.zeros(0, np.int32)
+  return np.concatenate([nothing, *pieces]), np.concatenate([nothing, *kinds])
+
+
+def _split(text, blank, marks):
+  """Return the marks, the rows of blanks and the text between them, in order.
+
+  A text without any is one piece, so that a long line takes no long time.
+  """
+  special = [re.escape(x) for x in marks] + [f"{re.escape(blank)}+"] * bool(
+    blank
+  )
+  pieces = re.split(f"({'|'.join(special)})", text) if special else [text]
+  return [piece for piece in pieces if piece]
 
 
 def read_lines(path: str) -> list[tuple[str, str]]:

@@ -255,6 +255,16 @@ class MarksTest(parameterized.TestCase):
     found = np.where(marked.scored, "1", np.where(marked.known, "0", "-"))
     self.assertEqual("".join(found), kinds)
 
+  def test_a_long_line_is_encoded_in_few_pieces(self):
+    """And not letter by letter, which took half a minute for a long one."""
+    tokenizer = mock.Mock(wraps=tokenizers.get("char27"))
+    marked = prompts.parse_marked(
+      "ab" * 50 + "[c]" + "_" * 50, tokenizer, "_", "[]"
+    )
+    self.assertLen(marked.tokens, 151)
+    self.assertEqual(marked.scored.nonzero()[0].tolist(), [100])
+    self.assertEqual(tokenizer.encode.call_count, 4)
+
   @parameterized.parameters(
     ("char27", "auto", "auto", ("_", "[]")),
     ("byte", "auto", "auto", ("", "")),
