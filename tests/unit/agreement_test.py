@@ -212,7 +212,9 @@ class AgreementTest(parameterized.TestCase):
 
   def test_other_prompts(self):
     self.assert_refused(
-      lambda process: agreement.check_lines([("", "b" if process else "a")]),
+      lambda process: agreement.check_lines(
+        [("", "b" if process == 1 else "a")]
+      ),
       1,
       "the input (sha256)",
     )
