@@ -2,7 +2,8 @@
 
   python -m pytest -n 0 -s -m slow tests/runs/kills_test.py
 
-AOARM_TEST_KILLS says how many (100). A table of them is printed.
+AOARM_TEST_KILLS says how many (100), and AOARM_TEST_SEED which. A table of them
+is printed.
 """
 
 import collections
@@ -21,6 +22,7 @@ import pytest
 from absl.testing import absltest
 
 KILLS = int(os.environ.get("AOARM_TEST_KILLS", "100"))
+SEED = int(os.environ.get("AOARM_TEST_SEED", "0"))
 STEPS = 200
 CHANGES = {
   "model.T": 8,
@@ -122,7 +124,7 @@ def kill(process: int) -> None:
 @pytest.mark.slow
 class KillsTest(absltest.TestCase):
   def test_the_same_bits_after_random_kills(self):
-    generator = random.Random(0)
+    generator = random.Random(SEED)
     counts = collections.Counter[str]()
     with tempfile.TemporaryDirectory() as name, helpers.quick_compilation():
       folder = pathlib.Path(name)
