@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import tuning
+from pallas_kernels import reference, tuning
 
 
 class _Blocks(NamedTuple):
@@ -26,7 +26,7 @@ class _Blocks(NamedTuple):
 
   Attributes:
     q: [T / R, B, N, G, R, H].
-    visible: int32 [T / R, B, G or 1, R]; 0 for rows that are padding.
+    visible: int32 [T / R, B or 1, G or 1, R]; 0 for rows that are padding.
     k: [S / C, B, N, C, H].
     v: [S / C, B, N, C, H].
     rank: int32 [S / C, B or 1, C]; slots that are padding have the largest one.
@@ -64,17 +64,10 @@ def attention(
     out [B, T, Nq, H] in v's dtype; lse [B, T, Nq] in nats. Scores, sums and lse
     are float32 (float64 for float64 inputs).
   """
-  B, T = q.shape[:2]
-  S = k.shape[1]
-  rows = jnp.minimum(jnp.arange(1, T + 1), S) if visible is None else visible
-  rows = jnp.asarray(rows, jnp.int32)
-  if rows.ndim < 2:
-    rows = jnp.broadcast_to(rows, (B, T))
-  if rows.ndim == 2:
-    rows = rows[..., None]
-  if key_rank is None:
-    key_rank = jnp.arange(S)[None]
-  return _attention(q, k, v, rows, key_rank.astype(jnp.int32), scale)
+  rows, rank = reference.as_arrays(q.shape[1], k.shape[1], visible, key_rank)
+  return _attention(
+    q, k, v, rows.astype(jnp.int32), rank.astype(jnp.int32), scale
+  )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -254,7 +247,7 @@ def _cut(
   rank = _padded(key_rank, C, jnp.iinfo(jnp.int32).max)
   rank = jnp.moveaxis(rank.reshape(rank.shape[0], -1, C), 1, 0)
   rows = jnp.moveaxis(_padded(visible, R, 0), 2, 1)
-  rows = jnp.moveaxis(rows.reshape(B, rows.shape[1], -1, R), 2, 0)
+  rows = jnp.moveaxis(rows.reshape(*rows.shape[:2], -1, R), 2, 0)
   key_blocks, value_blocks = (
     jnp.moveaxis(_padded(x, C, 0).reshape(B, -1, C, N, H), (1, 3), (0, 2))
     for x in (k, v)

@@ -66,6 +66,27 @@ def mask(
     visible: int32 [B, T] or [B, T, G], an int, or None for causal.
     key_rank: int32 [B, S], or None for slots in generation order.
   """
+  visible, key_rank = as_arrays(T, S, visible, key_rank)
+  return key_rank[:, None, None] < jnp.moveaxis(visible, 2, 1)[..., None]
+
+
+def as_arrays(
+  T: int,
+  S: int,
+  visible: jax.Array | int | None,
+  key_rank: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+  """Return the two arguments of a mask as arrays that broadcast.
+
+  Args:
+    T: rows.
+    S: slots.
+    visible: int32 [B, T] or [B, T, G], an int, or None for causal.
+    key_rank: int32 [B, S], or None for slots in generation order.
+
+  Returns:
+    (visible [B or 1, T, G or 1], key_rank [B or 1, S]).
+  """
   if visible is None:
     visible = jnp.minimum(jnp.arange(1, T + 1), S)[None]
   elif isinstance(visible, int):
@@ -74,4 +95,4 @@ def mask(
     visible = visible[..., None]
   if key_rank is None:
     key_rank = jnp.arange(S)[None]
-  return key_rank[:, None, None] < jnp.moveaxis(visible, 2, 1)[..., None]
+  return visible, key_rank
