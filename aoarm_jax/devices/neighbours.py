@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other beside their computations.
+"""Messages between the processes of a run, beside their computations.
 
 The messages go through the key-value store of JAX's coordination service. They
 arrive while a process waits in a collective, in a disk or in a compilation.
@@ -36,7 +36,7 @@ _GRACE_SECONDS = 1.0
 _CAUSE_SECONDS = 2.0
 # The other processes have heard of a failure within this time.
 _HEARD_SECONDS = 3.0
-# What errors of Gloo, NCCL and the coordination service say when another
+# Errors of Gloo, NCCL and the coordination service say this when another
 # process is gone. Their types are those of all errors of JAX.
 _LOST = re.compile(
   r"gloo|connection (reset|closed|refused)|socket closed|broken pipe"
@@ -63,7 +63,7 @@ class _Wait(NamedTuple):
 
 
 class _Sigterm:
-  """What is known of SIGTERM.
+  """The state of SIGTERM in this process.
 
   Attributes:
     came: when one came, as time.monotonic() tells it; None before. Of several

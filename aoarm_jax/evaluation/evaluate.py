@@ -233,7 +233,7 @@ class Evaluator:
     found = mean(estimator, self._config.model.T, *nats_and_sums)
     unit, characters = self._network.tokenizer.unit, found.characters
     if unit == "byte":
-      # Of a part of the batches, the number of characters is not known.
+      # The number of characters of a part of the batches is not known.
       characters = 0
       if (
         isinstance(batches, pipeline.EvalBatches)

@@ -43,7 +43,7 @@ CheckpointError = manifest.CheckpointError
 Saved = manifest.Saved
 
 _STATE = "state"
-# What stands on disk for a step that is to be saved.
+# A step that is to be saved may stand on disk already.
 _ABSENT, _OURS, _FOREIGN = 0, 1, 2
 # Process 0 broadcasts one of these numbers if it has no step to broadcast.
 _NONE, _ERROR = -1, -2
@@ -114,7 +114,7 @@ class Checkpoints:
     if error is None:
       self.close()
     elif not neighbours.is_lost(error):
-      # Of a process that is gone, orbax would wait for minutes.
+      # Orbax would wait for minutes for a process that is gone.
       if save_error := self._drain():
         # `error` came first, so it is raised, and the later one is only logged.
         logging.error("%s", save_error)
