@@ -6,14 +6,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import blockwise, devices, reference, shards, tuning
+from pallas_kernels import (
+  blockwise,
+  devices,
+  errors,
+  reference,
+  shards,
+  tuning,
+)
 from pallas_kernels.hopper import attention as hopper
 from pallas_kernels.tpu import attention as tpu
-
-
-class UnsupportedError(NotImplementedError):
-  """The named implementation does not support a call; the message says why."""
-
 
 IMPLEMENTATIONS = (
   "reference",
@@ -230,7 +232,7 @@ def _choose(
   if implementation in unsupported and (
     reason := unsupported[implementation]()
   ):
-    raise UnsupportedError(
+    raise errors.UnsupportedError(
       f"attention {implementation!r} does not support {reason}"
     )
   return implementation

@@ -12,6 +12,10 @@ _FASTEST = {"gpu": ("mosaic_gpu", "cudnn"), "tpu": ("mosaic_tpu",)}
 BLOCK = 512
 MANY_SCORES = 2048 * 2048
 
+# The smallest number of rows for which the kernels of `rowwise` are chosen. A
+# kernel of its own for fewer rows costs more than it saves.
+LEAST_ROWS = 2048
+
 LANES = 128  # Lanes of a TPU vector register; tile sizes are multiples of it.
 
 

@@ -584,6 +584,12 @@ class Compute:
       "mosaic_tpu",
     ),
   )
+  rowwise: str = _field(
+    "auto",
+    "implementation in pallas_kernels of norms, rotary embedding and GELU; "
+    "auto: the fastest supported implementation",
+    choices=("auto", "xla", "mosaic_gpu"),
+  )
   scan_layers: bool = _field(
     False, "compile one layer and loop over it, instead of all layers"
   )

@@ -8,8 +8,6 @@ alone. So they can be on their way to other devices while the queries are still
 in the MLP of this layer.
 """
 
-import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -20,7 +18,8 @@ from jax.experimental import layout
 
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import sharding
-from aoarm_jax.model import parallel, rotary
+from aoarm_jax.model import parallel
+from pallas_kernels import rowwise
 
 # The attention of a layer. It takes q [B, R, N * G, H], k [B, S, N, H],
 # v [B, S, N, H], and visible: int32 [B, R] or [B, R, G], an int, or None. It
@@ -31,8 +30,7 @@ Attend = Callable[..., jax.Array]
 Pick = Callable[[tuple[Any, ...]], tuple[Any, ...]]
 
 INIT_SCALE = 0.02
-# The logical axes of rows [B, R, D].
-ROWS = ("batch", "slots", "width")
+ROWS = parallel.ROWS
 
 
 def normal(
@@ -145,23 +143,14 @@ look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
 class RMSNorm(nnx.Module):
-  """Return x / rms(x) * scale over the last axis, in float32."""
+  """The scale of x / rms(x) * scale, a norm over the last axis."""
 
   def __init__(self, width: int):
     self.scale = nnx.Param(jnp.ones(width, jnp.float32), axes=("vector",))
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return _normalised(x, self.scale[...])
-
-
-# The norm is recomputed in the backward pass. Over unrolled layers, the
-# compiler finds by itself that saving x is enough. A loop over layers would
-# save all float32 values of the norm.
-@functools.partial(jax.checkpoint, prevent_cse=False)
-def _normalised(x, scale):
-  x = x.astype(jnp.float32)
-  power = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-  return x * jax.lax.rsqrt(power + 1e-6) * scale
+    """Return the normed rows, float32."""
+    return rowwise.normalised(x, self.scale[...])
 
 
 class Setting(NamedTuple):
@@ -176,8 +165,8 @@ class Setting(NamedTuple):
     visible: one per stream: int32 [B, R], an int or None; see rows.Rows.
   """
 
-  query_rotation: tuple[rotary.Rotation | None, ...]
-  key_rotation: rotary.Rotation | None
+  query_rotation: tuple[rowwise.Rotation | None, ...]
+  key_rotation: rowwise.Rotation | None
   condition: jax.Array | None
   target: tuple[jax.Array | None, ...]
   visible: tuple[jax.Array | int | None, ...]
@@ -233,12 +222,12 @@ class Attention(nnx.Module):
   def __init__(
     self,
     model: config_lib.Model,
-    dtype: jax.typing.DTypeLike,
+    compute: config_lib.Compute,
     *,
     rngs: nnx.Rngs,
   ):
     D, N, H = model.D, model.N, model.H
-    self.dtype = dtype
+    self.dtype, self.rowwise = jnp.dtype(compute.dtype), compute.rowwise
     into = ("embed", "heads", "head")
     self.query = normal(rngs, (D, N, H), into)
     self.key = normal(rngs, (D, N, H), into)
@@ -271,11 +260,13 @@ class Attention(nnx.Module):
       jnp.einsum("bsd,dnh->bsnh", content, used(param, self.dtype))
       for param in (self.key, self.value)
     )
-    k = rotary.rotate(self.key_norm(k), setting.key_rotation)
-    queries = _matmuls("brd,dnh->brnh", streams, self.query, self.dtype)
+    k = self._rotated(self.key_norm, k, setting.key_rotation)
     queries = [
-      rotary.rotate(self.query_norm(x), rotation).astype(self.dtype)
-      for x, rotation in zip(queries, setting.query_rotation)
+      self._rotated(self.query_norm, x, rotation)
+      for x, rotation in zip(
+        _matmuls("brd,dnh->brnh", streams, self.query, self.dtype),
+        setting.query_rotation,
+      )
     ]
     # The streams are the query heads of one group: they share keys and values.
     B, R, N, H = queries[0].shape
@@ -285,22 +276,12 @@ class Attention(nnx.Module):
       # If one stream has an array, all streams have arrays.
       arrays = cast(tuple[jax.Array, ...], setting.visible)
       visible = jnp.stack(arrays, axis=2)
-    x = attend(q, k.astype(self.dtype), v, visible).reshape(B, R, N, -1, H)
+    x = attend(q, k, v, visible).reshape(B, R, N, -1, H)
     outputs = [x[:, :, :, g] for g in range(len(streams))]
     return _matmuls("brnh,nhd->brd", outputs, self.out, self.dtype)
 
-
-@jax.checkpoint
-def _gelu(x):
-  """Return GELU in its tanh form (arXiv 1606.08415), computed in float32.
-
-  The formula uses 1 + tanh(u) = 2 sigmoid(2 u), because an exponential is
-  cheaper than a tanh. The value is recomputed in the backward pass, because
-  saving and reading the slope would cost more.
-  """
-  wide = x.astype(jnp.float32)
-  u = math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)
-  return (wide * jax.nn.sigmoid(2 * u)).astype(x.dtype)
+  def _rotated(self, norm, heads, rotation):
+    return parallel.rotated_norm(heads, norm.scale[...], rotation, self.rowwise)
 
 
 class MLP(nnx.Module):
@@ -309,11 +290,11 @@ class MLP(nnx.Module):
   def __init__(
     self,
     model: config_lib.Model,
-    dtype: jax.typing.DTypeLike,
+    compute: config_lib.Compute,
     *,
     rngs: nnx.Rngs,
   ):
-    self.dtype = dtype
+    self.dtype, self.rowwise = jnp.dtype(compute.dtype), compute.rowwise
     self.up = normal(rngs, (model.D, model.F), ("embed", "hidden"))
     self.down = normal(
       rngs,
@@ -325,7 +306,10 @@ class MLP(nnx.Module):
   def __call__(self, streams: Sequence[jax.Array]) -> list[jax.Array]:
     """Return the update of every normalised stream, [B, R, D] each."""
     hidden = _matmuls("brd,df->brf", streams, self.up, self.dtype)
-    hidden = [_gelu(sharding.constrain(x, *ROWS[:2], "hidden")) for x in hidden]
+    hidden = [
+      parallel.gelu(sharding.constrain(x, *ROWS[:2], "hidden"), self.rowwise)
+      for x in hidden
+    ]
     return _matmuls("brf,fd->brd", hidden, self.down, self.dtype)
 
 
@@ -335,15 +319,15 @@ class Block(nnx.Module):
   def __init__(
     self,
     model: config_lib.Model,
-    dtype: jax.typing.DTypeLike,
+    compute: config_lib.Compute,
     *,
     rngs: nnx.Rngs,
   ):
-    self.dtype = dtype
+    self.dtype, self.rowwise = jnp.dtype(compute.dtype), compute.rowwise
     self.attention_norm = RMSNorm(model.D)
-    self.attention = Attention(model, dtype, rngs=rngs)
+    self.attention = Attention(model, compute, rngs=rngs)
     self.mlp_norm = RMSNorm(model.D)
-    self.mlp = MLP(model, dtype, rngs=rngs)
+    self.mlp = MLP(model, compute, rngs=rngs)
     if model.kind.condition:
       self.modulation = Modulation(model.kind.condition, 6, model.D, rngs=rngs)
 
@@ -367,7 +351,7 @@ class Block(nnx.Module):
         reads the output of the other rows there, so it is not computed.
     """
     modulations = self._modulations(setting)
-    normed = self._normed(self.attention_norm, streams, modulations, 0)
+    streams, normed = self._normed(self.attention_norm, streams, modulations, 0)
     content = normed[0][:, :S]
     if read_out:
       streams, normed = read_out(streams), read_out(normed)
@@ -375,7 +359,8 @@ class Block(nnx.Module):
       setting = setting.read_out(read_out)
     updates = self.attention(normed, content, setting, attend)
     streams = _updated(streams, updates, modulations, 2)
-    updates = self.mlp(self._normed(self.mlp_norm, streams, modulations, 3))
+    streams, normed = self._normed(self.mlp_norm, streams, modulations, 3)
+    updates = self.mlp(normed)
     streams = _updated(streams, updates, modulations, 5)
     return tuple(sharding.constrain(x, *ROWS) for x in streams)
 
@@ -395,10 +380,34 @@ class Block(nnx.Module):
     )
 
   def _normed(self, norm, streams, modulations, first):
-    return tuple(
-      shifted(norm(x), m, first).astype(self.dtype)
+    """Return the streams and their normed rows: two tuples."""
+    pairs = [
+      normed(norm, x, m, first, self.rowwise)
       for x, m in zip(streams, modulations)
-    )
+    ]
+    return tuple(zip(*pairs))
+
+
+def normed(
+  norm: RMSNorm,
+  x: jax.Array,
+  m: list[jax.Array] | None,
+  first: int,
+  implementation: str,
+) -> tuple[jax.Array, jax.Array]:
+  """Return x itself, and its normed and modulated rows, like x.
+
+  Args:
+    norm: has the scale.
+    x: [B, R, D].
+    m: the modulation, or None.
+    first: m[first] is the shift, and m[first + 1] is the scale.
+    implementation: compute.rowwise.
+  """
+  if m is None:
+    return parallel.rms_norm(x, norm.scale[...], implementation)
+  shifted = norm(x) * (1 + m[first + 1]) + m[first]
+  return x, shifted.astype(x.dtype)
 
 
 def _updated(streams, updates, modulations, gate):
@@ -406,14 +415,3 @@ def _updated(streams, updates, modulations, gate):
     x + (update if m is None else m[gate] * update)
     for x, update, m in zip(streams, updates, modulations)
   ]
-
-
-def shifted(x: jax.Array, m: list[jax.Array] | None, first: int) -> jax.Array:
-  """Return x * (1 + scale) + shift.
-
-  Args:
-    x: [B, R, D], float32.
-    m: the modulation. None returns x.
-    first: m[first] is the shift, and m[first + 1] is the scale.
-  """
-  return x if m is None else x * (1 + m[first + 1]) + m[first]

@@ -17,7 +17,10 @@ import jax.numpy as jnp
 import pallas_kernels
 from aoarm_jax import orders
 from aoarm_jax.devices import sharding
-from pallas_kernels import shards
+from pallas_kernels import devices, rowwise, shards
+
+# The logical axes of rows [B, R, D].
+ROWS = ("batch", "slots", "width")
 
 
 def sequence_ways(S: int) -> int:
@@ -201,3 +204,77 @@ def attention(
   return jax.shard_map(
     local, in_specs=tuple(specs), out_specs=out, check_vma=False
   )(*arrays)
+
+
+def rms_norm(
+  x: jax.Array, scale: jax.Array, implementation: str
+) -> tuple[jax.Array, jax.Array]:
+  """Run pallas_kernels.rms_norm on every device of the mesh.
+
+  Args:
+    x: [B, R, D].
+    scale: float32 [D].
+    implementation: compute.rowwise.
+  """
+  return _on_rows(rowwise.rms_norm, ROWS, implementation, x, scale)
+
+
+def rotated_norm(
+  x: jax.Array,
+  scale: jax.Array,
+  by: rowwise.Rotation | None,
+  implementation: str,
+) -> jax.Array:
+  """Run pallas_kernels.rotated_norm on every device of the mesh.
+
+  Args:
+    x: [B, R, N, H].
+    scale: float32 [H].
+    by: the rotation of the rows, or None.
+    implementation: compute.rowwise.
+  """
+  axes = "batch", "slots", "heads", "head"
+  return _on_rows(rowwise.rotated_norm, axes, implementation, x, scale, by)
+
+
+def gelu(x: jax.Array, implementation: str) -> jax.Array:
+  """Run pallas_kernels.gelu on every device of the mesh.
+
+  Args:
+    x: [B, R, F].
+    implementation: compute.rowwise.
+  """
+  return _on_rows(rowwise.gelu, ("batch", "slots", "hidden"), implementation, x)
+
+
+def _on_rows(
+  function: Callable[..., Any],
+  axes: tuple[str, ...],
+  implementation: str,
+  x: jax.Array,
+  *others: Any,
+) -> Any:
+  """Return function(x, *others), on every device of the mesh.
+
+  Args:
+    function: returns one or more arrays like x.
+    axes: the logical axes of x.
+    implementation: compute.rowwise.
+    x: the rows.
+    *others: arrays [B, R, ...] are cut like x. Vectors stay whole.
+  """
+  named = None if implementation == "auto" else implementation
+  function = functools.partial(function, implementation=named)
+  mesh = sharding.spread()
+  # Only kernels need it. XLA divides the plain implementation by itself.
+  if not mesh or devices.of(x).platform != "gpu":
+    return function(x, *others)
+  spec = sharding.spec(mesh, x.shape, *axes)
+  specs = jax.tree.map(
+    lambda other: jax.P(*spec[:2]) if other.ndim > 1 else jax.P(), others
+  )
+  # Kernels do not declare the axes over which their results vary, so this is
+  # not checked.
+  return jax.shard_map(
+    function, in_specs=(spec, *specs), out_specs=spec, check_vma=False
+  )(x, *others)

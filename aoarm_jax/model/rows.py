@@ -49,7 +49,8 @@ def read_out(streams: tuple[Any, ...], S: int) -> tuple[Any, ...]:
   """
 
   def after_slots(x):
-    return x[:, S:] if isinstance(x, jax.Array) and x.shape[1] > S else x
+    has_rows = isinstance(x, jax.Array) and x.ndim > 1
+    return x[:, S:] if has_rows and x.shape[1] > S else x
 
   return jax.tree.map(after_slots, tuple(streams[-1:]))
 

@@ -10,8 +10,9 @@ from flax import nnx
 from aoarm_jax import orders
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import sharding
-from aoarm_jax.model import layers, parallel, rotary
+from aoarm_jax.model import layers, parallel
 from aoarm_jax.model import rows as rows_lib
+from pallas_kernels import rowwise
 
 
 class Transformer(nnx.Module):
@@ -41,7 +42,7 @@ class Transformer(nnx.Module):
     )
     self.start = rows_lib.Start(model, rngs=rngs)
     self.blocks = jax.vmap(
-      lambda key: layers.Block(model, self.dtype, rngs=nnx.Rngs(key))
+      lambda key: layers.Block(model, compute, rngs=nnx.Rngs(key))
     )(jax.random.split(rngs.params(), model.L))
     self.norm = layers.RMSNorm(model.D)
     if model.kind.condition:
@@ -110,7 +111,7 @@ class Transformer(nnx.Module):
     def rotation(position):
       if position is None:
         return None
-      return rotary.rotation(position, self.model.H, self.model.rope_base)
+      return rowwise.rotation(position, self.model.H, self.model.rope_base)
 
     condition = jax.nn.silu(self.start.target[...]) if kind.condition else None
     setting = layers.Setting(
@@ -153,7 +154,7 @@ class Transformer(nnx.Module):
     if target is not None:
       assert setting.condition is not None  # The two come together.
       modulation = self.modulation(setting.condition, target, self.dtype)
-    x = layers.shifted(self.norm(x), modulation, 0).astype(self.dtype)
+    _, x = layers.normed(self.norm, x, modulation, 0, self.compute.rowwise)
     return jnp.einsum(
       "brd,dv->brv",
       x,

@@ -56,19 +56,42 @@ def load(ref: Ref, layout: Any, optimized: bool = True) -> jax.Array:
   return plgpu.load(ref, *index, layout=layout, optimized=optimized)
 
 
+def store(ref: Ref, value: jax.Array) -> None:
+  """Store registers in global memory, or in untransformed shared memory."""
+  if hasattr(plgpu, "store"):  # JAX 0.12 and newer.
+    plgpu.store(ref, value, optimized=False)
+  else:
+    ref[...] = value
+
+
 def full(shape: tuple[int, ...], value: float, layout: Any) -> jax.Array:
   """Return a float32 array in registers that has one value everywhere."""
   return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
-def along_rows(vector: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """Repeat a vector that has one number for each row over the columns."""
-  return lax.broadcast_in_dim(vector, shape, [0])
+def along_rows(
+  vector: jax.Array, shape: tuple[int, ...], layout: Any = None
+) -> jax.Array:
+  """Repeat a vector that has one number for each row over the columns.
+
+  Args:
+    vector: [rows].
+    shape: (rows, columns).
+    layout: the layout of the result. None: a tile of scores.
+  """
+  return _repeat(vector, shape, 0, layout)
 
 
-def along_columns(vector: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def along_columns(
+  vector: jax.Array, shape: tuple[int, ...], layout: Any = None
+) -> jax.Array:
   """Repeat a vector that has one number for each column over the rows."""
-  return lax.broadcast_in_dim(vector, shape, [1])
+  return _repeat(vector, shape, 1, layout)
+
+
+def _repeat(vector, shape, dimension, layout):
+  repeated = lax.broadcast_in_dim(vector, shape, [dimension])
+  return plgpu.layout_cast(repeated, layout) if layout else repeated
 
 
 def iota(shape: tuple[int, ...], dimension: int) -> jax.Array:

@@ -1,0 +1,5 @@
+"""What this package raises."""
+
+
+class UnsupportedError(NotImplementedError):
+  """The named implementation does not support a call; the message says why."""

@@ -1,0 +1,148 @@
+"""What the Hopper kernels over rows share: layouts, and a loop over tiles.
+
+These kernels have no matrix products. They read rows from global memory into
+registers, and write rows. A warp holds whole rows, so a sum over a row stays
+inside the warp. The loads in flight hide the latency: each multiprocessor runs
+many thread blocks of one warpgroup.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import devices
+from pallas_kernels.hopper import mosaic
+
+WARPS = 4
+LANES = 32
+# The least number of rows of every kernel: those of the largest tile.
+LEAST_ROWS = 64
+# Elements that one lane loads at once: 16 bytes of bfloat16.
+_VECTOR = 8
+
+
+def vector(width: int) -> int:
+  """Return how many elements each lane holds when a warp has one row.
+
+  It is 0 if the lanes of a warp cannot share a row of this width.
+  """
+  sizes = (size for size in (8, 4, 2) if width % (LANES * size) == 0)
+  return next(sizes, 0)
+
+
+def wide_rows(width: int) -> Any:
+  """Return the layout in which a warp has whole rows of this width.
+
+  Args:
+    width: a multiple of 64.
+  """
+  size = vector(width)
+  return plgpu.Layout.TILED(
+    plgpu.Tiling(((WARPS, LANES * size), (size,))),
+    warp_dims=(-3,),
+    lane_dims=(-2,),
+    vector_dim=-1,
+  )
+
+
+def narrow_lanes(width: int) -> int:
+  """Return how many lanes share a row, or 0 if the width is not supported."""
+  lanes, rest = divmod(width, _VECTOR)
+  return lanes if not rest and lanes in (2, 4, 8, 16) else 0
+
+
+def narrow_tile(width: int) -> int:
+  """Return how many rows of this width a warpgroup has at once."""
+  return WARPS * LANES // narrow_lanes(width)
+
+
+def narrow_rows(width: int) -> Any:
+  """Return the layout in which a few lanes have whole rows of this width.
+
+  Args:
+    width: 16, 32, 64 or 128.
+  """
+  rows = LANES // narrow_lanes(width)
+  return plgpu.Layout.TILED(
+    plgpu.Tiling(((WARPS * rows, width), (rows, width), (_VECTOR,))),
+    warp_dims=(-5,),
+    lane_dims=(-3, -2),
+    vector_dim=-1,
+  )
+
+
+def over_tiles(
+  rows: int, size: int, blocks: int, step: Callable[..., Any], carry: Any = None
+) -> Any:
+  """Run `step` on the tiles of this thread block; return the last carry.
+
+  The tiles are dealt out to the blocks in turn. The last tile begins early
+  enough to end with the last row. So it may repeat rows of the tile before it.
+
+  Args:
+    rows: all rows, at least `size`.
+    size: rows of a tile.
+    blocks: thread blocks, on the axis "block" of the grid.
+    step: takes the first row of a tile, the first row that no tile before it
+      has, and the carry. It returns the carry.
+    carry: the first carry.
+  """
+  block = lax.axis_index("block")
+  tiles = pl.cdiv(rows, size)
+  count = (tiles - block + blocks - 1) // blocks
+
+  def run(i, carry):
+    fresh = (block + i * blocks) * size
+    return step(jnp.minimum(fresh, rows - size), fresh, carry)
+
+  return lax.fori_loop(0, count, run, carry)
+
+
+def only_fresh(
+  values: jax.Array, start: mosaic.Index, fresh: mosaic.Index, layout: Any
+) -> jax.Array:
+  """Return values with zeros in rows that an earlier tile has already had.
+
+  Args:
+    values: [rows, width] in registers.
+    start: the first row of the tile.
+    fresh: the first row that no tile before it has.
+    layout: the layout of the values.
+  """
+  index = start + mosaic.vector_iota(values.shape[0], layout.reduce(1))
+  return jnp.where(
+    mosaic.along_rows(index >= fresh, values.shape, layout), values, 0.0
+  )
+
+
+def block_count(rows: int, size: int, occupancy: int, *arrays: Any) -> int:
+  """Return the number of thread blocks of a kernel.
+
+  Args:
+    rows: all rows.
+    size: rows of a tile.
+    occupancy: thread blocks that a multiprocessor runs at the same time.
+    *arrays: they tell the device.
+  """
+  return min(pl.cdiv(rows, size), occupancy * devices.of(*arrays).cores)
+
+
+def column_sums(values: jax.Array, scratch: mosaic.Ref, layout: Any) -> Any:
+  """Return the sums over the rows of a thread block, float32 [width].
+
+  Args:
+    values: float32 [rows, width] in registers.
+    scratch: float32 [rows, width] in shared memory.
+    layout: the layout of the values.
+  """
+  mosaic.store(scratch, values)
+  by_row = [
+    mosaic.load(scratch.at[i], layout.reduce(0), optimized=False)
+    for i in range(values.shape[0])
+  ]
+  return sum(by_row[1:], by_row[0])

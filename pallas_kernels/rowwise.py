@@ -1,0 +1,288 @@
+"""The work on rows between the matrix products of a transformer.
+
+Each function computes in float32 and rounds once, to the dtype of its input.
+Each has one kernel for the forward pass and one for the backward pass on
+Hopper. Everywhere else it is plain JAX. The gradients are deterministic.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import devices, errors, tuning
+from pallas_kernels.hopper import gelu as hopper_gelu
+from pallas_kernels.hopper import norm as hopper_norm
+from pallas_kernels.hopper import rotary as hopper_rotary
+from pallas_kernels.hopper import rows as hopper_rows
+
+ROWWISE_IMPLEMENTATIONS = ("xla", "mosaic_gpu")
+_EPSILON = 1e-6
+
+
+def rms_norm(
+  x: jax.Array, scale: jax.Array, *, implementation: str | None = None
+) -> tuple[jax.Array, jax.Array]:
+  """Return x and x / rms(x) * scale (RMSNorm, arXiv 1910.07467).
+
+  In a pre-norm block x goes two ways: into the norm, and past it. Use the first
+  result for the second way. Then the backward kernel adds the gradients of the
+  two ways itself.
+
+  Args:
+    x: [..., D]; bfloat16, float16, float32 or float64.
+    scale: float32 [D].
+    implementation: a name from ROWWISE_IMPLEMENTATIONS: this one runs, or the
+      call raises. None chooses the fastest one that supports the call.
+
+  Returns:
+    x itself, and the normed rows, like x.
+
+  Raises:
+    UnsupportedError: the named implementation does not support the call.
+  """
+  D = x.shape[-1]
+  reason = _unsupported(x) or (
+    "" if hopper_rows.vector(D) else f"D={D} (multiples of 64 only)"
+  )
+  if _choose("rms_norm", implementation, x.size // D, reason) == "xla":
+    return x, normalised(x, scale).astype(x.dtype)
+  return _norm_kernel(x, scale)
+
+
+# The norm is recomputed in the backward pass. Over unrolled layers, the
+# compiler finds by itself that saving x is enough. A loop over layers would
+# save all float32 values of the norm.
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def normalised(x: jax.Array, scale: jax.Array) -> jax.Array:
+  """Return x / rms(x) * scale in plain JAX, float32 [..., D].
+
+  Args:
+    x: [..., D].
+    scale: float32 [D].
+  """
+  x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  power = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+  return x * jax.lax.rsqrt(power + _EPSILON) * scale
+
+
+class Rotation(NamedTuple):
+  """The rotary embedding R_p of some rows (arXiv 2104.09864).
+
+  Pairs are half-split: pair j has the elements j and j + H / 2. It is rotated
+  by position[j % K] * frequency[j] radians.
+
+  Attributes:
+    position: int32 [B, R, K], not negative: the positions of each row.
+    frequency: float32 [H / 2].
+    cos: float32 [B, R, 1, H / 2], the cosines of the angles.
+    sin: like cos, the sines.
+  """
+
+  position: jax.Array
+  frequency: jax.Array
+  cos: jax.Array
+  sin: jax.Array
+
+
+def rotation(position: jax.Array, H: int, base: float) -> Rotation:
+  """Return the Rotation of rows; all layers can share it.
+
+  Args:
+    position: int32 [B, R, K], see Rotation.
+    H: the width of a head, even.
+    base: the frequency of pair j is base ** (-2 j / H).
+  """
+  frequency = base ** (-jnp.arange(0, H, 2, dtype=jnp.float32) / H)
+  repeats = -(-H // (2 * position.shape[-1]))
+  by_pair = jnp.tile(position, repeats)[..., : H // 2]
+  angle = by_pair[..., None, :].astype(jnp.float32) * frequency
+  return Rotation(position, frequency, jnp.cos(angle), jnp.sin(angle))
+
+
+def rotate(x: jax.Array, by: Rotation | None) -> jax.Array:
+  """Return R_p x.
+
+  Args:
+    x: float32 [B, R, N, H]: N heads of each row.
+    by: the rotation R_p. None means no rotation.
+  """
+  if by is None:
+    return x
+  first, second = jnp.split(x, 2, axis=-1)
+  return jnp.concatenate(
+    [
+      first * by.cos - second * by.sin,
+      second * by.cos + first * by.sin,
+    ],
+    axis=-1,
+  )
+
+
+def rotated_norm(
+  x: jax.Array,
+  scale: jax.Array,
+  by: Rotation | None,
+  *,
+  implementation: str | None = None,
+) -> jax.Array:
+  """Return R_p (x / rms(x) * scale): the norm of heads, rotated.
+
+  Args:
+    x: [B, R, N, H]: N heads of each row; H is even.
+    scale: float32 [H].
+    by: the rotation R_p of the rows. None means no rotation.
+    implementation: as in `rms_norm`.
+
+  Returns:
+    [B, R, N, H], like x.
+
+  Raises:
+    UnsupportedError: the named implementation does not support the call.
+  """
+  B, R, N, H = x.shape
+  reason = _unsupported(x)
+  if not reason and not hopper_rotary.supports(H):
+    reason = f"H={H} (32, 64, 128 and 256 only)"
+  if _choose("rotated_norm", implementation, B * R * N, reason) == "xla":
+    return rotate(normalised(x, scale), by).astype(x.dtype)
+  if by is None:
+    position = jnp.zeros((0, B * R * N), jnp.int32)
+    return _rotary_kernel(x, scale, position, jnp.zeros(H // 2, jnp.float32))
+  position = jnp.moveaxis(by.position, 2, 0)[..., None]
+  position = jnp.broadcast_to(position, (*position.shape[:3], N))
+  position = position.reshape(len(position), -1)
+  return _rotary_kernel(x, scale, position, by.frequency)
+
+
+def gelu(x: jax.Array, *, implementation: str | None = None) -> jax.Array:
+  """Return GELU(x) in its tanh form (arXiv 1606.08415), like x.
+
+  Args:
+    x: an array of floating-point numbers.
+    implementation: as in `rms_norm`.
+
+  Raises:
+    UnsupportedError: the named implementation does not support the call.
+  """
+  width = hopper_gelu.WIDTH
+  reason = _unsupported(x)
+  if not reason and x.size % width:
+    reason = f"{x.size} elements (multiples of {width} only)"
+  if _choose("gelu", implementation, x.size // width, reason) == "xla":
+    return _plain_gelu(x)
+  return _gelu_kernel(x)
+
+
+def _unsupported(x):
+  """Name what none of the kernels supports in this call, or return ""."""
+  if x.dtype not in (jnp.bfloat16, jnp.float16):
+    return f"{x.dtype} (bfloat16 and float16 only)"
+  device = devices.of(x)
+  if device.capability != "9.0":
+    return f"device {device.kind!r} (NVIDIA Hopper only)"
+  return ""
+
+
+def _choose(function, implementation, rows, reason):
+  """Return the implementation to call.
+
+  Args:
+    function: the name of the function, for messages.
+    implementation: the caller's choice.
+    rows: the number of rows.
+    reason: what the kernels do not support, or "".
+  """
+  if implementation not in (None, *ROWWISE_IMPLEMENTATIONS):
+    raise ValueError(
+      f"unknown {function} implementation {implementation!r}; there are: "
+      + ", ".join(ROWWISE_IMPLEMENTATIONS)
+    )
+  if implementation is None:
+    few = rows < tuning.LEAST_ROWS
+    return "xla" if reason or few else "mosaic_gpu"
+  if implementation == "mosaic_gpu":
+    if not reason and rows < hopper_rows.LEAST_ROWS:
+      reason = f"{rows} rows ({hopper_rows.LEAST_ROWS} or more)"
+    if reason:
+      raise errors.UnsupportedError(
+        f"{function} 'mosaic_gpu' does not support {reason}"
+      )
+  return implementation
+
+
+@jax.custom_vjp
+def _norm_kernel(x, scale):
+  rows = x.reshape(-1, x.shape[-1])
+  return x, hopper_norm.forward(rows, scale, _EPSILON).reshape(x.shape)
+
+
+def _norm_forward(x, scale):
+  return _norm_kernel(x, scale), (x, scale)
+
+
+def _norm_backward(residuals, gradients):
+  x, scale = residuals
+  rows, d_x, d_normed = (a.reshape(-1, x.shape[-1]) for a in (x, *gradients))
+  d_x, d_scale = hopper_norm.backward(rows, scale, d_x, d_normed, _EPSILON)
+  return d_x.reshape(x.shape), d_scale
+
+
+_norm_kernel.defvjp(_norm_forward, _norm_backward)
+
+
+@jax.custom_vjp
+def _rotary_kernel(x, scale, position, frequency):
+  rows = x.reshape(-1, x.shape[-1])
+  inputs = hopper_rotary.Inputs(rows, scale, position, frequency)
+  return hopper_rotary.forward(inputs, _EPSILON).reshape(x.shape)
+
+
+def _rotary_forward(x, scale, position, frequency):
+  residuals = x, scale, position, frequency
+  return _rotary_kernel(*residuals), residuals
+
+
+def _rotary_backward(residuals, d_out):
+  x, *others = residuals
+  rows, d_out = (a.reshape(-1, x.shape[-1]) for a in (x, d_out))
+  d_x, d_scale = hopper_rotary.backward(
+    hopper_rotary.Inputs(rows, *others), d_out, _EPSILON
+  )
+  return d_x.reshape(x.shape), d_scale, None, None
+
+
+_rotary_kernel.defvjp(_rotary_forward, _rotary_backward)
+
+
+@jax.checkpoint
+def _plain_gelu(x):
+  """Return GELU(x), computed in float32.
+
+  The formula uses 1 + tanh(u) = 2 sigmoid(2 u), because an exponential is
+  cheaper than a tanh. The value is recomputed in the backward pass, because
+  saving and reading the slope would cost more.
+  """
+  wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  u = math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)
+  return (wide * jax.nn.sigmoid(2 * u)).astype(x.dtype)
+
+
+@jax.custom_vjp
+def _gelu_kernel(x):
+  rows = x.reshape(-1, hopper_gelu.WIDTH)
+  return hopper_gelu.forward(rows).reshape(x.shape)
+
+
+def _gelu_forward(x):
+  return _gelu_kernel(x), x
+
+
+def _gelu_backward(x, d_out):
+  rows, d_out = (a.reshape(-1, hopper_gelu.WIDTH) for a in (x, d_out))
+  return (hopper_gelu.backward(rows, d_out).reshape(x.shape),)
+
+
+_gelu_kernel.defvjp(_gelu_forward, _gelu_backward)
