@@ -13,9 +13,7 @@ import argparse
 import dataclasses
 import functools
 import re
-import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +22,7 @@ import jax.numpy as jnp
 
 import pallas_kernels
 from pallas_kernels import reference, tuning
+from pallas_kernels.benchmarks import timing
 from pallas_kernels.hopper import attention as hopper
 from pallas_kernels.hopper import peaks
 
@@ -299,17 +298,6 @@ def _error(
   return max(errors)
 
 
-def _seconds(
-  program: Callable[..., Any], arrays: tuple[Any, ...], calls: int
-) -> float:
-  jax.block_until_ready(program(*arrays))
-  start = time.perf_counter()
-  for _ in range(calls):
-    results = program(*arrays)
-  jax.block_until_ready(results)
-  return (time.perf_counter() - start) / calls
-
-
 def measure(
   row: Row,
   candidates: Mapping[str, Callable[..., Any]],
@@ -339,15 +327,11 @@ def measure(
     if chain > 1:
       program = _program(attend, backward, chain)
     programs[name] = program, error
-  times: dict[str, list[float]] = {name: [] for name in programs}
-  calls = None
-  for _ in range(rounds):
-    for name, (program, _) in programs.items():
-      if calls is None:
-        calls = max(3, int(0.03 / _seconds(program, given[name], 3)))
-      times[name].append(_seconds(program, given[name], calls))
+  times = timing.interleaved(
+    {name: program for name, (program, _) in programs.items()}, given, rounds
+  )
   for name, (_, error) in programs.items():
-    found[name] = 1e3 * statistics.median(times[name]) / chain, error
+    found[name] = 1e3 * times[name] / chain, error
   return found
 
 
@@ -411,12 +395,6 @@ def _pattern(text: str) -> re.Pattern[str]:
     raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
 
 
-def _rounds(text: str) -> int:
-  if not text.isdecimal() or int(text) < 1:
-    raise argparse.ArgumentTypeError(f"{text!r}: at least 1")
-  return int(text)
-
-
 def _change(text: str) -> tuple[str, int | bool]:
   """The type of an argument name=number that sets a field of tuning.Hopper."""
   name, _, value = text.partition("=")
@@ -452,7 +430,10 @@ def _options(arguments):
     help="columns to leave out",
   )
   parser.add_argument(
-    "--rounds", type=_rounds, default=7, help="of interleaved measurements"
+    "--rounds",
+    type=timing.rounds,
+    default=7,
+    help="of interleaved measurements",
   )
   parser.add_argument(
     "--sweep", action="store_true", help="try tile sizes of ours, row by row"
@@ -475,25 +456,9 @@ def _options(arguments):
   return options
 
 
-def _device() -> jax.Device:
-  """Returns the GPU, or ends the program: the rows are too large for a CPU."""
-  try:
-    device = jax.devices()[0]
-    if device.platform == "gpu":
-      return device
-    seen = f"JAX finds {device.device_kind!r}"
-  # JAX_PLATFORMS names a device that is not here. JAX may say nothing at all.
-  except (RuntimeError, AssertionError):
-    seen = "JAX finds no device"
-  sys.exit(
-    "python -m pallas_kernels.benchmarks.attention: error: it needs an NVIDIA "
-    f"GPU, and {seen}; its rows are too large for a CPU"
-  )
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
   options = _options(arguments)
-  device = _device()
+  device = timing.gpu("pallas_kernels.benchmarks.attention")
   print(f"jax {jax.__version__}, {device.device_kind}, bfloat16")
   for row in options.rows:
     config = dataclasses.replace(

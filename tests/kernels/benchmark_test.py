@@ -67,7 +67,7 @@ class BenchmarkTest(parameterized.TestCase):
     with (
       contextlib.redirect_stdout(shown),
       mock.patch.object(benchmark, "measure", side_effect=found) as measure,
-      mock.patch.object(benchmark, "_device"),
+      mock.patch.object(benchmark.timing, "gpu"),
     ):
       benchmark.main(arguments)
     candidates = measure.call_args_list[0].args[1]
