@@ -5,17 +5,19 @@ from pallas_kernels.context import interpret
 from pallas_kernels.errors import UnsupportedError
 from pallas_kernels.rowwise import (
   ROWWISE_IMPLEMENTATIONS,
+  Part,
   Rotation,
   gelu,
   rms_norm,
   rotate,
-  rotated_norm,
   rotation,
+  split_heads,
 )
 
 __all__ = [
   "IMPLEMENTATIONS",
   "ROWWISE_IMPLEMENTATIONS",
+  "Part",
   "Rotation",
   "UnsupportedError",
   "any_order_attention",
@@ -23,6 +25,6 @@ __all__ = [
   "interpret",
   "rms_norm",
   "rotate",
-  "rotated_norm",
   "rotation",
+  "split_heads",
 ]

@@ -7,6 +7,7 @@ Hopper. Everywhere else it is plain JAX. The gradients are deterministic.
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,8 +15,8 @@ import jax.numpy as jnp
 
 from pallas_kernels import devices, errors, tuning
 from pallas_kernels.hopper import gelu as hopper_gelu
+from pallas_kernels.hopper import heads as hopper_heads
 from pallas_kernels.hopper import norm as hopper_norm
-from pallas_kernels.hopper import rotary as hopper_rotary
 from pallas_kernels.hopper import rows as hopper_rows
 
 ROWWISE_IMPLEMENTATIONS = ("xla", "mosaic_gpu")
@@ -121,40 +122,63 @@ def rotate(x: jax.Array, by: Rotation | None) -> jax.Array:
   )
 
 
-def rotated_norm(
-  x: jax.Array,
-  scale: jax.Array,
-  by: Rotation | None,
+class Part(NamedTuple):
+  """What `split_heads` does to one of the parts.
+
+  Attributes:
+    scale: float32 [H], the scale of the norm.
+    by: the rotation of the rows. None means no rotation.
+  """
+
+  scale: jax.Array
+  by: Rotation | None
+
+
+def split_heads(
+  packed: jax.Array,
+  parts: Sequence[Part | None],
   *,
   implementation: str | None = None,
-) -> jax.Array:
-  """Return R_p (x / rms(x) * scale): the norm of heads, rotated.
+) -> tuple[jax.Array, ...]:
+  """Split packed projections into parts: normed, rotated heads.
+
+  Part c is R_p (x / rms(x) * scale) of x = packed[:, :, c], over the last axis.
+  Values are neither normed nor rotated. The backward pass packs the gradients.
 
   Args:
-    x: [B, R, N, H]: N heads of each row; H is even.
-    scale: float32 [H].
-    by: the rotation R_p of the rows. None means no rotation.
+    packed: [B, R, C, N, H], such as queries, keys and values; H is even.
+    parts: C of them. None takes a part as it is.
     implementation: as in `rms_norm`.
 
   Returns:
-    [B, R, N, H], like x.
+    C arrays [B, R, N, H], like packed.
 
   Raises:
     UnsupportedError: the named implementation does not support the call.
   """
-  B, R, N, H = x.shape
-  reason = _unsupported(x)
-  if not reason and not hopper_rotary.supports(H):
-    reason = f"H={H} (32, 64, 128 and 256 only)"
-  if _choose("rotated_norm", implementation, B * R * N, reason) == "xla":
-    return rotate(normalised(x, scale), by).astype(x.dtype)
-  if by is None:
-    position = jnp.zeros((0, B * R * N), jnp.int32)
-    return _rotary_kernel(x, scale, position, jnp.zeros(H // 2, jnp.float32))
-  position = jnp.moveaxis(by.position, 2, 0)[..., None]
-  position = jnp.broadcast_to(position, (*position.shape[:3], N))
+  B, R, C, N, H = packed.shape
+  reason = _unsupported(packed) or hopper_heads.unsupported(packed.shape)
+  if _choose("split_heads", implementation, B * R, reason) == "xla":
+    return tuple(
+      x
+      if part is None
+      else rotate(normalised(x, part.scale), part.by).astype(x.dtype)
+      for x, part in zip(jnp.moveaxis(packed, 2, 0), parts)
+    )
+  outs = _heads_kernel(
+    packed.reshape(B * R, C, N, H), [part and _by_row(part) for part in parts]
+  )
+  return tuple(x.reshape(B, R, N, H) for x in outs)
+
+
+def _by_row(part):
+  """Return what the kernels take of a part; its positions are [K, B * R]."""
+  if part.by is None:
+    H = part.scale.shape[0]
+    return hopper_heads.Part(part.scale, None, jnp.zeros(H // 2, jnp.float32))
+  position = jnp.moveaxis(part.by.position, 2, 0)
   position = position.reshape(len(position), -1)
-  return _rotary_kernel(x, scale, position, by.frequency)
+  return hopper_heads.Part(part.scale, position, part.by.frequency)
 
 
 def gelu(x: jax.Array, *, implementation: str | None = None) -> jax.Array:
@@ -234,27 +258,24 @@ _norm_kernel.defvjp(_norm_forward, _norm_backward)
 
 
 @jax.custom_vjp
-def _rotary_kernel(x, scale, position, frequency):
-  rows = x.reshape(-1, x.shape[-1])
-  inputs = hopper_rotary.Inputs(rows, scale, position, frequency)
-  return hopper_rotary.forward(inputs, _EPSILON).reshape(x.shape)
+def _heads_kernel(packed, parts):
+  return hopper_heads.forward(packed, parts, _EPSILON)
 
 
-def _rotary_forward(x, scale, position, frequency):
-  residuals = x, scale, position, frequency
-  return _rotary_kernel(*residuals), residuals
+def _heads_forward(packed, parts):
+  return _heads_kernel(packed, parts), (packed, parts)
 
 
-def _rotary_backward(residuals, d_out):
-  x, *others = residuals
-  rows, d_out = (a.reshape(-1, x.shape[-1]) for a in (x, d_out))
-  d_x, d_scale = hopper_rotary.backward(
-    hopper_rotary.Inputs(rows, *others), d_out, _EPSILON
-  )
-  return d_x.reshape(x.shape), d_scale, None, None
+def _heads_backward(residuals, d_parts):
+  packed, parts = residuals
+  d_packed, d_scales = hopper_heads.backward(packed, parts, d_parts, _EPSILON)
+  return d_packed, [
+    part and hopper_heads.Part(d_scale, None, None)
+    for part, d_scale in zip(parts, d_scales)
+  ]
 
 
-_rotary_kernel.defvjp(_rotary_forward, _rotary_backward)
+_heads_kernel.defvjp(_heads_forward, _heads_backward)
 
 
 @jax.checkpoint

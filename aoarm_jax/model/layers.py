@@ -19,7 +19,7 @@ from jax.experimental import layout
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import sharding
 from aoarm_jax.model import parallel
-from pallas_kernels import rowwise
+from pallas_kernels import rowwise, tuning
 
 # The attention of a layer. It takes q [B, R, N * G, H], k [B, S, N, H],
 # v [B, S, N, H], and visible: int32 [B, R] or [B, R, G], an int, or None. It
@@ -256,18 +256,7 @@ class Attention(nnx.Module):
       setting: the setting that the layers share.
       attend: the attention.
     """
-    k, v = (
-      jnp.einsum("bsd,dnh->bsnh", content, used(param, self.dtype))
-      for param in (self.key, self.value)
-    )
-    k = self._rotated(self.key_norm, k, setting.key_rotation)
-    queries = [
-      self._rotated(self.query_norm, x, rotation)
-      for x, rotation in zip(
-        _matmuls("brd,dnh->brnh", streams, self.query, self.dtype),
-        setting.query_rotation,
-      )
-    ]
+    queries, k, v = self._heads(streams, content, setting)
     # The streams are the query heads of one group: they share keys and values.
     B, R, N, H = queries[0].shape
     q = jnp.stack(queries, axis=3).reshape(B, R, -1, H)
@@ -280,8 +269,61 @@ class Attention(nnx.Module):
     outputs = [x[:, :, :, g] for g in range(len(streams))]
     return _matmuls("brnh,nhd->brd", outputs, self.out, self.dtype)
 
-  def _rotated(self, norm, heads, rotation):
-    return parallel.rotated_norm(heads, norm.scale[...], rotation, self.rowwise)
+  def _heads(self, streams, content, setting):
+    """Return the queries of every stream, keys and values, [B, R, N, H] each.
+
+    Content rows that also ask have one matmul for queries, keys and values.
+    """
+    query, *others = (
+      rowwise.Part(self.query_norm.scale[...], rotation)
+      for rotation in setting.query_rotation
+    )
+    key = rowwise.Part(self.key_norm.scale[...], setting.key_rotation)
+    asks = streams[0] is content
+    # A mesh sums the gradients of the query weights over streams first.
+    if asks and (len(streams) == 1 or not sharding.spread()):
+      weights = self.query, self.key, self.value
+      first, k, v = self._project(content, weights, (query, key, None))
+      queries = [
+        self._project(x, (self.query,), (part,))[0]
+        for x, part in zip(streams[1:], others)
+      ]
+      return [first, *queries], k, v
+    weights = self.key, self.value
+    k, v = self._project(content, weights, (key, None))
+    products = _matmuls("brd,dnh->brnh", streams, self.query, self.dtype)
+    queries = [
+      self._split(x[:, :, None], (part,))[0]
+      for x, part in zip(products, (query, *others))
+    ]
+    return queries, k, v
+
+  def _project(self, rows, weights, parts):
+    """Return the product of rows with each weight, normed and rotated."""
+    axes = weights[0].axes
+    weights = [weight[...].astype(self.dtype) for weight in weights]
+    B, R, _ = rows.shape
+    if B * R < tuning.LEAST_ROWS:
+      # To stack the weights would cost more than it saves.
+      return [
+        self._split(
+          parallel.matmuls("brd,dnh->brnh", [rows], weight, axes)[0][
+            :, :, None
+          ],
+          (part,),
+        )[0]
+        for weight, part in zip(weights, parts)
+      ]
+    (packed,) = parallel.matmuls(
+      "brd,dcnh->brcnh",
+      [rows],
+      jnp.stack(weights, axis=1),
+      (axes[0], None, *axes[1:]),
+    )
+    return self._split(packed, parts)
+
+  def _split(self, packed, parts):
+    return parallel.split_heads(packed, parts, self.rowwise)
 
 
 class MLP(nnx.Module):
@@ -352,7 +394,7 @@ class Block(nnx.Module):
     """
     modulations = self._modulations(setting)
     streams, normed = self._normed(self.attention_norm, streams, modulations, 0)
-    content = normed[0][:, :S]
+    content = normed[0] if normed[0].shape[1] == S else normed[0][:, :S]
     if read_out:
       streams, normed = read_out(streams), read_out(normed)
       modulations = read_out(modulations)

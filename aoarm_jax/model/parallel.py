@@ -219,22 +219,26 @@ def rms_norm(
   return _on_rows(rowwise.rms_norm, ROWS, implementation, x, scale)
 
 
-def rotated_norm(
-  x: jax.Array,
-  scale: jax.Array,
-  by: rowwise.Rotation | None,
+def split_heads(
+  packed: jax.Array,
+  parts: Sequence[rowwise.Part | None],
   implementation: str,
-) -> jax.Array:
-  """Run pallas_kernels.rotated_norm on every device of the mesh.
+) -> tuple[jax.Array, ...]:
+  """Run pallas_kernels.split_heads on every device of the mesh.
 
   Args:
-    x: [B, R, N, H].
-    scale: float32 [H].
-    by: the rotation of the rows, or None.
+    packed: [B, R, C, N, H].
+    parts: C of them.
     implementation: compute.rowwise.
   """
-  axes = "batch", "slots", "heads", "head"
-  return _on_rows(rowwise.rotated_norm, axes, implementation, x, scale, by)
+  axes = "batch", "slots", None, "heads", "head"
+  return _on_rows(
+    rowwise.split_heads,
+    axes,
+    implementation,
+    packed,
+    tuple(parts),
+  )
 
 
 def gelu(x: jax.Array, implementation: str) -> jax.Array:
@@ -249,7 +253,7 @@ def gelu(x: jax.Array, implementation: str) -> jax.Array:
 
 def _on_rows(
   function: Callable[..., Any],
-  axes: tuple[str, ...],
+  axes: tuple[str | None, ...],
   implementation: str,
   x: jax.Array,
   *others: Any,
@@ -257,8 +261,8 @@ def _on_rows(
   """Return function(x, *others), on every device of the mesh.
 
   Args:
-    function: returns one or more arrays like x.
-    axes: the logical axes of x.
+    function: returns one or more arrays.
+    axes: the logical axes of x. The results have those that have a name.
     implementation: compute.rowwise.
     x: the rows.
     *others: arrays [B, R, ...] are cut like x. Vectors stay whole.
@@ -270,11 +274,12 @@ def _on_rows(
   if not mesh or devices.of(x).platform != "gpu":
     return function(x, *others)
   spec = sharding.spec(mesh, x.shape, *axes)
+  out = jax.P(*(cut for cut, axis in zip(spec, axes) if axis))
   specs = jax.tree.map(
     lambda other: jax.P(*spec[:2]) if other.ndim > 1 else jax.P(), others
   )
   # Kernels do not declare the axes over which their results vary, so this is
   # not checked.
   return jax.shard_map(
-    function, in_specs=(spec, *specs), out_specs=spec, check_vma=False
+    function, in_specs=(spec, *specs), out_specs=out, check_vma=False
   )(x, *others)

@@ -56,24 +56,35 @@ def narrow_lanes(width: int) -> int:
   return lanes if not rest and lanes in (2, 4, 8, 16) else 0
 
 
-def narrow_tile(width: int) -> int:
-  """Return how many rows of this width a warpgroup has at once."""
-  return WARPS * LANES // narrow_lanes(width)
+def head_rows(width: int, heads: int) -> tuple[int, Any]:
+  """Return the rows of a tile of half heads, and its layout.
 
-
-def narrow_rows(width: int) -> Any:
-  """Return the layout in which a few lanes have whole rows of this width.
+  A few lanes have a half of a head, 8 elements each, and a warp has whole rows
+  of `heads` heads.
 
   Args:
-    width: 16, 32, 64 or 128.
+    width: half of a head: 16, 32, 64 or 128.
+    heads: heads of a tile, a power of 2. They fit into a warp.
   """
-  rows = LANES // narrow_lanes(width)
-  return plgpu.Layout.TILED(
-    plgpu.Tiling(((WARPS * rows, width), (rows, width), (_VECTOR,))),
-    warp_dims=(-5,),
-    lane_dims=(-3, -2),
-    vector_dim=-1,
-  )
+  rows = LANES // (narrow_lanes(width) * heads)
+  if rows == 1:
+    layout = plgpu.Layout.TILED(
+      plgpu.Tiling(((WARPS, heads, width), (_VECTOR,))),
+      warp_dims=(-4,),
+      lane_dims=(-3, -2),
+      vector_dim=-1,
+    )
+  else:
+    layout = plgpu.Layout.TILED(
+      plgpu.Tiling(
+        ((WARPS * rows, heads, width), (rows, heads, width), (_VECTOR,))
+      ),
+      warp_dims=(-7,),
+      # A dimension of size 1 must not be named.
+      lane_dims=(-4, -2) if heads == 1 else (-4, -3, -2),
+      vector_dim=-1,
+    )
+  return WARPS * rows, layout
 
 
 def over_tiles(
