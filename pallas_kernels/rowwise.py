@@ -24,22 +24,27 @@ _EPSILON = 1e-6
 
 
 def rms_norm(
-  x: jax.Array, scale: jax.Array, *, implementation: str | None = None
+  x: jax.Array,
+  scale: jax.Array,
+  update: jax.Array | None = None,
+  *,
+  implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """Return x and x / rms(x) * scale (RMSNorm, arXiv 1910.07467).
+  """Return y = x + update and y / rms(y) * scale (RMSNorm, arXiv 1910.07467).
 
-  In a pre-norm block x goes two ways: into the norm, and past it. Use the first
-  result for the second way. Then the backward kernel adds the gradients of the
-  two ways itself.
+  In a pre-norm block y goes two ways: into the norm, and past it. Use the first
+  result for the second way, also without an update. Then the backward kernel
+  adds the gradients of the two ways itself.
 
   Args:
     x: [..., D]; bfloat16, float16, float32 or float64.
     scale: float32 [D].
+    update: like x. None means y = x.
     implementation: a name from ROWWISE_IMPLEMENTATIONS: this one runs, or the
       call raises. None chooses the fastest one that supports the call.
 
   Returns:
-    x itself, and the normed rows, like x.
+    y, rounded like x, and its normed rows, like x.
 
   Raises:
     UnsupportedError: the named implementation does not support the call.
@@ -49,8 +54,9 @@ def rms_norm(
     "" if hopper_rows.vector(D) else f"D={D} (multiples of 64 only)"
   )
   if _choose("rms_norm", implementation, x.size // D, reason) == "xla":
-    return x, normalised(x, scale).astype(x.dtype)
-  return _norm_kernel(x, scale)
+    y = x if update is None else x + update
+    return y, normalised(y, scale).astype(y.dtype)
+  return _norm_kernel(x, update, scale)
 
 
 # The norm is recomputed in the backward pass. Over unrolled layers, the
@@ -238,20 +244,25 @@ def _choose(function, implementation, rows, reason):
 
 
 @jax.custom_vjp
-def _norm_kernel(x, scale):
+def _norm_kernel(x, update, scale):
   rows = x.reshape(-1, x.shape[-1])
-  return x, hopper_norm.forward(rows, scale, _EPSILON).reshape(x.shape)
+  more = None if update is None else update.reshape(rows.shape)
+  y, normed = hopper_norm.forward(rows, more, scale, _EPSILON)
+  return y.reshape(x.shape), normed.reshape(x.shape)
 
 
-def _norm_forward(x, scale):
-  return _norm_kernel(x, scale), (x, scale)
+def _norm_forward(x, update, scale):
+  y, normed = _norm_kernel(x, update, scale)
+  mark = None if update is None else ()
+  return (y, normed), (y, scale, mark)
 
 
 def _norm_backward(residuals, gradients):
-  x, scale = residuals
-  rows, d_x, d_normed = (a.reshape(-1, x.shape[-1]) for a in (x, *gradients))
-  d_x, d_scale = hopper_norm.backward(rows, scale, d_x, d_normed, _EPSILON)
-  return d_x.reshape(x.shape), d_scale
+  y, scale, mark = residuals
+  rows, d_y, d_normed = (a.reshape(-1, y.shape[-1]) for a in (y, *gradients))
+  d_y, d_scale = hopper_norm.backward(rows, scale, d_y, d_normed, _EPSILON)
+  d_y = d_y.reshape(y.shape)
+  return d_y, None if mark is None else d_y, d_scale
 
 
 _norm_kernel.defvjp(_norm_forward, _norm_backward)

@@ -393,18 +393,24 @@ class Block(nnx.Module):
         reads the output of the other rows there, so it is not computed.
     """
     modulations = self._modulations(setting)
-    streams, normed = self._normed(self.attention_norm, streams, modulations, 0)
+    streams, normed = self._normed(
+      self.attention_norm, streams, (None,) * len(streams), modulations, 0
+    )
     content = normed[0] if normed[0].shape[1] == S else normed[0][:, :S]
     if read_out:
       streams, normed = read_out(streams), read_out(normed)
       modulations = read_out(modulations)
       setting = setting.read_out(read_out)
     updates = self.attention(normed, content, setting, attend)
-    streams = _updated(streams, updates, modulations, 2)
-    streams, normed = self._normed(self.mlp_norm, streams, modulations, 3)
-    updates = self.mlp(normed)
-    streams = _updated(streams, updates, modulations, 5)
-    return tuple(sharding.constrain(x, *ROWS) for x in streams)
+    updates = _gated(updates, modulations, 2)
+    streams, normed = self._normed(
+      self.mlp_norm, streams, updates, modulations, 3
+    )
+    updates = _gated(self.mlp(normed), modulations, 5)
+    return tuple(
+      sharding.constrain(x + update, *ROWS)
+      for x, update in zip(streams, updates)
+    )
 
   def _modulations(self, setting: Setting) -> tuple[Any, ...]:
     """Return the modulation of every stream, or None for each.
@@ -421,11 +427,11 @@ class Block(nnx.Module):
       for target in setting.target
     )
 
-  def _normed(self, norm, streams, modulations, first):
-    """Return the streams and their normed rows: two tuples."""
+  def _normed(self, norm, streams, updates, modulations, first):
+    """Return the updated streams and their normed rows: two tuples."""
     pairs = [
-      normed(norm, x, m, first, self.rowwise)
-      for x, m in zip(streams, modulations)
+      normed(norm, *given, first, self.rowwise)
+      for given in zip(streams, updates, modulations)
     ]
     return tuple(zip(*pairs))
 
@@ -433,27 +439,31 @@ class Block(nnx.Module):
 def normed(
   norm: RMSNorm,
   x: jax.Array,
+  update: jax.Array | None,
   m: list[jax.Array] | None,
   first: int,
   implementation: str,
 ) -> tuple[jax.Array, jax.Array]:
-  """Return x itself, and its normed and modulated rows, like x.
+  """Return y = x + update, and its normed and modulated rows, like x.
 
   Args:
     norm: has the scale.
     x: [B, R, D].
+    update: like x. None means y = x.
     m: the modulation, or None.
     first: m[first] is the shift, and m[first + 1] is the scale.
     implementation: compute.rowwise.
   """
   if m is None:
-    return parallel.rms_norm(x, norm.scale[...], implementation)
-  shifted = norm(x) * (1 + m[first + 1]) + m[first]
-  return x, shifted.astype(x.dtype)
+    return parallel.rms_norm(x, norm.scale[...], update, implementation)
+  y = x if update is None else x + update
+  shifted = norm(y) * (1 + m[first + 1]) + m[first]
+  return y, shifted.astype(y.dtype)
 
 
-def _updated(streams, updates, modulations, gate):
+def _gated(updates, modulations, gate):
+  """Return the updates, times the gate of the modulation where there is one."""
   return [
-    x + (update if m is None else m[gate] * update)
-    for x, update, m in zip(streams, updates, modulations)
+    update if m is None else m[gate] * update
+    for update, m in zip(updates, modulations)
   ]

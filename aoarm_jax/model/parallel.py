@@ -207,16 +207,20 @@ def attention(
 
 
 def rms_norm(
-  x: jax.Array, scale: jax.Array, implementation: str
+  x: jax.Array,
+  scale: jax.Array,
+  update: jax.Array | None,
+  implementation: str,
 ) -> tuple[jax.Array, jax.Array]:
   """Run pallas_kernels.rms_norm on every device of the mesh.
 
   Args:
     x: [B, R, D].
     scale: float32 [D].
+    update: like x, or None.
     implementation: compute.rowwise.
   """
-  return _on_rows(rowwise.rms_norm, ROWS, implementation, x, scale)
+  return _on_rows(rowwise.rms_norm, ROWS, implementation, x, scale, update)
 
 
 def split_heads(

@@ -154,7 +154,9 @@ class Transformer(nnx.Module):
     if target is not None:
       assert setting.condition is not None  # The two come together.
       modulation = self.modulation(setting.condition, target, self.dtype)
-    _, x = layers.normed(self.norm, x, modulation, 0, self.compute.rowwise)
+    _, x = layers.normed(
+      self.norm, x, None, modulation, 0, self.compute.rowwise
+    )
     return jnp.einsum(
       "brd,dv->brv",
       x,

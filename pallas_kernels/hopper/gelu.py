@@ -22,7 +22,7 @@ _CUBIC = 0.044715 * _LINEAR
 
 def forward(x: jax.Array) -> jax.Array:
   """Return GELU(x), like x: [M, 256]."""
-  return _run(_forward, _FORWARD, x)
+  return _run("gelu_forward", _forward, _FORWARD, x)
 
 
 def backward(x: jax.Array, d_out: jax.Array) -> jax.Array:
@@ -32,10 +32,10 @@ def backward(x: jax.Array, d_out: jax.Array) -> jax.Array:
     x: [M, 256].
     d_out: [M, 256].
   """
-  return _run(_backward, _BACKWARD, x, d_out)
+  return _run("gelu_backward", _backward, _BACKWARD, x, d_out)
 
 
-def _run(body, sizes, x, *others):
+def _run(name, body, sizes, x, *others):
   size, occupancy = sizes
   blocks = rows.block_count(x.shape[0], size, occupancy, x)
   return mosaic.kernel(
@@ -43,6 +43,7 @@ def _run(body, sizes, x, *others):
     out_type=jax.ShapeDtypeStruct(x.shape, x.dtype),
     grid=(blocks,),
     grid_names=("block",),
+    kernel_name=name,
   )(x, *others)
 
 

@@ -1,4 +1,4 @@
-"""RMSNorm on Hopper, forward and backward."""
+"""Residual addition and RMSNorm on Hopper, forward and backward."""
 
 import functools
 
@@ -15,26 +15,35 @@ _FORWARD = 16, 8
 _BACKWARD = 4, 8
 
 
-def forward(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
-  """Return x / rms(x) * scale, like x.
+def forward(
+  x: jax.Array, update: jax.Array | None, scale: jax.Array, epsilon: float
+) -> tuple[jax.Array, jax.Array]:
+  """Return y = x + update and y / rms(y) * scale, like x.
 
   Args:
     x: [M, D].
+    update: [M, D], or None for y = x.
     scale: float32 [D].
     epsilon: is added to the mean square.
   """
   M, D = x.shape
   size, occupancy = _FORWARD
   blocks = rows.block_count(M, size, occupancy, x)
-  return mosaic.kernel(
+  like_x = jax.ShapeDtypeStruct((M, D), x.dtype)
+  kernel = mosaic.kernel(
     functools.partial(_forward, size=size, blocks=blocks, epsilon=epsilon),
-    out_type=jax.ShapeDtypeStruct((M, D), x.dtype),
+    out_type=(like_x,) * (1 if update is None else 2),
     grid=(blocks,),
     grid_names=("block",),
-  )(x, scale)
+    kernel_name="norm_forward",
+  )
+  if update is None:
+    return x, kernel(x, scale)[0]
+  return kernel(x, scale, update)
 
 
-def _forward(x, scale, out, *, size, blocks, epsilon):
+def _forward(x, scale, *refs, size, blocks, epsilon):
+  *update_and_sum, out = refs
   M, D = x.shape
   layout = rows.wide_rows(D)
   factor = mosaic.load(scale, layout.reduce(0), optimized=False)
@@ -44,6 +53,12 @@ def _forward(x, scale, out, *, size, blocks, epsilon):
     del fresh
     at = pl.ds(start, size)
     value = mosaic.load(x.at[at], layout, optimized=False).astype(jnp.float32)
+    if update_and_sum:
+      update, total = update_and_sum
+      more = mosaic.load(update.at[at], layout, optimized=False)
+      rounded = (value + more.astype(jnp.float32)).astype(out.dtype)
+      mosaic.store(total.at[at], rounded)
+      value = rounded.astype(jnp.float32)
     root = _inverse_rms(value, epsilon)
     normed = value * mosaic.along_rows(root, shape, layout)
     normed *= mosaic.along_columns(factor, shape, layout)
@@ -60,41 +75,44 @@ def _inverse_rms(value, epsilon):
 
 
 def backward(
-  x: jax.Array,
+  y: jax.Array,
   scale: jax.Array,
-  d_x: jax.Array,
+  d_y: jax.Array,
   d_normed: jax.Array,
   epsilon: float,
 ) -> tuple[jax.Array, jax.Array]:
-  """Return the gradients of x, like x, and of scale, float32 [D].
+  """Return the gradients of y, like y, and of scale, float32 [D].
+
+  The gradient of y is also the one of x and the one of the update.
 
   Args:
-    x: [M, D], as in the forward pass.
+    y: [M, D], from the forward pass.
     scale: float32 [D].
-    d_x: [M, D], the gradient that x has from elsewhere. It is added.
+    d_y: [M, D], the gradient that y has from elsewhere. It is added.
     d_normed: [M, D], the gradient of the result.
     epsilon: as in the forward pass.
   """
-  M, D = x.shape
+  M, D = y.shape
   size, occupancy = _BACKWARD
-  blocks = rows.block_count(M, size, occupancy, x)
+  blocks = rows.block_count(M, size, occupancy, y)
   gradient, partial_sums = mosaic.kernel(
     functools.partial(_backward, size=size, blocks=blocks, epsilon=epsilon),
     out_type=(
-      jax.ShapeDtypeStruct((M, D), x.dtype),
+      jax.ShapeDtypeStruct((M, D), y.dtype),
       jax.ShapeDtypeStruct((blocks, D), jnp.float32),
     ),
     grid=(blocks,),
     grid_names=("block",),
+    kernel_name="norm_backward",
     scratch_types=[plgpu.SMEM((size, D), jnp.float32)],
-  )(x, scale, d_x, d_normed)
+  )(y, scale, d_y, d_normed)
   return gradient, partial_sums.sum(axis=0)
 
 
 def _backward(
-  x, scale, d_x, d_normed, out, sums, scratch, *, size, blocks, epsilon
+  y, scale, d_y, d_normed, out, sums, scratch, *, size, blocks, epsilon
 ):
-  M, D = x.shape
+  M, D = y.shape
   layout = rows.wide_rows(D)
   factor = mosaic.load(scale, layout.reduce(0), optimized=False)
   shape = size, D
@@ -103,7 +121,7 @@ def _backward(
     at = pl.ds(start, size)
     value, from_elsewhere, gradient = (
       mosaic.load(ref.at[at], layout, optimized=False).astype(jnp.float32)
-      for ref in (x, d_x, d_normed)
+      for ref in (y, d_y, d_normed)
     )
     root = _inverse_rms(value, epsilon)
     normed = value * mosaic.along_rows(root, shape, layout)
