@@ -107,17 +107,11 @@ def any_order_attention(
     UnsupportedError: the named implementation does not support the call; the
       message says what is unsupported.
   """
+  streams = None
   if isinstance(q, list | tuple):
-    return _of_streams(
-      q,
-      k,
-      v,
-      visible,
-      key_rank=key_rank,
-      scale=scale,
-      return_lse=return_lse,
-      implementation=implementation,
-    )
+    streams = tuple(q)
+    # XLA drops this copy if the kernel reads the streams one by one.
+    q = _stacked(streams, k)
   gathered = k, v
   if k.ndim == 5 and k.shape == v.shape and k.shape[2] % 2 == 0:
     # XLA drops these copies if the kernel reads the gathered arrays in place.
@@ -132,18 +126,21 @@ def any_order_attention(
   implementation = _choose(
     implementation, q, k, visible, visible_array, key_rank, return_lse
   )
+  lse = None
   match implementation:
     case "xla" if not return_lse:
-      return _xla(q, k, v, visible, key_rank, scale)
+      out = _xla(q, k, v, visible, key_rank, scale)
     case "reference" | "xla":
       # The log-sum-exp of jax.nn has the keys' dtype and no gradient.
       out, lse = reference.attention(q, k, v, visible, key_rank, scale)
     case "blockwise":
       out, lse = blockwise.attention(q, k, v, visible, key_rank, scale)
     case "cudnn":
-      return _cudnn(q, k, v, visible, scale)
+      out = _cudnn(q, k, v, visible, scale)
     case "mosaic_gpu":
-      out, lse = hopper.attention(q, *gathered, visible_array, key_rank, scale)
+      out, lse = hopper.attention(
+        streams or q, *gathered, visible_array, key_rank, scale
+      )
     case "mosaic_tpu":
       out, lse = tpu.attention(q, k, v, visible_array, key_rank, scale)
     case _:
@@ -151,17 +148,15 @@ def any_order_attention(
         f"unknown attention implementation {implementation!r}; there are: "
         + ", ".join(IMPLEMENTATIONS)
       )
+  if streams:
+    G = len(streams)
+    out = out if isinstance(out, tuple) else _of_streams(out, G)
+    lse = lse if lse is None else _of_streams(lse, G)
   return (out, lse) if return_lse else out
 
 
-def _of_streams(
-  streams: list[jax.Array] | tuple[jax.Array, ...],
-  k: jax.Array,
-  *args: Any,
-  return_lse: bool,
-  **options: Any,
-) -> Any:
-  """Return `any_order_attention` of a list of streams: a tuple for each array.
+def _stacked(streams: tuple[jax.Array, ...], k: jax.Array) -> jax.Array:
+  """Return streams [B, T, N, H] as one array, [B, T, Nq, H].
 
   Raises:
     ValueError: a stream has another shape or dtype, or not the heads of k.
@@ -176,16 +171,13 @@ def _of_streams(
       "attention: each stream must be [B, T, N, H] of one dtype, with the "
       f"N={k.shape[-2]} heads of k; got {', '.join(described) or 'no streams'}"
     )
-  B, T, N, H = streams[0].shape
-  G = len(streams)
-  q = jnp.stack(streams, axis=3).reshape(B, T, N * G, H)
-  result = any_order_attention(q, k, *args, return_lse=return_lse, **options)
+  B, T, _, H = streams[0].shape
+  return jnp.stack(streams, axis=3).reshape(B, T, -1, H)
 
-  def split(x):
-    x = x.reshape(B, T, N, G, *x.shape[3:])
-    return tuple(x[:, :, :, g] for g in range(G))
 
-  return jax.tree.map(split, result)
+def _of_streams(x: jax.Array, G: int) -> tuple[jax.Array, ...]:
+  """Return the parts of [B, T, Nq, ...] that belong to each of G streams."""
+  return tuple(x[:, :, g::G] for g in range(G))
 
 
 def _for_all_rows(q: jax.Array, visible: Any) -> jax.Array | int | None:

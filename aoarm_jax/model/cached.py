@@ -205,14 +205,15 @@ class Cached:
     keys, values = list(cache.k), list(cache.v)
 
     def attend_in(layer):
-      def attend(q, k, v, sequence_visible):
+      def attend(queries, k, v, sequence_visible):
+        (q,) = queries  # A cache has one stream.
         keys[layer] = _written(keys[layer], k[:, :R], slot_index)
         values[layer] = _written(values[layer], v[:, :R], slot_index)
         if visible is None:
           # The rows are whole sequences, so the cache need not be read.
           name = self.compute.attention
           return parallel.attention(
-            q,
+            queries,
             k,
             v,
             None if slots.visible is None else sequence_visible,
@@ -223,7 +224,7 @@ class Cached:
         row_visible = visible[:, -q.shape[1] :]
         attention = functools.partial(
           parallel.attention,
-          q,
+          queries,
           jnp.moveaxis(keys[layer], 1, 2),
           jnp.moveaxis(values[layer], 1, 2),
           row_visible,
@@ -232,8 +233,8 @@ class Cached:
         )
         if W == R:
           return attention()
-        out, lse = attention(return_lse=True)
-        return _with_self(out, lse, q, k, v, R)
+        (out,), (lse,) = attention(return_lse=True)
+        return (_with_self(out, lse, q, k, v, R),)
 
       return attend
 

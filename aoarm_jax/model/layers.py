@@ -21,10 +21,10 @@ from aoarm_jax.devices import sharding
 from aoarm_jax.model import parallel
 from pallas_kernels import rowwise, tuning
 
-# The attention of a layer. It takes q [B, R, N * G, H], k [B, S, N, H],
-# v [B, S, N, H], and visible: int32 [B, R] or [B, R, G], an int, or None. It
-# returns [B, R, N * G, H].
-Attend = Callable[..., jax.Array]
+# The attention of a layer. It takes the queries of each stream [B, R, N, H], k
+# [B, S, N, H], v [B, S, N, H], and visible: int32 [B, R] or [B, R, G] for G
+# streams, an int, or None. It returns a tuple of outputs, like the queries.
+Attend = Callable[..., tuple[jax.Array, ...]]
 # Picks the rows that are read out, from a tuple with one entry per stream. The
 # result is a tuple of one entry; see rows.read_out.
 Pick = Callable[[tuple[Any, ...]], tuple[Any, ...]]
@@ -257,16 +257,12 @@ class Attention(nnx.Module):
       attend: the attention.
     """
     queries, k, v = self._heads(streams, content, setting)
-    # The streams are the query heads of one group: they share keys and values.
-    B, R, N, H = queries[0].shape
-    q = jnp.stack(queries, axis=3).reshape(B, R, -1, H)
     visible = setting.visible[0]
     if isinstance(visible, jax.Array) and len(streams) > 1:
       # If one stream has an array, all streams have arrays.
       arrays = cast(tuple[jax.Array, ...], setting.visible)
       visible = jnp.stack(arrays, axis=2)
-    x = attend(q, k, v, visible).reshape(B, R, N, -1, H)
-    outputs = [x[:, :, :, g] for g in range(len(streams))]
+    outputs = attend(queries, k, v, visible)
     return _matmuls("brnh,nhd->brd", outputs, self.out, self.dtype)
 
   def _heads(self, streams, content, setting):

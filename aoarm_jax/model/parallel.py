@@ -147,7 +147,7 @@ def deal_slots(slots: orders.Slots, ways: int) -> orders.Slots:
 
 
 def attention(
-  q: jax.Array,
+  q: Sequence[jax.Array],
   k: jax.Array,
   v: jax.Array,
   visible: jax.Array | int | None,
@@ -158,7 +158,8 @@ def attention(
   """Run pallas_kernels.any_order_attention on every device of the mesh.
 
   Args:
-    q, k, v: see pallas_kernels.any_order_attention.
+    q: the queries of each stream, [B, R, N, H].
+    k, v: see pallas_kernels.any_order_attention.
     visible: see pallas_kernels.any_order_attention.
     ways: the number of devices that share a sequence. If it is above 1, slots
       and rows are dealt out (see `deal_slots`), and there are as many rows as
@@ -166,22 +167,21 @@ def attention(
     **options: implementation and return_lse.
 
   Returns:
-    The result of pallas_kernels.any_order_attention: an array, or with
-    return_lse a tuple of two arrays.
+    The result of pallas_kernels.any_order_attention for a list of streams.
   """
   attend: Callable[..., Any] = functools.partial(
     pallas_kernels.any_order_attention, **options
   )
   if not (mesh := sharding.spread()):
-    return attend(q, k, v, visible)
+    return attend(list(q), k, v, visible)
   # The axis is also named if it has one device. Otherwise gradients would be
   # summed over it.
   slots = "slots" if ways == mesh.shape["sequence"] else None
   keys = sharding.spec(mesh, k.shape, "batch", slots, "heads", "head")
   # The queries are cut like the keys, so a group of query heads stays with its
   # keys.
-  specs = [keys, keys, keys]
-  arrays = [q, k, v]
+  specs = [(keys,) * len(q), keys, keys]
+  arrays = [tuple(q), k, v]
   if isinstance(visible, jax.Array):
     arrays.append(visible)
     specs.append(jax.P(*keys[:2]))
@@ -191,14 +191,14 @@ def attention(
     if ways > 1:
       if row_visible is None:
         device = jax.lax.axis_index("sequence")
-        local_slots = shards.slots(device, q.shape[1], ways)
-        row_visible = jnp.broadcast_to(local_slots + 1, q.shape[:2])
+        local_slots = shards.slots(device, q[0].shape[1], ways)
+        row_visible = jnp.broadcast_to(local_slots + 1, q[0].shape[:2])
       k, v = (jax.lax.all_gather(x, "sequence") for x in (k, v))
     return attend(q, k, v, row_visible)
 
-  out: Any = keys
+  out: Any = (keys,) * len(q)
   if options.get("return_lse"):
-    out = (keys, jax.P(*keys[:3]))
+    out = out, (jax.P(*keys[:3]),) * len(q)
   # Kernels do not declare the axes over which their results vary, so this is
   # not checked.
   return jax.shard_map(

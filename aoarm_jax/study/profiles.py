@@ -210,7 +210,8 @@ def observe(
   Args:
     network: the network.
     slots: int32 [B, S] each.
-    look: (q, k, v, visible) as in layers.Attend -> pytree of arrays.
+    look: (q, k, v, visible) -> pytree of arrays, with q [B, R, N * G, H] of all
+      G streams; see layers.Attend.
 
   Returns:
     The pytree of the layers before the last, stacked on a leading axis, and
@@ -221,9 +222,11 @@ def observe(
   entered, setting = network.enter(slots)
 
   def attend_into(seen):
-    def attend(q, k, v, visible):
+    def attend(queries, k, v, visible):
+      B, R, _, H = queries[0].shape
+      q = jnp.stack(queries, axis=3).reshape(B, R, -1, H)
       seen.append(look(q, k, v, visible))
-      return pallas_kernels.any_order_attention(q, k, v, visible)
+      return pallas_kernels.any_order_attention(queries, k, v, visible)
 
     return attend
 

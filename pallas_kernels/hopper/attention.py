@@ -12,6 +12,7 @@ from pallas_kernels.hopper import forward as hopper_forward
 from pallas_kernels.hopper import fused as hopper_fused
 from pallas_kernels.hopper import masks as hopper_masks
 from pallas_kernels.hopper import softmax as hopper_softmax
+from pallas_kernels.hopper import streams as hopper_streams
 
 ROWS = hopper_masks.ROWS
 LN2 = hopper_softmax.LN2
@@ -45,21 +46,22 @@ def unsupported(
 
 
 def attention(
-  q: jax.Array,
+  q: jax.Array | tuple[jax.Array, ...],
   k: jax.Array,
   v: jax.Array,
   visible: jax.Array | None,
   key_rank: jax.Array | None,
   scale: float,
   config: tuning.Hopper | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Any, jax.Array]:
   """Return (out, lse) of softmax attention; see `api.any_order_attention`.
 
   Sums are float32. Weights and their gradients are rounded to q's dtype before
   they are multiplied. The gradient is deterministic.
 
   Args:
-    q: [B, T, Nq, H], H up to 128; bfloat16 or float16.
+    q: [B, T, Nq, H], H up to 128; bfloat16 or float16. Or a tuple of streams
+      [B, T, N, H]; then Nq is N times their number.
     k: [B, S, N, H], or [P, B, S / P, N, H] in the layout of `shards`. The
       kernels read the latter in place, unless a tile would have slots of two
       chunks.
@@ -71,21 +73,23 @@ def attention(
       the device.
 
   Returns:
-    out [B, T, Nq, H] in q's dtype; lse float32 [B, T, Nq], nats.
+    out, like q; lse float32 [B, T, Nq], nats.
 
   Raises:
     ValueError: key_rank is given.
   """
   if key_rank is not None:
     raise ValueError("hopper.attention: key_rank must be None")
-  B, T, Nq, H = q.shape
+  streams = q if isinstance(q, tuple) else (q,)
+  B, T, Nq, H = hopper_streams.shape(streams)
   S = k.size // (B * k.shape[-2] * H)
   if scale <= 0:
     # The kernels find the largest score before they scale it.
-    q, scale = (-q, -scale) if scale else (q * 0, 1.0)
+    sign, scale = (-1, -scale) if scale else (0, 1.0)
+    streams = tuple(sign * x for x in streams)
   if visible is None and T > S:
     visible = jnp.minimum(jnp.arange(1, T + 1), S)[None]
-    visible = jnp.broadcast_to(visible, q.shape[:2])
+    visible = jnp.broadcast_to(visible, (B, T))
   G = Nq // k.shape[-2]
   is_packed = False
   if visible is not None and G > 1 and T * G <= ROWS:
@@ -94,23 +98,32 @@ def attention(
     if visible.ndim == 2:
       visible = jnp.repeat(visible, G, axis=1)
     visible = visible.reshape(len(visible), T * G)
-    q = _pack(q, G)
+    streams = (_pack(streams, G),)
   if config is None:
-    cores = devices.of(q, k).cores
-    config = tuning.hopper(q.shape[1], S, _padded_head(H), cores)
+    cores = devices.of(*streams, k).cores
+    config = tuning.hopper(streams[0].shape[1], S, _padded_head(H), cores)
   if k.ndim == 5:
     if _can_read_in_place(S, H, len(k), config):
       k, v = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
     else:
       k, v = shards.whole(k), shards.whole(v)
-  T = q.shape[1]
-  q, k, v = _pad(q, 8), _pad(k, ROWS), _pad(v, ROWS)
+  rows = streams[0].shape[1]
+  streams, k, v = (
+    tuple(_pad(x, 8) for x in streams),
+    _pad(k, ROWS),
+    _pad(v, ROWS),
+  )
   summary = None if visible is None else hopper_masks.summarize(visible, S)
-  out, lse = _attention(q, k, v, summary, scale, config)
-  # Rows past T are padding.
-  out, lse = out[:, :T, :, :H], jnp.swapaxes(lse[:, :, :T], 1, 2)
+  outs, lse = _attention(streams, k, v, summary, scale, config)
+  # Rows past these are padding.
+  outs = tuple(x[:, :rows, :, :H] for x in outs)
+  lse = jnp.swapaxes(lse[:, :, :rows], 1, 2)
   lse = jnp.where(jnp.isfinite(lse), lse * LN2, -jnp.inf)
-  return (_unpack(out, G), _unpack(lse, G)) if is_packed else (out, lse)
+  if is_packed:
+    outs, lse = (_unpack(outs[0], G),), _unpack(lse, G)
+    if isinstance(q, tuple):
+      outs = tuple(outs[0][:, :, g::G] for g in range(G))
+  return outs if isinstance(q, tuple) else outs[0], lse
 
 
 def _can_read_in_place(S: int, H: int, P: int, config: tuning.Hopper) -> bool:
@@ -122,20 +135,23 @@ def _can_read_in_place(S: int, H: int, P: int, config: tuning.Hopper) -> bool:
   return not any(chunk % size for size in tile_sizes)
 
 
-def _pack(x: jax.Array, G: int) -> jax.Array:
-  """Make rows of the query heads of a group: [B, T * G, N, ...].
+def _pack(streams: hopper_streams.Streams, G: int) -> jax.Array:
+  """Make rows of the query heads of a group: [B, T * G, N, H].
 
   Args:
-    x: [B, T, N * G, ...].
+    streams: [B, T, N * G, H], see `streams`.
     G: query heads of a key head.
   """
-  B, T, heads, *features = x.shape
-  x = jnp.swapaxes(x.reshape(B, T, heads // G, G, *features), 2, 3)
-  return x.reshape(B, T * G, heads // G, *features)
+  B, T, heads, H = hopper_streams.shape(streams)
+  if len(streams) > 1:
+    x = jnp.stack(streams, axis=2)
+  else:
+    x = jnp.swapaxes(streams[0].reshape(B, T, heads // G, G, H), 2, 3)
+  return x.reshape(B, T * G, heads // G, H)
 
 
 def _unpack(x: jax.Array, G: int) -> jax.Array:
-  """Invert `_pack`."""
+  """Invert `_pack`, into one array."""
   B, rows, N, *features = x.shape
   x = jnp.swapaxes(x.reshape(B, rows // G, G, N, *features), 2, 3)
   return x.reshape(B, rows // G, N * G, *features)
@@ -161,15 +177,16 @@ def _pad(x: jax.Array, least_rows: int) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _attention(
-  q: jax.Array,
+  q: hopper_streams.Streams,
   k: jax.Array,
   v: jax.Array,
   visible: hopper_masks.Visible | None,
   scale: float,
   config: tuning.Hopper,
-) -> tuple[jax.Array, ...]:
+) -> tuple[hopper_streams.Streams, jax.Array]:
   """Return (out, lse) as the forward kernel lays them out."""
-  (B, T, Nq, _), (S, N) = q.shape, hopper_masks.key_sizes(q, k)
+  B, T, Nq, _ = hopper_streams.shape(q)
+  S, N = hopper_masks.key_sizes(q, k)
   splits = 1
   if T <= ROWS and Nq == N:
     splits = tuning.hopper_splits(B * N, S, config)
@@ -178,8 +195,9 @@ def _attention(
   )
   if splits == 1:
     return results
-  out, lse = results
-  return _merge(out, lse, splits)
+  (out,), lse = results
+  out, lse = _merge(out, lse, splits)
+  return (out,), lse
 
 
 def _merge(
@@ -213,13 +231,13 @@ def _merge(
 
 
 def _attention_forward(
-  q: jax.Array,
+  q: hopper_streams.Streams,
   k: jax.Array,
   v: jax.Array,
   visible: hopper_masks.Visible | None,
   scale: float,
   config: tuning.Hopper,
-) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, ...]]:
+) -> tuple[tuple[Any, jax.Array], tuple[Any, ...]]:
   out_error = None
   if hopper_masks.key_sizes(q, k)[0] <= config.fused:
     out, lse = _attention(q, k, v, visible, scale, config)
@@ -234,8 +252,8 @@ def _attention_backward(
   scale: float,
   config: tuning.Hopper,
   residuals: tuple[Any, ...],
-  cotangents: tuple[jax.Array, jax.Array],
-) -> tuple[jax.Array | None, ...]:
+  cotangents: tuple[Any, jax.Array],
+) -> tuple[Any, ...]:
   q, k, v, visible, out, out_error, lse = residuals
   d_out, d_lse = cotangents
   # `lse` is in base 2 here. This makes its gradient the one of lse in nats.
@@ -245,8 +263,12 @@ def _attention_backward(
       q, k, v, visible, d_out, lse, d_lse, scale, config
     )
     return *gradients, None
-  exact = out.astype(jnp.float32) + out_error
-  delta = jnp.moveaxis((exact * d_out).sum(axis=-1), 1, 2)
+  delta = hopper_streams.by_head(
+    [
+      ((x.astype(jnp.float32) + error) * d_x).sum(axis=-1)
+      for x, error, d_x in zip(out, out_error, d_out)
+    ]
+  )
   delta = jnp.pad(delta, ((0, 0), (0, 0), (0, lse.shape[2] - delta.shape[2])))
   gradients = hopper_backward.backward(
     q, k, v, visible, d_out, lse, delta - d_lse, scale, config

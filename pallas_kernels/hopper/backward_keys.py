@@ -32,12 +32,12 @@ def by_keys(
   config: tuning.Hopper,
 ) -> tuple[jax.Array, jax.Array]:
   """Return (dk, dv); arguments as for backward.backward."""
-  q, k = inputs.q, inputs.k
+  k, dtype = inputs.k, inputs.k.dtype
   sizes = inputs.sizes
   C, stages = config.key_consumers, config.key_stages
-  row_tiles = mosaic.tiles((stages, ROWS, sizes.H), q.dtype)
+  row_tiles = mosaic.tiles((stages, ROWS, sizes.H), dtype)
   row_numbers = plgpu.SMEM((stages, ROWS), jnp.float32)
-  key_tiles = mosaic.tiles((config.key_places, C, ROWS, sizes.H), q.dtype)
+  key_tiles = mosaic.tiles((config.key_places, C, ROWS, sizes.H), dtype)
   ring_of_rows = [row_tiles, row_tiles, row_numbers, row_numbers]
   masks: tuple[jax.Array, ...] = ()
   if visible is not None:
@@ -57,7 +57,7 @@ def by_keys(
     scratch_types=[
       pipeline.ring(*ring_of_rows, readers=C),
       pipeline.ring(key_tiles, key_tiles, readers=C, copies=C),
-      mosaic.tiles((2, C, ROWS, sizes.H), q.dtype),
+      mosaic.tiles((2, C, ROWS, sizes.H), dtype),
     ],
   )(*inputs, *masks)
 
@@ -213,7 +213,7 @@ class _KeyBlock:
       d_weight: accumulator, zero.
     """
     q_tile, d_out_tile, lse_tile, delta_tile, *visible_tile = tiles
-    dtype = self.inputs.q.dtype
+    dtype = self.inputs.k.dtype
     # Scores are [slots, rows] here: keys are the left operand.
     mosaic.wgmma(score, k_tile, mosaic.transposed(q_tile))
     mosaic.wgmma(d_weight, v_tile, mosaic.transposed(d_out_tile))
@@ -272,9 +272,8 @@ class _KeyBlock:
 
     def load_rows(i, _):
       start, g = unit(i)
-      head = n * sizes.G + g
       sources = hopper_masks.row_tiles(
-        (q, d_out), (lse, delta), self.visible, b, head, g, start
+        (q, d_out), (lse, delta), self.visible, (b, n, g, start), sizes.G
       )
       self.rows.load(uses + i, sources)
 

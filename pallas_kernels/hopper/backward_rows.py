@@ -20,6 +20,7 @@ from pallas_kernels.hopper import inputs as hopper_inputs
 from pallas_kernels.hopper import masks as hopper_masks
 from pallas_kernels.hopper import mosaic, pipeline
 from pallas_kernels.hopper import softmax as hopper_softmax
+from pallas_kernels.hopper import streams as hopper_streams
 
 ROWS = hopper_masks.ROWS
 
@@ -29,14 +30,14 @@ def by_rows(
   visible: hopper_masks.Visible | None,
   scale: float,
   config: tuning.Hopper,
-) -> jax.Array:
+) -> hopper_streams.Streams:
   """Return dq; arguments as for backward.backward."""
-  q = inputs.q
+  q, dtype = inputs.q, inputs.k.dtype
   B, T, _, N, G, H = inputs.sizes
   C, stages = config.query_consumers, config.query_stages
-  key_tiles = mosaic.tiles((stages, config.query_keys, H), q.dtype)
+  key_tiles = mosaic.tiles((stages, config.query_keys, H), dtype)
   shape = (config.query_places, C, ROWS)
-  row_tiles = mosaic.tiles((*shape, H), q.dtype)
+  row_tiles = mosaic.tiles((*shape, H), dtype)
   row_numbers = plgpu.SMEM(shape, jnp.float32)
   ring_of_rows = [row_tiles, row_tiles, row_numbers, row_numbers]
   if visible is not None:
@@ -44,7 +45,7 @@ def by_rows(
   share = pipeline.share(hopper_masks.Block.items(B, T, N, G, C), config.blocks)
   return mosaic.kernel(
     functools.partial(_by_rows, scale=scale, config=config, share=share),
-    out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
+    out_type=(hopper_streams.like(q),),
     grid=(share.blocks,),
     grid_names=("block",),
     num_threads=C + 1,
@@ -52,9 +53,9 @@ def by_rows(
     scratch_types=[
       pipeline.ring(*ring_of_rows, readers=C, copies=C),
       pipeline.ring(key_tiles, key_tiles, readers=C),
-      mosaic.tiles((C, ROWS, H), q.dtype),
+      mosaic.tiles((C, ROWS, H), dtype),
     ],
-  )(*inputs, *(visible or ()))
+  )(*inputs, *(visible or ()))[0]
 
 
 def _by_rows(q, k, v, d_out, lse, delta, *refs, scale, config, share):
@@ -119,7 +120,7 @@ class _RowBlock:
 
   inputs: hopper_inputs.Inputs
   visible: hopper_masks.Visible | None
-  dq: mosaic.Ref
+  dq: hopper_streams.Streams
   rows: pipeline.Ring
   keys: pipeline.Ring
   staging: mosaic.Ref
@@ -195,7 +196,7 @@ class _RowBlock:
       weight = jnp.exp2(exponent)
       d_score = mosaic.read_accumulator(d_weight)
       d_score = d_score - mosaic.along_rows(delta, shape)
-      d_score = (weight * d_score).astype(self.inputs.q.dtype)
+      d_score = (weight * d_score).astype(self.inputs.k.dtype)
       mosaic.wgmma(dq_sum, d_score, k_tile)
 
     sums = mosaic.accumulate(
@@ -219,11 +220,13 @@ class _RowBlock:
     tile = self.staging.at[self.warpgroup]
     # The copy of the round before must have left this tile.
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    tile[...] = (dq_sum * self.scale).astype(self.inputs.q.dtype)
+    tile[...] = (dq_sum * self.scale).astype(self.inputs.k.dtype)
     plgpu.commit_smem()
-    head = block.n * self.inputs.sizes.G + unit.g
-    target = self.dq.at[block.b, pl.ds(unit.start, ROWS), head]
-    plgpu.copy_smem_to_gmem(tile, target)
+    rows, G = pl.ds(unit.start, ROWS), self.inputs.sizes.G
+    hopper_streams.store(
+      tile,
+      hopper_streams.tile(self.dq, block.b, rows, block.n, unit.g, G),
+    )
 
   def fetch(self, r: mosaic.Index, uses: jax.Array) -> jax.Array:
     """Load the rows of round r, and the keys and values that they see."""
@@ -233,7 +236,7 @@ class _RowBlock:
     size = self.config.query_keys
 
     def load_keys(i, _):
-      tile = q.shape[0], block.b, i * size, size, block.n
+      tile = q[0].shape[0], block.b, i * size, size, block.n
       self.keys.load(
         uses + i, [hopper_masks.key_tile(x, *tile) for x in (k, v)]
       )

@@ -7,7 +7,7 @@ values that all of them share.
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -20,12 +20,13 @@ from pallas_kernels.hopper import masks as hopper_masks
 from pallas_kernels.hopper import mosaic, pipeline
 from pallas_kernels.hopper import short as hopper_short
 from pallas_kernels.hopper import softmax as hopper_softmax
+from pallas_kernels.hopper import streams as hopper_streams
 
 ROWS = hopper_masks.ROWS
 
 
 def forward(
-  q: jax.Array,
+  q: hopper_streams.Streams,
   k: jax.Array,
   v: jax.Array,
   visible: hopper_masks.Visible | None,
@@ -33,11 +34,11 @@ def forward(
   config: tuning.Hopper,
   return_out_error: bool = False,
   splits: int = 1,
-) -> tuple[jax.Array, ...]:
+) -> tuple[Any, ...]:
   """Return (out, lse) of attention, and out_error if it is asked for.
 
   Args:
-    q: [B, T, Nq, H], T a multiple of 8.
+    q: [B, T, Nq, H], see `streams`; T a multiple of 8.
     k: [B, S, N, H], S a multiple of 8, at least 64; or dealt out to devices as
       masks.key_tile says.
     v: like k.
@@ -50,10 +51,12 @@ def forward(
       slots. Every split is attended to separately.
 
   Returns:
-    out [B * splits, T, Nq, H]; lse float32 [B * splits, Nq, T rounded up to 64]
-    in base 2, +inf for a row that sees no slot; out_error, like out.
+    out [B * splits, T, Nq, H], see `streams`; lse float32 [B * splits, Nq, T
+    rounded up to 64] in base 2, +inf for a row that sees no slot; out_error,
+    like out.
   """
-  B, T, Nq, H = q.shape
+  B, T, Nq, H = hopper_streams.shape(q)
+  dtype = k.dtype
   S, N = hopper_masks.key_sizes(q, k)
   G = Nq // N
   units = pl.cdiv(T, ROWS) * G
@@ -61,7 +64,7 @@ def forward(
   is_plain = splits == 1 and not return_out_error
   if max(T, S) <= config.short and units <= 4 and is_plain:
     return hopper_short.forward(q, k, v, visible, factor)
-  out = jax.ShapeDtypeStruct((B * splits, T, Nq, H), q.dtype)
+  out = hopper_streams.like(q, B * splits)
   lse = jax.ShapeDtypeStruct(
     (B * splits, Nq, pl.cdiv(T, ROWS) * ROWS), jnp.float32
   )
@@ -69,10 +72,10 @@ def forward(
   share = pipeline.share(
     hopper_masks.Block.items(B, T, N, G, C, splits), config.blocks
   )
-  row_tiles = [mosaic.tiles((1, C, ROWS, H), q.dtype)]
+  row_tiles = [mosaic.tiles((1, C, ROWS, H), dtype)]
   if visible is not None:
     row_tiles.append(plgpu.SMEM((1, C, ROWS), jnp.int32))
-  key_tiles = mosaic.tiles((stages, config.keys, H), q.dtype)
+  key_tiles = mosaic.tiles((stages, config.keys, H), dtype)
   return mosaic.kernel(
     functools.partial(
       _long, factor=factor, config=config, share=share, splits=splits
@@ -86,7 +89,7 @@ def forward(
       pipeline.ring(*row_tiles, readers=C, copies=C),
       pipeline.ring(key_tiles, readers=C),
       pipeline.ring(key_tiles, readers=C),
-      mosaic.tiles((C, ROWS, H), q.dtype),
+      mosaic.tiles((C, ROWS, H), dtype),
       plgpu.SMEM((C, ROWS), jnp.float32),
       plgpu.Barrier(num_arrivals=C),
     ],
@@ -182,13 +185,13 @@ class _ThreadBlock:
     warpgroup: index of the warpgroup that runs the code.
   """
 
-  q: mosaic.Ref
+  q: hopper_streams.Streams
   k: mosaic.Ref
   v: mosaic.Ref
   visible: hopper_masks.Visible | None
-  out: mosaic.Ref
+  out: hopper_streams.Streams
   lse: mosaic.Ref
-  out_error: mosaic.Ref | None
+  out_error: hopper_streams.Streams | None
   rows: pipeline.Ring
   keys: pipeline.Ring
   values: pipeline.Ring
@@ -209,7 +212,7 @@ class _ThreadBlock:
     self, r: mosaic.Index
   ) -> tuple[hopper_masks.Block, mosaic.Index, jax.Array]:
     """Return the Block of a round, its first key tile, and their number."""
-    T, Nq = self.q.shape[1:3]
+    _, T, Nq, _ = hopper_streams.shape(self.q)
     S, N = hopper_masks.key_sizes(self.q, self.k)
     tiles = pl.cdiv(pl.cdiv(S, self.config.keys), self.splits)
     block = hopper_masks.Block(
@@ -247,7 +250,7 @@ class _ThreadBlock:
     plgpu.commit_smem()
     self.rows.release(r)
     this_round = _Round(queries, visible, unit.start, first, uses)
-    H, size = self.q.shape[3], self.config.keys
+    H, size = self.v.shape[-1], self.config.keys
     carry = _Carry(
       mosaic.full((ROWS, H), 0, mosaic.TILE_LAYOUT),
       mosaic.full((ROWS,), -jnp.inf, mosaic.ROW_LAYOUT),
@@ -264,9 +267,8 @@ class _ThreadBlock:
       carry = lax.fori_loop(low, high, step, carry)
     lax.fori_loop(end, steps, functools.partial(self.skip, uses=uses), None)
     b = block.b * self.splits + block.split
-    head = block.n * (self.q.shape[2] // self.k.shape[2]) + unit.g
     rows = pl.ds(unit.start, ROWS)
-    pl.when(unit.exists)(lambda: self.store(carry, b, head, rows))
+    pl.when(unit.exists)(lambda: self.store(carry, b, rows, block.n, unit.g))
     return uses + steps
 
   def step(
@@ -328,10 +330,12 @@ class _ThreadBlock:
     self,
     carry: _Carry,
     b: mosaic.Index,
-    head: mosaic.Index,
-    rows: slice | pl.Slice,
+    rows: pl.Slice,
+    n: mosaic.Index,
+    g: mosaic.Index,
   ) -> None:
     """Write the results of a unit to global memory."""
+    G = hopper_streams.shape(self.q)[2] // self.k.shape[2]
     out_tile = self.out_smem.at[self.warpgroup]
     lse_tile = self.lse_smem.at[self.warpgroup]
     # The copies of the round before must have left these tiles.
@@ -340,20 +344,22 @@ class _ThreadBlock:
       carry.accumulator, carry.row_max, carry.row_sum, out_tile, lse_tile
     )
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(out_tile, self.out.at[b, rows, head])
-    plgpu.copy_smem_to_gmem(lse_tile, self.lse.at[b, head, rows])
+    target = hopper_streams.tile(self.out, b, rows, n, g, G)
+    hopper_streams.store(out_tile, target)
+    plgpu.copy_smem_to_gmem(lse_tile, self.lse.at[b, n * G + g, rows])
     if self.out_error is not None:
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-      rounded = exact.astype(self.q.dtype).astype(jnp.float32)
-      out_tile[...] = (exact - rounded).astype(self.q.dtype)
+      rounded = exact.astype(self.v.dtype).astype(jnp.float32)
+      out_tile[...] = (exact - rounded).astype(self.v.dtype)
       plgpu.commit_smem()
-      plgpu.copy_smem_to_gmem(out_tile, self.out_error.at[b, rows, head])
+      target = hopper_streams.tile(self.out_error, b, rows, n, g, G)
+      hopper_streams.store(out_tile, target)
 
   def fetch(self, r: mosaic.Index, uses: jax.Array) -> jax.Array:
     """Load the queries, keys and values of round r."""
     block, first, steps = self.plan(r)
     block.load(self.rows, r, (self.q,))
-    B, size = self.q.shape[0], self.config.keys
+    B, size = self.q[0].shape[0], self.config.keys
 
     def load_tiles(i, _):
       where = B, block.b, (first + i) * size, size, block.n

@@ -18,49 +18,51 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import tuning
 from pallas_kernels.hopper import fused_block, mosaic, pipeline
 from pallas_kernels.hopper import masks as hopper_masks
+from pallas_kernels.hopper import streams as hopper_streams
 
 ROWS = hopper_masks.ROWS
 
 
 def backward(
-  q: jax.Array,
+  q: hopper_streams.Streams,
   k: jax.Array,
   v: jax.Array,
   visible: hopper_masks.Visible | None,
-  d_out: jax.Array,
+  d_out: hopper_streams.Streams,
   lse: jax.Array,
   d_lse: jax.Array,
   scale: float,
   config: tuning.Hopper,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[hopper_streams.Streams, jax.Array, jax.Array]:
   """Return (dq, dk, dv), like q, k and v.
 
   Args:
-    q: [B, T, Nq, H], T a multiple of 8.
+    q: [B, T, Nq, H], see `streams`; T a multiple of 8.
     k: [B, S, N, H], S a multiple of 8, at least 64 and at most config.fused.
     v: [B, S, N, H].
     visible: None for causal.
-    d_out: [B, T, Nq, H], gradient of the output.
+    d_out: like q, gradient of the output.
     lse: float32 [B, Nq, T rounded up to 64], from the forward kernel.
     d_lse: like lse, its gradient in nats; 0 where lse is infinite.
     scale: factor of the scores.
     config: tile sizes.
   """
-  B, H = q.shape[0], q.shape[3]
+  B, _, _, H = hopper_streams.shape(q)
+  dtype = k.dtype
   S, N = k.shape[1:3]
   C, stages = pl.cdiv(S, ROWS), config.fused_stages
   share = pipeline.share(B * N, config.blocks)
   depth = min(config.fused_depth, pl.cdiv(share.items, share.blocks))
-  row_tiles = mosaic.tiles((stages, ROWS, H), q.dtype)
+  row_tiles = mosaic.tiles((stages, ROWS, H), dtype)
   row_numbers = plgpu.SMEM((stages, ROWS), jnp.float32)
-  key_tiles = mosaic.tiles((depth, C, ROWS, H), q.dtype)
+  key_tiles = mosaic.tiles((depth, C, ROWS, H), dtype)
   ring_of_rows = [row_tiles, row_tiles, row_numbers, row_numbers]
   if visible is not None:
     ring_of_rows.append(plgpu.SMEM((stages, ROWS), jnp.int32))
-  outs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
+  like_k = jax.ShapeDtypeStruct(k.shape, dtype)
   return mosaic.kernel(
     functools.partial(_kernel, scale=scale, share=share),
-    out_type=tuple(outs),
+    out_type=(hopper_streams.like(q), like_k, like_k),
     grid=(share.blocks,),
     grid_names=("block",),
     num_threads=C + 1,
@@ -69,9 +71,9 @@ def backward(
       pipeline.ring(*ring_of_rows, readers=C),
       pipeline.ring(key_tiles, key_tiles, readers=C, copies=C),
       *fused_block.Scratch(
-        weights=mosaic.tiles((C, ROWS, ROWS), q.dtype),
-        d_scores=mosaic.tiles((C, C, ROWS, ROWS), q.dtype),
-        dq=mosaic.tiles((C, ROWS, H), q.dtype),
+        weights=mosaic.tiles((C, ROWS, ROWS), dtype),
+        d_scores=mosaic.tiles((C, C, ROWS, ROWS), dtype),
+        dq=mosaic.tiles((C, ROWS, H), dtype),
         partial_sums=plgpu.SMEM((2, C, ROWS), jnp.float32),
         d_scores_full=plgpu.Barrier(num_barriers=C, num_arrivals=C),
         d_scores_free=plgpu.Barrier(num_barriers=C),

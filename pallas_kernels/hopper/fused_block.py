@@ -14,6 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.hopper import masks as hopper_masks
 from pallas_kernels.hopper import mosaic, pipeline
 from pallas_kernels.hopper import softmax as hopper_softmax
+from pallas_kernels.hopper import streams as hopper_streams
 
 ROWS = hopper_masks.ROWS
 
@@ -63,11 +64,11 @@ class ThreadBlock:
     warpgroup: index of the warpgroup that runs the code.
   """
 
-  by_head: tuple[mosaic.Ref, mosaic.Ref]
+  by_head: tuple[hopper_streams.Streams, hopper_streams.Streams]
   by_row: tuple[mosaic.Ref, mosaic.Ref]
   keys_and_values: tuple[mosaic.Ref, mosaic.Ref]
   visible: hopper_masks.Visible | None
-  dq: mosaic.Ref
+  dq: hopper_streams.Streams
   dk: mosaic.Ref
   dv: mosaic.Ref
   rows: pipeline.Ring
@@ -84,12 +85,12 @@ class ThreadBlock:
   @property
   def G(self) -> int:
     """Query heads of a key head."""
-    return self.by_head[0].shape[2] // self.dk.shape[2]
+    return hopper_streams.shape(self.dq)[2] // self.dk.shape[2]
 
   @property
   def units(self) -> int:
     """Units of a key head."""
-    return pl.cdiv(self.by_head[0].shape[1], ROWS) * self.G
+    return pl.cdiv(self.dq[0].shape[1], ROWS) * self.G
 
   def item(self, r: mosaic.Index) -> tuple[jax.Array, jax.Array]:
     """Return sequence and key head of a round."""
@@ -103,7 +104,7 @@ class ThreadBlock:
     """Compute all gradients of one key head."""
     b, n = self.item(r)
     k_tiles, v_tiles = self.keys.wait(r)
-    H, dtype = self.dq.shape[3], self.dq.dtype
+    H, dtype = self.dk.shape[3], self.dk.dtype
     zero = mosaic.full((ROWS, H), 0, mosaic.TILE_LAYOUT)
     step = functools.partial(
       self.step, b=b, n=n, uses=uses, k_tiles=k_tiles, v_tiles=v_tiles
@@ -157,7 +158,7 @@ class ThreadBlock:
       lambda: plgpu.barrier_wait(scratch.d_scores_free.at[turn])
     )
     d_score_tile = scratch.d_scores.at[turn, warpgroup]
-    d_score_tile[...] = d_score.astype(self.dq.dtype)
+    d_score_tile[...] = d_score.astype(self.dk.dtype)
     plgpu.commit_smem()
     plgpu.barrier_arrive(scratch.d_scores_full.at[turn])
 
@@ -175,7 +176,8 @@ class ThreadBlock:
     self.rows.release(uses + i)
     pl.when(turn == warpgroup)(
       lambda: self.store_dq(
-        k_tiles, self.dq.at[b, pl.ds(start, ROWS), n * self.G + g]
+        k_tiles,
+        hopper_streams.tile(self.dq, b, pl.ds(start, ROWS), n, g, self.G),
       )
     )
     return sums
@@ -225,7 +227,7 @@ class ThreadBlock:
     partial_sums = scratch.partial_sums.at[lax.rem(i, 2)]
     partial_sums.at[warpgroup][...] = (weight * d_weight).sum(axis=1)
     plgpu.barrier_arrive(scratch.summed)
-    scratch.weights.at[warpgroup][...] = weight.astype(self.dq.dtype)
+    scratch.weights.at[warpgroup][...] = weight.astype(self.dk.dtype)
     delta = -mosaic.load(d_lse_tile, mosaic.ROW_LAYOUT)
     plgpu.barrier_wait(scratch.summed)
     for other in range(self.consumers):
@@ -233,7 +235,7 @@ class ThreadBlock:
     d_score = weight * (d_weight - mosaic.along_rows(delta, weight.shape))
     return d_score, sees_slots
 
-  def store_dq(self, k_tiles: mosaic.Ref, target: mosaic.Ref) -> None:
+  def store_dq(self, k_tiles: mosaic.Ref, target: hopper_streams.Tile) -> None:
     """Compute dq of a unit from the d_scores of all consumers, and write it."""
     warpgroup, scratch = self.warpgroup, self.scratch
     plgpu.barrier_wait(scratch.d_scores_full.at[warpgroup])
@@ -244,14 +246,14 @@ class ThreadBlock:
         mosaic.wgmma(dq_sum, d_score_tile, k_tiles.at[other])
       return mosaic.read_accumulator(dq_sum)
 
-    shape = (ROWS, self.dq.shape[3])
+    shape = (ROWS, self.dk.shape[3])
     dq = mosaic.with_accumulators(multiply, shape) * self.scale
     plgpu.barrier_arrive(scratch.d_scores_free.at[warpgroup])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     tile = scratch.dq.at[warpgroup]
-    tile[...] = dq.astype(self.dq.dtype)
+    tile[...] = dq.astype(self.dk.dtype)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(tile, target)
+    hopper_streams.store(tile, target)
 
   def fetch(self, r: mosaic.Index, uses: jax.Array) -> jax.Array:
     """Load keys, values and all rows of one key head."""
@@ -266,7 +268,7 @@ class ThreadBlock:
     def load_rows(i, _):
       start, g = self.unit(i)
       sources = hopper_masks.row_tiles(
-        self.by_head, self.by_row, self.visible, b, n * self.G + g, g, start
+        self.by_head, self.by_row, self.visible, (b, n, g, start), self.G
       )
       self.rows.load(uses + i, sources)
 

@@ -12,7 +12,7 @@ its group.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -21,6 +21,7 @@ from jax import lax
 
 from pallas_kernels import shards
 from pallas_kernels.hopper import mosaic, pipeline
+from pallas_kernels.hopper import streams as hopper_streams
 
 ROWS = 64  # Rows of a unit.
 
@@ -75,9 +76,9 @@ def active(
   return order, jnp.sum(~idle, axis=-1, dtype=jnp.int32)
 
 
-def key_sizes(q: mosaic.Ref, k: mosaic.Ref) -> tuple[int, int]:
+def key_sizes(q: hopper_streams.Streams, k: mosaic.Ref) -> tuple[int, int]:
   """Return (S, N) of keys [B, S, N, H] or [P * B, S / P, N, H]."""
-  return k.shape[0] // q.shape[0] * k.shape[1], k.shape[2]
+  return k.shape[0] // q[0].shape[0] * k.shape[1], k.shape[2]
 
 
 def key_tile(
@@ -267,7 +268,7 @@ class Block:
     self,
     ring: pipeline.Ring,
     use: mosaic.Index,
-    by_head: Sequence[mosaic.Ref],
+    by_head: Sequence[hopper_streams.Streams],
     by_row: Sequence[mosaic.Ref] = (),
   ) -> None:
     """Load the rows of every unit into a ring.
@@ -276,7 +277,7 @@ class Block:
       ring: tiles [stages, C, 64, ...] for `by_head`, `by_row` and, unless the
         mask is causal, `visible`.
       use: number of the ring's use.
-      by_head: references [B, T, Nq, H].
+      by_head: references [B, T, Nq, H], see `streams`.
       by_row: references [B, Nq, T], one number for each row.
     """
     tiles_of_units = []
@@ -287,38 +288,33 @@ class Block:
           by_head,
           by_row,
           self._visible,
-          self.b,
-          self.n * self._G + g,
-          g,
-          start,
+          (self.b, self.n, g, start),
+          self._G,
         )
       )
     ring.load(use, [list(tiles) for tiles in zip(*tiles_of_units)])
 
 
 def row_tiles(
-  by_head: Sequence[mosaic.Ref],
+  by_head: Sequence[hopper_streams.Streams],
   by_row: Sequence[mosaic.Ref],
   visible: Visible | None,
-  b: mosaic.Index,
-  head: mosaic.Index,
-  g: mosaic.Index,
-  start: mosaic.Index,
-) -> list[mosaic.Ref]:
+  where: tuple[mosaic.Index, mosaic.Index, mosaic.Index, mosaic.Index],
+  G: int,
+) -> list[Any]:
   """Return the references of everything that belongs to the rows of a unit.
 
   Args:
-    by_head: references [B, T, Nq, H].
+    by_head: references [B, T, Nq, H], see `streams`.
     by_row: references [B, Nq, T].
     visible: None for causal; references add `visible` to the end of the list.
-    b: sequence.
-    head: query head.
-    g: the same query head, counted in its group.
-    start: first row.
+    where: sequence, key head, query head in its group, and first row.
+    G: query heads of a key head.
   """
+  b, n, g, start = where
   rows = pl.ds(start, ROWS)
-  tiles = [x.at[b, rows, head] for x in by_head]
-  tiles += [x.at[b, head, rows] for x in by_row]
+  tiles: list[Any] = [hopper_streams.tile(x, b, rows, n, g, G) for x in by_head]
+  tiles += [x.at[b, n * G + g, rows] for x in by_row]
   if visible:
     tiles.append(visible_tile(visible, b, g, start))
   return tiles

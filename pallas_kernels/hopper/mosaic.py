@@ -187,25 +187,46 @@ def read_accumulator(accumulator: Any, pending: int = 0) -> jax.Array:
   return accumulator.value
 
 
-def kernel(body: Callable[..., None], **options: Any) -> Callable[..., Any]:
+def kernel(
+  body: Callable[..., None], out_type: Any, **options: Any
+) -> Callable[..., Any]:
   """Return plgpu.kernel in lane semantics with fast exponentials.
 
   Its integers have 32 bits even if JAX's have 64. Under `jax.shard_map` the
   results vary over the same mesh axes as the first argument.
 
   Args:
-    body: the kernel.
+    body: the kernel. It takes references: the arguments and the results, in the
+      pytrees in which they are given, and the scratch memory.
+    out_type: the shapes of the results, a pytree.
     **options: options of plgpu.kernel.
   """
   parameters = plgpu.CompilerParams(
     approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
   )
-  compiled = plgpu.kernel(body, compiler_params=parameters, **options)
+  out_leaves, out_tree = jax.tree.flatten(out_type)
+  is_tuple = isinstance(out_type, tuple | list)
 
-  def call(first, *arguments):
+  def call(*arguments):
+    leaves, tree = jax.tree.flatten(arguments)
+
+    def run(*refs):
+      given, outs, scratch = (
+        refs[: len(leaves)],
+        refs[len(leaves) : len(leaves) + len(out_leaves)],
+        refs[len(leaves) + len(out_leaves) :],
+      )
+      outs = jax.tree.unflatten(out_tree, outs)
+      outs = outs if is_tuple else (outs,)
+      body(*jax.tree.unflatten(tree, given), *outs, *scratch)
+
+    compiled = plgpu.kernel(
+      run, out_type=out_leaves, compiler_params=parameters, **options
+    )
     with jax.enable_x64(False):
-      results = compiled(first, *arguments)
-    return jax.tree.map(lambda x: _vary_like(x, first), results)
+      results = compiled(*leaves)
+    results = [_vary_like(x, leaves[0]) for x in results]
+    return jax.tree.unflatten(out_tree, results)
 
   return call
 

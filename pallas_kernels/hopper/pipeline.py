@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import mosaic
+from pallas_kernels.hopper import streams as hopper_streams
 
 
 class Ring(NamedTuple):
@@ -38,15 +39,13 @@ class Ring(NamedTuple):
   def stages(self) -> int:
     return self.tiles[0].shape[0]
 
-  def load(
-    self, use: mosaic.Index, sources: Sequence[mosaic.Ref | list[mosaic.Ref]]
-  ) -> None:
+  def load(self, use: mosaic.Index, sources: Sequence[Any]) -> None:
     """Fill the stage of a use, as soon as it is free.
 
     Args:
       use: number of the use.
-      sources: for each of the tiles, a reference in global memory, or a list of
-        references, one for each copy.
+      sources: for each of the tiles, a reference in global memory or a Tile of
+        streams, or a list of these, one for each copy.
     """
     stage = lax.rem(use, self.stages)
     pl.when(use >= self.stages)(lambda: plgpu.barrier_wait(self.free.at[stage]))
@@ -54,9 +53,9 @@ class Ring(NamedTuple):
       target = tile.at[stage]
       if isinstance(source, list):
         for copy, x in enumerate(source):
-          plgpu.copy_gmem_to_smem(x, target.at[copy], self.full.at[stage])
+          hopper_streams.load(x, target.at[copy], self.full.at[stage])
       else:
-        plgpu.copy_gmem_to_smem(source, target, self.full.at[stage])
+        hopper_streams.load(source, target, self.full.at[stage])
 
   def wait(self, use: mosaic.Index) -> list[mosaic.Ref]:
     """Wait until the stage of a use is filled; return its references."""

@@ -15,42 +15,44 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.hopper import masks as hopper_masks
 from pallas_kernels.hopper import mosaic
 from pallas_kernels.hopper import softmax as hopper_softmax
+from pallas_kernels.hopper import streams as hopper_streams
 
 ROWS = hopper_masks.ROWS
 
 
 def forward(
-  q: jax.Array,
+  q: hopper_streams.Streams,
   k: jax.Array,
   v: jax.Array,
   visible: hopper_masks.Visible | None,
   factor: float,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[hopper_streams.Streams, jax.Array]:
   """Return (out, lse); see forward.forward.
 
   Args:
-    q: [B, T, Nq, H], T a multiple of 8.
+    q: [B, T, Nq, H], see `streams`; T a multiple of 8.
     k: [B, S, N, H], S a multiple of 8, at least 64.
     v: [B, S, N, H].
     visible: None for causal.
     factor: factor of the scores as exponents of 2.
   """
-  B, T, Nq, H = q.shape
+  B, T, Nq, H = hopper_streams.shape(q)
+  dtype = k.dtype
   S, N = k.shape[1:3]
   units = pl.cdiv(T, ROWS) * (Nq // N)
   slots = pl.cdiv(S, ROWS) * ROWS
   return mosaic.kernel(
     functools.partial(_short, factor=factor),
     out_type=(
-      jax.ShapeDtypeStruct(q.shape, q.dtype),
+      hopper_streams.like(q),
       jax.ShapeDtypeStruct((B, Nq, pl.cdiv(T, ROWS) * ROWS), jnp.float32),
     ),
     grid=(B * N,),
     grid_names=("item",),
     scratch_types=[
-      mosaic.tiles((units, ROWS, H), q.dtype),
-      mosaic.tiles((slots, H), q.dtype),
-      mosaic.tiles((slots, H), q.dtype),
+      mosaic.tiles((units, ROWS, H), dtype),
+      mosaic.tiles((slots, H), dtype),
+      mosaic.tiles((slots, H), dtype),
       plgpu.SMEM((units, ROWS), jnp.float32),
       plgpu.Barrier(num_barriers=units),
       plgpu.Barrier(num_barriers=2),
@@ -63,7 +65,7 @@ def _short(q, k, v, *refs, factor):
   *visible_refs, out, lse, q_smem, k_smem, v_smem, lse_smem = refs[:-2]
   q_full, kv_full = refs[-2:]
   visible = hopper_masks.Visible(*visible_refs) if visible_refs else None
-  T, Nq = q.shape[1:3]
+  _, T, Nq, _ = hopper_streams.shape(q)
   N = k.shape[2]
   G = Nq // N
   slots = k_smem.shape[0]
@@ -76,8 +78,8 @@ def _short(q, k, v, *refs, factor):
   plgpu.copy_gmem_to_smem(k.at[b, pl.ds(zero, slots), n], k_smem, kv_full.at[0])
   for u, (start, g) in enumerate(units):
     rows = pl.ds(zero + start, ROWS)
-    plgpu.copy_gmem_to_smem(
-      q.at[b, rows, n * G + g], q_smem.at[u], q_full.at[u]
+    hopper_streams.load(
+      hopper_streams.tile(q, b, rows, n, g, G), q_smem.at[u], q_full.at[u]
     )
     if u == 0:
       plgpu.copy_gmem_to_smem(
@@ -109,10 +111,11 @@ def _short(q, k, v, *refs, factor):
       factor,
     )
     plgpu.commit_smem()
-    head = n * G + g
     rows = pl.ds(zero + start, ROWS)
-    plgpu.copy_smem_to_gmem(q_smem.at[u], out.at[b, rows, head])
-    plgpu.copy_smem_to_gmem(lse_smem.at[u], lse.at[b, head, rows])
+    hopper_streams.store(
+      q_smem.at[u], hopper_streams.tile(out, b, rows, n, g, G)
+    )
+    plgpu.copy_smem_to_gmem(lse_smem.at[u], lse.at[b, n * G + g, rows])
   plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
