@@ -206,7 +206,6 @@ class Cached:
 
     def attend_in(layer):
       def attend(queries, k, v, sequence_visible):
-        (q,) = queries  # A cache has one stream.
         keys[layer] = _written(keys[layer], k[:, :R], slot_index)
         values[layer] = _written(values[layer], v[:, :R], slot_index)
         if visible is None:
@@ -221,7 +220,7 @@ class Cached:
           )
         # The last layer has only the rows that are read out, and these are the
         # last rows.
-        row_visible = visible[:, -q.shape[1] :]
+        row_visible = visible[:, -queries[0].shape[1] :]
         attention = functools.partial(
           parallel.attention,
           queries,
@@ -233,7 +232,7 @@ class Cached:
         )
         if W == R:
           return attention()
-        (out,), (lse,) = attention(return_lse=True)
+        (q,), ((out,), (lse,)) = queries, attention(return_lse=True)
         return (_with_self(out, lse, q, k, v, R),)
 
       return attend

@@ -191,7 +191,8 @@ def _may_reach(T, s):
 def _leaky(q, k, v, visible=None, **kwargs):
   """Attention in which each row also sees the next slot."""
   if visible is None:
-    visible = jnp.broadcast_to(jnp.arange(q.shape[1]) + 1, q.shape[:2])
+    rows = q[0].shape[:2]
+    visible = jnp.broadcast_to(jnp.arange(rows[1]) + 1, rows)
   visible = jnp.minimum(visible + 1, k.shape[1])
   return _attention(q, k, v, visible, **kwargs)
 
