@@ -10,6 +10,7 @@ from positions. Reading cosines and sines would cost half as much as reading the
 heads.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -23,8 +24,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.hopper import mosaic, rows
 
 # Thread blocks that a multiprocessor runs at once.
-_FORWARD = 8
-_BACKWARD = 6
+_FORWARD = 5
+_BACKWARD = 4
 # 2 pi, as a number of few bits and the rest. The product of the first with a
 # number of turns up to 2 ** 16 is exact.
 _TURN = 6.28125
@@ -57,31 +58,31 @@ def forward(
     epsilon: is added to the mean square.
   """
   M, _, N, H = packed.shape
-  share, blocks = _share(packed, _FORWARD)
-  flat, tree = jax.tree.flatten(list(parts))
+  share, blocks = _share(packed, parts, _FORWARD)
 
-  def body(packed, *refs):
-    given = jax.tree.unflatten(tree, refs[: len(flat)])
-    outs = refs[len(flat) :]
-    handlers = [part and _Handler.load(part, share) for part in given]
+  def body(packed, parts, outs):
+    def work(c, tiles):
+      handler = parts[c] and _Handler.load(parts[c], share)
 
-    def step(tile, carry):
-      for c, (handler, out) in enumerate(zip(handlers, outs)):
+      def step(tile, carry):
         halves = share.load(packed, tile, c)
         if handler:
           halves = handler.forward(halves, tile, epsilon)
-        share.store(out, tile, None, halves)
-      return carry
+        share.store(outs[c], tile, None, halves)
+        return carry
 
-    share.over_tiles(blocks, step)
+      tiles(step)
 
-  return mosaic.kernel(
+    share.deal(parts, blocks, work)
+
+  (outs,) = mosaic.kernel(
     body,
-    out_type=[jax.ShapeDtypeStruct((M, N, H), packed.dtype) for _ in parts],
+    out_type=([jax.ShapeDtypeStruct((M, N, H), packed.dtype) for _ in parts],),
     grid=(blocks,),
     grid_names=("block",),
     kernel_name="heads_forward",
-  )(packed, *flat)
+  )(packed, list(parts))
+  return outs
 
 
 def backward(
@@ -103,54 +104,54 @@ def backward(
     a part that is copied.
   """
   H = packed.shape[-1]
-  share, blocks = _share(packed, _BACKWARD)
-  flat, tree = jax.tree.flatten(list(parts))
-  normed = [c for c, part in enumerate(parts) if part]
+  share, blocks = _share(packed, parts, _BACKWARD)
 
-  def body(packed, *refs):
-    given = jax.tree.unflatten(tree, refs[: len(flat)])
-    d_refs = refs[len(flat) : len(flat) + len(parts)]
-    out, *rest = refs[len(flat) + len(parts) :]
-    handlers = [part and _Handler.load(part, share) for part in given]
+  def body(packed, parts, d_parts, out, sums, scratch):
+    def work(c, tiles):
+      zero = mosaic.full(share.shape, 0.0, share.layout)
+      target = sums.at[lax.axis_index("block")]
+      if not parts[c]:
 
-    def step(tile, sums):
-      sums = list(sums)
-      for c, (handler, d_ref) in enumerate(zip(handlers, d_refs)):
-        gradients = share.load(d_ref, tile, None)
-        if handler:
-          halves = share.load(packed, tile, c)
-          gradients, more = handler.backward(halves, gradients, tile, epsilon)
-          i = normed.index(c)
-          sums[i] = tuple(x + y for x, y in zip(sums[i], more))
+        def copy(tile, carry):
+          share.store(out, tile, c, share.load(d_parts[c], tile, None))
+          return carry
+
+        tiles(copy)
+        share.store_sums(target, scratch, (zero, zero))
+        return
+      handler = _Handler.load(parts[c], share)
+
+      def step(tile, total):
+        gradients, more = handler.backward(
+          share.load(packed, tile, c),
+          share.load(d_parts[c], tile, None),
+          tile,
+          epsilon,
+        )
         share.store(out, tile, c, gradients)
-      return tuple(sums)
+        return tuple(x + y for x, y in zip(total, more))
 
-    zero = mosaic.full(share.shape, 0.0, share.layout)
-    sums = share.over_tiles(blocks, step, tuple((zero, zero) for _ in normed))
-    if normed:
-      target, scratch = rest
-      share.store_sums(target.at[lax.axis_index("block")], scratch, sums)
+      share.store_sums(target, scratch, tiles(step, (zero, zero)))
 
-  out_type = [jax.ShapeDtypeStruct(packed.shape, packed.dtype)]
-  scratch = []
-  if normed:
-    shape = blocks, len(normed), H
-    out_type.append(jax.ShapeDtypeStruct(shape, jnp.float32))
-    scratch.append(plgpu.SMEM(share.shape, jnp.float32))
-  d_packed, *partial_sums = mosaic.kernel(
+    share.deal(parts, blocks, work)
+
+  d_packed, sums = mosaic.kernel(
     body,
-    out_type=out_type,
+    out_type=(
+      jax.ShapeDtypeStruct(packed.shape, packed.dtype),
+      jax.ShapeDtypeStruct((blocks, H), jnp.float32),
+    ),
     grid=(blocks,),
     grid_names=("block",),
-    scratch_types=scratch,
+    scratch_types=[plgpu.SMEM(share.shape, jnp.float32)],
     kernel_name="heads_backward",
-  )(packed, *flat, *d_parts)
-  d_scales: list[jax.Array | None] = [None] * len(parts)
-  if normed:
-    totals = partial_sums[0].sum(axis=0)
-    for i, c in enumerate(normed):
-      d_scales[c] = totals[i]
-  return d_packed, d_scales
+  )(packed, list(parts), list(d_parts))
+  of_group = _group(parts)
+  by_place = sums.reshape(-1, len(of_group), H).sum(axis=0)
+  return d_packed, [
+    part and by_place[of_group.index(c) : of_group.index(c) + 3].sum(axis=0)
+    for c, part in enumerate(parts)
+  ]
 
 
 def unsupported(packed_shape: tuple[int, ...]) -> str:
@@ -196,14 +197,30 @@ class _Share(NamedTuple):
   def tiles(self) -> int:
     return pl.cdiv(self.M, self.shape[0]) * (self.N // self.shape[1])
 
-  def over_tiles(self, blocks, step, carry=None):
-    """Run `step` on the tiles of this thread block; return the last carry."""
-    groups = self.N // self.shape[1]
+  def deal(self, parts, blocks, work):
+    """Run work(c, tiles) for the part c of this thread block.
+
+    A block has one part only, because the numbers that it needs for a part fill
+    many registers. `tiles` runs a step on each tile of the block, and returns
+    the last carry.
+    """
     block = lax.axis_index("block")
-    count = (self.tiles - block + blocks - 1) // blocks
+    of_group = _group(parts)
+    place = lax.rem(block, len(of_group))
+    for c in range(len(parts)):
+      first, count = of_group.index(c), of_group.count(c)
+      mine = (place >= first) & (place < first + count)
+      index = block // len(of_group) * count + place - first
+      stride = blocks // len(of_group) * count
+      tiles = functools.partial(self._over_tiles, index, stride)
+      pl.when(mine)(functools.partial(work, c, tiles))
+
+  def _over_tiles(self, first, stride, step, carry=None):
+    groups = self.N // self.shape[1]
+    count = (self.tiles - first + stride - 1) // stride
 
     def run(i, carry):
-      index = block + i * blocks
+      index = first + i * stride
       fresh = index // groups * self.shape[0]
       # The last tile begins early enough to end with the last row. So it may
       # repeat rows of the tile before it.
@@ -233,19 +250,18 @@ class _Share(NamedTuple):
     for half, value in enumerate(halves):
       mosaic.store(self._at(ref, tile, part, half), value.astype(ref.dtype))
 
-  def store_sums(self, target, scratch, sums):
-    """Store the sums over rows and heads of a thread block: [parts, H]."""
-    for i, halves in enumerate(sums):
-      for half, values in enumerate(halves):
-        mosaic.store(scratch, values)
-        by_row = [
-          mosaic.load(scratch.at[m, n], self.layout.reduce((0, 1)), False)
-          for m in range(self.shape[0])
-          for n in range(self.shape[1])
-        ]
-        total = sum(by_row[1:], by_row[0])
-        at = pl.ds(half * (self.H // 2), self.H // 2)
-        mosaic.store(target.at[i, at], total)
+  def store_sums(self, target, scratch, halves):
+    """Store the sums of two halves over rows and heads: [H]."""
+    for half, values in enumerate(halves):
+      mosaic.store(scratch, values)
+      by_row = [
+        mosaic.load(scratch.at[m, n], self.layout.reduce((0, 1)), False)
+        for m in range(self.shape[0])
+        for n in range(self.shape[1])
+      ]
+      total = sum(by_row[1:], by_row[0])
+      at = pl.ds(half * (self.H // 2), self.H // 2)
+      mosaic.store(target.at[at], total)
 
   def repeat(self, vector, dimension):
     """Repeat a vector of rows (0) or of columns (2) over a tile."""
@@ -259,13 +275,25 @@ class _Share(NamedTuple):
     return plgpu.layout_cast(repeated, self.layout)
 
 
-def _share(packed, occupancy):
+def _group(parts):
+  """Return the part of each thread block in a group of blocks.
+
+  A normed part has three blocks, and a copied one has two: its backward pass
+  moves two arrays instead of three.
+  """
+  return [c for c, part in enumerate(parts) for _ in range(3 if part else 2)]
+
+
+def _share(packed, parts, occupancy):
   """Return the _Share of a call, and the number of thread blocks."""
   M, _, N, H = packed.shape
   heads = math.gcd(N, rows.LANES // rows.narrow_lanes(H // 2))
   size, layout = rows.head_rows(H // 2, heads)
   share = _Share(M, N, H, (size, heads, H // 2), layout)
-  return share, rows.block_count(share.tiles, 1, occupancy, packed)
+  items = share.tiles * len(parts)
+  blocks = rows.block_count(items, 1, occupancy, packed)
+  size = len(_group(parts))
+  return share, pl.cdiv(blocks, size) * size
 
 
 class _Handler(NamedTuple):
