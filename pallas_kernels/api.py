@@ -37,7 +37,7 @@ def any_order_attention(
   scale: float | None = None,
   return_lse: bool = False,
   implementation: str | None = None,
-) -> jax.Array | tuple[jax.Array, jax.Array]:
+) -> Any:
   """Compute attention in which each row sees the slots of lowest rank.
 
   A row is a query position, a slot is a key position. Sequences are usually in
@@ -126,7 +126,8 @@ def any_order_attention(
   implementation = _choose(
     implementation, q, k, visible, visible_array, key_rank, return_lse
   )
-  lse = None
+  out: Any
+  lse: Any = None
   match implementation:
     case "xla" if not return_lse:
       out = _xla(q, k, v, visible, key_rank, scale)

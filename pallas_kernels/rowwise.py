@@ -180,8 +180,7 @@ def split_heads(
 def _by_row(part):
   """Return what the kernels take of a part; its positions are [K, B * R]."""
   if part.by is None:
-    H = part.scale.shape[0]
-    return hopper_heads.Part(part.scale, None, jnp.zeros(H // 2, jnp.float32))
+    return hopper_heads.Part(part.scale, None, None)
   position = jnp.moveaxis(part.by.position, 2, 0)
   position = position.reshape(len(position), -1)
   return hopper_heads.Part(part.scale, position, part.by.frequency)
@@ -281,8 +280,8 @@ def _heads_backward(residuals, d_parts):
   packed, parts = residuals
   d_packed, d_scales = hopper_heads.backward(packed, parts, d_parts, _EPSILON)
   return d_packed, [
-    part and hopper_heads.Part(d_scale, None, None)
-    for part, d_scale in zip(parts, d_scales)
+    None if d_scale is None else hopper_heads.Part(d_scale, None, None)
+    for d_scale in d_scales
   ]
 
 

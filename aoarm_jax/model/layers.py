@@ -278,15 +278,15 @@ class Attention(nnx.Module):
     asks = streams[0] is content
     # A mesh sums the gradients of the query weights over streams first.
     if asks and (len(streams) == 1 or not sharding.spread()):
-      weights = self.query, self.key, self.value
-      first, k, v = self._project(content, weights, (query, key, None))
+      first, k, v = self._project(
+        content, (self.query, self.key, self.value), (query, key, None)
+      )
       queries = [
         self._project(x, (self.query,), (part,))[0]
         for x, part in zip(streams[1:], others)
       ]
       return [first, *queries], k, v
-    weights = self.key, self.value
-    k, v = self._project(content, weights, (key, None))
+    k, v = self._project(content, (self.key, self.value), (key, None))
     products = _matmuls("brd,dnh->brnh", streams, self.query, self.dtype)
     queries = [
       self._split(x[:, :, None], (part,))[0]

@@ -10,6 +10,7 @@ bytes (hopper/peaks.py).
 
 import argparse
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,8 +27,9 @@ class Row:
   """One line of a table: a function on rows [B, T, D].
 
   Attributes:
-    function: "norm", "rotated_norm" or "gelu".
-    H: the width of a head, for rotated_norm.
+    function: "norm" (with the residual addition), "heads" (queries, keys and
+      values, D each) or "gelu".
+    H: the width of a head.
   """
 
   function: str
@@ -41,14 +43,11 @@ class Row:
 
   def call(self, implementation: str) -> Callable[..., Any]:
     """Return the function of the arrays, with an implementation."""
-    if self.function == "norm":
-      return lambda x, scale: rowwise.rms_norm(
-        x, scale, implementation=implementation
-      )
-    if self.function == "gelu":
-      return lambda x: rowwise.gelu(x, implementation=implementation)
-    return lambda x, scale, by: rowwise.rotated_norm(
-      x, scale, by, implementation=implementation
+    functions: dict[str, Callable[..., Any]] = dict(
+      norm=rowwise.rms_norm, heads=rowwise.split_heads, gelu=rowwise.gelu
+    )
+    return functools.partial(
+      functions[self.function], implementation=implementation
     )
 
   def arrays(self) -> tuple[Any, ...]:
@@ -59,24 +58,28 @@ class Row:
     if self.function == "gelu":
       return (x,)
     if self.function == "norm":
-      return x, jax.random.uniform(keys[1], (self.D,), jnp.float32, 0.5, 2)
-    x = x.reshape(self.B, self.T, -1, self.H)
+      return x, jax.random.uniform(keys[1], (self.D,), jnp.float32, 0.5, 2), x
+    x = x[:, :, None].reshape(self.B, self.T, 1, -1, self.H)
     position = jax.random.randint(keys[2], (self.B, self.T, 1), 0, self.T)
     scale = jax.random.uniform(keys[1], (self.H,), jnp.float32, 0.5, 2)
-    return x, scale, rowwise.rotation(position, self.H, 1e4)
+    part = rowwise.Part(scale, rowwise.rotation(position, self.H, 1e4))
+    return jnp.tile(x, (1, 1, 3, 1, 1)), [part, part, None]
 
   def floor(self, backward: bool) -> float:
     """Return the least milliseconds of the forward or the backward pass."""
-    arrays = 2
-    if backward:
-      arrays = 4 if self.function == "norm" else 3
+    arrays = {
+      "norm": (4, 4),
+      # The values are copied: the backward pass does not read them.
+      "heads": (6, 8),
+      "gelu": (2, 3),
+    }[self.function][backward]
     moved = arrays * self.B * self.T * self.D * 2
     return 1e3 * moved / peaks.BYTES_PER_SECOND
 
 
 _ROWS = tuple(
   Row(function, B, T, 4 * D if function == "gelu" else D)
-  for function in ("norm", "rotated_norm", "gelu")
+  for function in ("norm", "heads", "gelu")
   for B, T, D in ((512, 128, 256), (32, 1024, 768))
 )
 
@@ -85,18 +88,18 @@ def _backward(call: Callable[..., Any]) -> Callable[..., Any]:
   """Return the function from arguments and cotangents to gradients."""
 
   def gradients(arrays, cotangents):
-    x, *others = arrays
-    scale, others = (others[0], others[1:]) if others else (None, ())
-
-    def of(x, scale):
-      return call(x, *([] if scale is None else [scale]), *others)
-
-    return jax.vjp(of, x, scale)[1](cotangents)
+    pulled = jax.vjp(call, *arrays)[1](cotangents)
+    # Positions have none, and angles only in plain JAX.
+    return [
+      x
+      for x in jax.tree.leaves(pulled)
+      if x.shape in (arrays[0].shape, arrays[0].shape[-1:])
+    ]
 
   return gradients
 
 
-def _error(got, wanted) -> float:
+def _error(got: Any, wanted: Any) -> float:
   """Return the largest relative error of the arrays."""
 
   def of(x, y):
@@ -106,7 +109,12 @@ def _error(got, wanted) -> float:
   return max(map(of, jax.tree.leaves(got), jax.tree.leaves(wanted)))
 
 
-def _show(title, floor, times, errors) -> None:
+def _show(
+  title: str,
+  floor: float,
+  times: dict[str, float],
+  errors: dict[str, float],
+) -> None:
   print(f"{title}: floor {floor:.4f}")
   for name, value in times.items():
     print(

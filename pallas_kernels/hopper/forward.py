@@ -330,7 +330,7 @@ class _ThreadBlock:
     self,
     carry: _Carry,
     b: mosaic.Index,
-    rows: pl.Slice,
+    rows: Any,
     n: mosaic.Index,
     g: mosaic.Index,
   ) -> None:

@@ -39,12 +39,12 @@ class Part(NamedTuple):
     scale: float32 [H], the scale of the norm.
     position: int32 [K, M], or None for no rotation. Pair j of a row is rotated
       by position[j % K].
-    frequency: float32 [H / 2], radians for each position.
+    frequency: float32 [H / 2], radians for each position; None without them.
   """
 
   scale: jax.Array
   position: jax.Array | None
-  frequency: jax.Array
+  frequency: jax.Array | None
 
 
 def forward(
@@ -308,7 +308,7 @@ class _Handler(NamedTuple):
 
   share: _Share
   scales: list[jax.Array]
-  position: mosaic.Ref | None
+  position: mosaic.Ref
   frequency: jax.Array | None
 
   @classmethod

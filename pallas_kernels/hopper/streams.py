@@ -6,8 +6,9 @@ it has G arrays [B, T, N, H], the g-th with the query heads g of all groups.
 Then nothing has to be stacked before a kernel or split behind it.
 """
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.experimental.pallas as pl
@@ -38,7 +39,7 @@ class Tile(NamedTuple):
       action(self.refs[self.stream])
     else:
       for i, ref in enumerate(self.refs):
-        pl.when(self.stream == i)(lambda ref=ref: action(ref))
+        pl.when(self.stream == i)(functools.partial(action, ref))
 
 
 def shape(streams: Streams) -> tuple[int, int, int, int]:
@@ -50,7 +51,7 @@ def shape(streams: Streams) -> tuple[int, int, int, int]:
 def tile(
   streams: Streams,
   b: mosaic.Index,
-  rows: pl.Slice,
+  rows: Any,
   n: mosaic.Index,
   g: mosaic.Index,
   G: int,
@@ -60,7 +61,7 @@ def tile(
   Args:
     streams: references.
     b: sequence.
-    rows: rows.
+    rows: rows, as `pl.ds` gives them.
     n: key head.
     g: query head in its group.
     G: query heads of a key head.
@@ -86,7 +87,9 @@ def store(source: mosaic.Ref, target: Tile) -> None:
   target.do(lambda ref: plgpu.copy_smem_to_gmem(source, ref))
 
 
-def like(streams: Streams, B: int | None = None) -> Streams:
+def like(
+  streams: Streams, B: int | None = None
+) -> tuple[jax.ShapeDtypeStruct, ...]:
   """Return the shapes of arrays like the streams, for B sequences."""
   return tuple(
     jax.ShapeDtypeStruct((B or x.shape[0], *x.shape[1:]), x.dtype)
@@ -100,6 +103,10 @@ def by_head(streams: Sequence[jax.Array]) -> jax.Array:
   Args:
     streams: [B, T, heads] each.
   """
+  if len(streams) == 1:
+    return jnp.moveaxis(streams[0], 1, 2)
   B, T, heads = streams[0].shape
+  # Without this, XLA would sum inside of the stacking, which is slow.
+  streams = jax.lax.optimization_barrier(streams)
   joined = jnp.stack(streams, axis=3).reshape(B, T, heads * len(streams))
   return jnp.moveaxis(joined, 1, 2)
