@@ -24,6 +24,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import re
 import shlex
 import signal
 import socket
@@ -360,12 +361,12 @@ def _check_machines(flags: argparse.Namespace) -> None:
   """Raise LaunchError unless the flags about several machines agree."""
   common.check_at_least("--machines", flags.machines, 1)
   common.check_range("--machine", flags.machine, 0, flags.machines - 1)
-  host, _, port = flags.address.rpartition(":")
-  is_given = host != "" and port.isdigit()
+  match = re.fullmatch(r".+:([0-9]{1,5})", flags.address)
+  is_given = match is not None and 1 <= int(match[1]) <= 65535
   if not is_given and (flags.address or flags.machines > 1):
     raise common.LaunchError(
       f"--address={flags.address}: write host:port of machine 0, the same for "
-      "all --machines"
+      "all --machines, with a port from 1 to 65535"
     )
 
 

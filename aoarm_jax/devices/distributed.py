@@ -93,12 +93,12 @@ def _check(fields):
       f"({variables['process_id']}): must be below "
       f"config.distributed.process_count={fields.process_count}"
     )
-  host, _, port = fields.coordinator_address.rpartition(":")
-  if given["coordinator_address"] and not (host and port.isdigit()):
+  address = fields.coordinator_address
+  if given["coordinator_address"] and not rendezvous.is_address(address):
     raise config_lib.ConfigError(
-      f"config.distributed.coordinator_address="
-      f"{fields.coordinator_address!r} ({variables['coordinator_address']}): "
-      "must be host:port"
+      f"config.distributed.coordinator_address={address!r} "
+      f"({variables['coordinator_address']}): must be host:port, with a port "
+      "from 1 to 65535"
     )
 
 

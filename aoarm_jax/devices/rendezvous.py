@@ -18,6 +18,7 @@ import errno
 import json
 import math
 import os
+import re
 import selectors
 import socket
 import time
@@ -25,11 +26,12 @@ from typing import Any, NamedTuple
 
 from absl import logging
 
-from aoarm_jax.config import errors, exit_codes
+from aoarm_jax.config import errors, exit_codes, reading
 from aoarm_jax.config import schema as config_lib
 
 _ADDRESS = "config.distributed.coordinator_address"
 _VARIABLE = "AOARM_COORDINATOR_ADDRESS"
+_BIND = "JAX_COORDINATOR_BIND_ADDRESS"
 _AGAIN = "start the same command again on all processes"
 _POLL_SECONDS = 0.1
 _RETRY_SECONDS = 0.3
@@ -43,6 +45,12 @@ _TELL_SECONDS = 10.0
 # Then a wait is logged.
 _SILENT_SECONDS = 5.0
 _LONGEST_LINE = 1 << 16
+# The types of the fields of messages and of a failure, see reading.check.
+_FIELDS = {
+  "hello": {"process": int, "count": int, "failure": (list, None)},
+  "start": {"failure": (list, None)},
+}
+_FAILURE = {"process": int, "exit_code": int, "line": str}
 
 
 class NeighbourError(errors.UserError):
@@ -79,6 +87,12 @@ class Failure(NamedTuple):
     return NeighbourError(line, self.exit_code)
 
 
+def is_address(text: str) -> bool:
+  """Return whether a text is host:port, with a port from 1 to 65535."""
+  match = re.fullmatch(r".+:([0-9]{1,5})", text)
+  return match is not None and 1 <= int(match[1]) <= 65535
+
+
 def meet(
   address: str,
   count: int,
@@ -108,7 +122,9 @@ def meet(
   try:
     if process == 0:
       # JAX can listen at another port, where a router leads to.
-      bound = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", address)
+      bound = os.environ.get(_BIND, address)
+      if not is_address(bound):
+        raise config_lib.ConfigError(f"{_BIND}={bound!r}: must be host:port")
       listened = int(bound.rpartition(":")[2])
       _Host(address, count, seconds, failure).run(listened)
     else:
@@ -306,10 +322,14 @@ def _receive(connection: socket.socket, seconds: float) -> dict[str, Any]:
 def _message(line: bytes) -> dict[str, Any]:
   """Return the message in a line, or {} if it is none."""
   try:
-    message = json.loads(line)
+    message = reading.parse(line, {"aoarm_jax": str})
+    reading.check(message, _FIELDS.get(message["aoarm_jax"], {}))
+    if failure := message.get("failure"):
+      fields = zip(Failure._fields, failure, strict=True)
+      reading.check(dict(fields), _FAILURE)
   except ValueError:
     return {}
-  return message if isinstance(message, dict) else {}
+  return dict(message)
 
 
 def _line(connection: socket.socket, seconds: float) -> bytes:

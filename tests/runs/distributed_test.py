@@ -151,6 +151,7 @@ class StartTest(parameterized.TestCase):
     ),
     ({"AOARM_COORDINATOR_ADDRESS": ""}, "coordinator_address .*is missing"),
     ({"AOARM_COORDINATOR_ADDRESS": "h"}, "coordinator_address='h'.*host:port"),
+    ({"AOARM_COORDINATOR_ADDRESS": "h:99999"}, "='h:99999'.* from 1 to 65535"),
   )
   def test_what_cannot_be(self, changes, message):
     with self.assertRaisesRegex(config_lib.ConfigError, message):

@@ -156,6 +156,12 @@ class CommandsTest(LaunchTest):
     ),
     (
       "local",
+      ["--processes=1", "--machines=2", "--address=h:99999"],
+      TRAIN,
+      "from 1 to 65535",
+    ),
+    (
+      "local",
       ["--processes=1", "--machines=2", "--address=h:1", "--machine=2"],
       TRAIN,
       "--machine=2: must be from 0 to 1",

@@ -14,6 +14,17 @@ from aoarm_jax.devices import rendezvous
 Failure = rendezvous.Failure
 
 
+# What others may send to the port of process 0.
+STRANGERS = (
+  *(b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b""),
+  b'{"aoarm_jax": "hello"}\n',
+  b'{"aoarm_jax": "hello", "process": "1", "count": 2, "failure": null}\n',
+  b'{"aoarm_jax": "hello", "process": true, "count": 2, "failure": null}\n',
+  b'{"aoarm_jax": "hello", "process": 1, "count": 2, "failure": [1]}\n',
+  b'{"aoarm_jax": "hello", "process": 1, "count": 2, "failure": {"a": 1}}\n',
+)
+
+
 def free_port():
   with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
@@ -154,7 +165,7 @@ class RendezvousTest(parameterized.TestCase):
     port = free_port()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
       host = pool.submit(rendezvous.meet, f"127.0.0.1:{port}", 2, 0, 20)
-      for line in (b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b""):
+      for line in STRANGERS:
         while True:
           with contextlib.suppress(ConnectionRefusedError):
             stranger = socket.create_connection(("127.0.0.1", port))
@@ -163,6 +174,23 @@ class RendezvousTest(parameterized.TestCase):
           stranger.sendall(line)
       rendezvous.meet(f"127.0.0.1:{port}", 2, 1, 20)
       self.assertIsNone(host.result())
+
+
+class AddressTest(parameterized.TestCase):
+  @parameterized.parameters("a:1", "[::1]:65535", "10.0.0.1:8476")
+  def test_an_address(self, text):
+    self.assertTrue(rendezvous.is_address(text))
+
+  @parameterized.parameters("a", ":1", "a:", "a:0", "a:65536", "a:\u00b2")
+  def test_no_address(self, text):
+    self.assertFalse(rendezvous.is_address(text))
+
+  def test_where_jax_listens(self):
+    with (
+      mock.patch.dict("os.environ", JAX_COORDINATOR_BIND_ADDRESS="all"),
+      self.assertRaisesRegex(config_lib.ConfigError, "BIND_ADDRESS='all'"),
+    ):
+      rendezvous.meet("127.0.0.1:1", 2, 0, 1)
 
 
 if __name__ == "__main__":
