@@ -54,13 +54,20 @@ class Count:
   """The type of a whole number from 0 to 2^63 - 1; see `check`."""
 
 
-def open_file(path: epath.Path, inside: epath.Path | None = None) -> IO[bytes]:
+def open_file(
+  path: epath.Path,
+  inside: epath.Path | None = None,
+  *,
+  allows_pipes: bool = False,
+) -> IO[bytes]:
   """Open a regular file for reading.
 
   Args:
     path: the file, local or in a bucket.
     inside: a folder. The file must lie below the folder, also after all links
       are followed. None allows any place.
+    allows_pipes: whether the file may be a pipe, as in --input=<(command) of a
+      shell.
 
   Raises:
     ReadError: the file is a pipe, a device or a socket, or a link out of the
@@ -75,7 +82,10 @@ def open_file(path: epath.Path, inside: epath.Path | None = None) -> IO[bytes]:
       raise ReadError(path, f"is a link out of {inside}; copy the file there")
   # To open some devices has an effect, so the type is compared before. Without
   # O_NONBLOCK, the opening of a pipe that takes its place would wait.
-  _check_regular(path, os.stat(path))
+  status = os.stat(path)
+  if allows_pipes and stat.S_ISFIFO(status.st_mode):
+    return open(path, "rb")
+  _check_regular(path, status)
   flags = os.O_RDONLY | getattr(os, "O_BINARY", 0)
   descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
   try:

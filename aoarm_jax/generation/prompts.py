@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import logging
 
-from aoarm_jax.config import errors, exit_codes, paths
+from aoarm_jax.config import errors, exit_codes, paths, reading
 from aoarm_jax.data import corpora, files, tokenizers
 
 # The blank and the marks where the user asks for none and the alphabet has no
@@ -20,6 +20,9 @@ from aoarm_jax.data import corpora, files, tokenizers
 BLANK, MARKS = "_", "[]"
 # Value of config.sample.blank and config.score.marks for these characters.
 AUTO = "auto"
+# Bytes of --input. All lines are parsed before the first one is answered, and
+# this takes several times their size.
+_MOST_INPUT = 1 << 28
 
 
 class PromptError(errors.UserError, ValueError):
@@ -345,23 +348,30 @@ def read_lines(path: str) -> list[tuple[str, str]]:
     Pairs (name, text): the name is the file and line number, for messages.
 
   Raises:
-    PromptError: the file does not exist, is not UTF-8, or has no text.
+    PromptError: the file does not exist, is a folder or a device, is too long,
+      is not UTF-8, or has no text.
     ConfigError: the path is an address that cannot be read, see paths.of.
   """
   name = "standard input" if path == "-" else path
   try:
     if path == "-":
-      data = sys.stdin.buffer.read()
+      data = sys.stdin.buffer.read(_MOST_INPUT + 1)
     else:
-      data = paths.of(path, "--input").read_bytes()
+      place = paths.of(path, "--input")
+      with reading.open_file(place, allows_pipes=True) as file:
+        data = file.read(_MOST_INPUT + 1)
+    if len(data) > _MOST_INPUT:
+      raise PromptError(
+        f"{name}: more than {_MOST_INPUT:,} bytes; cut it into several files"
+      )
     if reason := files.not_text(data):
       raise PromptError(f"{name}: is not text: {reason}")
     # Some editors write a byte order mark, which is not part of the text.
     lines = data.decode("utf-8-sig").replace("\r\n", "\n").split("\n")
   except UnicodeDecodeError as error:
     raise PromptError(f"{name}: byte {error.start} is no UTF-8") from error
-  except IsADirectoryError as error:
-    raise PromptError(f"--input={path}: is a folder, not a file") from error
+  except reading.ReadError as error:
+    raise PromptError(f"--input={path}: {error.reason}") from error
   except (FileNotFoundError, NotADirectoryError) as error:
     raise PromptError(f"--input={path}: no such file") from error
   while lines and not lines[-1]:

@@ -43,6 +43,12 @@ except ImportError:  # Windows.
 
 METRICS_FILE = "metrics.jsonl"
 
+# What training writes into a run directory, besides the lock.
+_FILES = (
+  *("config.json", "parameters.txt", "versions.json", "command.txt"),
+  *(METRICS_FILE, "loss.png", "slot_curve.png", ".shared"),
+)
+_FOLDERS = ("checkpoints", "samples")
 _LIBRARIES = (
   "aoarm_jax",
   "jax",
@@ -127,6 +133,30 @@ def check_workdir(workdir: epath.PathLike) -> None:
       )
 
 
+def check_places(workdir: epath.PathLike) -> None:
+  """Refuses a run directory where a folder is in the place of a file.
+
+  Training would notice some of these places only after many steps.
+
+  Raises:
+    config.ConfigError: names the place.
+  """
+  workdir = epath.Path(workdir)
+  if not _is_local(workdir):
+    return
+  kinds = dict.fromkeys(_FILES, False) | dict.fromkeys(_FOLDERS, True)
+  for name, is_folder in kinds.items():
+    path = workdir / name
+    if path.exists() and path.is_dir() != is_folder:
+      kind, wanted = "a folder", "a file"
+      if is_folder:
+        kind, wanted = wanted, kind
+      raise config.ConfigError(
+        f"{path}: is {kind}, and training writes {wanted} of this name; move "
+        "it away, or choose another --workdir"
+      )
+
+
 def attempt(write: Callable[[], object]) -> bool:
   """Writes a file beside an answer that the user has got already.
 
@@ -175,9 +205,10 @@ def lock(workdir: epath.PathLike) -> Iterator[Callable[[], bool]]:
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
     descriptor = os.open(path, flags, 0o666)
   except OSError as error:
-    if error.errno == errno.ELOOP:
+    kinds = {errno.ELOOP: "a link", errno.EISDIR: "a folder"}
+    if kind := kinds.get(error.errno or 0):
       raise config.ConfigError(
-        f"{path}: is a link; delete the link, or choose another --workdir"
+        f"{path}: is {kind}; delete it, or choose another --workdir"
       ) from error
     if os.access(workdir, os.W_OK):
       raise

@@ -103,6 +103,7 @@ def train(
     # under the lock. Before, another process may still be saving there. A save
     # that is running when an error comes ends under the lock, too.
     with run_dir.lock(workdir) as is_there, checkpoints:
+      run_dir.check_places(workdir)
       agreement.check_disk(workdir, writes=True)
       saved = checkpoints.newest()
       agreement.check_checkpoint(checkpoints, saved)

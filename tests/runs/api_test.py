@@ -678,7 +678,7 @@ class CommandTest(parameterized.TestCase):
     (("sample", "--text=a"), "--text needs --mode=score"),
     (("eval", "--input=-"), "--input needs --mode=sample or --mode=score"),
     (("score", "--input=/absent"), "--input=/absent: no such file"),
-    (("score", "--input=/"), "--input=/: is a folder, not a file"),
+    (("score", "--input=/"), "--input=/: is a folder, and a file"),
     (("sample", "--prompt="), "--prompt is empty"),
     (("score", "--text=a[b"), "--text: '.' at offset 1 has no partner"),
     (("score", "--text=aXb"), "--text: char27: character 'X' at offset 1"),

@@ -173,7 +173,7 @@ class MetricsTest(_FolderTest):
       case "folder":
         path.mkdir()
     with (
-      self.assertRaisesRegex((config.ConfigError, OSError), r"\.lock"),
+      self.assertRaisesRegex(config.ConfigError, r"\.lock: is .*; delete"),
       run_dir.lock(self.workdir),
     ):
       pass
@@ -254,6 +254,22 @@ class WriteTest(_FolderTest):
     run_dir.check_workdir(self.workdir)
     run_dir.check_workdir(self.workdir / "new" / "x")
     run_dir.check_workdir("gs://bucket/x")
+
+  @parameterized.parameters("metrics.jsonl", "loss.png", ".shared")
+  def test_a_folder_in_place_of_a_file(self, name):
+    run_dir.check_places(self.workdir)
+    (self.workdir / name).mkdir()
+    with self.assertRaisesRegex(
+      config.ConfigError, f"{name}: is a folder, and training writes a file"
+    ):
+      run_dir.check_places(self.workdir)
+
+  def test_a_file_in_place_of_a_folder(self):
+    (self.workdir / "samples").touch()
+    with self.assertRaisesRegex(
+      config.ConfigError, "samples: is a file, and training writes a folder"
+    ):
+      run_dir.check_places(self.workdir)
 
   def test_what_cannot_be_written_is_logged(self):
     (self.workdir / "file").write_text("")
