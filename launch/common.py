@@ -263,7 +263,7 @@ def check_at_least(flag: str, value: float, low: int) -> None:
     raise LaunchError(f"{flag}={value}: must be at least {low}")
 
 
-def check_range(flag: str, value: int, low: int, high: int) -> None:
+def check_range(flag: str, value: float, low: int, high: int) -> None:
   """Raise LaunchError unless low <= value <= high."""
   if not low <= value <= high:
     raise LaunchError(f"{flag}={value}: must be from {low} to {high}")
@@ -318,12 +318,13 @@ def check_command(
 
 
 def _workdir(command: Sequence[str]) -> str:
-  """Return the value of --workdir in a command, or ""."""
+  """Return the last value of --workdir in a command, which counts, or ""."""
+  workdir = ""
   for word, following in zip(command, [*command[1:], ""]):
     flag, equals, value = word.partition("=")
     if flag in ("--workdir", "-workdir"):
-      return value if equals else following
-  return ""
+      workdir = value if equals else following
+  return workdir
 
 
 def verdict_function() -> str:

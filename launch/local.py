@@ -40,6 +40,7 @@ from launch import common
 
 _MODULE = "launch.local"
 _POLL_SECONDS = 0.1
+_MOST_SECONDS = 10**6  # The guard cannot sleep for ever.
 # A terminal and a parent may both pass one Ctrl-C on.
 _ECHO_SECONDS = 0.5
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -340,9 +341,9 @@ def start(flags: argparse.Namespace) -> int:
   common.check_at_least("--processes", flags.processes, 1)
   common.check_at_least("--devices", flags.devices, 1)
   common.check_at_least("--max-restarts", flags.max_restarts, 0)
-  common.check_at_least("--grace-seconds", flags.grace_seconds, 0)
+  common.check_range("--grace-seconds", flags.grace_seconds, 0, _MOST_SECONDS)
+  common.check_range("--stop-seconds", flags.stop_seconds, 0, _MOST_SECONDS)
   _check_machines(flags)
-  common.check_at_least("--stop-seconds", flags.stop_seconds, 0)
   common.check_command(flags.command)
   if flags.dry_run:
     for index in range(flags.processes):

@@ -26,6 +26,8 @@ from launch import common, published
 # When one process has ended, srun gives the others time to end by themselves,
 # and then it kills them. The exit code of srun is the highest one of all, which
 # may be a consequence. So every task prints its own one if it ends by itself.
+# --export=ALL counts more than --export=NONE of sbatch, which would also take
+# AOARM_DISTRIBUTED from the tasks. Every task would then train by itself.
 # The shell of a task must survive the SIGTERM that Slurm sends to all of them.
 _SCRIPT = """\
 #!/bin/bash
@@ -44,7 +46,7 @@ restarts=${{SLURM_RESTART_COUNT:-0}}
 echo "start $restarts of job $SLURM_JOB_ID on $SLURM_JOB_NODELIST"
 {verdict}\
 codes=$(
-  srun --label --wait={wait}{step} bash -c {task} task \\
+  srun --label --export=ALL --wait={wait}{step} bash -c {task} task \\
     {command} 2>&1 | (
     # Slurm sends SIGTERM to these, too, before the tasks have ended.
     trap '' TERM INT
@@ -69,7 +71,15 @@ _WAIT_SECONDS = 120
 # Flags of sbatch that --also may not change: the script depends on them. JAX
 # chooses the GPU of a process, so a process must see all GPUs of its node.
 _SET_HERE = {
-  *("array", "gpu-bind", "gpus", "gpus-per-task", "ntasks", "ntasks-per-gpu"),
+  *(
+    "array",
+    "chdir",
+    "gpu-bind",
+    "gpus",
+    "gpus-per-task",
+    "ntasks",
+    "ntasks-per-gpu",
+  ),
   *("ntasks-per-node", "no-requeue", "open-mode", "output", "requeue"),
   *("signal", "wrap"),
 }
