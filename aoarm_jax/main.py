@@ -545,7 +545,11 @@ def _parse_or_exit(argv):
 
 def command() -> None:
   """Run the command aoarm_jax; it is the same as python -m aoarm_jax.main."""
-  app.run(main, flags_parser=_parse_or_exit)
+  try:
+    app.run(main, flags_parser=_parse_or_exit)
+  except SystemExit as end:
+    stopping.leave_compilations(end.code)
+    raise
 
 
 if __name__ == "__main__":

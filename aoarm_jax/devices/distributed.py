@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 
 from aoarm_jax.config import exit_codes
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.devices import neighbours, rendezvous
+from aoarm_jax.devices import neighbours, rendezvous, stopping
 
 # Environment variables and the fields of config.distributed that they set. They
 # hold all that differs between launchers and processes, so every process can
@@ -308,7 +308,9 @@ def failing_at_once() -> Iterator[None]:
     if code in (0, None) or (code == exit_codes.PREEMPTED and not blames):
       raise
     line = str(cause or "").strip() or f"exit code {code}"
-    if cause is error:
+    if isinstance(cause, KeyboardInterrupt):
+      line = "interrupted by Ctrl-C"
+    elif cause is error:
       line = f"{type(error).__name__}: {line}"
     line = line.splitlines()[0]
     # A text in place of a number is printed, and the exit code is 1.
@@ -320,7 +322,7 @@ def failing_at_once() -> Iterator[None]:
       traceback.print_exc()
     elif isinstance(code, str):
       print(code, file=sys.stderr)
-    neighbours.flush()
+    stopping.flush()
     os._exit(neighbours.tell(number, line).exit_code)
 
 

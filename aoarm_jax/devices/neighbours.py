@@ -23,7 +23,7 @@ from jax._src import distributed as runtime
 
 from aoarm_jax.config import errors, exit_codes
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.devices import rendezvous
+from aoarm_jax.devices import rendezvous, stopping
 
 Failure = rendezvous.Failure
 NeighbourError = rendezvous.NeighbourError
@@ -312,7 +312,7 @@ def _end_by_sigterm():
   )
   print(f"aoarm_jax: error: {line}", file=sys.stderr, flush=True)
   tell(exit_codes.PREEMPTED, line)
-  flush()
+  stopping.flush()
   os._exit(exit_codes.PREEMPTED)
 
 
@@ -335,16 +335,8 @@ def _listen(is_over):
   _finish_saving()
   with contextlib.suppress(jax.errors.JaxRuntimeError):
     _heard()
-  flush()
+  stopping.flush()
   os._exit(error.exit_code)
-
-
-def flush() -> None:
-  """Write out what is printed; os._exit does not."""
-  for stream in (sys.stdout, sys.stderr):
-    if stream is not None:  # It may be closed.
-      with contextlib.suppress(OSError):
-        stream.flush()
 
 
 def _finish_saving():

@@ -7,8 +7,11 @@ This file is imported before JAX, which takes seconds. So it imports JAX only
 where it is needed.
 """
 
+import contextlib
 import os
 import signal
+import sys
+import threading
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -20,6 +23,7 @@ from aoarm_jax.config import errors, exit_codes
 # A terminal and a parent may both pass one Ctrl-C on. Signals within this time
 # after the first are the same wish.
 _ECHO_SECONDS = 0.5
+COMPILES = "compiles"  # How the names of threads that compile begin.
 _CODES = {
   signal.SIGTERM: exit_codes.PREEMPTED,
   signal.SIGINT: exit_codes.INTERRUPTED,
@@ -72,6 +76,29 @@ def end_at_once(*, unwinds: bool = False) -> None:
 def forget_signals() -> None:
   """Let no signal interrupt the last lines of the program."""
   _End.began = _End.began or time.monotonic()
+
+
+def flush() -> None:
+  """Write out what is printed; os._exit does not."""
+  for stream in (sys.stdout, sys.stderr):
+    if stream is not None:  # It may be closed.
+      with contextlib.suppress(OSError, ValueError):
+        stream.flush()
+
+
+def leave_compilations(code: object) -> None:
+  """End the process now if a thread named COMPILES still compiles a program.
+
+  Python would wait for the thread. This takes minutes, and nothing can
+  interrupt a compilation.
+
+  Args:
+    code: the exit code, as SystemExit has it.
+  """
+  names = [thread.name for thread in threading.enumerate()]
+  if isinstance(code, int) and any(n.startswith(COMPILES) for n in names):
+    flush()
+    os._exit(code)
 
 
 def _end(number: int, _: FrameType | None = None) -> None:

@@ -220,7 +220,7 @@ def lock(workdir: epath.PathLike) -> Iterator[Callable[[], bool]]:
     raise config.ConfigError(
       f"{path}: is no file; delete it, or choose another --workdir"
     )
-  with os.fdopen(descriptor, "r+") as file, _opened_folder(workdir) as is_there:
+  with os.fdopen(descriptor, "r+") as file, watched(workdir) as is_there:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -237,12 +237,19 @@ def lock(workdir: epath.PathLike) -> Iterator[Callable[[], bool]]:
 
 
 @contextlib.contextmanager
-def _opened_folder(folder: epath.Path) -> Iterator[Callable[[], bool]]:
-  """Yields a function that returns whether a folder stands at its path.
+def watched(folder: epath.Path) -> Iterator[Callable[[], bool]]:
+  """Yields a function that returns whether a folder still stands at its path.
 
   While the folder is open, no other folder gets its number, even if the folder
-  is removed.
+  is removed. Of a remote folder the function always returns True.
+
+  Args:
+    folder: made if it is absent.
   """
+  if not _is_local(folder):
+    yield lambda: True
+    return
+  folder.mkdir(parents=True, exist_ok=True)
   descriptor = os.open(folder, os.O_RDONLY)
 
   def is_there():

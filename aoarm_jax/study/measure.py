@@ -23,6 +23,7 @@ import itertools
 import json
 import time
 import zipfile
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -108,6 +109,7 @@ class Lab:
     config: config_lib.Config,
     folder: epath.Path,
     keeper: trunks.Keeper | None = None,
+    where: Callable[[epath.Path], epath.Path] = lambda folder: folder,
   ) -> dict:
     """Runs one cell and writes its files; returns what result.json holds.
 
@@ -116,10 +118,12 @@ class Lab:
       config: resolved, see cells.resolve.
       folder: of the cell's files.
       keeper: saves and restores its states; None: the run is not interrupted.
+      where: returns the place of the folder at the end, see place.Place.of.
 
     Raises:
       NonFiniteError: the loss is no number.
       OutOfTimeError: the keeper's time is up; the state is saved.
+      Stopped: a signal came, and the keeper saved the state.
     """
     clock: dict[str, float] = {}
     start = time.monotonic()
@@ -174,6 +178,7 @@ class Lab:
         config.replace("data", config_lib.Data())
       ),
     }
+    folder = where(folder)
     for name, data in files.items():
       run_dir.write_atomically(folder / name, data)
     _write_json(folder / RESULT, result)
@@ -195,7 +200,7 @@ class Lab:
     rates = np.asarray(jax.jit(schedule)(np.arange(steps)), np.float32)
     former, start = None, time.monotonic()
     told = start
-    with contextlib.closing(batches):
+    with contextlib.closing(batches), keeper or contextlib.nullcontext():
       for n in range(first, steps):
         if keeper and keeper.due(n) and n > first:
           _note(losses, former)

@@ -11,7 +11,7 @@ import numpy as np
 from aoarm_jax import orders
 from aoarm_jax.config import purposes
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.devices import sharding
+from aoarm_jax.devices import sharding, stopping
 from aoarm_jax.evaluation import estimators
 from aoarm_jax.generation import decode, diffusion
 from aoarm_jax.generation import law as sampling
@@ -35,14 +35,23 @@ class Programs:
 
   def __init__(self, mesh: jax.sharding.Mesh):
     self._mesh = mesh
-    self._pool = concurrent.futures.ThreadPoolExecutor(4)
+    self._pool = concurrent.futures.ThreadPoolExecutor(
+      4, thread_name_prefix=stopping.COMPILES
+    )
     self._made: dict[
       tuple[str, config_lib.Config], concurrent.futures.Future
     ] = {}
 
-  def close(self) -> None:
-    """Drop the compilations that have not started, and wait for the others."""
-    self._pool.shutdown(cancel_futures=True)
+  def __enter__(self) -> "Programs":
+    return self
+
+  def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    """Drop the compilations that have not started, and wait for the others.
+
+    After an error nobody waits. A compilation takes minutes and cannot be
+    interrupted; see stopping.leave_compilations.
+    """
+    self._pool.shutdown(wait=kind is None, cancel_futures=True)
 
   def of(self, config: config_lib.Config) -> dict:
     """Starts to compile what a cell needs: name -> future."""

@@ -30,7 +30,7 @@ from aoarm_jax.devices import sharding
 from aoarm_jax.runs import directory as run_dir
 from aoarm_jax.runs import identity, telemetry
 from aoarm_jax.study import cells as cells_lib
-from aoarm_jax.study import curve, measure, rates, report, trunks
+from aoarm_jax.study import curve, measure, place, rates, report, trunks
 from aoarm_jax.study import programs as programs_lib
 from aoarm_jax.tools import matching
 
@@ -48,6 +48,7 @@ class Results:
 
   def __init__(self, config: config_lib.Config, workdir: epath.Path):
     self.config, self.workdir = config, workdir
+    self.place = place.Place(workdir)
     # What is done and what is decided stays so: it is read once.
     self._done: dict[epath.Path, dict] = {}
     self._rates: dict[cells_lib.Cell, float] = {}
@@ -230,6 +231,8 @@ def study(
       that are done, or a report of no cell.
     DataError: a text that is missing or wrong.
     FailedCellsError: at the end, where cells of this process failed.
+    EvictedError: the directory was removed or replaced while cells ran.
+    Stopped: a signal came in a cell that can be interrupted.
   """
   if jax.process_count() > 1:
     raise config_lib.ConfigError(
@@ -356,7 +359,7 @@ def _run_cells(config, cells, results):
     resolved = cells_lib.resolve(cell, config, rate)
     mesh = sharding.of_run(resolved, "train", "eval")  # The same for all.
   programs = programs_lib.Programs(mesh)
-  with jax.set_mesh(mesh), contextlib.closing(programs):
+  with jax.set_mesh(mesh), programs:
     _prepare(programs, results, fitting[:2])  # While the text is read.
     corpus = identity.read_text(config.data, tokenizer, *splits)
     lab = measure.Lab(config, corpus, mesh, programs)
@@ -364,17 +367,19 @@ def _run_cells(config, cells, results):
     for split in lab.text:
       pipeline.check_length(corpus.split(split), max(c.T for c in todo))
     late, tried = False, set()
-    while todo:
-      # A cell whose rate is still open may be run in the next round.
-      tried |= {cell for cell in todo if results.folder(cell)}
-      late |= _run_all(lab, results, todo, clock, start)
-      # A search that is a trial further names the next ones.
-      mine = chosen(config, cells, results.outcome)
-      todo = [
-        cell
-        for cell in _open_cells(mine, results)
-        if cell not in tried and results.folder(cell)
-      ]
+    with results.place.watched():
+      while todo:
+        # A cell whose rate is still open may be run in the next round.
+        tried |= {cell for cell in todo if results.folder(cell)}
+        late |= _run_all(lab, results, todo, clock, start)
+        # A search that is a trial further names the next ones.
+        mine = chosen(config, cells, results.outcome)
+        todo = [
+          cell
+          for cell in _open_cells(mine, results)
+          if cell not in tried and results.folder(cell)
+        ]
+      results.place.check()
     left = _open_cells(mine, results)
     if late and left:  # Another process may have done them.
       _say_what_is_left(clock, left, results)
@@ -454,6 +459,7 @@ def _run_cell(lab, results, cell, clock, start):
   trunk = None
   if config.study.decay_share:
     trunk = results.workdir / _TRUNKS / cells_lib.trunk_name(cell, config)
+  results.place.check()  # A lock would make the directory anew.
   with contextlib.ExitStack() as stack:
     try:
       for path in filter(None, (folder, trunk)):
@@ -467,7 +473,7 @@ def _run_cell(lab, results, cell, clock, start):
     if results.is_open(cell):
       try:
         if trunk is None:
-          clock.add(lab.run(cell, config, folder))
+          clock.add(lab.run(cell, config, folder, where=results.place.of))
           return True
         limit = config.study.limit_seconds
         keeper = trunks.Keeper(
@@ -476,10 +482,15 @@ def _run_cell(lab, results, cell, clock, start):
           folder / trunks.BRANCH,
           text=lab.text,
           deadline=start + limit if limit else None,
+          where=results.place.of,
         )
         with contextlib.closing(keeper):
-          clock.add(lab.run(cell, config, folder, keeper))
+          done = lab.run(cell, config, folder, keeper, results.place.of)
+          clock.add(done)
         (folder / trunks.BRANCH).rmtree(missing_ok=True)
+      except trunks.GoneError as error:
+        logging.warning("  %s", error)
+        results.place.check()
       except (telemetry.NonFiniteError, jax.errors.JaxRuntimeError) as error:
         _note_failure(error, cell, folder)
       except trunks.OutOfTimeError as error:

@@ -83,8 +83,7 @@ class ProgramsTest(parameterized.TestCase):
     base = config("T=16 size=16x1x2", tokens_per_step=32)
     (cell,) = cells_lib.expand(base)
     mesh = sharding.of_run(base, "train", "eval")
-    made = programs.Programs(mesh)
-    self.addCleanup(made.close)
+    made = self.enter_context(programs.Programs(mesh))
     other = cells_lib.resolve(cell, base, 5e-3)
     step = made._future("train", other)
     for rate, seed in ((5e-3, 1), (1e-3, 0)):

@@ -1,5 +1,7 @@
 """Errors of connections are told from other errors."""
 
+import os
+import sys
 from unittest import mock
 
 import jax
@@ -91,6 +93,25 @@ class NeighboursTest(parameterized.TestCase):
     error = jax.errors.JaxRuntimeError(LOST[0])
     with mock.patch.object(neighbours.runtime.global_state, "num_processes", 1):
       self.assertIs(self.blamed(error), error)
+
+
+class FailingTest(absltest.TestCase):
+  def test_ctrl_c_is_told_by_its_name(self):
+    """The others cannot know what exit code 130 means."""
+    told = mock.Mock(return_value=neighbours.Failure(0, 130, "x"))
+    with (
+      mock.patch.object(neighbours, "several", return_value=True),
+      mock.patch.object(neighbours, "tell", told),
+      mock.patch.object(os, "_exit", side_effect=SystemExit) as ends,
+      self.assertRaises(SystemExit),
+      distributed.failing_at_once(),
+    ):
+      try:
+        raise KeyboardInterrupt
+      except KeyboardInterrupt:
+        sys.exit(130)
+    told.assert_called_once_with(130, "interrupted by Ctrl-C")
+    ends.assert_called_once_with(130)
 
 
 if __name__ == "__main__":

@@ -151,7 +151,7 @@ class FailureTest(absltest.TestCase):
       errors: of a mechanism, or of a rate.
     """
 
-    def run(lab, cell, config, folder):
+    def run(lab, cell, config, folder, where):
       for name in (cell.mechanism, cell.rate):
         if name in errors:
           raise errors[name]
@@ -299,7 +299,7 @@ class FailureTest(absltest.TestCase):
     program.set_exception(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: x"))
     seen = []
 
-    def run(*_):
+    def run(*_, where):
       params = np.ones(3)
       seen.append(weakref.ref(params))
       program.result()
