@@ -139,7 +139,7 @@ def environment(
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-  """How a start of the processes failed.
+  """The failure of a start of the processes.
 
   Attributes:
     index: number of the process that failed first.

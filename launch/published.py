@@ -1,4 +1,4 @@
-"""What Google Cloud and Slurm accept, from what they publish.
+"""Values that Google Cloud and Slurm accept, from their publications.
 
 This is the only file with such tables. A value that is not here is refused
 before anything is sent. If a table has grown, add the line here.

@@ -12,7 +12,7 @@ _HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")
 
 
 class Device(NamedTuple):
-  """What the choice of a kernel and its sizes depend on.
+  """The facts that choose a kernel and its sizes.
 
   Attributes:
     platform: name of the backend, such as "cpu", "gpu" or "tpu".

@@ -1,4 +1,4 @@
-"""What the tests of the launchers share: one call, and clients of ours."""
+"""Helpers of the tests of launchers: one call, and clients of ours."""
 
 import contextlib
 import io

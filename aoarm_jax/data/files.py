@@ -151,7 +151,7 @@ def not_text(data: bytes) -> str:
 
 
 class _Check:
-  """What `not_text` checks, for a text that comes in chunks."""
+  """The check of `not_text`, for a text that comes in chunks."""
 
   def __init__(self) -> None:
     self._decoder = codecs.getincrementaldecoder("utf-8")()

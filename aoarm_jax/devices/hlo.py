@@ -42,7 +42,7 @@ _CONSTANT = re.compile(r"= [su](?:32|64)\[\](?:\{[^}]*\})? constant\((\d+)\)")
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-  """How often one kind of collective runs, and how much it sends.
+  """The number of runs of one kind of collective, and the bytes it sends.
 
   Attributes:
     count: executions in one run of the program.

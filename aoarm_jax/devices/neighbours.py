@@ -75,7 +75,7 @@ class _Sigterm:
   wait: _Wait | None = None
 
 
-_calls: dict[str, int] = {}  # How often something was compared.
+_calls: dict[str, int] = {}  # Comparisons by their names.
 
 
 def several() -> bool:

@@ -23,7 +23,7 @@ from aoarm_jax.config import errors, exit_codes
 # A terminal and a parent may both pass one Ctrl-C on. Signals within this time
 # after the first are the same wish.
 _ECHO_SECONDS = 0.5
-COMPILES = "compiles"  # How the names of threads that compile begin.
+COMPILES = "compiles"  # Names of threads that compile begin so.
 _CODES = {
   signal.SIGTERM: exit_codes.PREEMPTED,
   signal.SIGINT: exit_codes.INTERRUPTED,

@@ -66,7 +66,7 @@ def _step_of(workdir: pathlib.Path) -> int:
 def train(
   workdir: pathlib.Path, steps: int, every: int
 ) -> list[dict[str, Any]]:
-  """Trains a run; returns what was seen of its process, at most once a step.
+  """Trains a run; returns looks at its process, at most one of a step.
 
   Args:
     workdir: run directory.
@@ -100,7 +100,7 @@ def train(
 
 
 def call(workdir: pathlib.Path, calls: int) -> list[dict[str, Any]]:
-  """Calls a model many times; returns what was seen of this process.
+  """Calls a model many times; returns looks at this process.
 
   Args:
     workdir: run directory.

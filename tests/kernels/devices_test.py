@@ -1,4 +1,4 @@
-"""Which device a call will run on."""
+"""The device that a call will run on is told before the call."""
 
 from unittest import mock
 

@@ -239,7 +239,7 @@ class GkeTest(LaunchTest):
     split = words.index("--")
     self.assertEqual(words[:3], ["python", "-m", "launch.local"])
     self.assertEqual(words[split + 1 :], TRAIN)
-    # What the launcher in the last pod would start.
+    # The launcher in the last pod would start these processes.
     inside = [x.replace("$(AOARM_MACHINE)", "2") for x in words[3:split]]
     _, out, _ = launch("local", *inside, "--dry-run")
     lines = out.splitlines()

@@ -81,7 +81,7 @@ class SlurmTest(LaunchTest):
     )
 
   @parameterized.parameters(
-    # How the tasks end, restarts before: exit code of the job, queued again.
+    # Ends of the tasks, restarts before: exit code of the job, queued again.
     ("0", 0, 0, False),
     ("0 0", 0, 0, False),
     ("1", 0, 1, False),

@@ -299,7 +299,7 @@ class ScriptsTest(LaunchTest):
     done = subprocess.run(
       [
         shutil.which("shellcheck", path=path),
-        "--exclude=SC2016",  # What another shell reads stays in single quotes.
+        "--exclude=SC2016",  # Another shell reads the single quotes.
         *scripts,
         ROOT / ".ci" / "run",
       ],

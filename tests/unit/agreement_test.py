@@ -95,7 +95,7 @@ class AgreementTest(parameterized.TestCase):
     return self.enter_context(tempfile.TemporaryDirectory())
 
   def outcomes(self, check):
-    """What `check(process)` raises in each process; None where it returns.
+    """The errors of `check(process)` by process; None where it returns.
 
     JAX's client fails once a process has failed. Elsewhere the process would
     be ended then, see processes_test.py.

@@ -36,7 +36,7 @@ CODES = {
 
 
 def verdicts(*starts):
-  """What the shell function of the launchers says of the codes of starts."""
+  """The shell function of the launchers judges the codes of starts."""
   lines = "".join(
     f"verdict <<< '{chr(10).join(map(str, codes))}'\n" for codes in starts
   )

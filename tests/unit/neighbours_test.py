@@ -45,7 +45,7 @@ class NeighboursTest(parameterized.TestCase):
     self.enter_context(mock.patch.object(neighbours, "_CAUSE_SECONDS", 0.2))
 
   def blamed(self, error):
-    """What the program gets for an error of a computation."""
+    """The error that the program makes of an error of a computation."""
     with (
       self.assertRaises(Exception) as caught,
       distributed.blaming_neighbours(),

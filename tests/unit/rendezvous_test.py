@@ -14,7 +14,7 @@ from aoarm_jax.devices import rendezvous
 Failure = rendezvous.Failure
 
 
-# What others may send to the port of process 0.
+# Bytes that others may send to the port of process 0.
 STRANGERS = (
   *(b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b""),
   b'{"aoarm_jax": "hello"}\n',
@@ -32,7 +32,7 @@ def free_port():
 
 
 def outcomes(*guests, port=None, seconds=20):
-  """What `meet` raises in each process; None where it returns.
+  """The errors of `meet` by process; None where it returns.
 
   Args:
     *guests: {process, count, failure} of each process, as far as not obvious.

@@ -1,4 +1,4 @@
-"""What a soak looks at, and what it draws."""
+"""A soak looks at a process, and draws its tables."""
 
 import os
 import pathlib
