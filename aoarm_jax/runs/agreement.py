@@ -5,7 +5,7 @@ host would train a model that no record describes. So the processes compare at
 the start, before the first step:
 
   command      the mode, its texts, the config, JAX's switches
-  code         versions of this package and of JAX, the package's source files
+  code         versions of this package and of its libraries, the source files
   devices      how many this host has, and their kind
   disk         a file that process 0 writes into the run directory
   text         sha256 of every split that is read
@@ -59,9 +59,11 @@ def check_command(
     if not path.startswith(_OWN_FIELDS)
   }
   facts |= {k.upper(): repr(v) for k, v in switches.streams().items()}
+  # JAX adds its options as attributes, which type checkers do not see.
+  precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+  facts["JAX_DEFAULT_MATMUL_PRECISION"] = repr(precision)
   facts |= {
-    f"the version of {name}": _version(name)
-    for name in ("aoarm_jax", "jax", "jaxlib")
+    f"the version of {name}": _version(name) for name in run_dir.LIBRARIES
   }
   facts["the source code of aoarm_jax (sha256)"] = _source_hash()
   _agree("command", facts)

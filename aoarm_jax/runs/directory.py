@@ -49,7 +49,7 @@ _FILES = (
   *(METRICS_FILE, "loss.png", "slot_curve.png", ".shared"),
 )
 _FOLDERS = ("checkpoints", "samples")
-_LIBRARIES = (
+LIBRARIES = (
   "aoarm_jax",
   "jax",
   "jaxlib",
@@ -524,7 +524,7 @@ def _command_line(argv):
 def _versions():
   versions: dict[str, Any] = {"python": platform.python_version()}
   versions["platform"] = platform.platform()
-  for name in _LIBRARIES:
+  for name in LIBRARIES:
     try:
       versions[name] = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

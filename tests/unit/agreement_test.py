@@ -184,12 +184,13 @@ class AgreementTest(parameterized.TestCase):
         f"the source code of aoarm_jax (sha256) is other, and it is {ours}",
       )
 
-  def test_another_version_of_jax(self):
+  @parameterized.parameters("jax", "optax")
+  def test_another_version(self, library):
     def version(name):
-      return "9" if (name, self.state.process_id) == ("jax", 1) else "1"
+      return "9" if (name, self.state.process_id) == (library, 1) else "1"
 
     with mock.patch.object(agreement, "_version", version):
-      self.assert_refused(self.command(), 1, "the version of jax is 9")
+      self.assert_refused(self.command(), 1, f"the version of {library} is 9")
 
   def test_another_number_of_devices(self):
     def devices():
