@@ -144,7 +144,10 @@ def _of_orders(config):
     "given" in (o.family, config.sample.order, config.score.order)
     or "given_order" in config.eval.estimators
   )
-  is_permutation = sorted(o.given) == list(range(1, T + 1))
+  # The lengths are compared first: T may be a stranger's, and huge.
+  is_permutation = len(o.given) == T and (
+    sorted(o.given) == list(range(1, T + 1))
+  )
   return [
     (
       "model.N",

@@ -9,6 +9,7 @@ import os
 import pathlib
 import pickle
 import tempfile
+import tracemalloc
 
 from absl.testing import absltest, parameterized
 
@@ -214,6 +215,14 @@ class SchemaTest(parameterized.TestCase):
       config_lib.leaves(config), config_lib.leaves(again)
     ):
       self.assertIs(type(a), type(b), path)
+
+  def test_a_huge_length_takes_no_memory(self):
+    """A config.json may be a stranger's."""
+    config = changed({"model.T": 10**6})
+    tracemalloc.start()
+    self.addCleanup(tracemalloc.stop)
+    config_rules.validate(config)
+    self.assertLess(tracemalloc.get_traced_memory()[1], 10**6)
 
   def test_config_dict_and_back(self):
     config = changed({"orders.given": [2, 1], "model.T": 2})
