@@ -40,7 +40,7 @@ import pallas_kernels
 from aoarm_jax.config import errors, exit_codes, experiments, explain, paths
 from aoarm_jax.config import rules as config_rules
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.devices import distributed, neighbours, sharding, switches
+from aoarm_jax.devices import distributed, sharding, switches, waits
 from aoarm_jax.evaluation import evaluate, score
 from aoarm_jax.generation import texts as generate
 from aoarm_jax.runs import agreement, opening, telemetry
@@ -384,7 +384,7 @@ def _join(config, run, flag_values):
   keeps_nothing = flag_values.mode not in _STOP_AFTER_A_BATCH
   if jax.distributed.is_initialized() and keeps_nothing:
     stopping.end_at_once(unwinds=True)  # JAX has taken SIGTERM for itself.
-  with neighbours.ending_at_sigterm(0):
+  with waits.ending_at_sigterm(0):
     if run:
       agreement.check_disk(run, writes=False)
     agreement.check_command(

@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 
 from aoarm_jax.config import exit_codes
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.devices import neighbours, rendezvous, stopping
+from aoarm_jax.devices import neighbours, rendezvous, stopping, waits
 
 # Environment variables and the fields of config.distributed that they set. They
 # hold all that differs between launchers and processes, so every process can
@@ -345,6 +345,6 @@ def process_0_says(decide: Callable[[], int]) -> int:
   # A single process reads files without starting a backend.
   if not jax.distributed.is_initialized() or jax.process_count() == 1:
     return decide()
-  with neighbours.ending_at_sigterm():
+  with waits.ending_at_sigterm():
     decision = decide() if jax.process_index() == 0 else 0
     return int(multihost_utils.broadcast_one_to_all(np.int32(decision)))

@@ -6,24 +6,22 @@ arrive while a process waits in a collective, in a disk or in a compilation.
 
 import atexit
 import contextlib
-import ctypes
 import json
 import os
 import re
-import signal
 import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax._src import distributed as runtime
 
 from aoarm_jax.config import errors, exit_codes
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.devices import rendezvous, stopping
+from aoarm_jax.devices import rendezvous, stopping, waits
 
 Failure = rendezvous.Failure
 NeighbourError = rendezvous.NeighbourError
@@ -48,31 +46,6 @@ _LOST = re.compile(
 _fails = threading.Event()  # The main thread is ending this process.
 _saves = threading.Lock()  # Held while this process writes a manifest.
 _patience_seconds = 100.0
-
-
-class _Wait(NamedTuple):
-  """A wait that a SIGTERM ends.
-
-  Attributes:
-    since: the earliest signal that counts, as time.monotonic() tells it.
-    seconds: time from the signal to the end of the process.
-  """
-
-  since: float
-  seconds: float
-
-
-class _Sigterm:
-  """The state of SIGTERM in this process.
-
-  Attributes:
-    came: when one came, as time.monotonic() tells it; None before. Of several
-      in one wait it is the first.
-    wait: the wait that the main thread is in; else None.
-  """
-
-  came: float | None = None
-  wait: _Wait | None = None
 
 
 _calls: dict[str, int] = {}  # Comparisons by their names.
@@ -111,7 +84,7 @@ def listen(patience_seconds: float) -> None:
     thread.join()
 
   atexit.register(stop)
-  _catch_sigterm()
+  waits.catch_sigterm(patience_seconds)
 
 
 def tell(exit_code: int, line: str) -> Failure:
@@ -189,7 +162,7 @@ def agree(what: str, facts: Mapping[str, str]) -> None:
     return
   folder = _new_folder(what)
   me, client = process(), _client()
-  with ending_at_sigterm(0):
+  with waits.ending_at_sigterm(0):
     if me == 0:
       client.key_value_set(f"{folder}/facts", json.dumps(dict(facts)))
     expected = json.loads(_get(f"{folder}/facts"))
@@ -236,75 +209,6 @@ def saving() -> Iterator[None]:
     yield
 
 
-@contextlib.contextmanager
-def ending_at_sigterm(seconds: float | None = None) -> Iterator[None]:
-  """End this process by a SIGTERM, although it waits for other processes.
-
-  With several processes JAX catches SIGTERM, and the run stops when all
-  processes have reached the same step. A process that waits for a stuck
-  neighbour would never come there.
-
-  Args:
-    seconds: time from the signal to the end of the process. With 0 an earlier
-      signal counts, too. None is config.distributed.heartbeat_timeout_seconds.
-      Then only a signal during the wait counts, since the run may be saving
-      because of an earlier one.
-  """
-  before = _Sigterm.wait
-  if before is None:  # The outer wait decides.
-    since = 0.0 if seconds == 0 else time.monotonic()
-    seconds = _patience_seconds if seconds is None else seconds
-    _Sigterm.wait = _Wait(since, seconds)
-  try:
-    yield
-  finally:
-    _Sigterm.wait = before
-
-
-def _is_ended_by_sigterm():
-  """Return whether a SIGTERM ends the wait that the main thread is in."""
-  wait, came = _Sigterm.wait, _Sigterm.came
-  return (
-    wait is not None
-    and came is not None
-    and came >= wait.since
-    and time.monotonic() >= came + wait.seconds
-  )
-
-
-def _catch_sigterm():
-  """Note every SIGTERM, and pass it on to JAX.
-
-  The main thread may wait outside of Python, where Python's handlers do not
-  run. A thread can still read the numbers of signals from a socket.
-  """
-  if threading.current_thread() is not threading.main_thread():
-    return
-  of_jax = _getsig(signal.SIGTERM)
-  signal.signal(signal.SIGTERM, lambda *_: None)
-  reader, writer = socket.socketpair()
-  writer.setblocking(False)
-  signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-
-  def read():
-    with writer:  # It stays open.
-      while numbers := reader.recv(16):
-        if signal.SIGTERM in numbers:
-          wait, came = _Sigterm.wait, _Sigterm.came
-          if came is None or wait is None or came < wait.since:
-            _Sigterm.came = time.monotonic()
-          if of_jax:
-            ctypes.CFUNCTYPE(None, ctypes.c_int)(of_jax)(signal.SIGTERM)
-
-  threading.Thread(target=read, name="sigterm", daemon=True).start()
-
-
-def _getsig(number):
-  function = ctypes.pythonapi.PyOS_getsig
-  function.restype = ctypes.c_void_p
-  return function(int(number))
-
-
 def _end_by_sigterm():
   line = (
     f"process {process()} was ended by SIGTERM while it waited for the other "
@@ -322,7 +226,7 @@ def _listen(is_over):
   while failure is None:
     if is_over.wait(_POLL_SECONDS):
       return
-    if _is_ended_by_sigterm():
+    if waits.is_ended_by_sigterm():
       _end_by_sigterm()
     try:
       failure = _failure()

@@ -27,7 +27,7 @@ from etils import epath
 
 import pallas_kernels
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.devices import neighbours, switches
+from aoarm_jax.devices import neighbours, switches, waits
 from aoarm_jax.runs import checkpoint, telemetry
 from aoarm_jax.runs import directory as run_dir
 
@@ -165,7 +165,7 @@ def check_disk(workdir: epath.Path, *, writes: bool) -> None:
   token = neighbours.from_process_0("token", token)
   with (
     telemetry.waiting(f"looking for {path}"),
-    neighbours.ending_at_sigterm(0),
+    waits.ending_at_sigterm(0),
   ):
     deadline = time.monotonic() + _DISK_SECONDS
     while token and _read(path) != token:

@@ -35,7 +35,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
-from aoarm_jax.devices import distributed, neighbours
+from aoarm_jax.devices import distributed, neighbours, waits
 from aoarm_jax.runs import manifest, text
 
 FORMAT_VERSION = manifest.FORMAT_VERSION
@@ -176,7 +176,7 @@ class Checkpoints:
       with (
         jax.transfer_guard("allow"),
         _context(),
-        neighbours.ending_at_sigterm(),
+        waits.ending_at_sigterm(),
       ):
         response = v1.save_checkpointables_async(
           self._steps.at(step), {_STATE: _nest(_not_empty(leaves))}
@@ -196,7 +196,7 @@ class Checkpoints:
       CheckpointError: the save failed. The error is raised once.
     """
     pending = self._pending is not None
-    with neighbours.ending_at_sigterm():
+    with waits.ending_at_sigterm():
       if error := self._drain():
         raise error  # The others are told, wherever they wait.
       if pending and jax.process_count() > 1:
