@@ -73,6 +73,16 @@ with distributed.failing_at_once():
     print("error:", error, flush=True)
     sys.exit(getattr(error, "exit_code", 1))
 """
+# Process 0 loses its run directory before the save of step 2.
+LOSES_FOLDER = """
+import shutil
+from aoarm_jax.training import loop
+def visit(run, step, *rest, visit=loop._Run._visit):
+  if step == 2 and run.primary:
+    shutil.rmtree(run.workdir)
+  visit(run, step, *rest)
+loop._Run._visit = visit
+"""
 _contexts = contextlib.ExitStack()
 _folder: pathlib.Path  # Of this module's runs.
 
@@ -235,6 +245,21 @@ class FailureTest(parameterized.TestCase):
     self.assertEqual(code, 76, out)
     self.assertRegex(out, "error: process 0 lost a neighbour .*Gloo")
     self.assertNotIn("Traceback", out)
+
+  @pytest.mark.slow
+  def test_a_run_directory_that_goes(self):
+    """Both processes save the step elsewhere, and say so."""
+    command = [
+      *helpers.program(LOSES_FOLDER),
+      *arguments("gone", checkpoint__every=2),
+    ]
+    with pair(command, command) as processes:
+      for code, out in ends(processes):
+        self.assertEqual(code, 1, out)
+        self.assertIn(f"--workdir={_folder / 'gone'} was removed, moved", out)
+        self.assertIn(f"step 2 is saved in {_folder / 'gone-2'}: ", out)
+    self.assertTrue((_folder / "gone-2/checkpoints/2/manifest.json").exists())
+    self.assertFalse((_folder / "gone").exists())
 
   def test_sigterm_while_another_process_hangs(self):
     """Reading its text, and in a save."""
