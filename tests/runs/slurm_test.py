@@ -280,6 +280,12 @@ class SlurmTest(absltest.TestCase):
     self.assertEqual(job.show("ExitCode"), "2:0")
     self.assertEqual(job.show("Restarts"), "0")
 
+  def test_a_job_without_the_users_variables(self):
+    """The processes still learn that they are to join each other."""
+    toy = "import os; raise SystemExit(os.environ['AOARM_DISTRIBUTED'] != '1')"
+    job = Job("export", [sys.executable, "-c", toy], "--also=--export=NONE")
+    self.assertEqual(job.end(), "COMPLETED", job.text())
+
   def test_options_arrive(self):
     job = Job(
       "options",
