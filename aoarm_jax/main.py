@@ -473,13 +473,12 @@ def _fail_by_system(error):
   # The reader of the output has ended, as `| head` does.
   if error.errno == errno.EPIPE:
     _end_without_reader()
-  where = f": {error.filename}" if error.filename else ""
+  is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+  # Errors of files name the file; errors of a stream name nothing.
+  place = error.filename or ("standard output, probably" if is_full else "")
+  where = f": {place}" if place else ""
   hint = " (free some space and start the same command again)"
-  _fail(
-    f"{os.strerror(error.errno)}{where}"
-    + hint * (error.errno in (errno.ENOSPC, errno.EDQUOT)),
-    exit_codes.FAILED,
-  )
+  _fail(f"{os.strerror(error.errno)}{where}{hint * is_full}", exit_codes.FAILED)
 
 
 def _end_without_reader():

@@ -62,7 +62,7 @@ def collect(chunks: Iterable[np.ndarray]) -> np.ndarray:
       logging.warning(
         "%s: %s: the text stays in memory instead, and every loader process "
         "gets a copy; TMPDIR names another folder",
-        tempfile.gettempdir(),
+        tempfile.tempdir or "there is no folder for temporary files",
         error.strerror,
       )
       is_full = True

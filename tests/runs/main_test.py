@@ -381,7 +381,10 @@ class ParseTest(parameterized.TestCase):
     ):
       main._parse_or_exit(["main.py", "--help"])
     self.assertEqual(caught.exception.code, 1)
-    self.assertStartsWith(err.getvalue(), "aoarm_jax: error: No space left")
+    self.assertStartsWith(
+      err.getvalue(),
+      "aoarm_jax: error: No space left on device: standard output, probably",
+    )
     self.assertLen(err.getvalue().splitlines(), 1)
 
   def test_flags_can_be_defined_anew(self):

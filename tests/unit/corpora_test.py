@@ -172,13 +172,15 @@ class CorporaTest(parameterized.TestCase):
       with mock.patch.object(files, "_CHUNK", chunk):
         self.assertEqual(files.not_text(data), want)
 
-  def test_a_long_text_where_no_file_can_be_written(self):
+  @parameterized.parameters("TemporaryFile", "gettempdir")
+  def test_a_long_text_where_no_file_can_be_written(self, name):
     path = self.file("x.txt", _TEXT)
     with (
       mock.patch.object(files, "_CHUNK", 50),
       mock.patch.object(mapped, "_LONG", 60),
+      mock.patch.object(tempfile, "tempdir", None),
       mock.patch.object(
-        tempfile, "TemporaryFile", side_effect=OSError(28, "No space left")
+        tempfile, name, side_effect=OSError(28, "No space left")
       ),
       self.assertLogs("absl", "WARNING") as log,
     ):
