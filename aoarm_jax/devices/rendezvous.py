@@ -15,6 +15,7 @@ already. Then all processes end with this line and this exit code.
 
 import contextlib
 import errno
+import itertools
 import json
 import math
 import os
@@ -45,6 +46,7 @@ _TELL_SECONDS = 10.0
 # Then a wait is logged.
 _SILENT_SECONDS = 5.0
 _LONGEST_LINE = 1 << 16
+_MOST_NAMED = 16  # Processes that one line names.
 # The types of the fields of messages and of a failure, see reading.check.
 _FIELDS = {
   "hello": {"process": int, "count": int, "failure": (list, None)},
@@ -163,17 +165,16 @@ class _Host:
 
   def _wait(self, server):
     """Welcome those who come, and forget those who go."""
-    absent = ", ".join(
-      str(k) for k in range(1, self._count) if k not in self._guests
-    )
     if time.monotonic() > self._says_at:
-      logging.info("waiting for process %s at %s", absent, self._address)
+      logging.info(
+        "waiting for process %s at %s", self._absent(), self._address
+      )
       self._says_at = math.inf
     if time.monotonic() > self._deadline:
       if self._failure:
         raise self._failure.error()
       error = NeighbourError(
-        f"process {absent} of {self._count} did not come "
+        f"process {self._absent()} of {self._count} did not come "
         f"to {_ADDRESS}={self._address} within {self._seconds:g} s "
         "(config.distributed.initialization_timeout_seconds): see what that "
         f"process says, and {_AGAIN}"
@@ -186,6 +187,13 @@ class _Host:
       else:  # A guest says no more, so it is gone. It may come again.
         self._selector.unregister(key.fileobj)
         self._guests.pop(key.data).close()
+
+  def _absent(self):
+    """Return the numbers of those who have not come, of many the first."""
+    absent = (k for k in range(1, self._count) if k not in self._guests)
+    numbers = list(itertools.islice(absent, _MOST_NAMED + 1))
+    more = ", ..." * (len(numbers) > _MOST_NAMED)
+    return ", ".join(map(str, numbers[:_MOST_NAMED])) + more
 
   def _welcome(self, guest):
     """Take in a process of this run; leave out anything else."""

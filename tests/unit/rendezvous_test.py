@@ -127,6 +127,11 @@ class RendezvousTest(parameterized.TestCase):
       "initialization_timeout_seconds",
     )
 
+  def test_many_do_not_come(self):
+    (error,) = outcomes({"count": 2**40}, seconds=0.1)
+    self.assertStartsWith(str(error), "process 1, 2, 3, ")
+    self.assertIn(", 16, ... of 1099511627776 did not come", str(error))
+
   def test_process_0_does_not_come(self):
     errors = outcomes({"process": 1, "count": 2}, {"count": 2}, seconds=0.5)
     self.assert_all(
