@@ -24,6 +24,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import random
 import re
 import shlex
 import signal
@@ -302,10 +303,16 @@ def _print_lines(index: int, pipe: IO[bytes]) -> None:
 
 
 def _free_port() -> int:
-  with socket.socket() as probe:
-    probe.bind(("127.0.0.1", 0))
-    port: int = probe.getsockname()[1]
-    return port
+  """Return a port of this machine that no program uses.
+
+  Process 0 listens there after seconds only. So the port is none of those that
+  Linux gives to connections meanwhile, which are 32768 and above.
+  """
+  for port in random.sample(range(20_000, 32_000), 100):
+    with socket.socket() as probe, contextlib.suppress(OSError):
+      probe.bind(("", port))
+      return port
+  raise common.LaunchError("no port of this machine is free", 1)
 
 
 class _Stop:

@@ -4,6 +4,7 @@ import os
 import pathlib
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -99,6 +100,17 @@ class LocalTest(LaunchTest):
         for line in (f"[{i}] 1 127.0.0.1:{port} 2 {i} 3", f"[{i}] to stderr")
       ],
     )
+
+  def test_the_port_is_none_of_a_connection(self):
+    """The system could give it away before process 0 listens there."""
+    with socket.create_server(("", 0)) as taken:
+      busy = taken.getsockname()[1]
+      with socket.create_server(("", 0)) as closed:
+        free = closed.getsockname()[1]
+      ports = absltest.mock.Mock(return_value=[busy, free])
+      with absltest.mock.patch.object(local.random, "sample", ports):
+        self.assertEqual(local._free_port(), free)
+    ports.assert_called_once_with(range(20_000, 32_000), 100)
 
   def test_gpus_are_given_one_each(self):
     out = launch("local", "--processes=2", "--platform=gpu", "--dry-run")[1]
