@@ -21,8 +21,8 @@ BLANK, MARKS = "_", "[]"
 # Value of config.sample.blank and config.score.marks for these characters.
 AUTO = "auto"
 # Bytes of --input. All lines are parsed before the first one is answered, and
-# this takes several times their size.
-_MOST_INPUT = 1 << 28
+# this takes up to twenty times their size.
+_MOST_INPUT = 1 << 26
 
 
 class PromptError(errors.UserError, ValueError):
