@@ -31,8 +31,8 @@ class _Sigterm:
   """The state of SIGTERM in this process.
 
   Attributes:
-    came: when one came, as time.monotonic() tells it; None before. Of several
-      in one wait it is the first.
+    came: time of the first signal in a wait, as time.monotonic() tells it; None
+      before.
     wait: the wait that the main thread is in; else None.
     patience_seconds: time from a signal to the end where a wait names none.
   """

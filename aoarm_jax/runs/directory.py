@@ -43,7 +43,7 @@ except ImportError:  # Windows.
 
 METRICS_FILE = "metrics.jsonl"
 
-# What training writes into a run directory, besides the lock.
+# Training writes these into a run directory, besides the lock.
 _FILES = (
   *("config.json", "parameters.txt", "versions.json", "command.txt"),
   *(METRICS_FILE, "loss.png", "slot_curve.png", ".shared"),
@@ -166,7 +166,7 @@ def attempt(write: Callable[[], object]) -> bool:
     write: function that writes the file.
 
   Returns:
-    Whether the file was written.
+    True if the file was written.
   """
   try:
     write()
@@ -241,7 +241,7 @@ def watched(folder: epath.Path) -> Iterator[Callable[[], bool]]:
   """Yields a function that returns whether a folder still stands at its path.
 
   While the folder is open, no other folder gets its number, even if the folder
-  is removed. Of a remote folder the function always returns True.
+  is removed. The function always returns True if the folder is remote.
 
   Args:
     folder: made if it is absent.

@@ -30,7 +30,7 @@ from aoarm_jax.runs import directory as run_dir
 # manifest must stay readable far enough to give its format_version.
 FORMAT_VERSION = 1
 NAME = "manifest.json"
-# The types of a record, see reading.check. Of data_state the values that this
+# The types of a record, see reading.check. data_state has the values that this
 # program's runs save.
 _RECORD = {
   "format_version": int,
