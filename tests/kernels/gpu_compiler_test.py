@@ -1,8 +1,8 @@
 """The training step, compiled for an H200 on a machine without a GPU.
 
-Needs the extra `cuda`; run by -m gpu_compiler. The limits say what the step has
-today, with a little room. They are counts, and no times: fewer bytes need not be
-less time.
+Needs the extra `cuda`; run by -m gpu_compiler. The limits say what the step
+has today, with a little room. They are counts, and no times: fewer bytes need
+not be less time.
 """
 
 import re
@@ -87,9 +87,10 @@ def _largest_float32(instructions):
 @pytest.mark.gpu_compiler
 class GpuCompilerTest(parameterized.TestCase):
   @parameterized.parameters(
-    # Kernels of ours in each layer: forward 5 with one stream, backward 5.
-    ("decoupled_rope", 128, 31, 215, 3.6e9),
-    ("two_stream", 128, 46, 275, 5.5e9),
+    # Forward: 5 kernels of ours in each layer, and the last norm. Backward: as
+    # many. With two streams a layer has 9, and the last one 7.
+    ("decoupled_rope", 128, 32, 215, 3.6e9),
+    ("two_stream", 128, 52, 275, 5.5e9),
   )
   def test_the_step(self, mechanism, T, ours, launches, temporary):
     step = _compiled(mechanism, T)
@@ -97,6 +98,7 @@ class GpuCompilerTest(parameterized.TestCase):
     instructions = _instructions(text)
     kernels = text.count('custom_call_target="mosaic_gpu')
     self.assertEqual(kernels, ours)
+    print(len(instructions), _largest_float32(instructions), step.memory_analysis())
     self.assertLess(len(instructions), launches)
     # The logits, [512, 128, 27]; no rows of width D in float32.
     self.assertLess(_largest_float32(instructions), 65536 * 64)
