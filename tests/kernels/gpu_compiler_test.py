@@ -89,8 +89,8 @@ class GpuCompilerTest(parameterized.TestCase):
   @parameterized.parameters(
     # Forward: 5 kernels of ours in each layer, and the last norm. Backward: as
     # many. With two streams a layer has 9, and the last one 7.
-    ("decoupled_rope", 128, 32, 215, 3.6e9),
-    ("two_stream", 128, 52, 275, 5.5e9),
+    ("decoupled_rope", 128, 32, 190, 2.2e9),
+    ("two_stream", 128, 52, 255, 3.3e9),
   )
   def test_the_step(self, mechanism, T, ours, launches, temporary):
     step = _compiled(mechanism, T)
@@ -98,7 +98,6 @@ class GpuCompilerTest(parameterized.TestCase):
     instructions = _instructions(text)
     kernels = text.count('custom_call_target="mosaic_gpu')
     self.assertEqual(kernels, ours)
-    print(len(instructions), _largest_float32(instructions), step.memory_analysis())
     self.assertLess(len(instructions), launches)
     # The logits, [512, 128, 27]; no rows of width D in float32.
     self.assertLess(_largest_float32(instructions), 65536 * 64)
