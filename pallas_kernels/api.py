@@ -1,6 +1,7 @@
 """The public function: checks shapes, chooses an implementation, calls it."""
 
 import functools
+import types
 from typing import Any
 
 import jax
@@ -14,8 +15,6 @@ from pallas_kernels import (
   shards,
   tuning,
 )
-from pallas_kernels.hopper import attention as hopper
-from pallas_kernels.tpu import attention as tpu
 
 IMPLEMENTATIONS = (
   "reference",
@@ -139,11 +138,13 @@ def any_order_attention(
     case "cudnn":
       out = _cudnn(q, k, v, visible, scale)
     case "mosaic_gpu":
-      out, lse = hopper.attention(
+      out, lse = _kernel(implementation).attention(
         streams or q, *gathered, visible_array, key_rank, scale
       )
     case "mosaic_tpu":
-      out, lse = tpu.attention(q, k, v, visible_array, key_rank, scale)
+      out, lse = _kernel(implementation).attention(
+        q, k, v, visible_array, key_rank, scale
+      )
     case _:
       raise ValueError(
         f"unknown attention implementation {implementation!r}; there are: "
@@ -154,6 +155,26 @@ def any_order_attention(
     out = out if isinstance(out, tuple) else _of_streams(out, G)
     lse = lse if lse is None else _of_streams(lse, G)
   return (out, lse) if return_lse else out
+
+
+def _kernel(name: str) -> types.ModuleType:
+  """Return the module of the kernel `mosaic_gpu` or `mosaic_tpu`.
+
+  It is imported at the first use only: the languages that the kernels are
+  written in take a large part of a second, and few programs need them.
+  """
+  if name == "mosaic_gpu":
+    from pallas_kernels.hopper import attention as hopper
+
+    return hopper
+  from pallas_kernels.tpu import attention as tpu
+
+  return tpu
+
+
+def _kernel_unsupported(name: str, *args: Any) -> str:
+  """Name what a kernel of ours does not support in a call, or return ""."""
+  return _kernel(name).unsupported(*args)
 
 
 def _stacked(streams: tuple[jax.Array, ...], k: jax.Array) -> jax.Array:
@@ -208,12 +229,12 @@ def _choose(
     "cudnn": functools.partial(
       _cudnn_unsupported, q, k, visible, key_rank, return_lse
     ),
-    "mosaic_gpu": functools.partial(
-      hopper.unsupported, q, k, visible_array, key_rank
-    ),
-    "mosaic_tpu": functools.partial(
-      tpu.unsupported, q, k, visible_array, key_rank
-    ),
+    **{
+      name: functools.partial(
+        _kernel_unsupported, name, q, k, visible_array, key_rank
+      )
+      for name in ("mosaic_gpu", "mosaic_tpu")
+    },
   }
   if implementation is None:
     platform = devices.of(q, k).platform

@@ -7,6 +7,7 @@ Hopper. Everywhere else it is plain JAX. The gradients are deterministic.
 
 import functools
 import math
+import types
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,10 +15,6 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import devices, errors, tuning
-from pallas_kernels.hopper import gelu as hopper_gelu
-from pallas_kernels.hopper import heads as hopper_heads
-from pallas_kernels.hopper import norm as hopper_norm
-from pallas_kernels.hopper import rows as hopper_rows
 
 ROWWISE_IMPLEMENTATIONS = ("xla", "mosaic_gpu")
 _EPSILON = 1e-6
@@ -50,9 +47,9 @@ def rms_norm(
     UnsupportedError: the named implementation does not support the call.
   """
   D = x.shape[-1]
-  reason = _unsupported(x) or (
-    "" if hopper_rows.vector(D) else f"D={D} (multiples of 64 only)"
-  )
+  reason = _unsupported(x)
+  if not reason and not _hopper().rows.vector(D):
+    reason = f"D={D} (multiples of 64 only)"
   if _choose("rms_norm", implementation, x.size // D, reason) == "xla":
     y = x if update is None else x + update
     return y, normalised(y, scale).astype(y.dtype)
@@ -163,7 +160,7 @@ def split_heads(
     UnsupportedError: the named implementation does not support the call.
   """
   B, R, C, N, H = packed.shape
-  reason = _unsupported(packed) or hopper_heads.unsupported(packed.shape)
+  reason = _unsupported(packed) or _hopper().heads.unsupported(packed.shape)
   if _choose("split_heads", implementation, B * R, reason) == "xla":
     return tuple(
       x
@@ -180,10 +177,10 @@ def split_heads(
 def _by_row(part):
   """Return what the kernels take of a part; its positions are [K, B * R]."""
   if part.by is None:
-    return hopper_heads.Part(part.scale, None, None)
+    return _hopper().heads.Part(part.scale, None, None)
   position = jnp.moveaxis(part.by.position, 2, 0)
   position = position.reshape(len(position), -1)
-  return hopper_heads.Part(part.scale, position, part.by.frequency)
+  return _hopper().heads.Part(part.scale, position, part.by.frequency)
 
 
 def gelu(x: jax.Array, *, implementation: str | None = None) -> jax.Array:
@@ -196,13 +193,26 @@ def gelu(x: jax.Array, *, implementation: str | None = None) -> jax.Array:
   Raises:
     UnsupportedError: the named implementation does not support the call.
   """
-  width = hopper_gelu.WIDTH
-  reason = _unsupported(x)
-  if not reason and x.size % width:
-    reason = f"{x.size} elements (multiples of {width} only)"
-  if _choose("gelu", implementation, x.size // width, reason) == "xla":
+  reason, rows = _unsupported(x), 0
+  if not reason:
+    rows, rest = divmod(x.size, _hopper().gelu.WIDTH)
+    if rest:
+      width = _hopper().gelu.WIDTH
+      reason = f"{x.size} elements (multiples of {width} only)"
+  if _choose("gelu", implementation, rows, reason) == "xla":
     return _plain_gelu(x)
   return _gelu_kernel(x)
+
+
+def _hopper() -> types.ModuleType:
+  """Return the package of the kernels; it is imported at the first use only.
+
+  See api._kernel.
+  """
+  from pallas_kernels import hopper
+  from pallas_kernels.hopper import gelu, heads, norm, rows  # noqa: F401
+
+  return hopper
 
 
 def _unsupported(x):
@@ -233,8 +243,8 @@ def _choose(function, implementation, rows, reason):
     few = rows < tuning.LEAST_ROWS
     return "xla" if reason or few else "mosaic_gpu"
   if implementation == "mosaic_gpu":
-    if not reason and rows < hopper_rows.LEAST_ROWS:
-      reason = f"{rows} rows ({hopper_rows.LEAST_ROWS} or more)"
+    if not reason and rows < _hopper().rows.LEAST_ROWS:
+      reason = f"{rows} rows ({_hopper().rows.LEAST_ROWS} or more)"
     if reason:
       raise errors.UnsupportedError(
         f"{function} 'mosaic_gpu' does not support {reason}"
@@ -246,7 +256,7 @@ def _choose(function, implementation, rows, reason):
 def _norm_kernel(x, update, scale):
   rows = x.reshape(-1, x.shape[-1])
   more = None if update is None else update.reshape(rows.shape)
-  y, normed = hopper_norm.forward(rows, more, scale, _EPSILON)
+  y, normed = _hopper().norm.forward(rows, more, scale, _EPSILON)
   return y.reshape(x.shape), normed.reshape(x.shape)
 
 
@@ -259,7 +269,7 @@ def _norm_forward(x, update, scale):
 def _norm_backward(residuals, gradients):
   y, scale, mark = residuals
   rows, d_y, d_normed = (a.reshape(-1, y.shape[-1]) for a in (y, *gradients))
-  d_y, d_scale = hopper_norm.backward(rows, scale, d_y, d_normed, _EPSILON)
+  d_y, d_scale = _hopper().norm.backward(rows, scale, d_y, d_normed, _EPSILON)
   d_y = d_y.reshape(y.shape)
   return d_y, None if mark is None else d_y, d_scale
 
@@ -269,7 +279,7 @@ _norm_kernel.defvjp(_norm_forward, _norm_backward)
 
 @jax.custom_vjp
 def _heads_kernel(packed, parts):
-  return hopper_heads.forward(packed, parts, _EPSILON)
+  return _hopper().heads.forward(packed, parts, _EPSILON)
 
 
 def _heads_forward(packed, parts):
@@ -278,9 +288,11 @@ def _heads_forward(packed, parts):
 
 def _heads_backward(residuals, d_parts):
   packed, parts = residuals
-  d_packed, d_scales = hopper_heads.backward(packed, parts, d_parts, _EPSILON)
+  d_packed, d_scales = _hopper().heads.backward(
+    packed, parts, d_parts, _EPSILON
+  )
   return d_packed, [
-    None if d_scale is None else hopper_heads.Part(d_scale, None, None)
+    None if d_scale is None else _hopper().heads.Part(d_scale, None, None)
     for d_scale in d_scales
   ]
 
@@ -303,8 +315,8 @@ def _plain_gelu(x):
 
 @jax.custom_vjp
 def _gelu_kernel(x):
-  rows = x.reshape(-1, hopper_gelu.WIDTH)
-  return hopper_gelu.forward(rows).reshape(x.shape)
+  rows = x.reshape(-1, _hopper().gelu.WIDTH)
+  return _hopper().gelu.forward(rows).reshape(x.shape)
 
 
 def _gelu_forward(x):
@@ -312,8 +324,8 @@ def _gelu_forward(x):
 
 
 def _gelu_backward(x, d_out):
-  rows, d_out = (a.reshape(-1, hopper_gelu.WIDTH) for a in (x, d_out))
-  return (hopper_gelu.backward(rows, d_out).reshape(x.shape),)
+  rows, d_out = (a.reshape(-1, _hopper().gelu.WIDTH) for a in (x, d_out))
+  return (_hopper().gelu.backward(rows, d_out).reshape(x.shape),)
 
 
 _gelu_kernel.defvjp(_gelu_forward, _gelu_backward)

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy import special
 
 # Windows lie in the order of the text. Neighbours are alike, so the error is
 # that of the means of so many stretches; books are longer still.
@@ -36,6 +35,9 @@ class Estimate(NamedTuple):
     """Half of the 95% interval, by Student's law."""
     if not self.degrees > 0:
       return math.nan
+    # SciPy takes long to import, and only reports need it.
+    from scipy import special
+
     return self.error * special.stdtrit(self.degrees, 0.975)
 
   def minus(self, other: "Estimate") -> "Estimate":
