@@ -10,6 +10,8 @@ os.environ["XLA_FLAGS"] = " ".join(
   [
     os.environ.get("XLA_FLAGS", ""),
     "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
+    # Processes share the cores, so to cut a program into pieces only costs.
+    "--xla_cpu_parallel_codegen_split_count=1",
   ]
 )
 
