@@ -10,6 +10,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
@@ -20,7 +21,11 @@ from jax.experimental.compilation_cache import compilation_cache
 from aoarm_jax import main
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import sharding
+from aoarm_jax.evaluation import evaluate, score
+from aoarm_jax.generation import texts
+from aoarm_jax.model import network as network_lib
 from aoarm_jax.runs import checkpoint
+from aoarm_jax.study import programs
 from aoarm_jax.training import program as program_lib
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -37,13 +42,25 @@ SMALLEST = {
 }
 _TIMEOUT_SECONDS = 240
 _environment: dict[str, str] = {}
+# What holds jitted functions, and what the runs of this process have made.
+_MAKERS = (
+  (network_lib, "Network"),
+  (program_lib, "make"),
+  (evaluate, "Evaluator"),
+  (texts, "Sampler"),
+  (score, "Scorer"),
+  (programs, "compiled"),
+)
+_made: dict[Any, Any] = {}
 
 
 @contextlib.contextmanager
 def quick_compilation() -> Iterator[None]:
   """Compiles badly, fast and once, here and in processes started meanwhile.
 
-  The same code on both sides, so that results may be compared bit by bit.
+  The same code on both sides, so that results may be compared bit by bit. Runs
+  of one config in this process share their programs: to trace one again takes
+  longer than all else in a tiny run.
   """
   with contextlib.ExitStack() as stack:
     folder = os.environ.get("AOARM_TEST_COMPILED")  # See conftest.py.
@@ -61,6 +78,7 @@ def quick_compilation() -> Iterator[None]:
     finally:
       _configure(before)
       _environment.clear()
+      _made.clear()
 
 
 def _configure(options):
@@ -116,7 +134,25 @@ def parse(command: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
 def run(command: Sequence[str]) -> None:
   """The program in this process; what it would report is raised."""
   flags.FLAGS.mark_as_parsed()  # As absl.app.run does; loaders ask for it.
-  main.run(*parse(command))
+  with contextlib.ExitStack() as stack:
+    if _environment:  # In quick_compilation.
+      for module, name in _MAKERS:
+        shared = _shared(getattr(module, name))
+        stack.enter_context(mock.patch.object(module, name, shared))
+    main.run(*parse(command))
+
+
+def _shared(make):
+  """The function, which makes one thing for equal arguments."""
+
+  def made(*args, **kwargs):
+    # A test may put another training step in its place.
+    key = make, program_lib.make_step, args, tuple(kwargs.items())
+    if key not in _made:
+      _made[key] = make(*args, **kwargs)
+    return _made[key]
+
+  return made
 
 
 def config_of(command: Sequence[str]) -> config_lib.Config:
@@ -192,7 +228,7 @@ def finish(process: subprocess.Popen) -> tuple[int, str, str]:
 def final_state(workdir: pathlib.Path, config: config_lib.Config):
   """(Saved, TrainState) of a run's newest checkpoint, on one device."""
   mesh = sharding.make_mesh(config.mesh)
-  abstract = program_lib.make(config, mesh=mesh).abstract
+  abstract = _shared(program_lib.make)(config, mesh=mesh).abstract
   checkpoints = checkpoint.Checkpoints(
     epath.Path(workdir) / "checkpoints", keep_last=1, keep_best=0
   )

@@ -85,17 +85,27 @@ class Programs:
     config = config.replace("train.steps", 1).replace("seed", 0)
     key = name, config
     if key not in self._made:
-      self._made[key] = self._pool.submit(self._compile, name, config)
+      self._made[key] = self._pool.submit(compiled, name, config, self._mesh)
     return self._made[key]
 
-  def _compile(self, name, config):
-    kind, _, estimator = name.partition(":")
-    own = (estimator,) if estimator else ()
-    with jax.set_mesh(self._mesh):  # That of a thread is its own.
-      function, arguments = _PROGRAMS[kind](
-        program_lib.make(config, mesh=self._mesh, told_rate=True), *own
-      )
-      return function.lower(*arguments).compile()
+
+def compiled(
+  name: str, config: config_lib.Config, mesh: jax.sharding.Mesh
+) -> jax.stages.Compiled:
+  """Compile one program of a cell.
+
+  Args:
+    name: "init", "train", "sample", "profile" or an `evaluate_name`.
+    config: the cell's config. Its schedule of learning rates is not used.
+    mesh: the mesh of the cell.
+  """
+  kind, _, estimator = name.partition(":")
+  own = (estimator,) if estimator else ()
+  with jax.set_mesh(mesh):  # That of a thread is its own.
+    function, arguments = _PROGRAMS[kind](
+      program_lib.make(config, mesh=mesh, told_rate=True), *own
+    )
+    return function.lower(*arguments).compile()
 
 
 def evaluate_name(estimator: str) -> str:
