@@ -142,12 +142,23 @@ def run(command: Sequence[str]) -> None:
     main.run(*parse(command))
 
 
+def _of_no_cells(argument):
+  """The config without the part of a study that one command runs."""
+  if not isinstance(argument, config_lib.Config):
+    return argument
+  study = config_lib.Study()
+  for name in ("cells", "part", "limit_seconds"):
+    argument = argument.replace(f"study.{name}", getattr(study, name))
+  return argument
+
+
 def _shared(make):
   """The function, which makes one thing for equal arguments."""
 
   def made(*args, **kwargs):
     # A test may put another training step in its place.
-    key = make, program_lib.make_step, args, tuple(kwargs.items())
+    key = make, program_lib.make_step, *map(_of_no_cells, args)
+    key += tuple(kwargs.items())
     if key not in _made:
       _made[key] = make(*args, **kwargs)
     return _made[key]
