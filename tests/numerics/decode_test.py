@@ -70,6 +70,12 @@ def _drawn(case, plan, law=_LAW, B=_MANY):
 
 
 @functools.cache
+def _uncached(case):
+  """Jitted (params, slots) -> logits."""
+  return tiny.quick_jit(_network(*case)[0].apply)
+
+
+@functools.cache
 def _nll(case):
   made, _ = _network(*case)
   texts = tiny.all_sequences(_V, _T)
@@ -140,9 +146,13 @@ class LawTest(parameterized.TestCase):
     def generous(keys, at, log_p, log_q, drafts):
       return right(keys, at, log_p + 0.02, log_q, drafts)
 
+    case, plan = ("two_stream", 1), plan_lib.Plan("speculative", 3)
+    run = _sampler.__wrapped__(case, plan)
     with mock.patch.object(decode_steps, "_kept", generous):
-      out = _drawn(("two_stream", 1), plan_lib.Plan("speculative", 3))
-    self.assertLess(min(_p_values(("two_stream", 1), out, 1)), _LEAST_P)
+      params = _network(*case)[1]
+      out = run(params, jax.random.key(1), _LAW, *_prompts())
+    out = jax.tree.map(np.asarray, out)
+    self.assertLess(min(_p_values(case, out, 1)), _LEAST_P)
 
   @parameterized.parameters(*zip(_CASES[1:], (3, 2, 3)))
   def test_parallel_is_that_of_independent_draws(self, case, width):
@@ -309,7 +319,9 @@ class CallsTest(parameterized.TestCase):
     self.assertTrue((out.calls[::2] == 1 + 2).all())
     self.assertTrue((out.calls[1::2] == 1 + 1).all())
 
-  @parameterized.product(schedule=("linear", "cosine"), steps=(1, 2, 3, 4))
+  @parameterized.parameters(
+    *(("linear", steps) for steps in (1, 3, 4)), ("cosine", 2), ("cosine", 3)
+  )
   def test_in_so_many_steps(self, schedule, steps):
     """Of the larger prompt; the smaller one may take fewer."""
     plan = plan_lib.Plan("parallel", steps=steps, schedule=schedule)
@@ -320,8 +332,8 @@ class CallsTest(parameterized.TestCase):
 
   def test_speculative_takes_no_more_calls_than_tokens(self):
     """Two calls decide at least two tokens: the first draft is always kept."""
-    for case in _CASES:
-      out = _drawn(case, plan_lib.Plan("speculative", 4), B=2000)
+    for case in (_CASES[1], _CASES[3]):
+      out = _drawn(case, plan_lib.Plan("speculative", 4))
       self.assertTrue((out.calls[::2] <= 1 + 4).all())
       self.assertTrue((out.calls[1::2] <= 1 + 2).all())
       self.assertLess(out.calls[::2].mean(), 1 + 3.9)
@@ -339,16 +351,24 @@ class CallsTest(parameterized.TestCase):
 
   def test_single_drafts_are_all_accepted(self):
     """They are drawn from the law itself; other methods have none."""
-    out = _drawn(_CASES[0], plan_lib.Plan("speculative", 1), B=64)
-    self.assertEqual(out.accepted[::2].tolist(), [4] * 32)
-    self.assertEqual(out.accepted[1::2].tolist(), [2] * 32)
-    out = _drawn(_CASES[0], plan_lib.Plan("sequential"), B=64)
-    self.assertEqual(out.accepted.tolist(), [0] * 64)
+    out = _drawn(_CASES[0], plan_lib.Plan("speculative", 1), B=50)
+    self.assertEqual(out.accepted[::2].tolist(), [4] * 25)
+    self.assertEqual(out.accepted[1::2].tolist(), [2] * 25)
+    out = _drawn(_CASES[0], plan_lib.Plan(), B=50)
+    self.assertEqual(out.accepted.tolist(), [0] * 50)
 
 
 class PredictTest(parameterized.TestCase):
-  @parameterized.parameters(*tiny.CASES)
+  @parameterized.parameters(*tiny.ALTERNATING)
   def test_equals_each_target_next(self, mechanism, s):
+    self.check_each_target_next(mechanism, s)
+
+  @parameterized.parameters(*sorted({*tiny.CASES} - {*tiny.ALTERNATING}))
+  @pytest.mark.slow
+  def test_equals_each_target_next_with_other_sentinels(self, mechanism, s):
+    self.check_each_target_next(mechanism, s)
+
+  def check_each_target_next(self, mechanism, s):
     """Ragged: 3 slots are cached, or 1; 1, 2 or 3 more come, junk behind."""
     T, B, V = 7, 3, 5
     made = tiny.make(mechanism, s)
@@ -394,11 +414,15 @@ class PredictTest(parameterized.TestCase):
 
 
 class AdaptiveTest(parameterized.TestCase):
-  @parameterized.product(
-    # One sentinel would leave two streams blind at first: all targets tie.
-    case=(("two_stream", 2), ("sigma_gpt", 1)),
-    score=("confidence", "entropy", "margin"),
-    width=(1, 2),
+  # All pairs. One sentinel would leave two streams blind at first: all targets
+  # tie.
+  @parameterized.parameters(
+    (("two_stream", 2), "confidence", 1),
+    (("sigma_gpt", 1), "confidence", 2),
+    (("two_stream", 2), "entropy", 2),
+    (("sigma_gpt", 1), "entropy", 1),
+    (("two_stream", 2), "margin", 1),
+    (("sigma_gpt", 1), "margin", 2),
   )
   def test_takes_the_surest_next(self, case, score, width):
     """Followed by hand, greedily, with uncached passes."""
@@ -406,7 +430,7 @@ class AdaptiveTest(parameterized.TestCase):
     out = _drawn(
       case, plan_lib.Plan("adaptive", width, score=score), _GREEDY, B=2
     )
-    network = tiny.quick_jit(made.apply)
+    network = _uncached(case)
     for b in range(2):
       text = np.ones(_T, np.int32)
       done = list(_KNOWN[b])
