@@ -119,6 +119,44 @@ def arguments(
   ]
 
 
+def command_in(
+  folder: pathlib.Path,
+  base: Mapping[str, Any],
+  name: str,
+  *more: str,
+  **changes: Any,
+) -> list[str]:
+  """The command line of the run `name` in a folder that has its text.
+
+  Args:
+    folder: where the text and the run are.
+    base: fields of all runs of a module, by their paths.
+    name: of the run.
+    *more: other flags.
+    **changes: fields of this run, as model__T=8.
+  """
+  named = {path.replace("__", "."): value for path, value in changes.items()}
+  changes = {**base, "data.path": folder / "text", **named}
+  return arguments(folder / name, changes, *more)
+
+
+def launcher(
+  processes: int, command: Sequence[str], *flags: str, code: str = ""
+) -> list[str]:
+  """The launcher of so many processes of the program, as a command.
+
+  Args:
+    processes: how many.
+    command: the program's flags.
+    *flags: of the launcher.
+    code: Python to be run before the program starts, in each process.
+  """
+  return [
+    *(sys.executable, "-m", "launch.local", f"--processes={processes}"),
+    *(*flags, "--", *program(code), *command),
+  ]
+
+
 def parse(command: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
   """(flags, argv) of one command, without the program's global flags."""
   argv = ["main.py", *command]

@@ -4,6 +4,7 @@ The interpreter of Mosaic GPU (JAX 0.11 and newer) runs the threads of a block
 on the threads of JAX's CPU client, and needs as many: a process of its own.
 """
 
+import itertools
 import os
 import pathlib
 import subprocess
@@ -126,25 +127,47 @@ def _kernels(function, *shapes) -> int:
   return lowered.as_text().count("custom_call @mosaic_gpu")
 
 
+# (T, S, H): one kernel makes all gradients, or two do; whole tiles, and others.
+_SIZES = (
+  (128, 128, 64),
+  (128, 128, 128),
+  (1024, 1024, 64),
+  (1024, 1024, 128),
+  (65, 65, 64),
+  (200, 300, 128),
+  (5, 7, 32),
+  (1, 1000, 64),
+)
+# The slots that a row sees: as many as its index, a number for each row, and
+# for each stream. Every size has the last, and in turn one of the others.
+_VISIBLE = ("causal", "rows", "streams")
+_LOWERED = tuple(
+  (sizes, kind)
+  for i, sizes in enumerate(_SIZES)
+  for kind in (_VISIBLE[i % 2], "streams")
+)
+
+
 class LoweringTest(parameterized.TestCase):
+  @parameterized.parameters(*_LOWERED)
+  def test_every_size_and_mask(self, sizes, kind):
+    self.check_lowering(*sizes, kind)
+
   @parameterized.parameters(
-    (128, 128, 64),
-    (128, 128, 128),
-    (1024, 1024, 64),
-    (1024, 1024, 128),
-    (65, 65, 64),
-    (200, 300, 128),
-    (5, 7, 32),
-    (1, 1000, 64),
+    *sorted({*itertools.product(_SIZES, _VISIBLE)} - {*_LOWERED})
   )
-  def test_every_mask(self, T, S, H):
+  @pytest.mark.slow
+  def test_other_pairs_of_size_and_mask(self, sizes, kind):
+    self.check_lowering(*sizes, kind)
+
+  def check_lowering(self, T, S, H, kind):
     """Forward and backward: 2 kernels where one makes all gradients, or 3."""
     shapes = _shapes(T, S, H=H)
     gradient = jax.grad(_loss, (0, 1, 2))
     number = 2 if S in (7, 65, 128) else 3
-    for rows in (None, (2, T), (2, T, 2)):
-      visible = rows and jax.ShapeDtypeStruct(rows, jnp.int32)
-      self.assertEqual(_kernels(gradient, *shapes, visible), number)
+    rows = {"causal": None, "rows": (2, T), "streams": (2, T, 2)}[kind]
+    visible = rows and jax.ShapeDtypeStruct(rows, jnp.int32)
+    self.assertEqual(_kernels(gradient, *shapes, visible), number)
 
   @parameterized.parameters(
     (768, 64, 3, True),

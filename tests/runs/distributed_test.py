@@ -7,7 +7,6 @@ import pathlib
 import re
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from unittest import mock
@@ -73,25 +72,14 @@ def tearDownModule():
 
 
 def arguments(name, *more, **changes):
-  changes = {path.replace("__", "."): v for path, v in changes.items()}
-  return helpers.arguments(
-    _folder / name, {**CHANGES, "data.path": _folder / "text", **changes}, *more
-  )
+  return helpers.command_in(_folder, CHANGES, name, *more, **changes)
 
 
 @contextlib.contextmanager
 def started(*command, processes, **environment):
   """The launcher of processes of the program, joined to one run."""
   process = subprocess.Popen(
-    [
-      sys.executable,
-      "-m",
-      "launch.local",
-      f"--processes={processes}",
-      "--",
-      *helpers.program(SLOW),
-      *command,
-    ],
+    helpers.launcher(processes, command, code=SLOW),
     env=helpers.environment(**environment),
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,

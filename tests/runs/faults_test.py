@@ -90,10 +90,7 @@ def tearDownModule():
 
 
 def arguments(name, **changes):
-  changes = {path.replace("__", "."): v for path, v in changes.items()}
-  return helpers.arguments(
-    _folder / name, {**CHANGES, "data.path": _folder / "text", **changes}
-  )
+  return helpers.command_in(_folder, CHANGES, name, **changes)
 
 
 def fault(name, what, at="step", call=6, delay=0.0, process=0):
@@ -110,17 +107,11 @@ def fault(name, what, at="step", call=6, delay=0.0, process=0):
 
 def launched(name, processes, environment, grace=5, **changes):
   """(exit code, stdout, stderr) of the launcher of faulty processes."""
+  command = arguments(name, **changes)
   done = subprocess.run(
-    [
-      sys.executable,
-      "-m",
-      "launch.local",
-      f"--processes={processes}",
-      f"--grace-seconds={grace}",
-      "--",
-      *helpers.program(FAULT),
-      *arguments(name, **changes),
-    ],
+    helpers.launcher(
+      processes, command, f"--grace-seconds={grace}", code=FAULT
+    ),
     env=helpers.environment(**environment),
     capture_output=True,
     text=True,
@@ -226,7 +217,7 @@ class FaultsTest(parameterized.TestCase):
     self.assertTrue(pathlib.Path(variables["FAULT_MARK"]).exists())
     self.assert_uninterrupted(name, bitwise=processes == 1)
 
-  @parameterized.parameters(1, 2, 3)
+  @parameterized.parameters(1, 2)
   def test_killed_in_a_step_or_a_save(self, seed):
     self.killed(seed, processes=1)
 

@@ -13,7 +13,6 @@ import pathlib
 import random
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 
@@ -70,12 +69,12 @@ class Run:
     """Starts the launcher."""
     with self.log.open("a") as log:
       self.launcher = subprocess.Popen(
-        [
-          *(sys.executable, "-m", "launch.local", "--processes=2"),
-          *("--max-restarts=1000", "--grace-seconds=5", "--"),
-          *helpers.program(TOLD),
-          *self.command,
-        ],
+        helpers.launcher(
+          2,
+          self.command,
+          *("--max-restarts=1000", "--grace-seconds=5"),
+          code=TOLD,
+        ),
         env=helpers.environment(TOLD=str(self.told)),
         stdout=log,
         stderr=subprocess.STDOUT,

@@ -98,6 +98,28 @@ class Step:
     return jax.device_get(self.state.opt_state[1].mu)
 
 
+_draws = {}
+
+
+def first_state(program):
+  """The state before the first step.
+
+  To draw it is compiled for meshes that share every axis, and for one device.
+  The other meshes get the state of one device.
+  """
+  network = program.network
+  seed = np.int32(network.config.seed)
+  if min(network.mesh.devices.shape[:3]) > 1:
+    return program.init(seed)
+  one = sharding.make_mesh(config_lib.Mesh(1), jax.devices()[:1])
+  if network.model not in _draws:
+    _draws[network.model] = program_lib.make(network.config, mesh=one).init
+  with jax.set_mesh(one):
+    state = _draws[network.model](seed)
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, program.abstract)
+  return jax.device_put(state, shardings)
+
+
 def take_step(config, devices):
   mesh = sharding.make_mesh(config.mesh, devices)
   sharding.check(mesh, config)
@@ -106,7 +128,7 @@ def take_step(config, devices):
     tokens = np.random.default_rng(0).integers(0, V, (B, config.model.T))
     batch = sharding.put_batch(mesh, tokens.astype(np.uint8))
     compiled = program.step.lower(program.abstract, program.tokens).compile()
-    state, sums = compiled(program.init(np.int32(config.seed)), batch)
+    state, sums = compiled(first_state(program), batch)
   return Step(program.abstract, state, float(sums["nats"]), compiled.as_text())
 
 

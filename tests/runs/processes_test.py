@@ -100,10 +100,7 @@ def tearDownModule():
 
 
 def arguments(name, *more, **changes):
-  changes = {path.replace("__", "."): v for path, v in changes.items()}
-  return helpers.arguments(
-    _folder / name, {**CHANGES, "data.path": _folder / "text", **changes}, *more
-  )
+  return helpers.command_in(_folder, CHANGES, name, *more, **changes)
 
 
 @contextlib.contextmanager

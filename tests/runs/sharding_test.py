@@ -52,10 +52,7 @@ _folder: pathlib.Path  # Of this module's runs.
 
 
 def arguments(folder, name, *more, **changes):
-  changes = {path.replace("__", "."): v for path, v in changes.items()}
-  return helpers.arguments(
-    folder / name, {**CHANGES, "data.path": folder / "text", **changes}, *more
-  )
+  return helpers.command_in(folder, CHANGES, name, *more, **changes)
 
 
 def scored(folder, **changes):
@@ -225,18 +222,11 @@ class ShardingTest(parameterized.TestCase):
     for i, (processes, devices, sizes) in enumerate(EVERY_MESH):
       with self.subTest(processes=processes, devices=devices, **sizes):
         subprocess.run(
-          [
-            sys.executable,
-            "-m",
-            "launch.local",
-            f"--processes={processes}",
+          helpers.launcher(
+            processes,
+            command("moves", 3 * (i + 1), sizes),
             f"--devices={devices}",
-            "--",
-            sys.executable,
-            "-m",
-            "aoarm_jax.main",
-            *command("moves", 3 * (i + 1), sizes),
-          ],
+          ),
           env=helpers.environment(),
           check=True,
           timeout=400,

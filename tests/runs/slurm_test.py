@@ -207,8 +207,7 @@ def training(name, *flags):
 
 
 def arguments(name):
-  changes = {**CHANGES, "data.path": _folder / "text"}
-  return helpers.arguments(_folder / name, changes)
+  return helpers.command_in(_folder, CHANGES, name)
 
 
 def final_state(name):
