@@ -285,12 +285,20 @@ def _sizes(case):
 
 def bounds(case: Case) -> dict[str, float]:
   """What `errors` may be, by the fields of Result."""
+  plain = xla_errors(case)
+  return {
+    name: min(most, max(2 * plain[name], floor))
+    for name, (floor, most) in _limits(case).items()
+  }
+
+
+def _limits(case):
+  """{field of Result: the least and the most that a bound can be}."""
   given = inputs(case)
   q = given.q.astype(np.float32).reshape(case.B, case.T, case.N, -1, case.H)
   k = given.k.astype(np.float32)
   score = given.scale * np.einsum("btngh,bsnh->bngts", q, k)
   float32 = max(1.0, np.abs(score).max() / 10)
-  plain = xla_errors(case)
   found = {}
   for name in Result._fields:
     table = _FORWARD if name in ("out", "lse") else _GRADIENT
@@ -299,7 +307,7 @@ def bounds(case: Case) -> dict[str, float]:
     floor = _FLOOR["float32" if name == "lse" else case.dtype]
     if floor == _FLOOR["float32"]:
       floor *= float32
-    found[name] = min(most, max(2 * plain[name], floor))
+    found[name] = floor, most
   return found
 
 
@@ -308,7 +316,11 @@ def check(got: Result, case: Case) -> None:
   for name, x in got._asdict().items():
     wrong = np.isnan(x) | (np.isposinf(x) if name == "lse" else np.isinf(x))
     assert not wrong.any(), f"{case}: {wrong.sum()} of {name} are not finite"
-  found, allowed = errors(got, case), bounds(case)
+  found = errors(got, case)
+  allowed = {name: min(limits) for name, limits in _limits(case).items()}
+  if any(not found[name] <= allowed[name] for name in found):
+    # The error of the XLA path counts. Its program takes long to compile.
+    allowed = bounds(case)
   far = {
     name: f"{found[name]:.2e}, allowed {allowed[name]:.2e}"
     for name in Result._fields

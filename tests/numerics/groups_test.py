@@ -343,15 +343,19 @@ def _run(groups):
   return options, made, mesh, sharding.put(mesh, tiny.sharp(made))
 
 
+@functools.cache
+def _scorer():
+  return score.Scorer(*_run("random")[:2])
+
+
 def _scores(texts, given=(), **options):
-  base, made, mesh, params = _run("random")
+  base, _, mesh, params = _run("random")
   parsed = [
     (text, prompts.parse_marked(text, _ABC, "_", "[]")) for text in texts
   ]
   changed = base.replace("score", config.Score(**options))
   with jax.set_mesh(mesh):
-    scorer = score.Scorer(base, made)
-    return scorer.score(params, parsed, changed, given or None)
+    return _scorer().score(params, parsed, changed, given or None)
 
 
 class ExperimentTest(absltest.TestCase):
