@@ -1,7 +1,10 @@
 """Compiles fast, and once for all tests: most of their time is XLA's."""
 
+import gc
 import os
 import tempfile
+
+import pytest
 
 # XLA's older emitters for the CPU compile in a third of the time. Processes
 # that tests start inherit this. .ci/run runs the quick start with a user's
@@ -26,3 +29,16 @@ def pytest_configure(config):
   folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
   config.add_cleanup(folder.cleanup)
   os.environ["AOARM_TEST_COMPILED"] = folder.name
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+  # To import and to trace makes many objects, and little garbage. The collector
+  # would look through all of them again and again, for a tenth of the time.
+  gc.disable()
+  try:
+    return (yield)
+  finally:
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 100)
+    gc.enable()

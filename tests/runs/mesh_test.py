@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import json
 import os
 import subprocess
@@ -400,6 +401,8 @@ class MeshTest(parameterized.TestCase):
 
 if __name__ == "__main__":
   if sys.argv[1:2] == ["--on_eight_devices"]:
+    gc.freeze()  # As in conftest.py.
+    gc.set_threshold(20_000, 20, 100)
     with contextlib.suppress(BrokenPipeError):
       on_eight_devices(sys.argv[2])
     sys.stdout.flush()
