@@ -1,6 +1,7 @@
 """Fair comparisons: equal parameters, or equal FLOPs of training."""
 
 import difflib
+import functools
 import runpy
 from collections.abc import Iterable
 
@@ -22,6 +23,8 @@ _LARGEST = 1 << 26  # The most steps, layers, or multiples of 8 that are tried.
 _TOLERANCE = 0.1  # A match that is further off, relatively, is refused.
 
 
+# A search asks for the same configs again and again.
+@functools.lru_cache(maxsize=128)
 def parameters(config: config_lib.Config) -> int:
   """Returns how many numbers are trained."""
   network = network_lib.Network(config)
