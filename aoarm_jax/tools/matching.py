@@ -3,7 +3,7 @@
 import difflib
 import functools
 import runpy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from absl import logging
 from etils import epath
@@ -37,7 +37,10 @@ def training_flops(config: config_lib.Config) -> float:
   return cost.training_flops_per_token(config) * tokens
 
 
-_MEASURES = {"parameters": parameters, "training_flops": training_flops}
+_MEASURES: dict[str, Callable[[config_lib.Config], float]] = {
+  "parameters": parameters,
+  "training_flops": training_flops,
+}
 
 
 def match(
