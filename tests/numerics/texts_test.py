@@ -25,7 +25,7 @@ from aoarm_jax.generation import law as sampling
 from aoarm_jax.generation import texts as generate
 from aoarm_jax.model import network as network_lib
 
-_T, _V, _MANY = 4, 3, 60_000
+_T, _V, _MANY = 4, 3, 40_000
 # Positions of the network: more than are generated, for the first mechanism.
 # On the older Python alone: tests/runs/api_test.py does much of it on both.
 pytestmark = pytest.mark.once
