@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from unittest import mock
 
 import helpers
 import jax
@@ -23,6 +24,7 @@ from aoarm_jax.devices import hlo, sharding
 from aoarm_jax.model import network as network_lib
 from aoarm_jax.training import program as program_lib
 from aoarm_jax.training import state as train_state
+from pallas_kernels import devices as kernel_devices
 
 V, B = 27, 16
 # On the older Python alone, since it compiles most.
@@ -52,6 +54,8 @@ CASES = (
   ("sigma_gpt", "2,2,2", {"accumulate": 2, "remat": True}),
   ("decoupled_rope", "1,2,2,2", {"attention": "mosaic_tpu"}),
   ("two_stream", "2,2,2", {"dtype": "bfloat16"}),
+  # Named, see take_step.
+  ("two_stream", "1,2,2,2", {"rowwise": "xla"}),
 )
 EVERY_CASE = tuple(
   (mechanism, mesh, changes)
@@ -122,9 +126,14 @@ def first_state(program):
 
 
 def take_step(config, devices):
+  """Take a step; if it names compute.rowwise, rows are cut as for a GPU."""
   mesh = sharding.make_mesh(config.mesh, devices)
   sharding.check(mesh, config)
-  with jax.set_mesh(mesh), pallas_kernels.interpret(True):
+  as_gpu = contextlib.nullcontext()
+  if config.compute.rowwise != "auto":
+    gpu = kernel_devices.Device("gpu", "")
+    as_gpu = mock.patch.object(kernel_devices, "of", return_value=gpu)
+  with jax.set_mesh(mesh), pallas_kernels.interpret(True), as_gpu:
     program = program_lib.make(config, mesh=mesh)
     tokens = np.random.default_rng(0).integers(0, V, (B, config.model.T))
     batch = sharding.put_batch(mesh, tokens.astype(np.uint8))
