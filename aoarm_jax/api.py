@@ -127,6 +127,11 @@ class Model:
     self._sampler = generate_lib.Sampler(self.config, run.network)
     self._scorer = score_lib.Scorer(self.config, run.network)
 
+  @property
+  def tokenizer(self) -> tokenizers.Tokenizer:
+    """The tokenizer of the run, which converts text to token ids and back."""
+    return self._network.tokenizer
+
   def __repr__(self) -> str:
     """Return the run, the step and the size of the model in one line."""
     count = run_dir.parameter_count(self._network.abstract_params)

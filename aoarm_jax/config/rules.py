@@ -74,6 +74,7 @@ def _relations(config):
     *_of_training(config),
     *_of_a_study(config.study),
     *_of_texts(config),
+    *_of_symbols(config.data),
   ]
 
 
@@ -230,6 +231,22 @@ def _of_a_study(study):
       "study.tune_seeds",
       len(set(study.tune_seeds)) == len(study.tune_seeds) == 2,
       "must be two different seeds",
+    ),
+  ]
+
+
+def _of_symbols(data):
+  """Return the rules for the tokenizer."""
+  found = data.tokenizer in ("bpe", "chars")
+  fix = f"has no effect with config.data.tokenizer={data.tokenizer}; leave it "
+  fix += "out, or take the tokenizer bpe or chars"
+  return [
+    ("data.vocabulary", found or not data.vocabulary, fix),
+    ("data.tokenizer_file", found or not data.tokenizer_file, fix),
+    (
+      "data.vocabulary",
+      data.tokenizer != "bpe" or not 0 < data.vocabulary < 256,
+      "bpe has a symbol for each of the 256 bytes; take 256 or more, or 0",
     ),
   ]
 

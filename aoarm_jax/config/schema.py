@@ -181,7 +181,25 @@ class Data:
     "", "file or folder of the text; '' means the built-in text"
   )
   tokenizer: str = _field(
-    "char27", "symbols of the text", choices=("char27", "byte"), binds="model"
+    "char27",
+    "symbols of the text; char27: a to z and space; byte: the bytes of any "
+    "text; chars: the characters of the training split; bpe: parts of words "
+    "that are learned from the training split, or those of data.tokenizer_file",
+    choices=("char27", "byte", "chars", "bpe"),
+    binds="model",
+  )
+  vocabulary: int = _field(
+    0,
+    "bpe: number of symbols, and 0 means 4096 or the number of an existing "
+    "tokenizer; chars: greatest number of characters, and 0 means 1024",
+    low=0,
+    high=1_000_000,
+  )
+  tokenizer_file: str = _field(
+    "",
+    "bpe and chars: file of an existing tokenizer: a tokenizer.json of Hugging "
+    "Face with BPE on bytes, or the tokenizer.json of a run; '' means that "
+    "the symbols are found in the training split",
   )
   normalise: bool = _field(
     False,
@@ -196,7 +214,9 @@ class Data:
     low=0,
   )
   workers: int = _field(
-    0, "number of loader processes; 0 means that a thread loads", low=0
+    0,
+    "number of loader processes; 0 means that a thread loads",
+    low=0,
   )
 
 

@@ -6,20 +6,24 @@ reaches. Text is read only when a split is asked for. Nothing is added to the
 text: there are no sentinels and no padding.
 """
 
-import codecs
 import dataclasses
 import functools
 import hashlib
-import re
-import string
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 from absl import logging
 from etils import epath
 
 from aoarm_jax.config import paths
-from aoarm_jax.data import files, mapped, tokenizers
+from aoarm_jax.config import schema as config_lib
+from aoarm_jax.data import (
+  alphabets,
+  cleaning,
+  files,
+  mapped,
+  tokenizers,
+)
 
 DataError = tokenizers.DataError
 SPLITS = ("train", "valid", "test")
@@ -32,13 +36,6 @@ _FLAG = "--config.data.path="
 _OTHER_NAMES = {"valid": ("val", "validation"), "train": ("training",)}
 _FOLDER_SUFFIXES = ("", ".gz", ".xz", ".bz2", ".zst")
 _CHUNK = 1 << 24  # Bytes. Bounds the transient memory of a pass over a split.
-_DIGITS = b"zero one two three four five six seven eight nine".split()
-# A table for bytes.translate. Letters become lower case, and every other byte
-# becomes a space.
-_LETTERS = bytes(
-  byte if chr(byte) in string.ascii_lowercase else ord(" ")
-  for byte in bytes(range(256)).lower()
-)
 
 
 @dataclasses.dataclass(eq=False)
@@ -49,8 +46,8 @@ class Corpus:
     name: books, text8 or folder.
     source: a description of the text, for people.
     tokenizer: the tokenizer of the ids.
-    read: a function from the name of a split to its ids, uint8 [n]. It is
-      called once per split.
+    read: a function from the name of a split to its ids, [n] of the
+      tokenizer's dtype. It is called once per split.
     note: a function that returns what a reader must know about the text, or "".
   """
 
@@ -63,7 +60,7 @@ class Corpus:
   _hashes: dict[str, str] = dataclasses.field(default_factory=dict)
 
   def split(self, name: str) -> np.ndarray:
-    """Return the ids of a split, uint8 [n]; they must not be written to.
+    """Return the ids of a split, [n]; they must not be written to.
 
     Args:
       name: train, valid or test.
@@ -152,22 +149,32 @@ def load(
   return _at_path(corpus, path, tokenizer, normalise, largest)
 
 
-def normal_form(text: bytes) -> bytes:
-  """Return a text in the form of text8: a to z and single spaces.
+def learn(data: config_lib.Data) -> tokenizers.Tokenizer:
+  """Return the tokenizer that config.data asks for, found in its text.
 
-  The rules are those of Matt Mahoney's wikifil.pl. Letters become lower case,
-  and every digit becomes a word. Every run of other bytes becomes one space. An
-  accented letter is such a run too. No space is left at either end.
+  Args:
+    data: the section of the config. Its tokenizer is chars or bpe.
+
+  Raises:
+    DataError: see `load`, Corpus.split and alphabets.learn.
   """
-  text = re.sub(rb"\d", lambda match: b" %b " % _DIGITS[int(match[0])], text)
-  return b" ".join(text.translate(_LETTERS).split())
+  byte = tokenizers.get("byte")
+  corpus = load(
+    data.corpus, data.path, byte, data.normalise, data.largest_megabytes
+  )
+  ids = corpus.split("train")
+  chunks = (
+    ids[start : start + _CHUNK].tobytes()
+    for start in range(0, len(ids), _CHUNK)
+  )
+  return alphabets.learn(data, chunks)
 
 
 def unigram_entropy(tokens: np.ndarray, V: int) -> float:
   """Return the entropy of single symbols: the best loss without context.
 
   Args:
-    tokens: uint8 [n].
+    tokens: unsigned integers [n].
     V: size of the vocabulary.
 
   Returns:
@@ -221,8 +228,9 @@ def _at_path(
 def _books(tokenizer: tokenizers.Tokenizer, normalise: bool) -> Corpus:
   def read(split: str) -> np.ndarray:
     text = files.read(BOOKS / f"{split}.txt.xz")
-    as_written = tokenizer.V == 256 and not normalise
-    return tokenizer.encode(text if as_written else normal_form(text))
+    if normalise or not tokenizer.knows("\n"):
+      text = cleaning.normal_form(text)
+    return tokenizer.encode(text)
 
   return Corpus(
     name="books",
@@ -267,9 +275,10 @@ def _read_folder(
 class _Text8:
   """One file, split by the shares that are customary for text8.
 
-  A file of 100,000,000 characters gives 90, 5 and 5 million. A shorter file is
-  split by the same shares. In a longer file only the first 100,000,000
-  characters are used, so text8 with something appended is still text8.
+  A file of 100,000,000 bytes gives 90, 5 and 5 million. A shorter file is split
+  by the same shares. In a longer file only the first 100,000,000 bytes are
+  used, so text8 with something appended is still text8. The splits are the same
+  for all tokenizers: where a token has several bytes, the bytes are split.
   """
 
   def __init__(
@@ -281,13 +290,16 @@ class _Text8:
   ):
     self._path, self._tokenizer = path, tokenizer
     self._normalise, self._largest = normalise, largest
+    self._coder = tokenizers.get("byte") if tokenizer.codec else tokenizer
 
   @functools.cached_property
   def _ids(self) -> np.ndarray:
-    ids = _encode(self._path, self._tokenizer, self._normalise, self._largest)
+    ids = _encode(
+      self._path, self._tokenizer, self._normalise, self._largest, self._coder
+    )
     if len(ids) < 20:
       raise DataError(
-        f"{self._path}: {len(ids)} {self._tokenizer.units}"
+        f"{self._path}: {len(ids)} {self._coder.units}"
         f"{' in normal form' * self._normalise} are too few for splits of 90, "
         "5 and 5%"
       )
@@ -297,7 +309,17 @@ class _Text8:
     used = min(len(self._ids), TEXT8_CHARACTERS)
     bounds = (0, used * 90 // 100, used * 95 // 100, used)
     i = SPLITS.index(name)
-    return self._ids[bounds[i] : bounds[i + 1]]
+    if not self._tokenizer.codec:
+      return self._ids[bounds[i] : bounds[i + 1]]
+    start, end = (_character_start(self._ids, at) for at in bounds[i : i + 2])
+    chunks = (
+      self._ids[first : min(first + _CHUNK, end)].tobytes()
+      for first in range(start, end, _CHUNK)
+    )
+    try:
+      return mapped.collect(self._tokenizer.encode_chunks(chunks, start))
+    except tokenizers.TokenizerError as error:
+      raise DataError(f"{self._path}, the {name} split: {error}") from error
 
   def note(self) -> str:
     n = len(self._ids)
@@ -311,54 +333,32 @@ class _Text8:
     )
 
 
+def _character_start(text, at):
+  """Return the start of the UTF-8 character at an offset of bytes."""
+  while 0 < at < len(text) and text[at] & 0xC0 == 0x80:
+    at -= 1
+  return at
+
+
 def _encode(
   path: epath.Path,
   tokenizer: tokenizers.Tokenizer,
   normalise: bool,
   largest: int,
+  coder: tokenizers.Tokenizer | None = None,
 ) -> np.ndarray:
-  chunks = _without_mark(files.chunks(path, largest))
-  if normalise:
-    chunks = _in_normal_form(chunks)
-  elif not tokenizer.knows("\n"):
-    # Editors end a file with a line end, even where the text has no lines.
-    chunks = _without_line_end(chunks)
+  """Return the ids of a text file.
 
-  def encoded():
-    before = 0
-    for chunk in chunks:
-      yield tokenizer.encode(chunk, before)
-      before += len(chunk)
-
+  Args:
+    path: the file.
+    tokenizer: the tokenizer of the text.
+    normalise: see `load`.
+    largest: greatest number of bytes; see files.chunks.
+    coder: the tokenizer of the ids; None means `tokenizer`.
+  """
+  chunks = files.chunks(path, largest)
+  chunks = cleaning.cleaned(chunks, tokenizer, normalise)
   try:
-    return mapped.collect(encoded())
+    return mapped.collect((coder or tokenizer).encode_chunks(chunks))
   except tokenizers.TokenizerError as error:
     raise DataError(f"{path}: {error}") from error
-
-
-def _without_mark(chunks: Iterator[bytes]) -> Iterator[bytes]:
-  """Yield the chunks without a byte order mark, which is no part of a text."""
-  yield next(chunks, b"").removeprefix(codecs.BOM_UTF8)
-  yield from chunks
-
-
-def _without_line_end(chunks: Iterator[bytes]) -> Iterator[bytes]:
-  """Yield the chunks without a line end after the last line."""
-  last = b""
-  for chunk in chunks:
-    text = last + chunk
-    yield text[:-2]
-    last = text[-2:]
-  yield last.removesuffix(b"\n").removesuffix(b"\r")
-
-
-def _in_normal_form(chunks: Iterator[bytes]) -> Iterator[bytes]:
-  """Yield the chunks of the normal form of a text."""
-  is_first, former = True, b""  # The last byte of the chunk before.
-  for chunk in chunks:
-    if words := normal_form(chunk):
-      # A word may go on from one chunk to the next.
-      is_one_word = former.isalpha() and chunk[:1].isalpha()
-      yield words if is_first or is_one_word else b" " + words
-      is_first = False
-    former = chunk[-1:] or former

@@ -28,34 +28,34 @@ class _Map(mmap.mmap):
   descriptor: int
 
 
-def _map(file: IO[bytes]) -> np.ndarray:
-  """Return the bytes of an open file, which may then be closed: uint8 [n]."""
+def _map(file: IO[bytes], dtype: np.dtype) -> np.ndarray:
+  """Return the numbers in an open file, which may then be closed: [n]."""
   mapped = _Map(file.fileno(), 0, access=mmap.ACCESS_READ)
   mapped.descriptor = os.dup(file.fileno())
   weakref.finalize(mapped, os.close, mapped.descriptor)
-  return np.frombuffer(mapped, np.uint8)
+  return np.frombuffer(mapped, dtype)
 
 
 def collect(chunks: Iterable[np.ndarray]) -> np.ndarray:
   """Return chunks of a text as one array, which is a map if it is long.
 
   Args:
-    chunks: uint8 [n] each.
+    chunks: unsigned integers [n] each, all of one dtype.
 
   Returns:
-    uint8 [n], read-only.
+    The tokens [n] of this dtype, read-only.
   """
   held: list[np.ndarray] = []
   file, size, is_full = None, 0, False
   for chunk in chunks:
     held.append(chunk)
-    size += len(chunk)
+    size += chunk.nbytes
     if size < _LONG or is_full:
       continue
     try:
       file = file or tempfile.TemporaryFile()  # noqa: SIM115
       while held:
-        file.write(held[0].data)
+        file.write(np.ascontiguousarray(held[0]).data)
         file.flush()
         held.pop(0)
     except OSError as error:
@@ -67,9 +67,9 @@ def collect(chunks: Iterable[np.ndarray]) -> np.ndarray:
       )
       is_full = True
       if file:
-        written = size - sum(map(len, held))
+        written = size - sum(piece.nbytes for piece in held)
         file.seek(0)
-        held.insert(0, np.frombuffer(file.read(written), np.uint8))
+        held.insert(0, np.frombuffer(file.read(written), chunk.dtype))
         file.close()
         file = None
   if file is None:
@@ -77,22 +77,23 @@ def collect(chunks: Iterable[np.ndarray]) -> np.ndarray:
     tokens.flags.writeable = False
     return tokens
   with file:
-    return _map(file)
+    return _map(file, chunk.dtype)
 
 
 def _concatenated(held):
-  return np.concatenate([np.empty(0, np.uint8), *held])
+  return np.concatenate(held) if held else np.empty(0, np.uint8)
 
 
 def packed(tokens: np.ndarray) -> Any:
   """Return what another process of this machine makes the array from.
 
   Args:
-    tokens: uint8 [n], an array of `collect` or a part of one.
+    tokens: an array of `collect` or a part of one.
 
   Returns:
-    (path, offset, length) of a mapped file, or the array itself; both can be
-    pickled. The path is good while this process has the array.
+    (path, offset in bytes, length, dtype) of a mapped file, or the array
+    itself; both can be pickled. The path is good while this process has the
+    array.
   """
   base: Any = tokens
   while base is not None and not isinstance(base, _Map):
@@ -103,16 +104,18 @@ def packed(tokens: np.ndarray) -> Any:
   if not os.path.exists(path):  # Other systems than Linux have no such names.
     return tokens
   offset = _address(tokens) - _address(np.frombuffer(base, np.uint8))
-  return path, offset, len(tokens)
+  return path, offset, len(tokens), tokens.dtype.str
 
 
 def unpacked(value: Any) -> np.ndarray:
   """Return the array of what `packed` returned, here or in another process."""
   if isinstance(value, np.ndarray):
     return value
-  path, offset, length = value
+  path, offset, length, name = value
+  dtype = np.dtype(name)
   with open(path, "rb") as file:
-    return _map(file)[offset : offset + length]
+    start = offset // dtype.itemsize
+    return _map(file, dtype)[start : start + length]
 
 
 def _base(array):

@@ -6,7 +6,6 @@ rows. So neither workers nor processes change the data. A run may continue with
 another number of processes, and the state of a loader is one number.
 """
 
-import functools
 import multiprocessing
 import os
 import signal
@@ -32,7 +31,7 @@ class TrainBatches:
     return self
 
   def __next__(self) -> np.ndarray:
-    """Return this process's rows of the next global batch: uint8 [r, T]."""
+    """Return this process's rows of the next global batch: [r, T]."""
     if self._iterator is None:
       self._iterator = iter(self._dataset())
     crops = next(self._iterator)
@@ -88,8 +87,8 @@ def train_batches(
   Crops are drawn with replacement.
 
   Args:
-    tokens: uint8 [n], n >= T. Every worker process gets a copy, unless the
-      text is long, see data/mapped.py.
+    tokens: unsigned integers [n], n >= T. Every worker process gets a copy,
+      unless the text is long, see data/mapped.py.
     T: the length of a crop.
     batch_size: the number of crops in a global batch.
     seed: the seed of the start indices, at least 0.
@@ -100,7 +99,7 @@ def train_batches(
       rows.
 
   Returns:
-    An iterator of uint8 [r, T].
+    An iterator of [r, T].
 
   Raises:
     DataError: the text is shorter than T.
@@ -129,17 +128,23 @@ class EvalBatches:
     self.evaluated_tokens = len(starts) * crops.T
     self.left_out = self.split_tokens % crops.T
 
-  @functools.cached_property
-  def characters(self) -> int:
-    """Number of UTF-8 characters that begin in the sequences."""
+  def sums(self, of_token: np.ndarray) -> np.ndarray:
+    """Return a sum over the tokens of every real sequence.
+
+    Args:
+      of_token: int64 [V], the terms by token id, such as Tokenizer.bytes_of.
+
+    Returns:
+      int64 [sequences].
+    """
     crops = np.lib.stride_tricks.sliding_window_view(
       self._crops.tokens, self._crops.T
     )
-    # Bytes 10xxxxxx go on with a character.
-    return sum(
-      int(((crops[self._starts[i : i + 1024]] & 0xC0) != 0x80).sum())
+    parts = [
+      of_token[crops[self._starts[i : i + 1024]]].sum(axis=1)
       for i in range(0, len(self._starts), 1024)
-    )
+    ]
+    return np.concatenate(parts)
 
   def describe(self, units: str = "characters") -> str:
     """Return one line that says how much of the text the batches hold.
@@ -163,7 +168,7 @@ class EvalBatches:
     return -(-len(self._starts) // self._batch_size)
 
   def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return batch `index`: tokens uint8 [r, T] and real bool [r]."""
+    """Return batch `index`: tokens [r, T] and real bool [r]."""
     if not 0 <= index < len(self):
       raise IndexError(f"batch {index} of {len(self)}")
     first = index * self._batch_size
@@ -189,7 +194,7 @@ def eval_batches(
   The windows do not overlap. Tokens after the last whole window are left out.
 
   Args:
-    tokens: uint8 [n], n >= T.
+    tokens: unsigned integers [n], n >= T.
     T: the length of a window.
     batch_size: the number of rows in a global batch.
     batches: the number k of batches. They hold k * batch_size random windows in
@@ -201,7 +206,7 @@ def eval_batches(
       rows.
 
   Returns:
-    A sequence of (tokens uint8 [r, T], real bool [r]). The last batch is filled
+    A sequence of (tokens [r, T], real bool [r]). The last batch is filled
     up with rows that are not real.
 
   Raises:
@@ -230,7 +235,7 @@ class _Starts:
 
 
 class _Crops:
-  """Map the start indices of a global batch to this process's uint8 [r, T]."""
+  """Map the start indices of a global batch to this process's [r, T]."""
 
   def __init__(self, tokens: np.ndarray, T: int, rows: np.ndarray):
     self.tokens, self.T, self.rows = tokens, T, rows

@@ -1,17 +1,29 @@
-"""Conversion of text to token ids and back: one byte is one token.
+"""Conversion of text to token ids and back.
 
-The tokenizer char27 has the alphabet of text8: id 0 is the space, and 1..26 are
-a..z. The tokenizer byte takes any text, as UTF-8. A tokenizer knows no
-sentinels (BOS, EOS); their ids start at V.
+The tokenizers char27 and byte are fixed: one byte is one token. char27 has the
+alphabet of text8: id 0 is the space, and 1..26 are a..z. byte takes any text,
+as UTF-8. The alphabets of chars (alphabets.py) and bpe (bpe.py) come from a
+text, and their state is a small JSON document. A tokenizer knows no sentinels
+(BOS, EOS); their ids start at V.
 """
 
+import codecs
 import dataclasses
 import functools
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from aoarm_jax.config import errors
+
+# Characters in a piece of a long text. A piece is encoded at once.
+PIECE = 1 << 18
+# A piece is cut at the last good place within so many characters of its end.
+_REACHES = (1 << 8, 1 << 12, 1 << 17)
 
 
 class DataError(errors.UserError, ValueError):
@@ -22,17 +34,57 @@ class TokenizerError(DataError):
   """A text has symbols, or ids are numbers, outside the vocabulary."""
 
 
+class UnknownSymbolError(Exception):
+  """A codec does not know a symbol.
+
+  Attributes:
+    offset: offset of the first such symbol, in bytes.
+  """
+
+  def __init__(self, offset: int) -> None:
+    """Note the offset."""
+    super().__init__(offset)
+    self.offset = offset
+
+
+class Codec(NamedTuple):
+  """How a tokenizer encodes whose tokens have several bytes.
+
+  Attributes:
+    unit: name of a token: "char" or "token".
+    encode: returns the ids of a text, integers [n]; raises UnknownSymbolError.
+      The text is UTF-8 and begins and ends between characters.
+    cuts: returns the pattern of the places where a text may be cut, so that
+      its parts have the tokens of the whole. "" matches between any two
+      characters. None: a text is never cut.
+    advice: the end of a message about an unknown symbol.
+  """
+
+  unit: str
+  encode: Callable[[bytes], np.ndarray]
+  cuts: Callable[[], re.Pattern[str] | None]
+  advice: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-  """A vocabulary of bytes.
+  """A vocabulary.
 
   Attributes:
     name: the name in the config.
-    symbols: the bytes of the vocabulary; the index of a byte is its id.
+    symbols: the bytes of every token, by id. The alphabet of a tokenizer
+      without a codec is a bytes object: each of its bytes is a token.
+    codec: how a text is encoded. None: one byte is one token.
+    state: the JSON document that alphabets.of_state makes the tokenizer from;
+      b"" for a fixed tokenizer.
   """
 
   name: str
-  symbols: bytes
+  symbols: bytes | tuple[bytes, ...] = dataclasses.field(repr=False)
+  codec: Codec | None = dataclasses.field(
+    default=None, repr=False, compare=False
+  )
+  state: bytes = dataclasses.field(default=b"", repr=False)
 
   @property
   def V(self) -> int:
@@ -41,13 +93,39 @@ class Tokenizer:
 
   @property
   def unit(self) -> str:
-    """Name of a token: "byte" if every byte is one, else "char"."""
+    """Name of a token: "byte", "char" or "token"."""
+    if self.codec:
+      return self.codec.unit
     return "byte" if self.V == 256 else "char"
 
   @property
   def units(self) -> str:
-    """The plural for people: "bytes" or "characters"."""
-    return "bytes" if self.unit == "byte" else "characters"
+    """The plural for people: "bytes", "characters" or "tokens"."""
+    return {"byte": "bytes", "char": "characters", "token": "tokens"}[self.unit]
+
+  @property
+  def dtype(self) -> np.dtype:
+    """The smallest unsigned dtype that holds all ids."""
+    return dtype_of(self.V)
+
+  @functools.cached_property
+  def sha256(self) -> str:
+    """The sha256 of the state in hex; "" for a fixed tokenizer."""
+    return hashlib.sha256(self.state).hexdigest() if self.state else ""
+
+  @functools.cached_property
+  def bytes_of(self) -> np.ndarray:
+    """Number of UTF-8 bytes of every token: int64 [V]."""
+    return np.array([len(symbol) for symbol in self._each], np.int64)
+
+  @functools.cached_property
+  def characters_of(self) -> np.ndarray:
+    """Number of UTF-8 characters that begin in every token: int64 [V]."""
+    # Bytes 10xxxxxx go on with a character.
+    return np.array(
+      [sum(byte & 0xC0 != 0x80 for byte in symbol) for symbol in self._each],
+      np.int64,
+    )
 
   def encode(self, text: str | bytes, before: int = 0) -> np.ndarray:
     """Return the token ids of a text.
@@ -57,24 +135,86 @@ class Tokenizer:
       before: offset of the text in a longer text, for messages.
 
     Returns:
-      uint8 [n], one id per byte. The array may be read-only.
+      Ids [n] of `dtype`. The array may be read-only.
 
     Raises:
       TokenizerError: a character is not in the vocabulary. The message names
-        the first such character and its offset.
+        the first such character and its offset: in characters for a string,
+        and in bytes for bytes.
     """
-    data = self._bytes(text) if isinstance(text, str) else text
-    if self.V == 256:
-      return np.frombuffer(data, np.uint8)
-    ids = np.frombuffer(data.translate(_table(self.symbols)), np.uint8)
-    if len(ids) and ids.max() >= self.V:
-      offset = int((ids >= self.V).argmax())
-      raise TokenizerError(self._complaint(text[offset], before + offset))
-    return ids
+    data = self._bytes(text, before) if isinstance(text, str) else text
+    if not self.codec:
+      return self._encode_bytes(data, text, before)
+    ids = [np.zeros(0, self.dtype)]
+    offset = 0
+    for piece in self.pieces([data]):
+      try:
+        ids.append(self.codec.encode(piece).astype(self.dtype))
+      except UnknownSymbolError as error:
+        offset += error.offset
+        character = _character(data, offset)
+        if isinstance(text, str):
+          offset = len(data[:offset].decode(errors="replace"))
+        raise TokenizerError(
+          f"{self.name}: character {character!r} at offset {before + offset} "
+          f"{self.codec.advice}"
+        ) from None
+      offset += len(piece)
+    return np.concatenate(ids)
+
+  def encode_chunks(
+    self, chunks: Iterable[bytes], before: int = 0
+  ) -> Iterator[np.ndarray]:
+    """Yield the ids of a text that comes in chunks, cut anywhere.
+
+    Args:
+      chunks: the bytes of the text.
+      before: offset of the text in a longer text, for messages.
+
+    Raises:
+      TokenizerError: see `encode`.
+    """
+    for piece in self.pieces(chunks) if self.codec else chunks:
+      yield self.encode(piece, before)
+      before += len(piece)
+
+  def pieces(
+    self, chunks: Iterable[bytes], size: int | None = None
+  ) -> Iterator[bytes]:
+    """Yield the same text in pieces whose tokens are those of the whole text.
+
+    The pieces do not depend on how the text was cut into chunks.
+
+    Args:
+      chunks: the bytes of the text, cut anywhere.
+      size: number of characters of a piece, or of bytes where a byte is a
+        token. A piece is longer where the text has no place to be cut. None
+        means PIECE.
+    """
+    size = size or PIECE
+    if not self.codec:
+      yield from _of_size(chunks, size)
+      return
+    cuts, waiting = self.codec.cuts(), ""
+    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+    for chunk in chunks:
+      waiting += decoder.decode(chunk)
+      start = 0
+      # A cut may look at the two characters behind it.
+      while len(waiting) - start > size + 1:
+        if not (end := _cut(waiting, start, start + size, cuts)):
+          break
+        yield waiting[start:end].encode("utf-8", "surrogateescape")
+        start = end
+      waiting = waiting[start:]
+    waiting += decoder.decode(b"", True)
+    if waiting:
+      yield waiting.encode("utf-8", "surrogateescape")
 
   def knows(self, character: str) -> bool:
-    """Return whether the vocabulary has all bytes of a character."""
-    return set(character.encode("utf-8", "replace")) <= set(self.symbols)
+    """Return whether the vocabulary can write a character."""
+    data = character.encode("utf-8", "replace")
+    return data in self._known or {*map(_byte, data)} <= self._known
 
   def to_bytes(self, ids: npt.ArrayLike) -> bytes:
     """Return the text of token ids, as bytes.
@@ -93,14 +233,39 @@ class Tokenizer:
         f"{self.name}: id {ids[offset]} at offset {offset} is not below "
         f"V={self.V}"
       )
-    return np.frombuffer(self.symbols, np.uint8)[ids.astype(np.intp)].tobytes()
+    if isinstance(self.symbols, bytes):
+      table = np.frombuffer(self.symbols, np.uint8)
+      return table[ids.astype(np.intp)].tobytes()
+    return b"".join(map(self.symbols.__getitem__, ids.tolist()))
 
   def decode(self, ids: npt.ArrayLike) -> str:
     """Return the text of token ids; bytes that are not UTF-8 become U+FFFD."""
     return self.to_bytes(ids).decode("utf-8", errors="replace")
 
-  def _bytes(self, text: str) -> bytes:
-    if self.V < 256:
+  @property
+  def _each(self):
+    """The bytes of every token, by id."""
+    if isinstance(self.symbols, bytes):
+      return [*map(_byte, self.symbols)]
+    return self.symbols
+
+  @functools.cached_property
+  def _known(self):
+    """The bytes of all tokens, as a set."""
+    return frozenset(self._each)
+
+  def _encode_bytes(self, data, text, before):
+    """Return the ids of bytes that are one token each."""
+    if self.V == 256:
+      return np.frombuffer(data, np.uint8)
+    ids = np.frombuffer(data.translate(_table(self.symbols)), np.uint8)
+    if len(ids) and ids.max() >= self.V:
+      offset = int((ids >= self.V).argmax())
+      raise TokenizerError(self._complaint(text[offset], before + offset))
+    return ids
+
+  def _bytes(self, text: str, before: int) -> bytes:
+    if not self.codec and self.V < 256:
       # ASCII has one byte per character, so offsets count characters.
       return text.encode("ascii", errors="replace")
     try:
@@ -108,7 +273,7 @@ class Tokenizer:
     except UnicodeEncodeError as error:
       raise TokenizerError(
         f"{self.name}: character {text[error.start]!r} at offset "
-        f"{error.start} cannot be written as UTF-8"
+        f"{before + error.start} cannot be written as UTF-8"
       ) from error
 
   def _complaint(self, symbol: str | int, offset: int) -> str:
@@ -119,9 +284,57 @@ class Tokenizer:
     return (
       f"{self.name}: {described} at offset {offset} is not a-z or space: "
       "--config.data.normalise=true (from Python normalise=True) brings any "
-      "text into this form; only a model trained with "
-      "--config.data.tokenizer=byte takes text as it is"
+      "text into this form; only a model trained with another "
+      "--config.data.tokenizer, such as byte, takes text as it is"
     )
+
+
+def dtype_of(V: int) -> np.dtype:
+  """Return the smallest unsigned dtype that holds the ids 0..V - 1."""
+  return np.min_scalar_type(max(V - 1, 0))
+
+
+def _of_size(chunks, size):
+  """Yield the same bytes in pieces of `size` bytes; the last may be shorter."""
+  waiting = b""
+  for chunk in chunks:
+    waiting += chunk
+    whole = len(waiting) - len(waiting) % size
+    for start in range(0, whole, size):
+      yield waiting[start : start + size]
+    waiting = waiting[whole:]
+  if waiting:
+    yield waiting
+
+
+def _cut(text, start, last, cuts):
+  """Return where a piece ends; 0 if there is no place in the text.
+
+  Args:
+    text: a text of at least last + 2 characters.
+    start: start of the piece.
+    last: greatest end of the piece, if it can be cut before.
+    cuts: see Codec.cuts.
+  """
+  if cuts is None:
+    return 0
+  if not cuts.pattern:
+    return last
+  for reach in _REACHES:
+    places = cuts.finditer(text, max(start + 1, last - reach), last + 2)
+    if ends := [place.start() for place in places if place.start() <= last]:
+      return ends[-1]
+  place = cuts.search(text, last)
+  return place.start() if place else 0
+
+
+def _character(data, offset):
+  """Return the character of UTF-8 bytes at an offset."""
+  return data[offset : offset + 4].decode("utf-8", "replace")[:1]
+
+
+def _byte(value):
+  return bytes([value])
 
 
 @functools.cache
@@ -132,20 +345,26 @@ def _table(symbols: bytes) -> bytes:
   return table.tobytes()
 
 
-_TOKENIZERS = {
+_FIXED = {
   "char27": Tokenizer("char27", b" abcdefghijklmnopqrstuvwxyz"),
   "byte": Tokenizer("byte", bytes(range(256))),
 }
 
 
+def is_fixed(name: str) -> bool:
+  """Return whether a tokenizer needs no text and no file."""
+  return name in _FIXED
+
+
 def get(name: str) -> Tokenizer:
-  """Return the tokenizer with a name of config.Data.tokenizer.
+  """Return a fixed tokenizer by its name.
 
   Raises:
-    TokenizerError: no tokenizer has this name.
+    TokenizerError: no fixed tokenizer has this name.
   """
-  if name not in _TOKENIZERS:
+  if name not in _FIXED:
     raise TokenizerError(
-      f"config.data.tokenizer={name!r}: not one of {', '.join(_TOKENIZERS)}"
+      f"config.data.tokenizer={name!r}: not one of {', '.join(_FIXED)}, which "
+      "need no text"
     )
-  return _TOKENIZERS[name]
+  return _FIXED[name]

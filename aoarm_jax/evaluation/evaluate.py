@@ -27,7 +27,7 @@ _SECONDS_BETWEEN_LINES = 15.0
 
 
 class Batches(Protocol):
-  """A sequence of (tokens uint8 [B, T], real bool [B]).
+  """A sequence of (tokens [B, T], real bool [B]).
 
   Rows that are not real are padding of the last batch and count nowhere.
   """
@@ -85,8 +85,11 @@ class Estimate:
     by_recency: mean by how many steps ago that token was generated; () if the
       estimator has no ranks.
     unit: name of a token, see Tokenizer.unit.
+    bytes: number of UTF-8 bytes of the text in all sequences; 0 if it is not
+      known.
     characters: number of characters in all sequences; 0 if it is not known.
-      A token of another unit than "byte" is a character.
+    standard_error_nats_per_byte: standard error of the sum of all nats divided
+      by the number of bytes; NaN if it is not known.
   """
 
   estimator: str
@@ -98,39 +101,51 @@ class Estimate:
   by_distance: tuple[Bin, ...] = ()
   by_recency: tuple[Bin, ...] = ()
   unit: str = "char"
+  bytes: int = 0
   characters: int = 0
+  standard_error_nats_per_byte: float = math.nan
 
   @property
   def bits_per_token(self) -> float:
-    """The mean in bits per token: per character, or per byte."""
+    """The mean in bits per token."""
     return self.nats_per_token / math.log(2)
 
+  def _counts(self):
+    """Return the size of the text in every unit; 0 where it is not known."""
+    counts = {"byte": self.bytes, "char": self.characters, "token": self.tokens}
+    # Where a token is a byte or a character, so much is known without counts.
+    return counts | {self.unit: self.tokens}
+
   def _bits(self):
-    """Return the mean in bits by the names of its units."""
-    bits = {f"bits_per_{self.unit}": self.bits_per_token}
-    if self.unit == "byte" and self.characters:
-      bits["bits_per_char"] = self.bits_per_token * (
-        self.tokens / self.characters
-      )
-    return bits
+    """Return the mean in bits by the names of its units, as far as known."""
+    total = self.bits_per_token * self.tokens
+    return {
+      f"bits_per_{unit}": total / count
+      for unit, count in self._counts().items()
+      if count
+    }
 
   def record(self) -> dict[str, Any]:
     """Return the estimate as a record of metrics.jsonl, without its bins.
 
-    The mean is bits_per_char, or bits_per_byte where a token is a byte. Then
-    bits_per_char is the mean per UTF-8 character, if the number of characters
-    is known. All other bits are per token. characters is None if their number
-    is not known.
+    The mean has the names bits_per_token, bits_per_byte (of UTF-8) and
+    bits_per_char. The last two are absent, and bytes and characters are None,
+    where their numbers are not known. Only bits_per_byte can be compared across
+    tokenizers. All other bits are per token.
     """
     return {
       "estimator": self.estimator,
       "unit": self.unit,
       "nats_per_token": self.nats_per_token,
       **self._bits(),
-      "standard_error_bits": self._error_bits(),
+      "standard_error_bits": _bits_or_none(self.standard_error_nats),
+      "standard_error_bits_per_byte": _bits_or_none(
+        self.standard_error_nats_per_byte
+      ),
       "sequences": self.sequences,
       "tokens": self.tokens,
-      "characters": self.characters or None,
+      "bytes": self._counts()["byte"] or None,
+      "characters": self._counts()["char"] or None,
       "slot_curve_bits": [x / math.log(2) for x in self.slot_curve_nats],
     }
 
@@ -141,26 +156,36 @@ class Estimate:
       "by_recency": [bin_.record(self.unit) for bin_ in self.by_recency],
     }
 
-  def _error_bits(self):
-    """Return the standard error in bits per token; None for one sequence."""
-    bits = self.standard_error_nats / math.log(2)
-    return bits if math.isfinite(bits) else None
-
   def __str__(self) -> str:
-    bits = self._error_bits()
-    error = "unknown" if bits is None else f"{bits:.4f}"
+    error = _error_in_words(self.standard_error_nats)
     plural = "s" * (self.sequences != 1)
-    bits = self._bits()
-    also = f"= {bits['bits_per_char']:.4f} bits/char  " * (len(bits) > 1)
-    units = f"{self.tokens:,} characters"
-    if self.unit == "byte":
-      also_characters = f", {self.characters:,} characters" * (len(bits) > 1)
-      units = f"{self.tokens:,} bytes{also_characters}"
+    names = {"token": "tokens", "byte": "bytes", "char": "characters"}
+    also, sizes = "", f"{self.tokens:,} {names[self.unit]}"
+    for unit, count in self._counts().items():
+      # A unit of which a text has as many as tokens says nothing new.
+      if unit == self.unit or count in (0, self.tokens):
+        continue
+      also += f"= {self._bits()[f'bits_per_{unit}']:.4f} bits/{unit}  "
+      if unit == "byte":
+        also += f"± {_error_in_words(self.standard_error_nats_per_byte)}  "
+      sizes += f", {count:,} {names[unit]}"
     return (
       f"{self.estimator:<17}  {self.bits_per_token:.4f} bits/{self.unit}  "
       f"± {error}  {also}"
-      f"({self.sequences:,} sequence{plural}, {units})"
+      f"({self.sequences:,} sequence{plural}, {sizes})"
     )
+
+
+def _bits_or_none(nats):
+  """Return nats in bits; None if they are not finite."""
+  bits = nats / math.log(2)
+  return bits if math.isfinite(bits) else None
+
+
+def _error_in_words(nats):
+  """Return a standard error in bits for people."""
+  bits = _bits_or_none(nats)
+  return "unknown" if bits is None else f"{bits:.4f}"
 
 
 class Evaluator:
@@ -231,16 +256,41 @@ class Evaluator:
     if nats_and_sums is None:
       return None
     found = mean(estimator, self._config.model.T, *nats_and_sums)
-    unit, characters = self._network.tokenizer.unit, found.characters
-    if unit == "byte":
-      # The number of characters of a part of the batches is not known.
-      characters = 0
-      if (
-        isinstance(batches, pipeline.EvalBatches)
-        and found.tokens == batches.evaluated_tokens
-      ):
-        characters = batches.characters
-    return dataclasses.replace(found, unit=unit, characters=characters)
+    return self._with_units(found, nats_and_sums[0], batches)
+
+  def _with_units(self, found, sequence_nats, batches):
+    """Return an Estimate with the bytes and characters of its text."""
+    tokenizer = self._network.tokenizer
+    found = dataclasses.replace(found, unit=tokenizer.unit)
+    if (
+      not isinstance(batches, pipeline.EvalBatches)
+      or found.tokens != batches.evaluated_tokens
+    ):
+      # The text of a part of the batches is not known.
+      return found
+    sizes = batches.sums(tokenizer.bytes_of)
+    characters = int(batches.sums(tokenizer.characters_of).sum())
+    return dataclasses.replace(
+      found,
+      bytes=int(sizes.sum()),
+      characters=characters,
+      standard_error_nats_per_byte=_error_of_ratio(sequence_nats, sizes),
+    )
+
+
+def _error_of_ratio(nats, sizes):
+  """Return the standard error of sum(nats) / sum(sizes), to first order.
+
+  Args:
+    nats: float [sequences].
+    sizes: int [sequences]. They vary, and they are correlated with the nats.
+  """
+  if len(nats) < 2:
+    return math.nan
+  nats = nats.astype(np.float64)
+  deviations = nats - nats.sum() / sizes.sum() * sizes
+  error = math.sqrt((deviations**2).sum() / (len(nats) - 1) / len(nats))
+  return float(error / sizes.mean())
 
 
 def over_batches(
@@ -307,7 +357,7 @@ def mean(
 ) -> Estimate:
   """Return the Estimate of the results of `over_batches`.
 
-  A token counts as a character.
+  The bytes and characters of the text are not known.
 
   Args:
     estimator: name of the estimator.
@@ -328,7 +378,6 @@ def mean(
     slot_curve_nats=tuple(map(float, curve)),
     by_distance=_bins(*total["by_distance"]) if total else (),
     by_recency=_bins(*total["by_recency"]) if total else (),
-    characters=count * T,
   )
 
 
@@ -362,7 +411,9 @@ def evaluate(config: config_lib.Config, workdir: epath.Path) -> None:
   run = opening.open_run(workdir, config, "eval")
   network = run.network
   corpus = identity.read_text(config.data, network.tokenizer, config.eval.split)
-  agreement.check_text(identity.text_of(corpus, config.eval.split))
+  agreement.check_text(
+    identity.text_of(corpus, config.eval.split), network.tokenizer.sha256
+  )
   identity.warn_other_text(run.saved, corpus, config.eval.split)
   batches = evaluation_batches(network, corpus.split(config.eval.split))
   logging.info("%s", batches.describe(network.tokenizer.units))
@@ -437,7 +488,7 @@ def evaluation_batches(
   Args:
     network: the network, with the run's config. Its mesh says which rows of a
       batch this process reads.
-    tokens: uint8 [n], the split.
+    tokens: unsigned integers [n], the split.
 
   Raises:
     DataError: the split is shorter than T tokens.

@@ -27,11 +27,10 @@ from etils import epath
 from aoarm_jax import objective, orders
 from aoarm_jax.config import purposes
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.data import tokenizers
 from aoarm_jax.devices import sharding, stopping
 from aoarm_jax.generation import prompts, shapes
 from aoarm_jax.model import network as network_lib
-from aoarm_jax.runs import agreement, opening, telemetry
+from aoarm_jax.runs import agreement, alphabet, opening, telemetry
 
 # The texts of a file are scored in parts of this many, and each part is printed
 # before the next one is scored.
@@ -52,16 +51,20 @@ class Score(NamedTuple):
     log_p: nats, log p(scored | known). Over several orders, the log of the mean
       of p.
     bits: -log_p / ln 2.
-    positions: positions of the scored tokens, within 1..n, ascending: those of
-      characters or, if the tokenizer is byte, those of bytes.
+    positions: positions of the scored tokens, within 1..n, ascending. A token
+      is a character, a byte, or a part of a word: see `unit`.
     token_log_p: nats of each scored token, in the order of `positions`, given
       the tokens (or groups) before it in the order. Over several orders, the
       mean over them, so that the sum is not log_p.
-    token_bits: -token_log_p / ln 2, bits per character or, if the tokenizer is
-      byte, bits per byte.
+    token_bits: -token_log_p / ln 2, bits of each scored token.
     order: the scored positions in the order that was followed; None if there
       were several orders.
     order_log_p: nats, log p(scored | known) in each of the orders.
+    unit: name of a token: "char", "byte" or "token".
+    bytes: number of UTF-8 bytes of the scored tokens.
+    bits_per_byte: bits / bytes.
+    bits_per_char: bits / number of characters that begin in the scored tokens;
+      None if there are none.
   """
 
   text: str
@@ -72,6 +75,10 @@ class Score(NamedTuple):
   token_bits: list[float]
   order: list[int] | None
   order_log_p: list[float]
+  unit: str
+  bytes: int
+  bits_per_byte: float
+  bits_per_char: float | None
 
 
 class Scorer:
@@ -193,7 +200,13 @@ class Scorer:
     with telemetry.waiting(f"scoring {texts_here}"):
       nats, order = jax.device_get(out)
     return {
-      row: _score(texts[row][0], nats[:, b, :n], order[:, b, :n])
+      row: _score(
+        texts[row][0],
+        texts[row][1],
+        nats[:, b, :n],
+        order[:, b, :n],
+        self._network.tokenizer,
+      )
       for b, (row, n) in enumerate(zip(rows, counts))
     }
 
@@ -264,8 +277,11 @@ class Scorer:
 _KNOWN, _SCORED, _UNKNOWN = range(3)
 
 
-def _score(text, nats, order):
+def _score(text, marked, nats, order, tokenizer):
   """Return the Score of a text from nats [K, n] at positions [K, n]."""
+  scored = marked.tokens[marked.scored]
+  size = int(tokenizer.bytes_of[scored].sum())
+  characters = int(tokenizer.characters_of[scored].sum())
   log_p = -nats.astype(np.float64).sum(axis=1)
   largest = log_p.max()
   total = float(largest + np.log(np.exp(log_p - largest).mean()))
@@ -280,6 +296,10 @@ def _score(text, nats, order):
     token_bits=(-token_log_p / math.log(2)).tolist(),
     order=order[0].tolist() if len(order) == 1 else None,
     order_log_p=log_p.tolist(),
+    unit=tokenizer.unit,
+    bytes=size,
+    bits_per_byte=-total / math.log(2) / size,
+    bits_per_char=-total / math.log(2) / characters if characters else None,
   )
 
 
@@ -318,7 +338,7 @@ def score(
     PromptError: this model cannot score one of the texts.
     Stopped: SIGTERM came. The scores so far are printed.
   """
-  tokenizer = tokenizers.get(config.data.tokenizer)
+  tokenizer = alphabet.of_run(config, workdir)
   lines = [("--text", text)] if text else prompts.read_lines(input_file)
   agreement.check_lines(lines)
   if config.data.normalise:

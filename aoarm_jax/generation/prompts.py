@@ -13,7 +13,7 @@ import numpy as np
 from absl import logging
 
 from aoarm_jax.config import errors, exit_codes, paths, reading
-from aoarm_jax.data import corpora, files, tokenizers
+from aoarm_jax.data import cleaning, files, tokenizers
 
 # The blank and the marks where the user asks for none and the alphabet has no
 # such characters.
@@ -160,7 +160,7 @@ def normalised(
 ) -> list[tuple[str, str]]:
   """Return texts in the form of text8, with their blanks and marks.
 
-  The form is that of corpora.normal_form. A blank counts as a letter. A mark
+  The form is that of cleaning.normal_form. A blank counts as a letter. A mark
   counts as nothing, so spaces on its two sides become one.
 
   Args:
@@ -200,7 +200,7 @@ def normalised_start(text: str, name: str) -> str:
     PromptError: nothing is left of the text.
   """
   # The text goes on with a letter, which is not part of it.
-  form = corpora.normal_form(f"{text}a".encode("utf-8", "replace"))[:-1]
+  form = cleaning.normal_form(f"{text}a".encode("utf-8", "replace"))[:-1]
   if text and not form:
     raise _nothing_left(name, text)
   return form.decode()
@@ -249,7 +249,7 @@ def _pieces(character, blank):
   """Return what becomes of a character in normal form; None is a space."""
   if character == blank:
     return [character]
-  form = corpora.normal_form(character.encode("utf-8", "replace")).decode()
+  form = cleaning.normal_form(character.encode("utf-8", "replace")).decode()
   if len(form) > 1:  # The word of a digit.
     return [_APART, form, _APART]
   return [form or None]
@@ -287,19 +287,14 @@ _PLAIN, _MARKED, _UNKNOWN = range(3)
 
 def _encode(text, tokenizer, name, blank, marks):
   """Return (tokens int32 [n], kinds int32 [n]): _PLAIN, _MARKED or _UNKNOWN."""
-  # The whole text is encoded once, so that an error gives the offset from its
-  # start. Blanks and marks are replaced by a symbol of the vocabulary for this.
-  filler = tokenizer.decode([0])
-  special = {ord(character): filler for character in blank + marks}
-  try:
-    tokenizer.encode(text.translate(special))
-  except tokenizers.TokenizerError as error:
-    raise PromptError(f"{name}: {error}") from error
   pieces: list[np.ndarray] = []
   kinds: list[np.ndarray] = []
   opened = 0  # Place of the open mark, counted from 1; 0 if no mark is open.
   at = 0
-  for piece in _split(text, blank, marks):
+  parts = _split(text, blank, marks)
+  # A wrong character is told before a wrong mark.
+  encoded = _encoded(parts, tokenizer, name, blank + marks)
+  for piece, ids in zip(parts, encoded):
     at += len(piece)
     if marks and piece in (marks[0], marks[1]):
       if (piece == marks[0]) == bool(opened):
@@ -309,11 +304,10 @@ def _encode(text, tokenizer, name, blank, marks):
         )
       opened = 0 if opened else at
       continue
+    kind = _MARKED if opened else _PLAIN
     if blank and piece[0] == blank:
-      piece, kind = filler * len(piece), _UNKNOWN
-    else:
-      kind = _MARKED if opened else _PLAIN
-    pieces.append(tokenizer.encode(piece).astype(np.int32))
+      kind = _UNKNOWN
+    pieces.append(ids.astype(np.int32))
     kinds.append(np.full(len(pieces[-1]), kind, np.int32))
   if opened:
     raise PromptError(
@@ -321,6 +315,21 @@ def _encode(text, tokenizer, name, blank, marks):
     )
   nothing = np.zeros(0, np.int32)
   return np.concatenate([nothing, *pieces]), np.concatenate([nothing, *kinds])
+
+
+def _encoded(parts, tokenizer, name, special):
+  """Return the ids of parts of a text; a blank or a mark has the id 0."""
+  ids, at = [], 0
+  try:
+    for part in parts:
+      if part[0] in special:
+        ids.append(np.zeros(len(part), np.int32))
+      else:
+        ids.append(tokenizer.encode(part, at))
+      at += len(part)
+  except tokenizers.TokenizerError as error:
+    raise PromptError(f"{name}: {error}") from error
+  return ids
 
 
 def _split(text, blank, marks):

@@ -18,13 +18,12 @@ from etils import epath
 from aoarm_jax import orders
 from aoarm_jax.config import purposes
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.data import tokenizers
 from aoarm_jax.devices import sharding, stopping
 from aoarm_jax.generation import decode, diffusion, prompts, shapes
 from aoarm_jax.generation import law as sampling
 from aoarm_jax.generation import plan as plan_lib
 from aoarm_jax.model import network as network_lib
-from aoarm_jax.runs import agreement, opening, telemetry
+from aoarm_jax.runs import agreement, alphabet, opening, telemetry
 from aoarm_jax.runs import directory as run_dir
 from aoarm_jax.runs import text as text_lib
 
@@ -365,7 +364,7 @@ def sample(
     PromptError: this model cannot fill one of the prompts.
     Stopped: SIGTERM came. The texts so far are printed and written.
   """
-  tokenizer = tokenizers.get(config.data.tokenizer)
+  tokenizer = alphabet.of_run(config, workdir)
   blank, primary = config.sample.blank, jax.process_index() == 0
   lines = prompts.read_lines(input_file) if input_file else []
   if prompt:

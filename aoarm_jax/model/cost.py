@@ -4,11 +4,14 @@ import jax.numpy as jnp
 
 from aoarm_jax import orders
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.data import tokenizers
+from aoarm_jax.data import alphabets
 
 
 def forward_flops(
-  config: config_lib.Config, *, visible_only: bool = True
+  config: config_lib.Config,
+  *,
+  visible_only: bool = True,
+  vocabulary: int | None = None,
 ) -> float:
   """Return the matmul FLOPs of one forward pass over a training batch.
 
@@ -21,9 +24,10 @@ def forward_flops(
     visible_only: if true, rows attend only to the slots that they see, which is
       the work that the model needs. If false, rows attend to all slots, as in a
       plain implementation.
+    vocabulary: size V of the vocabulary. None takes what the config says.
   """
   model, batch = config.model, config.train.batch_size
-  vocabulary = tokenizers.get(config.data.tokenizer).V
+  V = vocabulary or alphabets.size(config.data)
   query_fraction = config.train.query_fraction
   D, F, L, S, T = model.D, model.F, model.L, model.S, model.T
   kind = model.kind
@@ -37,18 +41,24 @@ def forward_flops(
   if kind.streams == 2:
     rows += (L - 1) * read_out
   key_value = 2 * 2 * D * D * L * S
-  sequence = row * rows + key_value + 2 * D * vocabulary * read_out
+  sequence = row * rows + key_value + 2 * D * V * read_out
   modulation = 2 * (T + 2) * kind.condition * D * (6 * L + 2)
   return batch * sequence + modulation
 
 
-def training_flops_per_token(config: config_lib.Config) -> float:
+def training_flops_per_token(
+  config: config_lib.Config, vocabulary: int | None = None
+) -> float:
   """Return the FLOPs of forward and backward pass per token of text.
 
   The two passes together count as 3 forward passes.
+
+  Args:
+    config: see `forward_flops`.
+    vocabulary: see `forward_flops`.
   """
   tokens = config.train.batch_size * config.model.T
-  return 3 * forward_flops(config) / tokens
+  return 3 * forward_flops(config, vocabulary=vocabulary) / tokens
 
 
 def cache_bytes_per_token(model: config_lib.Model, dtype: str) -> int:

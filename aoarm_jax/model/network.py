@@ -8,7 +8,7 @@ from flax import nnx
 
 from aoarm_jax import orders
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.data import tokenizers
+from aoarm_jax.data import alphabets, tokenizers
 from aoarm_jax.devices import sharding
 from aoarm_jax.model import transformer
 
@@ -42,10 +42,11 @@ class Network:
       config: gives model, compute, data.tokenizer and mesh.smallest_shard.
       mesh: the mesh for the parameters. None means that parameters lie wherever
         they are put.
-      tokenizer: None means the tokenizer that the config names.
+      tokenizer: None means the tokenizer that the config names. If its symbols
+        come from a text, a stand-in of the same size takes its place.
     """
     self.config, self.mesh = config, mesh
-    self.tokenizer = tokenizer or tokenizers.get(config.data.tokenizer)
+    self.tokenizer = tokenizer or alphabets.of_config(config.data)
     abstract = jax.eval_shape(self._create, jax.random.key(0))
     map_variables = functools.partial(
       jax.tree.map, is_leaf=lambda node: isinstance(node, nnx.Variable)

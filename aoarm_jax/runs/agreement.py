@@ -31,8 +31,13 @@ from aoarm_jax.devices import neighbours, switches, waits
 from aoarm_jax.runs import checkpoint, telemetry
 from aoarm_jax.runs import directory as run_dir
 
-# The hosts may keep the text in different places; its sha256 is compared.
-_OWN_FIELDS = ("config.distributed.", "config.data.path")
+# The hosts may keep the text and the tokenizer in different places. Each sha256
+# is compared.
+_OWN_FIELDS = (
+  "config.distributed.",
+  "config.data.path",
+  "config.data.tokenizer_file",
+)
 _TOKEN = ".shared"
 # Network disks and buckets may show a new file after some seconds.
 _DISK_SECONDS = 10.0
@@ -88,16 +93,19 @@ def check_devices() -> None:
   )
 
 
-def check_text(text: Mapping[str, str]) -> None:
-  """Check that all processes read the same text.
+def check_text(text: Mapping[str, str], tokenizer: str = "") -> None:
+  """Check that all processes read the same text with the same tokenizer.
 
   Args:
     text: sha256 of every split that is read, by its name.
+    tokenizer: sha256 of the tokenizer's state; "" if the config fixes it.
 
   Raises:
     ConfigError: something differs; see `neighbours.agree`.
   """
-  _agree("text", {f"the {k} text (sha256)": v[:12] for k, v in text.items()})
+  facts = {f"the {k} text (sha256)": v[:12] for k, v in text.items()}
+  facts["the tokenizer (sha256)"] = tokenizer[:12] or "fixed"
+  _agree("text", facts)
 
 
 def check_lines(lines: Sequence[tuple[str, str]]) -> None:

@@ -4,6 +4,7 @@ orbax is used in this module only. The directory of checkpoints holds:
 
   500/                  A step. Orbax writes it under a temporary name first.
     state/ ...          The arrays, as nested dicts with string keys.
+    tokenizer.json      State of the tokenizer, unless the config fixes it.
     manifest.json       Written last: format version, step, metric, config,
                         state of the data iterator, shapes, file checksums.
   550.orbax-checkpoint-tmp...   A save that is running, or that was killed.
@@ -17,6 +18,7 @@ while it saves or deletes.
 import concurrent.futures
 import contextlib
 import functools
+import hashlib
 import json
 import logging as python_logging
 import os
@@ -35,7 +37,10 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
+from aoarm_jax.config import reading
+from aoarm_jax.data import alphabets
 from aoarm_jax.devices import distributed, neighbours, waits
+from aoarm_jax.runs import directory as run_dir
 from aoarm_jax.runs import manifest, text
 
 FORMAT_VERSION = manifest.FORMAT_VERSION
@@ -43,6 +48,7 @@ CheckpointError = manifest.CheckpointError
 Saved = manifest.Saved
 
 _STATE = "state"
+TOKENIZER = alphabets.FILE
 # A step that is to be saved may stand on disk already.
 _ABSENT, _OURS, _FOREIGN = 0, 1, 2
 # Process 0 broadcasts one of these numbers if it has no step to broadcast.
@@ -128,6 +134,7 @@ class Checkpoints:
     data_state: dict[str, Any],
     config_json: str,
     metric: float | None = None,
+    tokenizer: bytes = b"",
     is_ours: Callable[[Saved], bool] = lambda saved: True,
   ) -> None:
     """Start to save a step. The state may be donated as soon as this returns.
@@ -143,6 +150,8 @@ class Checkpoints:
       config_json: the whole configuration.
       metric: the number that `best` minimises, such as validation nats per
         token.
+      tokenizer: the state of the tokenizer, which is written beside the arrays;
+        b"" writes none.
       is_ours: whether a step that is complete on disk was saved by this run.
 
     Raises:
@@ -186,7 +195,7 @@ class Checkpoints:
       raise self._save_error(step, error) from error
     self._pending = (
       step,
-      self._thread.submit(self._finish, response, record, start),
+      self._thread.submit(self._finish, response, record, tokenizer, start),
     )
 
   def wait(self) -> None:
@@ -269,6 +278,33 @@ class Checkpoints:
         f"checkpoint step {step} in {self._steps.directory} cannot be used: "
         f"{error}; steps there: {_listed(self.steps())}"
       ) from error
+
+  def tokenizer(self, saved: Saved) -> bytes:
+    """Return the state of the tokenizer in a step; b"" if there is none.
+
+    Args:
+      saved: a step that `newest`, `best` or `at` returned.
+
+    Raises:
+      CheckpointError: the state is missing, or is not what was saved.
+    """
+    wanted = saved.data_state.get("tokenizer", "")
+    if not wanted:
+      return b""
+    directory = self._steps.at(saved.step)
+    path = directory / TOKENIZER
+    try:
+      state = reading.read(path, reading.JSON_BYTES, inside=directory)
+    except (OSError, reading.ReadError) as error:
+      raise CheckpointError(
+        f"{path}: the tokenizer cannot be read: {text.first_line(error)}"
+      ) from error
+    if hashlib.sha256(state).hexdigest() != wanted:
+      raise CheckpointError(
+        f"{path}: not the tokenizer that was saved (the sha256 differs): "
+        "restore that folder from a copy"
+      )
+    return state
 
   def restore(self, saved: Saved, abstract_state: Any) -> Any:
     """Read a state, or some of its top-level parts.
@@ -382,7 +418,7 @@ class Checkpoints:
       manifest.write(directory, record | {"metric": float(metric)})
     return _OURS
 
-  def _finish(self, response, record, start):
+  def _finish(self, response, record, tokenizer, start):
     """Wait for orbax, then write the manifest; runs in the thread."""
     step = record["step"]
     directory = self._steps.at(step)
@@ -391,6 +427,8 @@ class Checkpoints:
       if jax.process_index() != 0:
         return
       with neighbours.saving():
+        if tokenizer:
+          run_dir.write_atomically(directory / TOKENIZER, tokenizer)
         files = manifest.checksums(directory)
         manifest.write(directory, record | {"files": files})
     except Exception:

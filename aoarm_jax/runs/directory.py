@@ -67,6 +67,7 @@ _RECORD = {
   "loss_nats_per_token?": (float, None),
   "bits_per_char?": (float, None),
   "bits_per_byte?": (float, None),
+  "bits_per_token?": (float, None),
   "slot_curve_bits?": [(float, None)],
 }
 _LONGEST_RECORD = 1 << 22  # Bytes of a line of metrics.jsonl.

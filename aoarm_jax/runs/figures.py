@@ -306,7 +306,7 @@ def _words(name):
 
 def _bits_per(unit):
   """Returns the label of an axis of bits per token."""
-  return f"bits per {'byte' if unit == 'byte' else 'character'}"
+  return f"bits per {'character' if unit == 'char' else unit}"
 
 
 def _bits_series(records, unit):

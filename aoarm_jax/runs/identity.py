@@ -3,6 +3,7 @@
   fields     of the config that bind a checkpoint ("model") or a run ("run"):
              model, tokenizer, optimizer, orders, batches, seed, validation
   text       sha256 of every split that the run reads
+  tokenizer  sha256 of its state, unless the config fixes it
   switches   JAX's switches that random numbers depend on
 
 Training refuses every difference, before it says that a run is finished and
@@ -33,9 +34,9 @@ class Difference(NamedTuple):
   """One thing that differs between a checkpoint and this start.
 
   Attributes:
-    kind: "field", "text" or "switch".
+    kind: "field", "tokenizer", "text" or "switch".
     name: the field, the split, or the environment variable of the switch.
-    then: the value of the checkpoint. A text is its sha256.
+    then: the value of the checkpoint. A text and a tokenizer are their sha256.
     now: the value of this start.
   """
 
@@ -45,13 +46,15 @@ class Difference(NamedTuple):
   now: Any
 
 
-def record(text: dict[str, str]) -> dict[str, Any]:
+def record(text: dict[str, str], tokenizer: str = "") -> dict[str, Any]:
   """Return what a checkpoint records besides the config, as JSON.
 
   Args:
     text: sha256 of every split that the run reads, by the split's name.
+    tokenizer: sha256 of the tokenizer's state; "" if the config fixes it.
   """
-  return {"text": text, "switches": switches.streams()}
+  symbols = {"tokenizer": tokenizer} if tokenizer else {}
+  return {"text": text, "switches": switches.streams()} | symbols
 
 
 def read_text(
@@ -104,6 +107,7 @@ def differences(
   saved: manifest.Saved,
   config: config_lib.Config | None = None,
   text: dict[str, str] | None = None,
+  tokenizer: str | None = None,
 ) -> Iterator[Difference]:
   """Yield what differs between a checkpoint and this start.
 
@@ -113,11 +117,16 @@ def differences(
     saved: the checkpoint.
     config: the config of this start. None compares no fields.
     text: sha256 of the splits that are read now. None compares no text.
+    tokenizer: sha256 of the tokenizer's state now; "" if the config fixes it.
+      None compares no tokenizer.
   """
   if config is not None:
     before = config_of(saved)
     for field in config_rules.differences(before, config, ("model", "run")):
       yield Difference("field", *field)
+  symbols = saved.data_state.get("tokenizer", "")
+  if tokenizer is not None and symbols != tokenizer:
+    yield Difference("tokenizer", "config.data.tokenizer", symbols, tokenizer)
   then = saved.data_state.get("switches", {})
   for name, now in switches.streams().items():
     if then.get(name, now) != now:
@@ -133,6 +142,7 @@ def check_same_run(
   config: config_lib.Config,
   text: dict[str, str],
   workdir: epath.Path,
+  tokenizer: str = "",
 ) -> None:
   """Check that this start is of the run that stands in `workdir`.
 
@@ -143,6 +153,7 @@ def check_same_run(
     config: the config of this start.
     text: sha256 of the splits that are read now.
     workdir: run directory.
+    tokenizer: sha256 of the tokenizer's state; "" if the config fixes it.
 
   Raises:
     ConfigError: something differs. The message names the value, what stands in
@@ -152,12 +163,17 @@ def check_same_run(
   stands = (
     f"the run in {workdir} (step {saved.step:,} of {before.train.steps:,})"
   )
-  for kind, name, then, now in differences(saved, config, text):
+  for kind, name, then, now in differences(saved, config, text, tokenizer):
     if name == _STEPS:
       continue
     what = f"{name}={now!r}: {stands} has {then!r}"
     if kind == "switch":
       what += ", and the same seed would draw other numbers"
+    if kind == "tokenizer":
+      what = (
+        f"{name}={config.data.tokenizer!r}: its symbols are not those of "
+        f"{stands} (sha256 {now[:12]} now, {then[:12]} then)"
+      )
     if kind == "text":
       what = (
         f"config.data.path={config.data.path!r}: the {name} text is not that "
@@ -191,7 +207,10 @@ def other_text(before: config_lib.Config, config: config_lib.Config) -> str:
 
 
 def is_same_run(
-  saved: manifest.Saved, config: config_lib.Config, text: dict[str, str]
+  saved: manifest.Saved,
+  config: config_lib.Config,
+  text: dict[str, str],
+  tokenizer: str = "",
 ) -> bool:
   """Return whether this run can have saved a checkpoint.
 
@@ -199,10 +218,10 @@ def is_same_run(
     saved: the checkpoint.
     config: the config of this run. Its number of steps may have changed.
     text: sha256 of the splits that are read now.
+    tokenizer: sha256 of the tokenizer's state; "" if the config fixes it.
   """
-  return all(
-    difference.name == _STEPS for difference in differences(saved, config, text)
-  )
+  found = differences(saved, config, text, tokenizer)
+  return all(difference.name == _STEPS for difference in found)
 
 
 def another(workdir: epath.Path) -> epath.Path:

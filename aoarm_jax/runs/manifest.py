@@ -44,6 +44,7 @@ _RECORD = {
     ],
     "losses?": [float],
     "text?": reading.Each(str),
+    "tokenizer?": str,
     "switches?": reading.Each((str, bool, int)),
   },
   "leaves": reading.Each(str),
@@ -56,8 +57,9 @@ _NUMBER = re.compile("0|[1-9][0-9]{0,17}")
 _LOOKS = 20  # Times that vanished steps make a reader look again.
 _DEPTH = 8  # Of folders in a step. Orbax makes two or three.
 _LEAF = re.compile(r"[\w<>]+\[((?:\d{1,18}(?:,|(?=\])))*)\]$")
-# Orbax describes arrays in files of some kB, and keeps a little spare room.
-_MOST_BESIDE_ARRAYS = 1 << 24
+# Orbax describes arrays in files of some kB, and keeps a little spare room. The
+# state of a tokenizer has some MB.
+_MOST_BESIDE_ARRAYS = 1 << 25
 _DIGEST_BYTES = 32
 
 

@@ -12,7 +12,13 @@ from aoarm_jax.config import paths, reading
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import sharding
 from aoarm_jax.model import network as network_lib
-from aoarm_jax.runs import agreement, checkpoint, identity, telemetry
+from aoarm_jax.runs import (
+  agreement,
+  alphabet,
+  checkpoint,
+  identity,
+  telemetry,
+)
 from aoarm_jax.runs import text as text_lib
 
 
@@ -157,6 +163,7 @@ def open_run(
     CheckpointError: there is no complete checkpoint, or none of this step.
     ConfigError: the checkpoint has another model, and the message names the
       field; or the mesh does not fit the devices, the model or a batch.
+    DataError: config.data asks for another tokenizer than the checkpoint's.
   """
   workdir = paths.of(workdir, "workdir")
   mesh = sharding.of_run(config, *batches)
@@ -188,7 +195,8 @@ def _opened(workdir, config, mesh, checkpoints, step):
   agreement.check_checkpoint(checkpoints, saved)
   trained = identity.config_of(saved)
   identity.check_same_model(saved, config, workdir)
-  network = network_lib.Network(config, mesh)
+  tokenizer = alphabet.of_state(checkpoints.tokenizer(saved), config, workdir)
+  network = network_lib.Network(config, mesh, tokenizer)
   field = "ema" if trained.optimizer.ema_decay > 0 else "params"
   with (
     jax.set_mesh(mesh),

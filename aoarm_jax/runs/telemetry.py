@@ -351,6 +351,7 @@ _LOG_FIELDS = {
   "loss_nats_per_token": lambda x: f"loss {x:.4f} nats/token",
   "bits_per_char": lambda x: f"{x:.3f} bits/char",
   "bits_per_byte": lambda x: f"{x:.3f} bits/byte",
+  "bits_per_token": lambda x: f"{x:.3f} bits/token",
   "learning_rate": lambda x: f"lr {x:.1e}",
   "gradient_norm": lambda x: f"grad {x:.2f}",
   "tokens_per_second": lambda x: f"{format_count(x)} tokens/s",

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   except (config_lib.ConfigError, checkpoint.CheckpointError) as error:
     sys.exit(f"aoarm_jax: error: {error}")
   kind = model.config.model.mechanism
-  tokenizer = tokenizers.get(model.config.data.tokenizer)
+  tokenizer = model.tokenizer
   figures.generation_strip(
     {
       label: ([_symbol(tokenizer, x) for x in text.tokens], text.order)

@@ -23,6 +23,7 @@ from aoarm_jax.generation import texts as generate
 from aoarm_jax.model import cost
 from aoarm_jax.runs import (
   agreement,
+  alphabet,
   checkpoint,
   figures,
   identity,
@@ -76,7 +77,8 @@ def train(
     NonFiniteError: the loss is NaN or infinite; the last checkpoint is good.
     Preempted: SIGTERM or SIGINT came, and the state is saved.
   """
-  program = program_lib.make(config, "train", "eval")
+  tokenizer = alphabet.of_start(config, workdir)
+  program = program_lib.make(config, "train", "eval", tokenizer=tokenizer)
   network = program.network
   checkpoints = checkpoint.Checkpoints(
     workdir / "checkpoints",
@@ -98,7 +100,7 @@ def train(
     splits = list(dict.fromkeys(("train", config.eval.split)))
     corpus = identity.read_text(config.data, network.tokenizer, *splits)
     text = identity.text_of(corpus, *splits)
-    agreement.check_text(text)
+    agreement.check_text(text, tokenizer.sha256)
     # Everything that depends on what stands in the run directory is decided
     # under the lock. Before, another process may still be saving there. A save
     # that is running when an error comes ends under the lock, too.
@@ -108,7 +110,7 @@ def train(
       saved = checkpoints.newest()
       agreement.check_checkpoint(checkpoints, saved)
       if saved:
-        resuming.check_resume(saved, config, text, workdir)
+        resuming.check_resume(saved, config, text, workdir, tokenizer.sha256)
         if distributed.process_0_says(
           functools.partial(_is_finished, config, workdir, saved.step)
         ):
@@ -213,6 +215,8 @@ class _Run:
         argv=self.argv,
         params=self.network.abstract_params,
       )
+      if state := self.network.tokenizer.state:
+        run_dir.write_atomically(workdir / checkpoint.TOKENIZER, state)
 
   def _greet(self):
     """Log the size of the model, the devices and the orders."""
@@ -273,7 +277,7 @@ class _Run:
       total_steps=c.train.steps,
       start_step=start,
       tokens_per_step=c.train.batch_size * c.model.T,
-      flops_per_token=cost.training_flops_per_token(c),
+      flops_per_token=cost.training_flops_per_token(c, self.network.vocabulary),
       devices=list(self.mesh.devices.flatten()),
     )
     profile = telemetry.ProfileWindow(
@@ -473,11 +477,14 @@ class _Run:
       data_state={
         "iterator": self.batches.get_state(),
         "interval": self.interval,
-        **identity.record(self.text),
+        **identity.record(self.text, self.network.tokenizer.sha256),
       },
       config_json=config_lib.to_json(self.config),
       metric=metric,
-      is_ours=lambda saved: identity.is_same_run(saved, self.config, self.text),
+      tokenizer=self.network.tokenizer.state,
+      is_ours=lambda saved: identity.is_same_run(
+        saved, self.config, self.text, self.network.tokenizer.sha256
+      ),
     )
 
   def _check_place(self, step, state):

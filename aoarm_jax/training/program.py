@@ -15,6 +15,7 @@ import optax
 
 from aoarm_jax import objective
 from aoarm_jax.config import schema as config_lib
+from aoarm_jax.data import tokenizers
 from aoarm_jax.devices import sharding
 from aoarm_jax.model import network as network_lib
 from aoarm_jax.training import optimizer
@@ -27,7 +28,8 @@ class Program(NamedTuple):
   Attributes:
     network: the network of the run, on the run's mesh.
     abstract: train_state.TrainState of jax.ShapeDtypeStruct, with shardings.
-    tokens: jax.ShapeDtypeStruct of a global batch, uint8 [B, T].
+    tokens: jax.ShapeDtypeStruct of a global batch, [B, T] of the tokenizer's
+      dtype: uint8, uint16 or uint32.
     init: jitted function (seed int32 []) -> TrainState.
     step: jitted function (state, tokens) -> (state, sums), see `make_step`. It
       donates the state. If the program was made with told_rate=True, `step`
@@ -47,6 +49,7 @@ def make(
   mesh: jax.sharding.Mesh | None = None,
   devices: Sequence[jax.Device] | None = None,
   told_rate: bool = False,
+  tokenizer: tokenizers.Tokenizer | None = None,
 ) -> Program:
   """Put the program of a run together; compile nothing.
 
@@ -59,12 +62,14 @@ def make(
     told_rate: if True, every call of `step` gives the learning rate, and the
       config's schedule is not used. Then runs of all schedules share the
       program.
+    tokenizer: the tokenizer of the run. None takes what the config names, see
+      network.Network.
 
   Raises:
     ConfigError: the mesh does not divide the model or the batch.
   """
   mesh = sharding.of_run(config, *batches, mesh=mesh, devices=devices)
-  network = network_lib.Network(config, mesh)
+  network = network_lib.Network(config, mesh, tokenizer)
   init = functools.partial(train_state.init, network)
   abstract = network.placed(jax.eval_shape(init, 0))
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -77,7 +82,9 @@ def make(
     network=network,
     abstract=abstract,
     tokens=jax.ShapeDtypeStruct(
-      shape, jnp.uint8, sharding=sharding.named(mesh, "batch")
+      shape,
+      network.tokenizer.dtype,
+      sharding=sharding.named(mesh, "batch"),
     ),
     init=jax.jit(init, out_shardings=shardings),
     step=jax.jit(
@@ -102,7 +109,7 @@ def make_step(
       of the config.
 
   Returns:
-    A function (state, tokens uint8 [B, T]) -> (state, sums). The sums are
+    A function (state, tokens [B, T]) -> (state, sums). The sums are
     float32 scalars: nats (summed over the batch), tokens (their number),
     gradient_norm, update_norm and learning_rate.
   """

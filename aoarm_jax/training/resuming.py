@@ -14,6 +14,7 @@ def check_resume(
   config: config_lib.Config,
   text: dict[str, str],
   workdir: epath.Path,
+  tokenizer: str = "",
 ) -> None:
   """Check that this start can continue the run of a checkpoint.
 
@@ -25,13 +26,14 @@ def check_resume(
     config: the config of the new start.
     text: sha256 of the splits that are read now, by their names.
     workdir: run directory.
+    tokenizer: sha256 of the tokenizer's state; "" if the config fixes it.
 
   Raises:
-    ConfigError: the run has another text, another switch of random numbers, or
-      another value of a field that the run is bound to. The message names both
-      values.
+    ConfigError: the run has another text, another tokenizer, another switch of
+      random numbers, or another value of a field that the run is bound to. The
+      message names both values.
   """
-  identity.check_same_run(saved, config, text, workdir)
+  identity.check_same_run(saved, config, text, workdir, tokenizer)
   before = identity.config_of(saved)
   error = config_rules.schedule_steps_error(before, config, saved.step)
   if not error and saved.step > config.train.steps:

@@ -121,6 +121,28 @@ class UnitTest(absltest.TestCase):
     self.assertNotIn("bits_per_char", unknown)
     self.assertIsNone(unknown["characters"])
 
+  def test_bits_per_token(self):
+    found = evaluate.mean("elbo", 4, np.float32([8.0, 8.0]), None)
+    found = dataclasses.replace(found, unit="token", bytes=32, characters=16)
+    record = found.record()
+    bits = 2 / math.log(2)
+    for unit, size in (("token", 1), ("char", 2), ("byte", 4)):
+      self.assertAlmostEqual(record[f"bits_per_{unit}"], bits / size)
+    self.assertRegex(
+      str(found),
+      r"2.8854 bits/token .* = 0.7213 bits/byte .* = 1.4427 bits/char .* 8 "
+      r"tokens, 32 bytes, 16 characters\)",
+    )
+
+  def test_the_error_of_bits_a_byte_follows_the_bytes(self):
+    """Long sequences have more nats, which is no error."""
+    sizes = np.array([100, 200, 300])
+    self.assertEqual(evaluate._error_of_ratio(2.0 * sizes, sizes), 0)
+    nats = np.random.default_rng(0).normal(3, 1, 4000)
+    want = nats.std(ddof=1) / math.sqrt(4000) / 5
+    got = evaluate._error_of_ratio(nats, np.full(4000, 5))
+    self.assertAlmostEqual(got, want, places=12)
+
 
 class EstimateTest(parameterized.TestCase):
   def test_the_error_of_one_sequence_is_unknown(self):

@@ -18,7 +18,7 @@ import pallas_kernels
 from aoarm_jax import objective
 from aoarm_jax.config import mechanisms
 from aoarm_jax.config import schema as config
-from aoarm_jax.data import corpora, tokenizers
+from aoarm_jax.data import cleaning, tokenizers
 from aoarm_jax.devices import sharding
 from aoarm_jax.evaluation import score
 from aoarm_jax.generation import prompts
@@ -263,7 +263,7 @@ class MarksTest(parameterized.TestCase):
     )
     self.assertLen(marked.tokens, 151)
     self.assertEqual(marked.scored.nonzero()[0].tolist(), [100])
-    self.assertEqual(tokenizer.encode.call_count, 4)
+    self.assertEqual(tokenizer.encode.call_count, 2)
 
   @parameterized.parameters(
     ("char27", "auto", "auto", ("_", "[]")),
@@ -300,7 +300,7 @@ class MarksTest(parameterized.TestCase):
     name = "x" if want == text else "x (in normal form)"
     self.assertEqual(lines, [(name, want)])
     plain = text.translate(dict.fromkeys(map(ord, "[]_"), " "))
-    form = corpora.normal_form(plain.encode()).decode()
+    form = cleaning.normal_form(plain.encode()).decode()
     got = want.translate(dict.fromkeys(map(ord, "[]_"), " "))
     self.assertEqual(got.split(), form.split())
 

@@ -21,7 +21,7 @@ import zstandard
 from absl.testing import absltest, parameterized
 from etils import epath
 
-from aoarm_jax.data import corpora, files, mapped, tokenizers
+from aoarm_jax.data import cleaning, corpora, files, mapped, tokenizers
 
 # sha256 of the built-in text, as it is and in normal form: runs are compared by
 # their numbers on it, so it must never change unnoticed.
@@ -533,7 +533,7 @@ class CorporaTest(parameterized.TestCase):
     (" \n", b""),
   )
   def test_normal_form(self, text, expected):
-    self.assertEqual(corpora.normal_form(text.encode()), expected)
+    self.assertEqual(cleaning.normal_form(text.encode()), expected)
 
   # unigram_entropy
 

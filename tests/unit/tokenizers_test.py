@@ -60,9 +60,21 @@ class TokenizersTest(parameterized.TestCase):
       tokenizers.get("char27").decode(np.array([3, wrong]))
 
   def test_an_unknown_tokenizer_is_named(self):
-    message = "config.data.tokenizer='bpe': not one of char27, byte"
+    message = "config.data.tokenizer='words': not one of char27, byte"
     with self.assertRaisesRegex(tokenizers.DataError, message):
-      tokenizers.get("bpe")
+      tokenizers.get("words")
+
+  @parameterized.parameters(
+    (1, np.uint8), (256, np.uint8), (257, np.uint16), (65_537, np.uint32)
+  )
+  def test_ids_have_the_smallest_dtype(self, V, dtype):
+    self.assertEqual(tokenizers.dtype_of(V), dtype)
+
+  def test_sizes_of_tokens(self):
+    byte = tokenizers.get("byte")
+    ids = byte.encode("aé€🎉")
+    self.assertEqual(byte.bytes_of[ids].sum(), 10)
+    self.assertEqual(byte.characters_of[ids].sum(), 4)
 
 
 class UnitTest(parameterized.TestCase):
