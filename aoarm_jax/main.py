@@ -53,7 +53,7 @@ from aoarm_jax.runs import agreement, opening, telemetry
 from aoarm_jax.runs import directory as run_dir
 from aoarm_jax.study import sweep
 from aoarm_jax.tools import compile as pod
-from aoarm_jax.tools import matching
+from aoarm_jax.tools import matching, prepare
 from aoarm_jax.training import loop as train
 
 if _IS_PROGRAM:
@@ -62,9 +62,11 @@ if _IS_PROGRAM:
 
 MODES = (
   *("train", "eval", "sample", "score"),
-  *("config", "count", "study", "compile"),
+  *("config", "count", "study", "compile", "prepare"),
 )
-_PRINTING = ("sample", "score", "config", "count", "compile")
+_PRINTING = ("sample", "score", "config", "count", "compile", "prepare")
+# These modes touch no device, and they run in one process.
+_WITHOUT_DEVICES = ("config", "compile", "prepare")
 _HELP = ("--help", "-help", "-h", "-?", "--helpshort", "--helpfull")
 _NO_CONFIG = (
   "--config is missing: name an experiment, as in --config=two_stream:tiny, or "
@@ -76,7 +78,10 @@ _NO_CONFIG = (
 _AGREED_FLAGS = ("mode", "prompt", "text", "topology")
 # The other modes have nothing to keep when a signal comes.
 _STOP_AFTER_A_BATCH = ("train", "eval", "sample", "score")
-_GOES_ON = {"study": ": the same command goes on with the cell that was lost"}
+_GOES_ON = {
+  "study": ": the same command goes on with the cell that was lost",
+  "prepare": ": the same command goes on with the shard that was lost",
+}
 _LESS_TRAINING = (
   "lower --config.train.batch_size, raise --config.compute.accumulate, or set "
   "--config.compute.remat=true"
@@ -85,6 +90,7 @@ _LESS_MEMORY = {
   "train": _LESS_TRAINING,
   "compile": _LESS_TRAINING,
   "config": "the model is too large",
+  "prepare": "set JAX_PLATFORMS=cpu",
   "count": "the model is too large",
   # This field is not part of a cell's identity, so finished cells stay valid.
   "study": "set --config.compute.remat=true",
@@ -138,6 +144,12 @@ def define_flags(
     "",
     "sample, score: file of prompts or texts, one per line; '-' is standard "
     "input. The output is JSON lines",
+    flag_values=flag_values,
+  )
+  flags.DEFINE_string(
+    "out",
+    "",
+    "prepare: folder of the prepared text, for --config.data.path",
     flag_values=flag_values,
   )
   flags.DEFINE_string(
@@ -339,7 +351,7 @@ def run(flag_values: flags.FlagValues, argv: list[str]) -> None:
     or f"runs/{flag_values.config.name}-{flag_values.config.variant}",
     "--workdir",
   )
-  if flag_values.mode not in ("count", "compile", "config"):
+  if flag_values.mode not in ("count", *_WITHOUT_DEVICES):
     paths.reached(workdir, "--workdir")
   run_dir.check_workdir(workdir)
   config = config_lib.from_config_dict(flag_values.config)
@@ -351,6 +363,10 @@ def run(flag_values: flags.FlagValues, argv: list[str]) -> None:
   _check_flags(flag_values)
   switches.fix_types()
   _join(config, workdir if reads_a_run else None, flag_values)
+  if flag_values.mode == "prepare":
+    out = paths.of(flag_values.out, "--out")
+    print(prepare.prepare(config, out))
+    return
   # The model of a run was matched when the run started.
   if not (reads_a_run and (workdir / "config.json").exists()):
     config_file = config_flags.get_config_filename(flag_values["config"])
@@ -400,7 +416,7 @@ def _join(config, run, flag_values):
     agreement.check_command(
       config, {name: flag_values[name].value for name in _AGREED_FLAGS}
     )
-    if flag_values.mode not in ("config", "compile"):
+    if flag_values.mode not in _WITHOUT_DEVICES:
       sharding.all_devices()
       agreement.check_devices()
 
@@ -413,6 +429,7 @@ def _check_flags(flag_values):
     ("text", ("score",)),
     ("input", ("sample", "score")),
     ("topology", ("compile",)),
+    ("out", ("prepare",)),
   ):
     if flag_values[name].value and mode not in modes:
       needs = " or ".join(f"--mode={mode}" for mode in modes)
@@ -424,6 +441,11 @@ def _check_flags(flag_values):
   if mode == "compile" and not flag_values.topology:
     raise flags.Error(
       "--mode=compile needs a TPU slice, as in --topology=v5p:4x4x8"
+    )
+  if mode == "prepare" and not flag_values.out:
+    raise flags.Error(
+      "--mode=prepare needs the folder of the prepared text, as in "
+      "--out=prepared/books"
     )
   for name in ("prompt", "input"):
     if flag_values[name].present and not flag_values[name].value:

@@ -198,8 +198,8 @@ class Data:
   tokenizer_file: str = _field(
     "",
     "bpe and chars: file of an existing tokenizer: a tokenizer.json of Hugging "
-    "Face with BPE on bytes, or the tokenizer.json of a run; '' means that "
-    "the symbols are found in the training split",
+    "Face with BPE on bytes, or the tokenizer.json of a run or of a prepared "
+    "text; '' means that the symbols are found in the training split",
   )
   normalise: bool = _field(
     False,
@@ -215,8 +215,23 @@ class Data:
   )
   workers: int = _field(
     0,
-    "number of loader processes; 0 means that a thread loads",
+    "number of loader processes, and 0 means that a thread loads; for "
+    "--mode=prepare the number of processes that encode, and 0 means one for "
+    "each CPU",
     low=0,
+  )
+  text_field: str = _field(
+    "text",
+    "prepare only: name of the text in the objects of JSON lines, and of the "
+    "column in Parquet files",
+  )
+  held_out_share: float = _field(
+    0.01,
+    "prepare only: share of the documents that go to the split valid, and as "
+    "many to test, where no file is named after a split; the hash of a "
+    "document decides",
+    low=0.0,
+    high=0.4,
   )
 
 

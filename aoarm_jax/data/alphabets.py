@@ -31,7 +31,7 @@ _ADVICE = (
 
 
 def learn(
-  data: config_lib.Data, chunks: Iterable[bytes]
+  data: config_lib.Data, documents: Iterable[Iterable[bytes]]
 ) -> tokenizers.Tokenizer:
   """Return the tokenizer chars or bpe of a training text.
 
@@ -39,15 +39,16 @@ def learn(
 
   Args:
     data: the section of the config that names the tokenizer and its size.
-    chunks: the bytes of the training split, UTF-8.
+    documents: the documents of the training split, each in chunks of bytes,
+      UTF-8, cut anywhere.
 
   Raises:
     TokenizerError: the text has more characters than are allowed, or too few
       for the vocabulary; or the library `tokenizers` is not installed.
   """
   if data.tokenizer == "chars":
-    return _found(chunks, data.vocabulary or MOST_CHARS)
-  return bpe.learn(chunks, data.vocabulary or LEARNED)
+    return _found(documents, data.vocabulary or MOST_CHARS)
+  return bpe.learn(documents, data.vocabulary or LEARNED)
 
 
 def of_file(data: config_lib.Data) -> tokenizers.Tokenizer:
@@ -167,12 +168,13 @@ def of_config(data: config_lib.Data) -> tokenizers.Tokenizer:
   return tokenizers.Tokenizer(data.tokenizer, (b"",) * size(data), codec)
 
 
-def _found(chunks, most):
+def _found(documents, most):
   """Return the tokenizer of all characters of a text."""
   seen = np.zeros(_CODE_POINTS, bool)
   # Any codec that may be cut anywhere makes pieces of whole characters.
-  for piece in _chars("").pieces(chunks):
-    seen[_code_points(piece)] = True
+  for chunks in documents:
+    for piece in _chars("").pieces(chunks):
+      seen[_code_points(piece)] = True
   symbols = "".join(map(chr, np.flatnonzero(seen)))
   if len(symbols) > most:
     raise tokenizers.TokenizerError(

@@ -68,11 +68,13 @@ _RIGHT = ("a", "Zb", "s", "ll", "t x", "re ", "d.", "e\n", "f'g", "h2", "iπ")
 _RIGHT_LINE = (*_RIGHT, "1", "23", "中", "é", "²")
 
 
-def learn(chunks: Iterable[bytes], vocabulary: int) -> tokenizers.Tokenizer:
+def learn(
+  documents: Iterable[Iterable[bytes]], vocabulary: int
+) -> tokenizers.Tokenizer:
   """Learn the symbols of a text.
 
   Args:
-    chunks: the bytes of the text, UTF-8, cut anywhere.
+    documents: documents, each in chunks of bytes, UTF-8, cut anywhere.
     vocabulary: number of symbols: the 256 bytes, and the merges.
 
   Raises:
@@ -91,8 +93,8 @@ def learn(chunks: Iterable[bytes], vocabulary: int) -> tokenizers.Tokenizer:
     vocab_size=vocabulary, show_progress=False, initial_alphabet=alphabet
   )
   whole = _made(dict(_WORDS), dict(zip(alphabet, range(256))))
-  pieces = whole.pieces(chunks)
-  learner.train_from_iterator((piece.decode() for piece in pieces), trainer)
+  pieces = (p.decode() for chunks in documents for p in whole.pieces(chunks))
+  learner.train_from_iterator(pieces, trainer)
   found = learner.get_vocab_size()
   if found < vocabulary:
     raise tokenizers.TokenizerError(

@@ -1,9 +1,10 @@
 """Corpora: sources of text, each in three splits.
 
-There are three kinds: books (built in), text8 (one file), and folder (one file
-per split). Files may be packed (files.py), and may lie wherever etils.epath
-reaches. Text is read only when a split is asked for. Nothing is added to the
-text: there are no sentinels and no padding.
+There are four kinds: books (built in), text8 (one file), folder (one file per
+split), and prepared (a folder that --mode=prepare wrote, see shards.py). Files
+may be packed (files.py), and may lie wherever etils.epath reaches. Text is read
+only when a split is asked for. Nothing is added to the text: there are no
+sentinels and no padding.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ from aoarm_jax.data import (
   cleaning,
   files,
   mapped,
+  shards,
   tokenizers,
 )
 
@@ -43,7 +45,7 @@ class Corpus:
   """A text in splits; `load` makes it.
 
   Attributes:
-    name: books, text8 or folder.
+    name: books, text8, folder or prepared.
     source: a description of the text, for people.
     tokenizer: the tokenizer of the ids.
     read: a function from the name of a split to its ids, [n] of the
@@ -167,7 +169,7 @@ def learn(data: config_lib.Data) -> tokenizers.Tokenizer:
     ids[start : start + _CHUNK].tobytes()
     for start in range(0, len(ids), _CHUNK)
   )
-  return alphabets.learn(data, chunks)
+  return alphabets.learn(data, [chunks])
 
 
 def unigram_entropy(tokens: np.ndarray, V: int) -> float:
@@ -214,6 +216,8 @@ def _at_path(
       "--config.data.corpus=text8 to have it split"
     )
   form = " in normal form" if normalise else ""
+  if is_folder and shards.is_prepared(location):
+    return _prepared(location, path, tokenizer, normalise)
   if is_folder:
     read = functools.partial(
       _read_folder, location, tokenizer, normalise, largest
@@ -222,6 +226,24 @@ def _at_path(
   text = _Text8(location, tokenizer, normalise, largest)
   return Corpus(
     "text8", f"text8 {path}{form}", tokenizer, text.split, text.note
+  )
+
+
+def _prepared(
+  location: epath.Path,
+  path: str,
+  tokenizer: tokenizers.Tokenizer,
+  normalise: bool,
+) -> Corpus:
+  index = shards.read_index(location)
+  shards.check_asked(index, tokenizer, normalise)
+  counts = [f"{s.documents:,} in {name}" for name, s in index.splits.items()]
+  return Corpus(
+    "prepared",
+    f"prepared text {path} (documents: {', '.join(counts)})",
+    tokenizer,
+    functools.partial(shards.read_split, index),
+    _hashes={name: split.sha256 for name, split in index.splits.items()},
   )
 
 
@@ -334,9 +356,9 @@ class _Text8:
 
 
 def _character_start(text, at):
-  """Return the start of the UTF-8 character at an offset of bytes."""
-  while 0 < at < len(text) and text[at] & 0xC0 == 0x80:
-    at -= 1
+  """Return the start of the first UTF-8 character from an offset on."""
+  while at < len(text) and text[at] & 0xC0 == 0x80:
+    at += 1
   return at
 
 

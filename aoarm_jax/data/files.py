@@ -281,12 +281,16 @@ _BY_SUFFIX: dict[str, Callable[[IO[bytes]], Iterator[bytes]]] = {
   ".zst": _unzstd,
   ".zip": _unzip,
 }
-# By the first bytes. A bzip2 file has the size of its blocks in between, and a
-# text may begin with PK.
+# By the first bytes. A bzip2 file has the size of its blocks in between, and an
+# empty one has no block. A text may begin with PK.
 _PACKED: dict[bytes, Callable[[IO[bytes]], Iterator[bytes]]] = {
   b"\x1f\x8b": _BY_SUFFIX[".gz"],
   b"\xfd7zXZ\0": _BY_SUFFIX[".xz"],
   b"\x28\xb5\x2f\xfd": _BY_SUFFIX[".zst"],
   b"PK\x03\x04": _BY_SUFFIX[".zip"],
   b"PK\x05\x06": _BY_SUFFIX[".zip"],
-} | {b"BZh%d1AY&" % n: _BY_SUFFIX[".bz2"] for n in range(1, 10)}
+} | {
+  b"BZh%d%b" % (n, block): _BY_SUFFIX[".bz2"]
+  for n in range(1, 10)
+  for block in (b"1AY&", b"\x17rE8")
+}

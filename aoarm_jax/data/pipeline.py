@@ -6,17 +6,14 @@ rows. So neither workers nor processes change the data. A run may continue with
 another number of processes, and the state of a loader is one number.
 """
 
-import multiprocessing
-import os
-import signal
 import sys
-import threading
 from typing import Any
 
 import grain
 import numpy as np
 
 from aoarm_jax.data import corpora, mapped
+from aoarm_jax.data import workers as workers_lib
 
 
 class TrainBatches:
@@ -255,18 +252,7 @@ class _Crops:
 def _start_worker(worker_index: int, worker_count: int) -> None:
   """Tie the life of a loader process to its parent, and to nothing else."""
   del worker_index, worker_count
-  # Launchers and terminals signal the whole process group. The workers must
-  # survive this, because the parent needs batches until it has saved.
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
-  signal.signal(signal.SIGTERM, signal.SIG_IGN)
-  threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-  # Without this, a worker whose parent was killed would wait for ever.
-  parent: Any = multiprocessing.parent_process()
-  parent.join()
-  os._exit(1)
+  workers_lib.tie_to_parent()
 
 
 def _random_bits(

@@ -12,7 +12,7 @@ from etils import epath
 
 from aoarm_jax.config import paths, reading
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.data import alphabets, corpora, tokenizers
+from aoarm_jax.data import alphabets, corpora, shards, tokenizers
 from aoarm_jax.runs import manifest, telemetry
 
 
@@ -21,8 +21,9 @@ def of_start(
 ) -> tokenizers.Tokenizer:
   """Return the tokenizer that a training run starts or goes on with.
 
-  It comes from config.data.tokenizer_file, from the newest checkpoint in the run
-  directory, or from the training split: the first of these that there is.
+  It comes from the prepared text, from config.data.tokenizer_file, from the
+  newest checkpoint in the run directory, or from the training split: the first
+  of these that there is.
 
   Args:
     config: the config of this start.
@@ -33,8 +34,11 @@ def of_start(
       the one that the config asks for.
   """
   data = config.data
+  prepared = _prepared(data)
   if tokenizers.is_fixed(data.tokenizer):
     return tokenizers.get(data.tokenizer)
+  if prepared is not None:
+    return _asked(prepared.tokenizer, data, f"config.data.path={data.path}")
   saved = _newest(workdir)
   if data.tokenizer_file and not (saved and not _exists(data.tokenizer_file)):
     return _asked(alphabets.of_file(data), data, _file(data))
@@ -128,6 +132,18 @@ def _asked(found, data, where):
       f"symbols: set --config.data.vocabulary={found.V}, or leave the field out"
     )
   return found
+
+
+def _prepared(data):
+  """Return the index of the prepared text that the config names, or None."""
+  if not data.path:
+    return None
+  folder = paths.of(data.path, "config.data.path")
+  try:
+    is_prepared = shards.is_prepared(folder)
+  except (ImportError, OSError):  # corpora.load says what is wrong.
+    return None
+  return shards.read_index(folder) if is_prepared else None
 
 
 def _newest(workdir):

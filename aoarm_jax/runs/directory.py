@@ -118,8 +118,12 @@ def _naming(path: epath.PathLike) -> Iterator[None]:
     raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def check_workdir(workdir: epath.PathLike) -> None:
+def check_workdir(workdir: epath.PathLike, flag: str = "--workdir") -> None:
   """Refuses a run directory that is a file, or lies below one.
+
+  Args:
+    workdir: the folder.
+    flag: the flag that names it, for messages.
 
   Raises:
     config.ConfigError: names the file.
@@ -130,7 +134,7 @@ def check_workdir(workdir: epath.PathLike) -> None:
   for path in (workdir, *workdir.parents):
     if path.exists() and not path.is_dir():
       raise config.ConfigError(
-        f"--workdir={workdir}: {path} is a file; name a folder"
+        f"{flag}={workdir}: {path} is a file; name a folder"
       )
 
 
@@ -180,12 +184,19 @@ def attempt(write: Callable[[], object]) -> bool:
 
 
 @contextlib.contextmanager
-def lock(workdir: epath.PathLike) -> Iterator[Callable[[], bool]]:
+def lock(
+  workdir: epath.PathLike, flag: str = "--workdir", what: str = "training"
+) -> Iterator[Callable[[], bool]]:
   """Keeps a second training run out of a local run directory.
 
   The lock ends with the process, even if the process is killed. Nothing is
   locked where the folder is remote or cannot be written to, or the system has
   no such locks.
+
+  Args:
+    workdir: the folder, which is made if absent.
+    flag: the flag that names it, for messages.
+    what: what the process does there, for messages.
 
   Yields:
     A function that returns whether the folder still stands at its path. Where
@@ -227,8 +238,8 @@ def lock(workdir: epath.PathLike) -> Iterator[Callable[[], bool]]:
     except BlockingIOError:
       holder = text.printable(file.read(200).strip())
       raise config.ConfigError(
-        f"--workdir={workdir}: {holder or 'another process'} is training "
-        "there; stop it, or choose another --workdir"
+        f"{flag}={workdir}: {holder or 'another process'} is {what} there; "
+        f"stop it, or choose another {flag}"
       ) from None
     with _naming(path):
       file.truncate(0)

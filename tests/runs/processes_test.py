@@ -160,7 +160,11 @@ class ModesTest(parameterized.TestCase):
   @parameterized.parameters(*main.MODES)
   def test_every_mode_compares_first(self, mode):
     """Before it looks at a device; the modes that read a run look for it."""
-    more = {"score": ["--text=a"], "compile": ["--topology=v5e:2x4"]}
+    more = {
+      "score": ["--text=a"],
+      "compile": ["--topology=v5e:2x4"],
+      "prepare": ["--out=prepared"],
+    }
     command = arguments(mode, f"--mode={mode}", *more.get(mode, []))
     with (
       mock.patch.object(agreement, "check_disk") as check_disk,

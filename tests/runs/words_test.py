@@ -58,7 +58,7 @@ class WordsTest(absltest.TestCase):
     file = self.root / "tokenizer.json"
     data = config_lib.Data(tokenizer="bpe", vocabulary=280)
     text = (self.root / "text" / "train.txt").read_bytes()
-    made = alphabets.learn(data, [text])
+    made = alphabets.learn(data, [[text]])
     file.write_bytes(made.state)
     bpe = {"data__tokenizer": "bpe", "data__tokenizer_file": file}
     helpers.run(self.command(**bpe))
@@ -69,7 +69,7 @@ class WordsTest(absltest.TestCase):
     other = self.root / "other.json"
     other.write_bytes(
       alphabets.learn(
-        config_lib.Data(tokenizer="bpe", vocabulary=281), [text]
+        config_lib.Data(tokenizer="bpe", vocabulary=281), [[text]]
       ).state
     )
     wrong = {
@@ -146,12 +146,46 @@ class WordsTest(absltest.TestCase):
     ):
       aoarm_jax.load(self.workdir, progress=False)
 
+  @pytest.mark.once
+  def test_a_prepared_text(self):
+    prepared = self.root / "prepared"
+    bpe = {"data__tokenizer": "bpe", "data__vocabulary": 280}
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+      helpers.run(
+        self.command(
+          "--mode=prepare", f"--out={prepared}", data__workers=1, **bpe
+        )
+      )
+    lines = out.getvalue().splitlines()
+    self.assertRegex(lines[0], "prepared: 2 documents, .* text, from 2 files")
+    self.assertRegex(lines[3], r"train +1 +[\d,]+ +[\d,]+ +[23]\.\d\d\d +1")
+    bpe["data__path"] = prepared
+    helpers.run(self.command(**bpe))
+    # The prepared text is the text, and its tokenizer is that of the text.
+    bpe["data__path"] = self.root / "text"
+    with self.assertLogs("absl", "INFO") as logs:
+      helpers.run(self.command(**bpe))
+    self.assertIn("finished: ", logs.output[-1])
+    for name, fields in {
+      "another bpe than the run": {"data__vocabulary": 281},
+      "the shards in .* are of 'bpe'": {"data__tokenizer": "byte"},
+    }.items():
+      with self.assertRaisesRegex(
+        aoarm_jax.DataError, f"{name}|has 280 symbols: set"
+      ):
+        fields = bpe | fields | {"data__path": prepared}
+        if fields["data__tokenizer"] == "byte":
+          fields["data__vocabulary"] = 0
+        self.workdir = self.root / "other"
+        helpers.run(self.command(**fields))
+
   def test_another_tokenizer_is_refused(self):
     checkpoints = checkpoint.Checkpoints(
       epath.Path(self.workdir) / "checkpoints", keep_last=1, keep_best=0
     )
     self.enterContext(contextlib.closing(checkpoints))
-    state = alphabets.learn(config_lib.Data(tokenizer="chars"), [b"ab"]).state
+    state = alphabets.learn(config_lib.Data(tokenizer="chars"), [[b"ab"]]).state
     checkpoints.save(
       1,
       {"w": np.zeros(2, np.float32)},

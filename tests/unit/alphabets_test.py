@@ -89,12 +89,12 @@ def _file(words=None, **changes) -> dict:
 
 def _learned(text: str = _TEXT, vocabulary: int = 300) -> tokenizers.Tokenizer:
   data = config_lib.Data(tokenizer="bpe", vocabulary=vocabulary)
-  return alphabets.learn(data, [text.encode()])
+  return alphabets.learn(data, [[text.encode()]])
 
 
 def _chars(text: str, most: int = 0) -> tokenizers.Tokenizer:
   data = config_lib.Data(tokenizer="chars", vocabulary=most)
-  return alphabets.learn(data, [text.encode()])
+  return alphabets.learn(data, [[text.encode()]])
 
 
 class RoundTripTest(parameterized.TestCase):
@@ -153,7 +153,7 @@ class RoundTripTest(parameterized.TestCase):
       config = config_lib.Data(tokenizer=kind, vocabulary=300)
       states = {
         alphabets.learn(
-          config, [data[i : i + n] for i in range(0, len(data), n)]
+          config, [[data[i : i + n] for i in range(0, len(data), n)]]
         ).state
         for n in (7, 1000, len(data))
       }
