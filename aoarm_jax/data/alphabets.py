@@ -121,53 +121,6 @@ def of_state(state: bytes, where: str) -> tokenizers.Tokenizer:
   return made
 
 
-def size(data: config_lib.Data) -> int:
-  """Return the size of the vocabulary of a config, as far as it is known.
-
-  No text is read. For chars the result is the greatest number of characters.
-
-  Args:
-    data: the section of the config.
-
-  Raises:
-    TokenizerError: config.data.tokenizer_file is missing or wrong.
-  """
-  if tokenizers.is_fixed(data.tokenizer):
-    return tokenizers.get(data.tokenizer).V
-  if data.tokenizer_file:
-    return of_file(data).V
-  auto = MOST_CHARS if data.tokenizer == "chars" else LEARNED
-  return data.vocabulary or auto
-
-
-def of_config(data: config_lib.Data) -> tokenizers.Tokenizer:
-  """Return the tokenizer of a config without a text.
-
-  Where the symbols come from a text, a stand-in has the right size and cannot
-  encode. It serves where only the shapes of a model matter, as in
-  --mode=compile.
-
-  Args:
-    data: the section of the config.
-
-  Raises:
-    TokenizerError: see `size`.
-  """
-  if tokenizers.is_fixed(data.tokenizer):
-    return tokenizers.get(data.tokenizer)
-  if data.tokenizer_file:
-    return of_file(data)
-
-  def refuse(_):
-    raise tokenizers.TokenizerError(
-      f"config.data.tokenizer={data.tokenizer}: the symbols are known only "
-      "with a run, a text or a file"
-    )
-
-  codec = tokenizers.Codec("token", refuse, lambda: None, "")
-  return tokenizers.Tokenizer(data.tokenizer, (b"",) * size(data), codec)
-
-
 def _found(documents, most):
   """Return the tokenizer of all characters of a text."""
   seen = np.zeros(_CODE_POINTS, bool)

@@ -315,6 +315,7 @@ class _Maker:
       "files": scan.table.count("\n") - 1,
       "documents": scan.documents,
       "bytes": scan.bytes,
+      "sources_sha256": hashlib.sha256(scan.table.encode()).hexdigest(),
       "empty_documents": scan.empty,
       "first_empty_document": scan.first_empty,
       "documents_that_repeat_another": scan.duplicates,

@@ -128,10 +128,15 @@ def read_index(folder: epath.Path) -> Index:
     folder: the folder, which may come from a stranger.
 
   Raises:
-    DataError: the folder is not finished, or its index is damaged or of another
-      version.
+    DataError: the folder is not finished or in a bucket, or its index is
+      damaged or of another version.
   """
   path = folder / INDEX
+  if "://" in str(folder):
+    raise tokenizers.DataError(
+      f"{folder}: shards are read from this machine: copy the folder here, and "
+      "name the copy with --config.data.path="
+    )
   try:
     raw = reading.read(path, reading.JSON_BYTES, inside=folder)
     tree = reading.parse(raw, {"format_version": int})

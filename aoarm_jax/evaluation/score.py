@@ -62,7 +62,7 @@ class Score(NamedTuple):
     order_log_p: nats, log p(scored | known) in each of the orders.
     unit: name of a token: "char", "byte" or "token".
     bytes: number of UTF-8 bytes of the scored tokens.
-    bits_per_byte: bits / bytes.
+    bits_per_byte: bits / bytes; None if the scored tokens have no bytes.
     bits_per_char: bits / number of characters that begin in the scored tokens;
       None if there are none.
   """
@@ -77,7 +77,7 @@ class Score(NamedTuple):
   order_log_p: list[float]
   unit: str
   bytes: int
-  bits_per_byte: float
+  bits_per_byte: float | None
   bits_per_char: float | None
 
 
@@ -298,7 +298,7 @@ def _score(text, marked, nats, order, tokenizer):
     order_log_p=log_p.tolist(),
     unit=tokenizer.unit,
     bytes=size,
-    bits_per_byte=-total / math.log(2) / size,
+    bits_per_byte=-total / math.log(2) / size if size else None,
     bits_per_char=-total / math.log(2) / characters if characters else None,
   )
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 from aoarm_jax import orders
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.data import alphabets
+from aoarm_jax.data import configured
 
 
 def forward_flops(
@@ -27,7 +27,7 @@ def forward_flops(
     vocabulary: size V of the vocabulary. None takes what the config says.
   """
   model, batch = config.model, config.train.batch_size
-  V = vocabulary or alphabets.size(config.data)
+  V = vocabulary or configured.tokenizer(config.data).V
   query_fraction = config.train.query_fraction
   D, F, L, S, T = model.D, model.F, model.L, model.S, model.T
   kind = model.kind

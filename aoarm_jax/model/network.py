@@ -8,7 +8,7 @@ from flax import nnx
 
 from aoarm_jax import orders
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.data import alphabets, tokenizers
+from aoarm_jax.data import configured, tokenizers
 from aoarm_jax.devices import sharding
 from aoarm_jax.model import transformer
 
@@ -46,7 +46,7 @@ class Network:
         come from a text, a stand-in of the same size takes its place.
     """
     self.config, self.mesh = config, mesh
-    self.tokenizer = tokenizer or alphabets.of_config(config.data)
+    self.tokenizer = tokenizer or configured.tokenizer(config.data)
     abstract = jax.eval_shape(self._create, jax.random.key(0))
     map_variables = functools.partial(
       jax.tree.map, is_leaf=lambda node: isinstance(node, nnx.Variable)

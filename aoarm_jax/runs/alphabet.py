@@ -12,7 +12,7 @@ from etils import epath
 
 from aoarm_jax.config import paths, reading
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.data import alphabets, corpora, shards, tokenizers
+from aoarm_jax.data import alphabets, configured, corpora, tokenizers
 from aoarm_jax.runs import manifest, telemetry
 
 
@@ -34,7 +34,7 @@ def of_start(
       the one that the config asks for.
   """
   data = config.data
-  prepared = _prepared(data)
+  prepared = configured.prepared(data)
   if tokenizers.is_fixed(data.tokenizer):
     return tokenizers.get(data.tokenizer)
   if prepared is not None:
@@ -71,7 +71,7 @@ def of_run(
   if tokenizers.is_fixed(config.data.tokenizer):
     return tokenizers.get(config.data.tokenizer)
   if found := _newest(workdir):
-    return check_asked(found, config, workdir)
+    return _asked(found, config.data, f"the run in {workdir}")
   raise manifest.CheckpointError(
     f"no checkpoint with the tokenizer of the run in {workdir}: train first, "
     "or name the run with --workdir"
@@ -94,36 +94,24 @@ def of_state(
   if not state:
     return tokenizers.get(config.data.tokenizer)
   found = alphabets.of_state(state, f"the checkpoint in {workdir}")
-  return check_asked(found, config, workdir)
-
-
-def check_asked(
-  found: tokenizers.Tokenizer, config: config_lib.Config, workdir: epath.Path
-) -> tokenizers.Tokenizer:
-  """Return the tokenizer of a run, if the config asks for no other.
-
-  Raises:
-    DataError: config.data.tokenizer, vocabulary or tokenizer_file differs.
-  """
-  data = config.data
-  if data.tokenizer_file and _exists(data.tokenizer_file):
-    given = alphabets.of_file(data)
-    if given.sha256 != found.sha256:
-      raise tokenizers.TokenizerError(
-        f"{_file(data)}: not the tokenizer of the run in {workdir} (sha256 "
-        f"{given.sha256[:12]} and {found.sha256[:12]}): leave the field out, "
-        "or name another --workdir"
-      )
-  return _asked(found, data, f"the run in {workdir}")
+  return _asked(found, config.data, f"the run in {workdir}")
 
 
 def _asked(found, data, where):
-  """Return the tokenizer, if it is the one that the config asks for."""
+  """Return the tokenizer of a place, if the config asks for no other."""
   if found.name != data.tokenizer:
     raise tokenizers.TokenizerError(
       f"config.data.tokenizer={data.tokenizer!r}: {where} has the symbols of "
       f"{found.name!r}: set --config.data.tokenizer={found.name}"
     )
+  if data.tokenizer_file and _exists(data.tokenizer_file):
+    given = alphabets.of_file(data)
+    if given.sha256 != found.sha256:
+      raise tokenizers.TokenizerError(
+        f"{_file(data)}: not the tokenizer of {where} (sha256 "
+        f"{given.sha256[:12]} and {found.sha256[:12]}): leave the field out, "
+        "or name another --workdir or --config.data.path"
+      )
   asked = data.vocabulary
   fits = asked == found.V or (found.name == "chars" and asked > found.V)
   if asked and not fits:
@@ -132,18 +120,6 @@ def _asked(found, data, where):
       f"symbols: set --config.data.vocabulary={found.V}, or leave the field out"
     )
   return found
-
-
-def _prepared(data):
-  """Return the index of the prepared text that the config names, or None."""
-  if not data.path:
-    return None
-  folder = paths.of(data.path, "config.data.path")
-  try:
-    is_prepared = shards.is_prepared(folder)
-  except (ImportError, OSError):  # corpora.load says what is wrong.
-    return None
-  return shards.read_index(folder) if is_prepared else None
 
 
 def _newest(workdir):

@@ -4,6 +4,7 @@ python -m aoarm_jax.main --mode=prepare --config=two_stream --out=prepared
   --config.data.path=texts --config.data.tokenizer=bpe
 """
 
+import os
 import time
 from typing import Any
 
@@ -11,8 +12,9 @@ import jax
 from absl import logging
 from etils import epath
 
+from aoarm_jax.config import paths
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.data import preparing
+from aoarm_jax.data import preparing, shards
 from aoarm_jax.runs import directory as run_dir
 from aoarm_jax.runs import telemetry
 
@@ -46,10 +48,27 @@ def prepare(config: config_lib.Config, out: epath.Path) -> str:
       f"--out={out}: shards are written to this machine: name a folder here, "
       "and copy it afterwards"
     )
+  source = paths.of(config.data.path, "config.data.path")
+  if os.path.realpath(source) in _and_parents(out):
+    raise config_lib.ConfigError(
+      f"--out={out}: lies in config.data.path={source}, whose files are all "
+      "read: name a folder beside it"
+    )
+  if "://" not in str(source) and shards.is_prepared(source):
+    raise config_lib.ConfigError(
+      f"config.data.path={source}: is a prepared text already: train with it, "
+      "or name the text that it came from"
+    )
   run_dir.check_workdir(out, "--out")
   with run_dir.lock(out, "--out", "preparing a text"):
     index = preparing.prepare(config.data, out, _Progress())
   return report(index, out)
+
+
+def _and_parents(path):
+  """Return the real paths of a folder and of all folders that it lies in."""
+  real = epath.Path(os.path.realpath(path))
+  return {str(folder) for folder in (real, *real.parents)}
 
 
 class _Progress:

@@ -12,7 +12,13 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.data import alphabets, bpe, corpora, tokenizers
+from aoarm_jax.data import (
+  alphabets,
+  bpe,
+  configured,
+  corpora,
+  tokenizers,
+)
 
 _TEXT = (
   "It's the end, isn't it? They'll say 12 or 345 things.\nThe cat sat on the "
@@ -298,16 +304,18 @@ class ErrorsTest(parameterized.TestCase):
     ):
       alphabets.of_state(state.encode(), "the file")
 
-  def test_sizes_without_a_text(self):
-    size = lambda **fields: alphabets.size(config_lib.Data(**fields))  # noqa: E731
-    self.assertEqual(size(), 27)
-    self.assertEqual(size(tokenizer="bpe"), 4096)
-    self.assertEqual(size(tokenizer="bpe", vocabulary=50_257), 50_257)
-    self.assertEqual(size(tokenizer="chars"), 1024)
-    made = alphabets.of_config(config_lib.Data(tokenizer="bpe", vocabulary=999))
-    self.assertEqual((made.V, made.dtype), (999, np.uint16))
-    with self.assertRaisesRegex(tokenizers.TokenizerError, "known only with"):
-      made.encode("a")
+  @parameterized.parameters(
+    (dict(), 27),
+    (dict(tokenizer="bpe"), 4096),
+    (dict(tokenizer="bpe", vocabulary=50_257), 50_257),
+    (dict(tokenizer="chars", path="absent"), 1024),
+  )
+  def test_sizes_without_a_text(self, fields, V):
+    made = configured.tokenizer(config_lib.Data(**fields))
+    self.assertEqual(made.V, V)
+    if fields:
+      with self.assertRaisesRegex(tokenizers.TokenizerError, "known only with"):
+        made.encode("a")
 
 
 class WithoutTheLibraryTest(absltest.TestCase):

@@ -18,6 +18,7 @@ from etils import epath
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import (
   alphabets,
+  configured,
   corpora,
   preparing,
   scanning,
@@ -273,11 +274,34 @@ class PreparingTest(parameterized.TestCase):
     with self.refused("index.json: damaged, or of another version"):
       self.prepare()
 
+  def test_folders_that_are_refused_at_once(self):
+    inside = epath.Path(self.text / "out")
+    config = config_lib.Config(data=config_lib.Data(path=str(self.text)))
+    for out, words in (
+      (inside, "lies in config.data.path="),
+      (epath.Path(self.text), "lies in config.data.path="),
+      ("gs://bucket/out", "shards are written to this machine"),
+    ):
+      with self.assertRaisesRegex(config_lib.ConfigError, words):
+        tool.prepare(config, out)
+    (self.text / shards.INDEX).touch()
+    with self.assertRaisesRegex(
+      config_lib.ConfigError, "prepared text already"
+    ):
+      tool.prepare(config, epath.Path(self.root / "out"))
+    with self.assertRaisesRegex(config_lib.ConfigError, "needs a file or a fo"):
+      tool.prepare(config_lib.Config(), epath.Path(self.root / "out"))
+    with self.refused("gs://bucket/text: shards are read from this machine"):
+      shards.read_index(epath.Path("gs://bucket/text"))
+    self.assertFalse((self.root / "out").exists())
+
   def test_another_tokenizer_is_refused(self):
     self.write_lines(count=30)
     self.prepare()
     folder = epath.Path(self.root / "out")
     index = shards.read_index(folder)
+    data = config_lib.Data(path=str(folder), tokenizer="bpe")
+    self.assertEqual(configured.tokenizer(data), index.tokenizer)
     byte = tokenizers.get("byte")
     with self.refused(
       "tokenizer='byte': the shards .* are of 'bpe' .270 symbo"
