@@ -31,7 +31,7 @@ def loss_curve(
     records: as directory.read_metrics returns them; may be empty.
     path: of the PNG file.
     title: of the picture.
-    unit: name of a token, "char" or "byte".
+    unit: name of a token: "char", "byte" or "token".
   """
   train = [r for r in records if r.get("kind") == "train"]
   valid = [r for r in records if r.get("kind") == "valid"]
@@ -80,7 +80,7 @@ def slot_curve(
     curves: label -> bits per token of ranks 1..T. T may differ.
     path: of the PNG file.
     title: of the picture.
-    unit: name of a token, "char" or "byte".
+    unit: name of a token: "char", "byte" or "token".
   """
   with _axes(path, title) as axes:
     is_empty = True
@@ -118,7 +118,7 @@ def nearness(
       recency in steps since the nearest known token was generated.
     path: of the PNG file.
     title: of the picture.
-    unit: name of a token, "char" or "byte".
+    unit: name of a token: "char", "byte" or "token".
   """
   # Hollow and larger markers: the first line stays visible where the second
   # lies on it, as for orders from left to right.

@@ -82,7 +82,7 @@ def make_run(workdir: pathlib.Path):
   digest = measure._hash((folder / "windows.npz").read_bytes())
   result = {
     "cell": {},
-    "config": json.loads(config_lib.to_json(CONFIG)),
+    "config": {"train": {"steps": 5}},
     "estimate": {"bits_per_char": 2.0},
     "text": TEXT,
     "files": {"windows.npz": digest},

@@ -221,6 +221,13 @@ class ErrorsTest(parameterized.TestCase):
       for one, other in zip(*texts[:2]):
         self.assertLess(abs(len(one) - len(other)), 8)
 
+  def test_the_built_in_text_is_read_as_it_was_written(self):
+    made = corpora.learn(config_lib.Data(tokenizer="chars"))
+    self.assertEqual(made.V, 96)
+    byte = corpora.load("auto", "", tokenizers.get("byte"))
+    corpus = corpora.load("auto", "", made)
+    self.assertEqual(corpus.hash("valid"), byte.hash("valid"))
+
   def test_too_many_characters(self):
     with self.assertRaisesRegex(
       tokenizers.TokenizerError, "has 12 different .* more than 11: .*=12"
