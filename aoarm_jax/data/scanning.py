@@ -162,7 +162,7 @@ class Documents:
     """Read all documents, and return what the files hold."""
     counts: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
     hashes, of_file = array.array("Q"), {}
-    longest: list[tuple[int, str]] = []
+    longest: list[tuple[int, int, str]] = []
     total = files = empty = 0
     first_empty = ""
     for text in self._texts():
@@ -183,7 +183,8 @@ class Documents:
       count = counts[text.source.name]
       count[0] += 1
       count[1] += size
-      entry = (size, text.name)
+      # Of equally long documents, the first ones are named.
+      entry = (size, -len(hashes), text.name)
       if len(longest) < _LONGEST:
         heapq.heappush(longest, entry)
       else:
@@ -196,7 +197,7 @@ class Documents:
       empty=empty,
       first_empty=first_empty,
       duplicates=len(hashes) - unique,
-      longest=sorted(longest, reverse=True),
+      longest=[(size, name) for size, _, name in sorted(longest)[::-1]],
       hashes=of_file,
       alone=len(self._sources) == files == 1 and not self._sources[0].split,
     )

@@ -33,6 +33,7 @@ from etils import epath
 
 from aoarm_jax.config import reading
 from aoarm_jax.config import schema as config
+from aoarm_jax.devices import neighbours
 from aoarm_jax.runs import text
 
 fcntl: types.ModuleType | None
@@ -207,7 +208,7 @@ def lock(
     OSError: the lock cannot be written; names its file.
   """
   workdir = epath.Path(workdir)
-  if fcntl is None or not _is_local(workdir) or jax.process_index() != 0:
+  if fcntl is None or not _is_local(workdir) or neighbours.process() != 0:
     yield lambda: True
     return
   workdir.mkdir(parents=True, exist_ok=True)

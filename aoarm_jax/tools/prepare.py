@@ -8,13 +8,13 @@ import os
 import time
 from typing import Any
 
-import jax
 from absl import logging
 from etils import epath
 
 from aoarm_jax.config import paths
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import preparing, shards
+from aoarm_jax.devices import neighbours
 from aoarm_jax.runs import directory as run_dir
 from aoarm_jax.runs import telemetry
 
@@ -33,7 +33,7 @@ def prepare(config: config_lib.Config, out: epath.Path) -> str:
       program prepares there.
     DataError: see preparing.prepare.
   """
-  if jax.process_count() > 1:
+  if neighbours.several():
     raise config_lib.ConfigError(
       "config.distributed.enabled=True: --mode=prepare runs on one machine, "
       "with config.data.workers processes"
@@ -105,8 +105,9 @@ def report(index: dict[str, Any], out: epath.Path) -> str:
   """
   facts, tokenizer = index["report"], index["tokenizer"]
   lines = [
-    f"{out}: {facts['documents']:,} documents, {facts['bytes']:,} bytes of "
-    f"text, from {facts['files']:,} {_plural('file', facts['files'])}",
+    f"{out}: {facts['documents']:,} {_plural('document', facts['documents'])}, "
+    f"{facts['bytes']:,} bytes of text, from {facts['files']:,} "
+    f"{_plural('file', facts['files'])}",
     f"tokenizer: {tokenizer['name']}, {tokenizer['V']:,} symbols",
     "split        documents           tokens            bytes  bytes a token  "
     "shards",

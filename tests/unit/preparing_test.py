@@ -359,7 +359,7 @@ class PreparingTest(parameterized.TestCase):
     self.assertEqual(report["documents_that_repeat_another"], 2)
     self.assertEqual(
       report["longest_documents"][0],
-      {"name": "train.jsonl, line 5", "bytes": 5},
+      {"name": "train.jsonl, line 1", "bytes": 5},
     )
     lines = tool.report(index, epath.Path("out")).splitlines()
     self.assertIn("out: 4 documents, 18 bytes of text, from 2 files", lines)
