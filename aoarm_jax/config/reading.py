@@ -135,23 +135,25 @@ def read(
   return data
 
 
-def parse(data: bytes | str, kind: Any = Any) -> Any:
+def parse(data: bytes | str, kind: Any = Any, times: int = 1) -> Any:
   """Return the value of JSON text after checks of its size and types.
 
   Args:
     data: the text.
     kind: see `check`. Any means that types are not checked.
+    times: the limits of the size are so many times as large.
 
   Raises:
     ValueError: the text is no JSON, is too large or too deep, or has another
       type. The message is one line without the name of the file.
   """
-  if len(data) > JSON_BYTES:
-    raise ValueError(f"more than {JSON_BYTES:,} bytes of JSON")
+  if len(data) > times * JSON_BYTES:
+    raise ValueError(f"more than {times * JSON_BYTES:,} bytes of JSON")
   marks = (b",", b"[", b"{") if isinstance(data, bytes) else (",", "[", "{")
   # A value takes far more memory than its text, so values are counted first.
-  if sum(map(data.count, marks)) > _JSON_VALUES:  # type: ignore[arg-type]
-    raise ValueError(f"more than {_JSON_VALUES:,} values of JSON")
+  most = times * _JSON_VALUES
+  if sum(map(data.count, marks)) > most:  # type: ignore[arg-type]
+    raise ValueError(f"more than {most:,} values of JSON")
   try:
     value = json.loads(data)
   except RecursionError:

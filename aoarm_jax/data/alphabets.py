@@ -20,6 +20,7 @@ from aoarm_jax.data import bpe, tokenizers
 FILE = "tokenizer.json"
 # Values of config.data.vocabulary=0.
 MOST_CHARS, LEARNED = 1024, 4096
+_LARGER = 4  # Files of large vocabularies, against the JSON of this program.
 _CODE_POINTS = 0x110000
 _UNKNOWN = np.iinfo(np.int32).max
 _STATE = {"format_version": int, "kind": str}
@@ -63,7 +64,7 @@ def of_file(data: config_lib.Data) -> tokenizers.Tokenizer:
   path = paths.of(data.tokenizer_file, "config.data.tokenizer_file")
   where = f"config.data.tokenizer_file={data.tokenizer_file}"
   try:
-    raw = reading.read(path, reading.JSON_BYTES)
+    raw = reading.read(path, _LARGER * reading.JSON_BYTES)
   except FileNotFoundError:
     raise tokenizers.TokenizerError(f"{where}: no such file") from None
   except (OSError, ImportError) as error:
@@ -77,7 +78,7 @@ def of_file(data: config_lib.Data) -> tokenizers.Tokenizer:
 def _of_content(raw, where):
   """Return the tokenizer of a file's content."""
   try:
-    tree = reading.parse(raw)
+    tree = reading.parse(raw, times=_LARGER)
     if isinstance(tree, dict) and "kind" in tree:
       return of_state(raw, where)
     return bpe.of_hugging_face(tree)
