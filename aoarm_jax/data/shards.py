@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from array_record.python import array_record_module
 from etils import epath
 
 from aoarm_jax.config import reading
@@ -281,6 +280,24 @@ def records(index: Index, name: str) -> Iterator[tuple[np.ndarray, bool]]:
           yield tokens, record[-1:] == b"\1"
 
 
+def library(path: epath.Path) -> Any:
+  """Return the library that reads and writes shards.
+
+  Args:
+    path: a shard, for the message.
+
+  Raises:
+    DataError: there is no such library for this system.
+  """
+  try:
+    from array_record.python import array_record_module
+  except ImportError as error:
+    raise tokenizers.DataError(
+      f"{path}: shards need the package array_record: {error}"
+    ) from None
+  return array_record_module
+
+
 @contextlib.contextmanager
 def opened(path: epath.Path) -> Iterator[Any]:
   """Open a shard for reading.
@@ -291,8 +308,9 @@ def opened(path: epath.Path) -> Iterator[Any]:
   Raises:
     DataError: the file is no shard.
   """
+  module = library(path)
   try:
-    reader = array_record_module.ArrayRecordReader(str(path), _READ)
+    reader = module.ArrayRecordReader(str(path), _READ)
   except RuntimeError as error:
     raise _damaged(path, str(error)) from error
   try:

@@ -6,7 +6,6 @@ import os
 import sys
 
 import numpy as np
-from array_record.python import array_record_module
 from etils import epath
 
 from aoarm_jax.data import shards, tokenizers
@@ -48,10 +47,9 @@ class Writer:
     self.name, self._path = name, folder / name
     self._temporary = folder / f".{name}.{os.getpid()}.tmp"
     self.records = self.documents = self.tokens = 0
+    module = shards.library(self._path)
     with self._naming():
-      self._writer = array_record_module.ArrayRecordWriter(
-        str(self._temporary), _OPTIONS
-      )
+      self._writer = module.ArrayRecordWriter(str(self._temporary), _OPTIONS)
 
   def abandon(self) -> None:
     """Delete the temporary file."""

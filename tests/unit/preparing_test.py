@@ -13,6 +13,7 @@ from unittest import mock
 import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
+from array_record.python import array_record_module
 from etils import epath
 
 from aoarm_jax.config import schema as config_lib
@@ -25,7 +26,6 @@ from aoarm_jax.data import (
   shards,
   tokenizers,
   workers,
-  writing,
 )
 from aoarm_jax.tools import prepare as tool
 
@@ -328,14 +328,14 @@ class PreparingTest(parameterized.TestCase):
   def test_a_full_disk_is_one_line_and_loses_nothing(self):
     self.write_lines(count=60)
     self.prepare("whole")
-    real, opened = writing.array_record_module.ArrayRecordWriter, []
+    real, opened = array_record_module.ArrayRecordWriter, []
 
     def full(path, options):
       opened.append(path)
       return real(path if len(opened) < 3 else "/dev/full", options)
 
     with (
-      mock.patch.object(writing.array_record_module, "ArrayRecordWriter", full),
+      mock.patch.object(array_record_module, "ArrayRecordWriter", full),
       self.assertRaises(OSError) as refusal,
     ):
       self.prepare()
