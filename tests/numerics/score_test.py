@@ -209,8 +209,8 @@ class AttentionTest(parameterized.TestCase):
     def attention(q, k, v, visible, *, implementation=None, **options):
       if implementation == "cudnn":
         self.assertIsNone(visible)
-        self.assertEqual(q.shape[1], k.shape[1])
-        called.append(q.shape[1])
+        self.assertEqual(q[0].shape[1], k.shape[1])
+        called.append(q[0].shape[1])
       return right(q, k, v, visible, implementation="xla", **options)
 
     right = pallas_kernels.any_order_attention
