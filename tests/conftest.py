@@ -2,6 +2,7 @@
 
 import gc
 import os
+import pathlib
 import tempfile
 
 import pytest
@@ -42,3 +43,15 @@ def pytest_collection():
     gc.freeze()
     gc.set_threshold(20_000, 20, 100)
     gc.enable()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _bounded_memory():
+  """Forget compiled programs where a worker has grown large."""
+  yield
+  resident = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+  if resident * os.sysconf("SC_PAGE_SIZE") > 2 << 30:
+    import jax
+
+    jax.clear_caches()
+    gc.collect()
