@@ -51,7 +51,7 @@ def _bounded_memory():
   yield
   resident = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
   if resident * os.sysconf("SC_PAGE_SIZE") > 2 << 30:
-    import jax
+    import jax  # Not before the options above are set.
 
     jax.clear_caches()
     gc.collect()
