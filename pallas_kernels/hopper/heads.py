@@ -33,7 +33,7 @@ _TURN_REST = 2 * math.pi - _TURN
 
 
 class Part(NamedTuple):
-  """What happens to one of the parts; in a kernel, references.
+  """The treatment of one of the parts; in a kernel, references.
 
   Attributes:
     scale: float32 [H], the scale of the norm.
@@ -217,10 +217,8 @@ class _Share(NamedTuple):
 
   def _over_tiles(self, first, stride, step, carry=None):
     groups = self.N // self.shape[1]
-    count = (self.tiles - first + stride - 1) // stride
 
-    def run(i, carry):
-      index = first + i * stride
+    def run(index, carry):
       fresh = index // groups * self.shape[0]
       # The last tile begins early enough to end with the last row. So it may
       # repeat rows of the tile before it.
@@ -228,7 +226,7 @@ class _Share(NamedTuple):
       head = lax.rem(index, groups) * self.shape[1]
       return step(_Tile(start, fresh, head), carry)
 
-    return lax.fori_loop(0, count, run, carry)
+    return rows.in_turn(self.tiles, first, stride, run, carry)
 
   def _at(self, ref, tile, part, half):
     where = pl.ds(tile.start, self.shape[0]), pl.ds(tile.head, self.shape[1])
@@ -253,13 +251,7 @@ class _Share(NamedTuple):
   def store_sums(self, target, scratch, halves):
     """Store the sums of two halves over rows and heads: [H]."""
     for half, values in enumerate(halves):
-      mosaic.store(scratch, values)
-      by_row = [
-        mosaic.load(scratch.at[m, n], self.layout.reduce((0, 1)), False)
-        for m in range(self.shape[0])
-        for n in range(self.shape[1])
-      ]
-      total = sum(by_row[1:], by_row[0])
+      total = rows.column_sums(values, scratch, self.layout)
       at = pl.ds(half * (self.H // 2), self.H // 2)
       mosaic.store(target.at[at], total)
 
@@ -349,10 +341,10 @@ class _Handler(NamedTuple):
       for d, scale, x in zip((first, second), self.scales, normed)
     ]
     if self.share.M % self.share.shape[0]:
-      layout = self.share.layout.reduce((1, 2))
-      index = tile.start + mosaic.vector_iota(self.share.shape[0], layout)
-      is_fresh = self.share.repeat(index >= tile.fresh, 0)
-      products = [jnp.where(is_fresh, x, 0.0) for x in products]
+      products = [
+        rows.only_fresh(x, tile.start, tile.fresh, self.share.layout)
+        for x in products
+      ]
     return results, products
 
   def _inverse_rms(self, halves, epsilon):

@@ -6,6 +6,7 @@ inside the warp. The loads in flight hide the latency: each multiprocessor runs
 many thread blocks of one warpgroup.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -103,15 +104,36 @@ def over_tiles(
       has, and the carry. It returns the carry.
     carry: the first carry.
   """
-  block = lax.axis_index("block")
-  tiles = pl.cdiv(rows, size)
-  count = (tiles - block + blocks - 1) // blocks
 
-  def run(i, carry):
-    fresh = (block + i * blocks) * size
+  def run(tile, carry):
+    fresh = tile * size
     return step(jnp.minimum(fresh, rows - size), fresh, carry)
 
-  return lax.fori_loop(0, count, run, carry)
+  return in_turn(
+    pl.cdiv(rows, size), lax.axis_index("block"), blocks, run, carry
+  )
+
+
+def in_turn(
+  items: int,
+  first: mosaic.Index,
+  stride: int,
+  step: Callable[..., Any],
+  carry: Any = None,
+) -> Any:
+  """Run step(item, carry) on every stride-th item; return the last carry.
+
+  Args:
+    items: the number of items.
+    first: the first item of this thread block.
+    stride: how many items lie between two of them.
+    step: returns the carry.
+    carry: the first carry.
+  """
+  count = (items - first + stride - 1) // stride
+  return lax.fori_loop(
+    0, count, lambda i, carry: step(first + i * stride, carry), carry
+  )
 
 
 def only_fresh(
@@ -120,12 +142,13 @@ def only_fresh(
   """Return values with zeros in rows that an earlier tile has already had.
 
   Args:
-    values: [rows, width] in registers.
+    values: [rows, ...] in registers.
     start: the first row of the tile.
     fresh: the first row that no tile before it has.
     layout: the layout of the values.
   """
-  index = start + mosaic.vector_iota(values.shape[0], layout.reduce(1))
+  others = tuple(range(1, values.ndim))
+  index = start + mosaic.vector_iota(values.shape[0], layout.reduce(others))
   return jnp.where(
     mosaic.along_rows(index >= fresh, values.shape, layout), values, 0.0
   )
@@ -144,16 +167,19 @@ def block_count(rows: int, size: int, occupancy: int, *arrays: Any) -> int:
 
 
 def column_sums(values: jax.Array, scratch: mosaic.Ref, layout: Any) -> Any:
-  """Return the sums over the rows of a thread block, float32 [width].
+  """Return the sums over all but the last axis, float32 [width].
 
   Args:
-    values: float32 [rows, width] in registers.
-    scratch: float32 [rows, width] in shared memory.
+    values: float32 [..., width] in registers.
+    scratch: shared memory like the values.
     layout: the layout of the values.
   """
   mosaic.store(scratch, values)
+  *others, _ = values.shape
   by_row = [
-    mosaic.load(scratch.at[i], layout.reduce(0), optimized=False)
-    for i in range(values.shape[0])
+    mosaic.load(
+      scratch.at[row], layout.reduce(tuple(range(len(others)))), optimized=False
+    )
+    for row in itertools.product(*map(range, others))
   ]
   return sum(by_row[1:], by_row[0])
