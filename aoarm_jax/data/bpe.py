@@ -49,7 +49,7 @@ _WORDS = {
 # after a line end between two lines, and before a single space between letters.
 _AFTER_LINE = r"(?<=[^\W_]\n)(?=[^\W_])|(?<=[.,;:!?\"')。！？”’]\n)(?=[^\W_])"
 _BEFORE_SPACE = r"(?<=[A-Za-z])(?= [A-Za-z])"
-# What may stand on the left and on the right of such a place.
+# The characters that may stand on the left and on the right of such a place.
 _LEFT = (*("a", "Z", "it's", "can't", "x1a", "\n\nb", "  c", "(d", "_e", "éf"),)
 _LEFT_LINE = (
   *_LEFT,

@@ -34,7 +34,7 @@ _UNFINISHED = {
 
 @dataclasses.dataclass
 class _Output:
-  """What was read of a split so far."""
+  """The part of a split that has been read so far."""
 
   name: str
   documents: int = 0

@@ -21,7 +21,7 @@ _COLUMNS = ("file", "split", "bytes", "documents", "bytes of text", "sha256")
 
 
 class Scan(NamedTuple):
-  """What the files hold.
+  """The content of the files.
 
   Attributes:
     table: content of sources.tsv.
@@ -183,7 +183,7 @@ class Documents:
       count = counts[text.source.name]
       count[0] += 1
       count[1] += size
-      # Of equally long documents, the first ones are named.
+      # The first of equally long documents are named.
       entry = (size, -len(hashes), text.name)
       if len(longest) < _LONGEST:
         heapq.heappush(longest, entry)
