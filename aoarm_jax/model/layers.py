@@ -296,24 +296,18 @@ class Attention(nnx.Module):
 
   def _project(self, rows, weights, parts):
     """Return the product of rows with each weight, normed and rotated."""
-    axes = weights[0].axes
-    weights = [weight[...].astype(self.dtype) for weight in weights]
     B, R, _ = rows.shape
-    if B * R < tuning.LEAST_ROWS:
+    if len(weights) > 1 and B * R < tuning.LEAST_ROWS:
       # To stack the weights would cost more than it saves.
       return [
-        self._split(
-          parallel.matmuls("brd,dnh->brnh", [rows], weight, axes)[0][
-            :, :, None
-          ],
-          (part,),
-        )[0]
+        self._project(rows, (weight,), (part,))[0]
         for weight, part in zip(weights, parts)
       ]
+    axes = weights[0].axes
     (packed,) = parallel.matmuls(
       "brd,dcnh->brcnh",
       [rows],
-      jnp.stack(weights, axis=1),
+      jnp.stack([weight[...].astype(self.dtype) for weight in weights], axis=1),
       (axes[0], None, *axes[1:]),
     )
     return self._split(packed, parts)
