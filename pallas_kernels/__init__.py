@@ -3,6 +3,7 @@
 from pallas_kernels.api import IMPLEMENTATIONS, any_order_attention
 from pallas_kernels.context import interpret
 from pallas_kernels.errors import UnsupportedError
+from pallas_kernels.mlp import gelu_mlp
 from pallas_kernels.rowwise import (
   ROWWISE_IMPLEMENTATIONS,
   Part,
@@ -23,6 +24,7 @@ __all__ = [
   "any_order_attention",
   "gelu",
   "interpret",
+  "gelu_mlp",
   "rms_norm",
   "rotate",
   "rotation",

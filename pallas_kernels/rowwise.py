@@ -47,7 +47,7 @@ def rms_norm(
     UnsupportedError: the named implementation does not support the call.
   """
   D = x.shape[-1]
-  reason = _unsupported(x)
+  reason = unsupported(x)
   if not reason and not _hopper().rows.vector(D):
     reason = f"D={D} (multiples of 64 only)"
   if _choose("rms_norm", implementation, x.size // D, reason) == "xla":
@@ -160,7 +160,7 @@ def split_heads(
     UnsupportedError: the named implementation does not support the call.
   """
   B, R, C, N, H = packed.shape
-  reason = _unsupported(packed) or _hopper().heads.unsupported(packed.shape)
+  reason = unsupported(packed) or _hopper().heads.unsupported(packed.shape)
   if _choose("split_heads", implementation, B * R, reason) == "xla":
     return tuple(
       x
@@ -193,7 +193,7 @@ def gelu(x: jax.Array, *, implementation: str | None = None) -> jax.Array:
   Raises:
     UnsupportedError: the named implementation does not support the call.
   """
-  reason, rows = _unsupported(x), 0
+  reason, rows = unsupported(x), 0
   if not reason:
     rows, rest = divmod(x.size, _hopper().gelu.WIDTH)
     if rest:
@@ -215,8 +215,8 @@ def _hopper() -> types.ModuleType:
   return hopper
 
 
-def _unsupported(x):
-  """Name what none of the kernels supports in this call, or return ""."""
+def unsupported(x: jax.Array) -> str:
+  """Name what no kernel over rows supports in this call, or return ""."""
   if x.dtype not in (jnp.bfloat16, jnp.float16):
     return f"{x.dtype} (bfloat16 and float16 only)"
   device = devices.of(x)

@@ -337,6 +337,9 @@ class MLP(nnx.Module):
 
   def __call__(self, streams: Sequence[jax.Array]) -> list[jax.Array]:
     """Return the update of every normalised stream, [B, R, D] each."""
+    if not sharding.spread():
+      up, down = (used(x, self.dtype) for x in (self.up, self.down))
+      return [parallel.mlp(x, up, down, self.rowwise) for x in streams]
     hidden = _matmuls("brd,df->brf", streams, self.up, self.dtype)
     hidden = [
       parallel.gelu(sharding.constrain(x, *ROWS[:2], "hidden"), self.rowwise)

@@ -255,6 +255,21 @@ def gelu(x: jax.Array, implementation: str) -> jax.Array:
   return _on_rows(rowwise.gelu, ("batch", "slots", "hidden"), implementation, x)
 
 
+def mlp(
+  x: jax.Array, up: jax.Array, down: jax.Array, implementation: str
+) -> jax.Array:
+  """Run pallas_kernels.gelu_mlp on the one device that there is.
+
+  Args:
+    x: [B, R, D].
+    up: [D, F].
+    down: [F, D].
+    implementation: compute.rowwise.
+  """
+  named = None if implementation == "auto" else implementation
+  return pallas_kernels.gelu_mlp(x, up, down, implementation=named)
+
+
 def _on_rows(
   function: Callable[..., Any],
   axes: tuple[str | None, ...],

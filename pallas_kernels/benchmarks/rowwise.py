@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import rowwise
+from pallas_kernels import mlp, rowwise
 from pallas_kernels.benchmarks import timing
 from pallas_kernels.hopper import peaks
 
@@ -28,7 +28,7 @@ class Row:
 
   Attributes:
     function: "norm" (with the residual addition), "heads" (queries, keys and
-      values, D each) or "gelu".
+      values, D each), "gelu" or "mlp" (with 4 D hidden units).
     H: the width of a head.
   """
 
@@ -44,7 +44,10 @@ class Row:
   def call(self, implementation: str) -> Callable[..., Any]:
     """Return the function of the arrays, with an implementation."""
     functions: dict[str, Callable[..., Any]] = dict(
-      norm=rowwise.rms_norm, heads=rowwise.split_heads, gelu=rowwise.gelu
+      norm=rowwise.rms_norm,
+      heads=rowwise.split_heads,
+      gelu=rowwise.gelu,
+      mlp=mlp.gelu_mlp,
     )
     return functools.partial(
       functions[self.function], implementation=implementation
@@ -57,6 +60,10 @@ class Row:
     x = jax.random.normal(keys[0], shape, jnp.bfloat16)
     if self.function == "gelu":
       return (x,)
+    if self.function == "mlp":
+      up = jax.random.normal(keys[1], (self.D, 4 * self.D), x.dtype)
+      down = jax.random.normal(keys[2], (4 * self.D, self.D), x.dtype)
+      return x, up * self.D**-0.5, down * self.D**-0.5
     if self.function == "norm":
       return x, jax.random.uniform(keys[1], (self.D,), jnp.float32, 0.5, 2), x
     x = x[:, :, None].reshape(self.B, self.T, 1, -1, self.H)
@@ -67,19 +74,28 @@ class Row:
 
   def floor(self, backward: bool) -> float:
     """Return the least milliseconds of the forward or the backward pass."""
+    moved = self.B * self.T * self.D * 2
+    if self.function == "mlp":
+      # The rows of each product, D or 4 D wide, that are read or written. Of
+      # the backward pass, three products; what it recomputes is not counted.
+      products = ((9, 5), (9, 5, 5, 5))[backward]
+      seconds = 2 * self.B * self.T * 4 * self.D**2 / peaks.FLOPS_PER_SECOND
+      return 1e3 * sum(
+        max(arrays * moved / peaks.BYTES_PER_SECOND, seconds)
+        for arrays in products
+      )
     arrays = {
       "norm": (4, 4),
       # The values are copied: the backward pass does not read them.
       "heads": (6, 8),
       "gelu": (2, 3),
     }[self.function][backward]
-    moved = arrays * self.B * self.T * self.D * 2
-    return 1e3 * moved / peaks.BYTES_PER_SECOND
+    return 1e3 * arrays * moved / peaks.BYTES_PER_SECOND
 
 
 _ROWS = tuple(
   Row(function, B, T, 4 * D if function == "gelu" else D)
-  for function in ("norm", "heads", "gelu")
+  for function in ("norm", "heads", "gelu", "mlp")
   for B, T, D in ((512, 128, 256), (32, 1024, 768))
 )
 
@@ -90,10 +106,12 @@ def _backward(call: Callable[..., Any]) -> Callable[..., Any]:
   def gradients(arrays, cotangents):
     pulled = jax.vjp(call, *arrays)[1](cotangents)
     # Positions have none, and angles only in plain JAX.
+    shapes = {x.shape for x in arrays if isinstance(x, jax.Array)}
+    shapes.add(arrays[0].shape[-1:])
     return [
       x
       for x in jax.tree.leaves(pulled)
-      if x.shape in (arrays[0].shape, arrays[0].shape[-1:])
+      if x.shape in shapes
     ]
 
   return gradients
@@ -164,11 +182,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser.add_argument(
     "--rounds", type=timing.rounds, default=7, help="interleaved measurements"
   )
+  parser.add_argument(
+    "--only", default="", help="a part of the names of the rows, such as mlp"
+  )
   options = parser.parse_args(arguments)
   device = timing.gpu("pallas_kernels.benchmarks.rowwise")
   print(f"jax {jax.__version__}, {device.device_kind}, bfloat16")
   for row in _ROWS:
-    _measure(row, options.rounds)
+    if options.only in str(row):
+      _measure(row, options.rounds)
 
 
 if __name__ == "__main__":

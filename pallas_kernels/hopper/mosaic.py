@@ -180,6 +180,12 @@ def wgmma(accumulator: Any, a: Any, b: Any) -> None:
   accumulator.value += jnp.dot(a, b, preferred_element_type=jnp.float32)
 
 
+def wait_for_products(pending: int) -> None:
+  """Wait until at most `pending` products are unfinished."""
+  if not _interpreted:
+    plgpu.wgmma_wait(pending)
+
+
 def read_accumulator(accumulator: Any, pending: int = 0) -> jax.Array:
   """Wait until at most `pending` products are unfinished; return the sum."""
   if not _interpreted:

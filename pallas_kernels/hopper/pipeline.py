@@ -142,7 +142,7 @@ def share(items: int, blocks: int) -> Share:
 # by the number of warpgroups that compute. They are multiples of 8. Their
 # average over the block must not exceed what a thread starts with: 168, 128 and
 # 96.
-_REGISTERS = {2: (240, 24), 3: (160, 32), 4: (112, 32)}
+REGISTERS = {2: (240, 24), 3: (160, 32), 4: (112, 32)}
 
 
 def run(
@@ -168,7 +168,7 @@ def run(
       second warpgroup lets the first one begin. None: they do not take turns.
   """
   warpgroup = lax.axis_index("warpgroup")
-  more, fewer = _REGISTERS.get(readers, (None, None))
+  more, fewer = REGISTERS.get(readers, (None, None))
 
   @pl.when(warpgroup < readers)
   def _():

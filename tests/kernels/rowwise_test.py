@@ -16,7 +16,7 @@ import pytest
 from absl.testing import absltest, parameterized
 
 import pallas_kernels
-from pallas_kernels import rowwise
+from pallas_kernels import devices, rowwise
 from pallas_kernels.hopper import mosaic, rows
 
 _H200 = jax.sharding.AbstractDevice("NVIDIA H200", None, "gpu")
@@ -40,6 +40,8 @@ _INTERPRETED = (
   _Case("heads", (1, 70, 2, 3, 32), (2, 0)),
   _Case("heads", (1, 64, 1, 1, 128), (1,), "float16"),
   _Case("gelu", (70, 256)),
+  # The width of the hidden units stands in the place of `turns`.
+  _Case("mlp", (4, 100, 128), (384,)),
 )
 _ON_GPU = (
   *(
@@ -59,6 +61,15 @@ _ON_GPU = (
   ),
   _Case("heads", (2, 300, 3, 2, 256), (1, 1, None), "float16"),
   *(_Case("gelu", shape) for shape in ((512, 128, 1024), (129, 3, 256))),
+  *(
+    _Case("mlp", (B, T, D), (F,))
+    for B, T, D, F in (
+      (512, 128, 256, 1024),
+      (1, 128, 64, 128),
+      (7, 1001, 192, 640),
+      (3, 129, 256, 1024),
+    )
+  ),
 )
 
 
@@ -81,6 +92,13 @@ def _arrays(case):
       return rowwise.rms_norm, (x, scale(), update)
     case "gelu":
       return rowwise.gelu, (x,)
+    case "mlp":
+      shapes = (width, case.turns[0]), (case.turns[0], width)
+      weights = [
+        jax.random.normal(next(keys), shape, case.dtype) * width**-0.5
+        for shape in shapes
+      ]
+      return pallas_kernels.gelu_mlp, (x / 2, *weights)
 
   def rotation(K):
     if not K:
@@ -127,6 +145,8 @@ def _results(case, implementation, wide=False):
   ]
   # Angles have no gradient in the kernels, and none in training.
   wanted = {case.shape, case.shape[-1:]}
+  if case.function == "mlp":
+    wanted |= {x.shape for x in arrays}
   return jax.tree.leaves(values), [x for x in gradients if x.shape in wanted]
 
 
@@ -225,6 +245,8 @@ class LoweringTest(parameterized.TestCase):
     _Case("heads", (16, 129, 3, 4, 64), (1, 1, None)),
     _Case("heads", (16, 128, 2, 3, 128), (2, None)),
     _Case("gelu", (16, 128, 1024)),
+    _Case("mlp", (16, 129, 256), (1024,)),
+    _Case("mlp", (16, 129, 320), (1280,)),  # GELU on its own.
   )
   def test_one_kernel_for_each_pass(self, *case):
     self.assertEqual(_kernels(_Case(*case)), 2)
@@ -267,6 +289,7 @@ class GpuTest(parameterized.TestCase):
     _Case("sum", (64, 128, 256)),
     _Case("heads", (64, 128, 3, 4, 64), (1, 1, None)),
     _Case("gelu", (64, 128, 1024)),
+    _Case("mlp", (64, 128, 256), (1024,)),
   )
   def test_a_hundred_times_the_same_bits(self, *case):
     first = _results(_Case(*case), "mosaic_gpu")
@@ -280,7 +303,7 @@ def _interpret():
   """Check the cases in this process, and print how many."""
   # Three thread blocks, so that each has several tiles.
   rows.block_count = lambda rows, size, *_: min(-(-rows // size), 3)
-  rowwise._unsupported = lambda x: ""
+  devices.of = lambda *_: devices.Device("gpu", "NVIDIA H200", "9.0", 2)
   with mosaic.interpreted():
     for case in _INTERPRETED:
       _check(case)
