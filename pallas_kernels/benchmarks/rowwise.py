@@ -108,11 +108,7 @@ def _backward(call: Callable[..., Any]) -> Callable[..., Any]:
     # Positions have none, and angles only in plain JAX.
     shapes = {x.shape for x in arrays if isinstance(x, jax.Array)}
     shapes.add(arrays[0].shape[-1:])
-    return [
-      x
-      for x in jax.tree.leaves(pulled)
-      if x.shape in shapes
-    ]
+    return [x for x in jax.tree.leaves(pulled) if x.shape in shapes]
 
   return gradients
 

@@ -229,9 +229,7 @@ class _ThreadBlock:
     row = jnp.minimum(down * ROWS, self.x.shape[0] - ROWS)
     return row, strip * COLUMNS, strip - first // self.tiles_down
 
-  def next_strip(
-    self, used: mosaic.Index, strip: mosaic.Index
-  ) -> mosaic.Index:
+  def next_strip(self, used: mosaic.Index, strip: mosaic.Index) -> mosaic.Index:
     """Release the weights of the strips before `strip`; return `strip`."""
 
     def move(i, _):
@@ -278,9 +276,7 @@ class _ThreadBlock:
       plgpu.commit_smem()
       at = pl.ds(row, ROWS), pl.ds(column + chunk * STEP, STEP)
       for o, out in enumerate(self.outs):
-        plgpu.copy_smem_to_gmem(
-          self.staging.at[self.warpgroup, o], out.at[at]
-        )
+        plgpu.copy_smem_to_gmem(self.staging.at[self.warpgroup, o], out.at[at])
     return strip
 
   def epilogue(
