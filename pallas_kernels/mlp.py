@@ -4,7 +4,7 @@ import types
 
 import jax
 
-from pallas_kernels import rowwise, tuning
+from pallas_kernels import rowwise
 
 
 def gelu_mlp(
@@ -16,26 +16,26 @@ def gelu_mlp(
 ) -> jax.Array:
   """Return GELU(x @ up) @ down, with GELU in its tanh form.
 
-  On Hopper, narrow models have GELU in the epilogue of the first product, and
-  its slope in the epilogue of the product that makes its gradient. Where these
-  kernels do not serve, `rowwise.gelu` stands between plain products.
+  The kernels of narrow models have GELU in the epilogue of the first product,
+  and its slope in the epilogue of the product that makes its gradient. Where
+  they do not serve, `rowwise.gelu` stands between plain products.
 
   Args:
     x: [..., D]; bfloat16, float16, float32 or float64.
     up: [D, F], like x.
     down: [F, D], like x.
     implementation: a name from ROWWISE_IMPLEMENTATIONS: GELU runs so, or the
-      call raises. None chooses the fastest one that supports the call.
+      call raises. None means `rowwise.gelu` as it chooses: the kernels with
+      epilogues are too new to be a default.
 
   Returns:
     An array like x.
 
   Raises:
-    UnsupportedError: the named implementation does not support GELU here.
+    UnsupportedError: the named implementation supports no GELU of this kind.
   """
   rows = x.reshape(-1, x.shape[-1])
-  wanted = tuning.LEAST_ROWS if implementation is None else 1
-  if implementation != "xla" and len(rows) >= wanted and _serves(rows, up):
+  if implementation == "mosaic_gpu" and _serves(rows, up):
     return _kernel(rows, up, down).reshape(x.shape)
   return rowwise.gelu(x @ up, implementation=implementation) @ down
 
