@@ -19,10 +19,25 @@ os.environ["XLA_FLAGS"] = " ".join(
   ]
 )
 
+# Tests with these marks need hours or a device. They run by these names alone.
+_APART = ("slow", "tpu_compiler", "gpu", "gpu_compiler", "slurm")
+
+
+def selection(expression: str) -> str:
+  """The tests that `-m expression` selects, as a whole expression.
+
+  An expression of the user takes the place of the one in pyproject.toml. So
+  what is marked both thorough and slow is left out of the thorough tests here.
+  """
+  if expression != "thorough":
+    return expression
+  return " and ".join(["thorough", *(f"not {mark}" for mark in _APART)])
+
 
 def pytest_configure(config):
-  # The default tests run small programs a few times, so optimisations do not
-  # repay. Kernels for accelerators are compiled as a user's are.
+  config.option.markexpr = selection(config.option.markexpr)
+  # Both tiers run small programs a few times, so optimisations do not repay.
+  # Kernels for accelerators are compiled as a user's are.
   if "not gpu" in config.option.markexpr:
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
   if hasattr(config, "workerinput"):

@@ -81,7 +81,7 @@ def _slow(q, k, v, visible=None, scale=None, key_rank=None):
   return out, lse
 
 
-@pytest.mark.once
+@pytest.mark.thorough
 class AttentionTest(parameterized.TestCase):
   @parameterized.product(shape=_SHAPES, name=_ON_CPU)
   def test_causal_is_aligned_to_the_first_slot(self, shape, name):

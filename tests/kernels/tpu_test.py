@@ -98,7 +98,7 @@ def _both(kernel):
 
 class TpuTest(parameterized.TestCase):
   @parameterized.named_parameters((str(case), case) for case in _CASES)
-  @pytest.mark.once
+  @pytest.mark.thorough
   def test_case(self, case):
     with small_tiles():
       got = attention_cases.run(tpu.attention, case)

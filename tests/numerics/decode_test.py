@@ -19,8 +19,6 @@ from aoarm_jax.generation import steps as decode_steps
 from aoarm_jax.model import cached
 
 _T, _V, _MANY = 4, 3, 60_000
-# On the older Python alone: tests/runs/api_test.py does much of it on both.
-pytestmark = pytest.mark.once
 _LAW = sampling.Sampling(np.float32(1), np.int32(0), np.float32(1))
 _GREEDY = _LAW._replace(temperature=np.float32(0))
 # Seven tests below compare samples with two laws each; were the seed not fixed,
@@ -120,7 +118,7 @@ def _p_values(case, out, width):
   ]
 
 
-@pytest.mark.once
+@pytest.mark.thorough
 class LawTest(parameterized.TestCase):
   @parameterized.parameters(*zip(_CASES[:2], (2, 4)))
   def test_speculative_is_exact(self, case, width):
@@ -243,6 +241,7 @@ class RefusedTest(parameterized.TestCase):
     self.assertNotIn("\n", str(caught.exception))
 
 
+@pytest.mark.thorough
 class StagesTest(parameterized.TestCase):
   @parameterized.parameters(
     (("two_stream", 2), plan_lib.Plan(), False),
@@ -284,6 +283,7 @@ class StagesTest(parameterized.TestCase):
       tiny.assert_same(a, b)
 
 
+@pytest.mark.thorough
 class CallsTest(parameterized.TestCase):
   def test_steps_end_with_the_blanks(self):
     """One program for any number; in groups, here of 2."""
@@ -413,6 +413,7 @@ class PredictTest(parameterized.TestCase):
       tiny.assert_same(got[:, q], want)
 
 
+@pytest.mark.thorough
 class AdaptiveTest(parameterized.TestCase):
   # All pairs. One sentinel would leave two streams blind at first: all targets
   # tie.

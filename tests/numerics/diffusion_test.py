@@ -17,8 +17,6 @@ from aoarm_jax.generation import law as sampling
 from aoarm_jax.generation import plan as plan_lib
 
 _T, _V, _LONG, _MANY = 4, 3, 6, 40_000
-# On the older Python alone: tests/runs/api_test.py does much of it on both.
-pytestmark = pytest.mark.once
 _PLAIN = sampling.Sampling(np.float32(1), np.int32(0), np.float32(1))
 
 
@@ -227,6 +225,7 @@ def _law_of_steps(s, T, step_of):
   return p
 
 
+@pytest.mark.thorough
 class GenerateTest(parameterized.TestCase):
   @parameterized.parameters((1, _T), (2, _LONG))
   def test_sequential_is_exact(self, s, T):

@@ -23,8 +23,6 @@ from aoarm_jax.evaluation import evaluate
 
 _T, _V, _COUNT, _K = 7, 5, 8, 3
 
-# On the older Python alone: train_test.py and main_test.py evaluate on both.
-pytestmark = pytest.mark.once
 
 
 def _config(**order_options):
@@ -255,6 +253,7 @@ class EstimateTest(parameterized.TestCase):
           each.nats_per_token, nats[inside].mean(), delta=1e-5
         )
 
+  @pytest.mark.thorough
   def test_context_ensembled(self):
     """Every conditional is a mean over permutations of its context."""
     network = tiny.make(
@@ -306,6 +305,7 @@ class EstimateTest(parameterized.TestCase):
     )
 
   @parameterized.parameters("any_order", "ensembled", "context_ensembled")
+  @pytest.mark.thorough
   def test_batch_size_changes_nothing(self, estimator):
     """Of 8 sequences: 3 + 3 + 2, or 5 + 3."""
     want, got = (_estimate(estimator, _batches(size)) for size in (3, 5))
@@ -342,6 +342,7 @@ class EstimateTest(parameterized.TestCase):
     )
     self.assertGreater(abs(other.nats_per_token - plain.nats_per_token), 1e-3)
 
+  @pytest.mark.thorough
   def test_a_curriculum_is_that_of_the_step(self):
     """Step 0 is left to right; a late step is uniform, like any_order."""
     evaluator = _evaluator(family="curriculum", curriculum_steps=100)
@@ -381,6 +382,7 @@ class EstimateTest(parameterized.TestCase):
     self.assertLess(fixed.standard_error_nats, 1e-6)
 
 
+@pytest.mark.thorough
 class ElboTest(parameterized.TestCase):
   def test_two_estimators_of_one_quantity(self):
     """Within joint standard errors; a wrong schedule is not."""

@@ -27,7 +27,7 @@ from aoarm_jax.devices import sharding
 from aoarm_jax.training import program as program_lib
 
 # Whole programs: on one Python is enough.
-pytestmark = pytest.mark.once
+pytestmark = pytest.mark.thorough
 
 _FILE = pathlib.Path(__file__).with_name("golden_numbers.json")
 _B, _T, _STEPS = 4, 8, 3

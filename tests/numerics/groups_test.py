@@ -28,8 +28,6 @@ from aoarm_jax.generation import texts as generate
 from aoarm_jax.model import network as network_lib
 from aoarm_jax.runs import checkpoint
 
-# On the older Python alone, for time.
-pytestmark = pytest.mark.once
 
 _B, _T, _V = 3, 7, 5
 _ABC = tokenizers.Tokenizer("abc", b"abc")
@@ -176,6 +174,7 @@ def _logits(s):
   return tiny.sharp(made), run
 
 
+@pytest.mark.thorough
 class QueryFractionTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
@@ -271,6 +270,7 @@ def _starts_of(known, width, T):
   return np.where(rank < known, rank, rank - known) % width == 0
 
 
+@pytest.mark.thorough
 class GenerationTest(parameterized.TestCase):
   @parameterized.parameters((1, 3), (2, 2))
   def test_parallel_has_the_law_of_its_groups(self, s, width):
@@ -358,6 +358,7 @@ def _scores(texts, given=(), **options):
     return _scorer().score(params, parsed, changed, given or None)
 
 
+@pytest.mark.thorough
 class ExperimentTest(absltest.TestCase):
   """configs/any_subset.py is sampled and scored as it is trained."""
 
@@ -440,6 +441,7 @@ class ExperimentTest(absltest.TestCase):
       self.assertEqual(effects["width"], has_effect)
 
 
+@pytest.mark.thorough
 class ScoreTest(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):

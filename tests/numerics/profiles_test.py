@@ -11,7 +11,7 @@ from aoarm_jax.config import mechanisms
 from aoarm_jax.study import profiles
 
 # On the older Python alone, for time.
-pytestmark = pytest.mark.once
+pytestmark = pytest.mark.thorough
 
 B, T = 3, 7
 REAL = np.array([True, False, True])  # The second one fills the batch.

@@ -25,7 +25,7 @@ from aoarm_jax.training import program as program_lib
 
 # On the older Python alone, but for what profiles_test.py and coherence_test.py
 # say of the measures.
-pytestmark = pytest.mark.once
+pytestmark = pytest.mark.thorough
 
 
 class MeshTest(absltest.TestCase):

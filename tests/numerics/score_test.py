@@ -25,8 +25,6 @@ from aoarm_jax.generation import prompts
 from aoarm_jax.generation import texts as generate
 from aoarm_jax.model import network as network_lib
 
-# On the older Python alone: tests/runs/api_test.py does much of it on both.
-pytestmark = pytest.mark.once
 
 
 _ABC = tokenizers.Tokenizer("abc", b"abc")
@@ -90,6 +88,7 @@ def _order_of(mechanism):
   return "left_to_right" if one_way else "uniform"
 
 
+@pytest.mark.thorough
 class LawTest(parameterized.TestCase):
   @parameterized.parameters(*_CASES)
   def test_fillings_of_a_part_sum_to_one(self, *case):
@@ -201,6 +200,7 @@ class BatchTest(parameterized.TestCase):
       _score((mechanism, 2), [text])
 
 
+@pytest.mark.thorough
 class AttentionTest(parameterized.TestCase):
   def test_a_named_one_is_called_for_what_it_can(self):
     """Of cuDNN: causal, as many rows as slots; here by what XLA computes."""

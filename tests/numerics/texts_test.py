@@ -10,7 +10,6 @@ from unittest import mock
 
 import jax
 import numpy as np
-import pytest
 import tiny
 from absl.testing import absltest, parameterized
 from etils import epath
@@ -27,8 +26,6 @@ from aoarm_jax.model import network as network_lib
 
 _T, _V, _MANY = 4, 3, 40_000
 # Positions of the network: more than are generated, for the first mechanism.
-# On the older Python alone: tests/runs/api_test.py does much of it on both.
-pytestmark = pytest.mark.once
 
 
 _LONGER = {tiny.ALTERNATING[0][0]: _T + 2}

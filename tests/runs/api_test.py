@@ -37,7 +37,6 @@ from aoarm_jax.generation import texts as generate
 from aoarm_jax.runs import telemetry
 from aoarm_jax.tools import strip
 
-pytestmark = pytest.mark.once
 
 _contexts = contextlib.ExitStack()
 _folder: pathlib.Path
@@ -123,6 +122,7 @@ class ModelTest(parameterized.TestCase):
     self.assertAlmostEqual(drawn, blanks, delta=1e-3)
     self.assertLess(everything, blanks - 1)
 
+  @pytest.mark.thorough
   def test_the_loop_around_the_pieces_learns(self):
     lines = _printed_by("docs/pieces.md", 0)
     self.assertLen(lines, 4 + 2 + 1)
@@ -136,6 +136,7 @@ class ModelTest(parameterized.TestCase):
   def test_what_was_trained(self):
     self.assertEqual((_model.step, _model.config.model.T), (2, 40))
 
+  @pytest.mark.thorough
   def test_64_bits_elsewhere_change_nothing(self):
     """Another part of the user's program may want them."""
     calls = (
@@ -152,6 +153,7 @@ class ModelTest(parameterized.TestCase):
     for leaf in jax.tree.leaves(again._params):
       self.assertEqual(leaf.dtype, jax.numpy.float32)
 
+  @pytest.mark.thorough
   def test_texts_depend_on_seed_and_index_alone(self):
     """Many in one call, whatever the batches; a short last one too."""
     few = _model.generate(3, batch_size=8, seed=0)
@@ -164,6 +166,7 @@ class ModelTest(parameterized.TestCase):
     other = _model.generate(3, seed=1)
     self.assertNotEqual(other[0].text, few[0].text)
 
+  @pytest.mark.thorough
   def test_few_numbers_of_texts_compile(self):
     """Rows fill up to a power of four; config.*.batch_size is the most."""
     texts = ["ab", "[b]c", "cd", "d", "ef"]
@@ -180,6 +183,7 @@ class ModelTest(parameterized.TestCase):
       self.assertEqual((a.text, a.order), (b.text, b.order))
       self.assertAlmostEqual(a.log_p, b.log_p, delta=1e-4)
 
+  @pytest.mark.thorough
   def test_a_session_compiles_few_programs(self):
     """Small numbers of texts, orders, and lengths share their programs."""
     model = aoarm_jax.load(_folder / "run")
@@ -197,6 +201,7 @@ class ModelTest(parameterized.TestCase):
         model.score("a" * n, order=order)
     self.assertEqual(scorer._cache_size(), 1)
 
+  @pytest.mark.thorough
   def test_a_long_wait_is_said(self):
     """On stderr, once for each; it can be switched off."""
     for progress in (True, False):
@@ -243,6 +248,7 @@ class ModelTest(parameterized.TestCase):
       os.close(out)
       self.assertStartsWith(message, f"process {child} is a fork of process ")
 
+  @pytest.mark.thorough
   def test_programs_are_kept_for_later_processes(self):
     name, folder = "jax_compilation_cache_dir", _folder / "cache"
     before = jax.config.values[name]
@@ -259,6 +265,7 @@ class ModelTest(parameterized.TestCase):
       aoarm_jax.load(_folder / "run").score("abc")
     self.assertNotEmpty(list((folder / "aoarm_jax" / "xla").glob("jit_*")))
 
+  @pytest.mark.thorough
   def test_prompts_of_several_lengths(self):
     """Each as if it stood alone at its index."""
     texts = ["ab__", "a_c" * 10, "______"]
@@ -276,6 +283,7 @@ class ModelTest(parameterized.TestCase):
     want = _model.infill("_b", seed=0)
     self.assertEqual(_model.infill("?b", blank="?", seed=0), want)
 
+  @pytest.mark.thorough
   def test_a_run_of_another_machine(self):
     """Its kernel is not here; nor is it asked for."""
     folder = _folder / "elsewhere"
@@ -310,6 +318,7 @@ class ModelTest(parameterized.TestCase):
     self.assertLen(text.text, 40)
 
   @parameterized.parameters("parallel", "speculative", "adaptive")
+  @pytest.mark.thorough
   def test_methods_and_given_orders(self, method):
     (text,) = _model.infill("_b__", method=method, order=[4, 3, 2, 1])
     self.assertEqual(text.order[0], 2)
@@ -453,6 +462,7 @@ class ModelTest(parameterized.TestCase):
     want = _model.infill("ab_____", seed=3)
     self.assertEqual(_model.generate(prompt="ab", length=7, seed=3), want)
 
+  @pytest.mark.thorough
   def test_a_prompt_in_normal_form(self):
     """It goes on where it ends: within a word, or after a space."""
     for prompt, start in (
@@ -501,6 +511,7 @@ class ModelTest(parameterized.TestCase):
       aoarm_jax.load(_folder / "absent")
 
 
+@pytest.mark.thorough
 class CommandTest(parameterized.TestCase):
   @parameterized.parameters(1e-3, 0.0)
   def test_training_says_what_takes_long(self, seconds):

@@ -202,7 +202,7 @@ class StartTest(parameterized.TestCase):
     self.assertFalse((_folder / "nowhere").exists())
 
 
-@pytest.mark.once
+@pytest.mark.thorough
 class RunTest(parameterized.TestCase):
   def signalled(
     self, name, number, step, processes=2, environment=(), **changes

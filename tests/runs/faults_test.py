@@ -120,7 +120,7 @@ def launched(name, processes, environment, grace=5, **changes):
   return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.once
+@pytest.mark.thorough
 class FaultsTest(parameterized.TestCase):
   def uninterrupted(self):
     if not (_folder / "one").exists():

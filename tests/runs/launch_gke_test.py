@@ -5,14 +5,11 @@ import json
 import os
 
 import jsonschema
-import pytest
 from absl.testing import absltest, parameterized
 from launchers import APPLY, TRAIN, LaunchTest, launch
 
 from launch import common
 
-# On the older Python alone, for time.
-pytestmark = pytest.mark.once
 
 
 def _closed(properties, *required):

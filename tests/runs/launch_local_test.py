@@ -9,14 +9,11 @@ import subprocess
 import sys
 import time
 
-import pytest
 from absl.testing import absltest, parameterized
 from launchers import ROOT, LaunchTest, launch
 
 from launch import local
 
-# On the older Python alone, for time.
-pytestmark = pytest.mark.once
 
 
 # One long sleep would not see a signal that comes as it begins.

@@ -5,14 +5,11 @@ import shlex
 import signal
 import subprocess
 
-import pytest
 from absl.testing import absltest, parameterized
 from launchers import SUBMIT, TRAIN, LaunchTest, launch
 
 from launch import slurm
 
-# On the older Python alone, for time.
-pytestmark = pytest.mark.once
 
 
 # srun and the tasks of a step. The n-th task takes the n-th word of ENDS: its

@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 
-import pytest
 from absl.testing import absltest, parameterized
 from launchers import (
   APPLY,
@@ -26,8 +25,6 @@ from launchers import (
 
 from launch import common, tpu_pod
 
-# On the older Python alone, for time.
-pytestmark = pytest.mark.once
 
 
 class CommandsTest(LaunchTest):

@@ -5,14 +5,11 @@ import re
 import subprocess
 import time
 
-import pytest
 from absl.testing import absltest, parameterized
 from launchers import POD, SLICE, LaunchTest, launch
 
 from launch import common, tpu_pod
 
-# On the older Python alone, for time.
-pytestmark = pytest.mark.once
 
 
 class TpuPodTest(LaunchTest):

@@ -24,8 +24,6 @@ from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import corpora
 from aoarm_jax.devices import switches
 
-# On the older Python alone, for time.
-pytestmark = pytest.mark.once
 
 TINY = f"--config={helpers.TINY}"
 NEW_CONFIG = """
@@ -517,6 +515,7 @@ class ProcessTest(parameterized.TestCase):
       self.assertEqual(os.listdir(folder), [])
 
   @parameterized.parameters((signal.SIGTERM, 75), (signal.SIGINT, 130))
+  @pytest.mark.thorough
   def test_a_signal_in_the_first_second(self, number, exit_code):
     """While modules are imported, and more than once."""
     process = helpers.start(
@@ -527,6 +526,7 @@ class ProcessTest(parameterized.TestCase):
     self.assertLen(err.splitlines(), 1, err)
     self.assertStartsWith(err, "aoarm_jax: ")
 
+  @pytest.mark.thorough
   def test_an_impatient_ctrl_c(self):
     process = helpers.start(
       [TINY, "--mode=count"],
@@ -537,6 +537,7 @@ class ProcessTest(parameterized.TestCase):
     self.assertEqual((code, out), (130, ""), err)
     self.assertEqual(err, "aoarm_jax: error: interrupted\n")
 
+  @pytest.mark.thorough
   def test_what_ends_at_once_closes_what_is_open(self):
     done = subprocess.run(
       [sys.executable, "-c", UNWINDS],
@@ -549,6 +550,7 @@ class ProcessTest(parameterized.TestCase):
       done.stderr, "aoarm_jax: SIGTERM: start the same command again\n"
     )
 
+  @pytest.mark.thorough
   def test_a_second_ctrl_c_interrupts_once(self):
     done = subprocess.run(
       [sys.executable, "-c", SECOND_WISH],
@@ -588,6 +590,7 @@ class ProcessTest(parameterized.TestCase):
     ).stdout
     self.assertStartsWith(shown, "mechanism")
 
+  @pytest.mark.thorough
   def test_devices_that_are_not_here(self):
     process = helpers.start([TINY, "--mode=count"], JAX_PLATFORMS="cuda")
     code, out, err = helpers.finish(process)

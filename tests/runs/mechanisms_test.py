@@ -41,7 +41,7 @@ _CHANGES = {
 }
 
 
-@pytest.mark.once
+@pytest.mark.thorough
 class ExperimentTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()

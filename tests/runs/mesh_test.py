@@ -27,8 +27,6 @@ from aoarm_jax.training import state as train_state
 from pallas_kernels import devices as kernel_devices
 
 V, B = 27, 16
-# On the older Python alone, since it compiles most.
-pytestmark = pytest.mark.once
 
 
 MESHES = {
@@ -262,6 +260,7 @@ def started(which, **environment):
   return [json.loads(line) for line in out.splitlines()]
 
 
+@pytest.mark.thorough
 class MeshTest(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):
@@ -390,6 +389,8 @@ class MeshTest(parameterized.TestCase):
     self.assertStartsWith(self.seen["errors"][name], message)
     self.assertNotIn("\n", self.seen["errors"][name])
 
+
+class ShardsTest(absltest.TestCase):
   def test_short_shards_are_not_made(self):
     mesh = jax.sharding.AbstractMesh((2, 4, 2, 1), sharding.AXES)
 

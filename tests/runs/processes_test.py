@@ -203,7 +203,7 @@ class DifferenceTest(parameterized.TestCase):
       )
     self.assertFalse((_folder / "seed").exists())
 
-  @pytest.mark.once
+  @pytest.mark.thorough
   def test_the_command_line(self):
     """A process that cannot read its command ends the other one, too."""
     with self.differing(
@@ -211,7 +211,7 @@ class DifferenceTest(parameterized.TestCase):
     ) as processes:
       self.assert_refused(processes, "Unknown command line flag 'nothing'")
 
-  @pytest.mark.once
+  @pytest.mark.thorough
   def test_the_disk(self):
     """The folder of process 1 lies on a disk of its own."""
     with self.differing(
@@ -226,7 +226,7 @@ class DifferenceTest(parameterized.TestCase):
     self.assertFalse((_folder / "disk" / "config.json").exists())
 
 
-@pytest.mark.once
+@pytest.mark.thorough
 class FailureTest(parameterized.TestCase):
   def test_a_save_that_fails_ends_the_other_process(self):
     begin = time.monotonic()

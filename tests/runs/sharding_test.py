@@ -116,7 +116,7 @@ def tearDownModule():
   _contexts.close()
 
 
-@pytest.mark.once
+@pytest.mark.thorough
 class ShardingTest(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):
@@ -263,6 +263,8 @@ class ShardingTest(parameterized.TestCase):
     self.assertNotIn("\n", self.seen["errors"][name])
     self.assertFalse((_folder / "refused").exists())
 
+
+class HereTest(absltest.TestCase):
   def test_mesh_of_chosen_devices(self):
     mesh = sharding.make_mesh(config_lib.Mesh(), jax.devices())
     self.assertEqual(dict(mesh.shape), dict.fromkeys(sharding.AXES, 1))

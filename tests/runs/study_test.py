@@ -18,7 +18,7 @@ from aoarm_jax.study import measure
 
 # On the older Python alone, but for what profiles_test.py and coherence_test.py
 # say of the measures.
-pytestmark = pytest.mark.once
+pytestmark = pytest.mark.thorough
 
 
 class StudyTest(absltest.TestCase):

@@ -156,7 +156,6 @@ class TrainTest(parameterized.TestCase):
     return str(caught.exception)
 
 
-@pytest.mark.once
 class RunTest(TrainTest):
   def test_the_directory_explains_itself(self):
     workdir, _ = base()
@@ -449,7 +448,7 @@ class ReadTest(TrainTest):
     self.assertStartsWith(message, "SIGTERM after 4 of 6 texts")
 
 
-@pytest.mark.once
+@pytest.mark.thorough
 class StopTest(TrainTest):
   def test_killed_and_stopped_in_every_way_is_uninterrupted(self):
     """One run, stopped four times, ends as if it had never been.

@@ -12,7 +12,7 @@ from absl.testing import absltest
 
 from aoarm_jax.study import measure, trunks
 
-pytestmark = pytest.mark.once
+pytestmark = pytest.mark.thorough
 
 _CONFIG = str(helpers.ROOT / "configs" / "study_budget.py")
 _FILES = ("training.npz", "windows.npz", "weights.npz")

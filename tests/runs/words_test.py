@@ -108,7 +108,7 @@ class WordsTest(absltest.TestCase):
     self.assertEqual(text.text, made.decode(text.tokens))
     self.assertEqual(model.tokenizer, made)
 
-  @pytest.mark.once
+  @pytest.mark.thorough
   def test_chars_of_the_text(self):
     """The run goes on with the symbols of its checkpoint."""
     chars = {"data__tokenizer": "chars", "optimizer__schedule": "constant"}
@@ -146,7 +146,7 @@ class WordsTest(absltest.TestCase):
     ):
       aoarm_jax.load(self.workdir, progress=False)
 
-  @pytest.mark.once
+  @pytest.mark.thorough
   def test_a_prepared_text(self):
     prepared = self.root / "prepared"
     bpe = {"data__tokenizer": "bpe", "data__vocabulary": 280}

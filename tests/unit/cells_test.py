@@ -15,7 +15,7 @@ from aoarm_jax.tools import matching
 
 # On the older Python alone, but for what profiles_test.py and coherence_test.py
 # say of the measures.
-pytestmark = pytest.mark.once
+pytestmark = pytest.mark.thorough
 
 
 class SweepTest(parameterized.TestCase):

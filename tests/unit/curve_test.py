@@ -5,14 +5,12 @@ import runpy
 
 import helpers
 import numpy as np
-import pytest
 from absl.testing import absltest, parameterized
 
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.study import cells as cells_lib
 from aoarm_jax.study import curve
 
-pytestmark = pytest.mark.once
 
 _WINDOWS = 48
 

@@ -8,7 +8,7 @@ from absl.testing import absltest, parameterized
 
 from aoarm_jax.study import delay
 
-pytestmark = pytest.mark.once
+pytestmark = pytest.mark.thorough
 
 _STEPS = np.array([1000, 1800, 7200, 28800])
 _BUDGETS = np.array([1000, 4000, 16000])

@@ -17,7 +17,7 @@ from matplotlib import axes
 from aoarm_jax.runs import figures
 
 # On the older Python alone, for time.
-pytestmark = pytest.mark.once
+pytestmark = pytest.mark.thorough
 
 
 def _train(steps, value=2.0):

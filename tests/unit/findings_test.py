@@ -4,7 +4,6 @@ import math
 from unittest import mock
 
 import numpy as np
-import pytest
 from absl.testing import absltest, parameterized
 from studies import config
 
@@ -15,9 +14,6 @@ from aoarm_jax.study import (
   tables,
 )
 
-# On the older Python alone, but for what profiles_test.py and coherence_test.py
-# say of the measures.
-pytestmark = pytest.mark.once
 
 
 WITH_LENGTH = (

@@ -24,7 +24,7 @@ from aoarm_jax.tools import (
 from aoarm_jax.tools import generation_speed as decode_benchmark
 
 
-@pytest.mark.once
+@pytest.mark.thorough
 class BenchmarkTest(parameterized.TestCase):
   def test_every_method(self):
     self.enter_context(helpers.quick_compilation())

@@ -12,7 +12,7 @@ from aoarm_jax.config import schema as config_lib
 from aoarm_jax.tools import matching
 
 # On the older Python alone, for time.
-pytestmark = pytest.mark.once
+pytestmark = pytest.mark.thorough
 
 
 def _config(mechanism, by="training_flops", change="steps", **model):

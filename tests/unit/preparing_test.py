@@ -407,7 +407,7 @@ class PreparingTest(parameterized.TestCase):
     with self.refused("have changed while they were read"):
       self.prepare(tokenizer="byte", progress=progress)
 
-  @pytest.mark.once
+  @pytest.mark.thorough
   def test_a_process_that_is_killed(self):
     self.write_lines(count=60)
     with (

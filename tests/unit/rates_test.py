@@ -2,7 +2,6 @@
 
 import math
 
-import pytest
 from absl.testing import absltest, parameterized
 from studies import config
 
@@ -10,7 +9,6 @@ from aoarm_jax.config import schema as config_lib
 from aoarm_jax.study import cells as cells_lib
 from aoarm_jax.study import rates
 
-pytestmark = pytest.mark.once
 
 
 def _cell(rate, steps=16000, T=128):

@@ -14,7 +14,7 @@ from aoarm_jax.config import schema as config_lib
 from aoarm_jax.tools import scaling
 
 
-@pytest.mark.once
+@pytest.mark.thorough
 class ScalingTest(parameterized.TestCase):
   def test_dry_run(self):
     with helpers.quick_compilation():

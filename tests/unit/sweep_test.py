@@ -13,7 +13,6 @@ from unittest import mock
 
 import jax
 import numpy as np
-import pytest
 from absl.testing import absltest
 from etils import epath
 from studies import config
@@ -29,9 +28,6 @@ from aoarm_jax.study import (
   tables,
 )
 
-# On the older Python alone, but for what profiles_test.py and coherence_test.py
-# say of the measures.
-pytestmark = pytest.mark.once
 
 
 class SharesTest(absltest.TestCase):
