@@ -24,7 +24,6 @@ from aoarm_jax.evaluation import evaluate
 _T, _V, _COUNT, _K = 7, 5, 8, 3
 
 
-
 def _config(**order_options):
   options = dict(family="block", block_width=3, given=tuple(range(1, _T + 1)))
   return config.Config(

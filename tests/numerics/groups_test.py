@@ -28,7 +28,6 @@ from aoarm_jax.generation import texts as generate
 from aoarm_jax.model import network as network_lib
 from aoarm_jax.runs import checkpoint
 
-
 _B, _T, _V = 3, 7, 5
 _ABC = tokenizers.Tokenizer("abc", b"abc")
 

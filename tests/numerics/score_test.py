@@ -25,8 +25,6 @@ from aoarm_jax.generation import prompts
 from aoarm_jax.generation import texts as generate
 from aoarm_jax.model import network as network_lib
 
-
-
 _ABC = tokenizers.Tokenizer("abc", b"abc")
 # One of every kind: what is predicted from where, with and without EOS.
 _CASES = (

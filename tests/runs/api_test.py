@@ -37,7 +37,6 @@ from aoarm_jax.generation import texts as generate
 from aoarm_jax.runs import telemetry
 from aoarm_jax.tools import strip
 
-
 _contexts = contextlib.ExitStack()
 _folder: pathlib.Path
 _model = None
@@ -139,8 +138,7 @@ class ModelTest(parameterized.TestCase):
   @pytest.mark.thorough
   def test_64_bits_elsewhere_change_nothing(self):
     """Another part of the user's program may want them."""
-    calls = (
-      lambda model: model.generate(2, seed=3)[0],
+    calls = (  # To generate is to fill a text of blanks.
       lambda model: model.infill("ab__", seed=3)[0],
       lambda model: model.score("abc"),
     )

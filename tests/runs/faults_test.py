@@ -217,9 +217,9 @@ class FaultsTest(parameterized.TestCase):
     self.assertTrue(pathlib.Path(variables["FAULT_MARK"]).exists())
     self.assert_uninterrupted(name, bitwise=processes == 1)
 
-  @parameterized.parameters(1, 2)
-  def test_killed_in_a_step_or_a_save(self, seed):
-    self.killed(seed, processes=1)
+  def test_killed_in_a_save(self):
+    """The launcher restarts it; train_test.py kills a run in its steps."""
+    self.killed(1, processes=1)
 
   @parameterized.parameters(*range(40))
   @pytest.mark.slow

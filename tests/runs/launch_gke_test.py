@@ -11,7 +11,6 @@ from launchers import APPLY, TRAIN, LaunchTest, launch
 from launch import common
 
 
-
 def _closed(properties, *required):
   """The schema of an object that has no other fields."""
   return {

@@ -14,8 +14,6 @@ from launchers import ROOT, LaunchTest, launch
 
 from launch import local
 
-
-
 # One long sleep would not see a signal that comes as it begins.
 SAVES = """
 def save(*_):

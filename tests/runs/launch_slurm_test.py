@@ -10,8 +10,6 @@ from launchers import SUBMIT, TRAIN, LaunchTest, launch
 
 from launch import slurm
 
-
-
 # srun and the tasks of a step. The n-th task takes the n-th word of ENDS: its
 # exit code, KILL for a task that srun kills, or ABRT for one that aborts.
 SRUN = r"""

@@ -26,7 +26,6 @@ from launchers import (
 from launch import common, tpu_pod
 
 
-
 class CommandsTest(LaunchTest):
   @parameterized.parameters(*LAUNCHERS)
   def test_help(self, launcher):

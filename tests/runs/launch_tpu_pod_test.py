@@ -11,7 +11,6 @@ from launchers import POD, SLICE, LaunchTest, launch
 from launch import common, tpu_pod
 
 
-
 class TpuPodTest(LaunchTest):
   def gcloud(self, *states):
     """A gcloud that notes its calls and describes one state after another."""

@@ -24,7 +24,6 @@ from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import corpora
 from aoarm_jax.devices import switches
 
-
 TINY = f"--config={helpers.TINY}"
 NEW_CONFIG = """
 from aoarm_jax.config import experiments
@@ -537,7 +536,6 @@ class ProcessTest(parameterized.TestCase):
     self.assertEqual((code, out), (130, ""), err)
     self.assertEqual(err, "aoarm_jax: error: interrupted\n")
 
-  @pytest.mark.thorough
   def test_what_ends_at_once_closes_what_is_open(self):
     done = subprocess.run(
       [sys.executable, "-c", UNWINDS],
@@ -550,7 +548,6 @@ class ProcessTest(parameterized.TestCase):
       done.stderr, "aoarm_jax: SIGTERM: start the same command again\n"
     )
 
-  @pytest.mark.thorough
   def test_a_second_ctrl_c_interrupts_once(self):
     done = subprocess.run(
       [sys.executable, "-c", SECOND_WISH],

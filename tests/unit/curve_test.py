@@ -11,7 +11,6 @@ from aoarm_jax.config import schema as config_lib
 from aoarm_jax.study import cells as cells_lib
 from aoarm_jax.study import curve
 
-
 _WINDOWS = 48
 
 

@@ -14,8 +14,6 @@ from aoarm_jax.study import (
   tables,
 )
 
-
-
 WITH_LENGTH = (
   "equal flops: does decoupled_rope's deficit against two_stream grow with len"
 )

@@ -10,7 +10,6 @@ from aoarm_jax.study import cells as cells_lib
 from aoarm_jax.study import rates
 
 
-
 def _cell(rate, steps=16000, T=128):
   study = config(
     f"rate={rate} steps={steps} T={T} budget=flops seed=11", decay_share=0.2

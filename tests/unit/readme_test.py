@@ -16,9 +16,11 @@ import re
 import runpy
 import shlex
 import sys
+import tomllib
 import warnings
 from unittest import mock
 
+import conftest
 import imports_test
 from absl import app, flags
 from absl.testing import absltest, parameterized
@@ -173,6 +175,26 @@ class CommandsTest(parameterized.TestCase):
     )
     self.assertNotEmpty(with_block)
     self.assertEqual(set(with_block), set(run))
+
+  def test_both_tiers_are_run_by_ci_and_leave_out_the_other_marks(self):
+    """No option of pytest takes the place of another one by mistake."""
+    pytest_options = tomllib.loads((ROOT / "pyproject.toml").read_text())[
+      "tool"
+    ]["pytest"]["ini_options"]
+    marks = [line.split(":")[0] for line in pytest_options["markers"]]
+    default = shlex.split(pytest_options["addopts"])[-1]
+    self.assertEqual(default, " and ".join(f"not {mark}" for mark in marks))
+    others = [f"not {mark}" for mark in marks if mark != "thorough"]
+    tier = " and ".join(["thorough", *others])
+    self.assertEqual(conftest.selection("thorough"), tier)
+    for expression in (default, "slow", "gpu"):
+      self.assertEqual(conftest.selection(expression), expression)
+    tiers = {"python -m pytest", "python -m pytest -m thorough"}
+    ci = (ROOT / ".ci/run").read_text().splitlines()
+    self.assertIn("python -m pytest -m thorough", ci)
+    for page in (README, CONTRIBUTING):
+      lines = {line for _, block in blocks(page) for line in block.splitlines()}
+      self.assertContainsSubset(tiers, {*lines, *spans(page)})
 
   def test_every_command_parses(self):
     found = every_command("python -m")

@@ -29,7 +29,6 @@ from aoarm_jax.study import (
 )
 
 
-
 class SharesTest(absltest.TestCase):
   def test_shares_are_all_cells_once_with_the_trials_that_they_need(self):
     study = config("seed=0,1,2 mechanism=two_stream,mdlm rate=tuned")
