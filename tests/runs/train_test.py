@@ -448,7 +448,6 @@ class ReadTest(TrainTest):
     self.assertStartsWith(message, "SIGTERM after 4 of 6 texts")
 
 
-@pytest.mark.thorough
 class StopTest(TrainTest):
   def test_killed_and_stopped_in_every_way_is_uninterrupted(self):
     """One run, stopped four times, ends as if it had never been.
@@ -529,6 +528,7 @@ class StopTest(TrainTest):
     self.assertStartsWith(message, "config.train.steps=200: the run has 160")
     self.assertIn("lies in the decay, which starts at step 100", message)
 
+  @pytest.mark.thorough
   def test_decay_that_has_not_begun_can(self):
     workdir = copy_of(base()[0], "prolonged_decay")
     for step in range(110, 161, 10):
@@ -597,6 +597,7 @@ class StopTest(TrainTest):
     )
     self.assertStartsWith(message, "JAX_RANDOM_SEED_OFFSET=3: the run in ")
 
+  @pytest.mark.thorough
   def test_the_step_is_chosen_under_the_lock(self):
     """The process before saves once more, and deletes, until it ends."""
     workdir = copy_of(short(), "preempted")
@@ -651,6 +652,7 @@ class StopTest(TrainTest):
     return workdir, message
 
   @parameterized.parameters("removed", "replaced")
+  @pytest.mark.thorough
   def test_a_run_directory_that_goes(self, how):
     def strike(workdir):
       shutil.rmtree(workdir)
@@ -670,6 +672,7 @@ class StopTest(TrainTest):
     resuming.check_resume(found, config, text, epath.Path(saved))
     self.assertEqual(found.step, 16)
 
+  @pytest.mark.thorough
   def test_a_run_directory_that_goes_with_all_around_it(self):
     folder = _folder / "temporary"
     folder.mkdir()
@@ -684,6 +687,7 @@ class StopTest(TrainTest):
     self.assertIn(f"step 16 is saved in {saved}: ", message)
     self.assertTrue((saved / "checkpoints" / "16" / "manifest.json").exists())
 
+  @pytest.mark.thorough
   def test_a_step_of_another_run_stays(self):
     """A second process does not see the lock, as on some network disks."""
     config = helpers.config_of(arguments("", LONGER | {"seed": 1}))
@@ -705,6 +709,7 @@ class StopTest(TrainTest):
     self.assertTrue((saved / "checkpoints" / "16" / "manifest.json").exists())
     self.assertEqual(helpers.contents(workdir / "checkpoints" / "16"), before)
 
+  @pytest.mark.thorough
   def test_a_running_save_ends_under_the_lock(self):
     """The run fails at step 14 while it still saves step 12."""
     workdir = copy_of(short(), "failing")
@@ -734,6 +739,7 @@ class StopTest(TrainTest):
       self.refused(errors.UserError, arguments(workdir, LONGER))
     self.assertEqual(was_refused, [True])
 
+  @pytest.mark.thorough
   def test_samples_do_not_pile_up(self):
     workdir = copy_of(short(), "samples")
     written = workdir / "samples" / "20260101T000000.000000.jsonl"
@@ -745,6 +751,7 @@ class StopTest(TrainTest):
       [written.name, "step_00000018.jsonl", "step_00000020.jsonl"],
     )
 
+  @pytest.mark.thorough
   def test_newest_checkpoint_damaged(self):
     workdir = copy_of(short(), "damaged")
     files = (workdir / "checkpoints" / "12" / "state").rglob("*")
@@ -760,6 +767,7 @@ class StopTest(TrainTest):
     self.matching("resumed from step 8", lines)
     self.assert_same_run(workdir, short(), SHORT)
 
+  @pytest.mark.thorough
   def test_loss_that_is_no_number_keeps_the_last_good_state(self):
     workdir, well = _folder / "not_finite", _folder / "well"
     make_step = program_lib.make_step

@@ -4,7 +4,6 @@ import dataclasses
 
 import helpers
 import numpy as np
-import pytest
 from absl.testing import absltest, parameterized
 from studies import STUDY, config
 
@@ -12,10 +11,6 @@ from aoarm_jax.config import schema as config_lib
 from aoarm_jax.study import cells as cells_lib
 from aoarm_jax.study import profiles
 from aoarm_jax.tools import matching
-
-# On the older Python alone, but for what profiles_test.py and coherence_test.py
-# say of the measures.
-pytestmark = pytest.mark.thorough
 
 
 class SweepTest(parameterized.TestCase):

@@ -16,9 +16,6 @@ from matplotlib import axes
 
 from aoarm_jax.runs import figures
 
-# On the older Python alone, for time.
-pytestmark = pytest.mark.thorough
-
 
 def _train(steps, value=2.0):
   return [dict(step=s, kind="train", bits_per_char=value) for s in steps]
@@ -133,6 +130,7 @@ class FiguresTest(parameterized.TestCase):
     self.assertGreater(second["ms"], first["ms"])
 
   @parameterized.parameters(0, 1, 5)
+  @pytest.mark.thorough
   def test_decode_speed(self, count):
     """Rows as a CSV file has them; more methods than colours."""
     rows = [
@@ -177,6 +175,7 @@ class FiguresTest(parameterized.TestCase):
     line = 3.0 - 0.5 * np.arange(size)
     np.testing.assert_allclose(figures._running_mean(line, width), line)
 
+  @pytest.mark.thorough
   def test_matplotlib_is_imported_where_a_picture_is_drawn(self):
     code = (
       "import sys; from aoarm_jax.runs import figures; "

@@ -11,9 +11,6 @@ from aoarm_jax.config import mechanisms
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.tools import matching
 
-# On the older Python alone, for time.
-pytestmark = pytest.mark.thorough
-
 
 def _config(mechanism, by="training_flops", change="steps", **model):
   sizes = dict(T=64, D=64, L=3, N=2) | model
@@ -100,6 +97,7 @@ class MatchTest(parameterized.TestCase):
       few = _config("two_stream", L=3)
       matching.match(_config("ao_gpt", "parameters", "L"), few)
 
+  @pytest.mark.thorough
   def test_table(self):
     table = matching.table(_config("two_stream")).splitlines()
     self.assertLen(table, 2 + len(mechanisms.MECHANISMS))
@@ -110,6 +108,7 @@ class MatchTest(parameterized.TestCase):
     self.assertEqual(rows["two_stream"][-1], "800")
     self.assertEqual(rows["mdlm"][4], "0")
 
+  @pytest.mark.thorough
   def test_table_where_nothing_comes_near(self):
     """One layer cannot become fewer."""
     table = matching.table(_config("two_stream", L=1)).splitlines()
