@@ -10,7 +10,6 @@ from aoarm_jax import orders
 from aoarm_jax.config import mechanisms
 from aoarm_jax.study import profiles
 
-# On the older Python alone, for time.
 pytestmark = pytest.mark.thorough
 
 B, T = 3, 7

@@ -23,8 +23,6 @@ from aoarm_jax.study import programs
 from aoarm_jax.training import optimizer
 from aoarm_jax.training import program as program_lib
 
-# On the older Python alone, but for what profiles_test.py and coherence_test.py
-# say of the measures.
 pytestmark = pytest.mark.thorough
 
 

@@ -41,7 +41,6 @@ _CHANGES = {
 }
 
 
-@pytest.mark.thorough
 class ExperimentTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
@@ -53,6 +52,7 @@ class ExperimentTest(parameterized.TestCase):
     self.text, self.workdir = folder / "text", folder / "run"
 
   @parameterized.parameters(*sorted({*_EXPERIMENTS} - {*_ALIKE}))
+  @pytest.mark.thorough
   def test_trains_resumes_evaluates_samples(self, name):
     self.check_run(name)
 
@@ -94,6 +94,7 @@ class ExperimentTest(parameterized.TestCase):
       self.assertRegex(text["text"], "^ab[a-z ]{2}$")
       self.assertEqual(text["order"][:2], [1, 2])
 
+  @pytest.mark.thorough
   def test_contributing_adds_one(self):
     """Its law sums to one, also after a user has added it to the table."""
     page = (helpers.ROOT / "CONTRIBUTING.md").read_text()

@@ -16,8 +16,6 @@ from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import tokenizers
 from aoarm_jax.study import measure
 
-# On the older Python alone, but for what profiles_test.py and coherence_test.py
-# say of the measures.
 pytestmark = pytest.mark.thorough
 
 
