@@ -63,6 +63,7 @@ class TrunkTest(absltest.TestCase):
     self.assertEqual(self.taken("shared", 40), 40)
     self.assertEqual(self.taken("shared", 80), 80 - 32)
     self.assertEqual(self.taken("alone", 80), 80)
+    self.check_the_average_is_evaluated_beside_the_parameters("shared")
     self.check_another_text_is_refused()
     self.check_interrupted(two)
     self.study("shared", "--config.study.part=all")
@@ -121,9 +122,8 @@ class TrunkTest(absltest.TestCase):
     for name in ("bits.png", "bits.svg", "delay.png", "README.md"):
       self.assertGreater((report / name).stat().st_size, 500)
 
-  def test_the_average_is_evaluated_beside_the_parameters(self):
-    self.study("run", "--config.study.cells=two_stream steps=40")
-    (cell,) = (self.folder / "run" / "cells").glob("two_*-steps40-*")
+  def check_the_average_is_evaluated_beside_the_parameters(self, workdir):
+    (cell,) = (self.folder / workdir / "cells").glob("two_*-steps40-*")
     with np.load(cell / "windows.npz") as arrays:
       self.assertSetEqual(
         set(arrays),
