@@ -358,6 +358,7 @@ class CallsTest(parameterized.TestCase):
     self.assertEqual(out.accepted.tolist(), [0] * 50)
 
 
+@pytest.mark.thorough
 class PredictTest(parameterized.TestCase):
   @parameterized.parameters(*tiny.ALTERNATING)
   def test_equals_each_target_next(self, mechanism, s):

@@ -232,6 +232,7 @@ class EstimateTest(parameterized.TestCase):
     self.assertEqual(estimate.slot_curve_nats, ())
     self.assertLess(estimate.nats_per_token, each.mean() / _T)
 
+  @pytest.mark.thorough
   def test_by_distance_and_recency(self):
     """Every real token in one bin; against numpy."""
     batches = _batches(3)

@@ -62,6 +62,7 @@ def _nll(s, T=_T, V=_V, **shape):
   )
 
 
+@pytest.mark.thorough
 class GroupsTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()

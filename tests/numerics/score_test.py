@@ -172,6 +172,7 @@ class LawTest(parameterized.TestCase):
     self.assertNotAlmostEqual(mean.log_p, np.mean(single), places=3)
 
 
+@pytest.mark.thorough
 class BatchTest(parameterized.TestCase):
   @parameterized.parameters(("two_stream", 2), ("ao_gpt", 1), ("mdlm", 1))
   def test_a_text_is_scored_alone(self, *case):

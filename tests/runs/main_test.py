@@ -503,6 +503,7 @@ class ProcessTest(parameterized.TestCase):
       "config.data.path=/absent",
     ),
   )
+  @pytest.mark.thorough
   def test_one_line_and_the_exit_code(self, command, exit_code, message):
     with tempfile.TemporaryDirectory() as folder:
       process = helpers.start(command, folder=folder)

@@ -24,8 +24,8 @@ from aoarm_jax.tools import (
 from aoarm_jax.tools import generation_speed as decode_benchmark
 
 
+@pytest.mark.thorough
 class BenchmarkTest(parameterized.TestCase):
-  @pytest.mark.thorough
   def test_every_method(self):
     self.enter_context(helpers.quick_compilation())
     folder = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))

@@ -117,6 +117,7 @@ class MatchTest(parameterized.TestCase):
     self.assertEqual(rows["ao_gpt"][5], "-")
     self.assertEqual(rows["decoupled_rope"][5], "1")
 
+  @pytest.mark.thorough
   def test_table_of_a_fraction_of_the_queries(self):
     """Cheaper training for two streams, and nothing else for one."""
     whole = _config("two_stream")
