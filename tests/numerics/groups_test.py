@@ -28,6 +28,8 @@ from aoarm_jax.generation import texts as generate
 from aoarm_jax.model import network as network_lib
 from aoarm_jax.runs import checkpoint
 
+pytestmark = pytest.mark.thorough
+
 _B, _T, _V = 3, 7, 5
 _ABC = tokenizers.Tokenizer("abc", b"abc")
 
@@ -62,7 +64,6 @@ def _nll(s, T=_T, V=_V, **shape):
   )
 
 
-@pytest.mark.thorough
 class GroupsTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
@@ -174,7 +175,6 @@ def _logits(s):
   return tiny.sharp(made), run
 
 
-@pytest.mark.thorough
 class QueryFractionTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
@@ -270,7 +270,6 @@ def _starts_of(known, width, T):
   return np.where(rank < known, rank, rank - known) % width == 0
 
 
-@pytest.mark.thorough
 class GenerationTest(parameterized.TestCase):
   @parameterized.parameters((1, 3), (2, 2))
   def test_parallel_has_the_law_of_its_groups(self, s, width):
@@ -358,7 +357,6 @@ def _scores(texts, given=(), **options):
     return _scorer().score(params, parsed, changed, given or None)
 
 
-@pytest.mark.thorough
 class ExperimentTest(absltest.TestCase):
   """configs/any_subset.py is sampled and scored as it is trained."""
 
@@ -441,7 +439,6 @@ class ExperimentTest(absltest.TestCase):
       self.assertEqual(effects["width"], has_effect)
 
 
-@pytest.mark.thorough
 class ScoreTest(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):
