@@ -131,6 +131,13 @@ def _of_the_mechanism(config):
       "config.orders.groups=none",
     ),
     (
+      "model.sentinels",
+      not kind.masked or m.sentinels == 2 or config.data.documents != "pad",
+      f"mechanism {m.mechanism} sees all positions of a padded document, and so "
+      "its length: with config.data.documents=pad take 2 sentinels, which tell "
+      "the end to the model",
+    ),
+    (
       "train.query_fraction",
       two_streams or config.train.query_fraction == 1,
       f"query rows {no_streams}",
@@ -261,6 +268,11 @@ def _of_texts(config):
       config.data.tokenizer == "char27" or not config.study.sweep,
       "a study reports bits per character, so its tokens must be characters: "
       "take char27",
+    ),
+    (
+      "data.documents",
+      config.data.documents == "join" or not config.study.sweep,
+      "a study reads windows of characters without ends: take join",
     ),
     (
       "sample.steps",

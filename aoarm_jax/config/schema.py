@@ -201,6 +201,19 @@ class Data:
     "Face with BPE on bytes, or the tokenizer.json of a run or of a prepared "
     "text; '' means that the symbols are found in the training split",
   )
+  documents: str = _field(
+    "join",
+    "how documents become sequences of T tokens; join: windows of all text, "
+    "without marks between documents; stream: the same, with an end token "
+    "after each document; pad: one document a sequence, cut or padded to T",
+    choices=("join", "stream", "pad"),
+    binds="model",
+  )
+  lines: bool = _field(
+    False,
+    "whether each line of a text file is a document, for --mode=prepare and "
+    "for data.documents=stream and pad; a text file is else one document",
+  )
   normalise: bool = _field(
     False,
     "bring the text, prompts and texts to score into the form of text8: "
@@ -222,14 +235,14 @@ class Data:
   )
   text_field: str = _field(
     "text",
-    "prepare only: name of the text in the objects of JSON lines, and of the "
-    "column in Parquet files",
+    "where documents are read, as by --mode=prepare: name of the text in the "
+    "objects of JSON lines, and of the column in Parquet files",
   )
   held_out_share: float = _field(
     0.01,
-    "prepare only: share of the documents that go to the split valid, and as "
-    "many to test, where no file is named after a split; the hash of a "
-    "document decides",
+    "where documents are read, as by --mode=prepare: share of the documents "
+    "that go to the split valid, and as many to test, where no file is named "
+    "after a split; the hash of a document decides",
     low=0.0,
     high=0.4,
   )

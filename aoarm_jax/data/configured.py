@@ -25,6 +25,19 @@ def prepared(data: config_lib.Data) -> shards.Index | None:
   return shards.read_index(folder) if is_prepared else None
 
 
+def with_end(
+  data: config_lib.Data, tokenizer: tokenizers.Tokenizer
+) -> tokenizers.Tokenizer:
+  """Return a tokenizer with the end of a document, if config.data asks for it.
+
+  Args:
+    data: the section of the config.
+    tokenizer: the tokenizer, with such a token or without.
+  """
+  has_end = data.documents != "join"
+  return tokenizers.with_end(tokenizer) if has_end else tokenizer
+
+
 def tokenizer(data: config_lib.Data) -> tokenizers.Tokenizer:
   """Return the tokenizer of a config; no text is read.
 
@@ -38,6 +51,11 @@ def tokenizer(data: config_lib.Data) -> tokenizers.Tokenizer:
   Raises:
     DataError: config.data.tokenizer_file or the prepared text is wrong.
   """
+  return with_end(data, _without_end(data))
+
+
+def _without_end(data):
+  """Return the tokenizer of a config, as its text or file has it."""
   if tokenizers.is_fixed(data.tokenizer):
     return tokenizers.get(data.tokenizer)
   if data.tokenizer_file:

@@ -4,7 +4,8 @@ There are four kinds: books (built in), text8 (one file), folder (one file per
 split), and prepared (a folder that --mode=prepare wrote, see shards.py). Files
 may be packed (files.py), and may lie wherever etils.epath reaches. Text is read
 only when a split is asked for. Nothing is added to the text: there are no
-sentinels and no padding.
+sentinels and no padding. With config.data.documents=stream or pad, an end token
+follows each document, and documents are found as --mode=prepare finds them.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import (
   alphabets,
   cleaning,
+  documents,
   files,
   mapped,
   shards,
@@ -81,11 +83,18 @@ class Corpus:
     return self._splits[name]
 
   def hash(self, name: str) -> str:
-    """Return the sha256 of a split's text as read by the tokenizer, in hex."""
+    """Return the sha256 of a split's text as read by the tokenizer, in hex.
+
+    Where documents have ends, it covers their places, too.
+    """
     if name not in self._hashes:
       ids, digest = self.split(name), hashlib.sha256()
       for start in range(0, len(ids), _CHUNK):
         digest.update(self.tokenizer.to_bytes(ids[start : start + _CHUNK]))
+      if self.tokenizer.has_end:
+        # The same text in other documents is another text.
+        ends = documents.ends(ids, self.tokenizer.end)
+        digest.update(ends.astype("<i8").tobytes())
       self._hashes[name] = digest.hexdigest()
     return self._hashes[name]
 
@@ -151,6 +160,41 @@ def load(
   return _at_path(corpus, path, tokenizer, normalise, largest)
 
 
+def of_documents(
+  data: config_lib.Data, tokenizer: tokenizers.Tokenizer
+) -> Corpus:
+  """Return the corpus of a config, with an end after each document.
+
+  Args:
+    data: the section of the config. Its documents are stream or pad.
+    tokenizer: the tokenizer of the ids. It has an end.
+
+  Raises:
+    DataError, ConfigError: see `load`.
+  """
+  corpus = load(
+    data.corpus, data.path, tokenizer, data.normalise, data.largest_megabytes
+  )
+  if corpus.name == "prepared":
+    return dataclasses.replace(corpus, _hashes={})
+  found = documents.Found(_located(data, tokenizer), tokenizer)
+  return Corpus(
+    corpus.name,
+    f"documents of {corpus.source}",
+    tokenizer,
+    found.split,
+    found.note,
+  )
+
+
+def _located(data, tokenizer):
+  """Return config.data with the place and the form of the built-in text."""
+  if data.path:
+    return data
+  is_normal = data.normalise or not tokenizer.knows("\n")
+  return dataclasses.replace(data, path=str(BOOKS), normalise=is_normal)
+
+
 def learn(data: config_lib.Data) -> tokenizers.Tokenizer:
   """Return the tokenizer that config.data asks for, found in its text.
 
@@ -161,6 +205,9 @@ def learn(data: config_lib.Data) -> tokenizers.Tokenizer:
     DataError: see `load`, Corpus.split and alphabets.learn.
   """
   byte = tokenizers.get("byte")
+  if data.documents != "join":
+    found = documents.Found(_located(data, byte), byte)
+    return alphabets.learn(data, found.training())
   corpus = load(
     data.corpus, data.path, byte, data.normalise, data.largest_megabytes
   )
@@ -176,7 +223,8 @@ def unigram_entropy(tokens: np.ndarray, V: int) -> float:
   """Return the entropy of single symbols: the best loss without context.
 
   Args:
-    tokens: unsigned integers [n].
+    tokens: unsigned integers [n]. Those of V and above are left out: they are
+      the ends of documents, where these are not predicted.
     V: size of the vocabulary.
 
   Returns:
@@ -185,7 +233,8 @@ def unigram_entropy(tokens: np.ndarray, V: int) -> float:
   counts = np.zeros(V, np.int64)
   # bincount casts tokens to 8 bytes each, so it gets one chunk at a time.
   for start in range(0, len(tokens), _CHUNK):
-    counts += np.bincount(tokens[start : start + _CHUNK], minlength=V)
+    chunk = tokens[start : start + _CHUNK]
+    counts += np.bincount(chunk, minlength=V)[:V]
   p = counts[counts > 0] / counts.sum()
   return float(-(p * np.log2(p)).sum())
 
@@ -242,7 +291,7 @@ def _prepared(
     "prepared",
     f"prepared text {path} (documents: {', '.join(counts)})",
     tokenizer,
-    functools.partial(shards.read_split, index),
+    functools.partial(shards.read_split, index, tokenizer=tokenizer),
     _hashes={name: split.sha256 for name, split in index.splits.items()},
   )
 

@@ -1,5 +1,7 @@
 """Batches of text that do not depend on the number of workers or processes.
 
+A sequence of a batch is a crop of the text, or a document that is padded.
+
 One grain element holds the start indices of one *global* batch. The element is
 a function of (seed, batch index) alone, and each process then cuts its own
 rows. So neither workers nor processes change the data. A run may continue with
@@ -12,14 +14,16 @@ from typing import Any
 import grain
 import numpy as np
 
-from aoarm_jax.data import corpora, mapped
+from aoarm_jax.data import corpora, documents, mapped
 from aoarm_jax.data import workers as workers_lib
 
 
 class TrainBatches:
-  """Iterator over random crops; `train_batches` makes it."""
+  """Iterator over random crops or documents; `train_batches` makes it."""
 
-  def __init__(self, starts: "_Starts", crops: "_Crops", workers: int):
+  def __init__(
+    self, starts: "_Starts", crops: "_Crops | documents.Rows", workers: int
+  ):
     self._starts, self._crops, self._workers = starts, crops, workers
     self._next_batch = 0
     self._iterator: Any = None  # grain's iterator, while it runs.
@@ -36,6 +40,21 @@ class TrainBatches:
     # A worker's batch lies in shared memory. grain frees this memory with the
     # array, but JAX may keep the data without a copy. So the data are copied.
     return np.array(crops) if self._workers else crops
+
+  @property
+  def real_share(self) -> float:
+    """The mean share of the positions that are not padding."""
+    if isinstance(self._crops, _Crops):
+      return 1.0
+    return float(self._crops.lengths.mean() / self._crops.T)
+
+  def describe(self) -> str:
+    """Return a line about the documents; "" for crops."""
+    if isinstance(self._crops, _Crops):
+      return ""
+    padding = f"{1 - self.real_share:.0%} of the positions are padding"
+    count = f"{len(self._crops.lengths):,} documents"
+    return f"{count}, one a sequence; {padding}{self._crops.cut()}"
 
   def get_state(self) -> dict[str, int]:
     """Return the position as JSON; all processes and worker counts agree."""
@@ -78,10 +97,11 @@ def train_batches(
   seed: int,
   workers: int = 0,
   rows: np.ndarray | None = None,
+  end: documents.End | None = None,
 ) -> TrainBatches:
-  """Return an endless iterator over random crops of a text.
+  """Return an endless iterator over random crops of a text, or its documents.
 
-  Crops are drawn with replacement.
+  Crops and documents are drawn with replacement.
 
   Args:
     tokens: unsigned integers [n], n >= T. Every worker process gets a copy,
@@ -94,14 +114,20 @@ def train_batches(
       because grain has flags of its own.
     rows: int [r], the rows of a global batch that are read here. None means all
       rows.
+    end: the end of a document. Each sequence is then one document, cut or
+      padded to T; see documents.Rows. None means crops.
 
   Returns:
     An iterator of [r, T].
 
   Raises:
-    DataError: the text is shorter than T.
+    DataError: the text is shorter than T, or has no document.
   """
   rows = np.arange(batch_size) if rows is None else rows
+  if end:
+    found = documents.Rows(tokens, end, T, rows)
+    starts = _Starts(seed, batch_size, len(found.lengths))
+    return TrainBatches(starts, found, workers)
   check_length(tokens, T)
   starts = _Starts(seed, batch_size, len(tokens) - T + 1)
   return TrainBatches(starts, _Crops(tokens, T, rows), workers)
@@ -116,10 +142,15 @@ class EvalBatches:
     evaluated_tokens: the number of tokens in all sequences.
     left_out: the number of tokens after the last whole window, which are in no
       batch.
+    lengths: int64 [sequences], the number of tokens of every sequence that
+      count; None if they all have T.
   """
 
+  lengths: np.ndarray | None = None
+
   def __init__(self, crops: "_Crops", starts: np.ndarray, batch_size: int):
-    self._crops, self._starts, self._batch_size = crops, starts, batch_size
+    self._crops: Any = crops
+    self._starts, self._batch_size = starts, batch_size
     self.sequences = len(starts)
     self.split_tokens = len(crops.tokens)
     self.evaluated_tokens = len(starts) * crops.T
@@ -177,6 +208,38 @@ class EvalBatches:
     return self._crops(starts), real[self._crops.rows]
 
 
+class DocumentBatches(EvalBatches):
+  """Batches of documents that are cut or padded; `eval_batches` makes it."""
+
+  def __init__(
+    self, rows: documents.Rows, numbers: np.ndarray, batch_size: int
+  ):
+    self._crops, self._starts, self._batch_size = rows, numbers, batch_size
+    self.sequences, self.lengths = len(numbers), rows.lengths[numbers]
+    self.split_tokens = rows.split_tokens
+    self.evaluated_tokens = int(self.lengths.sum())
+    self.left_out = 0
+
+  def sums(self, of_token: np.ndarray) -> np.ndarray:
+    """Return a sum over every document; see EvalBatches.sums.
+
+    Padding is the end token. So the term of the end must be 0.
+    """
+    parts = [
+      of_token[self._crops.of(self._starts[i : i + 1024])].sum(axis=1)
+      for i in range(0, len(self._starts), 1024)
+    ]
+    return np.concatenate(parts)
+
+  def describe(self, units: str = "characters") -> str:
+    """Return one line that says how much of the text the batches hold."""
+    return (
+      f"evaluated: {self.evaluated_tokens:,} of {self.split_tokens:,} "
+      f"{units}, in {self.sequences:,} of {len(self._crops.lengths):,} "
+      f"documents{self._crops.cut()}"
+    )
+
+
 def eval_batches(
   tokens: np.ndarray,
   *,
@@ -185,10 +248,12 @@ def eval_batches(
   batches: int = 0,
   seed: int = 0,
   rows: np.ndarray | None = None,
+  end: documents.End | None = None,
 ) -> EvalBatches:
-  """Return batches of the consecutive windows of a text.
+  """Return batches of the consecutive windows of a text, or of its documents.
 
   The windows do not overlap. Tokens after the last whole window are left out.
+  Every document comes once.
 
   Args:
     tokens: unsigned integers [n], n >= T.
@@ -201,21 +266,29 @@ def eval_batches(
       windows of a smaller k.
     rows: int [r], the rows of a global batch that are read here. None means all
       rows.
+    end: the end of a document. Documents then take the place of windows; see
+      documents.Rows. None means windows.
 
   Returns:
     A sequence of (tokens [r, T], real bool [r]). The last batch is filled
     up with rows that are not real.
 
   Raises:
-    DataError: the text is shorter than T.
+    DataError: the text is shorter than T, or has no document.
   """
   rows = np.arange(batch_size) if rows is None else rows
-  check_length(tokens, T)
-  windows = np.arange(len(tokens) // T)
+  found = documents.Rows(tokens, end, T, rows) if end else None
+  if found:
+    windows = np.arange(len(found.lengths))
+  else:
+    check_length(tokens, T)
+    windows = np.arange(len(tokens) // T)
   if batches:
     keys = _random_bits(seed, 0, len(windows), purpose=1)
     chosen = np.argsort(keys, kind="stable")[: batches * batch_size]
     windows = np.sort(chosen)
+  if found:
+    return DocumentBatches(found, windows, batch_size)
   return EvalBatches(_Crops(tokens, T, rows), windows * T, batch_size)
 
 

@@ -118,6 +118,8 @@ class _Maker:
       "held_out_share": data.held_out_share,
       "sizes": [SHARD_BYTES, tokenizers.PIECE],
     }
+    if data.lines:  # Without it the plan is that of earlier versions.
+      facts["lines"] = True
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
   def _look(self):

@@ -150,7 +150,9 @@ class Documents:
     """Yield all documents, cleaned."""
     normalise = self._data.normalise
     for source in self._sources:
-      for document in sources.documents(source, self._data.text_field):
+      for document in sources.documents(
+        source, self._data.text_field, self._data.lines
+      ):
         chunks = document.chunks
         if document.is_file:
           chunks = cleaning.cleaned(chunks, self.known, normalise)

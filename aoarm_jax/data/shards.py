@@ -228,7 +228,9 @@ def check_asked(
     )
 
 
-def read_split(index: Index, name: str) -> np.ndarray:
+def read_split(
+  index: Index, name: str, tokenizer: tokenizers.Tokenizer
+) -> np.ndarray:
   """Return the tokens of a split: all documents, one after the other.
 
   Every shard is compared with its sha256 first.
@@ -236,6 +238,8 @@ def read_split(index: Index, name: str) -> np.ndarray:
   Args:
     index: the index.
     name: train, valid or test.
+    tokenizer: the tokenizer of the index. If it has an end, that token follows
+      each document.
 
   Returns:
     Ids [n] of the tokenizer's dtype, read-only. Long arrays are maps of a
@@ -249,7 +253,17 @@ def read_split(index: Index, name: str) -> np.ndarray:
       f"{index.folder}: the {name} split is asked for, and the prepared text "
       f"has {', '.join(index.splits)}"
     )
-  return mapped.collect(tokens for tokens, _ in records(index, name))
+  if not tokenizer.has_end:
+    return mapped.collect(tokens for tokens, _ in records(index, name))
+  end = np.array([tokenizer.end], tokenizer.dtype)
+
+  def with_ends():
+    for tokens, is_last in records(index, name):
+      yield tokens.astype(tokenizer.dtype, copy=False)
+      if is_last:
+        yield end
+
+  return mapped.collect(with_ends())
 
 
 def records(index: Index, name: str) -> Iterator[tuple[np.ndarray, bool]]:

@@ -1,8 +1,8 @@
 """The documents of text files, JSON lines and Parquet files.
 
 The kind of a file is found by its content, and a packed file is unpacked, see
-files.py. A text file is one document. A line of JSON lines and a row of a
-Parquet file are a document each.
+files.py. A text file is one document, or each of its lines is one. A line of
+JSON lines and a row of a Parquet file are a document each.
 """
 
 import json
@@ -116,12 +116,15 @@ def _split(name):
   return _SPLITS.get(_NUMBER.sub("", first), "")
 
 
-def documents(source: Source, field: str) -> Iterator[Document]:
+def documents(
+  source: Source, field: str, lines: bool = False
+) -> Iterator[Document]:
   """Yield the documents of a file, in order.
 
   Args:
     source: the file.
     field: name of the text in JSON lines and Parquet files.
+    lines: whether each line of a text file is a document.
 
   Raises:
     DataError: the file cannot be read, is not text, or has no such field; or a
@@ -134,14 +137,20 @@ def documents(source: Source, field: str) -> Iterator[Document]:
   first = next(chunks, b"")
   start = first.removeprefix(b"\xef\xbb\xbf")
   if start.lstrip()[:1] == b"{":
-    lines = _lines(_chained(start, chunks))
-    number, line = next(lines)
+    objects = _not_empty(_lines(_chained(start, chunks)))
+    number, line = next(objects)
     if isinstance(_parsed(line), dict):
-      yield from _of_lines(source, field, _counted(number, line, lines))
+      yield from _of_lines(source, field, _counted(number, line, objects))
       return
     chunks = files.chunks(source.path, _ANY_SIZE)
     first = next(chunks, b"")
   _check_name(source)
+  if lines:
+    start = first.removeprefix(b"\xef\xbb\xbf")
+    for number, line in _lines(_chained(start, chunks)):
+      text = line.removesuffix(b"\r") if line.strip() else b""
+      yield Document(f"{source.name}, line {number}", iter([text]), False)
+    return
   yield Document(source.name, _chained(first, chunks), True)
 
 
@@ -179,7 +188,7 @@ def _counted(number, line, lines):
 
 
 def _lines(chunks):
-  """Yield (number from 1, line) of all lines that are not empty."""
+  """Yield (number from 1, line) of all lines; a last line may lack its end."""
   waiting: list[bytes] = []
   number = 0
   for chunk in chunks:
@@ -188,12 +197,15 @@ def _lines(chunks):
       number += 1
       line = b"".join([*waiting, line])
       waiting = []
-      if line.strip():
-        yield number, line
+      yield number, line
     waiting.append(last)
-  line = b"".join(waiting)
-  if line.strip():
+  if line := b"".join(waiting):
     yield number + 1, line
+
+
+def _not_empty(lines):
+  """Yield the numbered lines that hold more than white space."""
+  return ((number, line) for number, line in lines if line.strip())
 
 
 def _parsed(line):

@@ -4,7 +4,8 @@ The tokenizers char27 and byte are fixed: one byte is one token. char27 has the
 alphabet of text8: id 0 is the space, and 1..26 are a..z. byte takes any text,
 as UTF-8. The alphabets of chars (alphabets.py) and bpe (bpe.py) come from a
 text, and their state is a small JSON document. A tokenizer knows no sentinels
-(BOS, EOS); their ids start at V.
+(BOS, EOS); their ids start at V. With `with_end` the last id, V - 1, is the end
+of a document.
 """
 
 import codecs
@@ -20,6 +21,8 @@ import numpy.typing as npt
 
 from aoarm_jax.config import errors
 
+# Stands for the end of a document in a text for people.
+END = "\N{SYMBOL FOR END OF TRANSMISSION}"
 # Characters in a piece of a long text. A piece is encoded at once.
 PIECE = 1 << 18
 # A piece is cut at the last good place within so many characters of its end.
@@ -77,6 +80,8 @@ class Tokenizer:
     codec: how a text is encoded. None: one byte is one token.
     state: the JSON document that alphabets.of_state makes the tokenizer from;
       b"" for a fixed tokenizer.
+    has_end: whether the last id, V - 1, is the end of a document. It is a token
+      without text, and no text is encoded to it.
   """
 
   name: str
@@ -85,15 +90,24 @@ class Tokenizer:
     default=None, repr=False, compare=False
   )
   state: bytes = dataclasses.field(default=b"", repr=False)
+  has_end: bool = False
 
   @property
   def V(self) -> int:
     """Size of the vocabulary, without sentinels."""
+    return len(self.symbols) + self.has_end
+
+  @property
+  def end(self) -> int:
+    """The id of the end of a document, if there is such a token."""
+    assert self.has_end
     return len(self.symbols)
 
   @property
   def unit(self) -> str:
     """Name of a token: "byte", "char" or "token"."""
+    if self.has_end:  # A token is a character, for example, or an end.
+      return "token"
     if self.codec:
       return self.codec.unit
     return "byte" if self.V == 256 else "char"
@@ -116,16 +130,15 @@ class Tokenizer:
   @functools.cached_property
   def bytes_of(self) -> np.ndarray:
     """Number of UTF-8 bytes of every token: int64 [V]."""
-    return np.array([len(symbol) for symbol in self._each], np.int64)
+    sizes = [len(symbol) for symbol in self._each]
+    return np.array(sizes + [0] * self.has_end, np.int64)
 
   @functools.cached_property
   def characters_of(self) -> np.ndarray:
     """Number of UTF-8 characters that begin in every token: int64 [V]."""
     # Bytes 10xxxxxx go on with a character.
-    return np.array(
-      [sum(byte & 0xC0 != 0x80 for byte in symbol) for symbol in self._each],
-      np.int64,
-    )
+    counts = [sum(b & 0xC0 != 0x80 for b in symbol) for symbol in self._each]
+    return np.array(counts + [0] * self.has_end, np.int64)
 
   def encode(self, text: str | bytes, before: int = 0) -> np.ndarray:
     """Return the token ids of a text.
@@ -144,7 +157,8 @@ class Tokenizer:
     """
     data = self._bytes(text, before) if isinstance(text, str) else text
     if not self.codec:
-      return self._encode_bytes(data, text, before)
+      ids_of_bytes = self._encode_bytes(data, text, before)
+      return ids_of_bytes.astype(self.dtype, copy=False)
     ids = [np.zeros(0, self.dtype)]
     offset = 0
     for piece in self.pieces([data]):
@@ -220,7 +234,7 @@ class Tokenizer:
     """Return the text of token ids, as bytes.
 
     Args:
-      ids: integers [n] below V.
+      ids: integers [n] below V. Ends of documents have no text.
 
     Raises:
       TokenizerError: an id is out of range. The message names the first such id
@@ -233,14 +247,27 @@ class Tokenizer:
         f"{self.name}: id {ids[offset]} at offset {offset} is not below "
         f"V={self.V}"
       )
+    if self.has_end:
+      ids = ids[ids != self.end]
     if isinstance(self.symbols, bytes):
       table = np.frombuffer(self.symbols, np.uint8)
       return table[ids.astype(np.intp)].tobytes()
     return b"".join(map(self.symbols.__getitem__, ids.tolist()))
 
   def decode(self, ids: npt.ArrayLike) -> str:
-    """Return the text of token ids; bytes that are not UTF-8 become U+FFFD."""
-    return self.to_bytes(ids).decode("utf-8", errors="replace")
+    """Return the text of token ids, for people.
+
+    Bytes that are not UTF-8 become U+FFFD. The end of a document becomes END.
+
+    Args:
+      ids: integers [n] below V.
+    """
+    ids = np.asarray(ids)
+    ends = np.flatnonzero(ids == self.end) if self.has_end else []
+    parts = [ids] if not len(ends) else np.split(ids, ends)
+    return END.join(
+      self.to_bytes(part).decode("utf-8", errors="replace") for part in parts
+    )
 
   @property
   def _each(self):
@@ -256,16 +283,17 @@ class Tokenizer:
 
   def _encode_bytes(self, data, text, before):
     """Return the ids of bytes that are one token each."""
-    if self.V == 256:
+    count = len(self.symbols)
+    if count == 256:
       return np.frombuffer(data, np.uint8)
     ids = np.frombuffer(data.translate(_table(self.symbols)), np.uint8)
-    if len(ids) and ids.max() >= self.V:
-      offset = int((ids >= self.V).argmax())
+    if len(ids) and ids.max() >= count:
+      offset = int((ids >= count).argmax())
       raise TokenizerError(self._complaint(text[offset], before + offset))
     return ids
 
   def _bytes(self, text: str, before: int) -> bytes:
-    if not self.codec and self.V < 256:
+    if not self.codec and len(self.symbols) < 256:
       # ASCII has one byte per character, so offsets count characters.
       return text.encode("ascii", errors="replace")
     try:
@@ -287,6 +315,15 @@ class Tokenizer:
       "text into this form; only a model trained with another "
       "--config.data.tokenizer, such as byte, takes text as it is"
     )
+
+
+def with_end(tokenizer: Tokenizer) -> Tokenizer:
+  """Return a tokenizer with one more token: the end of a document.
+
+  Args:
+    tokenizer: a tokenizer, with such a token or without.
+  """
+  return dataclasses.replace(tokenizer, has_end=True)
 
 
 def dtype_of(V: int) -> np.dtype:

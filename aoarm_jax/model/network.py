@@ -22,7 +22,8 @@ class Network:
   Attributes:
     config: the config of the run.
     mesh: the mesh that holds the parameters, or None.
-    tokenizer: converts text to token ids and back.
+    tokenizer: converts text to token ids and back. It has the end of a document
+      where config.data.documents asks for ends.
     layout: the sentinels, the vocabulary and the last position; see
       orders.Layout.
     axes: the logical axes of every parameter. The axis of layers has no name.
@@ -46,7 +47,9 @@ class Network:
         come from a text, a stand-in of the same size takes its place.
     """
     self.config, self.mesh = config, mesh
-    self.tokenizer = tokenizer or configured.tokenizer(config.data)
+    self.tokenizer = configured.with_end(
+      config.data, tokenizer or configured.tokenizer(config.data)
+    )
     abstract = jax.eval_shape(self._create, jax.random.key(0))
     map_variables = functools.partial(
       jax.tree.map, is_leaf=lambda node: isinstance(node, nnx.Variable)

@@ -71,13 +71,16 @@ def read_text(
     DataError, ConfigError: see corpora.load and Corpus.split.
   """
   with telemetry.waiting("reading the text"):
-    corpus = corpora.load(
-      data.corpus,
-      data.path,
-      tokenizer,
-      data.normalise,
-      data.largest_megabytes,
-    )
+    if data.documents == "join":
+      corpus = corpora.load(
+        data.corpus,
+        data.path,
+        tokenizer,
+        data.normalise,
+        data.largest_megabytes,
+      )
+    else:
+      corpus = corpora.of_documents(data, tokenizer)
     description = corpus.describe(*splits)  # This reads the splits.
   logging.info("text: %s", description)
   return corpus
@@ -195,7 +198,7 @@ def other_text(before: config_lib.Config, config: config_lib.Config) -> str:
   """
   differing = [
     f"config.data.{name}={value!r}"
-    for name in ("corpus", "path", "normalise")
+    for name in ("corpus", "path", "documents", "lines", "normalise")
     if (value := getattr(before.data, name)) != getattr(config.data, name)
   ]
   if differing:

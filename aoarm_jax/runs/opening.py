@@ -90,11 +90,14 @@ def read_config(workdir: epath.PathLike) -> config_lib.Config:
 
 
 # Besides the model, an evaluation takes these fields from the run: the text,
-# its form, the smallest time of the ELBO, and the groups. Generation and scores
+# its documents, its form, the smallest time of the ELBO, and the groups. Generation and scores
 # follow the groups that the model was trained with.
 _EVALUATED = (
   "data.corpus",
   "data.path",
+  "data.lines",
+  "data.text_field",
+  "data.held_out_share",
   "data.normalise",
   "train.least_time",
   "orders.groups",
