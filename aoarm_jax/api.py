@@ -158,8 +158,10 @@ class Model:
       prompt: the text that every result starts with. All its characters stand
         for themselves. `infill` fills blanks anywhere.
       length: number of tokens of every result, with those of the prompt. None
-        means T, config.model.T. A shorter text is drawn as the start of a
-        text of T tokens: the model does not know that it ends there.
+        means config.sample.length or T, config.model.T. A shorter text is drawn
+        as the start of a text of T tokens: the model does not know that it ends
+        there. A model of padded documents (config.data.documents=pad) knows the
+        length. Without one, it draws where a text ends, if it predicts that.
       normalise: whether the prompt is first brought into the form of text8: a
         to z and single spaces. Its last word may go on, unless a space or
         another mark follows it. None takes the run's config.data.normalise.
@@ -188,7 +190,10 @@ class Model:
         f"prompt: {error}{fills * (prompts.BLANK in prompt)}"
       ) from error
     T = self.config.model.T
-    n = T if length is None else _whole_number("length", length)
+    given_length = self.config.sample.length or None
+    if length is not None:
+      given_length = _whole_number("length", length)
+    n = T if given_length is None else given_length
     if not 1 <= n <= T:
       raise config_lib.ConfigError(
         f"length={n}: must be at least 1 and at most {T} (config.model.T)"
@@ -201,7 +206,9 @@ class Model:
     tokens = np.zeros(n, np.int32)
     tokens[: len(given)] = given
     known = np.arange(n) < len(given)
-    parsed = [prompts.Prompt(tokens, known, "a generated text")]
+    parsed = [
+      prompts.Prompt(tokens, known, "a generated text", given_length is None)
+    ]
     return self._fill(parsed, count, options, GenerateOptions)[0]
 
   # A str is an iterable of str too, so the two signatures overlap.
@@ -299,8 +306,8 @@ class Model:
   ) -> score_lib.Score | list[score_lib.Score]:
     """Return log-probabilities of texts, or of their marked parts.
 
-    A text of fewer than T tokens is scored as the start of a text of T tokens;
-    see score.Score.
+    A text of fewer than T tokens is scored as the start of a text of T tokens,
+    and for a model of padded documents as a whole document; see score.Score.
 
     Args:
       texts: one text or several (a list, an array of strings, a generator), as
@@ -340,7 +347,7 @@ class Model:
       several, normalise, config.sample.blank, config.score.marks
     )
     parsed = prompts.check_lines(lines, parse)
-    given = _orders(options, [marked for _, marked in parsed])
+    given = self._orders(options, [marked for _, marked in parsed])
     with (
       switches.fixed_types(),
       jax.set_mesh(self._network.mesh),
@@ -383,8 +390,14 @@ class Model:
     """Return (text, prompts.Marked) of a text or of a generated Text."""
     if isinstance(text, generate_lib.Text):
       tokens = np.array(text.tokens, np.int32)
+      end = self._network.layout.end_token
+      # An end that was drawn is scored with the tokens. Any other was given.
+      is_drawn = end is not None and tokens[-1:].tolist() == [end]
+      tokens = tokens[: len(tokens) - is_drawn]
       everywhere = np.ones(len(tokens), bool)
-      return text.text, prompts.Marked(tokens, ~everywhere, everywhere, name)
+      return text.text, prompts.Marked(
+        tokens, ~everywhere, everywhere, name, not is_drawn
+      )
     blank, marks = config.sample.blank, config.score.marks
     return text, prompts.parse_marked(
       text, self._network.tokenizer, blank, marks, name
@@ -400,13 +413,17 @@ class Model:
     count = _whole_number("count", count)
     config = self._with("sample", options, known)
     config = config_rules.validate(config.replace("sample.count", count))
-    given = _orders(options, parsed)
+    given = self._orders(options, parsed)
     with (
       switches.fixed_types(),
       jax.set_mesh(self._network.mesh),
       self._patience(),
     ):
       return self._sampler.fill(self._params, parsed, config, given)
+
+  def _orders(self, options, texts):
+    """Return the permutations of texts, see `_orders`."""
+    return _orders(options, texts, self._network.end is not None)
 
   def _with(self, section, options, known, blank=None):
     """Return the validated config with the options of a section.
@@ -522,10 +539,16 @@ def _whole_number(name, value):
     ) from error
 
 
-def _orders(options, texts):
+def _orders(options, texts, has_ends):
   """Return the permutation of every text from the option `order`.
 
   Returns None if the option is absent or is the name of a family.
+
+  Args:
+    options: the options of a call.
+    texts: the parsed texts.
+    has_ends: whether an order may also have the position after a text, where
+      its end stands.
 
   Raises:
     ConfigError: a permutation does not fit its text.
@@ -543,10 +566,12 @@ def _orders(options, texts):
       f"order: {len(orders)} orders for {len(texts)} texts; give one, or one "
       "each"
     )
-  return [_permutation(order, text) for order, text in zip(orders, texts)]
+  return [
+    _permutation(order, text, has_ends) for order, text in zip(orders, texts)
+  ]
 
 
-def _permutation(order, text):
+def _permutation(order, text, has_ends):
   """Return `order` as a list of int if it is a permutation for this text."""
   n = len(text.tokens)
   try:
@@ -555,6 +580,8 @@ def _permutation(order, text):
     raise config_lib.ConfigError(
       f"order={order!r}: must be a name or a list of positions, counted from 1"
     ) from error
+  if has_ends and len(positions) == n + 1:
+    n += 1
   if len(positions) != n:
     raise config_lib.ConfigError(
       f"order: has {len(positions)} positions, and {text.name} has {n} tokens; "

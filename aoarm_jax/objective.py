@@ -15,9 +15,13 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from aoarm_jax import orders
+from aoarm_jax import lengths, orders
 from aoarm_jax.config import mechanisms, purposes
 from aoarm_jax.config import schema as config_lib
+
+# The logit of what is impossible. Its probability is exactly 0, and no product
+# with it is NaN.
+_NEVER = -1e9
 
 # Maps int32 slots [B, S] to float32 logits [B, R, V]. Network.apply with bound
 # parameters is such a function.
@@ -38,6 +42,16 @@ def order_nll(
   With a masked mechanism, every rank takes its own pass, in which this rank and
   all later ranks are masked.
 
+  Where rows are padded documents, real positions come first in every order, and
+  the ranks of padding have 0 nats. A row has the nats of the same row with
+  other padding, and of a shorter row without it. With one sentinel the end
+  token is predicted, and it has probability 0 where lengths.can_end says that
+  the text cannot end. From left to right, the probabilities of all texts that
+  fit into T positions then sum to 1. Any other order of the real positions
+  tells something of the length. So the probability is that of a text given what
+  its order tells, and those of all lengths sum to more than 1. With two
+  sentinels all probabilities are those of a text given its length.
+
   Args:
     apply: maps slots to logits.
     layout: the layout of the network. Its `end` is larger than T + 1 if only
@@ -55,17 +69,40 @@ def order_nll(
     sigma). If `ranks` are given, the shape is [B, R].
   """
   chex.assert_equal_shape([tokens, order])
+  length = None
+  if layout.end_token is not None:
+    length = lengths.real(tokens, layout)
+    order = lengths.real_first(order, length)
+    if group_start is not None:
+      # The last group must not hold padding, which its content rows would see.
+      is_border = jnp.arange(order.shape[1])[None] == length[:, None]
+      group_start = group_start | is_border
   if layout.masked:
     return _masked_chain_nll(apply, layout, tokens, order, ranks)
   logits = apply(
-    orders.to_slots(tokens, order, layout, group_start=group_start, ranks=ranks)
+    orders.to_slots(tokens, order, layout, group_start, ranks, length)
   )
   targets = jnp.take_along_axis(tokens.astype(jnp.int32), order - 1, axis=1)
   if ranks is None:
     logits = logits[:, layout.sentinels - 1 :]
   else:
     targets = jnp.take_along_axis(targets, ranks, axis=1)
-  return _nll(logits, targets)
+  if length is None:
+    return _nll(logits, targets)
+  is_real = jnp.arange(order.shape[1])[None] < length[:, None]
+  never = is_real & ~lengths.can_end(order, group_start)
+  if ranks is not None:
+    is_real = jnp.take_along_axis(is_real, ranks, axis=1)
+    never = jnp.take_along_axis(never, ranks, axis=1)
+  if layout.predicts_end:
+    logits = _without_end(logits, never, layout)
+  return jnp.where(is_real, _nll(logits, targets), 0.0)
+
+
+def _without_end(logits, never, layout):
+  """Return logits [B, R, V] without the end token where `never` [B, R] is."""
+  is_end = jnp.arange(logits.shape[-1]) == layout.end_token
+  return jnp.where(never[..., None] & is_end[None, None], _NEVER, logits)
 
 
 def _nll(logits, tokens):
@@ -83,7 +120,7 @@ def _masked_chain_nll(apply, layout, tokens, order, ranks):
     ranks = jnp.broadcast_to(jnp.arange(order.shape[1])[None], order.shape)
   # Positions after T belong to the network's window. They are masked.
   window = ((0, 0), (0, layout.end - 1 - order.shape[1]))
-  tokens = jnp.pad(tokens, window)
+  tokens = jnp.pad(tokens, window, constant_values=layout.end_token or 0)
   rank_of = jnp.pad(rank_of, window, constant_values=layout.end)
 
   def of_rank(rank):
@@ -106,9 +143,14 @@ def masked_nll(
     masked: bool [B, T].
 
   Returns:
-    float32 [B, T] nats. The entry is 0 where a token is not masked.
+    float32 [B, T] nats. The entry is 0 where a token is not masked, and where
+    it is padding.
   """
-  logits = apply(orders.to_masked_slots(tokens, masked, layout))
+  length = None
+  if layout.end_token is not None:
+    length = lengths.real(tokens, layout)
+    masked = masked & (jnp.arange(tokens.shape[1])[None] < length[:, None])
+  logits = apply(orders.to_masked_slots(tokens, masked, layout, length))
   nats = _nll(logits[:, layout.sentinels :], tokens.astype(jnp.int32))
   return jnp.where(masked, nats, 0.0)
 
@@ -155,6 +197,8 @@ def context_ensembled_nll(
     float32 [B, T] nats, by rank.
   """
   T = order.shape[1]
+  if layout.end_token is not None:
+    order = lengths.real_first(order, lengths.real(tokens, layout))
   all_ranks = jnp.arange(T)[None]
 
   def of_draw(rank_and_draw):
@@ -199,6 +243,7 @@ def draw(
   train: config_lib.Train,
   kind: mechanisms.Mechanism,
   step: jax.Array,
+  length: jax.Array | None = None,
 ) -> Draws:
   """Draw the orders of a training step and the other draws of its loss.
 
@@ -210,20 +255,27 @@ def draw(
     train: gives query_fraction and least_time.
     kind: the mechanism.
     step: the training step, for the curriculum.
+    length: int32 [B], the real positions of padded documents; None means T.
+      Real positions come first in the orders, and real ranks are chosen first.
   """
 
   def fold(purpose):
     return jax.random.fold_in(key, purpose)
 
   order = orders.draw(key, batch, T, options, step=step)
+  if length is not None:
+    order = lengths.real_first(order, length)
   if kind.masked:
     time = draw_times(fold(purposes.TIMES), batch, train.least_time)
-    masked = draw_masked(row_keys(fold(purposes.MASKS), batch), order, time)
+    keys = row_keys(fold(purposes.MASKS), batch)
+    masked = draw_masked(keys, order, time, length)
     return Draws(order, time=time, masked=masked)
   ranks = None
   if train.query_fraction < 1:
     R = orders.query_count(T, train.query_fraction)
     noise = uniform(row_keys(fold(purposes.RANKS), batch), T)
+    if length is not None:
+      noise += jnp.arange(T)[None] >= length[:, None]
     ranks = jnp.sort(jnp.argsort(noise, axis=1)[:, :R], axis=1)
   groups = orders.draw_groups(fold(purposes.GROUPS), batch, T, options)
   return Draws(order, group_start=groups, ranks=ranks)
@@ -244,7 +296,10 @@ def draw_times(key: jax.Array, batch: int, least: float) -> jax.Array:
 
 
 def draw_masked(
-  keys: jax.Array, order: jax.Array, time: jax.Array
+  keys: jax.Array,
+  order: jax.Array,
+  time: jax.Array,
+  length: jax.Array | None = None,
 ) -> jax.Array:
   """Mask the last Binomial(T, time) tokens of every order.
 
@@ -255,13 +310,20 @@ def draw_masked(
     keys: typed PRNG keys [B].
     order: int32 [B, T].
     time: float32 [B].
+    length: int32 [B], the number of leading ranks to mask among; None means T.
+      Then Binomial(length, time) of them are masked.
 
   Returns:
     bool [B, T], by position.
   """
-  coins = uniform(keys, order.shape[1]) < time[:, None]
-  count = coins.sum(axis=1, keepdims=True)
-  return jnp.argsort(order, axis=1) >= order.shape[1] - count
+  T, rank_of = order.shape[1], jnp.argsort(order, axis=1)
+  coins = uniform(keys, T) < time[:, None]
+  if length is None:
+    return rank_of >= T - coins.sum(axis=1, keepdims=True)
+  length = length[:, None]
+  coins &= jnp.arange(T)[None] < length
+  first = length - coins.sum(axis=1, keepdims=True)
+  return (rank_of >= first) & (rank_of < length)
 
 
 def row_keys(
@@ -329,4 +391,7 @@ def training_nll(
     group_start=draws.group_start,
     ranks=draws.ranks,
   )
-  return nats.sum(axis=1) * (tokens.shape[1] / nats.shape[1])
+  if layout.end_token is None or draws.ranks is None:
+    return nats.sum(axis=1) * (tokens.shape[1] / nats.shape[1])
+  length = lengths.real(tokens, layout)
+  return nats.sum(axis=1) * (length / jnp.minimum(length, nats.shape[1]))

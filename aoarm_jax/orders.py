@@ -30,12 +30,20 @@ class Layout(NamedTuple):
     end: the position of EOS, one after the network's last position.
     masked: whether the mechanism is a masked diffusion model, which sees all
       positions of its window at once.
+    end_token: the id that ends the document of a row, if rows are documents
+      that are padded, see lengths.py. None means that all positions are real.
   """
 
   sentinels: int
   vocabulary: int
   end: int
   masked: bool = False
+  end_token: int | None = None
+
+  @property
+  def predicts_end(self) -> bool:
+    """Whether the end of a padded document is one of its predicted tokens."""
+    return self.end_token is not None and self.sentinels == 1
 
 
 class Queries(NamedTuple):
@@ -64,7 +72,8 @@ class Slots(NamedTuple):
       position, 0.
     visible: int32 [B, S, 2], the number of leading slots that the content row
       and the query row of each slot see. It is for two streams over groups.
-      None means causal.
+      For a masked mechanism over padded documents it is [B, S, 1]. None means
+      causal, and all slots for a masked mechanism.
     queries: for two streams, the query rows. None means one query row per slot.
   """
 
@@ -81,6 +90,7 @@ def to_slots(
   layout: Layout,
   group_start: jax.Array | None = None,
   ranks: jax.Array | None = None,
+  length: jax.Array | None = None,
 ) -> Slots:
   """Return tokens laid out in generation order, behind the sentinels.
 
@@ -97,6 +107,8 @@ def to_slots(
       generated together starts there. Rank 0 always starts a group. None means
       that tokens are generated one by one.
     ranks: int32 [B, R], the ranks to predict. None means all ranks.
+    length: int32 [B]. EOS stands at the position after it. None means that EOS
+      stands at layout.end.
 
   Returns:
     Slots with S = T + s - 1.
@@ -106,7 +118,7 @@ def to_slots(
   known = jnp.take_along_axis(tokens, order - 1, axis=1)[:, :-1]
   sentinels, V = layout.sentinels, layout.vocabulary
   bos = jnp.array([[V, V + 1][:sentinels]], jnp.int32)
-  ends = jnp.array([[0, layout.end][:sentinels]], jnp.int32)
+  ends = _ends(layout, length)
   start = functools.partial(jnp.broadcast_to, shape=(B, sentinels))
   visible = None if group_start is None else _visible(group_start, sentinels)
   queries = None
@@ -124,6 +136,13 @@ def to_slots(
     visible=visible,
     queries=queries,
   )
+
+
+def _ends(layout, length):
+  """Return the positions of the sentinels: int32 [1 or B, s]."""
+  if length is None or layout.sentinels == 1:
+    return jnp.array([[0, layout.end][: layout.sentinels]], jnp.int32)
+  return jnp.stack([jnp.zeros_like(length), length + 1], axis=1)
 
 
 def _visible(group_start, s):
@@ -151,7 +170,10 @@ def _visible(group_start, s):
 
 
 def to_masked_slots(
-  tokens: jax.Array, masked: jax.Array, layout: Layout
+  tokens: jax.Array,
+  masked: jax.Array,
+  layout: Layout,
+  length: jax.Array | None = None,
 ) -> Slots:
   """Return tokens in natural order behind the sentinels, some as MASK.
 
@@ -160,6 +182,8 @@ def to_masked_slots(
     masked: bool [B, T], by position: whether the token is replaced by MASK.
     layout: the layout of the network. The tokens fill its window: T =
       layout.end - 1.
+    length: int32 [B]. Only the positions up to it are seen, and EOS stands at
+      the position after it. None means T.
 
   Returns:
     Slots with S = T + s. Position p is predicted at slot p + s - 1.
@@ -169,14 +193,20 @@ def to_masked_slots(
   sentinels, V = layout.sentinels, layout.vocabulary
   shown = jnp.where(masked, V + 2, tokens.astype(jnp.int32))
   first = jnp.array([V, V + 1][:sentinels], jnp.int32)
-  ends = jnp.array([0, T + 1][:sentinels], jnp.int32)
-  position = jnp.concatenate([ends, jnp.arange(1, T + 1, dtype=jnp.int32)])
-  position = jnp.broadcast_to(position[None], (B, T + sentinels))
+  ends = jnp.broadcast_to(_ends(layout, length), (B, sentinels))
+  natural = jnp.arange(1, T + 1, dtype=jnp.int32)
+  natural = jnp.broadcast_to(natural[None], (B, T))
+  position = jnp.concatenate([ends, natural], axis=1)
   first = jnp.broadcast_to(first[None], (B, sentinels))
+  visible = None
+  if length is not None:
+    visible = (length + sentinels)[:, None, None]
+    visible = jnp.broadcast_to(visible, (B, T + sentinels, 1))
   return Slots(
     tokens=jnp.concatenate([first, shown], axis=1),
     position=position,
     target_position=position,
+    visible=visible,
   )
 
 

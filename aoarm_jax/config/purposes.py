@@ -11,6 +11,7 @@ GENERATION = 102
 SCORING = 103
 STUDY_TEXTS = 104
 STUDY_ATTENTION = 105
+LENGTHS = 106
 
 # These are folded into the key of one training step or one evaluation. The
 # numbers of rows and draws stay below 2^29.

@@ -133,9 +133,9 @@ def _of_the_mechanism(config):
     (
       "model.sentinels",
       not kind.masked or m.sentinels == 2 or config.data.documents != "pad",
-      f"mechanism {m.mechanism} sees all positions of a padded document, and so "
-      "its length: with config.data.documents=pad take 2 sentinels, which tell "
-      "the end to the model",
+      f"mechanism {m.mechanism} sees all positions of a padded document, and "
+      "so its length: with config.data.documents=pad take 2 sentinels, which "
+      "tell the end to the model",
     ),
     (
       "train.query_fraction",
@@ -279,6 +279,11 @@ def _of_texts(config):
       not sample.steps or sample.method in in_steps,
       f"is for {', '.join(in_steps[:2])} and {in_steps[2]}; must be 0 with "
       f"config.sample.method={sample.method}",
+    ),
+    (
+      "sample.length",
+      sample.length <= config.model.T,
+      f"must be at most config.model.T={config.model.T}",
     ),
     (
       "sample.blank",

@@ -485,6 +485,12 @@ class Sample:
   """Generation (aoarm_jax/generation/texts.py)."""
 
   count: int = _field(4, "number of texts per prompt", low=1)
+  length: int = _field(
+    0,
+    "number of tokens of a text without a prompt; 0: model.T, and for "
+    "data.documents=pad with one sentinel, the model draws where a text ends",
+    low=0,
+  )
   batch_size: int = _field(
     256,
     "greatest number of texts generated at once, over all devices",
@@ -907,6 +913,14 @@ class Config:
     if field:
       value = dataclasses.replace(getattr(self, name), **{field: value})
     return dataclasses.replace(self, **{name: value})
+
+  @property
+  def gives_end(self) -> bool:
+    """Whether the model is told where a padded document ends.
+
+    The end is then no symbol that can be predicted.
+    """
+    return self.data.documents == "pad" and self.model.sentinels == 2
 
   @property
   def eval_batch_size(self) -> int:

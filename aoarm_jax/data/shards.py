@@ -229,7 +229,7 @@ def check_asked(
 
 
 def read_split(
-  index: Index, name: str, tokenizer: tokenizers.Tokenizer
+  index: Index, name: str, tokenizer: tokenizers.Tokenizer | None = None
 ) -> np.ndarray:
   """Return the tokens of a split: all documents, one after the other.
 
@@ -239,7 +239,7 @@ def read_split(
     index: the index.
     name: train, valid or test.
     tokenizer: the tokenizer of the index. If it has an end, that token follows
-      each document.
+      each document. None means the tokenizer without an end.
 
   Returns:
     Ids [n] of the tokenizer's dtype, read-only. Long arrays are maps of a
@@ -253,7 +253,7 @@ def read_split(
       f"{index.folder}: the {name} split is asked for, and the prepared text "
       f"has {', '.join(index.splits)}"
     )
-  if not tokenizer.has_end:
+  if not (tokenizer and tokenizer.has_end):
     return mapped.collect(tokens for tokens, _ in records(index, name))
   end = np.array([tokenizer.end], tokenizer.dtype)
 

@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from aoarm_jax import objective, orders
+from aoarm_jax import lengths, objective, orders
 from aoarm_jax.config import purposes
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import sharding
@@ -73,7 +73,8 @@ def estimate(
       nats: float32 [B], for each sequence.
       sums: sums over the real sequences, {} for an estimator without ranks.
         by_rank is float32 [T] nats. by_distance and by_recency are pairs
-        (nats, tokens) of float32 [bins], with the bins of `bin_edges`.
+        (nats, tokens) of float32 [bins], with the bins of `bin_edges`. The
+        padding of documents has no part in them.
       real: as it was given.
       first_row: int32 [], the first row of the next batch.
   """
@@ -81,10 +82,15 @@ def estimate(
   B, T = tokens.shape
   apply, layout = network.bind(params), network.layout
   order_nll = functools.partial(objective.order_nll, apply, layout, tokens)
+  length = None
+  if layout.end_token is not None:
+    length = lengths.real(tokens, layout)
 
   def draw(key, family="uniform"):
     options = config.replace("orders.family", family).orders
     order = orders.draw(key, B, T, options, step=step, first_row=first_row)
+    if length is not None:
+      order = lengths.real_first(order, length)
     return sharding.constrain(order, "batch")
 
   def of_draw(k):
@@ -117,6 +123,7 @@ def estimate(
         of_draw,
         config.eval.times,
         config.train.least_time,
+        length,
       )
     case _:
       groups = None
@@ -131,11 +138,14 @@ def estimate(
       order = draw(key, _FAMILIES.get(estimator, config.orders.family))
       by_rank = order_nll(order, group_start=groups)
       nats = by_rank.sum(axis=1)
-      sums = _sums_by(by_rank, order, real)
+      is_counted = real[:, None]
+      if length is not None:
+        is_counted &= jnp.arange(T)[None] < length[:, None]
+      sums = _sums_by(by_rank, order, is_counted)
   return nats, sums, real, first_row + B
 
 
-def _elbo(masked_nll, row_keys, of_draw, times, least_time):
+def _elbo(masked_nll, row_keys, of_draw, times, least_time, length):
   """Return the negative ELBO (arXiv 2406.07524, eq. 8): float32 [B] nats.
 
   The times of every sequence are evenly spread over [least_time, 1), which
@@ -147,6 +157,7 @@ def _elbo(masked_nll, row_keys, of_draw, times, least_time):
     of_draw: function from k to the k-th orders, int32 [B, T].
     times: number of times K for each sequence.
     least_time: the smallest time, in (0, 1).
+    length: int32 [B], the real positions of padded documents, or None.
   """
   row_times = jax.vmap(
     lambda row_key: objective.draw_times(row_key, times, least_time)
@@ -155,29 +166,35 @@ def _elbo(masked_nll, row_keys, of_draw, times, least_time):
   def of_time(k_and_time):
     k, time = k_and_time
     masked = objective.draw_masked(
-      objective.fold_rows(row_keys, k), of_draw(k), time
+      objective.fold_rows(row_keys, k), of_draw(k), time, length
     )
     return masked_nll(masked).sum(axis=1) / time
 
   return jax.lax.map(of_time, (jnp.arange(times), row_times.T)).mean(axis=0)
 
 
-def _sums_by(by_rank, order, real):
-  """Return the sums over real sequences of nats [B, T], see `estimate`."""
-  counted = jnp.where(real[:, None], by_rank, 0.0)
+def _sums_by(by_rank, order, is_counted):
+  """Return the sums of nats [B, T] where they are counted, see `estimate`.
+
+  Args:
+    by_rank: float32 [B, T] nats.
+    order: int32 [B, T].
+    is_counted: bool [B, 1] or [B, T].
+  """
+  counted = jnp.where(is_counted, by_rank, 0.0)
   near = orders.nearest(order)
   return {
     "by_rank": counted.sum(axis=0),
-    "by_distance": _binned(near.distance, counted, real),
-    "by_recency": _binned(near.recency, counted, real),
+    "by_distance": _binned(near.distance, counted, is_counted),
+    "by_recency": _binned(near.recency, counted, is_counted),
   }
 
 
-def _binned(number, nats, real):
+def _binned(number, nats, is_counted):
   """Return (sums of nats, counts of tokens) by a number [B, T]: each [bins]."""
   edges = jnp.array(bin_edges((number.shape[1] - 1).bit_length() + 2))
   one_hot = jax.nn.one_hot(jnp.searchsorted(edges, number), len(edges))
-  one_hot = one_hot * real[:, None, None]
+  one_hot = one_hot * is_counted[..., None]
   return jnp.einsum("bt,btk->k", nats, one_hot), one_hot.sum(axis=(0, 1))
 
 

@@ -75,8 +75,10 @@ class Estimate:
     estimator: name of the estimator.
     nats_per_token: the mean.
     standard_error_nats: standard error of the mean, nats per token, over
-      sequences that each have their own orders. Neighbouring windows of one
-      text are taken as independent. NaN for one sequence.
+      sequences that each have their own orders. If their lengths differ, the
+      mean is the sum of all nats divided by the number of all tokens.
+      Neighbouring windows of one text are taken as independent. NaN for one
+      sequence.
     sequences: number of sequences.
     tokens: number of tokens in all sequences.
     slot_curve_nats: mean by rank, T floats; () if the estimator has no ranks.
@@ -255,7 +257,9 @@ class Evaluator:
       )
     if nats_and_sums is None:
       return None
-    found = mean(estimator, self._config.model.T, *nats_and_sums)
+    found = mean(
+      estimator, self._config.model.T, *nats_and_sums, _lengths(batches)
+    )
     return self._with_units(found, nats_and_sums[0], batches)
 
   def _with_units(self, found, sequence_nats, batches):
@@ -276,6 +280,11 @@ class Evaluator:
       characters=characters,
       standard_error_nats_per_byte=_error_of_ratio(sequence_nats, sizes),
     )
+
+
+def _lengths(batches):
+  """Return the tokens of every sequence, int [sequences]; None means T each."""
+  return getattr(batches, "lengths", None)
 
 
 def _error_of_ratio(nats, sizes):
@@ -354,6 +363,7 @@ def mean(
   T: int,
   sequence_nats: np.ndarray,
   total: dict[str, Any] | None,
+  lengths: np.ndarray | None = None,
 ) -> Estimate:
   """Return the Estimate of the results of `over_batches`.
 
@@ -365,8 +375,12 @@ def mean(
     sequence_nats: float32 [sequences].
     total: the sums over all sequences; None or {} for an estimator without
       ranks.
+    lengths: int [sequences or more], the tokens of every sequence, in the order
+      of the sequences. None means T each.
   """
   nats, count = sequence_nats.astype(np.float64), len(sequence_nats)
+  if lengths is not None:
+    return _mean_of_documents(estimator, nats, total, lengths[:count], T)
   deviation = nats.std(ddof=1) if count > 1 else math.nan
   curve = total["by_rank"] / count if total else ()
   return Estimate(
@@ -375,6 +389,25 @@ def mean(
     standard_error_nats=float(deviation / math.sqrt(count) / T),
     sequences=count,
     tokens=count * T,
+    slot_curve_nats=tuple(map(float, curve)),
+    by_distance=_bins(*total["by_distance"]) if total else (),
+    by_recency=_bins(*total["by_recency"]) if total else (),
+  )
+
+
+def _mean_of_documents(estimator, nats, total, lengths, T):
+  """Return the Estimate of documents of several lengths, see `mean`."""
+  tokens = int(lengths.sum())
+  # The number of documents that have a rank, by rank.
+  counts = np.bincount(lengths, minlength=T + 1)[::-1].cumsum()[::-1][1:]
+  counts = counts[counts > 0]
+  curve = total["by_rank"][: len(counts)] / counts if total else ()
+  return Estimate(
+    estimator=estimator,
+    nats_per_token=float(nats.sum() / tokens),
+    standard_error_nats=_error_of_ratio(nats, lengths),
+    sequences=len(lengths),
+    tokens=tokens,
     slot_curve_nats=tuple(map(float, curve)),
     by_distance=_bins(*total["by_distance"]) if total else (),
     by_recency=_bins(*total["by_recency"]) if total else (),
@@ -454,7 +487,7 @@ def _write(config, workdir, step, corpus, batches, estimates):
     "evaluated_tokens": batches.evaluated_tokens,
     "left_out_at_the_end": batches.left_out,
     "unigram_bits": corpora.unigram_entropy(
-      corpus.split(split), corpus.tokenizer.V
+      corpus.split(split), corpus.tokenizer.V - config.gives_end
     ),
     "eval": dataclasses.asdict(config.eval),
     "estimates": [e.report() for e in estimates],
@@ -483,7 +516,7 @@ def _write(config, workdir, step, corpus, batches, estimates):
 def evaluation_batches(
   network: network_lib.Network, tokens: np.ndarray
 ) -> pipeline.EvalBatches:
-  """Return the windows of a split that every evaluation of a run reads.
+  """Return the windows or documents that every evaluation of a run reads.
 
   Args:
     network: the network, with the run's config. Its mesh says which rows of a
@@ -502,4 +535,5 @@ def evaluation_batches(
     batches=config.eval.batches,
     seed=config.eval.seed,
     rows=sharding.local_rows(network.mesh, config.eval_batch_size),
+    end=network.end,
   )

@@ -45,14 +45,21 @@ class Score(NamedTuple):
   sentinels the end even stays at position T + 1. So `log_p` is not the
   log-probability of a text of exactly n tokens.
 
+  With config.data.documents=pad a text is a whole document. With one sentinel
+  its end is a token at position n + 1, which is scored if the last token is
+  scored, and given if the last token is given. With two sentinels the end is
+  always given. So log_p is that of a text of exactly n tokens. A text of T
+  tokens has no place for its end.
+
   Attributes:
     text: the text, as it was given. With data.normalise it is the text in
       normal form, and positions are those of this form.
     log_p: nats, log p(scored | known). Over several orders, the log of the mean
       of p.
     bits: -log_p / ln 2.
-    positions: positions of the scored tokens, within 1..n, ascending. A token
-      is a character, a byte, or a part of a word: see `unit`.
+    positions: positions of the scored tokens, within 1..n, ascending, and n + 1
+      for a scored end. A token is a character, a byte, or a part of a word: see
+      `unit`.
     token_log_p: nats of each scored token, in the order of `positions`, given
       the tokens (or groups) before it in the order. Over several orders, the
       mean over them, so that the sum is not log_p.
@@ -139,7 +146,7 @@ class Scorer:
     by_length: dict[int, list[int]] = {}
     for i, (_, text) in enumerate(texts):
       check(text, model)
-      T = shapes.length(len(text.tokens), model.T)
+      T = shapes.length(len(self._with_end(text)[0]), model.T)
       by_length.setdefault(T, []).append(i)
     scores: dict[int, Score] = {}
     if given is None:
@@ -164,12 +171,9 @@ class Scorer:
     kinds[:, 0] = _SCORED
     order = np.tile(np.arange(1, T + 1, dtype=np.int32), (B, 1))
     for b, row in enumerate(rows):
-      text = texts[row][1]
-      n = len(text.tokens)
-      tokens[b, :n] = text.tokens
-      kinds[b, :n] = np.where(
-        text.known, _KNOWN, np.where(text.scored, _SCORED, _UNKNOWN)
-      )
+      row_tokens, row_kinds = self._with_end(texts[row][1])
+      n = len(row_tokens)
+      tokens[b, :n], kinds[b, :n] = row_tokens, row_kinds
       if options.order == "given":
         order[b] = prompts.within(given[row], T)
     if options.order == "right_to_left":
@@ -209,6 +213,28 @@ class Scorer:
       )
       for b, (row, n) in enumerate(zip(rows, counts))
     }
+
+  def _with_end(self, text):
+    """Return the tokens and the kinds of a text, with the end of a document.
+
+    The end stands in the tokens wherever it tells the length. A given end is of
+    the kind _KNOWN where it is a position, and not where it is a sentinel.
+    """
+    layout, n = self._network.layout, len(text.tokens)
+    kinds = np.where(
+      text.known, _KNOWN, np.where(text.scored, _SCORED, _UNKNOWN)
+    )
+    if layout.end_token is None or n == self._network.model.T:
+      return text.tokens, kinds
+    end = kinds[-1] if n else _SCORED
+    if text.has_given_end:
+      one_way = self._network.model.kind.left_to_right
+      end = _UNKNOWN if one_way else _KNOWN
+    if not layout.predicts_end:
+      end = _UNKNOWN
+    elif end == _UNKNOWN:
+      return text.tokens, kinds
+    return np.append(text.tokens, layout.end_token), np.append(kinds, end)
 
   def _most_ranks(self, count, T):
     """Return the number of ranks to compute for `count` scored tokens.

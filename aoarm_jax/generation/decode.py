@@ -17,6 +17,9 @@ adaptive     NOT exact: the model chooses the target that it is surest of. So
 Known tokens come first, by position. One causal pass over them fills the cache,
 so the probability of a text stays that of the chain rule. For a plan with
 groups, they are groups of `plan.width` tokens.
+
+A padded document has a given length, or an open end. With an open end the texts
+are drawn from left to right, up to the end token. This is exact, too.
 """
 
 import functools
@@ -25,6 +28,7 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from aoarm_jax import objective, orders
 from aoarm_jax.generation import law as sampling
@@ -75,7 +79,8 @@ def generate(
     order: int32 [B, T], permutations of 1..T. Known positions are moved to the
       front, by position. Blanks keep their order, except in `adaptive`.
     law: the law of every draw.
-    plan: the way through the blanks; None decides them one by one.
+    plan: the way through the blanks; None decides them one by one. If it is
+      open, `order` must be left to right.
     prefill: False skips the pass over known tokens. This is allowed only if
       nothing is known and there is one sentinel.
     most_known: upper bound on the known tokens of a row; None means T. If it is
@@ -86,11 +91,14 @@ def generate(
       follow the last one.
     rows: int32 [B], the rows' indices; None means 0 to B - 1.
     length: int32 [B], 1 to T, number of positions in each row. Nothing beyond
-      them is generated. None means T.
+      them is generated. None means T. For padded documents with two sentinels
+      the model is told this length. With one sentinel, an end token among the
+      known tokens tells the length.
 
   Returns:
     The texts, the orders that were used, and the counts of law.Generation. In
-    the order of a shorter row, the row's own positions come first.
+    the order of a shorter row, the row's own positions come first. After the
+    end token of an open text, tokens are 0.
 
   Raises:
     ValueError: the mechanism is masked, or it has no such method.
@@ -102,6 +110,8 @@ def generate(
   s = network.model.sentinels
   if plan.method not in ("parallel", "adaptive"):
     plan = plan._replace(groups=False)
+  if network.layout.predicts_end and not plan.is_open:
+    law = law._replace(never=np.int32(network.layout.end_token))
   cached_network = cached.Cached(network.bind(params))
   rows = jnp.arange(B) if rows is None else rows
   length = jnp.full(B, T) if length is None else length
@@ -126,8 +136,11 @@ def generate(
     T if most_blanks is None else most_blanks,
   )
   by_position = jnp.zeros((B, T), jnp.int32)
+  content = state.content[:, s:]
+  if plan.is_open:
+    content = jnp.where(jnp.arange(T)[None] < state.end[:, None], content, 0)
   by_position = by_position.at[jnp.arange(B)[:, None], state.order - 1].set(
-    state.content[:, s:]
+    content
   )
   return sampling.Generation(
     by_position, state.order, state.log_p, state.calls, state.accepted
@@ -171,7 +184,8 @@ def _run(network, state, law, plan, most_known, most_blanks):
       # cut short and would need more slots.
       fitting = (slots - first) // width + 1
       until = minimum(steps, done + (fitting - done) // group * group)
-    state = _repeat(step, done, until, state)
+    repeat = _repeat_while_open if plan.is_open else _repeat
+    state = repeat(step, done, until, state)
     done = until
     if is_static and done == steps:
       break
@@ -196,6 +210,16 @@ def _repeat(step, first, until, state):
   return jax.lax.fori_loop(0, -(-(until - first) // _GROUP), run_group, state)
 
 
+def _repeat_while_open(step, first, until, state):
+  """Run the steps from `first` until before `until`, or until all rows end."""
+  _, state = jax.lax.while_loop(
+    lambda at: (at[0] < until) & (at[1].done < at[1].end).any(),
+    lambda at: (at[0] + 1, step(*at)),
+    (jnp.int32(first), state),
+  )
+  return state
+
+
 def _start(network, keys, tokens, known, order, length, prefill, width):
   """Return the plan.State before the first step.
 
@@ -208,7 +232,10 @@ def _start(network, keys, tokens, known, order, length, prefill, width):
   if width is not None:
     decided = jnp.arange(T)[None] < done[:, None]
     groups = orders.equal_groups(decided, width)
-  slots = orders.to_slots(tokens, order, network.layout, group_start=groups)
+  told = None if network.layout.end_token is None else length
+  slots = orders.to_slots(
+    tokens, order, network.layout, group_start=groups, length=told
+  )
   cache = network.empty_cache(B, T + s - 1)
   if prefill:
     # One pass over all slots keeps shapes static. After it, slots of blanks

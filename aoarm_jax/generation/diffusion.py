@@ -55,7 +55,8 @@ def generate(
       latter two take at most plan.steps steps, or T if plan.steps is 0.
     rows: int32 [B], the rows' indices; None means 0 to B - 1.
     length: int32 [B], 1 to T, number of positions in each row. Positions
-      beyond it stay masked. None means T.
+      beyond it stay masked. For padded documents the model is told this length,
+      and positions beyond it are not seen. None means T.
 
   Returns:
     The texts, and the orders in which their tokens were decided: known
@@ -72,6 +73,7 @@ def generate(
   count = T if plan.method == "sequential" else plan.steps or T
   keys = objective.keys_of(key, jnp.arange(B) if rows is None else rows)
   length = jnp.full(B, T) if length is None else length
+  told = None if network.layout.end_token is None else length
   beyond = jnp.arange(T) >= length[:, None]
   order = orders.known_first(order, known, length)
   next_rank = known.sum(axis=1, keepdims=True)
@@ -88,6 +90,7 @@ def generate(
       jnp.pad(tokens, window),
       jnp.pad(masked, window, constant_values=True),
       network.layout,
+      told,
     )
     logits = network.apply(params, slots)[:, s : s + T]
     log_p = sampling.log_law(logits, law)

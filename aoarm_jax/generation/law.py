@@ -11,8 +11,7 @@ class Sampling(NamedTuple):
   """The law of a draw.
 
   Its numbers are traced, so a sweep over them compiles one program. top_k and
-  top_p are either both given or both None. Without them no token is cut, and
-  no draw sorts.
+  top_p are either both given or both None. Without them no draw sorts.
 
   Attributes:
     temperature: float32 [], or [B, 1, 1] with one number per row. Logits are
@@ -20,11 +19,14 @@ class Sampling(NamedTuple):
     top_k: int32 []. Only the k likeliest tokens stay; 0 keeps all tokens.
     top_p: float32 []. After top_k, only the fewest likeliest tokens stay whose
       total probability reaches top_p.
+    never: int32 [], the id of a token that is cut before all else. None cuts no
+      token.
   """
 
   temperature: jax.Array | np.float32
   top_k: jax.Array | np.int32 | None = None
   top_p: jax.Array | np.float32 | None = None
+  never: jax.Array | np.int32 | None = None
 
 
 def make_law(
@@ -86,6 +88,8 @@ def log_law(logits: jax.Array, law: Sampling) -> jax.Array:
     float32 [..., V] log-probabilities, normalised; -inf where a token is cut.
   """
   V = logits.shape[-1]
+  if law.never is not None:
+    logits = logits.at[..., law.never].set(-jnp.inf)
   greedy = law.temperature == 0
   # The largest logit becomes 0 first, so that the division by a small
   # temperature cannot overflow.

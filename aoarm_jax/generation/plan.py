@@ -16,7 +16,8 @@ class State(NamedTuple):
     content: int32 [B, S + 1], tokens by slot; slot s + r holds rank r.
     order: int32 [B, T], known positions first.
     done: int32 [B], number of leading ranks that are decided.
-    end: int32 [B], number of leading ranks to decide in all.
+    end: int32 [B], number of leading ranks to decide in all. It becomes `done`
+      where a text ends before.
     filled: int32 [B], number of leading slots that are in the cache. The slots
       up to done + s - 1 are decided, but may not be in the cache yet.
     cache: keys and values of S slots.
@@ -55,6 +56,9 @@ class Plan(NamedTuple):
       the largest margin between its two likeliest tokens ("margin").
     groups: parallel, adaptive: whether the tokens of a step are a group of
       orders.to_slots, as two streams are trained with config.orders.groups.
+    is_open: whether the model draws where a padded document ends. The order
+      must then be left to right. Otherwise the length is given, and the end
+      token is never drawn.
   """
 
   method: str = "sequential"
@@ -63,6 +67,7 @@ class Plan(NamedTuple):
   schedule: str = "linear"
   score: str = "confidence"
   groups: bool = False
+  is_open: bool = False
 
   @classmethod
   def of(cls, sample: config_lib.Sample, orders: config_lib.Orders) -> "Plan":

@@ -38,11 +38,14 @@ class Prompt(NamedTuple):
     tokens: int32 [n]; arbitrary where not known.
     known: bool [n].
     name: name of the text's source, for messages.
+    is_open: whether a padded document may end before position n, where the
+      model draws its end. Blanks come last then. Otherwise it has n tokens.
   """
 
   tokens: np.ndarray
   known: np.ndarray
   name: str = "--prompt"
+  is_open: bool = False
 
 
 class Marked(NamedTuple):
@@ -53,12 +56,15 @@ class Marked(NamedTuple):
     known: bool [n], tokens that are given.
     scored: bool [n], tokens that are scored.
     name: name of the text's source, for messages.
+    has_given_end: for padded documents: whether the end is given. Otherwise it
+      is scored, given or unknown, as the last token is.
   """
 
   tokens: np.ndarray
   known: np.ndarray
   scored: np.ndarray
   name: str = "--text"
+  has_given_end: bool = False
 
 
 def parse_prompt(

@@ -25,6 +25,8 @@ CHUNK = 64
 def _window(network, state, start, R):
   """Return the R slots from `start` [B] on; arbitrary after the last slot."""
   s, end = network.model.sentinels, network.model.T + 1
+  if network.layout.end_token is not None:
+    end = state.end[:, None] + 1
   at = start[:, None] + jnp.arange(R)
   # The first slot holds the token of this rank and predicts the next rank.
   rank = start - s
@@ -32,7 +34,8 @@ def _window(network, state, start, R):
     jnp.take_along_axis(
       state.content, jnp.minimum(at, state.content.shape[1] - 1), axis=1
     ),
-    # Slot 0 is BOS at position 0. With two sentinels slot 1 is EOS at T + 1.
+    # Slot 0 is BOS at position 0. With two sentinels slot 1 is EOS, at T + 1 or
+    # behind the document.
     jnp.where(at < s, at * end, _ranks(state.order, rank, R)),
     jnp.where(at < s - 1, 0, _ranks(state.order, rank + 1, R)),
   )
@@ -53,11 +56,21 @@ def _draw(keys, slots, log_p):
   return jax.vmap(jax.vmap(jax.random.categorical))(fold(keys, slots), log_p)
 
 
-def _commit(state, s, tokens, log_p, count):
-  """Decide the next `count` [B] ranks by the first of the tokens [B, Q]."""
+def _commit(state, s, tokens, log_p, count, end_token):
+  """Decide the next `count` [B] ranks by the first of the tokens [B, Q].
+
+  The first end token ends its row. None means that there is no such token.
+  """
   B, Q = tokens.shape
   at = state.done[:, None] + s + jnp.arange(Q)
   taken = jnp.arange(Q) < count[:, None]
+  end = state.end
+  if end_token is not None:
+    ends = taken & (tokens == end_token)
+    is_over = ends.any(axis=1)
+    count = jnp.where(is_over, jnp.argmax(ends, axis=1) + 1, count)
+    end = jnp.where(is_over, state.done + count, end)
+    taken = jnp.arange(Q) < count[:, None]
   # Writes out of bounds are dropped.
   at = jnp.where(taken, at, state.content.shape[1])
   content = state.content.at[jnp.arange(B)[:, None], at].set(
@@ -66,6 +79,7 @@ def _commit(state, s, tokens, log_p, count):
   return state._replace(
     content=content,
     done=state.done + count,
+    end=end,
     log_p=state.log_p + jnp.where(taken, log_p, 0.0).sum(axis=1),
   )
 
@@ -77,6 +91,7 @@ def _parallel(network, law, plan, start):
   over that many steps instead.
   """
   s = network.model.sentinels
+  end_token = network.layout.end_token if plan.is_open else None
   width = plan.tokens_per_step(start.order.shape[1])
   blanks = start.end - start.done
 
@@ -98,7 +113,8 @@ def _parallel(network, law, plan, start):
     log_p = sampling.log_law(logits, law)
     at = state.done[:, None] + s + jnp.arange(width)
     tokens = _draw(state.keys, at, log_p)
-    return _commit(state, s, tokens, sampling.log_p_of(log_p, tokens), count)
+    nats = sampling.log_p_of(log_p, tokens)
+    return _commit(state, s, tokens, nats, count, end_token)
 
   return advance, lambda state: 1
 
@@ -220,6 +236,7 @@ def _speculative(network, law, plan, start):
   residual law, so the law of a text is exact (ASSD, arXiv 2504.20456).
   """
   s, width = network.model.sentinels, plan.tokens_per_step(start.order.shape[1])
+  end_token = network.layout.end_token if plan.is_open else None
 
   def advance(i, state):
     del i
@@ -251,10 +268,11 @@ def _speculative(network, law, plan, start):
     count = jnp.minimum(
       jnp.minimum(accepted + 1, width), state.end - state.done
     )
-    state = _commit(state, s, tokens, sampling.log_p_of(log_p, tokens), count)
+    nats, before = sampling.log_p_of(log_p, tokens), state.done
+    state = _commit(state, s, tokens, nats, count, end_token)
     return state._replace(
       filled=state.done + s - 1,
-      accepted=state.accepted + jnp.minimum(accepted, count),
+      accepted=state.accepted + jnp.minimum(accepted, state.done - before),
     )
 
   return advance, lambda state: 1 + (width > 1)

@@ -38,16 +38,19 @@ class Text(NamedTuple):
 
   A text of fewer than T tokens (config.model.T) is generated as the start of a
   text of T tokens. With two sentinels the model expects the end at position
-  T + 1, and not after the text.
+  T + 1, and not after the text. With config.data.documents=pad a text is a
+  whole document, which the model knows to end after it.
 
   Attributes:
     text: the readable text. Bytes that are not UTF-8 appear as U+FFFD.
     tokens: the token ids. Unlike `text` they lose nothing, so api.Model.score
-      reads the ids of a Text.
-    order: the positions 1..n in the order of generation. The known positions
-      of the prompt come first.
+      reads the ids of a Text. The last token is the end of a document if the
+      model has drawn that.
+    order: the positions 1..n of `tokens` in the order of generation. The known
+      positions of the prompt come first.
     log_p: nats, log-probability of the generated tokens. Each token counts
-      under the law that decided it, temperature and cuts included.
+      under the law that decided it, temperature and cuts included. If the
+      length was drawn first, it is that of the text given its length.
     calls: passes of the network until the text was complete. Known tokens (or
       two sentinels) take one pass, and every step takes one. A round of
       speculative takes two. A step of adaptive takes one more for every 64
@@ -68,6 +71,26 @@ class Text(NamedTuple):
   calls: int
   accepted: int = 0
   seed: int = 0
+
+
+class _Row(NamedTuple):
+  """A text to draw.
+
+  Attributes:
+    tokens: int32 [m], with a known end token where that tells the length.
+    known: bool [m].
+    n: number of tokens of the text: m, or m - 1 with a known end token.
+    order: the permutation for config.sample.order="given".
+    is_open: see prompts.Prompt. Only where the model predicts the end.
+    index: its number, which its draws depend on.
+  """
+
+  tokens: np.ndarray
+  known: np.ndarray
+  n: int
+  order: Sequence[int]
+  is_open: bool
+  index: int
 
 
 class Sampler:
@@ -109,12 +132,15 @@ class Sampler:
 
     Args:
       params: the network's parameters, on the mesh.
-      prompt: the prompt. None generates all T tokens.
+      prompt: the prompt. None generates config.sample.length tokens.
       is_stopped: see `fill`.
     """
     if prompt is None:
-      T = self._config.model.T
-      prompt = prompts.Prompt(np.zeros(T, np.int32), np.zeros(T, bool))
+      length = self._config.sample.length
+      n = length or self._config.model.T
+      prompt = prompts.Prompt(
+        np.zeros(n, np.int32), np.zeros(n, bool), is_open=not length
+      )
     return self.fill(params, [prompt], is_stopped=is_stopped)[0]
 
   def fill(
@@ -131,6 +157,11 @@ class Sampler:
     The j-th text of prompt i depends on the seed, on the prompt and on the
     number (first + i) * count + j. It does not depend on
     config.sample.batch_size, the devices or the other prompts.
+
+    Padded documents are told how long they are. If the model predicts their
+    end and a prompt is open, texts end where the model draws the end, from left
+    to right. For any other order, such a text is drawn first, and only its
+    length is kept: the law is p(length) p(text | length, order).
 
     Args:
       params: the network's parameters, on the mesh.
@@ -150,64 +181,117 @@ class Sampler:
     Raises:
       PromptError: this model cannot fill one of the prompts.
     """
-    config, model = config or self._config, self._config.model
+    config = config or self._config
     count = config.sample.count
-    by_shape: dict[tuple[int, bool], list[int]] = {}
-    for i, prompt in enumerate(texts):
-      check(prompt, model)
-      T = shapes.length(len(prompt.tokens), model.T)
-      # A masked mechanism has no cache to fill, and one program for all.
-      prefill = bool(prompt.known.any()) or model.sentinels > 1
-      prefill = prefill and not model.kind.masked
-      texts_of_prompt = range(i * count, (i + 1) * count)
-      by_shape.setdefault((T, prefill), []).extend(texts_of_prompt)
-    drawn: dict[int, Text] = {}
     if given is None:
       given = [config.orders.given] * len(texts)
-    # A step from the cache reads all weights, so that a few rows take hardly
-    # longer than one row. A full pass of a masked mechanism does.
-    least = 1 if model.kind.masked else _LEAST_ROWS
-    for (T, prefill), rows in by_shape.items():
-      B = sharding.batch_size(
-        self._mesh, config.sample.batch_size, len(rows), least
-      )
-      for start in range(0, len(rows), B):
-        if is_stopped():
-          break
-        drawn |= self._batch(
-          params,
-          texts,
-          config,
-          given,
-          first,
-          T,
-          prefill,
-          rows[start : start + B],
-          B,
-        )
+    rows: dict[int, _Row] = {}
+    for i, (prompt, order) in enumerate(zip(texts, given)):
+      check(prompt, self._config.model)
+      row = self._row(prompt, order)
+      for number in range(i * count, (i + 1) * count):
+        rows[number] = row._replace(index=first * count + number)
+    drawn = self._drawn(params, rows, config, is_stopped)
     every = [range(i * count, (i + 1) * count) for i in range(len(texts))]
     return [[drawn[row] for row in rows if row in drawn] for rows in every]
 
-  def _batch(self, params, texts, config, given, first, T, prefill, rows, B):
-    """Return {row: Text} for row numbers `rows`, drawn in one batch of B."""
+  def _row(self, prompt, order):
+    """Return the _Row of a prompt; its index is 0."""
+    n, T = len(prompt.tokens), self._config.model.T
+    is_told = self._network.layout.predicts_end and not prompt.is_open
+    is_open = self._network.layout.predicts_end and prompt.is_open
+    tokens, known = prompt.tokens, prompt.known
+    # A known end token tells the length. From left to right alone it cannot be
+    # known, and a text of T tokens has no place for it.
+    if is_told and n < T and not self._config.model.kind.left_to_right:
+      tokens = np.append(tokens, self._network.layout.end_token)
+      known = np.append(known, True)
+    return _Row(tokens, known, n, order, is_open, 0)
+
+  def _drawn(self, params, rows, config, is_stopped):
+    """Return {number: Text} of rows by their numbers."""
+    closed = {i: row for i, row in rows.items() if not row.is_open}
+    drawn = self._in_batches(params, closed, config, is_stopped)
+    rows = {i: row for i, row in rows.items() if row.is_open}
+    if not rows:
+      return drawn
+    method, order = config.sample.method, config.sample.order
+    if order == "left_to_right" and method != "adaptive":
+      return drawn | self._in_batches(params, rows, config, is_stopped)
+    exact = method if method == "speculative" else "sequential"
+    texts = self._in_batches(
+      params,
+      rows,
+      config.replace("sample.order", "left_to_right").replace(
+        "sample.method", exact
+      ),
+      is_stopped,
+      purposes.LENGTHS,
+    )
+    again = {}
+    for i, text in texts.items():
+      n = len(text.tokens)
+      n -= text.tokens[-1:] == [self._network.layout.end_token]
+      row = rows[i]
+      if row.known[:n].all():  # Nothing but the end was left to draw.
+        drawn[i] = text
+        continue
+      prompt = prompts.Prompt(row.tokens[:n], row.known[:n])
+      again[i] = self._row(prompt, row.order)._replace(index=row.index)
+    found = self._in_batches(params, again, config, is_stopped)
+    for i, text in found.items():
+      drawn[i] = text._replace(calls=text.calls + texts[i].calls)
+    return drawn
+
+  def _in_batches(
+    self, params, rows, config, is_stopped, purpose=purposes.GENERATION
+  ):
+    """Return {number: Text} of rows that are all open or all closed."""
+    model = self._config.model
+    by_shape: dict[tuple[int, bool], list[int]] = {}
+    for number, row in rows.items():
+      T = shapes.length(len(row.tokens), model.T)
+      # A masked mechanism has no cache to fill, and one program for all.
+      prefill = bool(row.known.any()) or model.sentinels > 1
+      prefill = prefill and not model.kind.masked
+      by_shape.setdefault((T, prefill), []).append(number)
+    drawn: dict[int, Text] = {}
+    # A step from the cache reads all weights, so that a few rows take hardly
+    # longer than one row. A full pass of a masked mechanism does.
+    least = 1 if model.kind.masked else _LEAST_ROWS
+    for (T, prefill), numbers in by_shape.items():
+      B = sharding.batch_size(
+        self._mesh, config.sample.batch_size, len(numbers), least
+      )
+      for start in range(0, len(numbers), B):
+        if is_stopped():
+          break
+        batch = {i: rows[i] for i in numbers[start : start + B]}
+        texts = self._batch(params, batch, config, T, prefill, B, purpose)
+        drawn |= zip(batch, texts)
+    return drawn
+
+  def _batch(self, params, rows, config, T, prefill, B, purpose):
+    """Return the Texts of rows, drawn in one batch of B."""
     sample = config.sample
     tokens, known = np.zeros((B, T), np.int32), np.zeros((B, T), bool)
     length, index = np.ones(B, np.int32), np.zeros(B, np.int32)
     order = np.tile(np.arange(1, T + 1, dtype=np.int32), (B, 1))
-    for b, row in enumerate(rows):
-      prompt = texts[row // sample.count]
-      n = len(prompt.tokens)
-      tokens[b, :n], known[b, :n] = prompt.tokens, prompt.known
-      length[b], index[b] = n, first * sample.count + row
+    for b, row in enumerate(rows.values()):
+      n = len(row.tokens)
+      tokens[b, :n], known[b, :n] = row.tokens, row.known
+      length[b], index[b] = n, row.index
       if sample.order == "given":
-        order[b] = prompts.within(given[row // sample.count], T)
-    key = jax.random.fold_in(jax.random.key(sample.seed), purposes.GENERATION)
+        order[b] = prompts.within(row.order, T)
+    key = jax.random.fold_in(jax.random.key(sample.seed), purpose)
     law = sampling.make_law(sample.temperature, sample.top_k, sample.top_p)
     most_blanks = np.int32((length - known.sum(axis=1)).max())
     key, *everywhere = sharding.put(self._mesh, (key, law, most_blanks))
     by_row = tokens, known, length, index, order
     *by_row, order = sharding.put_rows(self._mesh, by_row)
+    is_open = next(iter(rows.values())).is_open
     plan = plan_lib.Plan.of(sample, self._config.orders)
+    plan = plan._replace(is_open=is_open)
     most_known = T if prefill and known.any() else 0
     program = B, T, plan, prefill, most_known, law.top_k is None
     texts_here = shapes.describe(len(rows), T)
@@ -230,20 +314,27 @@ class Sampler:
     self._compiled.add(program)
     with telemetry.waiting(f"generating {texts_here}"):
       drawn = jax.device_get(drawn)
-    return {
-      row: Text(
-        self._network.tokenizer.decode(text[:n]),
-        text[:n].tolist(),
-        text_order[:n].tolist(),
-        float(nats),
-        int(calls),
-        int(accepted),
-        sample.seed,
-      )
-      for row, n, text, text_order, nats, calls, accepted in zip(
-        rows, length.tolist(), *drawn
-      )
-    }
+    return [
+      self._text(row, sample.seed, *result)
+      for row, *result in zip(rows.values(), *drawn)
+    ]
+
+  def _text(self, row, seed, tokens, order, nats, calls, accepted):
+    """Return the Text of a row from its results, [T] and []."""
+    n = count = row.n
+    if row.is_open:
+      ends = np.flatnonzero(tokens[:n] == self._network.layout.end_token)
+      if len(ends):
+        n, count = ends[0], ends[0] + 1
+    return Text(
+      self._network.tokenizer.decode(tokens[:n]),
+      tokens[:count].tolist(),
+      order[order <= count].tolist(),
+      float(nats),
+      int(calls),
+      int(accepted),
+      seed,
+    )
 
   def _draw(
     self,

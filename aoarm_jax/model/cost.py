@@ -27,7 +27,7 @@ def forward_flops(
     vocabulary: size V of the vocabulary. None takes what the config says.
   """
   model, batch = config.model, config.train.batch_size
-  V = vocabulary or configured.tokenizer(config.data).V
+  V = vocabulary or configured.tokenizer(config.data).V - config.gives_end
   query_fraction = config.train.query_fraction
   D, F, L, S, T = model.D, model.F, model.L, model.S, model.T
   kind = model.kind

@@ -8,7 +8,7 @@ from flax import nnx
 
 from aoarm_jax import orders
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.data import configured, tokenizers
+from aoarm_jax.data import configured, documents, tokenizers
 from aoarm_jax.devices import sharding
 from aoarm_jax.model import transformer
 
@@ -80,8 +80,19 @@ class Network:
 
   @property
   def vocabulary(self) -> int:
-    """V, the number of symbols that can be predicted, without sentinels."""
-    return self.tokenizer.V
+    """V, the number of symbols that can be predicted, without sentinels.
+
+    The end of a padded document is none of them if the model is told where it
+    is, by the second sentinel.
+    """
+    return self.tokenizer.V - self.config.gives_end
+
+  @property
+  def end(self) -> documents.End | None:
+    """The end of the documents of rows that are padded; None for windows."""
+    if self.config.data.documents != "pad":
+      return None
+    return documents.End(self.tokenizer.end, self.config.gives_end)
 
   @property
   def kept_whole(self) -> int:
@@ -147,6 +158,7 @@ class Network:
       self.config.model,
       self.config.compute,
       self.vocabulary,
+      self.end.token if self.end else None,
       rngs=nnx.Rngs(key),
     )
 

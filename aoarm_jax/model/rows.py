@@ -98,12 +98,17 @@ class Start(nnx.Module):
         ],
         axis=-1,
       )
+    visible: jax.Array | int | None = None
+    if kind.masked:
+      visible = content.shape[1]
+      if slots.visible is not None:  # Padding is not seen.
+        visible = slots.visible[..., 0]
     turns = [places[name] for name in kind.query]
     rows = Rows(
       x=content,
       query_position=jnp.stack(turns, axis=-1) if turns else None,
       target=slots.target_position if kind.condition else None,
-      visible=content.shape[1] if kind.masked else None,
+      visible=visible,
     )
     return self._two_streams(rows, slots) if kind.streams == 2 else (rows,)
 

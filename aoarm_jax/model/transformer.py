@@ -29,10 +29,12 @@ class Transformer(nnx.Module):
     model: config_lib.Model,
     compute: config_lib.Compute,
     vocabulary: int,
+    end_token: int | None = None,
     *,
     rngs: nnx.Rngs,
   ):
     self.model, self.compute, self.vocabulary = model, compute, vocabulary
+    self.end_token = end_token
     self.dtype = jnp.dtype(compute.dtype)
     # The embedding also has BOS, EOS and MASK, which are never predicted. So it
     # has more symbols than the vocabulary.
@@ -58,7 +60,11 @@ class Transformer(nnx.Module):
     """The layout that this network expects."""
     model = self.model
     return orders.Layout(
-      model.sentinels, self.vocabulary, model.T + 1, model.kind.masked
+      model.sentinels,
+      self.vocabulary,
+      model.T + 1,
+      model.kind.masked,
+      self.end_token,
     )
 
   def __call__(self, slots: orders.Slots) -> jax.Array:

@@ -90,8 +90,8 @@ def read_config(workdir: epath.PathLike) -> config_lib.Config:
 
 
 # Besides the model, an evaluation takes these fields from the run: the text,
-# its documents, its form, the smallest time of the ELBO, and the groups. Generation and scores
-# follow the groups that the model was trained with.
+# its documents, its form, the smallest time of the ELBO, and the groups.
+# Generation and scores follow the groups that the model was trained with.
 _EVALUATED = (
   "data.corpus",
   "data.path",

@@ -188,7 +188,10 @@ class _Run:
       seed=config.seed,
       workers=config.data.workers,
       rows=sharding.local_rows(self.mesh, config.train.batch_size),
+      end=self.network.end,
     )
+    if what_is_read := self.batches.describe():
+      logging.info("train: %s", what_is_read)
     valid_tokens = corpus.split(config.eval.split)
     self.eval_batches = evaluate.evaluation_batches(self.network, valid_tokens)
     what_is_read = self.eval_batches.describe(self.network.tokenizer.units)
@@ -273,11 +276,14 @@ class _Run:
     """
     c = self.config
     state, start = self._start(saved)
+    # The devices compute padding, too, but it is no token.
+    real_share = self.batches.real_share
     self.progress = telemetry.Progress(
       total_steps=c.train.steps,
       start_step=start,
-      tokens_per_step=c.train.batch_size * c.model.T,
-      flops_per_token=cost.training_flops_per_token(c, self.network.vocabulary),
+      tokens_per_step=c.train.batch_size * c.model.T * real_share,
+      flops_per_token=cost.training_flops_per_token(c, self.network.vocabulary)
+      / real_share,
       devices=list(self.mesh.devices.flatten()),
     )
     profile = telemetry.ProfileWindow(
@@ -395,6 +401,11 @@ class _Run:
   def _report(self, step):
     """Write and log the means of the steps since the last log line."""
     loss = float(np.mean([sums["loss"] for sums in self.interval]))
+    if self.network.end:  # Steps have different numbers of tokens.
+      nats, tokens = (
+        sum(sums[name] for sums in self.interval) for name in ("nats", "tokens")
+      )
+      loss = nats / tokens
     values = {
       "loss_nats_per_token": loss,
       f"bits_per_{self.network.tokenizer.unit}": loss / math.log(2),

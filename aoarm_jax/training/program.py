@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from aoarm_jax import objective
+from aoarm_jax import lengths, objective
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import tokenizers
 from aoarm_jax.devices import sharding
@@ -110,8 +110,8 @@ def make_step(
 
   Returns:
     A function (state, tokens [B, T]) -> (state, sums). The sums are
-    float32 scalars: nats (summed over the batch), tokens (their number),
-    gradient_norm, update_norm and learning_rate.
+    float32 scalars: nats (summed over the batch), tokens (the number of them
+    that are not padding), gradient_norm, update_norm and learning_rate.
   """
   config = network.config
   schedule = learning_rate or optimizer.schedule(
@@ -154,6 +154,10 @@ def make_step(
   ) -> tuple[train_state.TrainState, dict[str, jax.Array]]:
     B, T = tokens.shape
     tokens = tokens.astype(jnp.int32)
+    length, count = None, tokens.size
+    if network.layout.end_token is not None:
+      length = lengths.real(tokens, network.layout)
+      count = length.sum()
     draws = objective.draw(
       jax.random.fold_in(state.key, state.step),
       B,
@@ -162,11 +166,12 @@ def make_step(
       config.train,
       config.model.kind,
       state.step,
+      length,
     )
     # Each device draws for its own rows.
     draws = jax.tree.map(lambda x: sharding.constrain(x, "batch"), draws)
     nats, grads = gradient(state.params, tokens, draws)
-    grads = jax.tree.map(lambda g: g / tokens.size, grads)
+    grads = jax.tree.map(lambda g: g / count, grads)
     updates, opt_state = chain.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
@@ -176,7 +181,7 @@ def make_step(
       )
     sums = {
       "nats": nats,
-      "tokens": jnp.float32(tokens.size),
+      "tokens": jnp.float32(count),
       "gradient_norm": optax.tree.norm(grads),
       "update_norm": optax.tree.norm(updates),
       "learning_rate": jnp.float32(schedule(state.step)),

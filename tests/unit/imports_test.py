@@ -24,6 +24,7 @@ FLOORS = (
   "runs",
   "model",
   "objective devices",
+  "lengths",
   "orders data",
   "config pallas_kernels",
 )
@@ -31,7 +32,8 @@ FLOORS = (
 ONLY = {
   "launch": "config",
   "configs": "config",
-  "objective": "orders config",
+  "objective": "lengths orders config",
+  "lengths": "orders",
   "devices": "config pallas_kernels",
   "orders": "config",
 }
