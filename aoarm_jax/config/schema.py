@@ -115,8 +115,8 @@ class Model:
   )
   sentinels: int = _field(
     1,
-    "number of sentinels, which mark the ends of the window; 1: BOS; 2: BOS "
-    "and EOS",
+    "number of sentinels, which mark the ends of the window or of a padded "
+    "document; 1: BOS; 2: BOS and EOS",
     low=1,
     high=2,
     binds="model",
