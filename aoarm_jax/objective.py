@@ -49,7 +49,7 @@ def order_nll(
   the text cannot end. From left to right, the probabilities of all texts that
   fit into T positions then sum to 1. Any other order of the real positions
   tells something of the length. So the probability is that of a text given what
-  its order tells, and those of all lengths sum to more than 1. With two
+  its order tells, and those of all lengths may sum to more than 1. With two
   sentinels all probabilities are those of a text given its length.
 
   Args:
@@ -72,11 +72,9 @@ def order_nll(
   length = None
   if layout.end_token is not None:
     length = lengths.real(tokens, layout)
+    # The last group may go on with padding: only padding comes after it and
+    # sees its content rows.
     order = lengths.real_first(order, length)
-    if group_start is not None:
-      # The last group must not hold padding, which its content rows would see.
-      is_border = jnp.arange(order.shape[1])[None] == length[:, None]
-      group_start = group_start | is_border
   if layout.masked:
     return _masked_chain_nll(apply, layout, tokens, order, ranks)
   logits = apply(

@@ -101,7 +101,7 @@ class PaddingTest(parameterized.TestCase):
       np.testing.assert_array_equal(nats[length:], 0)
 
   @parameterized.parameters(1, 2)
-  def test_groups_end_before_padding(self, s):
+  def test_groups_see_no_padding(self, s):
     T = 7
     nll = _nll("two_stream", s, T)
     texts = [tiny.tokens(1, n, _V, seed=n)[0] for n in (2, 3, 5)]
@@ -119,10 +119,19 @@ class PaddingTest(parameterized.TestCase):
     apply = functools.partial(network.apply, tiny.sharp(network))
     natural = np.tile(np.arange(1, T + 1, dtype=np.int32), (3, 1))
     length = np.array([1, 2, 4], np.int32)
-    masked = objective.draw_masked(
-      jax.random.split(jax.random.key(0), 3), natural, np.ones(3), length
+    masked = np.asarray(
+      objective.draw_masked(
+        jax.random.split(jax.random.key(0), 600),
+        np.tile(natural, (200, 1)),
+        np.full(600, 0.5, np.float32),
+        np.tile(length, 200),
+      )
     )
-    np.testing.assert_array_equal(masked, np.arange(T) < length[:, None])
+    # Half of the real positions in the mean, and no other.
+    counts = masked.sum(axis=1).reshape(200, 3).mean(axis=0)
+    np.testing.assert_allclose(counts, length / 2, atol=0.3)
+    beyond = np.arange(T) >= np.tile(length, 200)[:, None]
+    self.assertFalse((masked & beyond).any())
     masked = np.array([[1, 1, 1, 1, 1], [0, 1, 0, 1, 1], [0, 1, 1, 0, 1]], bool)
     nats = objective.masked_nll(apply, network.layout, _rows(texts, T), masked)
     np.testing.assert_array_equal(

@@ -437,7 +437,8 @@ class ModelTest(parameterized.TestCase):
     sample = {field.name for field in dataclasses.fields(config.Sample)}
     score = {field.name for field in dataclasses.fields(config.Score)}
     names = {*api.GenerateOptions.__annotations__}
-    self.assertEqual(names, sample - {"count", "every", "keep_last", "blank"})
+    others = {"count", "length", "every", "keep_last", "blank"}
+    self.assertEqual(names, sample - others)
     self.assertEqual({*api.InfillOptions.__annotations__}, names | {"blank"})
     self.assertEqual({*api.ScoreOptions.__annotations__}, score)
 

@@ -449,6 +449,21 @@ class RulesTest(parameterized.TestCase):
       {"study.sweep": "seed=0,1", "data.tokenizer": "byte"},
       "data.tokenizer",
     ),
+    (
+      "study_of_documents",
+      {"study.sweep": "seed=0,1", "data.documents": "pad"},
+      "data.documents",
+    ),
+    (
+      "visible_length",
+      {
+        "model.mechanism": "mdlm",
+        "eval.estimators": ["elbo"],
+        "data.documents": "pad",
+      },
+      "model.sentinels",
+    ),
+    ("length", {"sample.length": 129}, "sample.length"),
   )
   def test_relation(self, changes, field):
     self.refuse(changes, field)
