@@ -33,7 +33,8 @@ def real(tokens: jax.Array, layout: orders.Layout) -> jax.Array:
       end token counts.
   """
   T = tokens.shape[1]
-  is_end = tokens == layout.end_token
+  assert layout.end_token is not None
+  is_end = jnp.equal(tokens, layout.end_token)
   first = jnp.where(is_end.any(axis=1), jnp.argmax(is_end, axis=1), T)
   counted = first + 1 if layout.predicts_end else first
   return jnp.minimum(counted, T).astype(jnp.int32)

@@ -54,7 +54,8 @@ class Found:
       DataError: a file is wrong, there are too few documents, or the text is
         too large.
     """
-    data, count, tokens = self._data, *self._splits.pop(name)
+    data = self._data
+    count, tokens = self._splits.pop(name)
     if not count:
       raise tokenizers.DataError(
         f"config.data.path={data.path}: no document is in {name}: name files "

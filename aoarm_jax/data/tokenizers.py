@@ -247,12 +247,11 @@ class Tokenizer:
         f"{self.name}: id {ids[offset]} at offset {offset} is not below "
         f"V={self.V}"
       )
-    if self.has_end:
-      ids = ids[ids != self.end]
+    with_text = ids[ids != self.end] if self.has_end else ids
     if isinstance(self.symbols, bytes):
       table = np.frombuffer(self.symbols, np.uint8)
-      return table[ids.astype(np.intp)].tobytes()
-    return b"".join(map(self.symbols.__getitem__, ids.tolist()))
+      return table[with_text.astype(np.intp)].tobytes()
+    return b"".join(map(self.symbols.__getitem__, with_text.tolist()))
 
   def decode(self, ids: npt.ArrayLike) -> str:
     """Return the text of token ids, for people.
@@ -262,9 +261,9 @@ class Tokenizer:
     Args:
       ids: integers [n] below V.
     """
-    ids = np.asarray(ids)
-    ends = np.flatnonzero(ids == self.end) if self.has_end else []
-    parts = [ids] if not len(ends) else np.split(ids, ends)
+    parts = [np.asarray(ids)]
+    if self.has_end:
+      parts = np.split(parts[0], np.flatnonzero(parts[0] == self.end))
     return END.join(
       self.to_bytes(part).decode("utf-8", errors="replace") for part in parts
     )

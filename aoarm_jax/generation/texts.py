@@ -82,7 +82,7 @@ class _Row(NamedTuple):
     n: number of tokens of the text: m, or m - 1 with a known end token.
     order: the permutation for config.sample.order="given".
     is_open: see prompts.Prompt. Only where the model predicts the end.
-    index: its number, which its draws depend on.
+    number: its number, which its draws depend on.
   """
 
   tokens: np.ndarray
@@ -90,7 +90,7 @@ class _Row(NamedTuple):
   n: int
   order: Sequence[int]
   is_open: bool
-  index: int
+  number: int
 
 
 class Sampler:
@@ -190,13 +190,13 @@ class Sampler:
       check(prompt, self._config.model)
       row = self._row(prompt, order)
       for number in range(i * count, (i + 1) * count):
-        rows[number] = row._replace(index=first * count + number)
+        rows[number] = row._replace(number=first * count + number)
     drawn = self._drawn(params, rows, config, is_stopped)
     every = [range(i * count, (i + 1) * count) for i in range(len(texts))]
     return [[drawn[row] for row in rows if row in drawn] for rows in every]
 
   def _row(self, prompt, order):
-    """Return the _Row of a prompt; its index is 0."""
+    """Return the _Row of a prompt; its number is 0."""
     n, T = len(prompt.tokens), self._config.model.T
     is_told = self._network.layout.predicts_end and not prompt.is_open
     is_open = self._network.layout.predicts_end and prompt.is_open
@@ -237,7 +237,7 @@ class Sampler:
         drawn[i] = text
         continue
       prompt = prompts.Prompt(row.tokens[:n], row.known[:n])
-      again[i] = self._row(prompt, row.order)._replace(index=row.index)
+      again[i] = self._row(prompt, row.order)._replace(number=row.number)
     found = self._in_batches(params, again, config, is_stopped)
     for i, text in found.items():
       drawn[i] = text._replace(calls=text.calls + texts[i].calls)
@@ -280,7 +280,7 @@ class Sampler:
     for b, row in enumerate(rows.values()):
       n = len(row.tokens)
       tokens[b, :n], known[b, :n] = row.tokens, row.known
-      length[b], index[b] = n, row.index
+      length[b], index[b] = n, row.number
       if sample.order == "given":
         order[b] = prompts.within(row.order, T)
     key = jax.random.fold_in(jax.random.key(sample.seed), purpose)

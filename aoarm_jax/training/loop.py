@@ -281,7 +281,7 @@ class _Run:
     self.progress = telemetry.Progress(
       total_steps=c.train.steps,
       start_step=start,
-      tokens_per_step=c.train.batch_size * c.model.T * real_share,
+      tokens_per_step=round(c.train.batch_size * c.model.T * real_share),
       flops_per_token=cost.training_flops_per_token(c, self.network.vocabulary)
       / real_share,
       devices=list(self.mesh.devices.flatten()),

@@ -154,7 +154,8 @@ def make_step(
   ) -> tuple[train_state.TrainState, dict[str, jax.Array]]:
     B, T = tokens.shape
     tokens = tokens.astype(jnp.int32)
-    length, count = None, tokens.size
+    length: jax.Array | None = None
+    count: jax.Array | int = tokens.size
     if network.layout.end_token is not None:
       length = lengths.real(tokens, network.layout)
       count = length.sum()

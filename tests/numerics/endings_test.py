@@ -150,6 +150,27 @@ class RoundTripTest(parameterized.TestCase):
     got = [text.log_p for text in drawn]
     np.testing.assert_allclose([s.log_p for s in scores], got, atol=1e-4)
 
+  @parameterized.parameters(1, 2)
+  def test_score_is_the_log_p_of_blanks(self, s):
+    options, network, params = _made("sigma_gpt", s)
+    tokens, known = np.array([0, 2, 0], np.int32), np.arange(3) == 1
+    with jax.set_mesh(network.mesh):
+      (drawn,) = generate.Sampler(options, network).fill(
+        params, [prompts.Prompt(tokens, known)]
+      )
+      marked = [
+        ("", prompts.Marked(np.array(text.tokens), known, ~known, "", True))
+        for text in drawn
+      ]
+      options = options.replace("score", config.Score(order="given"))
+      scores = score.Scorer(options, network).score(
+        params, marked, given=[text.order for text in drawn]
+      )
+    got = [text.log_p for text in drawn]
+    np.testing.assert_allclose([s.log_p for s in scores], got, atol=1e-4)
+    for text in drawn:
+      self.assertEqual(text.order[0], 2)
+
   def test_the_end_is_scored_like_the_last_token(self):
     case = ("sigma_gpt", 1)
     options, network, params = _made(*case)
