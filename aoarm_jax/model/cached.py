@@ -59,8 +59,11 @@ def resized(cache: Cache, S: int) -> Cache:
 class Cached:
   """A network that predicts from a cache; make it inside jit, before loops.
 
-  Parameters are cast and split into layers once. Otherwise XLA would do so in
-  every step of a loop.
+  Parameters are cast and split into layers once, and the weights of queries,
+  keys and values are merged. Otherwise XLA would do so in every step of a loop.
+
+  All rows of a pass are one stream: with two streams, the query rows come after
+  the content rows.
   """
 
   def __init__(self, network: transformer.Transformer):
@@ -73,6 +76,8 @@ class Cached:
 
     self._network = jax.tree_util.tree_map_with_path(cast, network)
     self._layers = [self._network.layer(i) for i in range(self.model.L)]
+    for layer in self._layers:
+      layer.attention.merge()
 
   def empty_cache(self, B: int, S: int) -> Cache:
     """Return a cache of zeros for B sequences and S slots."""
@@ -114,9 +119,12 @@ class Cached:
     """
     R = slots.tokens.shape[1]
     slot_index = start[:, None] + jnp.arange(R)
-    visible = slot_index + 1
+    visible = query_visible = slot_index + 1
     if slots.visible is not None:
-      visible = slots.visible[..., 0]
+      visible, query_visible = slots.visible[..., 0], slots.visible[..., -1]
+    if self.model.kind.streams == 2 and slots.queries is None:
+      queries = orders.Queries(slots.target_position, query_visible)
+      slots = slots._replace(queries=queries)
     if slots.queries is not None:
       visible = jnp.concatenate([visible, slots.queries.visible], axis=1)
     return self._cached(slots, cache, slot_index, visible)
@@ -200,8 +208,21 @@ class Cached:
         means that the rows are the slots from 0 on, which see what
         slots.visible says. Faster attention can be used for them.
     """
-    streams, setting = self._network.enter(slots)
     R, W = slot_index.shape[1], slots.tokens.shape[1]
+    has_copies = W > R
+    asking = slots if slots.queries is None else slots.queries
+    # Whether one row predicts. In the last layer it would be alone, and XLA
+    # replaces a product with one row by products of elements, rounded to the
+    # compute dtype, and their sum. The logits of a single text would then
+    # differ from those of the same text in a batch. So another row stays with
+    # it: with two streams its content row, else a copy of it.
+    is_lone = asking.target_position.size == 1 and visible is not None
+    if is_lone and slots.queries is None:
+      twice = functools.partial(jnp.repeat, repeats=2, axis=1)
+      slots, visible = jax.tree.map(twice, (slots, visible))
+      W = slots.tokens.shape[1]
+    streams, setting = self._network.enter(slots)
+    setting = setting.of_few(W)
     keys, values = list(cache.k), list(cache.v)
 
     def attend_in(layer):
@@ -230,7 +251,7 @@ class Cached:
           # xla reads the cache in place. Kernels would need a copy per step.
           implementation="xla",
         )
-        if W == R:
+        if not has_copies:
           return attention()
         (q,), ((out,), (lse,)) = queries, attention(return_lse=True)
         return (_with_self(out, lse, q, k, v, R),)
@@ -241,16 +262,29 @@ class Cached:
     for layer in first:
       streams = self._layers[layer](streams, setting, attend_in(layer), W)
     logits = self._network.read_out(
-      self._layers[last], streams, setting, attend_in(last), W
+      self._layers[last],
+      streams,
+      setting,
+      attend_in(last),
+      streams[0].shape[1] if is_lone else W,
     )
-    return logits, Cache(tuple(keys), tuple(values))
+    cache = Cache(tuple(keys), tuple(values))
+    return logits[:, -1:] if is_lone else logits, cache
 
 
 def _written(cache, new, slot_index):
   """Return a layer's cache with `new` [B, R, N, H] at slot_index [B, R]."""
-  rows = jnp.arange(len(slot_index))[:, None]
-  # JAX drops writes to slots beyond the last slot.
-  cache = cache.at[rows, :, slot_index].set(new, unique_indices=True)
+  if slot_index.size == 1:
+    # A slice is one write, without a look at what was there. The start is
+    # moved into the cache if it lies behind: only a text that has ended has
+    # such a slot, and nothing reads its cache any more.
+    start = (0, 0, slot_index[0, 0], 0)
+    new = jnp.moveaxis(new, 1, 2)
+    cache = jax.lax.dynamic_update_slice(cache, new, start)
+  else:
+    rows = jnp.arange(len(slot_index))[:, None]
+    # JAX drops writes to slots beyond the last slot.
+    cache = cache.at[rows, :, slot_index].set(new, unique_indices=True)
   return sharding.constrain(cache, *_CACHE)
 
 

@@ -163,6 +163,8 @@ class Setting(NamedTuple):
     target: one per stream: int32 [B, R], the position whose condition each row
       takes, or None.
     visible: one per stream: int32 [B, R], an int or None; see rows.Rows.
+    rotations: the cosines and the signed sines that turn the queries and the
+      keys of all rows, float32 [B, R, 2, 1, H] each, or None; see `of_few`.
   """
 
   query_rotation: tuple[rowwise.Rotation | None, ...]
@@ -170,6 +172,28 @@ class Setting(NamedTuple):
   condition: jax.Array | None
   target: tuple[jax.Array | None, ...]
   visible: tuple[jax.Array | int | None, ...]
+  rotations: tuple[jax.Array, jax.Array] | None = None
+
+  def of_few(self, S: int) -> "Setting":
+    """Return the setting of few rows, for layers with merged weights.
+
+    Args:
+      S: the number of slots. The one stream may have more rows.
+    """
+    (query,), key = self.query_rotation, self.key_rotation
+    if query is None or key is None:
+      return self
+
+    def both(of_query, of_key):
+      # Rows that are not slots have no keys, so any rotation will do.
+      of_key = jnp.concatenate([of_key, of_query[:, S:]], axis=1)
+      return jnp.stack([of_query, of_key], axis=2)
+
+    cos, sin = both(query.cos, key.cos), both(query.sin, key.sin)
+    cos, sin = jnp.stack([cos, cos], axis=-2), jnp.stack([-sin, sin], axis=-2)
+    H = 2 * cos.shape[-1]
+    shape = (*cos.shape[:-2], H)
+    return self._replace(rotations=(cos.reshape(shape), sin.reshape(shape)))
 
   def read_out(self, pick: Pick) -> "Setting":
     """Return the setting of the rows that `pick` picks."""
@@ -240,11 +264,32 @@ class Attention(nnx.Module):
     )
     self.query_norm = RMSNorm(H)
     self.key_norm = RMSNorm(H)
+    # The weights of queries, keys and values as one, see `merge`.
+    self.merged: nnx.Param | None = None
+    self.merged_scale: nnx.Param | None = None
+
+  def merge(self) -> None:
+    """Make one array of the weights of queries, keys and values.
+
+    From then on few rows have one product with all of them. Do it once for many
+    calls: for few rows, to merge the weights costs more than it saves.
+    """
+    weights = self.query, self.key, self.value
+    stacked = jnp.stack([weight[...] for weight in weights], axis=1)
+    axes = self.query.axes
+    merged = nnx.Param(
+      stacked.astype(self.dtype), axes=(axes[0], None, *axes[1:])
+    )
+    self.merged = nnx.data(merged)
+    scales = self.query_norm.scale[...], self.key_norm.scale[...]
+    scale = nnx.Param(jnp.stack(scales)[:, None], axes=(None, None, "vector"))
+    self.merged_scale = nnx.data(scale)
 
   def __call__(
     self,
     streams: Sequence[jax.Array],
-    content: jax.Array,
+    rows: jax.Array,
+    S: int,
     setting: Setting,
     attend: Attend,
   ) -> list[jax.Array]:
@@ -252,18 +297,50 @@ class Attention(nnx.Module):
 
     Args:
       streams: [B, R, D] each, normalised.
-      content: [B, S, D], the normalised content rows.
+      rows: all normalised rows of stream 0. The first S are the content.
+      S: the number of slots.
       setting: the setting that the layers share.
       attend: the attention.
     """
-    queries, k, v = self._heads(streams, content, setting)
+    B, R, D = rows.shape
+    few = self.merged is not None and B * R < tuning.LEAST_ROWS
+    if few and len(streams) == 1 and self.rowwise != "mosaic_gpu":
+      queries, k, v = self._few_heads(rows, S, streams[0].shape[1], setting)
+    else:
+      content = rows if R == S else rows[:, :S]
+      queries, k, v = self._heads(streams, content, setting)
     visible = setting.visible[0]
     if isinstance(visible, jax.Array) and len(streams) > 1:
       # If one stream has an array, all streams have arrays.
       arrays = cast(tuple[jax.Array, ...], setting.visible)
       visible = jnp.stack(arrays, axis=2)
     outputs = attend(queries, k, v, visible)
+    if few and not sharding.spread():
+      # Otherwise XLA may choose an order of heads for which it transposes the
+      # weights, in every step.
+      out = self.out[...].astype(self.dtype).reshape(-1, D)
+      return [x.reshape(*x.shape[:2], -1) @ out for x in outputs]
     return _matmuls("brnh,nhd->brd", outputs, self.out, self.dtype)
+
+  def _few_heads(self, rows, S, Q, setting):
+    """Return queries of the last Q rows, and keys and values of the first S.
+
+    All rows have all three: with few rows, launches cost more than products.
+    The norms of queries and keys are computed together for the same reason.
+    """
+    (packed,) = parallel.matmuls(
+      "brd,dcnh->brcnh", [rows], self.merged[...], self.merged.axes
+    )
+    qk = rowwise.normalised(packed[:, :, :2], self.merged_scale[...])
+    if setting.rotations is not None:
+      cos, sin = setting.rotations
+      # To swap the halves is one step of a loop over elements. To split and
+      # concatenate them would be several kernels.
+      halves = qk.reshape(*qk.shape[:-1], 2, qk.shape[-1] // 2)
+      qk = qk * cos + halves[..., ::-1, :].reshape(qk.shape) * sin
+    qk = qk.astype(self.dtype)
+    first = rows.shape[1] - Q
+    return [qk[:, first:, 0]], qk[:, :S, 1], packed[:, :S, 2]
 
   def _heads(self, streams, content, setting):
     """Return the queries of every stream, keys and values, [B, R, N, H] each.
@@ -389,12 +466,12 @@ class Block(nnx.Module):
     streams, normed = self._normed(
       self.attention_norm, streams, (None,) * len(streams), modulations, 0
     )
-    content = normed[0] if normed[0].shape[1] == S else normed[0][:, :S]
+    rows = normed[0]
     if read_out:
       streams, normed = read_out(streams), read_out(normed)
       modulations = read_out(modulations)
       setting = setting.read_out(read_out)
-    updates = self.attention(normed, content, setting, attend)
+    updates = self.attention(normed, rows, S, setting, attend)
     updates = _gated(updates, modulations, 2)
     streams, normed = self._normed(
       self.mlp_norm, streams, updates, modulations, 3
