@@ -350,7 +350,13 @@ def _xla(
   return jnp.where(sees_a_slot[..., None], out, 0)
 
 
-def _few(q, k, v, mask, scale):
+def _few(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  mask: jax.Array,
+  scale: float,
+) -> jax.Array:
   """Return attention of few rows over many slots, without query groups.
 
   XLA computes products of one row as elementwise products and sums. The types
@@ -364,7 +370,10 @@ def _few(q, k, v, mask, scale):
   least = -0.7 * jnp.finfo(wide).max
   weight = jax.nn.softmax(jnp.where(mask, score, least))
   weight = jnp.where(mask, weight, 0).astype(v.dtype)
-  out = jnp.einsum("bnts,bsnh->btnh", weight, v, preferred_element_type=wide)
+  # XLA's CPU compiler lacks some products of bfloat16 with a float32 result.
+  # It computes all of them in float32.
+  result = None if devices.of(q, k).platform == "cpu" else wide
+  out = jnp.einsum("bnts,bsnh->btnh", weight, v, preferred_element_type=result)
   return out.astype(v.dtype)
 
 
