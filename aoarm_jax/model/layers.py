@@ -328,6 +328,8 @@ class Attention(nnx.Module):
     All rows have all three: with few rows, launches cost more than products.
     The norms of queries and keys are computed together for the same reason.
     """
+    assert self.merged is not None
+    assert self.merged_scale is not None
     (packed,) = parallel.matmuls(
       "brd,dcnh->brcnh", [rows], self.merged[...], self.merged.axes
     )

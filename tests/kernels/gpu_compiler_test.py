@@ -17,7 +17,7 @@ from aoarm_jax.training import program as program_lib
 
 _L = 3
 # What XLA asks about the device.
-_H200 = """
+H200 = """
 gpu_device_info {
   threads_per_block_limit: 1024
   threads_per_warp: 32
@@ -51,7 +51,7 @@ def _compiled(mechanism, T):
   """Return the compiled step of the 8M model with three layers."""
   pytest.importorskip("jax_cuda13_plugin")
   topology = topologies.get_topology_desc(
-    platform="cuda", target_config=_H200, topology="1x1x1"
+    platform="cuda", target_config=H200, topology="1x1x1"
   )
   config = config_lib.Config(
     model=config_lib.Model(mechanism=mechanism, T=T, D=256, L=_L, N=4),

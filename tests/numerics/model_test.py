@@ -450,6 +450,23 @@ class CacheTest(parameterized.TestCase):
     want = np.take_along_axis(want, at[..., None], axis=1)
     tiny.assert_same(logits, want)
 
+  @parameterized.parameters("two_stream", "decoupled_rope")
+  def test_one_text_is_alone_what_it_is_in_a_batch(self, mechanism):
+    """Also where one row predicts, which gets the company of another row."""
+    extend, slots, want, empty = self.prepare(mechanism, 1)
+    tokens = orders.Slots(*(np.tile(x, (22, 1))[:64] for x in slots[:3]))
+    for rows in (slice(1, 2), slice(0, 64)):
+      cache = jax.tree.map(
+        lambda x, n=rows.stop - rows.start: np.zeros((n, *x.shape[1:]), "f4"),
+        empty,
+      )
+      for at in range(3):
+        part = orders.Slots(*(x[rows, at : at + 1] for x in tokens[:3]))
+        logits, cache = extend(part, cache, np.full(len(part[0]), at, "i4"))
+        self.assertEqual(logits.shape, (len(part[0]), 1, _V))
+      text = logits[0 if len(logits) == 1 else 1]
+      tiny.assert_same(text, want[1, 2:3])
+
   @parameterized.parameters(("two_stream", 2), ("decoupled_rope", 1))
   def test_what_a_cached_slot_is_bound_to(self, mechanism, free):
     """Two streams: to the past only. One: to its target from layer 2 on."""
