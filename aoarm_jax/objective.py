@@ -23,9 +23,23 @@ from aoarm_jax.config import schema as config_lib
 # with it is NaN.
 _NEVER = -1e9
 
-# Maps int32 slots [B, S] to float32 logits [B, R, V]. Network.apply with bound
-# parameters is such a function.
+# Maps int32 slots [B, S] to float32 logits [B, R, V]. A network with bound
+# parameters is such a function. Beside it, a network has a method `nats` that
+# takes slots, targets and Barred, and returns what `nats_of_logits` would,
+# without holding all logits in memory.
 Apply = Callable[[orders.Slots], jax.Array]
+
+
+class Barred(NamedTuple):
+  """A symbol that some rows cannot have.
+
+  Attributes:
+    symbol: its id.
+    rows: bool [B, R], the rows in which its probability is 0.
+  """
+
+  symbol: int
+  rows: jax.Array
 
 
 def order_nll(
@@ -77,37 +91,54 @@ def order_nll(
     order = lengths.real_first(order, length)
   if layout.masked:
     return _masked_chain_nll(apply, layout, tokens, order, ranks)
-  logits = apply(
-    orders.to_slots(tokens, order, layout, group_start, ranks, length)
-  )
+  slots = orders.to_slots(tokens, order, layout, group_start, ranks, length)
   targets = jnp.take_along_axis(tokens.astype(jnp.int32), order - 1, axis=1)
-  if ranks is None:
-    logits = logits[:, layout.sentinels - 1 :]
-  else:
-    targets = jnp.take_along_axis(targets, ranks, axis=1)
-  if length is None:
-    return _nll(logits, targets)
-  is_real = jnp.arange(order.shape[1])[None] < length[:, None]
-  never = is_real & ~lengths.can_end(order, group_start)
-  if ranks is not None:
-    is_real = jnp.take_along_axis(is_real, ranks, axis=1)
-    never = jnp.take_along_axis(never, ranks, axis=1)
+  is_real = never = None
+  if length is not None:
+    is_real = jnp.arange(order.shape[1])[None] < length[:, None]
+    never = is_real & ~lengths.can_end(order, group_start)
+  # Without ranks, every slot predicts, also the sentinels before the last one.
+  before = ((0, 0), (layout.sentinels - 1, 0))
+
+  def of_rows(by_rank):
+    if ranks is not None:
+      return jnp.take_along_axis(by_rank, ranks, axis=1)
+    return jnp.pad(by_rank, before)
+
+  barred = None
   if layout.predicts_end:
-    logits = _without_end(logits, never, layout)
-  return jnp.where(is_real, _nll(logits, targets), 0.0)
+    assert layout.end_token is not None
+    assert never is not None
+    barred = Barred(layout.end_token, of_rows(never))
+  nats = _nats(apply, slots, of_rows(targets), barred)
+  if is_real is not None:
+    nats = jnp.where(of_rows(is_real), nats, 0.0)
+  return nats if ranks is not None else nats[:, layout.sentinels - 1 :]
 
 
-def _without_end(logits, never, layout):
-  """Return logits [B, R, V] without the end token where `never` [B, R] is."""
-  is_end = jnp.arange(logits.shape[-1]) == layout.end_token
-  return jnp.where(never[..., None] & is_end[None, None], _NEVER, logits)
+def _nats(apply, slots, targets, barred=None):
+  if hasattr(apply, "nats"):
+    return apply.nats(slots, targets, barred)
+  return nats_of_logits(apply(slots), targets, barred)
 
 
-def _nll(logits, tokens):
-  """Return -log softmax(logits [..., V]) at `tokens` [...], in nats."""
+def nats_of_logits(
+  logits: jax.Array, targets: jax.Array, barred: Barred | None = None
+) -> jax.Array:
+  """Return -log softmax(logits) at the targets: float32 [B, R].
+
+  Args:
+    logits: float32 [B, R, V].
+    targets: int32 [B, R].
+    barred: a symbol that some rows cannot have.
+  """
+  if barred is not None:
+    is_symbol = jnp.arange(logits.shape[-1]) == barred.symbol
+    never = barred.rows[..., None] & is_symbol[None, None]
+    logits = jnp.where(never, _NEVER, logits)
   log_p = jax.nn.log_softmax(logits)
   # A one-hot product replaces a gather, whose gradient would be a scatter.
-  chosen = jax.nn.one_hot(tokens, logits.shape[-1], dtype=log_p.dtype)
+  chosen = jax.nn.one_hot(targets, logits.shape[-1], dtype=log_p.dtype)
   return -jnp.sum(log_p * chosen, axis=-1)
 
 
@@ -148,9 +179,10 @@ def masked_nll(
   if layout.end_token is not None:
     length = lengths.real(tokens, layout)
     masked = masked & (jnp.arange(tokens.shape[1])[None] < length[:, None])
-  logits = apply(orders.to_masked_slots(tokens, masked, layout, length))
-  nats = _nll(logits[:, layout.sentinels :], tokens.astype(jnp.int32))
-  return jnp.where(masked, nats, 0.0)
+  slots = orders.to_masked_slots(tokens, masked, layout, length)
+  before = ((0, 0), (layout.sentinels, 0))
+  nats = _nats(apply, slots, jnp.pad(tokens.astype(jnp.int32), before))
+  return jnp.where(masked, nats[:, layout.sentinels :], 0.0)
 
 
 def ensembled_nll(sequence_nats: jax.Array) -> jax.Array:

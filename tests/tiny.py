@@ -50,12 +50,13 @@ def make(
   D=12,
   L=2,
   N=3,
+  tied=False,
   mesh=None,
   **compute,
 ) -> network_lib.Network:
   """A float32 network with XLA's attention, unless `compute` says otherwise."""
   model = config_lib.Model(
-    mechanism=mechanism, sentinels=sentinels, T=T, D=D, L=L, N=N
+    mechanism=mechanism, sentinels=sentinels, T=T, D=D, L=L, N=N, tied=tied
   )
   compute = dict(dtype="float32", attention="xla") | compute
   config = config_lib.Config(model=model, compute=config_lib.Compute(**compute))

@@ -135,6 +135,9 @@ class Model:
     low=1.0,
     binds="model",
   )
+  tied: bool = _field(
+    False, "use the embedding as the head, too", binds="model"
+  )
   condition_scale: float = _field(
     0.02,
     "adaLN only: initial standard deviation of the target's embedding; AO-GPT "
@@ -649,6 +652,12 @@ class Compute:
   )
   remat: bool = _field(
     False, "recompute activations in the backward pass, to save memory"
+  )
+  loss_block: int = _field(
+    0,
+    "symbols of the vocabulary whose logits are in memory together in the "
+    "loss; 0: all of them below 8,192 symbols, else 4,096",
+    low=0,
   )
   accumulate: int = _field(1, "number of micro-batches per step", low=1)
 

@@ -14,11 +14,10 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.experimental import layout
 
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import sharding
-from aoarm_jax.model import parallel
+from aoarm_jax.model import parallel, vocabulary
 from pallas_kernels import rowwise, tuning
 
 # The attention of a layer. It takes the queries of each stream [B, R, N, H], k
@@ -63,47 +62,6 @@ def _matmuls(equation, streams, param, dtype):
 
 
 @jax.custom_vjp
-def embed(table: jax.Array, tokens: jax.Array) -> jax.Array:
-  """Return the rows of `table` [V, D] at int32 `tokens` [...]: [..., D].
-
-  This is for small vocabularies. The gradient is a one-hot matmul. The gradient
-  of a gather would be a scatter, in which all tokens contend for few rows.
-  """
-  return _row_major(table[tokens])
-
-
-def _pin(x):
-  order = layout.Layout(major_to_minor=tuple(range(x.ndim)))
-  return layout.with_layout_constraint(x, order)
-
-
-def _row_major(x):
-  # Without this, XLA's GPU layout pass puts the batch innermost, here and in
-  # the whole residual stream. Every matmul then needs transpositions. On an
-  # H200 they cost 12% of a training step with two streams, and 3% with one.
-  mesh = sharding.spread()
-  if not mesh or x.ndim != 3:
-    return _pin(x)
-  # Each device pins its own piece. jax 0.10 would gather the whole batch for a
-  # constraint on the whole array.
-  spec = sharding.spec(mesh, x.shape, *ROWS)
-  return jax.shard_map(_pin, in_specs=spec, out_specs=spec, check_vma=False)(x)
-
-
-def _embed_forward(table, tokens):
-  return embed(table, tokens), (tokens, table.shape[0])
-
-
-def _embed_backward(residuals, gradient):
-  tokens, V = residuals
-  one_hot = jax.nn.one_hot(tokens, V, dtype=gradient.dtype)
-  return jnp.einsum("...v,...d->vd", one_hot, gradient), None
-
-
-embed.defvjp(_embed_forward, _embed_backward)
-
-
-@jax.custom_vjp
 def look_up(table: jax.Array, position: jax.Array) -> jax.Array:
   """Return the rows of `table` [P, D] at `position`: [B, S, D].
 
@@ -118,7 +76,7 @@ def look_up(table: jax.Array, position: jax.Array) -> jax.Array:
   # The table is pinned so that each row is contiguous. XLA's GPU layout pass
   # would put positions innermost. The numbers of a row would then lie far
   # apart, and with a large P no cache hides this.
-  return _pin(table)[position]
+  return vocabulary.pin(table)[position]
 
 
 def _look_up_forward(table, position):
@@ -136,7 +94,7 @@ def _look_up_backward(residuals, gradient):
     gradient, slot[..., None], axis=1, mode="fill", fill_value=0
   )
   total = by_position.sum(0, dtype=jnp.float32)
-  return _pin(total.astype(gradient.dtype)), None
+  return vocabulary.pin(total.astype(gradient.dtype)), None
 
 
 look_up.defvjp(_look_up_forward, _look_up_backward)

@@ -135,15 +135,16 @@ def deal_slots(slots: orders.Slots, ways: int) -> orders.Slots:
   """
   if ways > 1 and slots.queries is not None:
     raise ValueError("slots over several devices: queries are not slots")
+  return jax.tree.map(lambda x: deal(x, ways), slots)
+
+
+def deal(x: jax.Array, ways: int) -> jax.Array:
+  """Return x [B, S, ...] with each device's slots side by side."""
   if ways == 1:
-    return slots
-
-  def deal(x):
-    return sharding.constrain(
-      shards.deal(x, ways).reshape(x.shape), "batch", "slots"
-    )
-
-  return jax.tree.map(deal, slots)
+    return x
+  return sharding.constrain(
+    shards.deal(x, ways).reshape(x.shape), "batch", "slots"
+  )
 
 
 def attention(

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from aoarm_jax import orders
+from aoarm_jax import objective, orders
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import sharding
 from aoarm_jax.model import layers, parallel
 from aoarm_jax.model import rows as rows_lib
+from aoarm_jax.model import vocabulary as vocabulary_lib
 from pallas_kernels import rowwise
 
 
@@ -19,9 +20,9 @@ class Transformer(nnx.Module):
   """Embedding, rows of the mechanism, L blocks, norm, and head.
 
   The blocks are pre-norm, with RMSNorm, also on queries and keys. They use
-  rotary pairs and a GELU MLP, and there are no biases. The head is not tied to
-  the embedding. Parameters, norms, softmax and logits are float32. The inputs
-  of matrix products and the residual stream are in `compute.dtype`.
+  rotary pairs and a GELU MLP, and there are no biases. Parameters, norms,
+  softmax and logits are float32. The inputs of matrix products and the residual
+  stream are in `compute.dtype`.
   """
 
   def __init__(
@@ -51,9 +52,10 @@ class Transformer(nnx.Module):
       self.modulation = layers.Modulation(
         model.kind.condition, 2, model.D, rngs=rngs
       )
-    self.head = layers.normal(
-      rngs, (model.D, vocabulary), ("embed", "vocabulary")
-    )
+    if not model.tied:
+      self.head = layers.normal(
+        rngs, (model.D, vocabulary), ("embed", "vocabulary")
+      )
 
   @property
   def layout(self) -> orders.Layout:
@@ -79,6 +81,48 @@ class Transformer(nnx.Module):
       float32 [B, R, V], the logits of the token at each slot's target position.
       They are those of `slots.queries` if given, else of all slots: R = S.
     """
+    x, ways = self._read_rows(slots)
+    logits = vocabulary_lib.logits(x, self._head())
+    logits = parallel.collect_logits(logits, ways)
+    return sharding.constrain(logits, "batch", "slots", "vocabulary")
+
+  def nats(
+    self,
+    slots: orders.Slots,
+    targets: jax.Array,
+    barred: objective.Barred | None = None,
+  ) -> jax.Array:
+    """Return -log p of a target at every slot that predicts, in nats.
+
+    With a large vocabulary the logits of all rows are never in memory together.
+
+    Args:
+      slots: as in `__call__`.
+      targets: int32 [B, R].
+      barred: a symbol that some rows cannot have.
+
+    Returns:
+      float32 [B, R].
+    """
+    block = vocabulary_lib.block_size(self.vocabulary, self.compute)
+    if not block:
+      return objective.nats_of_logits(self(slots), targets, barred)
+    x, ways = self._read_rows(slots)
+    targets = parallel.deal(targets, ways)
+    if barred is not None:
+      barred = barred._replace(rows=parallel.deal(barred.rows, ways))
+    nats = vocabulary_lib.nll(x, self._head(), targets, block, barred)
+    return parallel.collect_logits(nats[..., None], ways)[..., 0]
+
+  def _head(self):
+    """Return the head in compute dtype: [D, V]."""
+    if self.model.tied:
+      table = layers.used(self.embedding, self.dtype)
+      return table[: self.vocabulary].T
+    return layers.used(self.head, self.dtype)
+
+  def _read_rows(self, slots):
+    """Return the rows before the head, and the devices of a sequence."""
     chex.assert_equal_shape(slots[:3])
     S = slots.tokens.shape[1]
     ways = parallel.sequence_ways(S)
@@ -102,16 +146,15 @@ class Transformer(nnx.Module):
       jax.tree.map(lambda p: p[: L - 1], self.blocks),
       unroll=1 if self.compute.scan_layers else max(L - 1, 1),
     )
-    logits = self.read_out(self.layer(L - 1), streams, setting, attend, S)
-    logits = parallel.collect_logits(logits, ways)
-    return sharding.constrain(logits, "batch", "slots", "vocabulary")
+    last = self.layer(L - 1)
+    return self._last_rows(last, streams, setting, attend, S), ways
 
   def enter(
     self, slots: orders.Slots
   ) -> tuple[tuple[jax.Array, ...], layers.Setting]:
     """Return the streams [B, R, D] before the first layer, with setting."""
     table = layers.used(self.embedding, self.dtype)
-    content = layers.embed(table, slots.tokens)
+    content = vocabulary_lib.embed(table, slots.tokens)
     kind, streams = self.model.kind, self.start(content, slots)
 
     def rotation(position):
@@ -154,6 +197,11 @@ class Transformer(nnx.Module):
     Returns:
       float32 [B, R', V], the logits of the rows that are read out.
     """
+    x = self._last_rows(last, streams, setting, attend, S)
+    return vocabulary_lib.logits(x, self._head())
+
+  def _last_rows(self, last, streams, setting, attend, S):
+    """Return the normed rows that are read out, [B, R', D]."""
     pick = functools.partial(rows_lib.read_out, S=S)
     (x,) = last(streams, setting, attend, S, pick)
     modulation, (target,) = None, pick(setting.target)
@@ -163,9 +211,4 @@ class Transformer(nnx.Module):
     _, x = layers.normed(
       self.norm, x, None, modulation, 0, self.compute.rowwise
     )
-    return jnp.einsum(
-      "brd,dv->brv",
-      x,
-      layers.used(self.head, self.dtype),
-      preferred_element_type=jnp.float32,
-    )
+    return x

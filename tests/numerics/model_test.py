@@ -18,7 +18,7 @@ import pallas_kernels
 from aoarm_jax import objective, orders
 from aoarm_jax.config import mechanisms
 from aoarm_jax.config import schema as config
-from aoarm_jax.model import cached, cost, layers
+from aoarm_jax.model import cached, cost, layers, vocabulary
 
 _B, _T, _V = 3, 7, 5
 
@@ -660,21 +660,21 @@ class EmbedTest(parameterized.TestCase):
 
     grad = jax.grad(loss, argnums=1, has_aux=True)
     run = jax.jit(grad, static_argnums=0)
-    got, out = run(layers.embed, self.table)
+    got, out = run(vocabulary.embed, self.table)
     want, _ = run(lambda table, tokens: table[tokens], self.table)
     np.testing.assert_array_equal(out, self.table[self.tokens])
     tiny.assert_same(got, want)
     np.testing.assert_array_equal(got[4], 0.0)
     # Without jit too.
-    got, _ = grad(layers.embed, jnp.asarray(self.table))
+    got, _ = grad(vocabulary.embed, jnp.asarray(self.table))
     tiny.assert_same(got, want)
 
   def test_vmap_over_tokens_and_tables(self):
     tables = np.stack([self.table, 2 * self.table, -self.table])
-    take = jax.jit(jax.vmap(layers.embed))
+    take = jax.jit(jax.vmap(vocabulary.embed))
     each = [table[ids] for table, ids in zip(tables, self.tokens)]
     np.testing.assert_array_equal(take(tables, self.tokens), each)
-    shared = jax.jit(jax.vmap(layers.embed, (None, 0)))
+    shared = jax.jit(jax.vmap(vocabulary.embed, (None, 0)))
     np.testing.assert_array_equal(
       shared(self.table, self.tokens), self.table[self.tokens]
     )
@@ -686,13 +686,13 @@ class EmbedTest(parameterized.TestCase):
       jax.jit(jax.vmap(functools.partial(gradient, take)))(
         tables, self.tokens, self.weight
       )
-      for take in (layers.embed, lambda table, ids: table[ids])
+      for take in (vocabulary.embed, lambda table, ids: table[ids])
     )
     tiny.assert_same(got, want)
 
   def test_the_gradient_has_no_scatter(self):
     def loss(table):
-      return layers.embed(table, self.tokens).sum()
+      return vocabulary.embed(table, self.tokens).sum()
 
     program = str(jax.make_jaxpr(jax.grad(loss))(self.table))
     self.assertNotIn("scatter", program)
