@@ -96,7 +96,7 @@ def generate(
     log_p = sampling.log_law(logits, law)
     step_keys = objective.fold_rows(keys, i)
     token_keys, coin_keys = jax.vmap(jax.random.split, out_axes=1)(step_keys)
-    drawn = jax.vmap(jax.random.categorical)(token_keys, log_p)
+    drawn = jax.vmap(sampling.draw)(token_keys, log_p)
     match plan.method:
       case "sequential":
         chosen = (rank_of == next_rank + i) & open_

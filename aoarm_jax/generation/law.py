@@ -61,6 +61,20 @@ class Generation(NamedTuple):
   accepted: jax.Array
 
 
+def draw(key: jax.Array, log_p: jax.Array) -> jax.Array:
+  """Draw a token from each law: int32 [...].
+
+  In JAX's default mode the noise of float32 ends too early: of 65,536 symbols,
+  those of probability 1e-7 came 25 times where 66 were due. In this mode the
+  limit is a probability of about 1e-14.
+
+  Args:
+    key: typed PRNG key.
+    log_p: float32 [..., V], log-probabilities.
+  """
+  return jax.random.categorical(key, log_p, mode="high")
+
+
 def log_p_of(log_p: jax.Array, tokens: jax.Array) -> jax.Array:
   """Return the log-probability of one token under each law.
 

@@ -53,7 +53,7 @@ def _ranks(order, first, count):
 def _draw(keys, slots, log_p):
   """Draw a token for every slot [B, Q] from laws [B, Q, V] with keys [B]."""
   fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))
-  return jax.vmap(jax.vmap(jax.random.categorical))(fold(keys, slots), log_p)
+  return jax.vmap(jax.vmap(sampling.draw))(fold(keys, slots), log_p)
 
 
 def _commit(state, s, tokens, log_p, count, end_token):

@@ -152,7 +152,7 @@ def uncached(
       def step(i, tokens):
         logits = network.apply(params, slots._replace(tokens=tokens))[:, -1]
         log_p = sampling.log_law(logits, law)
-        drawn = jax.random.categorical(jax.random.fold_in(key, i), log_p)
+        drawn = sampling.draw(jax.random.fold_in(key, i), log_p)
         return tokens.at[:, 0].set(drawn)
 
       return jax.lax.fori_loop(0, steps, step, slots.tokens)

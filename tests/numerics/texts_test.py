@@ -164,6 +164,20 @@ def _enumerate(case, order, known, law, end=None):
   np.testing.assert_allclose(sum(found), 1.0, atol=1e-5)
   return np.array(found)
 
+  @pytest.mark.slow
+  def test_rare_tokens_come_as_often_as_they_should(self):
+    V, draws, rare = 65536, 10_000, 1e-7
+    log_p = np.full(V, np.log(rare), np.float32)
+    log_p[0] = np.log1p(-rare * (V - 1))
+    drawn = jax.jit(
+      lambda keys: jax.lax.map(
+        lambda key: sampling.draw(key, log_p), keys, batch_size=50
+      )
+    )(jax.random.split(jax.random.key(0), draws))
+    due = draws * rare * (V - 1)
+    # Four standard deviations of a Poisson number.
+    self.assertLess(abs((np.asarray(drawn) > 0).sum() - due), 4 * due**0.5)
+
 
 class Prompt(NamedTuple):
   """A prompt of the tests: order asked for, token by known position, order."""
