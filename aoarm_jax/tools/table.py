@@ -23,7 +23,7 @@ from aoarm_jax.runs import directory as run_dir
 from aoarm_jax.runs import telemetry
 
 # Sizes of the models that are measured: name -> fields of config.model.
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
   "tiny": dict(D=64, L=2, N=4),
   "8m": dict(D=256, L=10, N=4),
   "base": dict(D=768, L=12, N=12),

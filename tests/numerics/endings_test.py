@@ -23,7 +23,7 @@ from aoarm_jax.generation import texts as generate
 from aoarm_jax.model import network as network_lib
 
 # On the older Python alone: tests/runs/padded_test.py runs on both.
-pytestmark = pytest.mark.once
+pytestmark = pytest.mark.thorough
 
 _ABC = tokenizers.Tokenizer("abc", b"abc")
 _END, _T, _LEAST_P = 3, 5, 1e-4

@@ -123,7 +123,7 @@ class FoundTest(parameterized.TestCase):
     ):
       corpora.of_documents(data, char27).split("valid")
 
-  @pytest.mark.once
+  @pytest.mark.thorough
   def test_paragraphs_of_the_built_in_text(self):
     data = config_lib.Data(documents="pad", lines=True)
     char27 = tokenizers.with_end(tokenizers.get("char27"))
