@@ -271,7 +271,7 @@ class GenerateTest(parameterized.TestCase):
       del key
       return jax.numpy.argmax(log_p, axis=-1)
 
-    with mock.patch.object(jax.random, "categorical", likeliest):
+    with mock.patch.object(sampling, "draw", likeliest):
       out = run(params, jax.random.key(0), tokens, known, order, _PLAIN)
     self.assertTrue((out.calls == steps).all())
     made, jumps = _bind(1), 0
