@@ -23,37 +23,52 @@ import jax.numpy as jnp
 from aoarm_jax import orders
 
 
-def real(tokens: jax.Array, layout: orders.Layout) -> jax.Array:
+def real(tokens: jax.Array, layout: orders.Layout) -> jax.Array | None:
   """Return the number of real positions of every row: int32 [B], 1 to T.
+
+  The result is None if rows are not padded documents.
 
   Args:
     tokens: int [B, T], natural order. All after the first end token is
       arbitrary. A row without an end token has T real positions.
-    layout: the layout of the network, with an end token. With one sentinel the
-      end token counts.
+    layout: the layout of the network. With one sentinel the end token counts.
   """
+  if layout.end_token is None:
+    return None
   T = tokens.shape[1]
-  assert layout.end_token is not None
   is_end = jnp.equal(tokens, layout.end_token)
   first = jnp.where(is_end.any(axis=1), jnp.argmax(is_end, axis=1), T)
   counted = first + 1 if layout.predicts_end else first
   return jnp.minimum(counted, T).astype(jnp.int32)
 
 
-def real_first(order: jax.Array, length: jax.Array) -> jax.Array:
+def is_real(length: jax.Array, T: int) -> jax.Array:
+  """Return whether each of T positions or leading ranks is real: bool [B, T].
+
+  Args:
+    length: int32 [B], the number of real positions.
+    T: the number of all positions.
+  """
+  return jnp.arange(T)[None] < length[:, None]
+
+
+def real_first(order: jax.Array, length: jax.Array | None) -> jax.Array:
   """Return orders with the real positions first; both parts keep their order.
 
   A uniform order stays uniform over the real positions.
 
   Args:
     order: int32 [B, T], permutations of 1..T.
-    length: int32 [B], the number of real positions.
+    length: int32 [B], the number of real positions. None means all.
 
   Returns:
     int32 [B, T].
   """
-  position = jnp.arange(order.shape[1])[None]
-  return orders.by_class(order, jnp.where(position < length[:, None], 1, 2))
+  if length is None:
+    return order
+  return orders.by_class(
+    order, jnp.where(is_real(length, order.shape[1]), 1, 2)
+  )
 
 
 def can_end(

@@ -9,7 +9,7 @@ lists them.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import chex
 import jax
@@ -83,20 +83,14 @@ def order_nll(
     sigma). If `ranks` are given, the shape is [B, R].
   """
   chex.assert_equal_shape([tokens, order])
-  length = None
-  if layout.end_token is not None:
-    length = lengths.real(tokens, layout)
-    # The last group may go on with padding: only padding comes after it and
-    # sees its content rows.
-    order = lengths.real_first(order, length)
+  length = lengths.real(tokens, layout)
+  # The last group may go on with padding: only padding comes after it and sees
+  # its content rows.
+  order = lengths.real_first(order, length)
   if layout.masked:
     return _masked_chain_nll(apply, layout, tokens, order, ranks)
   slots = orders.to_slots(tokens, order, layout, group_start, ranks, length)
   targets = jnp.take_along_axis(tokens.astype(jnp.int32), order - 1, axis=1)
-  is_real = never = None
-  if length is not None:
-    is_real = jnp.arange(order.shape[1])[None] < length[:, None]
-    never = is_real & ~lengths.can_end(order, group_start)
   # Without ranks, every slot predicts, also the sentinels before the last one.
   before = ((0, 0), (layout.sentinels - 1, 0))
 
@@ -105,11 +99,12 @@ def order_nll(
       return jnp.take_along_axis(by_rank, ranks, axis=1)
     return jnp.pad(by_rank, before)
 
-  barred = None
-  if layout.predicts_end:
-    assert layout.end_token is not None
-    assert never is not None
-    barred = Barred(layout.end_token, of_rows(never))
+  barred = is_real = None
+  if length is not None:
+    is_real = lengths.is_real(length, order.shape[1])
+  if is_real is not None and layout.predicts_end:
+    never = is_real & ~lengths.can_end(order, group_start)
+    barred = Barred(cast(int, layout.end_token), of_rows(never))
   nats = _nats(apply, slots, of_rows(targets), barred)
   if is_real is not None:
     nats = jnp.where(of_rows(is_real), nats, 0.0)
@@ -175,10 +170,9 @@ def masked_nll(
     float32 [B, T] nats. The entry is 0 where a token is not masked, and where
     it is padding.
   """
-  length = None
-  if layout.end_token is not None:
-    length = lengths.real(tokens, layout)
-    masked = masked & (jnp.arange(tokens.shape[1])[None] < length[:, None])
+  length = lengths.real(tokens, layout)
+  if length is not None:
+    masked = masked & lengths.is_real(length, tokens.shape[1])
   slots = orders.to_masked_slots(tokens, masked, layout, length)
   before = ((0, 0), (layout.sentinels, 0))
   nats = _nats(apply, slots, jnp.pad(tokens.astype(jnp.int32), before))
@@ -227,8 +221,7 @@ def context_ensembled_nll(
     float32 [B, T] nats, by rank.
   """
   T = order.shape[1]
-  if layout.end_token is not None:
-    order = lengths.real_first(order, lengths.real(tokens, layout))
+  order = lengths.real_first(order, lengths.real(tokens, layout))
   all_ranks = jnp.arange(T)[None]
 
   def of_draw(rank_and_draw):
@@ -293,8 +286,7 @@ def draw(
     return jax.random.fold_in(key, purpose)
 
   order = orders.draw(key, batch, T, options, step=step)
-  if length is not None:
-    order = lengths.real_first(order, length)
+  order = lengths.real_first(order, length)
   if kind.masked:
     time = draw_times(fold(purposes.TIMES), batch, train.least_time)
     keys = row_keys(fold(purposes.MASKS), batch)
@@ -305,7 +297,7 @@ def draw(
     R = orders.query_count(T, train.query_fraction)
     noise = uniform(row_keys(fold(purposes.RANKS), batch), T)
     if length is not None:
-      noise += jnp.arange(T)[None] >= length[:, None]
+      noise += ~lengths.is_real(length, T)
     ranks = jnp.sort(jnp.argsort(noise, axis=1)[:, :R], axis=1)
   groups = orders.draw_groups(fold(purposes.GROUPS), batch, T, options)
   return Draws(order, group_start=groups, ranks=ranks)
@@ -350,8 +342,8 @@ def draw_masked(
   coins = uniform(keys, T) < time[:, None]
   if length is None:
     return rank_of >= T - coins.sum(axis=1, keepdims=True)
+  coins &= lengths.is_real(length, T)
   length = length[:, None]
-  coins &= jnp.arange(T)[None] < length
   first = length - coins.sum(axis=1, keepdims=True)
   return (rank_of >= first) & (rank_of < length)
 
@@ -421,7 +413,7 @@ def training_nll(
     group_start=draws.group_start,
     ranks=draws.ranks,
   )
-  if layout.end_token is None or draws.ranks is None:
-    return nats.sum(axis=1) * (tokens.shape[1] / nats.shape[1])
   length = lengths.real(tokens, layout)
+  if length is None or draws.ranks is None:
+    return nats.sum(axis=1) * (tokens.shape[1] / nats.shape[1])
   return nats.sum(axis=1) * (length / jnp.minimum(length, nats.shape[1]))

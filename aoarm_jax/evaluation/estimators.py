@@ -82,15 +82,12 @@ def estimate(
   B, T = tokens.shape
   apply, layout = network.bind(params), network.layout
   order_nll = functools.partial(objective.order_nll, apply, layout, tokens)
-  length = None
-  if layout.end_token is not None:
-    length = lengths.real(tokens, layout)
+  length = lengths.real(tokens, layout)
 
   def draw(key, family="uniform"):
     options = config.replace("orders.family", family).orders
     order = orders.draw(key, B, T, options, step=step, first_row=first_row)
-    if length is not None:
-      order = lengths.real_first(order, length)
+    order = lengths.real_first(order, length)
     return sharding.constrain(order, "batch")
 
   def of_draw(k):
@@ -140,7 +137,7 @@ def estimate(
       nats = by_rank.sum(axis=1)
       is_counted = real[:, None]
       if length is not None:
-        is_counted &= jnp.arange(T)[None] < length[:, None]
+        is_counted &= lengths.is_real(length, T)
       sums = _sums_by(by_rank, order, is_counted)
   return nats, sums, real, first_row + B
 

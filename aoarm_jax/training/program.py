@@ -154,11 +154,8 @@ def make_step(
   ) -> tuple[train_state.TrainState, dict[str, jax.Array]]:
     B, T = tokens.shape
     tokens = tokens.astype(jnp.int32)
-    length: jax.Array | None = None
-    count: jax.Array | int = tokens.size
-    if network.layout.end_token is not None:
-      length = lengths.real(tokens, network.layout)
-      count = length.sum()
+    length = lengths.real(tokens, network.layout)
+    count = tokens.size if length is None else length.sum()
     draws = objective.draw(
       jax.random.fold_in(state.key, state.step),
       B,
