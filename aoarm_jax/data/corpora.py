@@ -160,14 +160,13 @@ def load(
   return _at_path(corpus, path, tokenizer, normalise, largest)
 
 
-def of_documents(
-  data: config_lib.Data, tokenizer: tokenizers.Tokenizer
-) -> Corpus:
-  """Return the corpus of a config, with an end after each document.
+def of_config(data: config_lib.Data, tokenizer: tokenizers.Tokenizer) -> Corpus:
+  """Return the corpus of a config.
 
   Args:
-    data: the section of the config. Its documents are stream or pad.
-    tokenizer: the tokenizer of the ids. It has an end.
+    data: the section of the config.
+    tokenizer: the tokenizer of the ids. It has an end if config.data.documents
+      is stream or pad.
 
   Raises:
     DataError, ConfigError: see `load`.
@@ -175,6 +174,8 @@ def of_documents(
   corpus = load(
     data.corpus, data.path, tokenizer, data.normalise, data.largest_megabytes
   )
+  if data.documents == "join":
+    return corpus
   if corpus.name == "prepared":
     return dataclasses.replace(corpus, _hashes={})
   found = documents.Found(_located(data, tokenizer), tokenizer)
@@ -208,9 +209,7 @@ def learn(data: config_lib.Data) -> tokenizers.Tokenizer:
   if data.documents != "join":
     found = documents.Found(_located(data, byte), byte)
     return alphabets.learn(data, found.training())
-  corpus = load(
-    data.corpus, data.path, byte, data.normalise, data.largest_megabytes
-  )
+  corpus = of_config(data, byte)
   ids = corpus.split("train")
   chunks = (
     ids[start : start + _CHUNK].tobytes()

@@ -257,9 +257,10 @@ class Evaluator:
       )
     if nats_and_sums is None:
       return None
-    found = mean(
-      estimator, self._config.model.T, *nats_and_sums, _lengths(batches)
-    )
+    lengths = None
+    if isinstance(batches, pipeline.EvalBatches):
+      lengths = batches.lengths
+    found = mean(estimator, self._config.model.T, *nats_and_sums, lengths)
     return self._with_units(found, nats_and_sums[0], batches)
 
   def _with_units(self, found, sequence_nats, batches):
@@ -280,11 +281,6 @@ class Evaluator:
       characters=characters,
       standard_error_nats_per_byte=_error_of_ratio(sequence_nats, sizes),
     )
-
-
-def _lengths(batches):
-  """Return the tokens of every sequence, int [sequences]; None means T each."""
-  return getattr(batches, "lengths", None)
 
 
 def _error_of_ratio(nats, sizes):

@@ -71,16 +71,7 @@ def read_text(
     DataError, ConfigError: see corpora.load and Corpus.split.
   """
   with telemetry.waiting("reading the text"):
-    if data.documents == "join":
-      corpus = corpora.load(
-        data.corpus,
-        data.path,
-        tokenizer,
-        data.normalise,
-        data.largest_megabytes,
-      )
-    else:
-      corpus = corpora.of_documents(data, tokenizer)
+    corpus = corpora.of_config(data, tokenizer)
     description = corpus.describe(*splits)  # This reads the splits.
   logging.info("text: %s", description)
   return corpus

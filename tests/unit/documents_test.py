@@ -72,13 +72,13 @@ class FoundTest(parameterized.TestCase):
       lines=kind == "lines",
       workers=1,
     )
-    corpus = corpora.of_documents(data, _BYTE)
+    corpus = corpora.of_config(data, _BYTE)
     np.testing.assert_array_equal(corpus.split("train"), _joined(_TEXTS))
     note = "7 documents in all, and 2 empty ones are left out, the first is "
     self.assertIn(note + "train", corpus.describe("train"))
     out = epath.Path(self.root / "out")
     preparing.prepare(data, out, lambda *_: None)
-    prepared = corpora.of_documents(
+    prepared = corpora.of_config(
       config_lib.Data(path=str(out), tokenizer="byte", documents="pad"), _BYTE
     )
     for split in ("train", "valid"):
@@ -96,7 +96,7 @@ class FoundTest(parameterized.TestCase):
       data = config_lib.Data(
         path=str(self.text), tokenizer="byte", documents="pad", lines=True
       )
-      hashes.append(corpora.of_documents(data, _BYTE).hash("train"))
+      hashes.append(corpora.of_config(data, _BYTE).hash("train"))
     self.assertNotEqual(*hashes)
 
   def test_bad_documents_are_one_line(self):
@@ -115,19 +115,19 @@ class FoundTest(parameterized.TestCase):
       data = config_lib.Data(path=str(self.text), documents="pad", **fields)
       tokenizer = _BYTE if data.tokenizer == "byte" else char27
       with self.assertRaisesRegex(tokenizers.DataError, message):
-        corpora.of_documents(data, tokenizer).split("train")
+        corpora.of_config(data, tokenizer).split("train")
     (self.text / "train.txt").write_text("a\nb\n")
     data = config_lib.Data(path=str(self.text), documents="pad", lines=True)
     with self.assertRaisesRegex(
       tokenizers.DataError, "no document is in valid"
     ):
-      corpora.of_documents(data, char27).split("valid")
+      corpora.of_config(data, char27).split("valid")
 
   @pytest.mark.thorough
   def test_paragraphs_of_the_built_in_text(self):
     data = config_lib.Data(documents="pad", lines=True)
     char27 = tokenizers.with_end(tokenizers.get("char27"))
-    tokens = corpora.of_documents(data, char27).split("test")
+    tokens = corpora.of_config(data, char27).split("test")
     self.assertGreater(len(documents.ends(tokens, char27.end)), 500)
     self.assertNotIn("  ", char27.decode(tokens[:5000]))
 
