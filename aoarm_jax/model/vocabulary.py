@@ -25,13 +25,9 @@ _TILE = 128
 _ROWS = ("batch", "slots")
 
 
+@jax.custom_vjp
 def embed(table: jax.Array, tokens: jax.Array) -> jax.Array:
   """Return the rows of `table` [V, D] at int32 `tokens` [B, S]: [B, S, D]."""
-  return _embed(table, tokens)
-
-
-@jax.custom_vjp
-def _embed(table, tokens):
   return _row_major(table[tokens])
 
 
@@ -55,7 +51,7 @@ def _row_major(x):
 
 
 def _embed_forward(table, tokens):
-  return _embed(table, tokens), (tokens, table.shape[0])
+  return embed(table, tokens), (tokens, table.shape[0])
 
 
 def _embed_backward(residuals, gradient):
@@ -68,7 +64,7 @@ def _embed_backward(residuals, gradient):
   return jnp.einsum("...v,...d->vd", one_hot, gradient), None
 
 
-_embed.defvjp(_embed_forward, _embed_backward)
+embed.defvjp(_embed_forward, _embed_backward)
 
 
 def _sum_over_devices(rows, tokens, V):
@@ -122,7 +118,7 @@ def sum_by_symbol(rows: jax.Array, tokens: jax.Array, V: int) -> jax.Array:
     precision=jax.lax.Precision.HIGHEST,
   )
   tiles = jnp.arange(len(ids))
-  # What the last symbol of each tile has so far, in this tile and before it.
+  # A scan sums the last symbol of each tile, in this tile and before it.
   before = jnp.pad(ids[:-1, -1], (1, 0), constant_values=-1)
   goes_on = (place[:, -1] == 0) & (ids[:, 0] == before)
 

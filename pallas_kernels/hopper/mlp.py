@@ -22,7 +22,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import devices
-from pallas_kernels.hopper import gelu, mosaic, pipeline
+from pallas_kernels.hopper import gelu, mosaic, pipeline, rows
 
 # A tile of the result. Its products have STEP columns of the left operand each,
 # and it is written in pieces of STEP rows and columns.
@@ -77,8 +77,8 @@ def _run(name, x, weight, before, outputs):
   has_before = before is not None
   stages, before_stages = _stages(K, has_before, outputs)
 
-  def own_ring(stages, rows):
-    tile = mosaic.tiles((_CONSUMERS * stages, rows, STEP), x.dtype)
+  def own_ring(stages, height):
+    tile = mosaic.tiles((_CONSUMERS * stages, height, STEP), x.dtype)
     return pipeline.ring(tile, readers=1)
 
   weights = (COLUMNS, STEP) if has_before else (STEP, COLUMNS)
@@ -171,8 +171,7 @@ class _ThreadBlock:
     def _():
       plgpu.set_max_registers(more, action="increase")
       self.strip.wait(0)
-      mine = (count - self.warpgroup + _CONSUMERS - 1) // _CONSUMERS
-      lax.fori_loop(0, mine, self.work, None)
+      rows.in_turn(count, self.warpgroup, _CONSUMERS, self.work)
       self.strip.release(0)
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
@@ -231,9 +230,8 @@ class _ThreadBlock:
         free = ring.free.at[consumer * stages + stage]
         pl.when(mine > stage)(functools.partial(plgpu.barrier_wait, free))
 
-  def work(self, i: mosaic.Index, _: None) -> None:
-    """Compute the i-th tile of a consumer."""
-    item = i * _CONSUMERS + self.warpgroup
+  def work(self, item: mosaic.Index, _: None) -> None:
+    """Compute a tile of a consumer."""
     weights = self.strip.tiles[0].at[0]
 
     def use(k):
