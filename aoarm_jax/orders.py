@@ -42,7 +42,7 @@ class Layout(NamedTuple):
 
   @property
   def predicts_end(self) -> bool:
-    """Whether the end of a padded document is one of its predicted tokens."""
+    """True if the end of a padded document is one of its predicted tokens."""
     return self.end_token is not None and self.sentinels == 1
 
 

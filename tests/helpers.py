@@ -8,7 +8,7 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
@@ -52,6 +52,19 @@ _MAKERS = (
   (programs, "compiled"),
 )
 _made: dict[Any, Any] = {}
+
+
+def around_module(
+  *contexts: contextlib.AbstractContextManager,
+) -> tuple[Callable[[], None], Callable[[], None]]:
+  """Returns setUpModule and tearDownModule that enter and leave contexts."""
+  stack = contextlib.ExitStack()
+
+  def set_up():
+    for context in contexts:
+      stack.enter_context(context)
+
+  return set_up, stack.close
 
 
 @contextlib.contextmanager

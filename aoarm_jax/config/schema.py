@@ -925,7 +925,7 @@ class Config:
 
   @property
   def gives_end(self) -> bool:
-    """Whether the model is told where a padded document ends.
+    """True if the model is told where a padded document ends.
 
     The end is then no symbol that can be predicted.
     """

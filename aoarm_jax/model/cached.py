@@ -211,7 +211,7 @@ class Cached:
     R, W = slot_index.shape[1], slots.tokens.shape[1]
     has_copies = W > R
     asking = slots if slots.queries is None else slots.queries
-    # Whether one row predicts. In the last layer it would be alone, and XLA
+    # If one row predicts, it would be alone in the last layer. There XLA
     # replaces a product with one row by products of elements, rounded to the
     # compute dtype, and their sum. The logits of a single text would then
     # differ from those of the same text in a batch. So another row stays with

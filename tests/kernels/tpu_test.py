@@ -1,6 +1,5 @@
 """The TPU kernel, interpreted: values, gradients, what it loads, transforms."""
 
-import contextlib
 import functools
 import itertools
 import os
@@ -26,7 +25,6 @@ from pallas_kernels.tpu import attention as tpu
 from pallas_kernels.tpu import blocks as tpu_blocks
 
 Case = attention_cases.Case
-_contexts = contextlib.ExitStack()
 
 # Every size, width, head count, group, mask and dtype is there, and the odd
 # ones together. With tiles of 128 slots and of 256 rows, most have several.
@@ -65,13 +63,9 @@ def _slow_cases():
     yield Case(T, S, N, group, H, mask, dtype, lse_cotangent=lse)
 
 
-def setUpModule():
-  _contexts.enter_context(helpers.quick_compilation())
-  _contexts.enter_context(pallas_kernels.interpret(True))
-
-
-def tearDownModule():
-  _contexts.close()
+setUpModule, tearDownModule = helpers.around_module(
+  helpers.quick_compilation(), pallas_kernels.interpret(True)
+)
 
 
 def small_tiles():

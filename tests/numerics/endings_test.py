@@ -1,6 +1,5 @@
 """Generation and scores of padded documents: where a text ends."""
 
-import contextlib
 import functools
 
 import helpers
@@ -29,15 +28,7 @@ _ABC = tokenizers.Tokenizer("abc", b"abc")
 _END, _T, _LEAST_P = 3, 5, 1e-4
 _CASES = (("two_stream", 1), ("causal", 1), ("sigma_gpt", 2), ("mdlm", 2))
 
-_contexts = contextlib.ExitStack()
-
-
-def setUpModule():
-  _contexts.enter_context(helpers.quick_compilation())
-
-
-def tearDownModule():
-  _contexts.close()
+setUpModule, tearDownModule = helpers.around_module(helpers.quick_compilation())
 
 
 @functools.cache
@@ -124,7 +115,7 @@ class OpenTest(parameterized.TestCase):
 class RoundTripTest(parameterized.TestCase):
   @parameterized.parameters(*_CASES)
   def test_score_is_the_log_p_of_a_text(self, mechanism, s):
-    # Of a given length, and where the model predicts the end, of any length.
+    # Texts have a given length. If the model predicts the end, others have any.
     one_way = mechanisms.MECHANISMS[mechanism].left_to_right
     order = "left_to_right" if one_way else "uniform"
     drawn = _texts((mechanism, s), count=4, length=3, order=order)

@@ -1,6 +1,5 @@
 """Scores: enumerated laws, those of generation, parts, orders, bad texts."""
 
-import contextlib
 import functools
 import itertools
 import math
@@ -35,16 +34,7 @@ _CASES = (
   ("mdlm", 2),
 )
 
-
-_contexts = contextlib.ExitStack()
-
-
-def setUpModule():
-  _contexts.enter_context(helpers.quick_compilation())
-
-
-def tearDownModule():
-  _contexts.close()
+setUpModule, tearDownModule = helpers.around_module(helpers.quick_compilation())
 
 
 @functools.cache
