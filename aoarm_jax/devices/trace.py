@@ -1,6 +1,8 @@
-"""Reads a profile: when a device communicates, computes, or does nothing."""
+"""Reads a profile: what a device does, and when it does nothing."""
 
+import collections
 import glob
+import itertools
 import tempfile
 import time
 from collections.abc import Callable
@@ -31,9 +33,54 @@ def shares(work: Callable[[], Any], device: jax.Device) -> Shares:
     work: is called once, and returns when the device is done.
     device: a device of this process.
   """
-  unknown = Shares()
+  events, seconds = _profile(work, device)
+  if not events:
+    return Shares()
+  network: list[tuple[float, float]] = []
+  other: list[tuple[float, float]] = []
+  for event in events:
+    into = network if "nccl" in event.name.lower() else other
+    into.append((event.start_ns, event.start_ns + event.duration_ns))
+  return _shares(network, other, 1e9 * seconds)
+
+
+class Kernel(NamedTuple):
+  """What kernels of one name did in a profile.
+
+  Attributes:
+    name: of the kernel, as the profiler tells it.
+    seconds: in which they ran, together.
+    launches: how many of them ran.
+  """
+
+  name: str
+  seconds: float
+  launches: int
+
+
+def kernels(work: Callable[[], Any], device: jax.Device) -> list[Kernel]:
+  """Profiles work and returns the kernels of a GPU, those with most time first.
+
+  Copies of memory count as kernels. For other devices the list is empty.
+
+  Args:
+    work: is called once, and returns when the device is done.
+    device: a device of this process.
+  """
+  durations = collections.defaultdict(list)
+  for event in _profile(work, device)[0]:
+    durations[event.name].append(event.duration_ns)
+  found = [
+    Kernel(name, sum(times) / 1e9, len(times))
+    for name, times in durations.items()
+  ]
+  return sorted(found, key=lambda kernel: -kernel.seconds)
+
+
+def _profile(work, device):
+  """Returns the events on the streams of a GPU, and the seconds of the work."""
   if device.platform != "gpu":
-    return unknown
+    return [], 0.0
   with tempfile.TemporaryDirectory() as folder:
     with jax.profiler.trace(folder):
       start = time.perf_counter()
@@ -41,21 +88,16 @@ def shares(work: Callable[[], Any], device: jax.Device) -> Shares:
       seconds = time.perf_counter() - start
     paths = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
     if not paths:
-      return unknown
+      return [], seconds
     profile = jax.profiler.ProfileData.from_file(paths[0])
-  name = f"/device:GPU:{device.local_hardware_id}"
-  plane = next((p for p in profile.planes if p.name == name), None)
-  if plane is None:
-    return unknown
-  network: list[tuple[float, float]] = []
-  other: list[tuple[float, float]] = []
-  for line in plane.lines:
-    if not line.name.startswith("Stream"):
-      continue
-    for event in line.events:
-      into = network if "nccl" in event.name.lower() else other
-      into.append((event.start_ns, event.start_ns + event.duration_ns))
-  return _shares(network, other, 1e9 * seconds)
+    name = f"/device:GPU:{device.local_hardware_id}"
+    lines = (plane.lines for plane in profile.planes if plane.name == name)
+    return [
+      event
+      for line in itertools.chain.from_iterable(lines)
+      if line.name.startswith("Stream")
+      for event in line.events
+    ], seconds
 
 
 def _shares(network, other, total):
