@@ -4,7 +4,7 @@ import types
 
 import jax
 
-from pallas_kernels import rowwise
+from pallas_kernels import rowwise, tuning
 
 
 def gelu_mlp(
@@ -25,8 +25,7 @@ def gelu_mlp(
     up: [D, F], like x.
     down: [F, D], like x.
     implementation: a name from ROWWISE_IMPLEMENTATIONS: GELU runs so, or the
-      call raises. None means `rowwise.gelu` as it chooses: the kernels with
-      epilogues are too new to be a default.
+      call raises. None chooses the fastest one that supports the call.
 
   Returns:
     An array like x.
@@ -35,7 +34,10 @@ def gelu_mlp(
     UnsupportedError: the named implementation supports no GELU of this kind.
   """
   rows = x.reshape(-1, x.shape[-1])
-  if implementation == "mosaic_gpu" and _serves(rows, up):
+  wanted = implementation == "mosaic_gpu" or (
+    implementation is None and len(rows) >= tuning.LEAST_ROWS
+  )
+  if wanted and _serves(rows, up):
     return _kernel(rows, up, down).reshape(x.shape)
   return rowwise.gelu(x @ up, implementation=implementation) @ down
 

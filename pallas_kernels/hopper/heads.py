@@ -58,7 +58,7 @@ def forward(
     epsilon: is added to the mean square.
   """
   M, _, N, H = packed.shape
-  share, blocks = _share(packed, parts, _FORWARD)
+  share, blocks = _share(packed, range(len(parts)), _FORWARD)
 
   def body(packed, parts, outs):
     def work(c, tiles):
@@ -73,7 +73,7 @@ def forward(
 
       tiles(step)
 
-    share.deal(parts, blocks, work)
+    share.deal(blocks, work)
 
   (outs,) = mosaic.kernel(
     body,
@@ -104,7 +104,9 @@ def backward(
     a part that is copied.
   """
   H = packed.shape[-1]
-  share, blocks = _share(packed, parts, _BACKWARD)
+  # The gradient of a part that is copied moves two arrays instead of three.
+  group = [c for c, part in enumerate(parts) for _ in range(3 if part else 2)]
+  share, blocks = _share(packed, group, _BACKWARD)
 
   def body(packed, parts, d_parts, out, sums, scratch):
     def work(c, tiles):
@@ -133,7 +135,7 @@ def backward(
 
       share.store_sums(target, scratch, tiles(step, (zero, zero)))
 
-    share.deal(parts, blocks, work)
+    share.deal(blocks, work)
 
   d_packed, sums = mosaic.kernel(
     body,
@@ -146,10 +148,9 @@ def backward(
     scratch_types=[plgpu.SMEM(share.shape, jnp.float32)],
     kernel_name="heads_backward",
   )(packed, list(parts), list(d_parts))
-  of_group = _group(parts)
-  by_place = sums.reshape(-1, len(of_group), H).sum(axis=0)
+  by_place = sums.reshape(-1, len(group), H).sum(axis=0)
   return d_packed, [
-    part and by_place[of_group.index(c) : of_group.index(c) + 3].sum(axis=0)
+    part and by_place[group.index(c) : group.index(c) + 3].sum(axis=0)
     for c, part in enumerate(parts)
   ]
 
@@ -185,6 +186,9 @@ class _Share(NamedTuple):
     H: the width of a head.
     shape: (rows, heads, H / 2), the shape of half a tile.
     layout: its layout.
+    group: the part of each thread block in a group of blocks. A block has one
+      part only, because the numbers that it needs for a part fill many
+      registers.
   """
 
   M: int
@@ -192,26 +196,24 @@ class _Share(NamedTuple):
   H: int
   shape: tuple[int, int, int]
   layout: Any
+  group: tuple[int, ...]
 
   @property
   def tiles(self) -> int:
     return pl.cdiv(self.M, self.shape[0]) * (self.N // self.shape[1])
 
-  def deal(self, parts, blocks, work):
+  def deal(self, blocks, work):
     """Run work(c, tiles) for the part c of this thread block.
 
-    A block has one part only, because the numbers that it needs for a part fill
-    many registers. `tiles` runs a step on each tile of the block, and returns
-    the last carry.
+    `tiles` runs a step on each tile of the block, and returns the last carry.
     """
-    block = lax.axis_index("block")
-    of_group = _group(parts)
-    place = lax.rem(block, len(of_group))
-    for c in range(len(parts)):
-      first, count = of_group.index(c), of_group.count(c)
+    block, size = lax.axis_index("block"), len(self.group)
+    place = lax.rem(block, size)
+    for c in sorted(set(self.group)):
+      first, count = self.group.index(c), self.group.count(c)
       mine = (place >= first) & (place < first + count)
-      index = block // len(of_group) * count + place - first
-      stride = blocks // len(of_group) * count
+      index = block // size * count + place - first
+      stride = blocks // size * count
       tiles = functools.partial(self._over_tiles, index, stride)
       pl.when(mine)(functools.partial(work, c, tiles))
 
@@ -267,25 +269,14 @@ class _Share(NamedTuple):
     return plgpu.layout_cast(repeated, self.layout)
 
 
-def _group(parts):
-  """Return the part of each thread block in a group of blocks.
-
-  A normed part has three blocks, and a copied one has two: its backward pass
-  moves two arrays instead of three.
-  """
-  return [c for c, part in enumerate(parts) for _ in range(3 if part else 2)]
-
-
-def _share(packed, parts, occupancy):
+def _share(packed, group, occupancy):
   """Return the _Share of a call, and the number of thread blocks."""
-  M, _, N, H = packed.shape
+  M, C, N, H = packed.shape
   heads = math.gcd(N, rows.LANES // rows.narrow_lanes(H // 2))
   size, layout = rows.head_rows(H // 2, heads)
-  share = _Share(M, N, H, (size, heads, H // 2), layout)
-  items = share.tiles * len(parts)
-  blocks = rows.block_count(items, 1, occupancy, packed)
-  size = len(_group(parts))
-  return share, pl.cdiv(blocks, size) * size
+  share = _Share(M, N, H, (size, heads, H // 2), layout, tuple(group))
+  blocks = rows.block_count(share.tiles * C, 1, occupancy, packed)
+  return share, pl.cdiv(blocks, len(group)) * len(group)
 
 
 class _Handler(NamedTuple):

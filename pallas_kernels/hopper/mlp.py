@@ -14,6 +14,7 @@ of the tile before. A third warpgroup loads.
 import dataclasses
 import functools
 import itertools
+from typing import NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -31,6 +32,8 @@ STEP = 64
 # The largest K whose weights of a strip fit into shared memory.
 MOST_K = 512
 _CONSUMERS = 2
+# A tile has so many pieces.
+_PIECES = (ROWS // STEP) * (COLUMNS // STEP)
 # Bytes of shared memory for tiles. The rest is for barriers.
 _SHARED = 226 * 1024
 
@@ -59,13 +62,29 @@ def backward(d_out: jax.Array, down: jax.Array, before: jax.Array) -> jax.Array:
   return _run("down_gelu_backward", d_out, down, before, 1)[0]
 
 
+class _Stages(NamedTuple):
+  """Stages in shared memory of each consumer.
+
+  Attributes:
+    left: of pieces of x.
+    before: of pieces of `before`.
+    staging: of pieces of each result.
+  """
+
+  left: int
+  before: int
+  staging: int
+
+
 def _stages(K, has_before, outputs):
-  """Return the stages of a consumer for x and for `before`, as many as fit."""
+  """Return the _Stages: all pieces of a tile of `before` where they fit."""
   piece = 2 * STEP * STEP
-  strip = 2 * K * COLUMNS
-  before = (2 if K <= 256 else 1) if has_before else 0
-  own = (_SHARED - strip) // _CONSUMERS - (outputs + before) * piece
-  return min(own // (2 * ROWS * STEP), 4), before
+  own = (_SHARED - 2 * K * COLUMNS) // _CONSUMERS
+  few = K > 256
+  before = (1 if few else _PIECES) if has_before else 0
+  staging = 1 if few else 2
+  left = (own - (outputs * staging + before) * piece) // (2 * ROWS * STEP)
+  return _Stages(min(left, 4), before, staging)
 
 
 def _run(name, x, weight, before, outputs):
@@ -75,7 +94,7 @@ def _run(name, x, weight, before, outputs):
   tiles = pl.cdiv(M, ROWS)
   ways = min(max(devices.of(x).cores // strips, 1), tiles)
   has_before = before is not None
-  stages, before_stages = _stages(K, has_before, outputs)
+  stages = _stages(K, has_before, outputs)
 
   def own_ring(stages, height):
     tile = mosaic.tiles((_CONSUMERS * stages, height, STEP), x.dtype)
@@ -93,14 +112,14 @@ def _run(name, x, weight, before, outputs):
     thread_name="warpgroup",
     kernel_name=name,
     scratch_types=[
-      own_ring(stages, ROWS),
+      own_ring(stages.left, ROWS),
       pipeline.ring(
         mosaic.tiles((1, K // STEP, *weights), x.dtype),
         readers=_CONSUMERS,
         copies=K // STEP,
       ),
-      *([own_ring(before_stages, STEP)] if has_before else []),
-      mosaic.tiles((_CONSUMERS, outputs, STEP, STEP), x.dtype),
+      *([own_ring(stages.before, STEP)] if has_before else []),
+      mosaic.tiles((_CONSUMERS, stages.staging, outputs, STEP, STEP), x.dtype),
     ],
   )(x, weight, *([before] if has_before else []))
 
@@ -215,7 +234,8 @@ class _ThreadBlock:
       uses: uses of a tile.
     """
     stages = ring.stages // _CONSUMERS
-    turn, stage = jnp.divmod(item // _CONSUMERS * uses + i, stages)
+    index = lax.div(item, _CONSUMERS) * uses + i
+    turn, stage = lax.div(index, stages), lax.rem(index, stages)
     consumer = lax.rem(item, _CONSUMERS)
     return turn * ring.stages + consumer * stages + stage
 
@@ -256,10 +276,13 @@ class _ThreadBlock:
       results = self.epilogue(
         product[down : down + STEP, along : along + STEP], item, p
       )
-      # The copies of the piece before must have left these tiles.
-      plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+      # Earlier copies must have left these tiles. The latest ones may run on.
+      stages = self.staging.shape[1]
+      running = (stages - 1) * len(results)
+      plgpu.wait_smem_to_gmem(running, wait_read_only=True)
       staging = [
-        self.staging.at[self.warpgroup, o] for o in range(len(results))
+        self.staging.at[self.warpgroup, p % stages, o]
+        for o in range(len(results))
       ]
       for tile, result in zip(staging, results):
         tile[...] = result
