@@ -3,7 +3,7 @@
 from pallas_kernels.api import IMPLEMENTATIONS, any_order_attention
 from pallas_kernels.context import interpret
 from pallas_kernels.errors import UnsupportedError
-from pallas_kernels.mlp import gelu_mlp
+from pallas_kernels.products import gelu_mlp, project_heads
 from pallas_kernels.rowwise import (
   ROWWISE_IMPLEMENTATIONS,
   Part,
@@ -25,6 +25,7 @@ __all__ = [
   "gelu",
   "gelu_mlp",
   "interpret",
+  "project_heads",
   "rms_norm",
   "rotate",
   "rotation",

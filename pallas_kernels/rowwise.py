@@ -9,7 +9,7 @@ import functools
 import math
 import types
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from pallas_kernels import devices, errors, tuning
 
 ROWWISE_IMPLEMENTATIONS = ("xla", "mosaic_gpu")
-_EPSILON = 1e-6
+EPSILON = 1e-6  # Is added to the mean square of a norm.
 
 
 def rms_norm(
@@ -69,7 +69,7 @@ def normalised(x: jax.Array, scale: jax.Array) -> jax.Array:
   """
   x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
   power = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-  return x * jax.lax.rsqrt(power + _EPSILON) * scale
+  return x * jax.lax.rsqrt(power + EPSILON) * scale
 
 
 class Rotation(NamedTuple):
@@ -169,12 +169,12 @@ def split_heads(
       for x, part in zip(jnp.moveaxis(packed, 2, 0), parts)
     )
   outs = _heads_kernel(
-    packed.reshape(B * R, C, N, H), [part and _by_row(part) for part in parts]
+    packed.reshape(B * R, C, N, H), [part and by_row(part) for part in parts]
   )
   return tuple(x.reshape(B, R, N, H) for x in outs)
 
 
-def _by_row(part):
+def by_row(part: Part) -> Any:
   """Return what the kernels take of a part; its positions are [K, B * R]."""
   if part.by is None:
     return _hopper().heads.Part(part.scale, None, None)
@@ -256,7 +256,7 @@ def _choose(function, implementation, rows, reason):
 def _norm_kernel(x, update, scale):
   rows = x.reshape(-1, x.shape[-1])
   more = None if update is None else update.reshape(rows.shape)
-  y, normed = _hopper().norm.forward(rows, more, scale, _EPSILON)
+  y, normed = _hopper().norm.forward(rows, more, scale, EPSILON)
   return y.reshape(x.shape), normed.reshape(x.shape)
 
 
@@ -269,7 +269,7 @@ def _norm_forward(x, update, scale):
 def _norm_backward(residuals, gradients):
   y, scale, mark = residuals
   rows, d_y, d_normed = (a.reshape(-1, y.shape[-1]) for a in (y, *gradients))
-  d_y, d_scale = _hopper().norm.backward(rows, scale, d_y, d_normed, _EPSILON)
+  d_y, d_scale = _hopper().norm.backward(rows, scale, d_y, d_normed, EPSILON)
   d_y = d_y.reshape(y.shape)
   return d_y, None if mark is None else d_y, d_scale
 
@@ -279,7 +279,7 @@ _norm_kernel.defvjp(_norm_forward, _norm_backward)
 
 @jax.custom_vjp
 def _heads_kernel(packed, parts):
-  return _hopper().heads.forward(packed, parts, _EPSILON)
+  return _hopper().heads.forward(packed, parts, EPSILON)
 
 
 def _heads_forward(packed, parts):
@@ -288,10 +288,13 @@ def _heads_forward(packed, parts):
 
 def _heads_backward(residuals, d_parts):
   packed, parts = residuals
-  d_packed, d_scales = _hopper().heads.backward(
-    packed, parts, d_parts, _EPSILON
-  )
-  return d_packed, [
+  d_packed, d_scales = _hopper().heads.backward(packed, parts, d_parts, EPSILON)
+  return d_packed, gradients_of_parts(d_scales)
+
+
+def gradients_of_parts(d_scales: Sequence[jax.Array | None]) -> list[Any]:
+  """Return the gradients of the parts that `by_row` returns."""
+  return [
     None if d_scale is None else _hopper().heads.Part(d_scale, None, None)
     for d_scale in d_scales
   ]

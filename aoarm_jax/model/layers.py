@@ -340,12 +340,14 @@ class Attention(nnx.Module):
         self._project(rows, (weight,), (part,))[0]
         for weight, part in zip(weights, parts)
       ]
+    merged = jnp.stack(
+      [weight[...].astype(self.dtype) for weight in weights], axis=1
+    )
+    if not sharding.spread():
+      return parallel.project_heads(rows, merged, parts, self.rowwise)
     axes = weights[0].axes
     (packed,) = parallel.matmuls(
-      "brd,dcnh->brcnh",
-      [rows],
-      jnp.stack([weight[...].astype(self.dtype) for weight in weights], axis=1),
-      (axes[0], None, *axes[1:]),
+      "brd,dcnh->brcnh", [rows], merged, (axes[0], None, *axes[1:])
     )
     return self._split(packed, parts)
 

@@ -246,6 +246,24 @@ def split_heads(
   )
 
 
+def project_heads(
+  x: jax.Array,
+  weight: jax.Array,
+  parts: Sequence[rowwise.Part | None],
+  implementation: str,
+) -> tuple[jax.Array, ...]:
+  """Run pallas_kernels.project_heads on the one device that there is.
+
+  Args:
+    x: [B, R, D].
+    weight: [D, C, N, H].
+    parts: C of them.
+    implementation: compute.rowwise.
+  """
+  named = None if implementation == "auto" else implementation
+  return pallas_kernels.project_heads(x, weight, parts, implementation=named)
+
+
 def gelu(x: jax.Array, implementation: str) -> jax.Array:
   """Run pallas_kernels.gelu on every device of the mesh.
 

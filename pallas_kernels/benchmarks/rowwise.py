@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import mlp, rowwise
+from pallas_kernels import products, rowwise
 from pallas_kernels.benchmarks import timing
 from pallas_kernels.hopper import peaks
 
@@ -47,7 +47,7 @@ class Row:
       norm=rowwise.rms_norm,
       heads=rowwise.split_heads,
       gelu=rowwise.gelu,
-      mlp=mlp.gelu_mlp,
+      mlp=products.gelu_mlp,
     )
     return functools.partial(
       functions[self.function], implementation=implementation

@@ -91,19 +91,23 @@ def backward(
   d_parts: Sequence[jax.Array],
   epsilon: float,
 ) -> tuple[jax.Array, list[jax.Array | None]]:
-  """Return the gradients of `packed`, like it, and of the scales.
+  """Return the gradients of the packed parts, and of the scales.
 
   Args:
-    packed: [M, C, N, H], as in the forward pass.
+    packed: [M, C, N, H], as in the forward pass; or only the parts that are
+      normed, beside each other.
     parts: as in the forward pass.
     d_parts: C gradients, [M, N, H] each.
     epsilon: as in the forward pass.
 
   Returns:
-    The gradient of `packed`, and a list of C gradients float32 [H], or None for
-    a part that is copied.
+    The gradient [M, C, N, H], and a list of C gradients float32 [H], or None
+    for a part that is copied.
   """
-  H = packed.shape[-1]
+  M, _, N, H = packed.shape
+  normed = [c for c, part in enumerate(parts) if part]
+  places = normed if packed.shape[1] == len(parts) else range(len(normed))
+  place = dict(zip(normed, places))
   # The gradient of a part that is copied moves two arrays instead of three.
   group = [c for c, part in enumerate(parts) for _ in range(3 if part else 2)]
   share, blocks = _share(packed, group, _BACKWARD)
@@ -125,7 +129,7 @@ def backward(
 
       def step(tile, total):
         gradients, more = handler.backward(
-          share.load(packed, tile, c),
+          share.load(packed, tile, place[c]),
           share.load(d_parts[c], tile, None),
           tile,
           epsilon,
@@ -140,7 +144,7 @@ def backward(
   d_packed, sums = mosaic.kernel(
     body,
     out_type=(
-      jax.ShapeDtypeStruct(packed.shape, packed.dtype),
+      jax.ShapeDtypeStruct((M, len(parts), N, H), packed.dtype),
       jax.ShapeDtypeStruct((blocks, H), jnp.float32),
     ),
     grid=(blocks,),
@@ -161,6 +165,19 @@ def unsupported(packed_shape: tuple[int, ...]) -> str:
   if H % 2 or not rows.narrow_lanes(H // 2):
     return f"H={H} (32, 64, 128 and 256 only)"
   return ""
+
+
+def cos_and_sin(angle: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Return the cosines and sines of angles from 0 to 2 ** 16 turns.
+
+  Args:
+    angle: float32, in registers.
+  """
+  # The hardware computes sines and cosines of small angles only.
+  turns = (angle * (1 / (2 * math.pi)) + 0.5).astype(jnp.int32)
+  turns = turns.astype(jnp.float32)
+  angle = (angle - turns * _TURN) - turns * _TURN_REST
+  return jnp.cos(angle), jnp.sin(angle)
 
 
 class _Tile(NamedTuple):
@@ -271,11 +288,11 @@ class _Share(NamedTuple):
 
 def _share(packed, group, occupancy):
   """Return the _Share of a call, and the number of thread blocks."""
-  M, C, N, H = packed.shape
+  M, _, N, H = packed.shape
   heads = math.gcd(N, rows.LANES // rows.narrow_lanes(H // 2))
   size, layout = rows.head_rows(H // 2, heads)
   share = _Share(M, N, H, (size, heads, H // 2), layout, tuple(group))
-  blocks = rows.block_count(share.tiles * C, 1, occupancy, packed)
+  blocks = rows.block_count(share.tiles * len(set(group)), 1, occupancy, packed)
   return share, pl.cdiv(blocks, len(group)) * len(group)
 
 
@@ -365,9 +382,4 @@ class _Handler(NamedTuple):
       )
       for k, other in enumerate(turning[1:], 1):
         angle = jnp.where(lax.rem(column, len(turning)) == k, other, angle)
-    angle *= self.frequency
-    # The hardware computes sines and cosines of small angles only.
-    turns = (angle * (1 / (2 * math.pi)) + 0.5).astype(jnp.int32)
-    turns = turns.astype(jnp.float32)
-    angle = (angle - turns * _TURN) - turns * _TURN_REST
-    return jnp.cos(angle), jnp.sin(angle)
+    return cos_and_sin(angle * self.frequency)

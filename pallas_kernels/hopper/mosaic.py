@@ -33,11 +33,20 @@ _interpreted = False
 
 
 def tiles(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> Ref:
-  """Return shared memory in the layout that TMA writes and wgmma reads."""
+  """Return shared memory in the layout that TMA writes and wgmma reads.
+
+  Args:
+    shape: of it; the last dimension is 32 or a multiple of 64.
+    dtype: of 16 bits.
+  """
+  width = min(shape[-1], 64)
   return plgpu.SMEM(
     shape,
     dtype,
-    transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)),
+    transforms=(
+      plgpu.TilingTransform((8, width)),
+      plgpu.SwizzleTransform(2 * width),
+    ),
   )
 
 

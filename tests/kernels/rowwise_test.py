@@ -3,6 +3,7 @@
 The interpreter of Mosaic GPU needs a process of its own, see hopper_test.
 """
 
+import functools
 import os
 import pathlib
 import subprocess
@@ -42,6 +43,9 @@ _INTERPRETED = (
   _Case("gelu", (70, 256)),
   # The width of the hidden units stands in the place of `turns`.
   _Case("mlp", (4, 100, 128), (384,)),
+  # Two heads of 64 for each part.
+  _Case("project", (2, 97, 128), (1, 1, None)),
+  _Case("project", (1, 200, 64), (0,)),
 )
 _ON_GPU = (
   *(
@@ -72,6 +76,11 @@ _ON_GPU = (
       (2, 129, 768, 3072),  # GELU on its own.
     )
   ),
+  *(
+    _Case("project", (B, T, D), turns)
+    for turns in ((1, 1, None), (1,), (0, None))
+    for B, T, D in ((512, 128, 256), (3, 129, 512), (7, 1001, 64))
+  ),
 )
 
 
@@ -80,6 +89,11 @@ def _arrays(case):
   keys = iter(jax.random.split(jax.random.key(0), 8))
   x = 2 * jax.random.normal(next(keys), case.shape, case.dtype)
   width = case.shape[-1]
+
+  if case.function == "project":
+    shape = width, len(case.turns), 2, 64
+    weight = jax.random.normal(next(keys), shape, case.dtype) * width**-0.5
+    width = 64
 
   def scale():
     return jax.random.uniform(next(keys), (width,), jnp.float32, 0.5, 2)
@@ -113,11 +127,13 @@ def _arrays(case):
     None if K is None else rowwise.Part(scale(), rotation(K))
     for K in case.turns
   ]
+  if case.function == "project":
+    return pallas_kernels.project_heads, (x, weight, parts)
   return rowwise.split_heads, (x, parts)
 
 
-def _results(case, implementation, wide=False):
-  """Return (values, gradients of all floating-point arrays)."""
+def _program(case, implementation, wide=False):
+  """Return a jitted function without arguments, see `_results`."""
   function, arrays = _arrays(case)
   keys = iter(jax.random.split(jax.random.key(1), 8))
 
@@ -139,7 +155,12 @@ def _results(case, implementation, wide=False):
     )
     return values, pull(weights)
 
-  values, gradients = jax.jit(both)(arrays, weights)
+  return functools.partial(jax.jit(both), arrays, weights)
+
+
+def _results(case, implementation, wide=False):
+  """Return (values, gradients of the arrays that have one in training)."""
+  values, gradients = _program(case, implementation, wide)()
   gradients = [
     x
     for x in jax.tree.leaves(gradients)
@@ -147,8 +168,9 @@ def _results(case, implementation, wide=False):
   ]
   # Angles have no gradient in the kernels, and none in training.
   wanted = {case.shape, case.shape[-1:]}
-  if case.function == "mlp":
-    wanted |= {x.shape for x in arrays}
+  if case.function in ("mlp", "project"):
+    weights = jax.tree.leaves(_arrays(case)[1])
+    wanted |= {x.shape for x in weights if x.dtype == case.dtype} | {(64,)}
   return jax.tree.leaves(values), [x for x in gradients if x.shape in wanted]
 
 
@@ -247,7 +269,10 @@ class LoweringTest(parameterized.TestCase):
     _Case("heads", (16, 129, 3, 4, 64), (1, 1, None)),
     _Case("heads", (16, 128, 2, 3, 128), (2, None)),
     _Case("gelu", (16, 128, 1024)),
-    _Case("mlp", (16, 129, 256), (1024,)),  # GELU on its own.
+    _Case("mlp", (16, 129, 256), (1024,)),
+    _Case("mlp", (16, 129, 768), (3072,)),  # GELU on its own.
+    _Case("project", (16, 129, 256), (1, None)),
+    _Case("project", (16, 129, 768), (1, None)),
   )
   def test_one_kernel_for_each_pass(self, *case):
     self.assertEqual(_kernels(_Case(*case)), 2)
@@ -291,12 +316,13 @@ class GpuTest(parameterized.TestCase):
     _Case("heads", (64, 128, 3, 4, 64), (1, 1, None)),
     _Case("gelu", (64, 128, 1024)),
     _Case("mlp", (64, 128, 256), (1024,)),
+    _Case("project", (64, 128, 256), (1, 1, None)),
   )
   def test_a_hundred_times_the_same_bits(self, *case):
-    first = _results(_Case(*case), "mosaic_gpu")
+    program = _program(_Case(*case), "mosaic_gpu")
+    first = jax.tree.leaves(program())
     for _ in range(99):
-      again = _results(_Case(*case), "mosaic_gpu")
-      for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(again)):
+      for x, y in zip(first, jax.tree.leaves(program())):
         np.testing.assert_array_equal(x, y)
 
 

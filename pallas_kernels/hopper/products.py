@@ -1,0 +1,351 @@
+"""Matrix products on Hopper with work on their results in the epilogue.
+
+The products have few columns on the left: K is the width of the model, and at
+most a third of the columns of the result. So the time of a product is about
+that of writing its result, and the epilogue costs little beside it.
+
+A strip is the tiles of the result that share their columns. A thread block
+works down a strip, whose weights stay in shared memory. Blocks of all strips
+work side by side, so whole rows are written at the same time. In a block, two
+warpgroups take turns: one multiplies its tile while the other one is in the
+epilogue of the tile before. A third warpgroup loads.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import devices
+from pallas_kernels.hopper import mosaic, pipeline, rows
+
+# A tile of the result. Its products have STEP columns of the left operand each,
+# and it is written in pieces of STEP rows and columns.
+ROWS = COLUMNS = 128
+STEP = 64
+# The largest K whose weights of a strip fit into shared memory.
+MOST_K = 512
+_CONSUMERS = 2
+# The first row and column of every piece of a tile.
+_PIECES = list(itertools.product(range(0, ROWS, STEP), range(0, COLUMNS, STEP)))
+# Bytes of shared memory for tiles. The rest is for barriers.
+_SHARED = 226 * 1024
+
+
+class _Stages(NamedTuple):
+  """Stages in shared memory of each consumer.
+
+  Attributes:
+    left: of pieces of x.
+    before: of pieces of `before`.
+    staging: of pieces of each result.
+  """
+
+  left: int
+  before: int
+  staging: int
+
+
+def run(
+  name: str,
+  x: jax.Array,
+  weight: jax.Array,
+  out_type: Sequence[jax.ShapeDtypeStruct],
+  epilogue: Callable[..., None],
+  others: Any = (),
+  *,
+  before: jax.Array | None = None,
+  is_transposed: bool = False,
+  results: int = 1,
+  width: int = STEP,
+) -> list[jax.Array]:
+  """Run an epilogue on every tile of x @ weight.
+
+  Args:
+    name: of the kernel.
+    x: [M, K], M at least ROWS, K a multiple of STEP up to MOST_K.
+    weight: [K, N], like x; N a multiple of COLUMNS.
+    out_type: the shapes of what the epilogue writes.
+    epilogue: takes the Block, the product of a piece (float32 [STEP, STEP] in
+      registers), the Piece, the references of `others` and those of the
+      results. It writes by `Block.write`.
+    others: a pytree of further arrays.
+    before: [M, N]. The epilogue can load its pieces by `Block.before`.
+    is_transposed: whether `weight` is given as [N, K].
+    results: pieces that the epilogue writes at once.
+    width: columns of such a piece: STEP or STEP / 2.
+
+  Returns:
+    What the epilogue has written.
+  """
+  M, K = x.shape
+  N = weight.size // K
+  strips = N // COLUMNS
+  tiles = pl.cdiv(M, ROWS)
+  ways = min(max(devices.of(x).cores // strips, 1), tiles)
+  stages = _stages(K, before is not None, results * width)
+
+  def own_ring(stages, height):
+    tile = mosaic.tiles((_CONSUMERS * stages, height, STEP), x.dtype)
+    return pipeline.ring(tile, readers=1)
+
+  def body(x, weight, before, others, *refs):
+    outs, (left, strip, staging, *before_ring) = refs[:-count], refs[-count:]
+    Block(
+      x=x,
+      weight=weight,
+      all_before=before,
+      is_transposed=is_transposed,
+      left=left,
+      strip=strip,
+      before_ring=before_ring[0] if before_ring else None,
+      staging=staging,
+      ways=ways,
+      warpgroup=lax.axis_index("warpgroup"),
+      epilogue=functools.partial(epilogue, others=others, outs=outs),
+    ).run()
+
+  weights = (COLUMNS, STEP) if is_transposed else (STEP, COLUMNS)
+  scratch = [
+    own_ring(stages.left, ROWS),
+    pipeline.ring(
+      mosaic.tiles((1, K // STEP, *weights), x.dtype),
+      readers=_CONSUMERS,
+      copies=K // STEP,
+    ),
+    mosaic.tiles((_CONSUMERS, stages.staging, results, STEP, width), x.dtype),
+    *([] if before is None else [own_ring(stages.before, STEP)]),
+  ]
+  count = len(scratch)
+  return mosaic.kernel(
+    body,
+    out_type=list(out_type),
+    grid=(ways, strips),
+    grid_names=("way", "strip"),
+    num_threads=_CONSUMERS + 1,
+    thread_name="warpgroup",
+    kernel_name=name,
+    scratch_types=scratch,
+  )(x, weight, before, others)
+
+
+def _stages(K, has_before, columns):
+  """Return the _Stages: all pieces of a tile of `before` where they fit.
+
+  Args:
+    K: as in `run`.
+    has_before: whether there is `before`.
+    columns: those of all pieces that are written at once.
+  """
+  piece = 2 * STEP * STEP
+  own = (_SHARED - 2 * K * COLUMNS) // _CONSUMERS
+  few = K > 256
+  before = (1 if few else len(_PIECES)) if has_before else 0
+  staging = 1 if few else 2
+  own -= before * piece + 2 * staging * STEP * columns
+  return _Stages(min(own // (2 * ROWS * STEP), 4), before, staging)
+
+
+class Piece(NamedTuple):
+  """A piece of a tile of the result.
+
+  Attributes:
+    number: its number in the tile.
+    item: the number of the tile among those of the thread block.
+    row: its first row.
+    column: its first column.
+  """
+
+  number: int
+  item: mosaic.Index
+  row: mosaic.Index
+  column: mosaic.Index
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Block:
+  """The code of a thread block, and all that it refers to.
+
+  Attributes:
+    x, weight, all_before: references in global memory, as in `run`.
+    is_transposed: as in `run`.
+    left: ring of pieces of x, STEP columns each; see `own_use`.
+    strip: ring with the weights of the strip, in pieces; it is used once.
+    before_ring: ring of pieces of `before`, or None; see `own_use`.
+    staging: pieces of the results on their way to global memory.
+    ways: thread blocks that share a strip.
+    warpgroup: index of the warpgroup that runs the code.
+    epilogue: takes the Block, a product and its Piece.
+  """
+
+  x: mosaic.Ref
+  weight: mosaic.Ref
+  all_before: mosaic.Ref | None
+  is_transposed: bool
+  left: pipeline.Ring
+  strip: pipeline.Ring
+  before_ring: pipeline.Ring | None
+  staging: mosaic.Ref
+  ways: int
+  warpgroup: jax.Array
+  epilogue: Callable[["Block", jax.Array, Piece], None]
+
+  @property
+  def steps(self) -> int:
+    return self.x.shape[1] // STEP
+
+  def run(self) -> None:
+    """Compute, or load."""
+    tiles = pl.cdiv(self.x.shape[0], ROWS)
+    count = (tiles - lax.axis_index("way") + self.ways - 1) // self.ways
+    more, fewer = pipeline.REGISTERS[_CONSUMERS]
+
+    @pl.when(self.warpgroup < _CONSUMERS)
+    def _():
+      plgpu.set_max_registers(more, action="increase")
+      self.strip.wait(0)
+      rows.in_turn(count, self.warpgroup, _CONSUMERS, self.work)
+      self.strip.release(0)
+      plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    @pl.when(self.warpgroup == _CONSUMERS)
+    def _():
+      plgpu.set_max_registers(fewer, action="decrease")
+      self.strip.load(0, [self.weights()])
+      lax.fori_loop(0, count, self.fetch, None)
+      self.strip.wait_until_released(1)
+      self.wait_until_released(self.left, count, self.steps)
+      if self.before_ring is not None:
+        self.wait_until_released(self.before_ring, count, len(_PIECES))
+
+  def first_row(self, item: mosaic.Index) -> mosaic.Index:
+    """Return the first row of a tile of this block.
+
+    The last tile ends with the last row. So it may repeat rows.
+    """
+    tile = item * self.ways + lax.axis_index("way")
+    return jnp.minimum(tile * ROWS, self.x.shape[0] - ROWS)
+
+  def weights(self) -> list[mosaic.Ref]:
+    """Return the pieces of the weights of the strip."""
+    columns = pl.ds(lax.axis_index("strip") * COLUMNS, COLUMNS)
+    pieces = (pl.ds(k * STEP, STEP) for k in range(self.steps))
+    if self.is_transposed:
+      return [self.weight.at[columns, piece] for piece in pieces]
+    return [self.weight.at[piece, columns] for piece in pieces]
+
+  def own_use(
+    self, ring: pipeline.Ring, item: mosaic.Index, i: int, uses: int
+  ) -> mosaic.Index:
+    """Return the number of a use in a ring of which each consumer has a part.
+
+    A consumer waits for every use of its own stages, and for no other.
+
+    Args:
+      ring: the stages of the first consumer, then those of the second.
+      item: the tile.
+      i: the use among those of the tile.
+      uses: uses of a tile.
+    """
+    stages = ring.stages // _CONSUMERS
+    index = lax.div(item, _CONSUMERS) * uses + i
+    turn, stage = lax.div(index, stages), lax.rem(index, stages)
+    consumer = lax.rem(item, _CONSUMERS)
+    return turn * ring.stages + consumer * stages + stage
+
+  def wait_until_released(
+    self, ring: pipeline.Ring, count: mosaic.Index, uses: int
+  ) -> None:
+    """Wait for the last uses of a ring of which each consumer has a part."""
+    stages = ring.stages // _CONSUMERS
+    for consumer in range(_CONSUMERS):
+      mine = (count - consumer + _CONSUMERS - 1) // _CONSUMERS * uses
+      for stage in range(stages):
+        free = ring.free.at[consumer * stages + stage]
+        pl.when(mine > stage)(functools.partial(plgpu.barrier_wait, free))
+
+  def work(self, item: mosaic.Index, _: None) -> None:
+    """Compute a tile of a consumer."""
+    weights = self.strip.tiles[0].at[0]
+
+    def use(k):
+      return self.own_use(self.left, item, k, self.steps)
+
+    def multiply(accumulator):
+      for k in range(self.steps):
+        (piece,) = self.left.wait(use(k))
+        weight = weights.at[k]
+        if self.is_transposed:
+          weight = mosaic.transposed(weight)
+        mosaic.wgmma(accumulator, piece, weight)
+        if k:
+          mosaic.wait_for_products(1)
+          self.left.release(use(k - 1))
+      return mosaic.read_accumulator(accumulator)
+
+    product = mosaic.with_accumulators(multiply, (ROWS, COLUMNS))
+    self.left.release(use(self.steps - 1))
+    first, column = self.first_row(item), lax.axis_index("strip") * COLUMNS
+    for p, (down, along) in enumerate(_PIECES):
+      part = product[down : down + STEP, along : along + STEP]
+      self.epilogue(self, part, Piece(p, item, first + down, column + along))
+
+  def before(self, piece: Piece) -> jax.Array:
+    """Return a piece of `before`, float32 in registers. Do so once."""
+    ring = self.before_ring
+    assert ring is not None
+    use = self.own_use(ring, piece.item, piece.number, len(_PIECES))
+    (tile,) = ring.wait(use)
+    loaded = mosaic.load(tile, mosaic.TILE_LAYOUT)
+    # These were ordinary loads; the next write to the tile is by TMA.
+    plgpu.commit_smem()
+    ring.release(use)
+    return loaded.astype(jnp.float32)
+
+  def write(
+    self,
+    piece: Piece,
+    values: Sequence[jax.Array],
+    targets: Sequence[mosaic.Ref],
+  ) -> None:
+    """Write the results of a piece; all pieces of a strip write as many.
+
+    Args:
+      piece: the piece.
+      values: in registers, [STEP, width].
+      targets: where they belong in global memory.
+    """
+    # Earlier copies must have left these tiles. The latest ones may run on.
+    stages = self.staging.shape[1]
+    running = (stages - 1) * len(values)
+    plgpu.wait_smem_to_gmem(running, wait_read_only=True)
+    staging = [
+      self.staging.at[self.warpgroup, piece.number % stages, i]
+      for i in range(len(values))
+    ]
+    for tile, value in zip(staging, values):
+      tile[...] = value
+    plgpu.commit_smem()
+    for tile, target in zip(staging, targets):
+      plgpu.copy_smem_to_gmem(tile, target)
+
+  def fetch(self, item: mosaic.Index, _: None) -> None:
+    """Load what a tile needs."""
+    first = self.first_row(item)
+    for k in range(self.steps):
+      piece = self.x.at[pl.ds(first, ROWS), pl.ds(k * STEP, STEP)]
+      self.left.load(self.own_use(self.left, item, k, self.steps), [piece])
+    if self.before_ring is None or self.all_before is None:
+      return
+    column = lax.axis_index("strip") * COLUMNS
+    for p, (down, along) in enumerate(_PIECES):
+      use = self.own_use(self.before_ring, item, p, len(_PIECES))
+      at = pl.ds(first + down, STEP), pl.ds(column + along, STEP)
+      self.before_ring.load(use, [self.all_before.at[at]])
