@@ -12,6 +12,7 @@ meets all of them alike. Texts, orders and parameters are random.
   MFU       FLOPs of the model over the device's bfloat16 peak (PaLM,
             appendix B)
   kernels   in a step; needs --profile, on a GPU
+  busy      share of the step in which they run; so does this
   nats      per token after all steps: the choices must agree
 
 --profile names the kernels that take the most time, summed by name. A row that
@@ -53,6 +54,7 @@ _WIDTHS = {
   "tokens/s": 9,
   "MFU": 6,
   "kernels": 7,
+  "busy": 6,
   "nats": 7,
 }
 
@@ -183,7 +185,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for runner in runners:
       kernels = _kernels(runner, device) if flags.profile else []
       row = runner.row()
-      row["kernels"] = sum(kernel.launches for kernel in kernels) or None
+      if kernels:
+        row["kernels"] = sum(kernel.launches for kernel in kernels)
+        busy = sum(kernel.seconds for kernel in kernels)
+        row["busy"] = 1e3 * busy / row["ms/step"]
       saved.append(row)
       print(_line(row), flush=True)
       for kernel in kernels[: flags.profile]:
@@ -228,7 +233,7 @@ def _line(row):
 def _text(column, value):
   if value is None:
     return "-"
-  if column == "MFU" and not isinstance(value, str):
+  if column in ("MFU", "busy") and not isinstance(value, str):
     return f"{100 * value:.1f}%"
   if column == "tokens/s" and not isinstance(value, str):
     return telemetry.format_count(value)
