@@ -96,6 +96,7 @@ def _serves(rows, weight, implementation):
   kernels, (D, F) = _hopper().products, weight.shape
   return (
     len(rows) >= kernels.ROWS
+    and len(rows) % kernels.ROW_GROUP == 0
     and D % kernels.STEP == 0
     and D <= kernels.MOST_K
     and F % kernels.COLUMNS == 0

@@ -18,12 +18,13 @@ def forward(
     keep_before: whether to return x @ up.
   """
 
-  def epilogue(block, product, piece, others, outs):
+  def epilogue(block, pieces, others, outs):
     del others
-    rounded = product.astype(x.dtype)
-    value = gelu.value(rounded.astype(jnp.float32)).astype(x.dtype)
-    values = [value, rounded][: len(outs)]
-    block.write(piece, values, [out.at[_at(piece)] for out in outs])
+    for piece in pieces:
+      rounded = piece.product.astype(x.dtype)
+      value = gelu.value(rounded.astype(jnp.float32)).astype(x.dtype)
+      values = [value, rounded][: len(outs)]
+      block.write(piece, values, [out.at[_at(piece)] for out in outs])
 
   count = 2 if keep_before else 1
   out = jax.ShapeDtypeStruct((x.shape[0], up.shape[1]), x.dtype)
@@ -41,10 +42,12 @@ def backward(d_out: jax.Array, down: jax.Array, before: jax.Array) -> jax.Array:
     before: [M, N].
   """
 
-  def epilogue(block, product, piece, others, outs):
+  def epilogue(block, pieces, others, outs):
     del others
-    value = gelu.gradient(block.before(piece), product)
-    block.write(piece, [value.astype(before.dtype)], [outs[0].at[_at(piece)]])
+    for piece in pieces:
+      value = gelu.gradient(block.before(piece), piece.product)
+      target = outs[0].at[_at(piece)]
+      block.write(piece, [value.astype(before.dtype)], [target])
 
   (out,) = products.run(
     "down_gelu_backward",
@@ -59,5 +62,4 @@ def backward(d_out: jax.Array, down: jax.Array, before: jax.Array) -> jax.Array:
 
 
 def _at(piece):
-  size = products.STEP
-  return pl.ds(piece.row, size), pl.ds(piece.column, size)
+  return pl.ds(piece.row, products.ROWS), pl.ds(piece.column, products.STEP)

@@ -6,14 +6,13 @@ that of writing its result, and the epilogue costs little beside it.
 
 A strip is the tiles of the result that share their columns. A thread block
 works down a strip, whose weights stay in shared memory. Blocks of all strips
-work side by side, so whole rows are written at the same time. In a block, two
-warpgroups take turns: one multiplies its tile while the other one is in the
-epilogue of the tile before. A third warpgroup loads.
+work side by side, so whole rows are written at the same time. In a block, three
+warpgroups take tiles in turn: one multiplies while others are in the epilogues
+of their tiles. One more warpgroup loads.
 """
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -27,14 +26,16 @@ from pallas_kernels import devices
 from pallas_kernels.hopper import mosaic, pipeline, rows
 
 # A tile of the result. Its products have STEP columns of the left operand each,
-# and it is written in pieces of STEP rows and columns.
-ROWS = COLUMNS = 128
-STEP = 64
+# and it is written in pieces of STEP columns.
+ROWS = STEP = 64
+COLUMNS = 128
+# The number of rows must be a multiple of this.
+ROW_GROUP = 8
 # The largest K whose weights of a strip fit into shared memory.
 MOST_K = 512
-_CONSUMERS = 2
-# The first row and column of every piece of a tile.
-_PIECES = list(itertools.product(range(0, ROWS, STEP), range(0, COLUMNS, STEP)))
+_CONSUMERS = 3
+# The first column of every piece of a tile.
+_PIECES = range(0, COLUMNS, STEP)
 # Bytes of shared memory for tiles. The rest is for barriers.
 _SHARED = 226 * 1024
 
@@ -65,31 +66,34 @@ def run(
   is_transposed: bool = False,
   results: int = 1,
   width: int = STEP,
+  costs: Sequence[float] | None = None,
 ) -> list[jax.Array]:
   """Run an epilogue on every tile of x @ weight.
 
   Args:
     name: of the kernel.
-    x: [M, K], M at least ROWS, K a multiple of STEP up to MOST_K.
+    x: [M, K]; M at least ROWS and a multiple of ROW_GROUP, K a multiple of
+      STEP up to MOST_K.
     weight: [K, N], like x; N a multiple of COLUMNS.
     out_type: the shapes of what the epilogue writes.
-    epilogue: takes the Block, the product of a piece (float32 [STEP, STEP] in
-      registers), the Piece, the references of `others` and those of the
-      results. It writes by `Block.write`.
+    epilogue: takes the Block, the Pieces of a tile, the references of `others`
+      and those of the results. It writes by `Block.write`.
     others: a pytree of further arrays.
     before: [M, N]. The epilogue can load its pieces by `Block.before`.
     is_transposed: whether `weight` is given as [N, K].
     results: pieces that the epilogue writes at once.
     width: columns of such a piece: STEP or STEP / 2.
+    costs: the times of the strips, relative to each other. A strip that takes
+      longer has more thread blocks. None: all take as long.
 
   Returns:
     What the epilogue has written.
   """
   M, K = x.shape
   N = weight.size // K
-  strips = N // COLUMNS
-  tiles = pl.cdiv(M, ROWS)
-  ways = min(max(devices.of(x).cores // strips, 1), tiles)
+  ways = _ways(
+    devices.of(x).cores, pl.cdiv(M, ROWS), costs or [1.0] * (N // COLUMNS)
+  )
   stages = _stages(K, before is not None, results * width)
 
   def own_ring(stages, height):
@@ -107,7 +111,7 @@ def run(
       strip=strip,
       before_ring=before_ring[0] if before_ring else None,
       staging=staging,
-      ways=ways,
+      place=_place(ways),
       warpgroup=lax.axis_index("warpgroup"),
       epilogue=functools.partial(epilogue, others=others, outs=outs),
     ).run()
@@ -120,15 +124,15 @@ def run(
       readers=_CONSUMERS,
       copies=K // STEP,
     ),
-    mosaic.tiles((_CONSUMERS, stages.staging, results, STEP, width), x.dtype),
-    *([] if before is None else [own_ring(stages.before, STEP)]),
+    mosaic.tiles((_CONSUMERS, stages.staging, results, ROWS, width), x.dtype),
+    *([] if before is None else [own_ring(stages.before, ROWS)]),
   ]
   count = len(scratch)
   return mosaic.kernel(
     body,
     out_type=list(out_type),
-    grid=(ways, strips),
-    grid_names=("way", "strip"),
+    grid=(sum(ways),),
+    grid_names=("block",),
     num_threads=_CONSUMERS + 1,
     thread_name="warpgroup",
     kernel_name=name,
@@ -144,25 +148,59 @@ def _stages(K, has_before, columns):
     has_before: whether there is `before`.
     columns: those of all pieces that are written at once.
   """
-  piece = 2 * STEP * STEP
+  piece = 2 * ROWS * STEP
   own = (_SHARED - 2 * K * COLUMNS) // _CONSUMERS
-  few = K > 256
-  before = (1 if few else len(_PIECES)) if has_before else 0
-  staging = 1 if few else 2
-  own -= before * piece + 2 * staging * STEP * columns
-  return _Stages(min(own // (2 * ROWS * STEP), 4), before, staging)
+  before = (len(_PIECES) if K <= 256 else 1) if has_before else 0
+  own -= before * piece
+  left = min(own - 2 * ROWS * columns, 4 * piece) // piece
+  own -= left * piece
+  return _Stages(left, before, min(own // (2 * ROWS * columns), 2))
+
+
+def _ways(cores, tiles, costs):
+  """Return the number of thread blocks of each strip."""
+  return [min(max(int(cores * cost / sum(costs)), 1), tiles) for cost in costs]
+
+
+class _Place(NamedTuple):
+  """The work of a thread block.
+
+  Attributes:
+    strip: its strip.
+    way: its number among the blocks of the strip.
+    ways: how many blocks the strip has.
+  """
+
+  strip: mosaic.Index
+  way: mosaic.Index
+  ways: mosaic.Index
+
+
+def _place(ways):
+  """Return the _Place of this thread block."""
+  block = lax.axis_index("block")
+  place, start = _Place(0, block, ways[0]), 0
+  for strip, count in enumerate(ways):
+    mine = _Place(strip, block - start, count)
+    place = _Place(
+      *(jnp.where(block < start, x, y) for x, y in zip(place, mine))
+    )
+    start += count
+  return place
 
 
 class Piece(NamedTuple):
   """A piece of a tile of the result.
 
   Attributes:
+    product: float32 [ROWS, STEP] in registers.
     number: its number in the tile.
     item: the number of the tile among those of the thread block.
     row: its first row.
     column: its first column.
   """
 
+  product: jax.Array
   number: int
   item: mosaic.Index
   row: mosaic.Index
@@ -180,9 +218,9 @@ class Block:
     strip: ring with the weights of the strip, in pieces; it is used once.
     before_ring: ring of pieces of `before`, or None; see `own_use`.
     staging: pieces of the results on their way to global memory.
-    ways: thread blocks that share a strip.
+    place: which tiles it works on.
     warpgroup: index of the warpgroup that runs the code.
-    epilogue: takes the Block, a product and its Piece.
+    epilogue: takes the Block and the Pieces of a tile.
   """
 
   x: mosaic.Ref
@@ -193,9 +231,9 @@ class Block:
   strip: pipeline.Ring
   before_ring: pipeline.Ring | None
   staging: mosaic.Ref
-  ways: int
+  place: _Place
   warpgroup: jax.Array
-  epilogue: Callable[["Block", jax.Array, Piece], None]
+  epilogue: Callable[["Block", list[Piece]], None]
 
   @property
   def steps(self) -> int:
@@ -204,7 +242,8 @@ class Block:
   def run(self) -> None:
     """Compute, or load."""
     tiles = pl.cdiv(self.x.shape[0], ROWS)
-    count = (tiles - lax.axis_index("way") + self.ways - 1) // self.ways
+    place = self.place
+    count = lax.div(tiles - place.way + place.ways - 1, place.ways)
     more, fewer = pipeline.REGISTERS[_CONSUMERS]
 
     @pl.when(self.warpgroup < _CONSUMERS)
@@ -230,12 +269,12 @@ class Block:
 
     The last tile ends with the last row. So it may repeat rows.
     """
-    tile = item * self.ways + lax.axis_index("way")
+    tile = item * self.place.ways + self.place.way
     return jnp.minimum(tile * ROWS, self.x.shape[0] - ROWS)
 
   def weights(self) -> list[mosaic.Ref]:
     """Return the pieces of the weights of the strip."""
-    columns = pl.ds(lax.axis_index("strip") * COLUMNS, COLUMNS)
+    columns = pl.ds(self.place.strip * COLUMNS, COLUMNS)
     pieces = (pl.ds(k * STEP, STEP) for k in range(self.steps))
     if self.is_transposed:
       return [self.weight.at[columns, piece] for piece in pieces]
@@ -249,7 +288,7 @@ class Block:
     A consumer waits for every use of its own stages, and for no other.
 
     Args:
-      ring: the stages of the first consumer, then those of the second.
+      ring: the stages of the first consumer, then those of the others.
       item: the tile.
       i: the use among those of the tile.
       uses: uses of a tile.
@@ -292,10 +331,14 @@ class Block:
 
     product = mosaic.with_accumulators(multiply, (ROWS, COLUMNS))
     self.left.release(use(self.steps - 1))
-    first, column = self.first_row(item), lax.axis_index("strip") * COLUMNS
-    for p, (down, along) in enumerate(_PIECES):
-      part = product[down : down + STEP, along : along + STEP]
-      self.epilogue(self, part, Piece(p, item, first + down, column + along))
+    first, column = self.first_row(item), self.place.strip * COLUMNS
+    self.epilogue(
+      self,
+      [
+        Piece(product[:, i : i + STEP], p, item, first, column + i)
+        for p, i in enumerate(_PIECES)
+      ],
+    )
 
   def before(self, piece: Piece) -> jax.Array:
     """Return a piece of `before`, float32 in registers. Do so once."""
@@ -319,7 +362,7 @@ class Block:
 
     Args:
       piece: the piece.
-      values: in registers, [STEP, width].
+      values: in registers, [ROWS, width].
       targets: where they belong in global memory.
     """
     # Earlier copies must have left these tiles. The latest ones may run on.
@@ -344,8 +387,8 @@ class Block:
       self.left.load(self.own_use(self.left, item, k, self.steps), [piece])
     if self.before_ring is None or self.all_before is None:
       return
-    column = lax.axis_index("strip") * COLUMNS
-    for p, (down, along) in enumerate(_PIECES):
+    column = self.place.strip * COLUMNS
+    for p, along in enumerate(_PIECES):
       use = self.own_use(self.before_ring, item, p, len(_PIECES))
-      at = pl.ds(first + down, STEP), pl.ds(column + along, STEP)
+      at = pl.ds(first, ROWS), pl.ds(column + along, STEP)
       self.before_ring.load(use, [self.all_before.at[at]])

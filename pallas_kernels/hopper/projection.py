@@ -6,6 +6,7 @@ backward pass is that of heads.py.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -17,6 +18,8 @@ from pallas_kernels.hopper import heads, mosaic, products
 # The width of a head: a piece of the product has one head.
 H = products.STEP
 _HALF = H // 2
+# The time of a strip that is copied, relative to one that is normed.
+_COPIED = 0.5
 
 
 def forward(
@@ -40,25 +43,23 @@ def forward(
   M, N = len(x), weight.shape[2]
   normed = sum(part is not None for part in parts)
 
-  def epilogue(block, product, piece, others, outs):
+  def epilogue(block, pieces, others, outs):
     *outs, before = outs
-    rounded = product.astype(x.dtype)
     for c, (part, out) in enumerate(zip(others, outs)):
-      is_mine = lax.div(piece.column, N * H) == c
-      column = piece.column - c * N * H
+      # A strip has columns of one part only.
+      is_mine = lax.div(pieces[0].column, N * H) == c
 
       @pl.when(is_mine)
-      def _(part=part, out=out, column=column):
-        targets = _targets(out, piece.row, column)
-        if part is None:
-          block.write(piece, _halves(rounded), targets)
-          return
-        values = _Head(part, piece.row).forward(rounded, epsilon)
-        block.write(
-          piece,
-          [value.astype(x.dtype) for value in values] + _halves(rounded),
-          targets + _targets(before, piece.row, piece.column),
-        )
+      def _(c=c, part=part, out=out):
+        head = part and _Head.load(part, pieces[0].row)
+        for piece in pieces:
+          rounded = piece.product.astype(x.dtype)
+          values = _halves(rounded)
+          targets = _targets(out, piece.row, piece.column - c * N * H)
+          if head:
+            targets += _targets(before, piece.row, piece.column)
+            values = head.forward(values, epsilon) + values
+          block.write(piece, values, targets)
 
   def out(columns):
     return jax.ShapeDtypeStruct((M, columns), x.dtype)
@@ -72,6 +73,11 @@ def forward(
     list(parts),
     results=4,
     width=_HALF,
+    costs=[
+      1.0 if part else _COPIED
+      for part in parts
+      for _ in range(N * H // products.COLUMNS)
+    ],
   )
   return (
     [part.reshape(M, N, H) for part in outs],
@@ -85,49 +91,62 @@ def _halves(values):
 
 def _targets(ref, row, column):
   """Return the places of the halves of a head."""
-  rows = pl.ds(row, products.STEP)
+  rows = pl.ds(row, products.ROWS)
   return [ref.at[rows, pl.ds(column + i, _HALF)] for i in (0, _HALF)]
 
 
-class _Head:
-  """Norms and rotates a head of some rows, in registers."""
+class _Head(NamedTuple):
+  """Norms and rotates heads of some rows, in registers.
 
-  def __init__(self, part, row):
-    self._part, self._row = part, row
+  Attributes:
+    scales: references of the two halves of the scale.
+    rotation: cosines and sines, repeated over a half; None for no rotation.
+  """
 
-  def forward(self, rounded, epsilon):
-    """Return the halves, float32.
+  scales: list[mosaic.Ref]
+  rotation: tuple[jax.Array, jax.Array] | None
+
+  @classmethod
+  def load(cls, part, row):
+    """Load what the heads of some rows share."""
+    scales = [part.scale.at[pl.ds(i, _HALF)] for i in (0, _HALF)]
+    if part.position is None:
+      return cls(scales, None)
+    position = mosaic.load(
+      part.position.at[0, pl.ds(row, products.ROWS)],
+      mosaic.ROW_LAYOUT,
+      optimized=False,
+    )
+    angle = _along_rows(position.astype(jnp.float32))
+    return cls(
+      scales, heads.cos_and_sin(angle * _along_columns(part.frequency))
+    )
+
+  def forward(self, halves, epsilon):
+    """Return the halves of a head, normed and rotated.
 
     Args:
-      rounded: [STEP, H], rounded products.
+      halves: [ROWS, H / 2] each, in registers.
       epsilon: is added to the mean square.
     """
-    halves = [half.astype(jnp.float32) for half in _halves(rounded)]
+    dtype = halves[0].dtype
+    halves = [half.astype(jnp.float32) for half in halves]
     total = sum((half * half).sum(axis=1) for half in halves)
-    root = lax.rsqrt(total * (1 / H) + epsilon)
+    root = _along_rows(lax.rsqrt(total * (1 / H) + epsilon))
     first, second = (
-      half * self._along_rows(root) * self._along_columns(self._scale(i))
-      for i, half in enumerate(halves)
+      half * root * _along_columns(scale)
+      for half, scale in zip(halves, self.scales)
     )
-    if self._part.position is None:
-      return first, second
-    cos, sin = heads.cos_and_sin(self._angle())
-    return first * cos - second * sin, second * cos + first * sin
+    if self.rotation is not None:
+      cos, sin = self.rotation
+      first, second = first * cos - second * sin, second * cos + first * sin
+    return [first.astype(dtype), second.astype(dtype)]
 
-  def _scale(self, half):
-    return self._part.scale.at[pl.ds(half * _HALF, _HALF)]
 
-  def _angle(self):
-    rows = pl.ds(self._row, products.STEP)
-    position = mosaic.load(
-      self._part.position.at[0, rows], mosaic.ROW_LAYOUT, optimized=False
-    )
-    turning = self._along_rows(position.astype(jnp.float32))
-    return turning * self._along_columns(self._part.frequency)
+def _along_rows(vector):
+  return mosaic.along_rows(vector, (products.ROWS, _HALF))
 
-  def _along_rows(self, vector):
-    return mosaic.along_rows(vector, (products.STEP, _HALF))
 
-  def _along_columns(self, ref):
-    vector = mosaic.load(ref, mosaic.COLUMN_LAYOUT, optimized=False)
-    return mosaic.along_columns(vector, (products.STEP, _HALF))
+def _along_columns(ref):
+  vector = mosaic.load(ref, mosaic.COLUMN_LAYOUT, optimized=False)
+  return mosaic.along_columns(vector, (products.ROWS, _HALF))

@@ -115,7 +115,7 @@ def over_tiles(
 
 
 def in_turn(
-  items: int,
+  items: mosaic.Index,
   first: mosaic.Index,
   stride: int,
   step: Callable[..., Any],
