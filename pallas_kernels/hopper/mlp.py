@@ -47,7 +47,7 @@ def backward(d_out: jax.Array, down: jax.Array, before: jax.Array) -> jax.Array:
     for piece in pieces:
       value = gelu.gradient(block.before(piece), piece.product)
       target = outs[0].at[_at(piece)]
-      block.write(piece, [value.astype(before.dtype)], [target])
+      block.write_over(piece, value.astype(before.dtype), target)
 
   (out,) = products.run(
     "down_gelu_backward",

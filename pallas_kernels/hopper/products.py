@@ -31,27 +31,14 @@ ROWS = STEP = 64
 COLUMNS = 128
 # The number of rows must be a multiple of this.
 ROW_GROUP = 8
-# The largest K whose weights of a strip fit into shared memory.
-MOST_K = 512
+# The largest K for which a strip of weights and a whole tile of x for each
+# warpgroup fit into shared memory.
+MOST_K = 256
 _CONSUMERS = 3
 # The first column of every piece of a tile.
 _PIECES = range(0, COLUMNS, STEP)
 # Bytes of shared memory for tiles. The rest is for barriers.
 _SHARED = 226 * 1024
-
-
-class _Stages(NamedTuple):
-  """Stages in shared memory of each consumer.
-
-  Attributes:
-    left: of pieces of x.
-    before: of pieces of `before`.
-    staging: of pieces of each result.
-  """
-
-  left: int
-  before: int
-  staging: int
 
 
 def run(
@@ -77,7 +64,8 @@ def run(
     weight: [K, N], like x; N a multiple of COLUMNS.
     out_type: the shapes of what the epilogue writes.
     epilogue: takes the Block, the Pieces of a tile, the references of `others`
-      and those of the results. It writes by `Block.write`.
+      and those of the results. It writes by `Block.write`, or, where there is
+      `before`, by `Block.write_over`.
     others: a pytree of further arrays.
     before: [M, N]. The epilogue can load its pieces by `Block.before`.
     is_transposed: whether `weight` is given as [N, K].
@@ -94,14 +82,20 @@ def run(
   ways = _ways(
     devices.of(x).cores, pl.cdiv(M, ROWS), costs or [1.0] * (N // COLUMNS)
   )
-  stages = _stages(K, before is not None, results * width)
-
-  def own_ring(stages, height):
-    tile = mosaic.tiles((_CONSUMERS * stages, height, STEP), x.dtype)
-    return pipeline.ring(tile, readers=1)
+  # A whole tile for each consumer. If the load of a tile had to wait for the
+  # tile before, the loads for the other consumers would wait with it.
+  left = mosaic.tiles((_CONSUMERS * K // STEP, ROWS, STEP), x.dtype)
+  row_bytes = 2 * (COLUMNS * K // ROWS + _CONSUMERS * K)
+  if before is None:
+    free = (_SHARED // ROWS - row_bytes) // (2 * _CONSUMERS * results * width)
+    shape = _CONSUMERS, min(free, 2), results, ROWS, width
+    tail = [mosaic.tiles(shape, x.dtype)]
+  else:
+    tiles = mosaic.tiles((_CONSUMERS * len(_PIECES), ROWS, STEP), x.dtype)
+    tail = [pipeline.ring(tiles, readers=1)]
 
   def body(x, weight, before, others, *refs):
-    outs, (left, strip, staging, *before_ring) = refs[:-count], refs[-count:]
+    *outs, left, strip, last = refs
     Block(
       x=x,
       weight=weight,
@@ -109,8 +103,8 @@ def run(
       is_transposed=is_transposed,
       left=left,
       strip=strip,
-      before_ring=before_ring[0] if before_ring else None,
-      staging=staging,
+      before_ring=None if before is None else last,
+      staging=last if before is None else None,
       place=_place(ways),
       warpgroup=lax.axis_index("warpgroup"),
       epilogue=functools.partial(epilogue, others=others, outs=outs),
@@ -118,16 +112,14 @@ def run(
 
   weights = (COLUMNS, STEP) if is_transposed else (STEP, COLUMNS)
   scratch = [
-    own_ring(stages.left, ROWS),
+    pipeline.ring(left, readers=1),
     pipeline.ring(
       mosaic.tiles((1, K // STEP, *weights), x.dtype),
       readers=_CONSUMERS,
       copies=K // STEP,
     ),
-    mosaic.tiles((_CONSUMERS, stages.staging, results, ROWS, width), x.dtype),
-    *([] if before is None else [own_ring(stages.before, ROWS)]),
+    *tail,
   ]
-  count = len(scratch)
   return mosaic.kernel(
     body,
     out_type=list(out_type),
@@ -138,23 +130,6 @@ def run(
     kernel_name=name,
     scratch_types=scratch,
   )(x, weight, before, others)
-
-
-def _stages(K, has_before, columns):
-  """Return the _Stages: all pieces of a tile of `before` where they fit.
-
-  Args:
-    K: as in `run`.
-    has_before: whether there is `before`.
-    columns: those of all pieces that are written at once.
-  """
-  piece = 2 * ROWS * STEP
-  own = (_SHARED - 2 * K * COLUMNS) // _CONSUMERS
-  before = (len(_PIECES) if K <= 256 else 1) if has_before else 0
-  own -= before * piece
-  left = min(own - 2 * ROWS * columns, 4 * piece) // piece
-  own -= left * piece
-  return _Stages(left, before, min(own // (2 * ROWS * columns), 2))
 
 
 def _ways(cores, tiles, costs):
@@ -217,7 +192,8 @@ class Block:
     left: ring of pieces of x, STEP columns each; see `own_use`.
     strip: ring with the weights of the strip, in pieces; it is used once.
     before_ring: ring of pieces of `before`, or None; see `own_use`.
-    staging: pieces of the results on their way to global memory.
+    staging: pieces of the results on their way to global memory; None where
+      they take the place of `before`.
     place: which tiles it works on.
     warpgroup: index of the warpgroup that runs the code.
     epilogue: takes the Block and the Pieces of a tile.
@@ -230,7 +206,7 @@ class Block:
   left: pipeline.Ring
   strip: pipeline.Ring
   before_ring: pipeline.Ring | None
-  staging: mosaic.Ref
+  staging: mosaic.Ref | None
   place: _Place
   warpgroup: jax.Array
   epilogue: Callable[["Block", list[Piece]], None]
@@ -341,16 +317,36 @@ class Block:
     )
 
   def before(self, piece: Piece) -> jax.Array:
-    """Return a piece of `before`, float32 in registers. Do so once."""
+    """Return a piece of `before`, float32 in registers."""
     ring = self.before_ring
     assert ring is not None
-    use = self.own_use(ring, piece.item, piece.number, len(_PIECES))
-    (tile,) = ring.wait(use)
-    loaded = mosaic.load(tile, mosaic.TILE_LAYOUT)
-    # These were ordinary loads; the next write to the tile is by TMA.
+    (tile,) = ring.wait(self._use_of_before(ring, piece.item, piece.number))
+    return mosaic.load(tile, mosaic.TILE_LAYOUT).astype(jnp.float32)
+
+  def _use_of_before(self, ring, item, number):
+    return self.own_use(ring, item, number, len(_PIECES))
+
+  def write_over(
+    self, piece: Piece, value: jax.Array, target: mosaic.Ref
+  ) -> None:
+    """Write the result of a piece, by way of its tile of `before`.
+
+    Args:
+      piece: the piece; `before` has loaded it.
+      value: in registers, [ROWS, STEP].
+      target: where it belongs in global memory.
+    """
+    ring = self.before_ring
+    assert ring is not None
+    use = self._use_of_before(ring, piece.item, piece.number)
+    tile = ring.tiles[0].at[lax.rem(use, ring.stages)]
+    tile[...] = value
     plgpu.commit_smem()
-    ring.release(use)
-    return loaded.astype(jnp.float32)
+    plgpu.copy_smem_to_gmem(tile, target)
+    if piece.number == len(_PIECES) - 1:
+      plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+      for number in range(len(_PIECES)):
+        ring.release(self._use_of_before(ring, piece.item, number))
 
   def write(
     self,
@@ -365,6 +361,7 @@ class Block:
       values: in registers, [ROWS, width].
       targets: where they belong in global memory.
     """
+    assert self.staging is not None
     # Earlier copies must have left these tiles. The latest ones may run on.
     stages = self.staging.shape[1]
     running = (stages - 1) * len(values)
