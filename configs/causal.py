@@ -7,6 +7,9 @@ any-order number; docs/results has the run):
   default  one H200, 2,000 steps in 85 s: 1.608 bits/char (books27, 1 seed)
   :long    not run yet
   :base    not run yet; needs text8, --config.data.path=text8.zip
+  :bpe     not run yet; 10.0M parameters, 2.1M of them in embedding and head
+  :124m    not run yet; 123.6M parameters, 38.6M of them in the embedding; needs
+           a large text, as in --config.data.path=prepared/texts
   :tiny    for a CPU; not run yet on the built-in novels
 """
 

@@ -6,6 +6,9 @@ Hardware, time, validation result (any order; docs/results has the runs):
   default  one H200, 2,000 steps in 80 s: 2.128 bits/char (books27, 2 seeds)
   :long    one H200, 2,000 steps in 95 s: 2.110 bits/char (books27, 2 seeds)
   :base    not run yet; needs text8, --config.data.path=text8.zip
+  :bpe     not run yet; 10.0M parameters, 2.1M of them in embedding and head
+  :124m    not run yet; 123.6M parameters, 38.6M of them in the embedding; needs
+           a large text, as in --config.data.path=prepared/texts
   :tiny    for a CPU; not run yet on the built-in novels
 """
 

@@ -31,6 +31,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "model.T": 1024,
     "train.batch_size": 64,
   },
+  # 524 million tokens.
+  "bpe": {
+    "model.T": 256,
+    "data.tokenizer": "bpe",
+    "data.vocabulary": 4096,
+    "train.batch_size": 256,
+    "train.steps": 8000,
+  },
   "base": {
     "model.T": 256,
     "model.D": 768,
@@ -42,6 +50,23 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "optimizer.peak_learning_rate": 5e-4,
     "optimizer.warmup_steps": 2000,
     "optimizer.ema_decay": 0.9999,
+    "eval.every": 5000,
+    "sample.every": 5000,
+    "checkpoint.every": 2500,
+  },
+  # GPT-2's small model and the size of its vocabulary: 32,768 tokens a step.
+  "124m": {
+    "model.T": 1024,
+    "model.D": 768,
+    "model.L": 12,
+    "model.N": 12,
+    "model.tied": True,
+    "data.tokenizer": "bpe",
+    "data.vocabulary": 50_257,
+    "train.batch_size": 32,
+    "train.steps": 100_000,
+    "optimizer.peak_learning_rate": 6e-4,
+    "optimizer.warmup_steps": 2000,
     "eval.every": 5000,
     "sample.every": 5000,
     "checkpoint.every": 2500,

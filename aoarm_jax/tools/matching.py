@@ -31,6 +31,13 @@ def parameters(config: config_lib.Config) -> int:
   return run_dir.parameter_count(network.abstract_params)
 
 
+def symbol_parameters(config: config_lib.Config) -> int:
+  """Returns how many of the parameters are the embedding and the head."""
+  params = network_lib.Network(config).abstract_params
+  symbols = {name: params.get(name, {}) for name in ("embedding", "head")}
+  return run_dir.parameter_count(symbols)
+
+
 def training_flops(config: config_lib.Config) -> float:
   """Returns the FLOPs of all steps, see cost.training_flops_per_token."""
   tokens = config.model.T * config.train.batch_size * config.train.steps
@@ -205,12 +212,15 @@ def _sizes(config):
 def table(config: config_lib.Config) -> str:
   """Returns a table of what every mechanism costs at this config's sizes.
 
-  The last columns say which L or mlp_width gives a mechanism as many parameters
-  as the config's mechanism has, and which number of steps as many FLOPs.
+  Parameters of symbols are those of the embedding and the head, which grow with
+  the vocabulary. The last columns say which L or mlp_width gives a mechanism as
+  many parameters as the config's mechanism has, and which number of steps as
+  many FLOPs.
   """
   header = (
     "mechanism",
     "parameters",
+    "of symbols",
     "forward",
     "training",
     "cache",
@@ -219,6 +229,7 @@ def table(config: config_lib.Config) -> str:
     "steps",
   )
   units = (
+    "",
     "",
     "",
     "MFLOP/token",
@@ -242,6 +253,7 @@ def table(config: config_lib.Config) -> str:
       (
         name,
         f"{parameters(own):,}",
+        f"{symbol_parameters(own):,}",
         f"{forward / 1e6:.2f}",
         f"{training / 1e6:.2f}",
         f"{cost.cache_bytes_per_token(own.model, own.compute.dtype):,}",

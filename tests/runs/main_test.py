@@ -190,7 +190,7 @@ class ParseTest(parameterized.TestCase):
     self.assertEqual(
       self.refused(f"--config={path}:huge"),
       "configs/two_stream.py has no variant 'huge'; it has: default, long, "
-      "base, 1b, 7b, tiny",
+      "bpe, base, 124m, 1b, 7b, tiny",
     )
 
   @parameterized.parameters(

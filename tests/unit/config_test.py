@@ -94,6 +94,8 @@ class ExperimentsTest(parameterized.TestCase):
     self.assertEqual(sizes["default"], (256, 10, 4, 128))
     self.assertEqual(sizes["long"], (256, 10, 4, 1024))
     self.assertEqual(sizes["base"], (768, 12, 12, 256))
+    self.assertEqual(sizes["bpe"], (256, 10, 4, 256))
+    self.assertEqual(sizes["124m"], (768, 12, 12, 1024))
 
   def test_an_experiment_has_a_name(self):
     self.assertContainsSubset(EXPERIMENTS, experiments.names())
@@ -160,7 +162,7 @@ class ExperimentsTest(parameterized.TestCase):
 
   def test_unknown_variant(self):
     with self.assertRaisesRegex(
-      config_lib.ConfigError, "two_stream.py .*'huge'.*default, long, base"
+      config_lib.ConfigError, "two_stream.py .*'huge'.*default, long, bpe, "
     ):
       get_config("two_stream", "huge")
 

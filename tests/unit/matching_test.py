@@ -2,8 +2,10 @@
 
 import dataclasses
 import os
+import re
 import tempfile
 
+import config_test
 import pytest
 from absl.testing import absltest, parameterized
 
@@ -19,6 +21,21 @@ def _config(mechanism, by="training_flops", change="steps", **model):
     train=config_lib.Train(steps=800, batch_size=64),
     match=config_lib.Match("other", by, change),
   )
+
+
+class SymbolsTest(parameterized.TestCase):
+  @parameterized.product(
+    experiment=config_test.EXPERIMENTS, variant=("bpe", "124m")
+  )
+  @pytest.mark.thorough
+  def test_the_sizes_that_a_file_names(self, experiment, variant):
+    config = config_lib.from_config_dict(
+      config_test.get_config(experiment, variant)
+    )
+    source = (config_test.CONFIGS / f"{experiment}.py").read_text()
+    sizes = re.search(rf" :{variant} .*? ([\d.]+)M .*? ([\d.]+)M of", source)
+    counts = matching.parameters(config), matching.symbol_parameters(config)
+    self.assertEqual(sizes.groups(), tuple(f"{n / 1e6:.1f}" for n in counts))
 
 
 class MatchTest(parameterized.TestCase):
@@ -105,8 +122,11 @@ class MatchTest(parameterized.TestCase):
     rows = {line.split()[0]: line.split() for line in table[2:]}
     count = matching.parameters(_config("two_stream"))
     self.assertEqual(rows["two_stream"][1], f"{count:,}")
+    # BOS, EOS and MASK have embeddings, and no columns in the head.
+    self.assertEqual(rows["two_stream"][2], f"{(27 + 2 + 27) * 64:,}")
+    self.assertEqual(rows["mdlm"][2], f"{(27 + 3 + 27) * 64:,}")
     self.assertEqual(rows["two_stream"][-1], "800")
-    self.assertEqual(rows["mdlm"][4], "0")
+    self.assertEqual(rows["mdlm"][5], "0")
 
   @pytest.mark.thorough
   def test_table_where_nothing_comes_near(self):
@@ -114,8 +134,8 @@ class MatchTest(parameterized.TestCase):
     table = matching.table(_config("two_stream", L=1)).splitlines()
     self.assertLen(table, 2 + len(mechanisms.MECHANISMS))
     rows = {line.split()[0]: line.split() for line in table[2:]}
-    self.assertEqual(rows["ao_gpt"][5], "-")
-    self.assertEqual(rows["decoupled_rope"][5], "1")
+    self.assertEqual(rows["ao_gpt"][6], "-")
+    self.assertEqual(rows["decoupled_rope"][6], "1")
 
   @pytest.mark.thorough
   def test_table_of_a_fraction_of_the_queries(self):
@@ -128,12 +148,12 @@ class MatchTest(parameterized.TestCase):
     rows = {line.split()[0]: line.split() for line in table[2:]}
 
     def passes(name):
-      return float(rows[name][3]) / float(rows[name][2])
+      return float(rows[name][4]) / float(rows[name][3])
 
     self.assertLess(passes("two_stream"), 2.5)
     self.assertAlmostEqual(passes("causal"), 3.0, delta=0.1)
     # A cheaper run is matched by fewer steps than the 800.
-    fraction = float(rows["two_stream"][3]) / float(rows["causal"][3])
+    fraction = float(rows["two_stream"][4]) / float(rows["causal"][4])
     steps = int(rows["causal"][-1].replace(",", ""))
     self.assertAlmostEqual(steps, 800 * fraction, delta=12)
 
