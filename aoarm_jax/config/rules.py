@@ -192,6 +192,11 @@ def _of_training(config):
       f"must divide config.train.batch_size={t.batch_size}",
     ),
     (
+      "train.start_from",
+      not t.start_from or not config.study.sweep,
+      "the runs of a study begin with new weights; leave the field out",
+    ),
+    (
       "match.change",
       config.match.by != "parameters" or config.match.change != "steps",
       "steps change no parameters: choose L, D or mlp_width",

@@ -396,6 +396,18 @@ class Train:
     high=1.0,
     binds="run",
   )
+  start_from: str = _field(
+    "",
+    "run directory of another run, whose weights a new run begins with; the "
+    "optimizer and the schedule begin anew, at step 0; '' draws new weights",
+    binds="run",
+  )
+  start_from_ema: bool = _field(
+    True,
+    "start_from: take the moving average of the weights if that run has one, "
+    "and not its last weights",
+    binds="run",
+  )
   least_time: float = _field(
     1e-3,
     "mdlm only: t_min, the least expected share of masked tokens",
@@ -675,7 +687,8 @@ class Checkpoint:
   )
   read: str = _field(
     "newest",
-    "checkpoint that the modes eval and sample read; best: by validation",
+    "checkpoint that the modes eval, sample and score and train.start_from "
+    "read; best: by validation",
     choices=("newest", "best"),
   )
 

@@ -47,7 +47,7 @@ METRICS_FILE = "metrics.jsonl"
 # Training writes these into a run directory, besides the lock.
 _FILES = (
   *("config.json", "parameters.txt", "versions.json", "command.txt"),
-  *(METRICS_FILE, "loss.png", "slot_curve.png", ".shared"),
+  *(METRICS_FILE, "loss.png", "slot_curve.png", ".shared", "start.json"),
 )
 _FOLDERS = ("checkpoints", "samples")
 LIBRARIES = (

@@ -32,7 +32,7 @@ from aoarm_jax.runs import (
 from aoarm_jax.runs import directory as run_dir
 from aoarm_jax.runs import text as text_lib
 from aoarm_jax.training import program as program_lib
-from aoarm_jax.training import resuming
+from aoarm_jax.training import resuming, starting
 
 
 class Preempted(stopping.Stopped):
@@ -116,8 +116,11 @@ def train(
         ):
           _say_finished(config, workdir, saved, corpus)
           return
+      weights = None
+      if config.train.start_from and not saved:
+        weights = starting.read(network, tokenizer, workdir)
       run = _Run(program, workdir, argv, corpus, text, checkpoints, is_there)
-      run.loop(saved, signals)
+      run.loop(saved or weights, signals)
 
 
 def _say_finished(config, workdir, saved, corpus):
@@ -263,19 +266,22 @@ class _Run:
     )
 
   def loop(
-    self, saved: checkpoint.Saved | None, signals: stopping.Signals
+    self,
+    origin: checkpoint.Saved | starting.Weights | None,
+    signals: stopping.Signals,
   ) -> None:
     """Run the training steps up to config.train.steps.
 
     Args:
-      saved: the checkpoint to continue from. None starts from scratch.
+      origin: the checkpoint to continue from, or the weights to begin with.
+        None starts from scratch.
       signals: the signals that may stop the run.
 
     Raises:
       NonFiniteError, Preempted, CheckpointError: see `train`.
     """
     c = self.config
-    state, start = self._start(saved)
+    state, start = self._start(origin)
     # The devices compute padding, too, but it is no token.
     real_share = self.batches.real_share
     self.progress = telemetry.Progress(
@@ -336,17 +342,24 @@ class _Run:
       run_dir.attempt(self._draw_figures)
     logging.info("done: %s", self.workdir)
 
-  def _start(self, saved):
+  def _start(self, origin):
     """Return the state and the step to start from; set the data iterator."""
     # Sums, on the host, of the steps since the last log line.
     self.interval = []
-    # Steps after the checkpoint are taken again, so their records are dropped.
-    records = run_dir.read_metrics(self.workdir) if saved else []
-    self.former_records = [r for r in records if r["step"] <= saved.step]
-    if not saved:
+    self.former_records = []
+    if not isinstance(origin, checkpoint.Saved):
       seed = sharding.put(self.mesh, np.int32(self.config.seed))
       with telemetry.waiting("compiling the first parameters"):
-        return self.program.init(seed), 0
+        state = self.program.init(seed)
+      if origin:
+        state = origin.into(state)
+        if self.primary:
+          origin.describe(self.workdir)
+      return state, 0
+    saved = origin
+    # Steps after the checkpoint are taken again, so their records are dropped.
+    records = run_dir.read_metrics(self.workdir)
+    self.former_records = [r for r in records if r["step"] <= saved.step]
     self.interval = saved.data_state["interval"]
     with telemetry.waiting(f"reading checkpoint step {saved.step:,}"):
       state = self.checkpoints.restore(saved, self.program.abstract)
