@@ -49,7 +49,7 @@ from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import distributed, sharding, switches, waits
 from aoarm_jax.evaluation import evaluate, score
 from aoarm_jax.generation import texts as generate
-from aoarm_jax.runs import agreement, opening, telemetry
+from aoarm_jax.runs import agreement, opening, telemetry, tracking
 from aoarm_jax.runs import directory as run_dir
 from aoarm_jax.study import sweep
 from aoarm_jax.tools import compile as pod
@@ -376,7 +376,7 @@ def run(flag_values: flags.FlagValues, argv: list[str]) -> None:
     raise flags.Error(
       f"--config={config.name} is a sweep of many runs: --mode=study runs them"
     )
-  run_dir.check_tensorboard(config.telemetry.tensorboard)
+  tracking.check(config.telemetry)
   telemetry.set_patience(config.telemetry.patience_seconds)
   match flag_values.mode:
     case "train":

@@ -705,6 +705,11 @@ class Telemetry:
     low=0.0,
   )
   tensorboard: bool = _field(False, "also write TensorBoard events")
+  wandb: str = _field(
+    "",
+    "also send metrics to this project of Weights & Biases, as project or "
+    "entity/project; '' sends nothing",
+  )
   profile_start: int = _field(
     -1, "first step that is profiled; -1 profiles nothing", low=-1
   )

@@ -11,7 +11,6 @@ import contextlib
 import datetime
 import errno
 import importlib.metadata
-import importlib.util
 import json
 import math
 import os
@@ -23,8 +22,8 @@ import subprocess
 import sys
 import time
 import types
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -48,6 +47,7 @@ METRICS_FILE = "metrics.jsonl"
 _FILES = (
   *("config.json", "parameters.txt", "versions.json", "command.txt"),
   *(METRICS_FILE, "loss.png", "slot_curve.png", ".shared", "start.json"),
+  "wandb.txt",
 )
 _FOLDERS = ("checkpoints", "samples")
 LIBRARIES = (
@@ -281,19 +281,6 @@ def _is_local(path: epath.PathLike) -> bool:
   return "://" not in str(path)
 
 
-def check_tensorboard(wanted: bool) -> None:
-  """Refuses a config that wants TensorBoard where it is not installed.
-
-  Raises:
-    config.ConfigError: TensorBoard is wanted and not installed.
-  """
-  if wanted and importlib.util.find_spec("tensorboardX") is None:
-    raise config.ConfigError(
-      "config.telemetry.tensorboard=True: tensorboardX is not installed; "
-      "pip install 'aoarm_jax[tensorboard]'"
-    )
-
-
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
   """Returns the records of metrics.jsonl in order; [] if there is no file.
 
@@ -330,8 +317,18 @@ def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
   return records
 
 
+class Tracker(Protocol):
+  """A place to which metrics go besides metrics.jsonl; see tracking.py."""
+
+  def write(self, record: Mapping[str, Any]) -> None:
+    """Takes a record of metrics.jsonl."""
+
+  def close(self) -> None:
+    """Sends what is pending."""
+
+
 class MetricsWriter:
-  """Appends records to metrics.jsonl and, if asked for, to TensorBoard.
+  """Appends records to metrics.jsonl, and gives them to trackers.
 
   A line is a strict JSON object: {"step": n, "kind": "train" | "valid", ...}.
   Values that are not finite are written as null. Only the run that owns the
@@ -343,8 +340,8 @@ class MetricsWriter:
     workdir: epath.PathLike,
     *,
     start_step: int,
-    tensorboard: bool,
     primary: bool,
+    trackers: Sequence[Tracker] = (),
   ):
     """Opens the files.
 
@@ -354,19 +351,17 @@ class MetricsWriter:
         Otherwise a partial last line is dropped. The records of later steps are
         dropped too: they are left from a run that was killed after its last
         checkpoint.
-      tensorboard: also write TensorBoard events to workdir/tensorboard.
       primary: whether this is the primary process; the others write nothing.
+      trackers: are given every record that is written, and closed in the end.
 
     Raises:
-      config.ConfigError: tensorboard without tensorboardX.
       ValueError: metrics.jsonl is damaged before its last line.
     """
-    check_tensorboard(tensorboard)
     self._path = epath.Path(workdir) / METRICS_FILE
     self._primary = primary
     self._closed = False
     self._file = None
-    self._events: Any = None
+    self._trackers = trackers
     if not primary:
       return
     records = read_metrics(workdir) if start_step > 0 else []
@@ -384,13 +379,6 @@ class MetricsWriter:
     self._rewrite()
     if _is_local(self._path):
       self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
-    if tensorboard:
-      import tensorboardX  # An extra that is not always installed.
-
-      self._events = tensorboardX.SummaryWriter(
-        str(epath.Path(workdir) / "tensorboard"),
-        purge_step=start_step + 1 if start_step else 0,
-      )
 
   def write(self, step: int, kind: str, **values: Any) -> None:
     """Writes one record at once, or in a gs:// folder within half a minute.
@@ -421,17 +409,8 @@ class MetricsWriter:
       self._lines.append(line)
       if time.monotonic() - self._rewritten > _REMOTE_FLUSH_SECONDS:
         self._rewrite()
-    if self._events is not None:
-      self._write_events(record)
-
-  def _write_events(self, record):
-    prefix = [record["kind"]]
-    if "estimator" in record:
-      prefix.append(record["estimator"])
-    for name, value in record.items():
-      if name != "step" and isinstance(value, (int, float)):
-        tag = "/".join([*prefix, name])
-        self._events.add_scalar(tag, value, record["step"])
+    for tracker in self._trackers:
+      tracker.write(record)
 
   def _rewrite(self):
     write_atomically(self._path, "".join(self._lines))
@@ -447,8 +426,8 @@ class MetricsWriter:
         self._file.close()
     else:
       self._rewrite()
-    if self._events is not None:
-      self._events.close()
+    for tracker in self._trackers:
+      tracker.close()
 
   def __enter__(self):
     return self

@@ -34,6 +34,7 @@ _NOISY = (
   "fsspec",
   "matplotlib",
   "tensorboardX",
+  "wandb",
 )
 # Speed is the mean over this time. It follows a machine that slows down, and
 # does not jump between log lines.

@@ -28,6 +28,7 @@ from aoarm_jax.runs import (
   figures,
   identity,
   telemetry,
+  tracking,
 )
 from aoarm_jax.runs import directory as run_dir
 from aoarm_jax.runs import text as text_lib
@@ -303,8 +304,8 @@ class _Run:
       run_dir.MetricsWriter(
         self.workdir,
         start_step=start,
-        tensorboard=c.telemetry.tensorboard,
         primary=self.primary,
+        trackers=tracking.start(c, self.workdir, start) if self.primary else (),
       ) as self.writer,
       contextlib.closing(profile),
       contextlib.closing(self.batches),

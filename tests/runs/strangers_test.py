@@ -56,9 +56,7 @@ def make_run(workdir: pathlib.Path):
     argv=["main.py"],
     params=network.abstract_params,
   )
-  with run_dir.MetricsWriter(
-    workdir, start_step=0, tensorboard=False, primary=True
-  ) as writer:
+  with run_dir.MetricsWriter(workdir, start_step=0, primary=True) as writer:
     writer.write(5, "train", loss_nats_per_token=3.0)
     writer.write(5, "valid", estimator="any_order", slot_curve_bits=[4.0, None])
   sums = {"loss": 3.0, "learning_rate": 0.1, "gradient_norm": 1.0}

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import importlib.util
 import json
 import math
 import os
@@ -27,12 +26,9 @@ class _FolderTest(parameterized.TestCase):
     self.workdir = epath.Path(self.enterContext(tempfile.TemporaryDirectory()))
     self.metrics = self.workdir / "metrics.jsonl"
 
-  def writer(self, start_step=0, *, tensorboard=False, primary=True):
+  def writer(self, start_step=0, *, primary=True):
     return run_dir.MetricsWriter(
-      self.workdir,
-      start_step=start_step,
-      tensorboard=tensorboard,
-      primary=primary,
+      self.workdir, start_step=start_step, primary=primary
     )
 
 
@@ -93,9 +89,9 @@ class MetricsTest(_FolderTest):
     with self.writer() as writer, self.assertRaisesRegex(TypeError, "metric a"):
       writer.write(1, "train", a=object())
 
-  def _run(self, start, stop, *, tensorboard=False):
+  def _run(self, start, stop):
     """A run that validates when it starts and after every third step."""
-    with self.writer(start, tensorboard=tensorboard) as writer:
+    with self.writer(start) as writer:
       for step in range(start, stop + 1):
         if step > start:
           writer.write(step, "train", loss_nats_per_token=1 / step)
@@ -216,30 +212,6 @@ class MetricsTest(_FolderTest):
         patch.setattr(run_dir, "_REMOTE_FLUSH_SECONDS", 60.0)
         writer.write(3, "train", loss_nats_per_token=2.0)
     self.assertLen(run_dir.read_metrics(self.workdir), 3)
-
-  def test_missing_tensorboardx_names_the_extra(self):
-    find = importlib.util.find_spec
-    with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(
-        importlib.util,
-        "find_spec",
-        lambda name, *a: None if name == "tensorboardX" else find(name, *a),
-      )
-      with self.assertRaises(config.ConfigError) as raised:
-        self.writer(tensorboard=True)
-    message = str(raised.exception)
-    self.assertIn("config.telemetry.tensorboard=True", message)
-    self.assertIn("pip install 'aoarm_jax[tensorboard]'", message)
-    self.assertNotIn("\n", message)
-
-  def test_tensorboard_events(self):
-    self._run(0, 3, tensorboard=True)
-    self._run(2, 3, tensorboard=True)
-    events = list((self.workdir / "tensorboard").iterdir())
-    self.assertNotEmpty(events)
-    written = b"".join(path.read_bytes() for path in events)
-    self.assertIn(b"train/loss_nats_per_token", written)
-    self.assertIn(b"valid/left_to_right/bits_per_char", written)
 
 
 class WriteTest(_FolderTest):

@@ -50,7 +50,7 @@ KEPT_IN = {
   r"pyarrow": ("data",),
   r"flax": ("model",),
   r"matplotlib": ("runs",),
-  r"tensorboardX": ("runs",),
+  r"tensorboardX|wandb": ("runs",),
   r"tensorflow|torch|clu": (),
 }
 OWN = ("aoarm_jax", "pallas_kernels", "configs", "launch")
