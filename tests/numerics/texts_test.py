@@ -9,6 +9,7 @@ from typing import NamedTuple
 from unittest import mock
 
 import jax
+import law_test
 import numpy as np
 import pytest
 import tiny
@@ -32,94 +33,8 @@ _T, _V, _MANY = 4, 3, 40_000
 _LONGER = {tiny.ALTERNATING[0][0]: _T + 2}
 
 
-def _sampling(temperature=1.0, top_k=0, top_p=1.0):
-  return sampling.Sampling(
-    np.float32(temperature), np.int32(top_k), np.float32(top_p)
-  )
-
-
-_PLAIN = _sampling()
-_CUT = _sampling(1.3, 2, 0.95)
-
-
-def _slow_law(logits, law):
-  """Probabilities of one conditional, in float64, by sorting and adding."""
-  logits = np.asarray(logits, np.float64)
-  V = len(logits)
-  by_size = sorted(range(V), key=lambda i: (-logits[i], i))
-  if law.temperature == 0:
-    return np.eye(V)[by_size[0]]
-  logits = logits / np.float64(law.temperature)
-  p = np.exp(logits - logits.max())
-  k = int(law.top_k) or V
-  p[by_size[k:]] = 0
-  p /= p.sum()
-  total, kept = 0.0, []
-  for i in by_size:
-    kept.append(i)
-    total += p[i]
-    if law.top_p < 1 and total >= law.top_p - 1e-7:
-      break
-  cut = np.zeros(V)
-  cut[kept] = p[kept]
-  return cut / cut.sum()
-
-
-class LawTest(parameterized.TestCase):
-  def setUp(self):
-    super().setUp()
-    self.enterContext(tiny.rank_promotion_raises())
-
-  def law(self, logits, law):
-    log_p = jax.jit(sampling.log_law)(np.asarray(logits, np.float32), law)
-    return np.exp(np.asarray(log_p, np.float64))
-
-  @parameterized.product(
-    temperature=(0.3, 1.0, 2.5), top_k=(0, 1, 3, 7, 99), top_p=(1e-6, 0.6, 1.0)
-  )
-  def test_equals_a_slow_one(self, temperature, top_k, top_p):
-    law = _sampling(temperature, top_k, top_p)
-    logits = np.random.default_rng(0).normal(size=(3, 2, 7)).astype(np.float32)
-    got = self.law(logits, law)
-    for index in np.ndindex(3, 2):
-      want = _slow_law(logits[index], law)
-      np.testing.assert_allclose(got[index], want, atol=1e-5)
-      np.testing.assert_array_equal(got[index] == 0, want == 0)
-
-  def test_temperature_zero_is_the_likeliest(self):
-    logits = [[0.0, 2.0, 1.0], [3.0, -1.0, 3.0]]
-    for law in (_sampling(0), _sampling(0, 2, 0.5)):
-      np.testing.assert_array_equal(
-        self.law(logits, law), [[0, 1, 0], [1, 0, 0]]
-      )
-
-  @parameterized.parameters(
-    (1, 1.0, [1, 0, 0, 0]),
-    (2, 1.0, [1, 1, 0, 0]),
-    (3, 1.0, [1, 1, 1, 0]),
-    (0, 0.25, [1, 0, 0, 0]),
-    (0, 0.5, [1, 1, 0, 0]),
-    (0, 0.51, [1, 1, 1, 0]),
-    # top-p counts what top-k has left.
-    (2, 0.5, [1, 0, 0, 0]),
-    (2, 0.6, [1, 1, 0, 0]),
-  )
-  def test_ties_go_to_the_lower_id(self, top_k, top_p, kept):
-    got = self.law(np.zeros(4), _sampling(1.0, top_k, top_p))
-    np.testing.assert_allclose(got, np.array(kept) / sum(kept), atol=1e-6)
-
-  def test_a_tiny_temperature_does_not_overflow(self):
-    """Large logits over a small temperature are no infinity, no NaN."""
-    logits = [[50.0, 49.0, -30.0], [-90.0, -80.0, -80.0]]
-    np.testing.assert_allclose(
-      self.law(logits, _sampling(1e-37)), [[1, 0, 0], [0, 0.5, 0.5]], rtol=1e-6
-    )
-
-  def test_no_cut_keeps_every_token(self):
-    """Rare ones too, whose probability float32 sums cannot hold."""
-    logits = np.array([20.0, 0.0, -5.0, 19.0, -30.0], np.float32)
-    got = jax.jit(sampling.log_law)(logits, _PLAIN)
-    np.testing.assert_allclose(got, jax.nn.log_softmax(logits), rtol=1e-6)
+_PLAIN = law_test.law_of()
+_CUT = law_test.law_of(1.3, 2, 0.95)
 
 
 @functools.cache
@@ -159,7 +74,7 @@ def _enumerate(case, order, known, law, end=None):
       if position in known:
         p *= known[position] == token
       else:
-        p *= _slow_law(row, law)[token]
+        p *= law_test.slow_law(row, law)[token]
     found.append(p)
   np.testing.assert_allclose(sum(found), 1.0, atol=1e-5)
   return np.array(found)
@@ -240,7 +155,7 @@ class GenerateTest(parameterized.TestCase):
       self.assertGreater(tiny.p_value(counts, right), 1e-4)
       self.assertEqual(counts[right == 0].sum(), 0)
       # The test has the power to see a slightly wrong law, and a missing cut.
-      other = _sampling(1.1) if law is _PLAIN else _sampling(1.3)
+      other = law_test.law_of(1.1) if law is _PLAIN else law_test.law_of(1.3)
       wrong = _enumerate(case, prompt.used, prompt.known, other)
       self.assertLess(tiny.p_value(counts, wrong), 1e-4)
 
@@ -266,7 +181,7 @@ class GenerateTest(parameterized.TestCase):
   @pytest.mark.thorough
   def test_temperature_zero_takes_the_likeliest(self, *case):
     """Greedily, rank by rank, from logits without a cache."""
-    result = _drawn(case, _sampling(0))
+    result = _drawn(case, law_test.law_of(0))
     texts = [tuple(text) for text in tiny.all_sequences(_V, _T)]
     end = _LONGER.get(case[0], _T) + 1
     for i, prompt in enumerate(_prompts(case[0])):
