@@ -25,6 +25,7 @@ _SPLITS = {
   "validation": "valid",
   "test": "test",
 }
+_ABOUT = re.compile(r"(readme|licen[cs]e)\b", re.IGNORECASE)
 _NUMBER = re.compile(r"([-_.]?\d+(-of-\d+)?)?$")
 _ANY_SIZE = 1 << 62
 _ROWS = 256  # Rows of a Parquet file that are read at once.
@@ -87,8 +88,10 @@ def find(path: epath.Path) -> list[Source]:
     raise tokenizers.DataError(f"{where}: the folder has no files")
   found = [Source(path / name, name, _split(name)) for name in names]
   named = [source for source in found if source.split]
-  if named and len(named) < len(found):
-    others = [source.name for source in found if not source.split]
+  others = [source.name for source in found if not source.split]
+  # Nobody misses a file that describes the text.
+  others = [name for name in others if not _ABOUT.match(name)]
+  if named and others:
     logging.warning(
       "%s: left out, because other files are named after a split and these "
       "are not: %s%s",

@@ -260,6 +260,14 @@ class _Run:
         c.optimizer.warmup_steps,
         c.train.steps,
       )
+    trains_lengths = c.orders.family in ("left_to_right", "mixture")
+    if self.network.layout.predicts_end and not trains_lengths:
+      logging.info(
+        "lengths of texts are drawn from left to right, and config.orders."
+        "family=%s hardly trains this order: texts will be too short; mixture "
+        "trains both",
+        c.orders.family,
+      )
     logging.info(
       "orders: %s, alignment of structure with semantics %+.3f",
       c.orders.family,
