@@ -7,7 +7,7 @@ under the names "<kind>/<estimator>/<metric>".
 import dataclasses
 import importlib.util
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from absl import logging
@@ -117,12 +117,27 @@ class _WandB:
       ) from error
     place = self._run.dir if self._run.offline else self._run.url
     logging.info("Weights & Biases: %s", place)
+    self._is_lost = False
 
   def write(self, record: Mapping[str, Any]) -> None:
-    self._run.log(scalars(record), step=record["step"])
+    self._attempt(self._run.log, scalars(record), step=record["step"])
 
   def close(self) -> None:
-    self._run.finish()
+    self._attempt(self._run.finish)
+
+  def _attempt(self, send: Callable[..., object], *args: Any, **kwargs: Any):
+    """Send something; a run goes on where the service is lost."""
+    if self._is_lost:
+      return
+    try:
+      send(*args, **kwargs)
+    except Exception as error:  # Each release raises other errors.
+      self._is_lost = True
+      logging.warning(
+        "Weights & Biases takes no more metrics: %s; metrics.jsonl has them "
+        "all, and the run goes on",
+        text.first_line(error),
+      )
 
 
 def _id(workdir: epath.Path, start_step: int) -> str:

@@ -130,6 +130,17 @@ class TrackingTest(parameterized.TestCase):
     self.run_steps(0, 1, config)
     self.assertLen(service.runs, 2)
 
+  def test_a_run_goes_on_without_the_service(self):
+    self.service()
+    with (
+      mock.patch.object(_Run, "log", side_effect=OSError("no network\nmore")),
+      self.assertLogs("absl", "WARNING") as logs,
+    ):
+      self.run_steps(0, 5, _config(wandb="x"))
+    (line,) = logs.output
+    self.assertRegex(line, "takes no more metrics: no network; .*goes on$")
+    self.assertLen(run_dir.read_metrics(self.workdir), 7)
+
   def test_a_refusal_is_one_line(self):
     self.service(error=RuntimeError("api_key not configured\nmore"))
     with self.assertRaises(config_lib.ConfigError) as raised:
