@@ -125,7 +125,9 @@ class _WandB:
   def close(self) -> None:
     self._attempt(self._run.finish)
 
-  def _attempt(self, send: Callable[..., object], *args: Any, **kwargs: Any):
+  def _attempt(
+    self, send: Callable[..., object], *args: Any, **kwargs: Any
+  ) -> None:
     """Send something; a run goes on where the service is lost."""
     if self._is_lost:
       return
