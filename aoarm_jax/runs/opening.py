@@ -176,10 +176,37 @@ def open_run(
     return _opened(workdir, config, mesh, checkpoints, step)
 
 
+def chosen(
+  checkpoints: checkpoint.Checkpoints,
+  config: config_lib.Config,
+  workdir: epath.Path,
+  advice: str,
+) -> checkpoint.Saved:
+  """Return the checkpoint that config.checkpoint.read chooses.
+
+  Args:
+    checkpoints: of a run.
+    config: the config of the command line.
+    workdir: directory of the run.
+    advice: how to mend it if there is none, for the message.
+
+  Raises:
+    CheckpointError: there is none.
+    ConfigError: the processes see different checkpoints.
+  """
+  best = config.checkpoint.read == "best"
+  saved = checkpoints.best() if best else checkpoints.newest()
+  if saved is None:
+    raise checkpoint.CheckpointError(
+      f"no checkpoint{' with a validation' * best} in "
+      f"{workdir / 'checkpoints'}: {advice}"
+    )
+  agreement.check_checkpoint(checkpoints, saved)
+  return saved
+
+
 def _opened(workdir, config, mesh, checkpoints, step):
   """Return the Run of a checkpoint, see `open_run`."""
-  best = config.checkpoint.read == "best"
-  saved: checkpoint.Saved | None
   steps = checkpoints.steps()
   if step is not None and steps:
     if step not in steps:
@@ -188,14 +215,14 @@ def _opened(workdir, config, mesh, checkpoints, step):
         f"there: {', '.join(map(str, steps))}"
       )
     saved = checkpoints.at(step)
+    agreement.check_checkpoint(checkpoints, saved)
   else:
-    saved = checkpoints.best() if best else checkpoints.newest()
-  if saved is None:
-    raise checkpoint.CheckpointError(
-      f"no checkpoint{' with a validation' * best} in "
-      f"{workdir / 'checkpoints'}: train first, or name the run with --workdir"
+    saved = chosen(
+      checkpoints,
+      config,
+      workdir,
+      "train first, or name the run with --workdir",
     )
-  agreement.check_checkpoint(checkpoints, saved)
   trained = identity.config_of(saved)
   identity.check_same_model(saved, config, workdir)
   tokenizer = alphabet.of_state(checkpoints.tokenizer(saved), config, workdir)

@@ -14,7 +14,7 @@ from aoarm_jax.config import rules as config_rules
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import tokenizers
 from aoarm_jax.model import network as network_lib
-from aoarm_jax.runs import agreement, checkpoint, identity, telemetry
+from aoarm_jax.runs import checkpoint, identity, opening, telemetry
 from aoarm_jax.runs import directory as run_dir
 from aoarm_jax.training import state as train_state
 
@@ -79,9 +79,9 @@ def read(
     workdir: run directory of the new run.
 
   Raises:
-    ConfigError: there is no such run, it is the new run itself, or its model or
-      its tokenizer does not fit. The message names the field.
-    CheckpointError: its checkpoint cannot be read.
+    ConfigError: it is the new run itself, or its model or its tokenizer does
+      not fit. The message names the field.
+    CheckpointError: there is no checkpoint, or it cannot be read.
   """
   config = network.config
   source = paths.of(config.train.start_from, _FIELD)
@@ -93,14 +93,9 @@ def read(
   with checkpoint.Checkpoints(
     source / "checkpoints", keep_last=1, keep_best=0
   ) as checkpoints:
-    best = config.checkpoint.read == "best"
-    saved = checkpoints.best() if best else checkpoints.newest()
-    if saved is None:
-      raise config_lib.ConfigError(
-        f"{_FIELD}={source}: no checkpoint{' with a validation' * best} in "
-        f"{source / 'checkpoints'}; name the run directory of a trained run"
-      )
-    agreement.check_checkpoint(checkpoints, saved)
+    saved = opening.chosen(
+      checkpoints, config, source, f"name a trained run with --{_FIELD}"
+    )
     trained = identity.config_of(saved)
     _check(saved, trained, network, tokenizer, source)
     has_ema = config.train.start_from_ema and trained.optimizer.ema_decay > 0

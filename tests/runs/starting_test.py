@@ -137,7 +137,7 @@ class StartFromTest(parameterized.TestCase):
     (
       "no run",
       dict(train__start_from=_folder / "absent", data__path=_folder / "text"),
-      "config.train.start_from=.*absent: no checkpoint in .*; name the run",
+      "no checkpoint in .*absent.*: name a trained run with --config.train.st",
     ),
   )
   def test_what_does_not_fit(self, changes, message):
