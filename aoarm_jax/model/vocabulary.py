@@ -21,6 +21,7 @@ from aoarm_jax.devices import sharding
 LARGE = 8192
 BLOCK = 4096
 # Sorted rows of which one product sums those of equal symbols.
+_MULTIPLE = 128
 _TILE = 128
 _ROWS = ("batch", "slots")
 
@@ -225,6 +226,8 @@ def _blocks(head, block):
   D, V = head.shape
   K = -(-V // block)
   size = -(-V // K)
+  if size > _MULTIPLE:  # Matrix units want sizes like this.
+    size = -(-size // _MULTIPLE) * _MULTIPLE
   head = jnp.pad(head, ((0, 0), (0, K * size - V)))
   return head.reshape(D, K, size).swapaxes(0, 1), size * jnp.arange(K)
 
