@@ -20,8 +20,9 @@ from aoarm_jax.devices import sharding
 # The least number of symbols of a large vocabulary, and of a block of it.
 LARGE = 8192
 BLOCK = 4096
-# Sorted rows of which one product sums those of equal symbols.
+# Larger blocks are a multiple of this.
 _MULTIPLE = 128
+# Sorted rows of which one product sums those of equal symbols.
 _TILE = 128
 _ROWS = ("batch", "slots")
 
