@@ -52,6 +52,7 @@ def by_keys(
     out_type=(jax.ShapeDtypeStruct(k.shape, k.dtype),) * 2,
     grid=(share.blocks,),
     grid_names=("block",),
+    kernel_name="attention_backward_keys",
     num_threads=C + 1,
     thread_name="warpgroup",
     scratch_types=[

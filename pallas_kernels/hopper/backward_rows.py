@@ -48,6 +48,7 @@ def by_rows(
     out_type=(hopper_streams.like(q),),
     grid=(share.blocks,),
     grid_names=("block",),
+    kernel_name="attention_backward_rows",
     num_threads=C + 1,
     thread_name="warpgroup",
     scratch_types=[

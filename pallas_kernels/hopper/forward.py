@@ -83,6 +83,7 @@ def forward(
     out_type=(out, lse, out) if return_out_error else (out, lse),
     grid=(share.blocks,),
     grid_names=("block",),
+    kernel_name="attention_forward",
     num_threads=C + 1,
     thread_name="warpgroup",
     scratch_types=[

@@ -65,6 +65,7 @@ def backward(
     out_type=(hopper_streams.like(q), like_k, like_k),
     grid=(share.blocks,),
     grid_names=("block",),
+    kernel_name="attention_backward",
     num_threads=C + 1,
     thread_name="warpgroup",
     scratch_types=[

@@ -49,6 +49,7 @@ def forward(
     ),
     grid=(B * N,),
     grid_names=("item",),
+    kernel_name="attention_forward_short",
     scratch_types=[
       mosaic.tiles((units, ROWS, H), dtype),
       mosaic.tiles((slots, H), dtype),
