@@ -51,12 +51,20 @@ def make(
   L=2,
   N=3,
   tied=False,
+  content_sees="prefix",
   mesh=None,
   **compute,
 ) -> network_lib.Network:
   """A float32 network with XLA's attention, unless `compute` says otherwise."""
   model = config_lib.Model(
-    mechanism=mechanism, sentinels=sentinels, T=T, D=D, L=L, N=N, tied=tied
+    mechanism=mechanism,
+    sentinels=sentinels,
+    T=T,
+    D=D,
+    L=L,
+    N=N,
+    tied=tied,
+    content_sees=content_sees,
   )
   compute = dict(dtype="float32", attention="xla") | compute
   config = config_lib.Config(model=model, compute=config_lib.Compute(**compute))

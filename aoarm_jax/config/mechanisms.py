@@ -9,6 +9,8 @@ configs/.
 """
 
 import dataclasses
+import re
+from typing import NamedTuple
 
 # The values of config.sample.method that generate from a cache.
 _LEFT_TO_RIGHT = ("sequential", "parallel", "speculative")
@@ -35,6 +37,12 @@ class Mechanism:
     streams: the number of streams, 1 or 2. With 2 there are query rows beside
       the content rows. A query row starts as one learned vector. Keys and
       values come from content rows alone.
+    untied: for two streams, whether each stream has weights of its own in every
+      block. Else the streams share all weights.
+    copies: the number of rows per slot, for one stream. The rows of a slot have
+      the same content, positions and mask, and all of them are keys. A learned
+      vector is added to the input of each row but the first, since equal rows
+      would stay equal. The mean of a slot's rows makes the prediction.
     query: the positions by which the queries of the predicting rows are
       rotated: any of "content" and "target". Two positions take turns among the
       rotary pairs. Keys are rotated by "content". If `query` is empty, neither
@@ -59,6 +67,8 @@ class Mechanism:
 
   source: str
   streams: int = 1
+  untied: bool = False
+  copies: int = 1
   query: tuple[str, ...] = ()
   added: tuple[str, ...] = ()
   condition: int = 0
@@ -109,4 +119,58 @@ MECHANISMS = {
     # context to average over.
     estimators=(*_CHAIN_RULE, "elbo"),
   ),
+  "decoupled_rope_added": Mechanism(
+    "ablation: the input carries the position of the content",
+    query=("target",),
+    added=("content",),
+    changes_one_thing_of="decoupled_rope",
+  ),
+  "register": Mechanism(
+    "ablation: decoupled_rope with two rows per slot, which share all tasks",
+    copies=2,
+    query=("target",),
+    # Drafts are copies of a single row, see model/cached.py.
+    methods=("sequential",),
+    changes_one_thing_of="decoupled_rope",
+  ),
+  "two_stream_untied": Mechanism(
+    "ablation: each stream has its own weights",
+    streams=2,
+    untied=True,
+    query=("target",),
+    changes_one_thing_of="two_stream",
+  ),
 }
+
+
+class Look(NamedTuple):
+  """The slots that a content row sees besides its own and the sentinels.
+
+  Attributes:
+    kind: the measure of distance, "last", "nearest" or "random".
+    most: the greatest number of earlier slots that are seen, the nearest by
+      `kind`.
+  """
+
+  kind: str
+  most: int
+
+
+def look(text: str) -> Look | None:
+  """Return the Look of a value of config.model.content_sees; None: a prefix.
+
+  Args:
+    text: "prefix", "self", or "last:k", "nearest:k" or "random:k" with a whole
+      number k of at least 1.
+
+  Raises:
+    ValueError: `text` is none of these.
+  """
+  if text == "prefix":
+    return None
+  if text == "self":
+    return Look("last", 0)
+  match = re.fullmatch(r"(last|nearest|random):([1-9][0-9]{0,5})", text)
+  if not match:
+    raise ValueError(text)
+  return Look(match[1], int(match[2]))

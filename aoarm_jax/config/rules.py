@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from aoarm_jax.config import mechanisms
 from aoarm_jax.config import schema as config_lib
 
 
@@ -125,6 +126,23 @@ def _of_the_mechanism(config):
       f"groups {no_streams}",
     ),
     (
+      "model.content_sees",
+      _is_look(m.content_sees),
+      "must be prefix, self, or last:k, nearest:k or random:k with a whole "
+      "number k of at least 1, such as last:8",
+    ),
+    (
+      "model.content_sees",
+      two_streams or m.content_sees == "prefix",
+      f"content rows {no_streams}; take prefix",
+    ),
+    (
+      "model.content_sees",
+      config.orders.groups == "none" or m.content_sees == "prefix",
+      f"with config.orders.groups={config.orders.groups} content rows see to "
+      "the end of their group; take prefix",
+    ),
+    (
       "score.width",
       config.score.width <= 1 or config.orders.groups != "none",
       "needs a model that was trained with groups; it must be 0 or 1 with "
@@ -143,6 +161,15 @@ def _of_the_mechanism(config):
       f"query rows {no_streams}",
     ),
   ]
+
+
+def _is_look(text):
+  """Return whether config.model.content_sees can be `text`."""
+  try:
+    mechanisms.look(text)
+  except ValueError:
+    return False
+  return True
 
 
 def _of_orders(config):

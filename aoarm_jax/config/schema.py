@@ -145,6 +145,15 @@ class Model:
     above=0.0,
     binds="run",
   )
+  content_sees: str = _field(
+    "prefix",
+    "two_stream only: the slots that content rows see; prefix: all slots up to "
+    "their own; self: their own; last:8, nearest:8, random:8: their own and 8 "
+    "earlier slots, which are the last ones in the order, those nearest in "
+    "position, or a fixed random choice; sentinels are always seen, and query "
+    "rows always see the prefix",
+    binds="model",
+  )
 
   @property
   def H(self) -> int:
@@ -168,6 +177,11 @@ class Model:
   def kind(self) -> mechanisms.Mechanism:
     """The pieces that the mechanism is made of."""
     return mechanisms.MECHANISMS[self.mechanism]
+
+  @property
+  def look(self) -> mechanisms.Look | None:
+    """The slots that content rows see; None if they see a prefix."""
+    return mechanisms.look(self.content_sees)
 
 
 @dataclasses.dataclass(frozen=True)

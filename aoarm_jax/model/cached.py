@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from aoarm_jax import orders
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import sharding
-from aoarm_jax.model import parallel, transformer
+from aoarm_jax.model import looks, parallel, transformer
 
 _CACHE = ("batch", "heads", None, "head")
 # Names of the parameters that are used in float32: those of norms and
@@ -25,22 +25,28 @@ class Cache(NamedTuple):
   Heads come before slots, so that a matmul for each of B x N pairs reads the
   array without a transposition.
 
+  Where slots have C rows, C * H takes the place of H.
+
   Attributes:
     k: L arrays [B, N, S, H], rotated keys, compute dtype.
     v: L arrays [B, N, S, H], values, compute dtype.
+    position: int32 [B, 1, S, 1], the positions of the slots, as one array in a
+      tuple. The tuple is empty where no mask asks for positions.
   """
 
   k: tuple[jax.Array, ...]
   v: tuple[jax.Array, ...]
+  position: tuple[jax.Array, ...] = ()
 
 
 def empty_cache(
   model: config_lib.Model, compute: config_lib.Compute, B: int, S: int
 ) -> Cache:
   """Return a cache of zeros for B sequences and S slots."""
-  zeros = jnp.zeros((B, model.N, S, model.H), compute.dtype)
-  zeros = sharding.constrain(zeros, *_CACHE)
-  return Cache(k=(zeros,) * model.L, v=(zeros,) * model.L)
+  shape = (B, model.N, S, model.H * model.kind.copies)
+  zeros = sharding.constrain(jnp.zeros(shape, compute.dtype), *_CACHE)
+  position = (jnp.zeros((B, 1, S, 1), jnp.int32),) if model.look else ()
+  return Cache((zeros,) * model.L, (zeros,) * model.L, position)
 
 
 def resized(cache: Cache, S: int) -> Cache:
@@ -63,7 +69,7 @@ class Cached:
   keys and values are merged. Otherwise XLA would do so in every step of a loop.
 
   All rows of a pass are one stream: with two streams, the query rows come after
-  the content rows.
+  the content rows. Untied streams stay apart, and the attention joins them.
   """
 
   def __init__(self, network: transformer.Transformer):
@@ -77,7 +83,8 @@ class Cached:
     self._network = jax.tree_util.tree_map_with_path(cast, network)
     self._layers = [self._network.layer(i) for i in range(self.model.L)]
     for layer in self._layers:
-      layer.attention.merge()
+      if not layer.untied:
+        layer.attention.merge()
 
   def empty_cache(self, B: int, S: int) -> Cache:
     """Return a cache of zeros for B sequences and S slots."""
@@ -209,45 +216,67 @@ class Cached:
         slots.visible says. Faster attention can be used for them.
     """
     R, W = slot_index.shape[1], slots.tokens.shape[1]
-    has_copies = W > R
+    rows_per_slot, has_copies = self.model.kind.copies, W > R
     asking = slots if slots.queries is None else slots.queries
     # If one row predicts, it would be alone in the last layer. There XLA
     # replaces a product with one row by products of elements, rounded to the
     # compute dtype, and their sum. The logits of a single text would then
     # differ from those of the same text in a batch. So another row stays with
     # it: with two streams its content row, else a copy of it.
-    is_lone = asking.target_position.size == 1 and visible is not None
+    # A slot with several rows has such company.
+    is_lone = asking.target_position.size == rows_per_slot == 1
+    is_lone = is_lone and visible is not None
     if is_lone and slots.queries is None:
       twice = functools.partial(jnp.repeat, repeats=2, axis=1)
       slots, visible = jax.tree.map(twice, (slots, visible))
       W = slots.tokens.shape[1]
     streams, setting = self._network.enter(slots)
+    position = tuple(
+      _written(x, slots.position[:, :R, None, None], slot_index)
+      for x in cache.position
+    )
+    look = self.model.look
+    if look and visible is not None:
+      seen = self._seen(look, slots, slot_index, visible, *position)
+      setting = setting._replace(seen=seen)
+    if visible is not None:
+      visible = jnp.repeat(rows_per_slot * visible, rows_per_slot, axis=1)
+    R, W = R * rows_per_slot, W * rows_per_slot
     setting = setting.of_few(W)
     keys, values = list(cache.k), list(cache.v)
 
     def attend_in(layer):
-      def attend(queries, k, v, sequence_visible):
-        keys[layer] = _written(keys[layer], k[:, :R], slot_index)
-        values[layer] = _written(values[layer], v[:, :R], slot_index)
+      def attend(queries, k, v, sequence_visible, seen=None):
+        for all_layers, new in ((keys, k), (values, v)):
+          new = _packed(new[:, :R], rows_per_slot)
+          all_layers[layer] = _written(all_layers[layer], new, slot_index)
+        if not queries[0].size:  # Nothing is predicted.
+          return tuple(queries)
         if visible is None:
           # The rows are whole sequences, so the cache need not be read.
           name = self.compute.attention
+          is_causal = slots.visible is None and rows_per_slot == 1
           return parallel.attention(
             queries,
             k,
             v,
-            None if slots.visible is None else sequence_visible,
+            None if is_causal else sequence_visible,
+            seen,
             implementation=None if name == "auto" else name,
           )
-        # The last layer has only the rows that are read out, and these are the
-        # last rows.
-        row_visible = visible[:, -queries[0].shape[1] :]
+        if len(queries) > 1:  # Untied streams with as many rows each.
+          row_visible = jnp.stack([visible[:, :R], visible[:, R:]], axis=2)
+        else:
+          # The last layer has only the rows that are read out, and these are
+          # the last rows.
+          row_visible = visible[:, -queries[0].shape[1] :]
         attention = functools.partial(
           parallel.attention,
           queries,
-          jnp.moveaxis(keys[layer], 1, 2),
-          jnp.moveaxis(values[layer], 1, 2),
+          _unpacked(keys[layer], rows_per_slot),
+          _unpacked(values[layer], rows_per_slot),
           row_visible,
+          seen,
           # xla reads the cache in place. Kernels would need a copy per step.
           implementation="xla",
         )
@@ -268,8 +297,48 @@ class Cached:
       attend_in(last),
       streams[0].shape[1] if is_lone else W,
     )
-    cache = Cache(tuple(keys), tuple(values))
+    cache = Cache(tuple(keys), tuple(values), position)
     return logits[:, -1:] if is_lone else logits, cache
+
+  def _seen(self, look, slots, slot_index, visible, position):
+    """Return which slots of the cache each row sees, see layers.Setting.
+
+    Args:
+      look: what content rows see.
+      slots: see `_cached`.
+      slot_index: see `_cached`.
+      visible: int32 [B, R + Q], of content rows and then of query rows.
+      position: int32 [B, 1, S, 1], the positions of the slots of the cache.
+    """
+    S, R = position.shape[2], slot_index.shape[1]
+    every = jnp.arange(S)[None]
+    content = looks.seen(
+      look,
+      self.model.sentinels,
+      looks.Places(slot_index, slots.position[:, :R]),
+      looks.Places(every, position[:, 0, :, 0]),
+    )
+    if self.model.kind.untied:
+      return content, None
+    queries = every[:, None] < visible[:, R:, None]
+    return (jnp.concatenate([content, queries], axis=1),)
+
+
+def _packed(new, rows_per_slot):
+  """Return rows [B, R, N, H] by slots of C rows: [B, R / C, N, C * H]."""
+  if rows_per_slot == 1:
+    return new
+  B, R, N, H = new.shape
+  new = new.reshape(B, R // rows_per_slot, rows_per_slot, N, H)
+  return jnp.swapaxes(new, 2, 3).reshape(B, -1, N, rows_per_slot * H)
+
+
+def _unpacked(cache, rows_per_slot):
+  """Return a layer's cache by rows: [B, S * C, N, H], for C rows per slot."""
+  B, N, _, width = cache.shape
+  if rows_per_slot > 1:
+    cache = cache.reshape(B, N, -1, width // rows_per_slot)
+  return jnp.moveaxis(cache, 1, 2)
 
 
 def _written(cache, new, slot_index):

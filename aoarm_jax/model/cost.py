@@ -30,20 +30,33 @@ def forward_flops(
   V = vocabulary or configured.tokenizer(config.data).V - config.gives_end
   query_fraction = config.train.query_fraction
   D, F, L, S, T = model.D, model.F, model.L, model.S, model.T
-  kind = model.kind
+  kind, copies = model.kind, model.kind.copies
   visible = (S + 1) / 2 if visible_only and not kind.masked else S
-  row = 2 * (2 * D * D + 2 * D * F) + 4 * D * visible
   read_out = S
   if query_fraction < 1:
     read_out = orders.query_count(T, query_fraction)
-  # The last layer computes only the rows that are read out.
-  rows = (L - 1) * S + read_out
+
+  def of_rows(count: float, visible: float) -> float:
+    return count * (2 * (2 * D * D + 2 * D * F) + 4 * D * visible)
+
+  # With one stream all rows are read out.
+  sequence = of_rows(copies * L * read_out, copies * visible)
   if kind.streams == 2:
-    rows += (L - 1) * read_out
-  key_value = 2 * 2 * D * D * L * S
-  sequence = row * rows + key_value + 2 * D * V * read_out
+    # The last layer computes only the rows that are read out.
+    look = model.look if visible_only else None
+    content_visible = _mean_seen(look, model) if look else visible
+    sequence += of_rows((L - 1) * S, content_visible)
+  sequence += 2 * 2 * D * D * L * S * copies + 2 * D * V * read_out
   modulation = 2 * (T + 2) * kind.condition * D * (6 * L + 2)
   return batch * sequence + modulation
+
+
+def _mean_seen(look, model):
+  """Return how many slots a content row with a Look sees in the mean."""
+  s, T = model.sentinels, model.T
+  # A token's row sees the sentinels, its own slot and earlier tokens.
+  of_tokens = sum(s + 1 + min(rank, look.most) for rank in range(T - 1))
+  return (s * (s + 1) / 2 + of_tokens) / model.S
 
 
 def training_flops_per_token(
@@ -72,4 +85,5 @@ def cache_bytes_per_token(model: config_lib.Model, dtype: str) -> int:
   """
   if model.kind.masked:
     return 0
-  return 2 * model.L * model.D * jnp.dtype(dtype).itemsize
+  itemsize = jnp.dtype(dtype).itemsize
+  return 2 * model.L * model.D * model.kind.copies * itemsize

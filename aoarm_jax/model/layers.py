@@ -22,7 +22,9 @@ from pallas_kernels import rowwise, tuning
 
 # The attention of a layer. It takes the queries of each stream [B, R, N, H], k
 # [B, S, N, H], v [B, S, N, H], and visible: int32 [B, R] or [B, R, G] for G
-# streams, an int, or None. It returns a tuple of outputs, like the queries.
+# streams, an int, or None. For one stream whose rows see no prefix it also
+# takes seen: bool [B or 1, R, S]. It returns a tuple of outputs, like the
+# queries.
 Attend = Callable[..., tuple[jax.Array, ...]]
 # Picks the rows that are read out, from a tuple with one entry per stream. The
 # result is a tuple of one entry; see rows.read_out.
@@ -121,6 +123,7 @@ class Setting(NamedTuple):
     target: one per stream: int32 [B, R], the position whose condition each row
       takes, or None.
     visible: one per stream: int32 [B, R], an int or None; see rows.Rows.
+    seen: one per stream: bool [B or 1, R, S] or None; see rows.Rows.
     rotations: the cosines and the signed sines that turn the queries and the
       keys of all rows, float32 [B, R, 2, 1, H] each, or None; see `of_few`.
   """
@@ -130,16 +133,17 @@ class Setting(NamedTuple):
   condition: jax.Array | None
   target: tuple[jax.Array | None, ...]
   visible: tuple[jax.Array | int | None, ...]
+  seen: tuple[jax.Array | None, ...]
   rotations: tuple[jax.Array, jax.Array] | None = None
 
   def of_few(self, S: int) -> "Setting":
     """Return the setting of few rows, for layers with merged weights.
 
     Args:
-      S: the number of slots. The one stream may have more rows.
+      S: the number of content rows. The one stream may have more rows.
     """
-    (query,), key = self.query_rotation, self.key_rotation
-    if query is None or key is None:
+    query, key = self.query_rotation[0], self.key_rotation
+    if len(self.query_rotation) > 1 or query is None or key is None:
       return self
 
     def both(of_query, of_key):
@@ -159,6 +163,7 @@ class Setting(NamedTuple):
       query_rotation=pick(self.query_rotation),
       target=pick(self.target),
       visible=pick(self.visible),
+      seen=pick(self.seen),
     )
 
 
@@ -207,13 +212,16 @@ class Attention(nnx.Module):
     compute: config_lib.Compute,
     *,
     rngs: nnx.Rngs,
+    has_keys: bool = True,
   ):
+    """Make the parameters; without `has_keys`, no keys and values."""
     D, N, H = model.D, model.N, model.H
     self.dtype, self.rowwise = jnp.dtype(compute.dtype), compute.rowwise
     into = ("embed", "heads", "head")
     self.query = normal(rngs, (D, N, H), into)
-    self.key = normal(rngs, (D, N, H), into)
-    self.value = normal(rngs, (D, N, H), into)
+    if has_keys:
+      self.key = normal(rngs, (D, N, H), into)
+      self.value = normal(rngs, (D, N, H), into)
     self.out = normal(
       rngs,
       (N, H, D),
@@ -221,7 +229,8 @@ class Attention(nnx.Module):
       INIT_SCALE / (2 * model.L) ** 0.5,
     )
     self.query_norm = RMSNorm(H)
-    self.key_norm = RMSNorm(H)
+    if has_keys:
+      self.key_norm = RMSNorm(H)
     # The weights of queries, keys and values as one, see `merge`.
     self.merged: nnx.Param | None = None
     self.merged_scale: nnx.Param | None = None
@@ -250,35 +259,57 @@ class Attention(nnx.Module):
     S: int,
     setting: Setting,
     attend: Attend,
+    untied: Sequence["Attention"] = (),
   ) -> list[jax.Array]:
     """Return the update of every stream, [B, R, D] each.
 
     Args:
       streams: [B, R, D] each, normalised.
       rows: all normalised rows of stream 0. The first S are the content.
-      S: the number of slots.
+      S: the number of content rows.
       setting: the setting that the layers share.
       attend: the attention.
+      untied: the modules that have the weights of queries and outputs of each
+        stream. If it is empty, they are in this module.
     """
     B, R, D = rows.shape
     few = self.merged is not None and B * R < tuning.LEAST_ROWS
-    if few and len(streams) == 1 and self.rowwise != "mosaic_gpu":
+    content = rows if R == S else rows[:, :S]
+    if untied:
+      k, v = self._keys(content, setting)
+      queries = [
+        own.queries(x, rotation)
+        for own, x, rotation in zip(untied, streams, setting.query_rotation)
+      ]
+    elif few and len(streams) == 1 and self.rowwise != "mosaic_gpu":
       queries, k, v = self._few_heads(rows, S, streams[0].shape[1], setting)
     else:
-      content = rows if R == S else rows[:, :S]
       queries, k, v = self._heads(streams, content, setting)
-    visible = setting.visible[0]
-    if isinstance(visible, jax.Array) and len(streams) > 1:
-      # If one stream has an array, all streams have arrays.
-      arrays = cast(tuple[jax.Array, ...], setting.visible)
-      visible = jnp.stack(arrays, axis=2)
-    outputs = attend(queries, k, v, visible)
+    outputs = _attended(attend, queries, k, v, setting)
+    if untied:
+      return [own.output(x) for own, x in zip(untied, outputs)]
     if few and not sharding.spread():
       # Otherwise XLA may choose an order of heads for which it transposes the
       # weights, in every step.
       out = self.out[...].astype(self.dtype).reshape(-1, D)
       return [x.reshape(*x.shape[:2], -1) @ out for x in outputs]
     return _matmuls("brnh,nhd->brd", outputs, self.out, self.dtype)
+
+  def queries(
+    self, x: jax.Array, rotation: rowwise.Rotation | None
+  ) -> jax.Array:
+    """Return the queries of one stream's normalised rows: [B, R, N, H]."""
+    part = rowwise.Part(self.query_norm.scale[...], rotation)
+    return self._project(x, (self.query,), (part,))[0]
+
+  def output(self, x: jax.Array) -> jax.Array:
+    """Return the update that attention [B, R, N, H] gives: [B, R, D]."""
+    return _matmuls("brnh,nhd->brd", [x], self.out, self.dtype)[0]
+
+  def _keys(self, content, setting):
+    """Return the keys and values of content rows, [B, S, N, H] each."""
+    key = rowwise.Part(self.key_norm.scale[...], setting.key_rotation)
+    return self._project(content, (self.key, self.value), (key, None))
 
   def _few_heads(self, rows, S, Q, setting):
     """Return queries of the last Q rows, and keys and values of the first S.
@@ -323,7 +354,7 @@ class Attention(nnx.Module):
         for x, part in zip(streams[1:], others)
       ]
       return [first, *queries], k, v
-    k, v = self._project(content, (self.key, self.value), (key, None))
+    k, v = self._keys(content, setting)
     products = _matmuls("brd,dnh->brnh", streams, self.query, self.dtype)
     queries = [
       self._split(x[:, :, None], (part,))[0]
@@ -353,6 +384,34 @@ class Attention(nnx.Module):
 
   def _split(self, packed, parts):
     return parallel.split_heads(packed, parts, self.rowwise)
+
+
+def _attended(
+  attend: Attend,
+  queries: Sequence[jax.Array],
+  k: jax.Array,
+  v: jax.Array,
+  setting: Setting,
+) -> tuple[jax.Array, ...]:
+  """Return what the rows of every stream see: [B, R, N, H] each."""
+  visible = setting.visible[0]
+  if any(seen is not None for seen in setting.seen):
+    return tuple(
+      attend([q], k, v, of_stream, seen)[0]
+      for q, of_stream, seen in zip(queries, setting.visible, setting.seen)
+    )
+  if not isinstance(visible, jax.Array) or len(queries) == 1:
+    return attend(queries, k, v, visible)
+  # If one stream has an array, all streams have arrays.
+  arrays = cast(tuple[jax.Array, ...], setting.visible)
+  if len({x.shape for x in arrays}) == 1:
+    return attend(queries, k, v, jnp.stack(arrays, axis=2))
+  # Streams that differ in their number of rows are joined for one call.
+  (out,) = attend(
+    [jnp.concatenate(queries, axis=1)], k, v, jnp.concatenate(arrays, axis=1)
+  )
+  content = queries[0].shape[1]
+  return out[:, :content], out[:, content:]
 
 
 class MLP(nnx.Module):
@@ -396,12 +455,25 @@ class Block(nnx.Module):
     compute: config_lib.Compute,
     *,
     rngs: nnx.Rngs,
+    has_keys: bool = True,
   ):
+    """Make the parameters.
+
+    Args:
+      model: the model's section of the config.
+      compute: gives the dtype and the implementations.
+      rngs: gives the keys of the parameters.
+      has_keys: whether the block makes keys and values. The block of untied
+        query rows makes none.
+    """
     self.dtype, self.rowwise = jnp.dtype(compute.dtype), compute.rowwise
     self.attention_norm = RMSNorm(model.D)
-    self.attention = Attention(model, compute, rngs=rngs)
+    self.attention = Attention(model, compute, rngs=rngs, has_keys=has_keys)
     self.mlp_norm = RMSNorm(model.D)
     self.mlp = MLP(model, compute, rngs=rngs)
+    self.untied = model.kind.untied and has_keys
+    if self.untied:
+      self.of_queries = Block(model, compute, rngs=rngs, has_keys=False)
     if model.kind.condition:
       self.modulation = Modulation(model.kind.condition, 6, model.D, rngs=rngs)
 
@@ -420,29 +492,44 @@ class Block(nnx.Module):
         the slots.
       setting: the setting that the layers share.
       attend: the attention.
-      S: the number of slots.
+      S: the number of content rows.
       read_out: picks the rows that are read out; for the last layer. Nothing
         reads the output of the other rows there, so it is not computed.
     """
     modulations = self._modulations(setting)
+    owners = self._owners(streams)
     streams, normed = self._normed(
-      self.attention_norm, streams, (None,) * len(streams), modulations, 0
+      [own.attention_norm for own in owners],
+      streams,
+      (None,) * len(streams),
+      modulations,
+      0,
     )
     rows = normed[0]
     if read_out:
       streams, normed = read_out(streams), read_out(normed)
       modulations = read_out(modulations)
       setting = setting.read_out(read_out)
-    updates = self.attention(normed, rows, S, setting, attend)
+      owners = owners[-1:]
+    untied = [own.attention for own in owners] if self.untied else []
+    updates = self.attention(normed, rows, S, setting, attend, untied)
     updates = _gated(updates, modulations, 2)
     streams, normed = self._normed(
-      self.mlp_norm, streams, updates, modulations, 3
+      [own.mlp_norm for own in owners], streams, updates, modulations, 3
     )
-    updates = _gated(self.mlp(normed), modulations, 5)
+    if self.untied:
+      updates = [own.mlp([x])[0] for own, x in zip(owners, normed)]
+    else:
+      updates = self.mlp(normed)
+    updates = _gated(updates, modulations, 5)
     return tuple(
       sharding.constrain(x + update, *ROWS)
       for x, update in zip(streams, updates)
     )
+
+  def _owners(self, streams: tuple[jax.Array, ...]) -> list["Block"]:
+    """Return the block that has the weights of each stream."""
+    return [self, self.of_queries] if self.untied else [self] * len(streams)
 
   def _modulations(self, setting: Setting) -> tuple[Any, ...]:
     """Return the modulation of every stream, or None for each.
@@ -459,11 +546,11 @@ class Block(nnx.Module):
       for target in setting.target
     )
 
-  def _normed(self, norm, streams, updates, modulations, first):
+  def _normed(self, norms, streams, updates, modulations, first):
     """Return the updated streams and their normed rows: two tuples."""
     pairs = [
-      normed(norm, *given, first, self.rowwise)
-      for given in zip(streams, updates, modulations)
+      normed(*given, first, self.rowwise)
+      for given in zip(norms, streams, updates, modulations)
     ]
     return tuple(zip(*pairs))
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import pallas_kernels
 from aoarm_jax import orders
 from aoarm_jax.devices import sharding
+from aoarm_jax.model import looks
 from pallas_kernels import devices, rowwise, shards
 
 # The logical axes of rows [B, R, D].
@@ -152,6 +153,7 @@ def attention(
   k: jax.Array,
   v: jax.Array,
   visible: jax.Array | int | None,
+  seen: jax.Array | None = None,
   *,
   ways: int = 1,
   **options: Any,
@@ -162,6 +164,8 @@ def attention(
     q: the queries of each stream, [B, R, N, H].
     k, v: see pallas_kernels.any_order_attention.
     visible: see pallas_kernels.any_order_attention.
+    seen: for one stream whose rows see no prefix: bool [B or 1, R, S], see
+      looks.attention. XLA divides this attention over the mesh by itself.
     ways: the number of devices that share a sequence. If it is above 1, slots
       and rows are dealt out (see `deal_slots`), and there are as many rows as
       slots.
@@ -170,6 +174,8 @@ def attention(
   Returns:
     The result of pallas_kernels.any_order_attention for a list of streams.
   """
+  if seen is not None:
+    return (looks.attention(q[0], k, v, seen),)
   attend: Callable[..., Any] = functools.partial(
     pallas_kernels.any_order_attention, **options
   )

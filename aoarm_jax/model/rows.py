@@ -11,7 +11,7 @@ from flax import nnx
 
 from aoarm_jax import orders
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.model import layers
+from aoarm_jax.model import layers, looks
 
 
 class Rows(NamedTuple):
@@ -28,12 +28,15 @@ class Rows(NamedTuple):
     target: int32 [B, R], the position that conditions each row, or None.
     visible: int32 [B, R], the number of leading slots that each row sees. An
       int holds for all rows, and None means causal.
+    seen: bool [B or 1, R, S], the slots that each row sees, where they are no
+      prefix. None means that `visible` says it.
   """
 
   x: jax.Array
   query_position: jax.Array | None
   target: jax.Array | None
   visible: jax.Array | int | None
+  seen: jax.Array | None = None
 
 
 def read_out(streams: tuple[Any, ...], S: int) -> tuple[Any, ...]:
@@ -59,10 +62,14 @@ class Start(nnx.Module):
   """The pieces of a mechanism; they turn content into rows of streams."""
 
   def __init__(self, model: config_lib.Model, *, rngs: nnx.Rngs):
-    self.kind, D = model.kind, model.D
+    self.model, self.kind, D = model, model.kind, model.D
     positions = model.T + 2  # BOS and EOS have positions of their own.
     if self.kind.streams == 2:
       self.query_start = layers.normal(rngs, (D,), ("vector",))
+    if self.kind.copies > 1:
+      self.copy_start = layers.normal(
+        rngs, (self.kind.copies - 1, D), (None, "vector")
+      )
     if self.kind.added:
       width = D // len(self.kind.added)
       self.added = layers.normal(
@@ -79,13 +86,14 @@ class Start(nnx.Module):
       )
 
   def __call__(
-    self, content: jax.Array, slots: orders.Slots
+    self, content: jax.Array, slots: orders.Slots, index: jax.Array
   ) -> tuple[Rows, ...]:
     """Return the rows of every stream.
 
     Args:
       content: [B, S, D], the embedded tokens, in compute dtype.
       slots: the slots of this content.
+      index: int32 [1, S], the index of each slot in the order.
     """
     kind = self.kind
     places = {"content": slots.position, "target": slots.target_position}
@@ -99,6 +107,10 @@ class Start(nnx.Module):
         axis=-1,
       )
     visible: jax.Array | int | None = None
+    if kind.copies > 1:
+      content += self._marks(content)
+      assert slots.visible is not None  # `copied` sets it.
+      visible = slots.visible[..., 0]
     if kind.masked:
       visible = content.shape[1]
       if slots.visible is not None:  # Padding is not seen.
@@ -110,14 +122,24 @@ class Start(nnx.Module):
       target=slots.target_position if kind.condition else None,
       visible=visible,
     )
-    return self._two_streams(rows, slots) if kind.streams == 2 else (rows,)
+    return (
+      self._two_streams(rows, slots, index) if kind.streams == 2 else (rows,)
+    )
 
-  def _two_streams(self, rows, slots):
+  def _marks(self, content):
+    """Return the vectors that tell the rows of a slot apart: like `content`."""
+    B, R, D = content.shape
+    marks = jnp.pad(self.copy_start[...], ((1, 0), (0, 0)))
+    marks = jnp.tile(marks.astype(content.dtype), (R // len(marks), 1))
+    return jnp.broadcast_to(marks, (B, R, D))
+
+  def _two_streams(self, rows, slots, index):
     """Return the content rows and the query rows.
 
     Args:
       rows: has the x of the content rows and the positions of the queries.
       slots: the slots of this content.
+      index: int32 [1, S], the index of each slot in the order.
     """
     B, S, D = rows.x.shape
     visible = slots.visible
@@ -125,6 +147,10 @@ class Start(nnx.Module):
       query_position=slots.position[..., None],
       visible=None if visible is None else visible[..., 0],
     )
+    if look := self.model.look:
+      places = looks.Places(index, slots.position)
+      seen = looks.seen(look, self.model.sentinels, places, places)
+      content = content._replace(seen=seen)
     start = self.query_start[...].astype(rows.x.dtype)
     if slots.queries is None:
       query = rows._replace(
@@ -132,19 +158,60 @@ class Start(nnx.Module):
         visible=None if visible is None else visible[..., 1],
       )
       return content, query
+    target, query_visible = slots.queries
+    if content.visible is None:
+      causal = jnp.broadcast_to(jnp.arange(1, S + 1), (B, S))
+      content = content._replace(visible=causal)
+    query = rows._replace(
+      x=jnp.broadcast_to(start, (B, target.shape[1], D)),
+      query_position=target[..., None],
+      visible=query_visible,
+    )
+    if self.kind.untied:
+      return content, query
     # The queries do not belong to slots. So their rows are appended to the
     # content rows, and there is one stream.
-    target, query_visible = slots.queries
-    content_visible = content.visible
-    if content_visible is None:
-      content_visible = jnp.broadcast_to(jnp.arange(1, S + 1), (B, S))
-    start = jnp.broadcast_to(start, (B, target.shape[1], D))
+    if content.seen is not None:
+      prefix = jnp.arange(S) < query_visible[..., None]
+      seen = jnp.broadcast_to(content.seen, (B, S, S))
+      content = content._replace(seen=jnp.concatenate([seen, prefix], axis=1))
     return (
       content._replace(
-        x=jnp.concatenate([content.x, start], axis=1),
+        x=jnp.concatenate([content.x, query.x], axis=1),
         query_position=jnp.concatenate(
-          [content.query_position, target[..., None]], axis=1
+          [content.query_position, query.query_position], axis=1
         ),
-        visible=jnp.concatenate([content_visible, query_visible], axis=1),
+        visible=jnp.concatenate([content.visible, query.visible], axis=1),
       ),
     )
+
+
+def copied(slots: orders.Slots, copies: int, index: jax.Array) -> orders.Slots:
+  """Return slots with several rows each, for a mechanism with copies.
+
+  Args:
+    slots: int32 [B, S] each, of a single stream.
+    copies: the number of rows per slot.
+    index: int32 [1, S], the index of each slot in the order.
+
+  Returns:
+    Slots with int32 [B, S * copies]. The rows of a slot are neighbours. They
+    see all rows of their own slot and of the slots before it.
+  """
+  tokens, position, target = (jnp.repeat(x, copies, axis=1) for x in slots[:3])
+  visible = jnp.repeat(copies * (index + 1), copies, axis=1)
+  visible = jnp.broadcast_to(visible, tokens.shape)[..., None]
+  return orders.Slots(tokens, position, target, visible)
+
+
+def merged(x: jax.Array, copies: int) -> jax.Array:
+  """Return the mean of the rows of each slot: [B, S, D], in x's dtype.
+
+  Args:
+    x: [B, S * copies, D].
+    copies: the number of rows per slot.
+  """
+  if copies == 1:
+    return x
+  by_slot = x.reshape(len(x), -1, copies, x.shape[2])
+  return by_slot.mean(axis=2, dtype=jnp.float32).astype(x.dtype)

@@ -126,7 +126,9 @@ class Transformer(nnx.Module):
     chex.assert_equal_shape(slots[:3])
     S = slots.tokens.shape[1]
     ways = parallel.sequence_ways(S)
-    streams, setting = self.enter(parallel.deal_slots(slots, ways))
+    index = parallel.deal(jnp.arange(S)[None], ways)
+    streams, setting = self.enter(parallel.deal_slots(slots, ways), index)
+    S *= self.model.kind.copies
     name = self.compute.attention
     attend = functools.partial(
       parallel.attention,
@@ -150,12 +152,23 @@ class Transformer(nnx.Module):
     return self._last_rows(last, streams, setting, attend, S), ways
 
   def enter(
-    self, slots: orders.Slots
+    self, slots: orders.Slots, index: jax.Array | None = None
   ) -> tuple[tuple[jax.Array, ...], layers.Setting]:
-    """Return the streams [B, R, D] before the first layer, with setting."""
+    """Return the streams [B, R, D] before the first layer, with setting.
+
+    Args:
+      slots: int32 [B, S] each.
+      index: int32 [1, S], the index of each slot in the order. None means 0 to
+        S - 1.
+    """
+    kind = self.model.kind
+    if index is None:
+      index = jnp.arange(slots.tokens.shape[1])[None]
+    if kind.copies > 1:
+      slots = rows_lib.copied(slots, kind.copies, index)
     table = layers.used(self.embedding, self.dtype)
     content = vocabulary_lib.embed(table, slots.tokens)
-    kind, streams = self.model.kind, self.start(content, slots)
+    streams = self.start(content, slots, index)
 
     def rotation(position):
       if position is None:
@@ -169,6 +182,7 @@ class Transformer(nnx.Module):
       condition=condition,
       target=tuple(rows.target for rows in streams),
       visible=tuple(rows.visible for rows in streams),
+      seen=tuple(rows.seen for rows in streams),
     )
     x = tuple(sharding.constrain(rows.x, *layers.ROWS) for rows in streams)
     return x, setting
@@ -192,7 +206,7 @@ class Transformer(nnx.Module):
       streams: [B, R, D] each, the streams after the other layers.
       setting: the setting that the layers share.
       attend: the attention.
-      S: the number of slots.
+      S: the number of content rows.
 
     Returns:
       float32 [B, R', V], the logits of the rows that are read out.
@@ -211,4 +225,4 @@ class Transformer(nnx.Module):
     _, x = layers.normed(
       self.norm, x, None, modulation, 0, self.compute.rowwise
     )
-    return x
+    return rows_lib.merged(x, self.model.kind.copies)

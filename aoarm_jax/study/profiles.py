@@ -150,6 +150,12 @@ def _rank(near, counts):
   return jax.vmap(jax.vmap(of_row), (0, None))(near, counts)
 
 
+def supports(model: config_lib.Model) -> bool:
+  """Return whether attention can be profiled: one causal row for each slot."""
+  kind = model.kind
+  return not kind.masked and kind.copies == 1 and model.look is None
+
+
 def profile(
   network: transformer.Transformer,
   tokens: jax.Array,
@@ -161,8 +167,7 @@ def profile(
   One sequence's map of one layer is in memory at a time.
 
   Args:
-    network: of a mechanism that is not masked: there the order is no matter of
-      slots.
+    network: of a model that `supports` allows.
     tokens: int [B, T].
     order: int32 [B, T].
     real: bool [B]; a sequence that is not fills the batch and counts nowhere.
@@ -172,8 +177,11 @@ def profile(
     last layer: of two streams its query rows.
   """
   model = network.model
-  if model.kind.masked:
-    raise ValueError(f"{model.mechanism}: slots have no order of generation")
+  if not supports(model):
+    raise ValueError(
+      f"{model.mechanism}, content_sees={model.content_sees}: no profile where "
+      "a slot has no causal row of its own"
+    )
   slots = orders.to_slots(tokens, order, network.layout)
   places = jnp.stack([slots.position, slots.target_position])  # [2, B, S]
 

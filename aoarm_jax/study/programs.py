@@ -58,7 +58,7 @@ class Programs:
     names = ["init", "train", *map(evaluate_name, config.eval.estimators)]
     if config.study.characters:
       names.append("sample")
-    if config.study.profile_sequences and not config.model.kind.masked:
+    if config.study.profile_sequences and profiles.supports(config.model):
       names.append("profile")
     return {name: self._future(name, config) for name in names}
 

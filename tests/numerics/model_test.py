@@ -1,8 +1,4 @@
-"""The backbone and its mechanisms: leaks, laws, equivariances, caches.
-
-`_Written` is a second implementation: one sequence, float64 numpy, any mask,
-the two streams one after the other, complex numbers for rotations.
-"""
+"""The backbone and its mechanisms: leaks, laws, equivariances, caches."""
 
 import functools
 from unittest import mock
@@ -12,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tiny
+import written
 from absl.testing import absltest, parameterized
 
 import pallas_kernels
@@ -38,105 +35,13 @@ def _slots(tokens, order, s, V=_V) -> orders.Slots:
   )
 
 
-def _rms(x, scale):
-  return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-6) * scale
-
-
-class _Written:
-  """The mathematics of one sequence, by hand."""
-
-  def __init__(self, model, params):
-    self.model, self.params = model, tiny.as_numpy(params)
-    self.blocks = [
-      jax.tree.map(lambda p, i=i: p[i], self.params["blocks"])
-      for i in range(model.L)
-    ]
-
-  def content(self, ids, position, target):
-    x = self.params["embedding"][ids]
-    index = {"content": position, "target": target}
-    if names := self.model.kind.added:
-      tables = self.params["start"]["added"]
-      parts = [table[index[name]] for name, table in zip(names, tables)]
-      x = x + np.concatenate(parts, axis=-1)
-    return x
-
-  def modulation(self, node, target):
-    """[count, R, D] of the rows' targets, zero where there is none."""
-    if "modulation" not in node:
-      return np.zeros((6, 1, 1)) + np.array([0, 0, 1, 0, 0, 1])[:, None, None]
-    c = self.params["start"]["target"][target]
-    c = c / (1 + np.exp(-c))
-    m = node["modulation"]
-    return np.einsum("rc,cmd->mrd", c, m["weight"]) + m["bias"][:, None]
-
-  def rotate(self, x, position):
-    """x [R, N, H] by position [R], or by several [R, K] in turn."""
-    if not self.model.kind.query:
-      return x
-    half = self.model.H // 2
-    speed = self.model.rope_base ** (-np.arange(half) / half)
-    position = np.reshape(position, (len(x), -1))
-    by = [position[:, j % position.shape[1]] for j in range(half)]
-    turn = np.exp(1j * np.stack(by, axis=1) * speed)[:, None]
-    z = (x[..., :half] + 1j * x[..., half:]) * turn
-    return np.concatenate([z.real, z.imag], axis=-1)
-
-  def normed(self, node, x, m):
-    return _rms(x, node["scale"]) * (1 + m[1]) + m[0]
-
-  def keys(self, block, x, position, target=None):
-    """Rotated keys and values [S, N, H] of content rows [S, D]."""
-    a = block["attention"]
-    x = self.normed(block["attention_norm"], x, self.modulation(block, target))
-    k = _rms(np.einsum("sd,dnh->snh", x, a["key"]), a["key_norm"]["scale"])
-    return self.rotate(k, position), np.einsum("sd,dnh->snh", x, a["value"])
-
-  def update(self, block, x, position, keys, seen, target=None):
-    """One block on rows [R, D] over keys; seen is bool [R, S]."""
-    a, (k, v) = block["attention"], keys
-    m = self.modulation(block, target)
-    normed = self.normed(block["attention_norm"], x, m)
-    q = np.einsum("rd,dnh->rnh", normed, a["query"])
-    q = self.rotate(_rms(q, a["query_norm"]["scale"]), position)
-    score = np.einsum("rnh,snh->nrs", q, k) / np.sqrt(self.model.H)
-    score = np.where(seen, score, -np.inf)
-    weight = np.exp(score - score.max(axis=-1, keepdims=True))
-    weight /= weight.sum(axis=-1, keepdims=True)
-    out = np.einsum("nrs,snh->rnh", weight, v)
-    x = x + m[2] * np.einsum("rnh,nhd->rd", out, a["out"])
-    up = self.normed(block["mlp_norm"], x, m[3:]) @ block["mlp"]["up"]
-    gelu = np.tanh(np.sqrt(2 / np.pi) * (up + 0.044715 * up**3))
-    return x + m[5] * ((0.5 * up * (1 + gelu)) @ block["mlp"]["down"])
-
-  def read_out(self, x, target=None):
-    m = self.modulation(self.params, target)
-    return self.normed(self.params["norm"], x, m) @ self.params["head"]
-
-  def one_stream(self, ids, query_position, key_position, seen, target=None):
-    """Logits [S, V], and the keys and values of every layer."""
-    x, cache = self.content(ids, key_position, target), []
-    for block in self.blocks:
-      cache.append(self.keys(block, x, key_position, target))
-      x = self.update(block, x, query_position, cache[-1], seen, target)
-    return self.read_out(x, target), cache
-
-  def query_stream(self, target_position, cache, seen):
-    """Logits [R, V] of query rows, from the content stream's keys alone."""
-    start = self.params["start"]["query_start"]
-    x = np.tile(start, (len(target_position), 1))
-    for block, keys in zip(self.blocks, cache):
-      x = self.update(block, x, target_position, keys, seen)
-    return self.read_out(x)
-
-
-def _in_natural_order(written, tokens, order):
+def _in_natural_order(hand, tokens, order):
   """Logits [T, V] by rank, computed by position with dense rank masks.
 
   Rows stand at positions 0, 1..T (and T + 1); the last token generated is
   among the keys too, hidden by its rank alone.
   """
-  model, V = written.model, written.params["head"].shape[1]
+  model, V = hand.model, hand.params["head"].shape[1]
   T, s = len(order), model.sentinels
   ids = np.array([V, *tokens, V + 1][: T + s])
   position = np.arange(T + s)
@@ -147,14 +52,14 @@ def _in_natural_order(written, tokens, order):
   seen = rank[:, None] >= rank
   before = np.argsort(rank)[s - 1 : -1]  # The row before each target.
   if model.kind.streams == 2:
-    _, cache = written.one_stream(ids, position, position, seen)
+    _, cache = hand.one_stream(ids, position, position, seen)
     seen = rank[order][:, None] > rank
-    return written.query_stream(order, cache, seen)
+    return hand.query_stream(order, cache, seen)
   target = np.zeros(T + s, int)
   target[before] = order
   turns = {"content": position, "target": target}
   lead = np.stack([turns[name] for name in model.kind.query or ["content"]], 1)
-  return written.one_stream(ids, lead, position, seen, target)[0][before]
+  return hand.one_stream(ids, lead, position, seen, target)[0][before]
 
 
 def _sequence_nll(network, params, tokens, order, s, V):
@@ -314,7 +219,7 @@ class WrittenTest(parameterized.TestCase):
     slots = _slots(self.tokens, self.order, s)
     logits = np.asarray(network(params, slots))
     self.assertEqual((logits.shape, logits.dtype), ((_B, _T + s - 1, _V), "f4"))
-    return _Written(model, params), slots, logits
+    return written.Written(model, params), slots, logits
 
   def assert_close(self, got, want):
     self.assertGreater(np.std(want), 0.5)
@@ -322,12 +227,12 @@ class WrittenTest(parameterized.TestCase):
 
   @parameterized.parameters(1, 2)
   def test_two_streams_are_content_and_query_separately(self, s):
-    written, slots, logits = self.both("two_stream", s)
+    hand, slots, logits = self.both("two_stream", s)
     causal = np.tri(_T + s - 1, dtype=bool)
     for b in range(_B):
       ids, c, t = (x[b] for x in slots[:3])
-      _, cache = written.one_stream(ids, c, c, causal)
-      self.assert_close(logits[b], written.query_stream(t, cache, causal))
+      _, cache = hand.one_stream(ids, c, c, causal)
+      self.assert_close(logits[b], hand.query_stream(t, cache, causal))
 
   @parameterized.parameters(1, 2)
   def test_decoupled_rope_left_to_right_is_rope_with_a_shift(self, s):
@@ -335,7 +240,7 @@ class WrittenTest(parameterized.TestCase):
     model, params, network = tiny.jitted("decoupled_rope", s)
     natural = np.tile(np.arange(1, _T + 1), (_B, 1))
     logits = network(params, _slots(self.tokens, natural, s))
-    written = _Written(model, params)
+    hand = written.Written(model, params)
     for b in range(_B):
       ids = np.array([_V, *self.tokens[b, :-1]])
       lead, lag = np.arange(_T) + 1, np.arange(_T)
@@ -343,26 +248,26 @@ class WrittenTest(parameterized.TestCase):
         ids = np.insert(ids, 1, _V + 1)
         lead, lag = np.insert(lead, 0, 0), np.insert(lag, 1, _T + 1)
       causal = np.tri(len(ids), dtype=bool)
-      want, _ = written.one_stream(ids, lead, lag, causal)
+      want, _ = hand.one_stream(ids, lead, lag, causal)
       self.assert_close(logits[b], want)
 
   def test_causal_is_rope_without_the_shift(self):
-    written, _, logits = self.both("causal", 1)
+    hand, _, logits = self.both("causal", 1)
     causal, position = np.tri(_T, dtype=bool), np.arange(_T)
     for b in range(_B):
       ids = np.array([_V, *self.tokens[b, :-1]])
-      want, _ = written.one_stream(ids, position, position, causal)
+      want, _ = hand.one_stream(ids, position, position, causal)
       self.assert_close(logits[b], want)
       # The shift is no matter of taste.
-      other, _ = written.one_stream(ids, position + 1, position, causal)
+      other, _ = hand.one_stream(ids, position + 1, position, causal)
       self.assertGreater(np.abs(other - want).max(), 0.1)
 
   @parameterized.parameters(*tiny.CASES)
   def test_relabelling(self, mechanism, s):
     """Slots in generation order equal natural order with the rank mask."""
-    written, _, logits = self.both(mechanism, s)
+    hand, _, logits = self.both(mechanism, s)
     for b in range(_B):
-      want = _in_natural_order(written, self.tokens[b], self.order[b])
+      want = _in_natural_order(hand, self.tokens[b], self.order[b])
       self.assert_close(logits[b, s - 1 :], want)
 
   @parameterized.parameters(*tiny.ANY_ORDER)
@@ -382,7 +287,8 @@ class WrittenTest(parameterized.TestCase):
   def test_single_key_blindness(self, mechanism, s):
     """With BOS alone, rank 0 cannot tell sigma(0); with EOS beside it can.
 
-    Not so where the target enters by more than rotation.
+    Not so where the target enters by more than rotation, or where BOS has
+    several rows.
     """
     kind = mechanisms.MECHANISMS[mechanism]
     _, params, network = tiny.jitted(mechanism, s)
@@ -390,7 +296,8 @@ class WrittenTest(parameterized.TestCase):
     order = np.array([np.roll(natural, -2 * b) for b in range(_B)])
     first = network(params, _slots(self.tokens, order, s))[:, s - 1]
     moved = np.abs(first - first[0]).max(axis=-1)[1:]
-    if s == 1 and "target" not in kind.added and not kind.condition:
+    by_rotation = "target" not in kind.added and not kind.condition
+    if s == kind.copies == 1 and by_rotation:
       tiny.assert_same(first, np.broadcast_to(first[0], first.shape))
     else:
       self.assertGreater(moved.min(), 1e-2)
@@ -581,6 +488,9 @@ class CountTest(parameterized.TestCase):
     kind = mechanisms.MECHANISMS[mechanism]
     # The start of the query rows, MASK, the embeddings of positions, and adaLN.
     own = D * (kind.streams == 2) + D * kind.masked + P * D * bool(kind.added)
+    own += D * (kind.copies - 1)
+    # Untied query rows have all but keys and values.
+    own += kind.untied * L * (layer - 2 * D * D - H)
     if width := kind.condition:
       own += P * width + (6 * L + 2) * (width * D + D)
     params = tiny.make(mechanism, s, T=T, V=V, D=D, L=L, N=N).abstract_params
@@ -615,7 +525,8 @@ class CountTest(parameterized.TestCase):
     counted = lowered.cost_analysis()["flops"]
     self.assertAlmostEqual(counted / expected, 1.0, delta=0.05)
     # One layer's rows more, or a causal program, would be seen.
-    self.assertGreater(model.S * 24 * D * D / expected, 0.1)
+    rows = model.S * model.kind.copies
+    self.assertGreater(rows * 24 * D * D / expected, 0.1)
     if not model.kind.masked:
       needed = cost.forward_flops(counts)
       self.assertGreater(expected / needed, 1.1)

@@ -25,8 +25,14 @@ _EXPERIMENTS = sorted(
   for path in (helpers.ROOT / "configs").glob("*.py")
   if path.stem != "two_stream" and not path.stem.startswith("study_")
 )
-# As decoupled_rope in all but a few lines of its mechanism.
-_ALIKE = ("decoupled_rope_adaln", "decoupled_rope_content")
+# As decoupled_rope or two_stream in all but a few lines of their mechanism.
+_ALIKE = (
+  "decoupled_rope_adaln",
+  "decoupled_rope_added",
+  "decoupled_rope_content",
+  "register",
+  "two_stream_untied",
+)
 _CHANGES = {
   "model.T": 8,
   "model.L": 1,

@@ -83,7 +83,7 @@ class ChainTest(parameterized.TestCase):
     mask = optimizer.decay_mask(bind.axes)
     jax.tree.map(lambda *_: None, mask, bind.abstract_params)  # One structure.
     for path, decays in jax.tree_util.tree_leaves_with_path(mask):
-      vector = path[-1].key in ("scale", "query_start", "bias")
+      vector = path[-1].key in ("scale", "query_start", "copy_start", "bias")
       self.assertEqual(decays, not vector, path)
     self.assertTrue(mask["embedding"] and mask["head"])
     self.assertTrue(mask["blocks"]["attention"]["query"])

@@ -1,0 +1,19 @@
+"""Ablation: two streams, and each stream has its own weights.
+
+The content stream has its own queries, keys, values, outputs and MLPs. The
+query stream has its own queries, outputs and MLPs. A step costs as much as with
+two_stream.
+
+  python -m aoarm_jax.main --config=configs/two_stream_untied.py
+
+Hardware, time, validation result: not run yet.
+  :tiny    for a CPU
+"""
+
+from aoarm_jax.config import experiments
+
+
+def get_config(variant: str = "default"):
+  return experiments.experiment(
+    "two_stream_untied", variant, model={"mechanism": "two_stream_untied"}
+  )

@@ -1,0 +1,116 @@
+"""A second implementation of the network: numpy, one sequence, any mask.
+
+The numbers are float64, the two streams are computed one after the other, and
+rotations are complex numbers.
+"""
+
+import jax
+import numpy as np
+import tiny
+
+
+def _rms(x, scale):
+  return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-6) * scale
+
+
+class Written:
+  """The mathematics of one sequence, by hand."""
+
+  def __init__(self, model, params):
+    self.model, self.params = model, tiny.as_numpy(params)
+    self.blocks = [
+      jax.tree.map(lambda p, i=i: p[i], self.params["blocks"])
+      for i in range(model.L)
+    ]
+
+  def content(self, ids, position, target):
+    x = self.params["embedding"][ids]
+    index = {"content": position, "target": target}
+    if names := self.model.kind.added:
+      tables = self.params["start"]["added"]
+      parts = [table[index[name]] for name, table in zip(names, tables)]
+      x = x + np.concatenate(parts, axis=-1)
+    return x
+
+  def modulation(self, node, target):
+    """[count, R, D] of the rows' targets, zero where there is none."""
+    if "modulation" not in node:
+      return np.zeros((6, 1, 1)) + np.array([0, 0, 1, 0, 0, 1])[:, None, None]
+    c = self.params["start"]["target"][target]
+    c = c / (1 + np.exp(-c))
+    m = node["modulation"]
+    return np.einsum("rc,cmd->mrd", c, m["weight"]) + m["bias"][:, None]
+
+  def rotate(self, x, position):
+    """x [R, N, H] by position [R], or by several [R, K] in turn."""
+    if not self.model.kind.query:
+      return x
+    half = self.model.H // 2
+    speed = self.model.rope_base ** (-np.arange(half) / half)
+    position = np.reshape(position, (len(x), -1))
+    by = [position[:, j % position.shape[1]] for j in range(half)]
+    turn = np.exp(1j * np.stack(by, axis=1) * speed)[:, None]
+    z = (x[..., :half] + 1j * x[..., half:]) * turn
+    return np.concatenate([z.real, z.imag], axis=-1)
+
+  def normed(self, node, x, m):
+    return _rms(x, node["scale"]) * (1 + m[1]) + m[0]
+
+  def keys(self, block, x, position, target=None):
+    """Rotated keys and values [S, N, H] of content rows [S, D]."""
+    a = block["attention"]
+    x = self.normed(block["attention_norm"], x, self.modulation(block, target))
+    k = _rms(np.einsum("sd,dnh->snh", x, a["key"]), a["key_norm"]["scale"])
+    return self.rotate(k, position), np.einsum("sd,dnh->snh", x, a["value"])
+
+  def update(self, block, x, position, keys, seen, target=None):
+    """One block on rows [R, D] over keys; seen is bool [R, S]."""
+    a, (k, v) = block["attention"], keys
+    m = self.modulation(block, target)
+    normed = self.normed(block["attention_norm"], x, m)
+    q = np.einsum("rd,dnh->rnh", normed, a["query"])
+    q = self.rotate(_rms(q, a["query_norm"]["scale"]), position)
+    score = np.einsum("rnh,snh->nrs", q, k) / np.sqrt(self.model.H)
+    score = np.where(seen, score, -np.inf)
+    weight = np.exp(score - score.max(axis=-1, keepdims=True))
+    weight /= weight.sum(axis=-1, keepdims=True)
+    out = np.einsum("nrs,snh->rnh", weight, v)
+    x = x + m[2] * np.einsum("rnh,nhd->rd", out, a["out"])
+    up = self.normed(block["mlp_norm"], x, m[3:]) @ block["mlp"]["up"]
+    gelu = np.tanh(np.sqrt(2 / np.pi) * (up + 0.044715 * up**3))
+    return x + m[5] * ((0.5 * up * (1 + gelu)) @ block["mlp"]["down"])
+
+  def read_out(self, x, target=None):
+    m = self.modulation(self.params, target)
+    x = self.normed(self.params["norm"], x, m)
+    # The mean over the rows of a slot.
+    x = x.reshape(-1, self.model.kind.copies, self.model.D).mean(axis=1)
+    return x @ self.params["head"]
+
+  def one_stream(self, ids, query_position, key_position, seen, target=None):
+    """Logits [S, V], and the keys and values of every layer."""
+    copies, cache = self.model.kind.copies, []
+    x, query_position, key_position = (
+      np.repeat(rows, copies, axis=0)
+      for rows in (
+        self.content(ids, key_position, target),
+        query_position,
+        key_position,
+      )
+    )
+    if copies > 1:
+      x[1::2] += self.params["start"]["copy_start"]
+    seen = np.kron(seen, np.ones((copies, copies))).astype(bool)
+    for block in self.blocks:
+      cache.append(self.keys(block, x, key_position, target))
+      x = self.update(block, x, query_position, cache[-1], seen, target)
+    return self.read_out(x, target), cache
+
+  def query_stream(self, target_position, cache, seen):
+    """Logits [R, V] of query rows, from the content stream's keys alone."""
+    start = self.params["start"]["query_start"]
+    x = np.tile(start, (len(target_position), 1))
+    for block, keys in zip(self.blocks, cache):
+      own = block.get("of_queries", block)
+      x = self.update(own, x, target_position, keys, seen)
+    return self.read_out(x)
