@@ -17,7 +17,8 @@ A line is a product of values, a cell is one point of it:
 | steps     | of the reference mechanism                       | config.train |
 | seed      | of parameters, batches and orders                | config.seed  |
 | with      | fields that differ from the config's, as in      | none         |
-|           | optimizer.b2:0.95+optimizer.clip_norm:0.3        |              |
+|           | optimizer.b2:0.95+optimizer.clip_norm:0.3; the   |              |
+|           | reference of a budget does not have them         |              |
 
 Cells run line by line, and within a line as nested loops in the order in which
 its keys are written, the last one fastest. A cell that a line above already has
@@ -72,13 +73,19 @@ class Cell:
 
   @property
   def label(self) -> str:
-    """For people, and for config.study.cells."""
-    return (
+    """For people, and for config.study.cells.
+
+    A change has two words, such as with=model.L:18 and L=18.
+    """
+    words = [
       f"{self.mechanism} {self.size} T={self.T} {self.orders} equal "
       f"{self.budget} steps={self.steps} rate={self.rate} seed={self.seed}"
-      + f" with={self.changes}"
-      * bool(self.changes)
-    )
+    ]
+    if self.changes:
+      words.append(f"with={self.changes}")
+      for fields in _changes(self.changes).values():
+        words += [f"{name}={value}" for name, value in fields.items()]
+    return " ".join(words)
 
   @property
   def judged(self) -> "Cell":
@@ -415,7 +422,7 @@ def folder_name(cell: Cell, resolved: config_lib.Config) -> str:
   digest = hashlib.sha256(json.dumps(counts, sort_keys=True).encode())
   parts = (
     cell.mechanism,
-    cell.size,
+    size_of(resolved.model),
     f"T{cell.T}",
     cell.orders,
     f"F{resolved.model.F}",

@@ -403,26 +403,27 @@ def write(
   for name, rows in made.items():
     if rows:
       run_dir.write_atomically(folder / f"{name}.csv", tables.to_csv(rows))
+  # Pictures show runs without a recipe of their own.
   drawn = []
-  if runs:
+  if not all(row["recipe"] for row in made["runs"]):
     plots.bits_over_flops(made["runs"], folder, "bits")
     drawn.append("bits")
-  if made["delays"]:
+  if not all(row["recipe"] for row in made["delays"]):
     plots.delay_over_budget(made["delays"], folder, "delay")
     drawn.append("delay")
   shown = report.command(argv, config.data.path)
   failures = results.failures(cells)
-  text = _page(made, drawn, shown, len(cells), len(runs), failures)
+  text = _page(config.name, made, drawn, shown, len(cells), len(runs), failures)
   run_dir.write_atomically(folder / "README.md", text)
 
 
-def _page(made, drawn, shown, asked, done, failures):
+def _page(name, made, drawn, shown, asked, done, failures):
   """README.md."""
   parts = [
-    "# The budget curve\n",
-    "Does a second stream pay, and from which budget on? The question, the "
-    "budgets, the seeds and the rule for the learning rates were declared "
-    "before the runs, in the docstring of the study's config file.\n",
+    "# Arms against the reference\n",
+    "The question, the budgets, the seeds and the rule for the learning rates "
+    "were declared before the runs, in the docstring of "
+    f"`configs/{name}.py`.\n",
     f"So far {done} of the {asked} runs that the sweep names are done. Runs "
     "with a checked rate that equals the searched one count twice. Every "
     "number says how many seeds stand behind it; one seed is a pilot and no "

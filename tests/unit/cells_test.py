@@ -119,6 +119,39 @@ class SweepTest(parameterized.TestCase):
     }
     self.assertLen(names, 1)
 
+  def test_changed_fields_are_words_of_a_label_and_of_no_reference(self):
+    line = "mechanism=decoupled_rope with=model.L:18 budget=flops steps=500"
+    cell, got = self.resolved(line)
+    self.assertContainsSubset(
+      {"decoupled_rope", "with=model.L:18", "L=18"}, cell.label.split()
+    )
+    self.assertEqual((got.model.L, got.train.steps), (18, 488))
+    self.assertStartsWith(
+      cells_lib.folder_name(cell, got), "decoupled_rope-256x18x4-"
+    )
+    cell, got = self.resolved("with=model.content_sees:last:4")
+    self.assertIn("content_sees=last:4", cell.label.split())
+    self.assertEqual(got.model.content_sees, "last:4")
+
+  @parameterized.parameters("", "rates", "long", "tiny")
+  def test_arms_of_the_study_of_reasons_can_be(self, variant):
+    path = helpers.ROOT / "configs" / "study_why.py"
+    study = helpers.config_of([f"--config={path}:{variant}"])
+    cells = cells_lib.expand(study)
+    arms = {(cell.mechanism, cell.changes) for cell in cells}
+    self.assertLen(arms, 13)
+    for cell in cells:
+      got = cells_lib.resolve(cell, study, 1e-3)
+      self.assertEqual(cells_lib.trials(cell, study), [])
+      if cell.budget == "flops":
+        other = dataclasses.replace(cell, mechanism="two_stream", changes="")
+        reference = cells_lib.resolve(other, study, 1e-3)
+        ratio = matching.training_flops(got) / matching.training_flops(
+          reference
+        )
+        delta = 0.05 if variant == "tiny" else 1e-3
+        self.assertAlmostEqual(ratio, 1, delta=delta, msg=cell.label)
+
   def test_a_folder_is_bound_to_all_that_decides_the_numbers(self):
     cell, got = self.resolved("mechanism=mdlm")
     name = cells_lib.folder_name(cell, got)

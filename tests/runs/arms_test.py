@@ -1,0 +1,48 @@
+"""Every arm of configs/study_why.py, tiny, from training to the report."""
+
+import csv
+import pathlib
+import tempfile
+
+import helpers
+import pytest
+from absl.testing import absltest
+
+_CONFIG = f"{helpers.ROOT / 'configs' / 'study_why.py'}:tiny"
+
+
+class ArmsTest(absltest.TestCase):
+  @pytest.mark.thorough
+  def test_one_arm(self):
+    self.check_cells("content_sees=nearest:2 steps", 1)
+
+  @pytest.mark.slow
+  def test_every_arm(self):
+    self.check_cells("", 19)
+
+  def check_cells(self, cells, runs):
+    """Cells train, and the report has their runs."""
+    self.enter_context(helpers.quick_compilation())
+    folder = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
+    helpers.write_text(folder / "text", test=False)
+    helpers.run(
+      [
+        f"--config={_CONFIG}",
+        "--mode=study",
+        f"--workdir={folder / 'run'}",
+        f"--config.data.path={folder / 'text'}",
+        "--config.eval.batches=1",
+        f"--config.study.cells={cells}",
+      ]
+    )
+    report = folder / "run" / "report"
+    rows = list(csv.DictReader((report / "runs.csv").read_text().splitlines()))
+    self.assertLen(rows, runs)
+    if runs > 1:
+      lines = (report / "differences.csv").read_text().splitlines()
+      arms = {(r["mechanism"], r["recipe"]) for r in csv.DictReader(lines)}
+      self.assertLen(arms, 12)
+
+
+if __name__ == "__main__":
+  absltest.main()
