@@ -21,9 +21,15 @@ MECHANISMS = next(
 # Those that predict by the chain rule from a cache, and those that never do.
 CHAIN = tuple(m for m in MECHANISMS if not mechanisms.MECHANISMS[m].masked)
 MASKED = tuple(m for m in MECHANISMS if m not in CHAIN)
-CASES = tuple(itertools.product(CHAIN, (1, 2)))
 # Every such mechanism once, in turn with one and two sentinels.
 ALTERNATING = tuple((m, 2 - i % 2) for i, m in enumerate(CHAIN))
+# An ablation is made of pieces that another mechanism has with both.
+CASES = tuple(
+  case
+  for case in itertools.product(CHAIN, (1, 2))
+  if case in ALTERNATING
+  or not mechanisms.MECHANISMS[case[0]].changes_one_thing_of
+)
 ANY_ORDER = tuple(
   case for case in CASES if not mechanisms.MECHANISMS[case[0]].left_to_right
 )

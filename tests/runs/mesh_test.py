@@ -57,6 +57,7 @@ CASES = (
   # Named, see take_step.
   ("two_stream", "1,2,2,2", {"rowwise": "xla"}),
   ("two_stream", "1,2,2,2", {"loss_block": 10}),
+  ("two_stream", "1,2,2,2", {"sees": "nearest:2"}),
 )
 EVERY_CASE = tuple(
   (mechanism, mesh, changes)
@@ -73,10 +74,17 @@ EVERY_CASE = tuple(
 )
 
 
-def configuration(mechanism, mesh, groups="none", sentinels=1, **compute):
+def configuration(
+  mechanism, mesh, groups="none", sentinels=1, sees="prefix", **compute
+):
   """B = 16, 16 slots, 4 heads of width 4."""
   model = config_lib.Model(
-    mechanism=mechanism, sentinels=sentinels, D=16, L=2, N=4
+    mechanism=mechanism,
+    sentinels=sentinels,
+    D=16,
+    L=2,
+    N=4,
+    content_sees=sees,
   )
   model = dataclasses.replace(model, T=16 - (model.S - model.T))
   order = "left_to_right" if model.kind.left_to_right else "uniform"
@@ -205,7 +213,12 @@ def on_eight_devices(which):
       seen = str(error)
     print(json.dumps([mechanism, mesh, changes, seen]), flush=True)
   if which == "every":
-    for changes in ({"groups": "fixed"}, {"sentinels": 2}):
+    for changes in (
+      {"groups": "fixed"},
+      {"sentinels": 2},
+      {"sees": "last:2"},
+      {"sees": "random:2"},
+    ):
       for mesh in ("1,1,1,8", "1,2,2,2"):
         seen = compared("two_stream", mesh, changes)
         print(json.dumps(["two_stream", mesh, changes, seen]), flush=True)
