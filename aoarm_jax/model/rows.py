@@ -18,8 +18,8 @@ class Rows(NamedTuple):
   """The rows of one stream, and what is known about each row.
 
   The first S rows of stream 0 are the content of the slots. The last stream is
-  read out, which means that its rows make predictions. If the last stream has
-  more than S rows, only the rows after the first S are read out.
+  read out, which means that its rows make predictions. If it is the only stream
+  and has more than S rows, only the rows after the first S are read out.
 
   Attributes:
     x: [B, R, D], compute dtype.
@@ -50,6 +50,8 @@ def read_out(streams: tuple[Any, ...], S: int) -> tuple[Any, ...]:
   Returns:
     A tuple of one entry, with arrays [B, R', ...].
   """
+  if len(streams) > 1:
+    return tuple(streams[-1:])
 
   def after_slots(x):
     has_rows = isinstance(x, jax.Array) and x.ndim > 1
