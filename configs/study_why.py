@@ -60,7 +60,8 @@ a step of two_stream.
 
 Variants, each a sweep of its own; a cell is chosen by words of its label, as in
 --config.study.cells="two_stream content_sees=self T=128 seed=11":
-  default  the runs above
+  default  the runs above, seed by seed; in pieces by
+           --config.study.limit_seconds=500, with the same command again
   :rates   the sceptic's control
   :long    the runs at T = 1,024, at rates 0.004 and 0.0056; exploratory
   :tiny    2 CPU cores, built-in text: every arm of a tiny model, a smoke test
@@ -80,20 +81,23 @@ def _arms(two, one, looks, sizes, heads, shared):
     looks: values of model.content_sees.
     sizes: changes that make one stream as costly as two streams.
     heads: a change of the number of heads.
-    shared: the words of all arms.
+    shared: the words of all arms. The budgets are in ascending order of steps
+      for arms that cost no more than two_stream.
   """
+  # The runs of a trunk ascend, and these arms take fewer steps at equal FLOPs.
+  costly = shared.replace("steps,flops", "flops,steps")
   masks = ",".join(f"model.content_sees:{look}" for look in looks)
   return "\n".join(
-    f"{arm} {shared}"
-    for arm in (
-      f"{_TWO} {two}",
-      f"{_ONE} {one}",
-      f"{_TWO} {two} with={masks}",
-      f"mechanism=register,decoupled_rope_added {one}",
-      f"{_ONE} {one} with={','.join(sizes)}",
-      f"mechanism=two_stream_untied {two}",
-      f"{_ONE} {one} with={heads}",
-      f"{_TWO} {two} with={heads}",
+    (
+      f"{_TWO} {two} {shared}",
+      f"{_ONE} {one} {shared}",
+      f"{_TWO} {two} with={masks} {shared}",
+      f"mechanism=register {one} {costly}",
+      f"mechanism=decoupled_rope_added {one} {shared}",
+      f"{_ONE} {one} with={','.join(sizes)} {costly}",
+      f"mechanism=two_stream_untied {two} {shared}",
+      f"{_ONE} {one} with={heads} {shared}",
+      f"{_TWO} {two} with={heads} {shared}",
     )
   )
 
