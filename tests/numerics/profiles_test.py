@@ -58,6 +58,19 @@ def maps(bind, params, tokens, order):
 
 
 class ProfileTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ("two_stream_untied", "prefix", True),
+    ("two_stream", "self", False),
+    ("register", "prefix", False),
+    ("mdlm", "prefix", False),
+  )
+  def test_needs_one_causal_row_for_each_slot(self, mechanism, sees, supported):
+    made = tiny.make(mechanism, content_sees=sees)
+    self.assertEqual(profiles.supports(made.model), supported)
+    if not supported:
+      with self.assertRaisesRegex(ValueError, f"{mechanism}.*no profile"):
+        profiles.profile(made.bind(tiny.sharp(made)), None, None, REAL)
+
   @parameterized.parameters(("two_stream", 2), ("decoupled_rope", 1))
   def test_is_that_of_the_maps_written_out(self, mechanism, s):
     bind = tiny.make(mechanism, s, L=3)
