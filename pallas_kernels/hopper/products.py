@@ -82,8 +82,9 @@ def run(
   ways = _ways(
     devices.of(x).cores, pl.cdiv(M, ROWS), costs or [1.0] * (N // COLUMNS)
   )
-  # A whole tile for each consumer. If the load of a tile had to wait for the
-  # tile before, the loads for the other consumers would wait with it.
+  # A consumer has every third tile, and the rings have room for a whole tile of
+  # each. If the load of a tile had to wait for the tile before, the loads for
+  # the other consumers would wait with it.
   left = mosaic.tiles((_CONSUMERS * K // STEP, ROWS, STEP), x.dtype)
   row_bytes = 2 * (COLUMNS * K // ROWS + _CONSUMERS * K)
   if before is None:
@@ -189,9 +190,9 @@ class Block:
   Attributes:
     x, weight, all_before: references in global memory, as in `run`.
     is_transposed: as in `run`.
-    left: ring of pieces of x, STEP columns each; see `own_use`.
+    left: ring of pieces of x, STEP columns each.
     strip: ring with the weights of the strip, in pieces; it is used once.
-    before_ring: ring of pieces of `before`, or None; see `own_use`.
+    before_ring: ring of pieces of `before`, or None.
     staging: pieces of the results on their way to global memory; None where
       they take the place of `before`.
     place: which tiles it works on.
@@ -236,9 +237,9 @@ class Block:
       self.strip.load(0, [self.weights()])
       lax.fori_loop(0, count, self.fetch, None)
       self.strip.wait_until_released(1)
-      self.wait_until_released(self.left, count, self.steps)
+      self.left.wait_until_released(count * self.steps)
       if self.before_ring is not None:
-        self.wait_until_released(self.before_ring, count, len(_PIECES))
+        self.before_ring.wait_until_released(count * len(_PIECES))
 
   def first_row(self, item: mosaic.Index) -> mosaic.Index:
     """Return the first row of a tile of this block.
@@ -256,57 +257,26 @@ class Block:
       return [self.weight.at[columns, piece] for piece in pieces]
     return [self.weight.at[piece, columns] for piece in pieces]
 
-  def own_use(
-    self, ring: pipeline.Ring, item: mosaic.Index, i: int, uses: int
-  ) -> mosaic.Index:
-    """Return the number of a use in a ring of which each consumer has a part.
-
-    A consumer waits for every use of its own stages, and for no other.
-
-    Args:
-      ring: the stages of the first consumer, then those of the others.
-      item: the tile.
-      i: the use among those of the tile.
-      uses: uses of a tile.
-    """
-    stages = ring.stages // _CONSUMERS
-    index = lax.div(item, _CONSUMERS) * uses + i
-    turn, stage = lax.div(index, stages), lax.rem(index, stages)
-    consumer = lax.rem(item, _CONSUMERS)
-    return turn * ring.stages + consumer * stages + stage
-
-  def wait_until_released(
-    self, ring: pipeline.Ring, count: mosaic.Index, uses: int
-  ) -> None:
-    """Wait for the last uses of a ring of which each consumer has a part."""
-    stages = ring.stages // _CONSUMERS
-    for consumer in range(_CONSUMERS):
-      mine = (count - consumer + _CONSUMERS - 1) // _CONSUMERS * uses
-      for stage in range(stages):
-        free = ring.free.at[consumer * stages + stage]
-        pl.when(mine > stage)(functools.partial(plgpu.barrier_wait, free))
-
   def work(self, item: mosaic.Index, _: None) -> None:
     """Compute a tile of a consumer."""
     weights = self.strip.tiles[0].at[0]
 
-    def use(k):
-      return self.own_use(self.left, item, k, self.steps)
+    first_use = item * self.steps
 
     def multiply(accumulator):
       for k in range(self.steps):
-        (piece,) = self.left.wait(use(k))
+        (piece,) = self.left.wait(first_use + k)
         weight = weights.at[k]
         if self.is_transposed:
           weight = mosaic.transposed(weight)
         mosaic.wgmma(accumulator, piece, weight)
         if k:
           mosaic.wait_for_products(1)
-          self.left.release(use(k - 1))
+          self.left.release(first_use + k - 1)
       return mosaic.read_accumulator(accumulator)
 
     product = mosaic.with_accumulators(multiply, (ROWS, COLUMNS))
-    self.left.release(use(self.steps - 1))
+    self.left.release(first_use + self.steps - 1)
     first, column = self.first_row(item), self.place.strip * COLUMNS
     self.epilogue(
       self,
@@ -320,11 +290,8 @@ class Block:
     """Return a piece of `before`, float32 in registers."""
     ring = self.before_ring
     assert ring is not None
-    (tile,) = ring.wait(self._use_of_before(ring, piece.item, piece.number))
+    (tile,) = ring.wait(piece.item * len(_PIECES) + piece.number)
     return mosaic.load(tile, mosaic.TILE_LAYOUT).astype(jnp.float32)
-
-  def _use_of_before(self, ring, item, number):
-    return self.own_use(ring, item, number, len(_PIECES))
 
   def write_over(
     self, piece: Piece, value: jax.Array, target: mosaic.Ref
@@ -338,15 +305,16 @@ class Block:
     """
     ring = self.before_ring
     assert ring is not None
-    use = self._use_of_before(ring, piece.item, piece.number)
-    tile = ring.tiles[0].at[lax.rem(use, ring.stages)]
+    first_use = piece.item * len(_PIECES)
+    stage = lax.rem(first_use + piece.number, ring.stages)
+    tile = ring.tiles[0].at[stage]
     tile[...] = value
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(tile, target)
     if piece.number == len(_PIECES) - 1:
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
       for number in range(len(_PIECES)):
-        ring.release(self._use_of_before(ring, piece.item, number))
+        ring.release(first_use + number)
 
   def write(
     self,
@@ -381,11 +349,11 @@ class Block:
     first = self.first_row(item)
     for k in range(self.steps):
       piece = self.x.at[pl.ds(first, ROWS), pl.ds(k * STEP, STEP)]
-      self.left.load(self.own_use(self.left, item, k, self.steps), [piece])
+      self.left.load(item * self.steps + k, [piece])
     if self.before_ring is None or self.all_before is None:
       return
     column = self.place.strip * COLUMNS
     for p, along in enumerate(_PIECES):
-      use = self.own_use(self.before_ring, item, p, len(_PIECES))
+      use = item * len(_PIECES) + p
       at = pl.ds(first, ROWS), pl.ds(column + along, STEP)
       self.before_ring.load(use, [self.all_before.at[at]])
