@@ -152,14 +152,21 @@ class LawTest(parameterized.TestCase):
     out = jax.tree.map(np.asarray, out)
     self.assertLess(min(_p_values(case, out, 1)), _LEAST_P)
 
-  @parameterized.parameters(*zip(_CASES[1:], (3, 2, 3)))
+  @parameterized.parameters(*zip(_CASES[1:3], (3, 2)))
   def test_parallel_is_that_of_independent_draws(self, case, width):
     """So drafts, of which single streams make copies, are marginals."""
+    self.check_parallel(case, width)
+
+  @pytest.mark.slow
+  def test_parallel_of_one_more_mechanism(self):
+    self.check_parallel(_CASES[3], 3)
+
+  def check_parallel(self, case, width):
     out = _drawn(case, plan_lib.Plan("parallel", width))
     self.assertGreater(min(_p_values(case, out, width)), _LEAST_P)
     self.assertLess(_p_values(case, out, 1)[0], _LEAST_P)
 
-  @parameterized.parameters(*_CASES)
+  @parameterized.parameters(*_CASES[1:])
   def test_one_at_a_time_is_sequential(self, *case):
     """Text by text: a rank's draw depends on row and slot alone."""
     want = _drawn(case, plan_lib.Plan(), B=50)
@@ -170,7 +177,7 @@ class LawTest(parameterized.TestCase):
     got = _drawn(case, plan_lib.Plan("speculative", 3), _GREEDY, B=50)
     np.testing.assert_array_equal(got.tokens, want.tokens)
 
-  @parameterized.parameters(*_CASES)
+  @parameterized.parameters(*_CASES[1:])
   def test_log_probability_of_what_was_drawn(self, *case):
     """Of the blanks, in the order that was used, without a cache."""
     for plan in (plan_lib.Plan(), plan_lib.Plan("speculative", 3)):
@@ -319,9 +326,7 @@ class CallsTest(parameterized.TestCase):
     self.assertTrue((out.calls[::2] == 1 + 2).all())
     self.assertTrue((out.calls[1::2] == 1 + 1).all())
 
-  @parameterized.parameters(
-    *(("linear", steps) for steps in (1, 3, 4)), ("cosine", 2), ("cosine", 3)
-  )
+  @parameterized.parameters(("linear", 1), ("linear", 3), ("cosine", 2))
   def test_in_so_many_steps(self, schedule, steps):
     """Of the larger prompt; the smaller one may take fewer."""
     plan = plan_lib.Plan("parallel", steps=steps, schedule=schedule)
