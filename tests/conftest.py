@@ -28,12 +28,10 @@ def selection(expression: str) -> str:
 
   An expression of the user takes the place of the one in pyproject.toml. So
   what is marked both thorough and slow is left out of the thorough tests here.
-  "tiers" selects the default and the thorough tests.
   """
-  wanted = {"thorough": ["thorough"], "tiers": []}.get(expression)
-  if wanted is None:
+  if expression != "thorough":
     return expression
-  return " and ".join([*wanted, *(f"not {mark}" for mark in _APART)])
+  return " and ".join(["thorough", *(f"not {mark}" for mark in _APART)])
 
 
 def pytest_configure(config):
