@@ -718,11 +718,13 @@ class Telemetry:
     "long; 0 says nothing",
     low=0.0,
   )
-  tensorboard: bool = _field(False, "also write TensorBoard events")
+  tensorboard: bool = _field(
+    False, "also write TensorBoard events; in --mode=train alone"
+  )
   wandb: str = _field(
     "",
     "also send metrics to this project of Weights & Biases, as project or "
-    "entity/project; '' sends nothing",
+    "entity/project; in --mode=train alone; '' sends nothing",
   )
   profile_start: int = _field(
     -1, "first step that is profiled; -1 profiles nothing", low=-1

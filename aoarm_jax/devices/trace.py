@@ -5,7 +5,7 @@ import glob
 import itertools
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -58,23 +58,51 @@ class Kernel(NamedTuple):
   launches: int
 
 
-def kernels(work: Callable[[], Any], device: jax.Device) -> list[Kernel]:
-  """Profiles work and returns the kernels of a GPU, those with most time first.
+class Kernels(NamedTuple):
+  """The kernels of a profile.
 
-  Copies of memory count as kernels. For other devices the list is empty.
+  Attributes:
+    kernels: those with most time first.
+    seconds: in which at least one of them ran.
+  """
+
+  kernels: list[Kernel]
+  seconds: float
+
+
+def kernels(
+  work: Callable[[], Any], device: jax.Device, times: int = 1
+) -> Kernels:
+  """Profiles work and returns the kernels of a GPU.
+
+  Copies of memory count as kernels. For other devices there are none.
 
   Args:
     work: is called once, and returns when the device is done.
     device: a device of this process.
+    times: how often `work` does the same; the result is of one time.
+  """
+  return of_events(_profile(work, device)[0], times)
+
+
+def of_events(events: Iterable[Any], times: int = 1) -> Kernels:
+  """Returns the kernels of events, which have a name, a start and a duration.
+
+  Args:
+    events: as a jax.profiler.ProfileData has them, in nanoseconds.
+    times: how often the same was profiled; the result is of one time.
   """
   durations = collections.defaultdict(list)
-  for event in _profile(work, device)[0]:
+  intervals = []
+  for event in events:
     durations[event.name].append(event.duration_ns)
+    intervals.append((event.start_ns, event.start_ns + event.duration_ns))
   found = [
-    Kernel(name, sum(times) / 1e9, len(times))
-    for name, times in durations.items()
+    Kernel(name, sum(each) / 1e9 / times, round(len(each) / times))
+    for name, each in durations.items()
   ]
-  return sorted(found, key=lambda kernel: -kernel.seconds)
+  found.sort(key=lambda kernel: -kernel.seconds)
+  return Kernels(found, _covered(intervals) / 1e9 / times)
 
 
 def _profile(work, device):

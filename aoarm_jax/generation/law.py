@@ -139,7 +139,7 @@ def _cut_by_sorting(logits, top_k, top_p):
 
 
 def _cut_by_counting(logits, top_k, top_p):
-  """Return what `_cut_by_sorting` returns, without sorting.
+  """Return what `_cut_by_sorting` returns up to rounding, without sorting.
 
   Bisection finds the value at the border of each cut. Tokens above it stay, and
   as many of the tokens with this value as fit, lower ids first. With 50,257

@@ -222,8 +222,8 @@ class Cached:
     # replaces a product with one row by products of elements, rounded to the
     # compute dtype, and their sum. The logits of a single text would then
     # differ from those of the same text in a batch. So another row stays with
-    # it: with two streams its content row, else a copy of it.
-    # A slot with several rows has such company.
+    # it: with two streams its content row, else a copy of it. Untied streams
+    # stay apart, so there a single text is rounded differently.
     is_lone = asking.target_position.size == rows_per_slot == 1
     is_lone = is_lone and visible is not None
     if is_lone and slots.queries is None:

@@ -1,7 +1,8 @@
 """Norm, attention and MLP: one pre-norm block over G streams of rows.
 
 Keys and values always come from the content rows, which are the first S rows of
-stream 0. Streams share parameters and meet in attention alone.
+stream 0. Streams meet in attention alone. They share parameters unless the
+mechanism has untied streams.
 
 Each stream is an array of its own. The keys of the next layer need content
 alone. So they can be on their way to other devices while the queries are still

@@ -2,8 +2,8 @@
 
 A content row always sees the sentinels before it and its own slot. Sentinels
 hold no text, and with them in sight a row that sees no other slot still has two
-keys to choose from. Beside them it sees the nearest `most` of the
-earlier slots, by one of these distances:
+keys to choose from. Beside them it sees the nearest `most` of the earlier
+slots, by one of these distances:
 
 last     the number of slots between the two, in the order.
 nearest  the distance of the two positions. Of two positions that are equally
@@ -52,15 +52,27 @@ def seen(
   row, key = rows.slot[..., None], keys.slot[:, None]
   far = _distance(look.kind, rows, keys)
   counts = (key >= sentinels) & (key < row)
-  # The distance of the nearest slot, of the second nearest, and so on.
-  # Distances of one row differ. A row with fewer slots sees all of them.
-  least = jnp.full((*far.shape[:2], 1), -1, jnp.int32)
-  for _ in range(look.most):
-    least = jnp.min(
+  if look.kind == "last":
+    border = jnp.asarray(look.most)
+  else:
+    border = _border(far, counts, min(look.most, far.shape[2]))
+  sentinel = (key < sentinels) & (key < row)
+  return (counts & (far <= border)) | sentinel | (key == row)
+
+
+def _border(far, counts, most):
+  """Return the distance of the `most`-th nearest slot of each row.
+
+  Distances of one row differ. A row with fewer slots sees all of them.
+  """
+
+  def next_nearest(_, least):
+    return jnp.min(
       far, axis=2, keepdims=True, where=counts & (far > least), initial=_BITS
     )
-  sentinel = (key < sentinels) & (key < row)
-  return (counts & (far <= least)) | sentinel | (key == row)
+
+  start = jnp.full((*far.shape[:2], 1), -1, jnp.int32)
+  return jax.lax.fori_loop(0, most, next_nearest, start)
 
 
 def _distance(kind, rows, keys):

@@ -30,10 +30,12 @@ def of_start(
     workdir: run directory.
 
   Raises:
+    CheckpointError: config.train.start_from names no trained run.
     DataError: the text or the file is missing or wrong, or the tokenizer is not
       the one that the config asks for.
   """
   data = config.data
+  _check_source(config, workdir)
   prepared = configured.prepared(data)
   if tokenizers.is_fixed(data.tokenizer):
     return tokenizers.get(data.tokenizer)
@@ -57,6 +59,25 @@ def of_start(
     made.sha256[:12],
   )
   return made
+
+
+def _check_source(config, workdir):
+  """Raise CheckpointError where the run to start from is none.
+
+  It would be noticed later, but only after the text is read.
+  """
+  if not config.train.start_from or _finished(workdir):
+    return
+  source = paths.of(config.train.start_from, "config.train.start_from")
+  if source != workdir and not _finished(source):
+    raise manifest.CheckpointError(
+      f"no checkpoint in {source / 'checkpoints'}: name a trained run with "
+      "--config.train.start_from"
+    )
+
+
+def _finished(workdir):
+  return manifest.Steps(workdir / "checkpoints").finished()
 
 
 def of_run(

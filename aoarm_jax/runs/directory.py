@@ -323,8 +323,8 @@ class Tracker(Protocol):
   def write(self, record: Mapping[str, Any]) -> None:
     """Takes a record of metrics.jsonl."""
 
-  def close(self) -> None:
-    """Sends what is pending."""
+  def close(self, failed: bool = False) -> None:
+    """Sends what is pending, and whether the run ends with an error."""
 
 
 class MetricsWriter:
@@ -416,8 +416,12 @@ class MetricsWriter:
     write_atomically(self._path, "".join(self._lines))
     self._rewritten = time.monotonic()
 
-  def close(self) -> None:
-    """Writes pending records and closes the files; may be called again."""
+  def close(self, failed: bool = False) -> None:
+    """Writes pending records and closes the files; may be called again.
+
+    Args:
+      failed: whether the run ends with an error.
+    """
     if not self._primary or self._closed:
       return
     self._closed = True
@@ -427,13 +431,13 @@ class MetricsWriter:
     else:
       self._rewrite()
     for tracker in self._trackers:
-      tracker.close()
+      tracker.close(failed)
 
   def __enter__(self):
     return self
 
   def __exit__(self, *exc_info):
-    self.close()
+    self.close(failed=exc_info[0] is not None)
 
 
 def _key(record):

@@ -35,11 +35,17 @@ def check(telemetry: config_lib.Telemetry) -> None:
   """
   for field, (library, extra) in _LIBRARIES.items():
     value = getattr(telemetry, field)
-    if value and importlib.util.find_spec(library) is None:
+    if value and not _is_installed(library):
       raise config_lib.ConfigError(
         f"config.telemetry.{field}={value}: {library} is not installed; pip "
         f"install 'aoarm_jax[{extra}]'"
       )
+
+
+def _is_installed(library):
+  """Return whether a library is here, and not just a folder of its name."""
+  spec = importlib.util.find_spec(library)
+  return spec is not None and spec.origin is not None
 
 
 def start(
@@ -79,7 +85,8 @@ class _TensorBoard:
     for name, value in scalars(record).items():
       self._events.add_scalar(name, value, record["step"])
 
-  def close(self) -> None:
+  def close(self, failed: bool = False) -> None:
+    del failed  # TensorBoard shows no such thing.
     self._events.close()
 
 
@@ -97,7 +104,6 @@ class _WandB:
 
     wanted = config.telemetry.wandb
     entity, _, project = wanted.rpartition("/")
-    settings = wandb.Settings(silent=True, console="off")
     try:
       self._run = wandb.init(
         project=project,
@@ -107,7 +113,7 @@ class _WandB:
         name=workdir.name,
         dir=str(workdir) if "://" not in str(workdir) else None,
         config=dataclasses.asdict(config),
-        settings=settings,
+        settings=wandb.Settings(silent=True, console="off"),
       )
     except Exception as error:  # Each release raises other errors.
       raise config_lib.ConfigError(
@@ -122,8 +128,8 @@ class _WandB:
   def write(self, record: Mapping[str, Any]) -> None:
     self._attempt(self._run.log, scalars(record), step=record["step"])
 
-  def close(self) -> None:
-    self._attempt(self._run.finish)
+  def close(self, failed: bool = False) -> None:
+    self._attempt(self._run.finish, exit_code=int(failed))
 
   def _attempt(
     self, send: Callable[..., object], *args: Any, **kwargs: Any

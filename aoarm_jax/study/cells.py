@@ -18,7 +18,7 @@ A line is a product of values, a cell is one point of it:
 | seed      | of parameters, batches and orders                | config.seed  |
 | with      | fields that differ from the config's, as in      | none         |
 |           | optimizer.b2:0.95+optimizer.clip_norm:0.3; the   |              |
-|           | reference of a budget does not have them         |              |
+|           | reference run that sets a budget has no changes  |              |
 
 Cells run line by line, and within a line as nested loops in the order in which
 its keys are written, the last one fastest. A cell that a line above already has

@@ -141,6 +141,11 @@ class Runner:
     self.run(steps)
     self.seconds.append((time.perf_counter() - start) / steps)
 
+  def profile(self) -> trace.Kernels:
+    """Returns the kernels of one step; none where the device is no GPU."""
+    device, steps = self.program.mesh.devices.item(), 3
+    return trace.kernels(lambda: self.run(steps), device, steps)
+
   def row(self) -> dict[str, Any]:
     """Returns the columns of the table that are known without a profile."""
     config, seconds = self.config, statistics.median(self.seconds)
@@ -183,19 +188,17 @@ def main(argv: Sequence[str] | None = None) -> int:
       for runner in runners:
         runner.time(flags.steps)
     for runner in runners:
-      kernels = _kernels(runner, device) if flags.profile else []
-      row = runner.row()
-      if kernels:
-        row["kernels"] = sum(kernel.launches for kernel in kernels)
-        busy = sum(kernel.seconds for kernel in kernels)
-        row["busy"] = 1e3 * busy / row["ms/step"]
+      row, kernels = runner.row(), []
+      if flags.profile:
+        kernels, seconds = runner.profile()
+        if kernels:
+          row["kernels"] = sum(kernel.launches for kernel in kernels)
+          row["busy"] = 1e3 * seconds / row["ms/step"]
       saved.append(row)
       print(_line(row), flush=True)
       for kernel in kernels[: flags.profile]:
-        print(
-          f"    {1e3 * kernel.seconds:8.3f} ms {kernel.launches:4} x ", end=""
-        )
-        print(kernel.name)
+        time_of = f"{1e3 * kernel.seconds:8.3f} ms"
+        print(f"    {time_of} {kernel.launches:4} x {kernel.name}")
   if flags.out and saved and not table.write_csv(flags.out, saved):
     sys.exit(f"--out={flags.out}: not written; the table above is all")
   return 0 if saved else 1
@@ -210,16 +213,6 @@ def _started(group, programs):
       print(_line(name(config)), why, flush=True)
     else:
       yield runner
-
-
-def _kernels(runner, device):
-  """Returns the kernels of one step, from a profile of three."""
-  steps = 3
-  kernels = trace.kernels(lambda: runner.run(steps), device)
-  return [
-    trace.Kernel(k.name, k.seconds / steps, round(k.launches / steps))
-    for k in kernels
-  ]
 
 
 def _line(row):

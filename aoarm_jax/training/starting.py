@@ -113,7 +113,7 @@ def read(
 
 def _same_folder(first, second):
   return (
-    first.exists() and second.exists() and first.resolve() == (second.resolve())
+    first.exists() and second.exists() and first.resolve() == second.resolve()
   )
 
 

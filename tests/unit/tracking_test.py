@@ -24,14 +24,14 @@ class _Run:
   offline, dir = True, "offline"
 
   def __init__(self):
-    self.steps, self.finished = {}, 0
+    self.steps, self.codes = {}, []
 
   def log(self, values, step):
     if step >= max(self.steps, default=0):
       self.steps.setdefault(step, {}).update(values)
 
-  def finish(self):
-    self.finished += 1
+  def finish(self, exit_code):
+    self.codes.append(exit_code)
 
 
 class _Service(types.ModuleType):
@@ -56,8 +56,8 @@ class TrackingTest(parameterized.TestCase):
     super().setUp()
     self.workdir = epath.Path(self.enterContext(tempfile.TemporaryDirectory()))
 
-  def run_steps(self, start, stop, config):
-    """A run that validates after every third step."""
+  def run_steps(self, start, stop, config, fails_at=None):
+    """A run that validates after every third step, and may fail."""
     with run_dir.MetricsWriter(
       self.workdir,
       start_step=start,
@@ -65,6 +65,8 @@ class TrackingTest(parameterized.TestCase):
       trackers=tracking.start(config, self.workdir, start),
     ) as writer:
       for step in range(start, stop + 1):
+        if step == fails_at:
+          raise ZeroDivisionError
         if step > start:
           writer.write(
             step, "train", loss_nats_per_token=1 / step, mfu=None, unit="char"
@@ -94,6 +96,22 @@ class TrackingTest(parameterized.TestCase):
     self.assertIn(f"pip install 'aoarm_jax[{extra}]'", message)
     self.assertNotIn("\n", message)
 
+  def test_a_folder_of_its_name_is_no_library(self):
+    """Weights & Biases itself makes ./wandb, where it runs."""
+    (self.workdir / "wandb").mkdir()
+    self.enterContext(mock.patch.object(sys, "path", [str(self.workdir)]))
+    self.enterContext(mock.patch.dict(sys.modules))
+    sys.modules.pop("wandb", None)
+    with self.assertRaisesRegex(config_lib.ConfigError, "is not installed"):
+      tracking.check(_config(wandb="x").telemetry)
+
+  def test_a_run_that_dies_has_failed(self):
+    service = self.service()
+    with self.assertRaises(ZeroDivisionError):
+      self.run_steps(0, 3, _config(wandb="x"), fails_at=2)
+    (run,) = service.runs.values()
+    self.assertEqual(run.codes, [1])
+
   def test_nothing_is_sent_unless_asked_for(self):
     service = self.service()
     self.assertEqual(tracking.start(_config(), self.workdir, 0), [])
@@ -113,7 +131,7 @@ class TrackingTest(parameterized.TestCase):
     self.run_steps(0, 5, config)
     self.run_steps(3, 7, config)  # Killed after step 5, saved at step 3.
     (run,) = service.runs.values()
-    self.assertEqual(run.finished, 2)
+    self.assertEqual(run.codes, [0, 0])
     wanted = {
       step: {"train/loss_nats_per_token": 1 / step} for step in range(1, 8)
     } | {0: {}}
