@@ -30,6 +30,7 @@ if typing.TYPE_CHECKING:
   from aoarm_jax.generation.texts import Text as Text
   from aoarm_jax.runs.checkpoint import ForeignStepError as ForeignStepError
   from aoarm_jax.runs.manifest import CheckpointError as CheckpointError
+  from aoarm_jax.runs.places import HubError as HubError
   from aoarm_jax.runs.telemetry import NonFiniteError as NonFiniteError
   from aoarm_jax.training.loop import EvictedError as EvictedError
   from aoarm_jax.training.loop import Preempted as Preempted
@@ -48,6 +49,7 @@ _MODULES = {
   "EvictedError": "aoarm_jax.training.loop",
   "ForeignStepError": "aoarm_jax.runs.checkpoint",
   "ForkError": "aoarm_jax.devices.switches",
+  "HubError": "aoarm_jax.runs.places",
   "NeighbourError": "aoarm_jax.devices.rendezvous",
   "NonFiniteError": "aoarm_jax.runs.telemetry",
   "Preempted": "aoarm_jax.training.loop",
@@ -65,11 +67,15 @@ def load(
   step: int | None = None,
   progress: bool = True,
 ) -> "Model":
-  """Return the trained model of a run directory.
+  """Return a trained model.
 
   Args:
-    workdir: run directory, as training wrote it. Its config.json says what the
-      model is.
+    workdir: run directory, as training wrote it, or the folder of an exported
+      model. Its config.json says what the model is. "hf:owner/name" downloads
+      an exported model from the Hugging Face hub (extra hub);
+      "hf:owner/name@revision" downloads one of its revisions. The name of a
+      model that comes with the package loads that model, if no folder here has
+      this name.
     read: "newest" or "best", the checkpoint to load.
     step: training steps of the checkpoint to load, in place of `read`.
     progress: whether loading and later calls write a line on stderr when they
@@ -78,12 +84,93 @@ def load(
 
   Raises:
     CheckpointError: there is no run, no complete checkpoint, or none of this
-      step.
+      step; or an exported model is damaged, foreign or of a later version.
+    HubError: the model cannot be downloaded.
     ConfigError: config.json cannot be read, or does not fit the devices.
   """
   from aoarm_jax import api
 
   return api.Model(workdir, read=read, step=step, progress=progress)
+
+
+def export(
+  workdir: os.PathLike | str,
+  folder: os.PathLike | str,
+  *,
+  weights: str = "ema",
+  dtype: str = "float32",
+  read: str = "newest",
+  step: int | None = None,
+  progress: bool = True,
+) -> str:
+  """Write a trained model as a folder that other tools can read.
+
+  The folder has model.safetensors, config.json, a model card README.md, and
+  tokenizer.json unless the config fixes the tokenizer. `load` reads it. It
+  appears at once, when all its files are whole.
+
+  Args:
+    workdir: what to export; all that `load` takes.
+    folder: the folder to be made, here or in a bucket. It must be absent or
+      empty.
+    weights: "ema" writes the moving average of the weights if the run has one,
+      and else the last weights. "last" writes the last weights.
+    dtype: "float32" or "bfloat16", the dtype of the weights in the file.
+    read: see `load`.
+    step: see `load`.
+    progress: see `load`.
+
+  Returns:
+    The path of the folder.
+
+  Raises:
+    CheckpointError, ConfigError: see `load`; or `folder` is not empty.
+    OSError: the folder cannot be written.
+  """
+  from aoarm_jax.runs import exporting
+
+  return exporting.of_workdir(
+    workdir,
+    folder,
+    dtype=dtype,
+    weights=weights,
+    read=read,
+    step=step,
+    progress=progress,
+  )
+
+
+def push(
+  folder: os.PathLike | str,
+  repository: str,
+  *,
+  private: bool = True,
+  message: str = "",
+) -> str:
+  """Upload an exported model to the Hugging Face hub (extra hub).
+
+  All files are verified first. huggingface_hub logs in by itself, after `hf
+  auth login`. Fill in the licence in README.md before.
+
+  Args:
+    folder: folder of an exported model. Its other files are left out.
+    repository: "owner/name" of the model there. It is made if it is absent.
+    private: whether a new repository is private. An existing one stays as it
+      is.
+    message: message of the commit.
+
+  Returns:
+    The address of the model.
+
+  Raises:
+    CheckpointError: the folder holds no exported model, or a damaged one.
+    HubError: the model cannot be uploaded.
+    ConfigError: huggingface_hub is not installed, or `repository` has another
+      form.
+  """
+  from aoarm_jax.runs import places
+
+  return places.push(folder, repository, private=private, message=message)
 
 
 def __getattr__(name: str) -> typing.Any:

@@ -3,14 +3,12 @@
 import operator
 import os
 import secrets
-import sys
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import TypedDict, Unpack, overload
 
 import jax
 import numpy as np
 
-from aoarm_jax.config import paths
 from aoarm_jax.config import rules as config_rules
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import tokenizers
@@ -19,7 +17,7 @@ from aoarm_jax.evaluation import score as score_lib
 from aoarm_jax.generation import prompts
 from aoarm_jax.generation import texts as generate_lib
 from aoarm_jax.runs import directory as run_dir
-from aoarm_jax.runs import opening, telemetry
+from aoarm_jax.runs import opening, places, telemetry
 
 # An order: the name of a family, one permutation, or one for every text.
 Order = str | Sequence[int] | Sequence[Sequence[int]] | np.ndarray
@@ -100,25 +98,13 @@ class Model:
     """Load a checkpoint. See aoarm_jax.load for the arguments and errors."""
     switches.check_not_forked()
     switches.keep_compilations()
-    self.workdir = paths.reached(paths.of(workdir, "workdir"), "workdir")
-    config = opening.read_config(self.workdir)
-    # The mesh and the attention must fit the devices here, and not those of
-    # training.
-    config = config.replace("checkpoint.read", read)
-    config = config.replace("mesh", config_lib.Mesh())
+    self.workdir = places.find(workdir)
+    config = opening.config_here(self.workdir, read, step)
     # A character of the alphabet is text unless a call asks for a blank or for
     # marks. Earlier runs saved `_` and `[]` without being asked.
     config = config.replace("sample.blank", prompts.AUTO)
     config = config.replace("score.marks", prompts.AUTO)
-    self.config = config_rules.validate(
-      config.replace("compute.attention", "auto")
-    )
-    if step is not None:
-      step = _whole_number("step", step)
-      if read != "newest":
-        raise config_lib.ConfigError(
-          f"step={step}: does not go with read={read!r}; give one of the two"
-        )
+    self.config = config_rules.validate(config)
     self._progress = progress
     with self._patience(), switches.fixed_types():
       run = opening.open_run(self.workdir, self.config, step=step)
@@ -192,7 +178,7 @@ class Model:
     T = self.config.model.T
     given_length = self.config.sample.length or None
     if length is not None:
-      given_length = _whole_number("length", length)
+      given_length = config_rules.whole_number("length", length)
     n = T if given_length is None else given_length
     if not 1 <= n <= T:
       raise config_lib.ConfigError(
@@ -359,9 +345,7 @@ class Model:
   def _patience(self):
     """Return the context in which long waits are written on stderr."""
     seconds = self.config.telemetry.patience_seconds if self._progress else 0
-    return telemetry.patience(
-      seconds, lambda line: print(f"aoarm_jax: {line}", file=sys.stderr)
-    )
+    return telemetry.patience_on_stderr(seconds)
 
   def _is_normal(self, normalise):
     """Return whether a call brings its texts into normal form."""
@@ -410,7 +394,7 @@ class Model:
     if options.get("seed") is None:
       # Seeds are int32 on devices.
       options["seed"] = secrets.randbits(31)
-    count = _whole_number("count", count)
+    count = config_rules.whole_number("count", count)
     config = self._with("sample", options, known)
     config = config_rules.validate(config.replace("sample.count", count))
     given = self._orders(options, parsed)
@@ -527,16 +511,6 @@ def _several(texts, kinds):
     )
   # The strings of numpy become plain ones.
   return [str(text) if isinstance(text, str) else text for text in texts]
-
-
-def _whole_number(name, value):
-  """Return `value` as an int; raise ConfigError if it is none."""
-  try:
-    return operator.index(value)
-  except TypeError as error:
-    raise config_lib.ConfigError(
-      f"{name}={value!r}: must be a whole number"
-    ) from error
 
 
 def _orders(options, texts, has_ends):

@@ -49,7 +49,13 @@ from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import distributed, sharding, switches, waits
 from aoarm_jax.evaluation import evaluate, score
 from aoarm_jax.generation import texts as generate
-from aoarm_jax.runs import agreement, opening, telemetry, tracking
+from aoarm_jax.runs import (
+  agreement,
+  exporting,
+  opening,
+  telemetry,
+  tracking,
+)
 from aoarm_jax.runs import directory as run_dir
 from aoarm_jax.study import sweep
 from aoarm_jax.tools import compile as pod
@@ -62,7 +68,7 @@ if _IS_PROGRAM:
 
 MODES = (
   *("train", "eval", "sample", "score"),
-  *("config", "count", "study", "compile", "prepare"),
+  *("config", "count", "study", "compile", "prepare", "export"),
 )
 _PRINTING = ("sample", "score", "config", "count", "compile", "prepare")
 # These modes touch no device, and they run in one process.
@@ -92,6 +98,7 @@ _LESS_MEMORY = {
   "config": "the model is too large",
   "prepare": "set JAX_PLATFORMS=cpu",
   "count": "the model is too large",
+  "export": "set JAX_PLATFORMS=cpu",
   # This field is not part of a cell's identity, so finished cells stay valid.
   "study": "set --config.compute.remat=true",
 } | {
@@ -149,7 +156,8 @@ def define_flags(
   flags.DEFINE_string(
     "out",
     "",
-    "prepare: folder of the prepared text, for --config.data.path",
+    "prepare: folder of the prepared text, for --config.data.path; export: "
+    "folder of the exported model, for aoarm_jax.load",
     flag_values=flag_values,
   )
   flags.DEFINE_string(
@@ -356,7 +364,7 @@ def run(flag_values: flags.FlagValues, argv: list[str]) -> None:
   run_dir.check_workdir(workdir)
   config = config_lib.from_config_dict(flag_values.config)
   overridden = config_flags.get_override_values(flag_values["config"])
-  reads_a_run = flag_values.mode in ("eval", "sample", "score")
+  reads_a_run = flag_values.mode in ("eval", "sample", "score", "export")
   if reads_a_run:
     config = opening.as_trained(config, workdir, overridden)
   config = config_rules.validate(config)
@@ -393,6 +401,8 @@ def run(flag_values: flags.FlagValues, argv: list[str]) -> None:
       print(matching.table(config))
     case "study":
       sweep.study(config, workdir, argv)
+    case "export":
+      exporting.export(config, workdir, paths.of(flag_values.out, "--out"))
     case "compile":
       print(pod.estimate(config, flag_values.topology))
 
@@ -429,7 +439,7 @@ def _check_flags(flag_values):
     ("text", ("score",)),
     ("input", ("sample", "score")),
     ("topology", ("compile",)),
-    ("out", ("prepare",)),
+    ("out", ("prepare", "export")),
   ):
     if flag_values[name].value and mode not in modes:
       needs = " or ".join(f"--mode={mode}" for mode in modes)
@@ -446,6 +456,11 @@ def _check_flags(flag_values):
     raise flags.Error(
       "--mode=prepare needs the folder of the prepared text, as in "
       "--out=prepared/books"
+    )
+  if mode == "export" and not flag_values.out:
+    raise flags.Error(
+      "--mode=export needs the folder of the exported model, as in "
+      "--out=models/books"
     )
   for name in ("prompt", "input"):
     if flag_values[name].present and not flag_values[name].value:

@@ -1,6 +1,7 @@
 """Rules that a config must satisfy, and the changes that a run survives."""
 
 import math
+import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,6 +36,16 @@ def validate(config: config_lib.Config) -> config_lib.Config:
       value = getattr(getattr(config, section), name)
       raise config_lib.ConfigError(f"config.{path}={value!r}: {fix}")
   return config
+
+
+def whole_number(name: str, value: Any) -> int:
+  """Return `value` as an int; raise ConfigError if it is none."""
+  try:
+    return operator.index(value)
+  except TypeError as error:
+    raise config_lib.ConfigError(
+      f"{name}={value!r}: must be a whole number"
+    ) from error
 
 
 def _check_range(path, metadata, value):

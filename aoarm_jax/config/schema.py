@@ -412,7 +412,8 @@ class Train:
   )
   start_from: str = _field(
     "",
-    "run directory of another run, whose weights a new run begins with; the "
+    "run directory of another run, or folder of an exported model, whose "
+    "weights a new run begins with; the "
     "optimizer and the schedule begin anew, at step 0; '' draws new weights",
     binds="run",
   )
@@ -701,9 +702,26 @@ class Checkpoint:
   )
   read: str = _field(
     "newest",
-    "checkpoint that the modes eval, sample and score and train.start_from "
-    "read; best: by validation",
+    "checkpoint that the modes eval, sample, score and export and "
+    "train.start_from read; best: by validation",
     choices=("newest", "best"),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+  """A model as a folder for other tools (aoarm_jax/runs/exporting.py)."""
+
+  weights: str = _field(
+    "ema",
+    "weights that --mode=export writes; ema: the moving average if the run has "
+    "one, and else the last weights; last: the last weights",
+    choices=("ema", "last"),
+  )
+  dtype: str = _field(
+    "float32",
+    "dtype of the weights that --mode=export writes",
+    choices=("float32", "bfloat16"),
   )
 
 
@@ -938,6 +956,7 @@ class Config:
   score: Score = Score()
   compute: Compute = Compute()
   checkpoint: Checkpoint = Checkpoint()
+  export: Export = Export()
   telemetry: Telemetry = Telemetry()
   mesh: Mesh = Mesh()
   distributed: Distributed = Distributed()

@@ -15,7 +15,6 @@ the start, before the first step:
 import contextlib
 import hashlib
 import importlib.metadata
-import json
 import pathlib
 import socket
 import time
@@ -28,7 +27,7 @@ from etils import epath
 import pallas_kernels
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import neighbours, switches, waits
-from aoarm_jax.runs import checkpoint, telemetry
+from aoarm_jax.runs import checkpoint, exported, manifest, telemetry
 from aoarm_jax.runs import directory as run_dir
 
 # The hosts may keep the text and the tokenizer in different places. Each sha256
@@ -122,7 +121,8 @@ def check_lines(lines: Sequence[tuple[str, str]]) -> None:
 
 
 def check_checkpoint(
-  checkpoints: checkpoint.Checkpoints, saved: checkpoint.Saved | None
+  checkpoints: checkpoint.Checkpoints | exported.Exported,
+  saved: checkpoint.Saved | None,
 ) -> None:
   """Check that all processes see the same checkpoint.
 
@@ -138,9 +138,7 @@ def check_checkpoint(
   facts = {"the checkpoint's step": str(saved.step if saved else None)}
   if saved:
     files = checkpoints.files(saved.step)
-    facts["the manifest of the checkpoint (sha256)"] = _sha256(
-      json.dumps(files, sort_keys=True).encode()
-    )
+    facts["the manifest of the checkpoint (sha256)"] = manifest.digest(files)
   _agree("checkpoint", facts)
 
 

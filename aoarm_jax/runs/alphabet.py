@@ -13,7 +13,7 @@ from etils import epath
 from aoarm_jax.config import paths, reading
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import alphabets, configured, corpora, tokenizers
-from aoarm_jax.runs import manifest, telemetry
+from aoarm_jax.runs import exported, manifest, telemetry
 
 
 def of_start(
@@ -150,8 +150,13 @@ def _asked(found, data, where):
 def _newest(workdir):
   """Return the tokenizer of the newest checkpoint that has it whole, or None.
 
-  Whoever reads the checkpoint itself compares all its files.
+  Whoever reads the checkpoint itself compares all its files. The folder may be
+  that of an exported model.
   """
+  if exported.is_export(workdir):
+    source = exported.Exported(workdir)
+    state = source.tokenizer(source.saved)
+    return alphabets.of_state(state, str(workdir)) if state else None
   steps = manifest.Steps(workdir / "checkpoints")
   for step in reversed(steps.finished()):
     try:

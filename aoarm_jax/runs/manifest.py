@@ -337,6 +337,15 @@ def checksums(directory: epath.Path) -> dict[str, dict[str, Any]]:
   }
 
 
+def digest(files: dict[str, Any]) -> str:
+  """Return the sha256, in hex, that names the files of a step.
+
+  Args:
+    files: the sizes and checksums, as `checksums` returns them.
+  """
+  return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
 def write(directory: epath.Path, record: dict[str, Any]) -> None:
   """Write or replace the manifest atomically.
 

@@ -1,4 +1,7 @@
-"""Open a trained run: its config, its network and its parameters."""
+"""Open a trained run: its config, its network and its parameters.
+
+An exported model (exported.py) is opened like a run with a single checkpoint.
+"""
 
 import dataclasses
 from collections.abc import Iterable
@@ -9,6 +12,7 @@ from absl import logging
 from etils import epath
 
 from aoarm_jax.config import paths, reading
+from aoarm_jax.config import rules as config_rules
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import sharding
 from aoarm_jax.model import network as network_lib
@@ -16,7 +20,9 @@ from aoarm_jax.runs import (
   agreement,
   alphabet,
   checkpoint,
+  exported,
   identity,
+  manifest,
   telemetry,
 )
 from aoarm_jax.runs import text as text_lib
@@ -33,6 +39,8 @@ class Run:
     network: the network with the run's tokenizer, on the mesh of the local
       devices.
     params: the EMA if the run has one, else the parameters; on the mesh.
+    part: the part of the training state that they are: "ema" or "params".
+    digest: sha256 of the checkpoint.
   """
 
   config: config_lib.Config
@@ -40,6 +48,8 @@ class Run:
   saved: checkpoint.Saved
   network: network_lib.Network
   params: Any
+  part: str
+  digest: str
 
   @property
   def step(self) -> int:
@@ -47,7 +57,52 @@ class Run:
     return self.saved.step
 
 
-_CONFIG_BYTES = 1 << 20  # A config has some 10 kB.
+# What is read like the checkpoints of a run.
+Stored = checkpoint.Checkpoints | exported.Exported
+
+
+def stored(workdir: epath.Path) -> Stored:
+  """Return the checkpoints of a run, or an exported model in their place.
+
+  Args:
+    workdir: run directory, or the folder of an exported model.
+
+  Raises:
+    CheckpointError: config.json of an exported model is damaged.
+  """
+  if exported.is_export(workdir):
+    return exported.Exported(workdir)
+  return checkpoint.Checkpoints(
+    workdir / "checkpoints", keep_last=1, keep_best=0
+  )
+
+
+def config_here(
+  workdir: epath.Path, read: str, step: int | None
+) -> config_lib.Config:
+  """Return the config of a run for reading it on the devices here.
+
+  The mesh and the attention must fit the devices here, and not those of
+  training.
+
+  Args:
+    workdir: run directory, or the folder of an exported model.
+    read: "newest" or "best", the checkpoint to read.
+    step: training steps of the checkpoint to read, in place of `read`.
+
+  Raises:
+    CheckpointError, ConfigError: see `read_config`; or a value is wrong.
+  """
+  config = read_config(workdir)
+  if step is not None:
+    config_rules.whole_number("step", step)
+    if read != "newest":
+      raise config_lib.ConfigError(
+        f"step={step}: does not go with read={read!r}; give one of the two"
+      )
+  config = config.replace("checkpoint.read", read)
+  config = config.replace("mesh", config_lib.Mesh())
+  return config.replace("compute.attention", "auto")
 
 
 def read_config(workdir: epath.PathLike) -> config_lib.Config:
@@ -57,14 +112,25 @@ def read_config(workdir: epath.PathLike) -> config_lib.Config:
     workdir: run directory.
 
   Raises:
-    CheckpointError: the directory has no config.json.
+    CheckpointError: the directory has no config.json, or that of an exported
+      model is damaged.
     ConfigError: config.json cannot be read.
   """
   workdir = paths.of(workdir, "workdir")
   path = workdir / "config.json"
   try:
-    data = reading.read(path, _CONFIG_BYTES, inside=workdir)
-    config = config_lib.from_json(data.decode())
+    data = reading.read(
+      path, exported.CONFIG_BYTES, inside=exported.within(workdir)
+    )
+    tree = reading.parse(data.decode())
+    if exported.is_record(tree):
+      return exported.Exported(workdir).config
+    if not isinstance(tree, dict) or not isinstance(tree.get("model"), dict):
+      raise ValueError(
+        "is the config.json neither of a run nor of an exported model of "
+        "aoarm_jax"
+      )
+    config = config_lib.from_dict(tree)
   except (FileNotFoundError, NotADirectoryError):
     raise checkpoint.CheckpointError(
       f"{path}: no such file; {workdir} is not the directory of a run"
@@ -117,7 +183,8 @@ def as_trained(
   Args:
     config: the config of the command line.
     workdir: run directory. If it has no config.json, `config` is returned
-      unchanged.
+      unchanged. An exported model does not say where its text lies, so the text
+      of `config` is kept.
     overridden: paths of fields that the command line set, such as "model.T".
       They keep their values. `open_run` refuses values that do not fit.
 
@@ -127,7 +194,9 @@ def as_trained(
   workdir = paths.of(workdir, "workdir")
   if not (workdir / "config.json").exists():
     return config
-  run, overridden = read_config(workdir), set(overridden)
+  run, kept = read_config(workdir), set(overridden)
+  if exported.is_export(workdir):  # It does not say where the text lies.
+    kept |= {"data.corpus", *exported.PLACES}
   trained, mechanism = run.model.mechanism, config.model.mechanism
   if trained != mechanism:
     raise config_lib.ConfigError(
@@ -138,7 +207,7 @@ def as_trained(
   for path, field, value in config_lib.leaves(run):
     path = path.removeprefix("config.")
     is_taken = field.metadata.get("binds") == "model" or path in _EVALUATED
-    if is_taken and path not in overridden:
+    if is_taken and path not in kept:
       config = config.replace(path, value)
   return config
 
@@ -148,6 +217,7 @@ def open_run(
   config: config_lib.Config,
   *batches: str,
   step: int | None = None,
+  last: bool = False,
 ) -> Run:
   """Restore a checkpoint of a run onto the local devices.
 
@@ -161,23 +231,23 @@ def open_run(
     *batches: the batches that the mesh must divide: "train", "eval", see
       sharding.of_run.
     step: training steps of the checkpoint to read.
+    last: whether to read the last parameters even if the run has an EMA.
 
   Raises:
-    CheckpointError: there is no complete checkpoint, or none of this step.
+    CheckpointError: there is no complete checkpoint, or none of this step, or
+      an exported model does not have the last parameters.
     ConfigError: the checkpoint has another model, and the message names the
       field; or the mesh does not fit the devices, the model or a batch.
     DataError: config.data asks for another tokenizer than the checkpoint's.
   """
   workdir = paths.of(workdir, "workdir")
   mesh = sharding.of_run(config, *batches)
-  with checkpoint.Checkpoints(
-    workdir / "checkpoints", keep_last=1, keep_best=0
-  ) as checkpoints:
-    return _opened(workdir, config, mesh, checkpoints, step)
+  with stored(workdir) as checkpoints:
+    return _opened(workdir, config, mesh, checkpoints, step, last)
 
 
 def chosen(
-  checkpoints: checkpoint.Checkpoints,
+  checkpoints: Stored,
   config: config_lib.Config,
   workdir: epath.Path,
   advice: str,
@@ -205,13 +275,38 @@ def chosen(
   return saved
 
 
-def _opened(workdir, config, mesh, checkpoints, step):
+def part_of(
+  checkpoints: Stored, saved: checkpoint.Saved, last: bool = False
+) -> str:
+  """Return the part of a checkpoint that holds the weights.
+
+  Args:
+    checkpoints: of a run, or an exported model.
+    saved: the checkpoint.
+    last: whether the last parameters are wanted even if there is an EMA.
+
+  Returns:
+    "ema" or "params".
+
+  Raises:
+    CheckpointError: an exported model does not have the last parameters.
+  """
+  parts = checkpoints.parts(saved)
+  if last and "params" not in parts:
+    raise checkpoint.CheckpointError(
+      f"{checkpoints.directory}: holds the moving average of the weights only, "
+      "and the last weights are asked for: take them from the run"
+    )
+  return "params" if last or "ema" not in parts else "ema"
+
+
+def _opened(workdir, config, mesh, checkpoints, step, last):
   """Return the Run of a checkpoint, see `open_run`."""
   steps = checkpoints.steps()
   if step is not None and steps:
     if step not in steps:
       raise checkpoint.CheckpointError(
-        f"no checkpoint of step {step} in {workdir / 'checkpoints'}; steps "
+        f"no checkpoint of step {step} in {checkpoints.directory}; steps "
         f"there: {', '.join(map(str, steps))}"
       )
     saved = checkpoints.at(step)
@@ -227,7 +322,7 @@ def _opened(workdir, config, mesh, checkpoints, step):
   identity.check_same_model(saved, config, workdir)
   tokenizer = alphabet.of_state(checkpoints.tokenizer(saved), config, workdir)
   network = network_lib.Network(config, mesh, tokenizer)
-  field = "ema" if trained.optimizer.ema_decay > 0 else "params"
+  field = part_of(checkpoints, saved, last)
   with (
     jax.set_mesh(mesh),
     telemetry.waiting(f"reading checkpoint step {saved.step:,}"),
@@ -239,4 +334,5 @@ def _opened(workdir, config, mesh, checkpoints, step):
     workdir,
     " (EMA)" if field == "ema" else "",
   )
-  return Run(config, trained, saved, network, params)
+  digest = manifest.digest(checkpoints.files(saved.step))
+  return Run(config, trained, saved, network, params, field, digest)

@@ -10,6 +10,7 @@ import contextvars
 import importlib.util
 import logging as python_logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -185,6 +186,15 @@ def patience(seconds: float, say: Callable[[str], None]) -> Iterator[None]:
     yield
   finally:
     _patience.reset(token)
+
+
+def patience_on_stderr(
+  seconds: float,
+) -> contextlib.AbstractContextManager[None]:
+  """Returns `patience` whose lines go to stderr, for calls from Python."""
+  return patience(
+    seconds, lambda line: print(f"aoarm_jax: {line}", file=sys.stderr)
+  )
 
 
 @contextlib.contextmanager

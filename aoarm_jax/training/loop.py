@@ -25,6 +25,7 @@ from aoarm_jax.runs import (
   agreement,
   alphabet,
   checkpoint,
+  exported,
   figures,
   identity,
   telemetry,
@@ -78,6 +79,12 @@ def train(
     NonFiniteError: the loss is NaN or infinite; the last checkpoint is good.
     Preempted: SIGTERM or SIGINT came, and the state is saved.
   """
+  if exported.is_export(workdir):
+    raise config_lib.ConfigError(
+      f"--workdir={workdir}: is an exported model, which training would "
+      "overwrite: name another folder; --config.train.start_from="
+      f"{workdir} begins with its weights"
+    )
   tokenizer = alphabet.of_start(config, workdir)
   program = program_lib.make(config, "train", "eval", tokenizer=tokenizer)
   network = program.network

@@ -90,21 +90,20 @@ def read(
       f"{_FIELD}={source}: is the --workdir of this run itself; name another "
       f"--workdir, as in --workdir={identity.another(workdir)}"
     )
-  with checkpoint.Checkpoints(
-    source / "checkpoints", keep_last=1, keep_best=0
-  ) as checkpoints:
+  with opening.stored(source) as checkpoints:
     saved = opening.chosen(
       checkpoints, config, source, f"name a trained run with --{_FIELD}"
     )
     trained = identity.config_of(saved)
     _check(saved, trained, network, tokenizer, source)
-    has_ema = config.train.start_from_ema and trained.optimizer.ema_decay > 0
-    part = "ema" if has_ema else "params"
+    part = opening.part_of(
+      checkpoints, saved, last=not config.train.start_from_ema
+    )
     with telemetry.waiting(f"reading checkpoint step {saved.step:,}"):
       state = checkpoints.restore(saved, {part: network.abstract_params})
   logging.info(
     "start: %s of step %s of %s; the optimizer and the schedule begin anew",
-    "the EMA" if has_ema else "the parameters",
+    "the EMA" if part == "ema" else "the parameters",
     f"{saved.step:,}",
     source,
   )

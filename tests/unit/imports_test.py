@@ -50,6 +50,7 @@ KEPT_IN = {
   r"pyarrow": ("data",),
   r"flax": ("model",),
   r"matplotlib": ("runs",),
+  r"safetensors|huggingface_hub": ("runs",),
   r"tensorboardX|wandb": ("runs",),
   r"tensorflow|torch|clu": (),
 }

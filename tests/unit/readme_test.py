@@ -48,6 +48,7 @@ PAGES = {
   for name, text in LINKED.items()
   if not name.startswith(("docs/study/", "docs/study_text8/", "CHANGELOG"))
 }
+_ENDINGS = ("py", "txt", "safetensors")  # Of files, and no fields.
 SECTIONS = {
   field.name: field for field in dataclasses.fields(config_lib.Config)
 }
@@ -242,7 +243,7 @@ class CommandsTest(parameterized.TestCase):
             experiment = "--config=configs/two_stream.py"
             check_main([experiment, *shlex.split(span)], alone=True)
         field = re.fullmatch(r"(?:--)?(?:config\.)?(\w+)\.(\w+)", span)
-        if field and field[1] in SECTIONS and field[2] not in ("py", "txt"):
+        if field and field[1] in SECTIONS and field[2] not in _ENDINGS:
           section = SECTIONS[field[1]].default
           with self.subTest(page=name, field=span):
             self.assertTrue(hasattr(section, field[2]))
@@ -288,7 +289,7 @@ class PagesTest(parameterized.TestCase):
         self.assertTrue((ROOT / span).exists(), span)
 
   def test_python_is_run_by_a_test(self):
-    """runs/api_test.py runs three, runs/mechanisms_test.py the last."""
+    """In tests/runs: api_test.py, export_test.py and mechanisms_test.py."""
     with_code = {
       name
       for name, text in PAGES.items()
@@ -296,7 +297,10 @@ class PagesTest(parameterized.TestCase):
     }
     self.assertEqual(
       with_code,
-      {"README.md", "docs/python.md", "docs/pieces.md", "CONTRIBUTING.md"},
+      {
+        *("README.md", "docs/python.md", "docs/pieces.md", "CONTRIBUTING.md"),
+        "docs/exporting.md",
+      },
     )
 
   def test_every_folder_is_in_the_file_map(self):
