@@ -412,9 +412,9 @@ class Train:
   )
   start_from: str = _field(
     "",
-    "run directory of another run, or folder of an exported model, whose "
-    "weights a new run begins with; the "
-    "optimizer and the schedule begin anew, at step 0; '' draws new weights",
+    "run directory of another run, or an exported model, whose weights a new "
+    "run begins with; the optimizer and the schedule begin anew, at step 0; '' "
+    "draws new weights",
     binds="run",
   )
   start_from_ema: bool = _field(

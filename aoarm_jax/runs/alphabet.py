@@ -13,7 +13,7 @@ from etils import epath
 from aoarm_jax.config import paths, reading
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import alphabets, configured, corpora, tokenizers
-from aoarm_jax.runs import exported, manifest, telemetry
+from aoarm_jax.runs import exported, manifest, places, telemetry
 
 
 def of_start(
@@ -47,7 +47,7 @@ def of_start(
   if saved:
     return _asked(saved, data, f"the run in {workdir}")
   if config.train.start_from:
-    source = paths.of(config.train.start_from, "config.train.start_from")
+    source = places.find(config.train.start_from, "config.train.start_from")
     if saved := _newest(source):
       return _asked(saved, data, f"config.train.start_from={source}")
   with telemetry.waiting(f"finding the symbols of {data.tokenizer}"):

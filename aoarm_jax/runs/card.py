@@ -7,10 +7,7 @@ from aoarm_jax.config import schema as config_lib
 _CARD = """---
 library_name: aoarm_jax
 pipeline_tag: text-generation
-tags:
-- any-order
-- infilling
-- jax
+tags: {tags}
 # license: fill in the licence, as in apache-2.0
 ---
 
@@ -74,9 +71,12 @@ def text(record: dict[str, Any]) -> str:
     "documents": f"`{config.data.documents}`",
     "written by": record["written_by"],
   }
-  what = _LEFT_TO_RIGHT if model.kind.left_to_right else _ANY_ORDER
+  what, tags = _ANY_ORDER, ["jax", "any-order", "infilling"]
+  if model.kind.left_to_right:
+    what, tags = _LEFT_TO_RIGHT, ["jax"]
   return _CARD.format(
     name=f"{config.name}-{config.variant}",
+    tags=f"[{', '.join(tags)}]",
     what=what.format(model.mechanism),
     facts=_table(("property", "value"), facts.items()),
     training=_table(("property", "value"), _training(record).items()),

@@ -13,7 +13,6 @@ everything are compared before it is used.
 
 import hashlib
 import json
-import types
 from typing import Any
 
 import jax
@@ -22,7 +21,7 @@ import numpy as np
 import safetensors
 from etils import epath
 
-from aoarm_jax.config import reading
+from aoarm_jax.config import errors, reading
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.runs import manifest, text
 
@@ -37,7 +36,7 @@ PARTS = ("ema", "params")  # Parts of a training state that are weights.
 # Fields that name places on the machine of the run. They are left out.
 PLACES = ("data.path", "data.tokenizer_file", "train.start_from")
 
-CONFIG_BYTES = 1 << 20  # A config has some 10 kB.
+_CONFIG_BYTES = 1 << 20  # A config has some 10 kB.
 _HEADER_BYTES = 1 << 20  # The names of arrays have some kB.
 _COPY = "copy or download the folder again"
 _LFS = b"version https://git-lfs"
@@ -81,10 +80,36 @@ _RECORD = {
 def is_export(folder: epath.Path) -> bool:
   """Return whether config.json in a folder says that it is an export."""
   try:
-    data = reading.read(folder / CONFIG, CONFIG_BYTES, inside=within(folder))
-    return is_record(reading.parse(data))
-  except (ImportError, OSError, ValueError):  # Whoever reads it says why.
+    return is_record(read_json(folder))
+  except (errors.UserError, ImportError):  # Whoever reads it says why.
     return False
+
+
+def read_json(folder: epath.Path) -> Any:
+  """Return the value of config.json of a run or of an exported model.
+
+  Args:
+    folder: the run directory, or the folder of the exported model.
+
+  Raises:
+    CheckpointError: there is no such file.
+    ConfigError: it cannot be read, or is no JSON.
+  """
+  path = folder / CONFIG
+  try:
+    return reading.parse(reading.read(path, _CONFIG_BYTES, within(folder)))
+  except (FileNotFoundError, NotADirectoryError):
+    raise manifest.CheckpointError(
+      f"{path}: no such file; {folder} is neither the directory of a run nor "
+      "an exported model"
+    ) from None
+  except OSError as error:
+    why = error.strerror or text.first_line(error)
+    raise config_lib.ConfigError(f"{path}: {why}") from error
+  except reading.ReadError as error:
+    raise config_lib.ConfigError(str(error)) from error
+  except ValueError as error:
+    raise config_lib.ConfigError(f"{path}: {error}") from error
 
 
 def is_record(tree: Any) -> bool:
@@ -137,35 +162,15 @@ class Exported:
     """Read config.json.
 
     Raises:
-      CheckpointError: it is missing, damaged, foreign or of a later version.
+      CheckpointError: it is missing, changed, foreign or of a later version.
+      ConfigError: see `read_json`.
     """
     self.directory = folder
-    path = folder / CONFIG
+    tree = read_json(folder)
     try:
-      data = reading.read(path, CONFIG_BYTES, inside=within(folder))
-      self.record: dict[str, Any] = _checked(reading.parse(data))
-    except FileNotFoundError:
-      raise manifest.CheckpointError(
-        f"{path}: no such file; {folder} is no exported model"
-      ) from None
-    except OSError as error:
-      why = error.strerror or text.first_line(error)
-      raise manifest.CheckpointError(f"{path}: {why}") from error
-    except reading.ReadError as error:
-      raise manifest.CheckpointError(str(error)) from error
+      self.record: dict[str, Any] = _checked(tree)
     except ValueError as error:
-      raise manifest.CheckpointError(f"{path}: {error}") from error
-
-  def __enter__(self) -> "Exported":
-    return self
-
-  def __exit__(
-    self,
-    kind: type[BaseException] | None,
-    error: BaseException | None,
-    trace: types.TracebackType | None,
-  ) -> None:
-    """Do nothing; nothing is open."""
+      raise manifest.CheckpointError(f"{folder / CONFIG}: {error}") from error
 
   @property
   def config(self) -> config_lib.Config:

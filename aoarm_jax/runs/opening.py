@@ -3,15 +3,16 @@
 An exported model (exported.py) is opened like a run with a single checkpoint.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 from absl import logging
 from etils import epath
 
-from aoarm_jax.config import paths, reading
+from aoarm_jax.config import paths
 from aoarm_jax.config import rules as config_rules
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import sharding
@@ -25,7 +26,6 @@ from aoarm_jax.runs import (
   manifest,
   telemetry,
 )
-from aoarm_jax.runs import text as text_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +61,9 @@ class Run:
 Stored = checkpoint.Checkpoints | exported.Exported
 
 
-def stored(workdir: epath.Path) -> Stored:
-  """Return the checkpoints of a run, or an exported model in their place.
+@contextlib.contextmanager
+def stored(workdir: epath.Path) -> Iterator[Stored]:
+  """Yield the checkpoints of a run, or an exported model in their place.
 
   Args:
     workdir: run directory, or the folder of an exported model.
@@ -71,10 +72,12 @@ def stored(workdir: epath.Path) -> Stored:
     CheckpointError: config.json of an exported model is damaged.
   """
   if exported.is_export(workdir):
-    return exported.Exported(workdir)
-  return checkpoint.Checkpoints(
+    yield exported.Exported(workdir)
+    return
+  with checkpoint.Checkpoints(
     workdir / "checkpoints", keep_last=1, keep_best=0
-  )
+  ) as checkpoints:
+    yield checkpoints
 
 
 def config_here(
@@ -117,29 +120,16 @@ def read_config(workdir: epath.PathLike) -> config_lib.Config:
     ConfigError: config.json cannot be read.
   """
   workdir = paths.of(workdir, "workdir")
-  path = workdir / "config.json"
+  tree, path = exported.read_json(workdir), workdir / exported.CONFIG
+  if exported.is_record(tree):
+    return exported.Exported(workdir).config
   try:
-    data = reading.read(
-      path, exported.CONFIG_BYTES, inside=exported.within(workdir)
-    )
-    tree = reading.parse(data.decode())
-    if exported.is_record(tree):
-      return exported.Exported(workdir).config
     if not isinstance(tree, dict) or not isinstance(tree.get("model"), dict):
       raise ValueError(
         "is the config.json neither of a run nor of an exported model of "
         "aoarm_jax"
       )
     config = config_lib.from_dict(tree)
-  except (FileNotFoundError, NotADirectoryError):
-    raise checkpoint.CheckpointError(
-      f"{path}: no such file; {workdir} is not the directory of a run"
-    ) from None
-  except OSError as error:
-    why = error.strerror or text_lib.first_line(error)
-    raise config_lib.ConfigError(f"{path}: {why}") from error
-  except reading.ReadError as error:
-    raise config_lib.ConfigError(str(error)) from error
   except ValueError as error:
     raise config_lib.ConfigError(f"{path}: {error}") from error
   if config.data.corpus != "docstrings":

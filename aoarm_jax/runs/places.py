@@ -37,7 +37,7 @@ class HubError(manifest.CheckpointError):
   """A model that cannot be downloaded from a hub, or uploaded."""
 
 
-def find(source: os.PathLike | str) -> epath.Path:
+def find(source: os.PathLike | str, name: str = "workdir") -> epath.Path:
   """Return the folder of a run or of an exported model.
 
   Args:
@@ -45,6 +45,7 @@ def find(source: os.PathLike | str) -> epath.Path:
       "hf:owner/name@revision" for a model of the Hugging Face hub, which is
       downloaded; or the name of a model of this package. A folder of that name
       goes first.
+    name: the argument, flag or field that it was given for, for messages.
 
   Raises:
     ConfigError: `source` is no such place.
@@ -52,17 +53,17 @@ def find(source: os.PathLike | str) -> epath.Path:
     HubError: the download failed.
   """
   if isinstance(source, str) and source.startswith(HUB):
-    return _downloaded(source)
-  path = paths.reached(paths.of(source, "workdir"), "workdir")
+    return _downloaded(source, name)
+  path = paths.reached(paths.of(source, name), name)
   is_name = isinstance(source, str) and _NAME.fullmatch(source)
   if not is_name or path.exists():
     return path
   if (MODELS / str(source) / exported.CONFIG).exists():
     return epath.Path(MODELS / str(source))
   raise manifest.CheckpointError(
-    f"{source}: there is no such folder here, and this package has no model of "
-    f"this name (it has {', '.join(packaged()) or 'none'}): name the directory "
-    "of a run, or the folder of an exported model"
+    f"{name}={source}: there is no such folder here, and this package has no "
+    f"model of this name (it has {', '.join(packaged()) or 'none'}): name the "
+    "directory of a run, or the folder of an exported model"
   )
 
 
@@ -106,11 +107,11 @@ def push(
     return _of_hub(upload, f"{HUB}{repository}", "uploaded")
 
 
-def _downloaded(source: str) -> epath.Path:
+def _downloaded(source: str, name: str) -> epath.Path:
   """Return the folder in the hub's cache that holds a model."""
   library = _library(source)
   repository, _, revision = source.removeprefix(HUB).partition("@")
-  _check_repository(repository, "workdir")
+  _check_repository(repository, name)
 
   def download() -> str:
     return str(

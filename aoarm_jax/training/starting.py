@@ -9,12 +9,11 @@ import jax.numpy as jnp
 from absl import logging
 from etils import epath
 
-from aoarm_jax.config import paths
 from aoarm_jax.config import rules as config_rules
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import tokenizers
 from aoarm_jax.model import network as network_lib
-from aoarm_jax.runs import checkpoint, identity, opening, telemetry
+from aoarm_jax.runs import checkpoint, identity, opening, places, telemetry
 from aoarm_jax.runs import directory as run_dir
 from aoarm_jax.training import state as train_state
 
@@ -84,7 +83,7 @@ def read(
     CheckpointError: there is no checkpoint, or it cannot be read.
   """
   config = network.config
-  source = paths.of(config.train.start_from, _FIELD)
+  source = places.find(config.train.start_from, _FIELD)
   if _same_folder(source, workdir):
     raise config_lib.ConfigError(
       f"{_FIELD}={source}: is the --workdir of this run itself; name another "

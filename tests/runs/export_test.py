@@ -745,15 +745,20 @@ class PackagedTest(FolderTest):
 
   def test_by_name(self):
     with self.refused(
-      r"^books-tiny: there is no such folder here, .* \(it has none\)"
+      r"^workdir=books-tiny: there is no such folder here, .* \(it has none\)"
     ):
       aoarm_jax.load("books-tiny")
     self.export("models/books-tiny", dtype="bfloat16")
     self.assertEqual(places.packaged(), ["books-tiny"])
     model = aoarm_jax.load("books-tiny")
     self.assertEqual(model.step, STEP)
-    with self.refused(r"^books: there is no such .* \(it has books-tiny\)"):
+    with self.refused(r"^workdir=books: there is no .* \(it has books-tiny\)"):
       aoarm_jax.load("books")
+    network = network_lib.Network(
+      config_of().replace("train.start_from", "books-tiny")
+    )
+    weights = starting.read(network, network.tokenizer, self.folder / "new")
+    self.assertEqual(weights.step, STEP)
     # A folder here goes first.
     make_run(self.folder / "books-tiny", config_of(T=5))
     with contextlib.chdir(self.folder):

@@ -6,10 +6,12 @@ import io
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import zipfile
 from unittest import mock
 
 import helpers
@@ -23,6 +25,7 @@ from aoarm_jax.config import errors
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import corpora
 from aoarm_jax.devices import switches
+from aoarm_jax.runs import exported
 
 TINY = f"--config={helpers.TINY}"
 NEW_CONFIG = """
@@ -564,13 +567,26 @@ class ProcessTest(parameterized.TestCase):
   def test_a_wheel_is_usable(self):
     """pip install, then the command in a folder without a checkout."""
     folder = self.enterContext(tempfile.TemporaryDirectory())
+    source = pathlib.Path(folder) / "source"
+    shutil.copytree(
+      helpers.ROOT, source, ignore=shutil.ignore_patterns(".git", "docs")
+    )
+    model = source / "aoarm_jax" / "models" / "stand-in"
+    model.mkdir(parents=True)
+    for name in exported.FILES:
+      (model / name).write_text("")
     pip = [sys.executable, "-m", "pip", "--quiet"]
     wheels, site = os.path.join(folder, "wheels"), os.path.join(folder, "site")
     subprocess.run(
-      [*pip, "wheel", "--no-deps", "-w", wheels, helpers.ROOT], check=True
+      [*pip, "wheel", "--no-deps", "-w", wheels, source], check=True
     )
     (name,) = os.listdir(wheels)
     wheel = os.path.join(wheels, name)
+    models = f"aoarm_jax/models/{model.name}"
+    self.assertContainsSubset(
+      [f"{models}/{name}" for name in exported.FILES],
+      zipfile.ZipFile(wheel).namelist(),
+    )
     subprocess.run(
       [*pip, "install", "--no-deps", "-t", site, wheel], check=True
     )

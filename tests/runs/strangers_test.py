@@ -15,6 +15,7 @@ from unittest import mock
 import helpers
 import jax
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 from etils import epath
 
@@ -22,7 +23,14 @@ from aoarm_jax.config import errors, reading
 from aoarm_jax.config import rules as config_rules
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.model import network as network_lib
-from aoarm_jax.runs import checkpoint, identity, manifest, opening
+from aoarm_jax.runs import (
+  checkpoint,
+  exported,
+  exporting,
+  identity,
+  manifest,
+  opening,
+)
 from aoarm_jax.runs import directory as run_dir
 from aoarm_jax.study import measure
 from aoarm_jax.training import resuming
@@ -114,6 +122,13 @@ def use(workdir: pathlib.Path):
   measure.read_arrays(folder / "cells" / "one", "windows.npz", result)
 
 
+def use_export(folder):
+  """What is read of an exported model."""
+  folder = epath.Path(folder)
+  config = config_rules.validate(opening.config_here(folder, "newest", None))
+  opening.open_run(folder, config)
+
+
 def places(tree, path=()):
   """Yields the path of every value in a tree of JSON."""
   items = ()
@@ -152,6 +167,14 @@ def change_config_in_manifest(rng, folder):
   record = manifest.read(directory)
   record["config"] = json.dumps(change_json(rng, json.loads(record["config"])))
   (directory / manifest.NAME).write_bytes(manifest._encode(record))
+
+
+def change_record(rng, folder):
+  """Changes config.json of an export, with a checksum that is right."""
+  path = folder / exported.CONFIG
+  record = change_json(rng, json.loads(path.read_text()))
+  record["sha256"] = exported.checksum(record)
+  path.write_text(json.dumps(record))
 
 
 def change_values(name):
@@ -248,6 +271,9 @@ class StrangersTest(parameterized.TestCase):
     cls.enterClassContext(helpers.quick_compilation())
     make_run(cls.folder / "run")
     use(cls.folder / "run")
+    run, out = (epath.Path(cls.folder / name) for name in ("run", "out"))
+    exporting.export(CONFIG, run, out)
+    use_export(cls.folder / "out")
 
   def setUp(self):
     super().setUp()
@@ -256,19 +282,32 @@ class StrangersTest(parameterized.TestCase):
       mock.patch.object(run_dir, "_git_state", return_value=(None, None))
     )
 
-  def copy(self, name):
-    shutil.copytree(self.folder / "run", self.folder / name)
+  def copy(self, name, source="run"):
+    shutil.copytree(self.folder / source, self.folder / name)
     self.addCleanup(shutil.rmtree, self.folder / name, ignore_errors=True)
     return self.folder / name
 
   @parameterized.parameters(enumerate(CHANGES))
   def test_changed(self, kind, change):
+    # Metrics never keep a run from being resumed.
+    self.check_changed("run", use, kind, change, change is not change_line)
+
+  @pytest.mark.thorough
+  @parameterized.parameters(
+    enumerate((change_record, change_bytes, change_kind, add_name))
+  )
+  def test_changed_export(self, kind, change):
+    # Files that nobody asked for are not looked at.
+    least = change is not add_name
+    self.check_changed("out", use_export, kind, change, least)
+
+  def check_changed(self, source, use, kind, change, least):
     """26 mutations of each kind: our own errors only, soon and small."""
     rng = random.Random(kind)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     refused = 0
     for case in range(26):
-      workdir = self.copy(f"{kind}-{case}")
+      workdir = self.copy(f"{kind}-{case}", source)
       change(rng, workdir)
       start = time.thread_time()
       # A read that never ends would hang the test, so it gets a time limit.
@@ -286,8 +325,7 @@ class StrangersTest(parameterized.TestCase):
       shutil.rmtree(workdir)
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     self.assertLess((after - before) / 1024, _MEGABYTES)
-    # Metrics never keep a run from being resumed.
-    self.assertBetween(refused, change is not change_line, 26)
+    self.assertBetween(refused, least, 26)
 
   @parameterized.parameters("../other", "/etc/hostname", "state/../../x", "")
   def test_a_name_that_leaves_the_step(self, name):
