@@ -279,9 +279,7 @@ def _write(folder, files, flag):
     os.rename(temporary, folder)
   except OSError as error:
     shutil.rmtree(temporary, ignore_errors=True)
-    raise OSError(
-      error.errno, f"cannot be written ({error.strerror})", os.fspath(folder)
-    ) from error
+    raise OSError(error.errno, error.strerror, os.fspath(folder)) from error
   except BaseException:
     shutil.rmtree(temporary, ignore_errors=True)
     raise
