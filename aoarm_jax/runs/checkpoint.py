@@ -238,7 +238,13 @@ class Checkpoints:
     Raises:
       CheckpointError: this process cannot read the manifest.
     """
-    files: dict[str, Any] = self._record(step)["files"]
+    try:
+      files: dict[str, Any] = self._steps.record(step)["files"]
+    except manifest.BrokenError as error:
+      raise CheckpointError(
+        f"checkpoint step {step} in {self._steps.directory} cannot be used: "
+        f"{error}"
+      ) from error
     return files
 
   def newest(self) -> Saved | None:
@@ -277,18 +283,6 @@ class Checkpoints:
         f"checkpoint step {step} in {self._steps.directory} cannot be used: "
         f"{error}; steps there: {_listed(self.steps())}"
       ) from error
-
-  def parts(self, saved: Saved) -> set[str]:
-    """Return the names of the top-level parts of a step's state.
-
-    Args:
-      saved: a step that `newest`, `best` or `at` returned.
-
-    Raises:
-      CheckpointError: this process cannot read the manifest.
-    """
-    leaves = self._record(saved.step)["leaves"]
-    return {name.partition("/")[0] for name in leaves}
 
   def tokenizer(self, saved: Saved) -> bytes:
     """Return the state of the tokenizer in a step; b"" if there is none.
@@ -362,16 +356,6 @@ class Checkpoints:
         "run is training there it may have removed it just now: try again"
       ) from error
     return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
-
-  def _record(self, step):
-    """Return the record of a step; a broken manifest is a CheckpointError."""
-    try:
-      return self._steps.record(step)
-    except manifest.BrokenError as error:
-      raise CheckpointError(
-        f"checkpoint step {step} in {self._steps.directory} cannot be used: "
-        f"{error}"
-      ) from error
 
   def _agreed(self, find):
     """Broadcast process 0's choice of checkpoint to all processes.

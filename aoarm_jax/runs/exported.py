@@ -201,6 +201,8 @@ class Exported:
         "tokenizer": symbols,
       },
       None,
+      frozenset([self.record["weights"]["part"]]),
+      training["checkpoint"],
     )
 
   def steps(self) -> list[int]:
@@ -228,11 +230,6 @@ class Exported:
     """Return the checkpoint that was exported."""
     del step
     return self.saved
-
-  def parts(self, saved: manifest.Saved) -> set[str]:
-    """Return the part of the training state that was exported, in a set."""
-    del saved
-    return {self.record["weights"]["part"]}
 
   def tokenizer(self, saved: manifest.Saved) -> bytes:
     """Return the state of the tokenizer; b"" if the config fixes it.

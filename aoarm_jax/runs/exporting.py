@@ -175,7 +175,7 @@ def _history(run, workdir):
       "corpus": trained.data.corpus,
       "path": _last_part(trained.data.path),
       "started_from": _last_part(trained.train.start_from),
-      "checkpoint": run.digest,
+      "checkpoint": run.saved.digest,
       "text": text,
       "switches": run.saved.data_state.get("switches", {}),
     },

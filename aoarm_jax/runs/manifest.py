@@ -83,12 +83,16 @@ class Saved:
     config_json: the configuration that was given to `Checkpoints.save`.
     data_state: the state of the data iterator that was given to `save`.
     metric: the number that `best` minimises; None if none was given.
+    parts: names of the top-level parts of the state, such as "params".
+    digest: sha256 of the sizes and checksums of the step's files, in hex.
   """
 
   step: int
   config_json: str
   data_state: dict[str, Any]
   metric: float | None
+  parts: frozenset[str] = frozenset()
+  digest: str = ""
 
 
 class Steps:
@@ -164,6 +168,8 @@ class Steps:
       config_json=record["config"],
       data_state=record["data_state"],
       metric=record["metric"],
+      parts=frozenset(name.partition("/")[0] for name in record["leaves"]),
+      digest=digest(record["files"]),
     )
 
   def check_leaves(self, step: int, wanted: dict[str, str]) -> None:

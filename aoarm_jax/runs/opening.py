@@ -23,7 +23,6 @@ from aoarm_jax.runs import (
   checkpoint,
   exported,
   identity,
-  manifest,
   telemetry,
 )
 
@@ -40,7 +39,6 @@ class Run:
       devices.
     params: the EMA if the run has one, else the parameters; on the mesh.
     part: the part of the training state that they are: "ema" or "params".
-    digest: sha256 of the checkpoint.
   """
 
   config: config_lib.Config
@@ -49,7 +47,6 @@ class Run:
   network: network_lib.Network
   params: Any
   part: str
-  digest: str
 
   @property
   def step(self) -> int:
@@ -266,13 +263,13 @@ def chosen(
 
 
 def part_of(
-  checkpoints: Stored, saved: checkpoint.Saved, last: bool = False
+  saved: checkpoint.Saved, workdir: epath.Path, last: bool = False
 ) -> str:
   """Return the part of a checkpoint that holds the weights.
 
   Args:
-    checkpoints: of a run, or an exported model.
     saved: the checkpoint.
+    workdir: its run directory, for messages.
     last: whether the last parameters are wanted even if there is an EMA.
 
   Returns:
@@ -281,13 +278,12 @@ def part_of(
   Raises:
     CheckpointError: an exported model does not have the last parameters.
   """
-  parts = checkpoints.parts(saved)
-  if last and "params" not in parts:
+  if last and "params" not in saved.parts:
     raise checkpoint.CheckpointError(
-      f"{checkpoints.directory}: holds the moving average of the weights only, "
+      f"{workdir}: holds the moving average of the weights only, "
       "and the last weights are asked for: take them from the run"
     )
-  return "params" if last or "ema" not in parts else "ema"
+  return "params" if last or "ema" not in saved.parts else "ema"
 
 
 def _opened(workdir, config, mesh, checkpoints, step, last):
@@ -312,7 +308,7 @@ def _opened(workdir, config, mesh, checkpoints, step, last):
   identity.check_same_model(saved, config, workdir)
   tokenizer = alphabet.of_state(checkpoints.tokenizer(saved), config, workdir)
   network = network_lib.Network(config, mesh, tokenizer)
-  field = part_of(checkpoints, saved, last)
+  field = part_of(saved, workdir, last)
   with (
     jax.set_mesh(mesh),
     telemetry.waiting(f"reading checkpoint step {saved.step:,}"),
@@ -324,5 +320,4 @@ def _opened(workdir, config, mesh, checkpoints, step, last):
     workdir,
     " (EMA)" if field == "ema" else "",
   )
-  digest = manifest.digest(checkpoints.files(saved.step))
-  return Run(config, trained, saved, network, params, field, digest)
+  return Run(config, trained, saved, network, params, field)

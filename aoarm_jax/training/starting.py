@@ -95,9 +95,7 @@ def read(
     )
     trained = identity.config_of(saved)
     _check(saved, trained, network, tokenizer, source)
-    part = opening.part_of(
-      checkpoints, saved, last=not config.train.start_from_ema
-    )
+    part = opening.part_of(saved, source, last=not config.train.start_from_ema)
     with telemetry.waiting(f"reading checkpoint step {saved.step:,}"):
       state = checkpoints.restore(saved, {part: network.abstract_params})
   logging.info(

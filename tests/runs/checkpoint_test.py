@@ -149,7 +149,12 @@ class RoundTripTest(CheckpointTest):
     self.assertEqual(
       saved,
       checkpoint.Saved(
-        3, CONFIG, {"at": [3, {"x": None}], "seed": 2**40}, 1.25
+        3,
+        CONFIG,
+        {"at": [3, {"x": None}], "seed": 2**40},
+        1.25,
+        frozenset(("step", "params", "opt_state", "ema", "key")),
+        manifest.digest(self.open().files(3)),
       ),
     )
     restored = self.open().restore(saved, abstract(state))
