@@ -27,6 +27,8 @@ model = aoarm_jax.load("path/of/this/folder")
 print(model.generate()[0].text)
 ```
 
+From the Hugging Face hub, the path is `"hf:owner/name"`.
+
 `model.safetensors` can be read without aoarm_jax. The page "Exporting" of its
 documentation lists the names of all arrays, and the mathematics.
 

@@ -505,7 +505,7 @@ class ModelTest(parameterized.TestCase):
 
   def test_no_run(self):
     with self.assertRaisesRegex(
-      Exception, "absent/config.json: no such file; .* not the directory"
+      Exception, "absent/config.json: no such file; .* neither the directory"
     ):
       aoarm_jax.load(_folder / "absent")
 
