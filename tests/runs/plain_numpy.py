@@ -68,6 +68,8 @@ def logits(config, arrays, tokens, order):
   position = np.concatenate([ends, order[:, :-1]], 1)
   target = np.concatenate([np.zeros((B, s - 1), int), order], 1)
 
+  if model.get("content_sees", "prefix") != "prefix":
+    raise ValueError("other masks are not read here")
   if model["mechanism"] == "two_stream":
     query = np.broadcast_to(arrays["start.query_start"], content.shape)
     streams = [(content, position), (query, target)]
