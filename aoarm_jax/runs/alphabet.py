@@ -68,8 +68,10 @@ def _check_source(config, workdir):
   """
   if not config.train.start_from or _finished(workdir):
     return
-  source = paths.of(config.train.start_from, "config.train.start_from")
-  if source != workdir and not _finished(source):
+  source = places.find(config.train.start_from, "config.train.start_from")
+  if source == workdir or exported.is_export(source):
+    return
+  if not _finished(source):
     raise manifest.CheckpointError(
       f"no checkpoint in {source / 'checkpoints'}: name a trained run with "
       "--config.train.start_from"
