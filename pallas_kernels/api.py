@@ -46,7 +46,8 @@ def any_order_attention(
   Attention is grouped: query head n * (Nq / N) + g reads key head n. Two
   streams over shared keys and values are two query heads of one group. So the
   heads of streams interleave, and streams that are concatenated along the heads
-  give a wrong result without an error. Pass streams as a list:
+  give a wrong result without an error. Each stream may itself have several
+  query heads for a key head. Pass streams as a list:
 
     >>> import jax, jax.numpy as jnp, pallas_kernels
     >>> B, T, N, H = 2, 5, 4, 8
@@ -72,18 +73,19 @@ def any_order_attention(
 
   Args:
     q: [B, T, Nq, H] queries; bfloat16, float16 or float32. The implementation
-      `reference` also takes float64. A list or a tuple of streams has one
-      [B, T, N, H] for each stream, with the heads of k; its g-th stream sees
-      visible[..., g].
+      `reference` also takes float64. A list or a tuple of G streams has one
+      [B, T, M, H] for each stream; Nq is G * M, and M a multiple of N. The g-th
+      stream sees visible[..., g].
     k: [B, S, N, H] keys of q's dtype; Nq is a multiple of N. Keys gathered from
       P devices that share a sequence are [P, B, S / P, N, H] in the layout of
       `shards`; S / P is even.
     v: values, of k's shape and dtype.
     visible: number of slots that each row sees. A row sees the slots whose rank
       is below this number; the output of a row that sees no slot is 0. It is
-      int32 [B, T], or int32 [B, T, Nq / N] if the query heads of a group (the
-      streams) see different slots. An int, or an array of one integer [], holds
-      for all rows. None is causal: row i sees min(i + 1, S) slots.
+      int32 [B, T], or int32 [B, T, Nq / N] if the query heads of a group see
+      different slots, or int32 [B, T, G] if the G streams of a list do. An
+      int, or an array of one integer [], holds for all rows. None is causal:
+      row i sees min(i + 1, S) slots.
     key_rank: int32 [B, S], the rank of each slot, for sequences that are not in
       generation order; needs `visible`. None is 0 to S - 1: row i sees the
       first visible[b, i] slots.
@@ -98,7 +100,7 @@ def any_order_attention(
     nats, -inf for a row that sees no slot. Both are differentiable, so that
     attention over disjoint sets of slots can be merged. For a list of streams,
     the output and the log-sum-exp are tuples with one array for each stream:
-    [B, T, N, H] and [B, T, N].
+    [B, T, M, H] and [B, T, M].
 
   Raises:
     ValueError: shapes or dtypes do not fit together, an array is empty, or the
@@ -106,11 +108,13 @@ def any_order_attention(
     UnsupportedError: the named implementation does not support the call; the
       message says what is unsupported.
   """
-  streams = None
+  streams, group = None, 1
   if isinstance(q, list | tuple):
     streams = tuple(q)
     # XLA drops this copy if the kernel reads the streams one by one.
     q = _stacked(streams, k)
+    group = streams[0].shape[2] // k.shape[-2]
+    visible = _for_all_heads(visible, group)
   gathered = k, v
   if k.ndim == 5 and k.shape == v.shape and k.shape[2] % 2 == 0:
     # XLA drops these copies if the kernel reads the gathered arrays in place.
@@ -138,8 +142,10 @@ def any_order_attention(
     case "cudnn":
       out = _cudnn(q, k, v, visible, scale)
     case "mosaic_gpu":
+      # The kernel reads streams with the heads of k.
+      given = streams if streams and group == 1 else q
       out, lse = _kernel(implementation).attention(
-        streams or q, *gathered, visible_array, key_rank, scale
+        given, *gathered, visible_array, key_rank, scale
       )
     case "mosaic_tpu":
       out, lse = _kernel(implementation).attention(
@@ -152,8 +158,8 @@ def any_order_attention(
       )
   if streams:
     G = len(streams)
-    out = out if isinstance(out, tuple) else _of_streams(out, G)
-    lse = lse if lse is None else _of_streams(lse, G)
+    out = out if isinstance(out, tuple) else _of_streams(out, G, group)
+    lse = lse if lse is None else _of_streams(lse, G, group)
   return (out, lse) if return_lse else out
 
 
@@ -178,28 +184,51 @@ def _kernel_unsupported(name: str, *args: Any) -> str:
 
 
 def _stacked(streams: tuple[jax.Array, ...], k: jax.Array) -> jax.Array:
-  """Return streams [B, T, N, H] as one array, [B, T, Nq, H].
+  """Return streams [B, T, M, H] as one array, [B, T, Nq, H].
 
   Raises:
-    ValueError: a stream has another shape or dtype, or not the heads of k.
+    ValueError: a stream has another shape or dtype, or heads that do not fit k.
   """
   described = [f"{jnp.result_type(x)} {jnp.shape(x)}" for x in streams]
   if (
     len(set(described)) != 1
     or streams[0].ndim != 4
-    or streams[0].shape[2] != k.shape[-2]
+    or streams[0].shape[2] % k.shape[-2]
   ):
     raise ValueError(
-      "attention: each stream must be [B, T, N, H] of one dtype, with the "
-      f"N={k.shape[-2]} heads of k; got {', '.join(described) or 'no streams'}"
+      "attention: each stream must be [B, T, M, H] of one dtype, with a "
+      f"multiple M of the N={k.shape[-2]} heads of k; got "
+      f"{', '.join(described) or 'no streams'}"
     )
-  B, T, _, H = streams[0].shape
+  (B, T, M, H), N = streams[0].shape, k.shape[-2]
+  if M > N:
+    streams = tuple(x.reshape(B, T, N, M // N, H) for x in streams)
+    return jnp.concatenate(streams, axis=3).reshape(B, T, -1, H)
   return jnp.stack(streams, axis=3).reshape(B, T, -1, H)
 
 
-def _of_streams(x: jax.Array, G: int) -> tuple[jax.Array, ...]:
-  """Return the parts of [B, T, Nq, ...] that belong to each of G streams."""
-  return tuple(x[:, :, g::G] for g in range(G))
+def _of_streams(x: jax.Array, G: int, group: int) -> tuple[jax.Array, ...]:
+  """Return the parts of [B, T, Nq, ...] that belong to each of G streams.
+
+  Args:
+    x: [B, T, Nq, ...], with the heads as `_stacked` lays them.
+    G: streams.
+    group: query heads that a stream has for a key head.
+  """
+  if group == 1:
+    return tuple(x[:, :, g::G] for g in range(G))
+  B, T, Nq, *features = x.shape
+  x = x.reshape(B, T, -1, G, group, *features)
+  return tuple(
+    x[:, :, :, g].reshape(B, T, Nq // G, *features) for g in range(G)
+  )
+
+
+def _for_all_heads(visible: Any, group: int) -> Any:
+  """Return `visible` [B, T, G] of streams for each head in a group."""
+  if group == 1 or not _is_integer_array(visible) or jnp.ndim(visible) != 3:
+    return visible
+  return jnp.repeat(visible, group, axis=2)
 
 
 def _for_all_rows(q: jax.Array, visible: Any) -> jax.Array | int | None:

@@ -4,6 +4,7 @@ On Hopper, kernels for narrow models do this work in the epilogue of a product.
 Elsewhere, plain products stand beside the functions of rowwise.py.
 """
 
+import functools
 import types
 from collections.abc import Sequence
 
@@ -49,6 +50,7 @@ def project_heads(
   weight: jax.Array,
   parts: Sequence[rowwise.Part | None],
   *,
+  epsilon: float = rowwise.EPSILON,
   implementation: str | None = None,
 ) -> tuple[jax.Array, ...]:
   """Return `rowwise.split_heads` of x @ weight.
@@ -57,6 +59,7 @@ def project_heads(
     x: [B, R, D]; bfloat16, float16, float32 or float64.
     weight: [D, C, N, H], like x; H is even.
     parts: C of them, as in `split_heads`.
+    epsilon: as in `rms_norm`.
     implementation: a name from ROWWISE_IMPLEMENTATIONS: heads are split so, or
       the call raises. None chooses the fastest one that supports the call.
 
@@ -73,10 +76,12 @@ def project_heads(
   if _serves(rows, flat, implementation) and _projects(weight, parts):
     given = [part and rowwise.by_row(part) for part in parts]
     return tuple(
-      part.reshape(B, R, N, H) for part in _heads(rows, weight, given)
+      part.reshape(B, R, N, H) for part in _heads(rows, weight, given, epsilon)
     )
   packed = jnp.einsum("brd,dcnh->brcnh", x, weight)
-  return rowwise.split_heads(packed, parts, implementation=implementation)
+  return rowwise.split_heads(
+    packed, parts, epsilon=epsilon, implementation=implementation
+  )
 
 
 def _hopper() -> types.ModuleType:
@@ -112,6 +117,7 @@ def _projects(weight, parts):
     and N % 2 == 0
     and len(normed) > 0
     and None not in parts[: len(normed)]
+    and all(part.scale is not None for part in normed)
     and all(
       part.by is None or part.by.position.shape[-1] == 1 for part in normed
     )
@@ -138,21 +144,19 @@ def _mlp_backward(residuals, d_out):
 _mlp.defvjp(_mlp_forward, _mlp_backward)
 
 
-@jax.custom_vjp
-def _heads(x, weight, parts):
-  return _heads_forward(x, weight, parts)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _heads(x, weight, parts, epsilon):
+  return _heads_forward(x, weight, parts, epsilon)[0]
 
 
-def _heads_forward(x, weight, parts):
-  outs, before = _hopper().projection.forward(x, weight, parts, rowwise.EPSILON)
+def _heads_forward(x, weight, parts, epsilon):
+  outs, before = _hopper().projection.forward(x, weight, parts, epsilon)
   return outs, (x, weight, parts, before)
 
 
-def _heads_backward(residuals, d_parts):
+def _heads_backward(epsilon, residuals, d_parts):
   x, weight, parts, before = residuals
-  d_packed, d_scales = _hopper().heads.backward(
-    before, parts, d_parts, rowwise.EPSILON
-  )
+  d_packed, d_scales = _hopper().heads.backward(before, parts, d_parts, epsilon)
   d_packed = d_packed.reshape(len(x), -1)
   d_x = d_packed @ weight.reshape(len(weight), -1).T
   d_weight = (x.T @ d_packed).reshape(weight.shape)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from pallas_kernels import devices, errors, tuning
 
 ROWWISE_IMPLEMENTATIONS = ("xla", "mosaic_gpu")
-EPSILON = 1e-6  # Is added to the mean square of a norm.
+EPSILON = 1e-6  # The default of what is added to the mean square of a norm.
 
 
 def rms_norm(
@@ -25,6 +25,7 @@ def rms_norm(
   scale: jax.Array,
   update: jax.Array | None = None,
   *,
+  epsilon: float = EPSILON,
   implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Return y = x + update and y / rms(y) * scale (RMSNorm, arXiv 1910.07467).
@@ -37,6 +38,7 @@ def rms_norm(
     x: [..., D]; bfloat16, float16, float32 or float64.
     scale: float32 [D].
     update: like x. None means y = x.
+    epsilon: is added to the mean square of a row.
     implementation: a name from ROWWISE_IMPLEMENTATIONS: this one runs, or the
       call raises. None chooses the fastest one that supports the call.
 
@@ -52,24 +54,27 @@ def rms_norm(
     reason = f"D={D} (multiples of 64 only)"
   if _choose("rms_norm", implementation, x.size // D, reason) == "xla":
     y = x if update is None else x + update
-    return y, normalised(y, scale).astype(y.dtype)
-  return _norm_kernel(x, update, scale)
+    return y, normalised(y, scale, epsilon).astype(y.dtype)
+  return _norm_kernel(x, update, scale, epsilon)
 
 
 # The norm is recomputed in the backward pass. Over unrolled layers, the
 # compiler finds by itself that saving x is enough. A loop over layers would
 # save all float32 values of the norm.
-@functools.partial(jax.checkpoint, prevent_cse=False)
-def normalised(x: jax.Array, scale: jax.Array) -> jax.Array:
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(2,))
+def normalised(
+  x: jax.Array, scale: jax.Array, epsilon: float = EPSILON
+) -> jax.Array:
   """Return x / rms(x) * scale in plain JAX, float32 [..., D].
 
   Args:
     x: [..., D].
     scale: float32 [D].
+    epsilon: is added to the mean square. Pass it by its place.
   """
   x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
   power = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-  return x * jax.lax.rsqrt(power + EPSILON) * scale
+  return x * jax.lax.rsqrt(power + epsilon) * scale
 
 
 class Rotation(NamedTuple):
@@ -91,15 +96,23 @@ class Rotation(NamedTuple):
   sin: jax.Array
 
 
-def rotation(position: jax.Array, H: int, base: float) -> Rotation:
+def rotation(
+  position: jax.Array,
+  H: int,
+  base: float,
+  factors: jax.Array | None = None,
+) -> Rotation:
   """Return the Rotation of rows; all layers can share it.
 
   Args:
     position: int32 [B, R, K], see Rotation.
     H: the width of a head, even.
     base: the frequency of pair j is base ** (-2 j / H).
+    factors: float32 [H / 2], factors of the frequencies. None means 1 for all.
   """
   frequency = base ** (-jnp.arange(0, H, 2, dtype=jnp.float32) / H)
+  if factors is not None:
+    frequency *= factors
   repeats = -(-H // (2 * position.shape[-1]))
   by_pair = jnp.tile(position, repeats)[..., : H // 2]
   angle = by_pair[..., None, :].astype(jnp.float32) * frequency
@@ -129,11 +142,12 @@ class Part(NamedTuple):
   """What `split_heads` does to one of the parts.
 
   Attributes:
-    scale: float32 [H], the scale of the norm.
+    scale: float32 [H], the scale of the norm. None means no norm, which no
+      kernel supports.
     by: the rotation of the rows. None means no rotation.
   """
 
-  scale: jax.Array
+  scale: jax.Array | None
   by: Rotation | None
 
 
@@ -141,6 +155,7 @@ def split_heads(
   packed: jax.Array,
   parts: Sequence[Part | None],
   *,
+  epsilon: float = EPSILON,
   implementation: str | None = None,
 ) -> tuple[jax.Array, ...]:
   """Split packed projections into parts: normed, rotated heads.
@@ -151,6 +166,7 @@ def split_heads(
   Args:
     packed: [B, R, C, N, H], such as queries, keys and values; H is even.
     parts: C of them. None takes a part as it is.
+    epsilon: as in `rms_norm`.
     implementation: as in `rms_norm`.
 
   Returns:
@@ -161,17 +177,28 @@ def split_heads(
   """
   B, R, C, N, H = packed.shape
   reason = unsupported(packed) or _hopper().heads.unsupported(packed.shape)
+  if any(part is not None and part.scale is None for part in parts):
+    reason = reason or "heads without a norm"
   if _choose("split_heads", implementation, B * R, reason) == "xla":
     return tuple(
-      x
-      if part is None
-      else rotate(normalised(x, part.scale), part.by).astype(x.dtype)
+      x if part is None else _plain_head(x, part, epsilon)
       for x, part in zip(jnp.moveaxis(packed, 2, 0), parts)
     )
   outs = _heads_kernel(
-    packed.reshape(B * R, C, N, H), [part and by_row(part) for part in parts]
+    packed.reshape(B * R, C, N, H),
+    [part and by_row(part) for part in parts],
+    epsilon,
   )
   return tuple(x.reshape(B, R, N, H) for x in outs)
+
+
+def _plain_head(x, part, epsilon):
+  """Return the heads x [B, R, N, H] of a part, normed and rotated."""
+  if part.scale is None:
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  else:
+    wide = normalised(x, part.scale, epsilon)
+  return rotate(wide, part.by).astype(x.dtype)
 
 
 def by_row(part: Part) -> Any:
@@ -252,24 +279,24 @@ def _choose(function, implementation, rows, reason):
   return implementation
 
 
-@jax.custom_vjp
-def _norm_kernel(x, update, scale):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _norm_kernel(x, update, scale, epsilon):
   rows = x.reshape(-1, x.shape[-1])
   more = None if update is None else update.reshape(rows.shape)
-  y, normed = _hopper().norm.forward(rows, more, scale, EPSILON)
+  y, normed = _hopper().norm.forward(rows, more, scale, epsilon)
   return y.reshape(x.shape), normed.reshape(x.shape)
 
 
-def _norm_forward(x, update, scale):
-  y, normed = _norm_kernel(x, update, scale)
+def _norm_forward(x, update, scale, epsilon):
+  y, normed = _norm_kernel(x, update, scale, epsilon)
   mark = None if update is None else ()
   return (y, normed), (y, scale, mark)
 
 
-def _norm_backward(residuals, gradients):
+def _norm_backward(epsilon, residuals, gradients):
   y, scale, mark = residuals
   rows, d_y, d_normed = (a.reshape(-1, y.shape[-1]) for a in (y, *gradients))
-  d_y, d_scale = _hopper().norm.backward(rows, scale, d_y, d_normed, EPSILON)
+  d_y, d_scale = _hopper().norm.backward(rows, scale, d_y, d_normed, epsilon)
   d_y = d_y.reshape(y.shape)
   return d_y, None if mark is None else d_y, d_scale
 
@@ -277,18 +304,18 @@ def _norm_backward(residuals, gradients):
 _norm_kernel.defvjp(_norm_forward, _norm_backward)
 
 
-@jax.custom_vjp
-def _heads_kernel(packed, parts):
-  return _hopper().heads.forward(packed, parts, EPSILON)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _heads_kernel(packed, parts, epsilon):
+  return _hopper().heads.forward(packed, parts, epsilon)
 
 
-def _heads_forward(packed, parts):
-  return _heads_kernel(packed, parts), (packed, parts)
+def _heads_forward(packed, parts, epsilon):
+  return _heads_kernel(packed, parts, epsilon), (packed, parts)
 
 
-def _heads_backward(residuals, d_parts):
+def _heads_backward(epsilon, residuals, d_parts):
   packed, parts = residuals
-  d_packed, d_scales = _hopper().heads.backward(packed, parts, d_parts, EPSILON)
+  d_packed, d_scales = _hopper().heads.backward(packed, parts, d_parts, epsilon)
   return d_packed, gradients_of_parts(d_scales)
 
 

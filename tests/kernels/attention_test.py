@@ -318,15 +318,39 @@ class StreamsTest(parameterized.TestCase):
     wrong = api.any_order_attention(jnp.concatenate(streams, 2), k, v, visible)
     self.assertGreater(np.abs(wrong[:, :, :3] - outs[0]).max(), 0.1)
 
+  @parameterized.product(
+    name=("reference", "xla", "blockwise"), lse=(False, True)
+  )
+  def test_streams_with_several_heads_for_a_key_head(self, name, lse):
+    """Head m of a stream reads key head m // 2, as without streams."""
+    streams, k, v, visible = self.arrays()
+    streams = [jnp.concatenate([x, -x[:, :, ::-1]], axis=2) for x in streams]
+    attend = functools.partial(
+      api.any_order_attention, return_lse=lse, implementation=name
+    )
+    got = attend(streams, k, v, visible)
+    outs, lses = got if lse else (got, (None, None))
+    k, v = (jnp.repeat(x, 2, axis=2) for x in (k, v))
+    for g, (out, of_rows) in enumerate(zip(outs, lses)):
+      want, want_lse = api.any_order_attention(
+        streams[g], k, v, visible[..., g], return_lse=True
+      )
+      np.testing.assert_allclose(out, want, atol=1e-6)
+      if lse:
+        np.testing.assert_allclose(of_rows, want_lse, atol=1e-6)
+    # One prefix for all streams.
+    shared = api.any_order_attention(streams, k[:, :, ::2], v[:, :, ::2])
+    np.testing.assert_allclose(shared[0], outs[0], atol=1e-6)
+
   @parameterized.parameters(
-    (lambda x: [], "with the N=3 heads of k; got no streams"),
+    (lambda x: [], "with a multiple M of the N=3 heads of k; got no streams"),
     (
       lambda x: [x[0], x[1][:, 1:]],
       r"got float32 \(2, 5, 3, 4\), float32 \(2, ",
     ),
     (lambda x: [x[0], x[1].astype(jnp.bfloat16)], "of one dtype, with"),
-    (lambda x: [jnp.concatenate(x, 2)], "with the N=3 heads of k; got float32"),
-    (lambda x: [x[0][0], x[1][0]], r"each stream must be \[B, T, N, H\]"),
+    (lambda x: [x[0][:, :, :2]], "M of the N=3 heads of k; got float32"),
+    (lambda x: [x[0][0], x[1][0]], r"each stream must be \[B, T, M, H\]"),
   )
   def test_streams_that_do_not_fit(self, change, message):
     streams, k, v, visible = self.arrays()

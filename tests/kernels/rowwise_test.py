@@ -9,6 +9,7 @@ import pathlib
 import subprocess
 import sys
 from typing import NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -31,13 +32,14 @@ class _Case(NamedTuple):
   shape: tuple[int, ...]
   turns: tuple[int | None, ...] = ()
   dtype: str = "bfloat16"
+  epsilon: float = rowwise.EPSILON
 
 
 _INTERPRETED = (
   _Case("norm", (3, 35, 256)),
   _Case("norm", (64, 64)),
-  _Case("sum", (2, 33, 192)),
-  _Case("heads", (2, 35, 3, 4, 64), (1, 1, None)),
+  _Case("sum", (2, 33, 192), epsilon=3.0),
+  _Case("heads", (2, 35, 3, 4, 64), (1, 1, None), epsilon=3.0),
   _Case("heads", (1, 70, 2, 3, 32), (2, 0)),
   _Case("heads", (1, 64, 1, 1, 128), (1,), "float16"),
   _Case("gelu", (70, 256)),
@@ -45,7 +47,7 @@ _INTERPRETED = (
   _Case("mlp", (4, 98, 128), (384,)),
   # Two heads of 64 for each part.
   _Case("project", (2, 92, 128), (1, 1, None)),
-  _Case("project", (1, 200, 64), (0,)),
+  _Case("project", (1, 200, 64), (0,), epsilon=3.0),
 )
 # The width of the 8M model, in whole tiles: the rows that a last tile repeats
 # are written twice, which counts as a race.
@@ -92,6 +94,13 @@ _ON_GPU = (
 
 def _arrays(case):
   """Return (function of arrays and options, its arrays)."""
+  function, arrays = _called(case)
+  if case.function not in ("gelu", "mlp"):
+    function = functools.partial(function, epsilon=case.epsilon)
+  return function, arrays
+
+
+def _called(case):
   keys = iter(jax.random.split(jax.random.key(0), 8))
   x = 2 * jax.random.normal(next(keys), case.shape, case.dtype)
   width = case.shape[-1]
@@ -250,6 +259,23 @@ class RowwiseTest(parameterized.TestCase):
     np.testing.assert_allclose(products[1:3], products[0], rtol=1e-5)
     self.assertGreater(abs(products[3] - products[0]), 1e-3)
 
+  def test_heads_without_a_norm_are_only_rotated(self):
+    x = jax.random.normal(jax.random.key(0), (1, 4, 2, 3, 8))
+    by = rowwise.rotation(jnp.arange(4)[None, :, None], 8, 1e4)
+    parts = [rowwise.Part(None, by), rowwise.Part(None, None)]
+    turned, same = rowwise.split_heads(x, parts)
+    np.testing.assert_array_equal(turned, rowwise.rotate(x[:, :, 0], by))
+    np.testing.assert_array_equal(same, x[:, :, 1])
+
+  def test_factors_of_frequencies(self):
+    position = jnp.arange(4)[None, :, None]
+    plain = rowwise.rotation(position, 4, 100.0)
+    slow = rowwise.rotation(position, 4, 100.0, jnp.array([0.5, 0.25]))
+    np.testing.assert_allclose(slow.frequency, [0.5, 0.025], rtol=1e-6)
+    np.testing.assert_allclose(
+      slow.cos[0, 2, 0, 0], plain.cos[0, 1, 0, 0], rtol=1e-6
+    )
+
   @parameterized.parameters(
     ("mosaic_gpu", "bfloat16", 64, "device 'cpu' .NVIDIA Hopper only"),
     ("mosaic_gpu", "float32", 64, "float32 .bfloat16 and float16 only"),
@@ -291,6 +317,19 @@ class LoweringTest(parameterized.TestCase):
   )
   def test_the_rest_is_plain(self, *case):
     self.assertEqual(_kernels(_Case(*case)), 0)
+
+  @parameterized.parameters("heads", "project")
+  def test_heads_without_a_norm_are_plain(self, function):
+    part = rowwise.Part
+
+    def unnormed(scale, by):
+      return part(None, by)
+
+    shape = (16, 128, 2, 4, 64) if function == "heads" else (16, 128, 256)
+    case = _Case(function, shape, (1, None))
+    self.assertEqual(_kernels(case), 2)
+    with mock.patch.object(rowwise, "Part", unnormed):
+      self.assertEqual(_kernels(case), 0)
 
 
 @pytest.mark.skipif(
