@@ -1,5 +1,6 @@
 """Tiny sharp networks, enumerations and statistics shared by the tests."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -34,6 +35,18 @@ ANY_ORDER = tuple(
   case for case in CASES if not mechanisms.MECHANISMS[case[0]].left_to_right
 )
 
+# Backbones that differ from the default in every option.
+GROUPED = dict(
+  **dict(N=4, kv_heads=2, head_size=6, mlp="swiglu", tied=True),
+  **dict(norm_epsilon=0.1, rope_factor=4.0, rope_original_T=16),
+  rope_scaling="llama3",
+)
+UNNORMED = dict(
+  **dict(N=6, kv_heads=2, head_size=8, qk_norm=False, rope_base=10.0),
+  **dict(rope_scaling="yarn", rope_factor=4.0, rope_original_T=16),
+)
+BACKBONES = (("two_stream", 1, GROUPED), ("decoupled_rope", 2, UNNORMED))
+
 
 # Compiles in half the time: for what is compiled often and run a few times.
 quick_jit = functools.partial(
@@ -56,22 +69,18 @@ def make(
   D=12,
   L=2,
   N=3,
-  tied=False,
-  content_sees="prefix",
   mesh=None,
-  **compute,
+  **fields,
 ) -> network_lib.Network:
-  """A float32 network with XLA's attention, unless `compute` says otherwise."""
-  model = config_lib.Model(
-    mechanism=mechanism,
-    sentinels=sentinels,
-    T=T,
-    D=D,
-    L=L,
-    N=N,
-    tied=tied,
-    content_sees=content_sees,
-  )
+  """A float32 network with XLA's attention, unless `fields` say otherwise.
+
+  They are of config.model and of config.compute.
+  """
+  names = {field.name for field in dataclasses.fields(config_lib.Model)}
+  sizes = dict(T=T, D=D, L=L, N=N)
+  sizes |= {name: fields[name] for name in names & fields.keys()}
+  model = config_lib.Model(mechanism=mechanism, sentinels=sentinels, **sizes)
+  compute = {name: fields[name] for name in fields.keys() - names}
   compute = dict(dtype="float32", attention="xla") | compute
   config = config_lib.Config(model=model, compute=config_lib.Compute(**compute))
   return network_lib.Network(config, mesh, tokenizer(V))

@@ -9,10 +9,6 @@ import numpy as np
 import tiny
 
 
-def _rms(x, scale):
-  return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-6) * scale
-
-
 class Written:
   """The mathematics of one sequence, by hand."""
 
@@ -22,6 +18,41 @@ class Written:
       jax.tree.map(lambda p, i=i: p[i], self.params["blocks"])
       for i in range(model.L)
     ]
+    self.V = len(self.params["embedding"]) - (3 if model.kind.masked else 2)
+
+  def rms(self, x, node):
+    power = (x**2).mean(axis=-1, keepdims=True) + self.model.norm_epsilon
+    return x / np.sqrt(power) * node["scale"]
+
+  def head_normed(self, x, attention, name):
+    return self.rms(x, attention[name]) if self.model.qk_norm else x
+
+  def speeds(self):
+    """Radians for each position, by rotary pair; and the factor of scores."""
+    m, half = self.model, self.model.H // 2
+    speeds, factor = [], 1.0
+    for pair in range(half):
+      speed = m.rope_base ** (-pair / half)
+      length = 2 * np.pi / speed  # In positions.
+      slow = speed / m.rope_factor
+      if m.rope_scaling == "llama3":
+        if length > m.rope_original_T:
+          speed = slow
+        elif length > m.rope_original_T / 4:
+          share = (m.rope_original_T / length - 1) / (4 - 1)
+          speed = share * speed + (1 - share) * slow
+      if m.rope_scaling == "yarn":
+        # The pairs, as real numbers, that turn 32 times and once.
+        ends = [
+          half * np.log(m.rope_original_T / (2 * np.pi * turns))
+          for turns in (32, 1)
+        ] / np.log(m.rope_base)
+        first, last = max(np.floor(ends[0]), 0), np.ceil(ends[1])
+        share = min(max((pair - first) / (last - first), 0), 1)
+        speed = share * slow + (1 - share) * speed
+        factor = (0.1 * np.log(m.rope_factor) + 1) ** 2
+      speeds.append(speed)
+    return np.array(speeds), factor
 
   def content(self, ids, position, target):
     x = self.params["embedding"][ids]
@@ -46,7 +77,7 @@ class Written:
     if not self.model.kind.query:
       return x
     half = self.model.H // 2
-    speed = self.model.rope_base ** (-np.arange(half) / half)
+    speed, _ = self.speeds()
     position = np.reshape(position, (len(x), -1))
     by = [position[:, j % position.shape[1]] for j in range(half)]
     turn = np.exp(1j * np.stack(by, axis=1) * speed)[:, None]
@@ -54,13 +85,14 @@ class Written:
     return np.concatenate([z.real, z.imag], axis=-1)
 
   def normed(self, node, x, m):
-    return _rms(x, node["scale"]) * (1 + m[1]) + m[0]
+    return self.rms(x, node) * (1 + m[1]) + m[0]
 
   def keys(self, block, x, position, target=None):
     """Rotated keys and values [S, N, H] of content rows [S, D]."""
     a = block["attention"]
     x = self.normed(block["attention_norm"], x, self.modulation(block, target))
-    k = _rms(np.einsum("sd,dnh->snh", x, a["key"]), a["key_norm"]["scale"])
+    k = np.einsum("sd,dnh->snh", x, a["key"])
+    k = self.head_normed(k, a, "key_norm")
     return self.rotate(k, position), np.einsum("sd,dnh->snh", x, a["value"])
 
   def update(self, block, x, position, keys, seen, target=None):
@@ -69,22 +101,34 @@ class Written:
     m = self.modulation(block, target)
     normed = self.normed(block["attention_norm"], x, m)
     q = np.einsum("rd,dnh->rnh", normed, a["query"])
-    q = self.rotate(_rms(q, a["query_norm"]["scale"]), position)
+    q = self.rotate(self.head_normed(q, a, "query_norm"), position)
+    serves = [n * k.shape[1] // q.shape[1] for n in range(q.shape[1])]
+    k, v = k[:, serves], v[:, serves]
     score = np.einsum("rnh,snh->nrs", q, k) / np.sqrt(self.model.H)
+    score *= self.speeds()[1]
     score = np.where(seen, score, -np.inf)
     weight = np.exp(score - score.max(axis=-1, keepdims=True))
     weight /= weight.sum(axis=-1, keepdims=True)
     out = np.einsum("nrs,snh->rnh", weight, v)
     x = x + m[2] * np.einsum("rnh,nhd->rd", out, a["out"])
-    up = self.normed(block["mlp_norm"], x, m[3:]) @ block["mlp"]["up"]
+    x_normed = self.normed(block["mlp_norm"], x, m[3:])
+    return x + m[5] * self.mlp(block["mlp"], x_normed)
+
+  def mlp(self, node, x):
+    up = x @ node["up"]
+    if self.model.mlp == "swiglu":
+      gate = x @ node["gate"]
+      return (gate / (1 + np.exp(-gate)) * up) @ node["down"]
     gelu = np.tanh(np.sqrt(2 / np.pi) * (up + 0.044715 * up**3))
-    return x + m[5] * ((0.5 * up * (1 + gelu)) @ block["mlp"]["down"])
+    return (0.5 * up * (1 + gelu)) @ node["down"]
 
   def read_out(self, x, target=None):
     m = self.modulation(self.params, target)
     x = self.normed(self.params["norm"], x, m)
     # The mean over the rows of a slot.
     x = x.reshape(-1, self.model.kind.copies, self.model.D).mean(axis=1)
+    if self.model.tied:
+      return x @ self.params["embedding"][: self.V].T
     return x @ self.params["head"]
 
   def one_stream(self, ids, query_position, key_position, seen, target=None):

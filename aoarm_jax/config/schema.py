@@ -125,14 +125,75 @@ class Model:
   D: int = _field(256, "width of the model", low=2, binds="model")
   L: int = _field(10, "number of layers", low=1, binds="model")
   N: int = _field(4, "number of attention heads", low=1, binds="model")
+  kv_heads: int = _field(
+    0,
+    "number of heads of keys and values, each of which serves as many "
+    "attention heads (grouped-query attention); 0 means N",
+    low=0,
+    binds="model",
+  )
+  head_size: int = _field(
+    0, "width H of an attention head; 0 means D / N", low=0, binds="model"
+  )
+  qk_norm: bool = _field(
+    True, "norm each head of queries and keys (QK-norm)", binds="model"
+  )
+  mlp: str = _field(
+    "gelu",
+    "kind of the MLP; gelu: GELU(x U) W; swiglu: (SiLU(x G) * x U) W, whose "
+    "three matrices have 1.5 times as many parameters at the same width",
+    choices=("gelu", "swiglu"),
+    binds="model",
+  )
   mlp_width: int = _field(
     0, "hidden width F of the MLP; 0 means 4 D", low=0, binds="model"
+  )
+  norm_epsilon: float = _field(
+    1e-6,
+    "number that every RMSNorm adds to the mean square",
+    above=0.0,
+    binds="model",
   )
   rope_base: float = _field(
     10000.0,
     "base of the rotary frequencies; the longest wavelength divided by 2 pi is "
     "about this many positions",
     low=1.0,
+    binds="model",
+  )
+  rope_scaling: str = _field(
+    "none",
+    "how rotary frequencies are lowered for texts longer than "
+    "rope_original_T; llama3: as Llama 3.1 does; yarn: as YaRN (arXiv "
+    "2309.00071) does, which also multiplies the scores of attention",
+    choices=("none", "llama3", "yarn"),
+    binds="model",
+  )
+  rope_factor: float = _field(
+    1.0,
+    "rope_scaling only: factor by which the lowest frequencies are divided",
+    low=1.0,
+    binds="model",
+  )
+  rope_original_T: int = _field(
+    0,
+    "rope_scaling only: number of positions that the frequencies were made "
+    "for; it must be set",
+    low=0,
+    binds="model",
+  )
+  rope_slow_turns: float = _field(
+    1.0,
+    "rope_scaling only: a rotary pair that turns less often than this over "
+    "rope_original_T positions gets its frequency divided by the whole factor",
+    above=0.0,
+    binds="model",
+  )
+  rope_fast_turns: float = _field(
+    0.0,
+    "rope_scaling only: a rotary pair that turns more often than this keeps "
+    "its frequency; 0 means 4 for llama3 and 32 for yarn",
+    low=0.0,
     binds="model",
   )
   tied: bool = _field(
@@ -158,7 +219,19 @@ class Model:
   @property
   def H(self) -> int:
     """Width of one attention head."""
-    return self.D // self.N
+    return self.head_size or self.D // self.N
+
+  @property
+  def key_heads(self) -> int:
+    """Number of heads of keys and values."""
+    return self.kv_heads or self.N
+
+  @property
+  def fast_turns(self) -> float:
+    """Turns above which a rotary pair keeps its frequency; see rope_scaling."""
+    return self.rope_fast_turns or (
+      4.0 if self.rope_scaling == "llama3" else 32.0
+    )
 
   @property
   def F(self) -> int:

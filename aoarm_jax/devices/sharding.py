@@ -166,6 +166,11 @@ def check(mesh: jax.sharding.Mesh, config: config_lib.Config) -> None:
   m = config.model
   for axis, path, value in (
     ("tensor", f"config.model.N={m.N} heads", m.N),
+    (
+      "tensor",
+      f"config.model.kv_heads={m.key_heads} heads of keys and values",
+      m.key_heads,
+    ),
     ("tensor", f"config.model.mlp_width={m.F} hidden units", m.F),
   ):
     if value % mesh.shape[axis]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from aoarm_jax import orders
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import sharding
-from aoarm_jax.model import looks, parallel, transformer
+from aoarm_jax.model import looks, parallel, rotary, transformer
 
 _CACHE = ("batch", "heads", None, "head")
 # Names of the parameters that are used in float32: those of norms and
@@ -22,14 +22,14 @@ class Cache(NamedTuple):
   """Keys and values of the slots seen so far, in generation order.
 
   There is one array per layer, so that a loop can write into each in place.
-  Heads come before slots, so that a matmul for each of B x N pairs reads the
+  Heads come before slots, so that a matmul for each of B x M pairs reads the
   array without a transposition.
 
   Where slots have C rows, C * H takes the place of H.
 
   Attributes:
-    k: L arrays [B, N, S, H], rotated keys, compute dtype.
-    v: L arrays [B, N, S, H], values, compute dtype.
+    k: L arrays [B, M, S, H], rotated keys of M heads, compute dtype.
+    v: L arrays [B, M, S, H], values, compute dtype.
     position: int32 [B, 1, S, 1], the positions of the slots, as one array in a
       tuple. The tuple is empty where no mask asks for positions.
   """
@@ -43,7 +43,7 @@ def empty_cache(
   model: config_lib.Model, compute: config_lib.Compute, B: int, S: int
 ) -> Cache:
   """Return a cache of zeros for B sequences and S slots."""
-  shape = (B, model.N, S, model.H * model.kind.copies)
+  shape = (B, model.key_heads, S, model.H * model.kind.copies)
   zeros = sharding.constrain(jnp.zeros(shape, compute.dtype), *_CACHE)
   position = (jnp.zeros((B, 1, S, 1), jnp.int32),) if model.look else ()
   return Cache((zeros,) * model.L, (zeros,) * model.L, position)
@@ -242,7 +242,8 @@ class Cached:
     if visible is not None:
       visible = jnp.repeat(rows_per_slot * visible, rows_per_slot, axis=1)
     R, W = R * rows_per_slot, W * rows_per_slot
-    setting = setting.of_few(W)
+    setting = setting.of_few(W, self.model.N // self.model.key_heads)
+    scale = rotary.score_scale(self.model)
     keys, values = list(cache.k), list(cache.v)
 
     def attend_in(layer):
@@ -263,6 +264,7 @@ class Cached:
             None if is_causal else sequence_visible,
             seen,
             implementation=None if name == "auto" else name,
+            scale=scale,
           )
         if len(queries) > 1:  # Untied streams with as many rows each.
           row_visible = jnp.stack([visible[:, :R], visible[:, R:]], axis=2)
@@ -279,11 +281,12 @@ class Cached:
           seen,
           # xla reads the cache in place. Kernels would need a copy per step.
           implementation="xla",
+          scale=scale,
         )
         if not has_copies:
           return attention()
         (q,), ((out,), (lse,)) = queries, attention(return_lse=True)
-        return (_with_self(out, lse, q, k, v, R),)
+        return (_with_self(out, lse, q, k, v, R, scale),)
 
       return attend
 
@@ -301,7 +304,7 @@ class Cached:
     return logits[:, -1:] if is_lone else logits, cache
 
   def _seen(self, look, slots, slot_index, visible, position):
-    """Return which slots of the cache each row sees, see layers.Setting.
+    """Return which slots of the cache each row sees, see setting.Setting.
 
     Args:
       look: what content rows see.
@@ -325,24 +328,24 @@ class Cached:
 
 
 def _packed(new, rows_per_slot):
-  """Return rows [B, R, N, H] by slots of C rows: [B, R / C, N, C * H]."""
+  """Return rows [B, R, M, H] by slots of C rows: [B, R / C, M, C * H]."""
   if rows_per_slot == 1:
     return new
-  B, R, N, H = new.shape
-  new = new.reshape(B, R // rows_per_slot, rows_per_slot, N, H)
-  return jnp.swapaxes(new, 2, 3).reshape(B, -1, N, rows_per_slot * H)
+  B, R, M, H = new.shape
+  new = new.reshape(B, R // rows_per_slot, rows_per_slot, M, H)
+  return jnp.swapaxes(new, 2, 3).reshape(B, -1, M, rows_per_slot * H)
 
 
 def _unpacked(cache, rows_per_slot):
-  """Return a layer's cache by rows: [B, S * C, N, H], for C rows per slot."""
-  B, N, _, width = cache.shape
+  """Return a layer's cache by rows: [B, S * C, M, H], for C rows per slot."""
+  B, M, _, width = cache.shape
   if rows_per_slot > 1:
-    cache = cache.reshape(B, N, -1, width // rows_per_slot)
+    cache = cache.reshape(B, M, -1, width // rows_per_slot)
   return jnp.moveaxis(cache, 1, 2)
 
 
 def _written(cache, new, slot_index):
-  """Return a layer's cache with `new` [B, R, N, H] at slot_index [B, R]."""
+  """Return a layer's cache with `new` [B, R, M, H] at slot_index [B, R]."""
   if slot_index.size == 1:
     # A slice is one write, without a look at what was there. The start is
     # moved into the cache if it lies behind: only a text that has ended has
@@ -357,20 +360,22 @@ def _written(cache, new, slot_index):
   return sharding.constrain(cache, *_CACHE)
 
 
-def _with_self(out, lse, q, k, v, R):
+def _with_self(out, lse, q, k, v, R, scale):
   """Return attention in which the rows from R on also see their own slot.
 
   The slots of these rows are not in the cache.
 
   Args:
     out, lse: [B, W, N, H] and [B, W, N], the attention over the cache.
-    q, k, v: [B, W, N, H] of the rows.
+    q: [B, W, N, H] of the rows.
+    k, v: [B, W, M, H] of the rows.
     R: the number of rows before them.
+    scale: factor of the scores.
   """
   f32 = jnp.float32
-  score = (
-    jnp.sum(q[:, R:].astype(f32) * k[:, R:], axis=-1) * q.shape[-1] ** -0.5
-  )
+  if (group := q.shape[2] // k.shape[2]) > 1:
+    k, v = (jnp.repeat(x, group, axis=2) for x in (k, v))
+  score = jnp.sum(q[:, R:].astype(f32) * k[:, R:], axis=-1) * scale
   # The share of a row's own slot. It is 1 if the row sees nothing else, because
   # lse is then -inf.
   share = jax.nn.sigmoid(score - lse[:, R:])[..., None]

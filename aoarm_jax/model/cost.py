@@ -29,7 +29,9 @@ def forward_flops(
   model, batch = config.model, config.train.batch_size
   V = vocabulary or configured.tokenizer(config.data).V - config.gives_end
   query_fraction = config.train.query_fraction
-  D, F, L, S, T = model.D, model.F, model.L, model.S, model.T
+  D, L, S, T = model.D, model.L, model.S, model.T
+  heads, key_heads = model.N * model.H, model.key_heads * model.H
+  mlp = (3 if model.mlp == "swiglu" else 2) * D * model.F
   kind, copies = model.kind, model.kind.copies
   visible = (S + 1) / 2 if visible_only and not kind.masked else S
   read_out = S
@@ -37,7 +39,7 @@ def forward_flops(
     read_out = orders.query_count(T, query_fraction)
 
   def of_rows(count: float, visible: float) -> float:
-    return count * (2 * (2 * D * D + 2 * D * F) + 4 * D * visible)
+    return count * (2 * (2 * D * heads + mlp) + 4 * heads * visible)
 
   # With one stream all rows are read out.
   sequence = of_rows(copies * L * read_out, copies * visible)
@@ -46,7 +48,7 @@ def forward_flops(
     look = model.look if visible_only else None
     content_visible = _mean_seen(look, model) if look else visible
     sequence += of_rows((L - 1) * S, content_visible)
-  sequence += 2 * 2 * D * D * L * S * copies + 2 * D * V * read_out
+  sequence += 2 * 2 * D * key_heads * L * S * copies + 2 * D * V * read_out
   modulation = 2 * (T + 2) * kind.condition * D * (6 * L + 2)
   return batch * sequence + modulation
 
@@ -86,4 +88,5 @@ def cache_bytes_per_token(model: config_lib.Model, dtype: str) -> int:
   if model.kind.masked:
     return 0
   itemsize = jnp.dtype(dtype).itemsize
-  return 2 * model.L * model.D * model.kind.copies * itemsize
+  width = model.key_heads * model.H * model.kind.copies
+  return 2 * model.L * width * itemsize

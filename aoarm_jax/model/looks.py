@@ -101,19 +101,24 @@ def _hash(row, key):
 
 
 def attention(
-  q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  mask: jax.Array,
+  scale: float,
 ) -> jax.Array:
   """Return attention in which each row sees the slots of a mask.
 
   Args:
     q: [B, R, N, H].
-    k: [B, S, N, H].
-    v: [B, S, N, H].
+    k: [B, S, M, H]; N is a multiple of M.
+    v: [B, S, M, H].
     mask: bool [B or 1, R, S]; every row sees at least one slot.
+    scale: factor of the scores.
 
   Returns:
     [B, R, N, H], in v's dtype. Scores and softmax are float32.
   """
   return jax.nn.dot_product_attention(
-    q, k, v, mask=mask[:, None], implementation="xla"
+    q, k, v, mask=mask[:, None], scale=scale, implementation="xla"
   )

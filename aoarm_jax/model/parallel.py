@@ -155,17 +155,20 @@ def attention(
   visible: jax.Array | int | None,
   seen: jax.Array | None = None,
   *,
+  scale: float,
   ways: int = 1,
   **options: Any,
 ) -> Any:
   """Run pallas_kernels.any_order_attention on every device of the mesh.
 
   Args:
-    q: the queries of each stream, [B, R, N, H].
+    q: the queries of each stream, [B, R, N, H]; N is a multiple of the heads
+      of k.
     k, v: see pallas_kernels.any_order_attention.
     visible: see pallas_kernels.any_order_attention.
     seen: for one stream whose rows see no prefix: bool [B or 1, R, S], see
       looks.attention. XLA divides this attention over the mesh by itself.
+    scale: factor of the scores.
     ways: the number of devices that share a sequence. If it is above 1, slots
       and rows are dealt out (see `deal_slots`), and there are as many rows as
       slots.
@@ -175,9 +178,9 @@ def attention(
     The result of pallas_kernels.any_order_attention for a list of streams.
   """
   if seen is not None:
-    return (looks.attention(q[0], k, v, seen),)
+    return (looks.attention(q[0], k, v, seen, scale),)
   attend: Callable[..., Any] = functools.partial(
-    pallas_kernels.any_order_attention, **options
+    pallas_kernels.any_order_attention, scale=scale, **options
   )
   if not (mesh := sharding.spread()):
     return attend(list(q), k, v, visible)
@@ -217,6 +220,7 @@ def rms_norm(
   x: jax.Array,
   scale: jax.Array,
   update: jax.Array | None,
+  epsilon: float,
   implementation: str,
 ) -> tuple[jax.Array, jax.Array]:
   """Run pallas_kernels.rms_norm on every device of the mesh.
@@ -225,14 +229,17 @@ def rms_norm(
     x: [B, R, D].
     scale: float32 [D].
     update: like x, or None.
+    epsilon: is added to the mean square.
     implementation: compute.rowwise.
   """
-  return _on_rows(rowwise.rms_norm, ROWS, implementation, x, scale, update)
+  norm = functools.partial(rowwise.rms_norm, epsilon=epsilon)
+  return _on_rows(norm, ROWS, implementation, x, scale, update)
 
 
 def split_heads(
   packed: jax.Array,
   parts: Sequence[rowwise.Part | None],
+  epsilon: float,
   implementation: str,
 ) -> tuple[jax.Array, ...]:
   """Run pallas_kernels.split_heads on every device of the mesh.
@@ -240,11 +247,12 @@ def split_heads(
   Args:
     packed: [B, R, C, N, H].
     parts: C of them.
+    epsilon: is added to the mean squares.
     implementation: compute.rowwise.
   """
   axes = "batch", "slots", None, "heads", "head"
   return _on_rows(
-    rowwise.split_heads,
+    functools.partial(rowwise.split_heads, epsilon=epsilon),
     axes,
     implementation,
     packed,
@@ -256,6 +264,7 @@ def project_heads(
   x: jax.Array,
   weight: jax.Array,
   parts: Sequence[rowwise.Part | None],
+  epsilon: float,
   implementation: str,
 ) -> tuple[jax.Array, ...]:
   """Run pallas_kernels.project_heads on the one device that there is.
@@ -264,10 +273,13 @@ def project_heads(
     x: [B, R, D].
     weight: [D, C, N, H].
     parts: C of them.
+    epsilon: is added to the mean squares.
     implementation: compute.rowwise.
   """
   named = None if implementation == "auto" else implementation
-  return pallas_kernels.project_heads(x, weight, parts, implementation=named)
+  return pallas_kernels.project_heads(
+    x, weight, parts, epsilon=epsilon, implementation=named
+  )
 
 
 def gelu(x: jax.Array, implementation: str) -> jax.Array:

@@ -11,7 +11,7 @@ from flax import nnx
 
 from aoarm_jax import orders
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.model import layers, looks
+from aoarm_jax.model import looks, parameters
 
 
 class Rows(NamedTuple):
@@ -67,20 +67,20 @@ class Start(nnx.Module):
     self.model, self.kind, D = model, model.kind, model.D
     positions = model.T + 2  # BOS and EOS have positions of their own.
     if self.kind.streams == 2:
-      self.query_start = layers.normal(rngs, (D,), ("vector",))
+      self.query_start = parameters.normal(rngs, (D,), ("vector",))
     if self.kind.copies > 1:
-      self.copy_start = layers.normal(
+      self.copy_start = parameters.normal(
         rngs, (self.kind.copies - 1, D), (None, "vector")
       )
     if self.kind.added:
       width = D // len(self.kind.added)
-      self.added = layers.normal(
+      self.added = parameters.normal(
         rngs,
         (len(self.kind.added), positions, width),
         (None, "positions", "embed"),
       )
     if self.kind.condition:
-      self.target = layers.normal(
+      self.target = parameters.normal(
         rngs,
         (positions, self.kind.condition),
         ("positions", "condition"),
@@ -100,10 +100,10 @@ class Start(nnx.Module):
     kind = self.kind
     places = {"content": slots.position, "target": slots.target_position}
     if kind.added:
-      tables = layers.used(self.added, content.dtype)
+      tables = parameters.used(self.added, content.dtype)
       content += jnp.concatenate(
         [
-          layers.look_up(table, places[name])
+          parameters.look_up(table, places[name])
           for table, name in zip(tables, kind.added)
         ],
         axis=-1,

@@ -10,8 +10,10 @@ from flax import nnx
 from aoarm_jax import objective, orders
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import sharding
-from aoarm_jax.model import layers, parallel
+from aoarm_jax.model import attention as attention_lib
+from aoarm_jax.model import layers, parallel, parameters, rotary
 from aoarm_jax.model import rows as rows_lib
+from aoarm_jax.model import setting as setting_lib
 from aoarm_jax.model import vocabulary as vocabulary_lib
 from pallas_kernels import rowwise
 
@@ -19,8 +21,9 @@ from pallas_kernels import rowwise
 class Transformer(nnx.Module):
   """Embedding, rows of the mechanism, L blocks, norm, and head.
 
-  The blocks are pre-norm, with RMSNorm, also on queries and keys. They use
-  rotary pairs and a GELU MLP, and there are no biases. Parameters, norms,
+  The blocks are pre-norm, with RMSNorm, by default also on queries and keys.
+  They use rotary pairs and an MLP with GELU or SwiGLU. Heads of keys may be
+  fewer than heads of queries. There are no biases. Parameters, norms,
   softmax and logits are float32. The inputs of matrix products and the residual
   stream are in `compute.dtype`.
   """
@@ -40,20 +43,20 @@ class Transformer(nnx.Module):
     # The embedding also has BOS, EOS and MASK, which are never predicted. So it
     # has more symbols than the vocabulary.
     symbols = vocabulary + (3 if model.kind.masked else 2)
-    self.embedding = layers.normal(
+    self.embedding = parameters.normal(
       rngs, (symbols, model.D), ("vocabulary", "embed")
     )
     self.start = rows_lib.Start(model, rngs=rngs)
     self.blocks = jax.vmap(
       lambda key: layers.Block(model, compute, rngs=nnx.Rngs(key))
     )(jax.random.split(rngs.params(), model.L))
-    self.norm = layers.RMSNorm(model.D)
+    self.norm = parameters.RMSNorm(model.D, model.norm_epsilon)
     if model.kind.condition:
       self.modulation = layers.Modulation(
         model.kind.condition, 2, model.D, rngs=rngs
       )
     if not model.tied:
-      self.head = layers.normal(
+      self.head = parameters.normal(
         rngs, (model.D, vocabulary), ("embed", "vocabulary")
       )
 
@@ -117,9 +120,9 @@ class Transformer(nnx.Module):
   def _head(self):
     """Return the head in compute dtype: [D, V]."""
     if self.model.tied:
-      table = layers.used(self.embedding, self.dtype)
+      table = parameters.used(self.embedding, self.dtype)
       return table[: self.vocabulary].T
-    return layers.used(self.head, self.dtype)
+    return parameters.used(self.head, self.dtype)
 
   def _read_rows(self, slots):
     """Return the rows before the head, and the devices of a sequence."""
@@ -134,6 +137,7 @@ class Transformer(nnx.Module):
       parallel.attention,
       ways=ways,
       implementation=None if name == "auto" else name,
+      scale=rotary.score_scale(self.model),
     )
 
     def body(streams, block):
@@ -153,7 +157,7 @@ class Transformer(nnx.Module):
 
   def enter(
     self, slots: orders.Slots, index: jax.Array | None = None
-  ) -> tuple[tuple[jax.Array, ...], layers.Setting]:
+  ) -> tuple[tuple[jax.Array, ...], setting_lib.Setting]:
     """Return the streams [B, R, D] before the first layer, with setting.
 
     Args:
@@ -166,17 +170,21 @@ class Transformer(nnx.Module):
       index = jnp.arange(slots.tokens.shape[1])[None]
     if kind.copies > 1:
       slots = rows_lib.copied(slots, kind.copies, index)
-    table = layers.used(self.embedding, self.dtype)
+    table = parameters.used(self.embedding, self.dtype)
     content = vocabulary_lib.embed(table, slots.tokens)
     streams = self.start(content, slots, index)
+
+    factors = rotary.factors(self.model)
 
     def rotation(position):
       if position is None:
         return None
-      return rowwise.rotation(position, self.model.H, self.model.rope_base)
+      return rowwise.rotation(
+        position, self.model.H, self.model.rope_base, factors
+      )
 
     condition = jax.nn.silu(self.start.target[...]) if kind.condition else None
-    setting = layers.Setting(
+    setting = setting_lib.Setting(
       query_rotation=tuple(rotation(rows.query_position) for rows in streams),
       key_rotation=rotation(slots.position[..., None] if kind.query else None),
       condition=condition,
@@ -184,7 +192,7 @@ class Transformer(nnx.Module):
       visible=tuple(rows.visible for rows in streams),
       seen=tuple(rows.seen for rows in streams),
     )
-    x = tuple(sharding.constrain(rows.x, *layers.ROWS) for rows in streams)
+    x = tuple(sharding.constrain(rows.x, *parallel.ROWS) for rows in streams)
     return x, setting
 
   def layer(self, index: int) -> layers.Block:
@@ -195,8 +203,8 @@ class Transformer(nnx.Module):
     self,
     last: layers.Block,
     streams: tuple[jax.Array, ...],
-    setting: layers.Setting,
-    attend: layers.Attend,
+    setting: setting_lib.Setting,
+    attend: attention_lib.Attend,
     S: int,
   ) -> jax.Array:
     """Apply the last layer, the norm and the head to the predicting rows.

@@ -33,7 +33,7 @@ import pallas_kernels
 from aoarm_jax import orders
 from aoarm_jax.config import mechanisms, purposes
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.model import transformer
+from aoarm_jax.model import rotary, transformer
 
 KINDS = ("semantic", "structural")
 
@@ -71,12 +71,13 @@ def streams(kind: mechanisms.Mechanism) -> tuple[str, ...]:
   return ("content", "query") if kind.streams == 2 else ("only",)
 
 
-def weights(q: jax.Array, k: jax.Array) -> jax.Array:
+def weights(q: jax.Array, k: jax.Array, scale: float) -> jax.Array:
   """Causal attention weights of one sequence, written out.
 
   Args:
     q: [R, N, G, H]; row r is that of slot r, and R = S.
     k: [S, N, H].
+    scale: factor of the scores.
 
   Returns:
     float32 [N, G, R, S].
@@ -85,7 +86,7 @@ def weights(q: jax.Array, k: jax.Array) -> jax.Array:
   logits = jnp.einsum(
     "rngh,snh->ngrs", q, k, preferred_element_type=jnp.float32
   )
-  logits = logits * q.shape[-1] ** -0.5
+  logits = logits * scale
   seen = jnp.arange(S)[None] <= jnp.arange(R)[:, None]
   return jax.nn.softmax(jnp.where(seen, logits, -jnp.inf), axis=-1)
 
@@ -184,17 +185,19 @@ def profile(
     )
   slots = orders.to_slots(tokens, order, network.layout)
   places = jnp.stack([slots.position, slots.target_position])  # [2, B, S]
+  scale = rotary.score_scale(model)
 
   def look(q, k, v, visible):
     del v, visible
     B, R, heads, H = q.shape
     q = q.reshape(B, R, model.N, heads // model.N, H)
+    k = jnp.repeat(k, model.N // model.key_heads, axis=2)
     G = q.shape[3]
     place = places if G == 2 else places[1:]
 
     def of_sequence(sequence):
       q, k, place, position = sequence
-      return summarise(weights(q, k), place, position, model.sentinels)
+      return summarise(weights(q, k, scale), place, position, model.sentinels)
 
     sums = jax.lax.map(
       of_sequence, (q, k, jnp.moveaxis(place, 1, 0), slots.position)
@@ -219,7 +222,7 @@ def observe(
     network: the network.
     slots: int32 [B, S] each.
     look: (q, k, v, visible) -> pytree of arrays, with q [B, R, N * G, H] of all
-      G streams; see layers.Attend.
+      G streams; see attention.Attend.
 
   Returns:
     The pytree of the layers before the last, stacked on a leading axis, and
@@ -227,6 +230,7 @@ def observe(
   """
   S, before = slots.tokens.shape[1], network.model.L - 1
   last: list[Any] = []
+  scale = rotary.score_scale(network.model)
   entered, setting = network.enter(slots)
 
   def attend_into(seen):
@@ -234,7 +238,9 @@ def observe(
       B, R, _, H = queries[0].shape
       q = jnp.stack(queries, axis=3).reshape(B, R, -1, H)
       seen.append(look(q, k, v, visible))
-      return pallas_kernels.any_order_attention(queries, k, v, visible)
+      return pallas_kernels.any_order_attention(
+        queries, k, v, visible, scale=scale
+      )
 
     return attend
 

@@ -23,6 +23,11 @@ _FIELD = "config.train.start_from"
 _MAY_DIFFER = (
   "config.model.T",
   "config.model.rope_base",
+  "config.model.rope_scaling",
+  "config.model.rope_factor",
+  "config.model.rope_original_T",
+  "config.model.rope_slow_turns",
+  "config.model.rope_fast_turns",
   "config.model.sentinels",
   "config.data.documents",
 )

@@ -365,19 +365,19 @@ class CallsTest(parameterized.TestCase):
 
 @pytest.mark.thorough
 class PredictTest(parameterized.TestCase):
-  @parameterized.parameters(*tiny.ALTERNATING)
-  def test_equals_each_target_next(self, mechanism, s):
-    self.check_each_target_next(mechanism, s)
+  @parameterized.parameters(*tiny.ALTERNATING, *tiny.BACKBONES)
+  def test_equals_each_target_next(self, mechanism, s, options=()):
+    self.check_each_target_next(mechanism, s, **dict(options))
 
   @parameterized.parameters(*sorted({*tiny.CASES} - {*tiny.ALTERNATING}))
   @pytest.mark.slow
   def test_equals_each_target_next_with_other_sentinels(self, mechanism, s):
     self.check_each_target_next(mechanism, s)
 
-  def check_each_target_next(self, mechanism, s):
+  def check_each_target_next(self, mechanism, s, **options):
     """Ragged: 3 slots are cached, or 1; 1, 2 or 3 more come, junk behind."""
     T, B, V = 7, 3, 5
-    made = tiny.make(mechanism, s)
+    made = tiny.make(mechanism, s, **options)
     params = tiny.sharp(made)
     tokens, order = tiny.tokens(B, T, V), tiny.orders_of(mechanism, B, T)
     slots = orders.to_slots(tokens, order, made.layout)

@@ -15,7 +15,7 @@ import pallas_kernels
 from aoarm_jax import objective, orders
 from aoarm_jax.config import mechanisms
 from aoarm_jax.config import schema as config
-from aoarm_jax.model import cached, cost, layers, vocabulary
+from aoarm_jax.model import cached, cost, layers, parameters, vocabulary
 
 _B, _T, _V = 3, 7, 5
 
@@ -41,7 +41,7 @@ def _in_natural_order(hand, tokens, order):
   Rows stand at positions 0, 1..T (and T + 1); the last token generated is
   among the keys too, hidden by its rank alone.
   """
-  model, V = hand.model, hand.params["head"].shape[1]
+  model, V = hand.model, hand.V
   T, s = len(order), model.sentinels
   ids = np.array([V, *tokens, V + 1][: T + s])
   position = np.arange(T + s)
@@ -109,10 +109,10 @@ _plant = functools.partial(
 
 
 class LeakTest(parameterized.TestCase):
-  @parameterized.parameters(*tiny.CASES)
-  def test_only_visible_tokens_move_logits(self, mechanism, s):
+  @parameterized.parameters(*tiny.CASES, *tiny.BACKBONES)
+  def test_only_visible_tokens_move_logits(self, mechanism, s, options=()):
     """Every token moves the slots that see it, and no bit of any other."""
-    _, params, network = tiny.jitted(mechanism, s)
+    _, params, network = tiny.jitted(mechanism, s, **dict(options))
     tokens = tiny.tokens(_B, _T, _V)
     families = config.ORDER_FAMILIES
     if mechanisms.MECHANISMS[mechanism].left_to_right:
@@ -170,9 +170,10 @@ def _family_orders():
 class NormalisationTest(parameterized.TestCase):
   T, V = 4, 3
 
-  def totals(self, mechanism, s):
+  def totals(self, mechanism, s, options=()):
     """Sum over all sequences of p(x | sigma), by order."""
-    made = tiny.make(mechanism, s, T=self.T, V=self.V, D=8, N=2)
+    sizes = dict(T=self.T, V=self.V, D=8, N=2) | dict(options)
+    made = tiny.make(mechanism, s, **sizes)
     params = tiny.sharp(made)
     every = tiny.all_orders(self.T)
     if mechanisms.MECHANISMS[mechanism].left_to_right:
@@ -189,9 +190,9 @@ class NormalisationTest(parameterized.TestCase):
     self.assertGreater(p.max(), 4 / len(texts))
     return p.sum(axis=1)
 
-  @parameterized.parameters(*tiny.CASES)
-  def test_the_law_of_every_order_sums_to_one(self, mechanism, s):
-    totals = self.totals(mechanism, s)
+  @parameterized.parameters(*tiny.CASES, *tiny.BACKBONES)
+  def test_the_law_of_every_order_sums_to_one(self, mechanism, s, options=()):
+    totals = self.totals(mechanism, s, options)
     self.assertLen(totals, 1 if mechanism == "causal" else 24)
     np.testing.assert_allclose(totals, 1.0, atol=1e-5)
 
@@ -212,9 +213,9 @@ class WrittenTest(parameterized.TestCase):
     super().setUp()
     self.tokens = tiny.tokens(_B, _T, _V)
 
-  def both(self, mechanism, s):
+  def both(self, mechanism, s, options=()):
     """(written by hand, slots, logits [B, S, V] of the library)."""
-    model, params, network = tiny.jitted(mechanism, s)
+    model, params, network = tiny.jitted(mechanism, s, **dict(options))
     self.order = tiny.orders_of(mechanism, _B, _T)
     slots = _slots(self.tokens, self.order, s)
     logits = np.asarray(network(params, slots))
@@ -262,10 +263,10 @@ class WrittenTest(parameterized.TestCase):
       other, _ = hand.one_stream(ids, position + 1, position, causal)
       self.assertGreater(np.abs(other - want).max(), 0.1)
 
-  @parameterized.parameters(*tiny.CASES)
-  def test_relabelling(self, mechanism, s):
+  @parameterized.parameters(*tiny.CASES, *tiny.BACKBONES)
+  def test_relabelling(self, mechanism, s, options=()):
     """Slots in generation order equal natural order with the rank mask."""
-    hand, _, logits = self.both(mechanism, s)
+    hand, _, logits = self.both(mechanism, s, options)
     for b in range(_B):
       want = _in_natural_order(hand, self.tokens[b], self.order[b])
       self.assert_close(logits[b, s - 1 :], want)
@@ -304,8 +305,8 @@ class WrittenTest(parameterized.TestCase):
 
 
 @functools.cache
-def _extend(mechanism, s):
-  made = tiny.make(mechanism, s)
+def _extend(mechanism, s, **options):
+  made = tiny.make(mechanism, s, **options)
   return tiny.quick_jit(
     lambda params, *args: cached.Cached(made.bind(params)).extend(*args)
   )
@@ -316,21 +317,27 @@ class CacheTest(parameterized.TestCase):
     super().setUp()
     self.tokens = tiny.tokens(_B, _T, _V)
 
-  def prepare(self, mechanism, s):
+  def prepare(self, mechanism, s, **options):
     """(extend, slots, uncached logits, empty cache)."""
-    model, params, network = tiny.jitted(mechanism, s)
+    model, params, network = tiny.jitted(mechanism, s, **options)
     order = tiny.orders_of(mechanism, _B, _T)
     slots = _slots(self.tokens, order, s)
     cache = cached.empty_cache(
       model, config.Compute(dtype="float32"), _B, _T + s - 1
     )
-    extend = functools.partial(_extend(mechanism, s), params)
+    extend = functools.partial(_extend(mechanism, s, **options), params)
     return extend, slots, np.asarray(network(params, slots)), cache
 
-  @parameterized.parameters(*tiny.ALTERNATING)
-  def test_cached_logits_are_uncached_logits(self, mechanism, s):
+  @parameterized.parameters(
+    *tiny.ALTERNATING,
+    *tiny.BACKBONES,
+    ("two_stream_untied", 1, tiny.GROUPED),
+    ("register", 1, tiny.GROUPED),
+  )
+  def test_cached_logits_are_uncached_logits(self, mechanism, s, options=()):
     """In chunks of 1, 3 and all slots."""
-    extend, slots, want, empty = self.prepare(mechanism, s)
+    options = dict(options)
+    extend, slots, want, empty = self.prepare(mechanism, s, **options)
     S = want.shape[1]
     for chunks in ([1] * S, [3, 1, 3, *[1] * (s - 1)], [S]):
       cache, at, got = empty, 0, []
@@ -503,24 +510,47 @@ class CountTest(parameterized.TestCase):
     """XLA's count of the forward pass of the plain attention."""
     self.check_count(mechanism, s, L, _empty_slots)
 
+  def test_parameters_of_a_backbone(self):
+    """Two streams with every option: each array, by hand."""
+    V, D, L, N, M, H, F, T = 5, 12, 3, 4, 2, 6, 20, 7
+    options = tiny.GROUPED | dict(T=T, V=V, D=D, L=L, mlp_width=F)
+    layer = 2 * N * D * H + 2 * M * D * H + 3 * D * F + 2 * D + 2 * H
+    for name, fewer in (("qk_norm", 2 * H * L), ("tied", -D * V)):
+      made = tiny.make("two_stream", 1, **options)
+      other = tiny.make("two_stream", 1, **options | {name: False})
+      first, second = (
+        sum(leaf.size for leaf in jax.tree.leaves(each.abstract_params))
+        for each in (made, other)
+      )
+      self.assertEqual(first, (V + 2) * D + L * layer + 2 * D)
+      self.assertEqual(second, first - fewer)
+    shapes = cached.empty_cache(made.model, made.config.compute, 1, 1)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(shapes))
+    self.assertEqual(cost.cache_bytes_per_token(made.model, "float32"), size)
+    self.assertEqual(size, 2 * 4 * L * M * H)
+
+  @parameterized.parameters("two_stream", "decoupled_rope")
+  def test_flops_of_a_backbone(self, mechanism):
+    options = dict(kv_heads=1, head_size=32, mlp="swiglu", mlp_width=256)
+    self.check_count(mechanism, 1, 3, _empty_slots, **options)
+
   def test_flops_of_a_fraction_of_the_queries(self):
     def slots(model):
       chosen = jax.ShapeDtypeStruct((1, 128), jnp.int32)
       queries = orders.Queries(chosen, chosen)
       return _empty_slots(model)._replace(queries=queries)
 
-    self.check_count("two_stream", 1, 3, slots, query_fraction=0.25)
+    train = config.Train(batch_size=1, query_fraction=0.25)
+    self.check_count("two_stream", 1, 3, slots, train)
 
-  def check_count(self, mechanism, s, L, slots, **options):
-    T, V, D, N = 511, 27, 128, 1  # Attention is a third of it.
-    made = tiny.make(
-      mechanism, s, T=T, V=V, D=D, L=L, N=N, attention="reference"
-    )
-    model = config.Model(mechanism=mechanism, sentinels=s, T=T, D=D, L=L, N=N)
+  def check_count(self, mechanism, s, L, slots, train=None, **options):
+    # Attention is a third of it.
+    options = dict(T=511, V=27, D=128, L=L, N=1) | options
+    made = tiny.make(mechanism, s, attention="reference", **options)
+    model, D = made.model, 128
     lowered = jax.jit(made.apply).lower(made.abstract_params, slots(model))
-    counts = config.Config(
-      model=model, train=config.Train(batch_size=1, **options)
-    )
+    train = train or config.Train(batch_size=1)
+    counts = config.Config(model=model, train=train)
     expected = cost.forward_flops(counts, visible_only=False)
     counted = lowered.cost_analysis()["flops"]
     self.assertAlmostEqual(counted / expected, 1.0, delta=0.05)
@@ -623,7 +653,7 @@ class LookUpTest(parameterized.TestCase):
       return (take(table, position) * weight).sum()
 
     run = jax.jit(jax.value_and_grad(loss, argnums=1), static_argnums=0)
-    got = run(layers.look_up, table)
+    got = run(parameters.look_up, table)
     want = run(lambda table, at: table[at], table)
     chex.assert_trees_all_close(got, want, atol=1e-5)
     unused = sorted(set(range(9)) - set(position.flat))

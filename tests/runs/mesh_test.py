@@ -55,6 +55,7 @@ CASES = (
   # Named, see take_step.
   ("two_stream", "1,2,2,2", {"rowwise": "xla", "loss_block": 10}),
   ("two_stream", "1,2,2,2", {"sees": "nearest:2"}),
+  ("two_stream", "1,2,2,2", {"backbone": "grouped"}),
 )
 EVERY_CASE = tuple(
   (mechanism, mesh, changes)
@@ -72,9 +73,17 @@ EVERY_CASE = tuple(
 
 
 def configuration(
-  mechanism, mesh, groups="none", sentinels=1, sees="prefix", L=2, **compute
+  mechanism,
+  mesh,
+  groups="none",
+  sentinels=1,
+  sees="prefix",
+  backbone="",
+  L=2,
+  **compute,
 ):
   """B = 16, 16 slots, 4 heads of width 4."""
+  more = {"": {}, "grouped": tiny.GROUPED, "unnormed": tiny.UNNORMED}[backbone]
   model = config_lib.Model(
     mechanism=mechanism,
     sentinels=sentinels,
@@ -82,6 +91,7 @@ def configuration(
     L=L,
     N=4,
     content_sees=sees,
+    **{name: value for name, value in more.items() if name != "N"},
   )
   model = dataclasses.replace(model, T=16 - (model.S - model.T))
   order = "left_to_right" if model.kind.left_to_right else "uniform"
@@ -215,6 +225,7 @@ def on_eight_devices(which):
       {"sentinels": 2},
       {"sees": "last:2"},
       {"sees": "random:2"},
+      {"backbone": "unnormed"},
     ):
       for mesh in ("1,1,1,8", "1,2,2,2"):
         seen = compared("two_stream", mesh, changes)
@@ -290,6 +301,7 @@ def errors():
     "left": message(config_lib.Mesh(0, 3)),
     "many": message(config_lib.Mesh(2, 2, 4)),
     "heads": message(config_lib.Mesh(1, 1, 8)),
+    "key heads": message(config_lib.Mesh(1, 1, 4), backbone="grouped"),
     "slots": message(config_lib.Mesh(1, 1, 1, 3)),
     "batch": message(config_lib.Mesh(8), accumulate=4),
     "width": message(config_lib.Mesh(1, 3, smallest_shard=1), batch=9),
@@ -339,7 +351,7 @@ class MeshTest(parameterized.TestCase):
   def test_every_mechanism_on_every_mesh(self):
     with helpers.quick_compilation():
       compared = started("every")
-    self.assertLen(compared, len(EVERY_CASE) + 4)
+    self.assertLen(compared, len(EVERY_CASE) + 2 * 5)
     self.assert_equals_one_device(compared)
 
   def test_where_every_parameter_and_moment_lies(self):
@@ -430,6 +442,7 @@ class MeshTest(parameterized.TestCase):
     ("left", "config.mesh: fsdp 3 does not divide the 8 cpu devices; cho"),
     ("many", "config.mesh.data=2: there are 8 cpu devices, and data 2 x fsdp"),
     ("heads", "config.mesh.tensor=8: must divide config.model.N=4 heads"),
+    ("key heads", "config.mesh.tensor=4: must divide config.model.kv_heads=2 "),
     ("slots", "config.mesh.sequence=3: twice that must divide the 16 slots"),
     ("batch", "config.train.batch_size=16: must be a multiple of the 8 dev"),
     ("width", "config.mesh.fsdp=3: must divide the embed axis of every"),

@@ -276,8 +276,14 @@ class SchemaTest(parameterized.TestCase):
   def test_sizes_that_follow(self):
     model = changed({"model.sentinels": 2, "model.T": 7}).model
     self.assertEqual((model.H, model.F, model.S), (64, 1024, 8))
+    self.assertEqual(model.key_heads, 4)
+    model = changed({"model.kv_heads": 2, "model.head_size": 96}).model
+    self.assertEqual((model.H, model.key_heads), (96, 2))
     self.assertEqual(changed({"train.batch_size": 6}).eval_batch_size, 6)
     self.assertEqual(changed({"eval.batch_size": 4}).eval_batch_size, 4)
+
+
+_SCALED = {"model.rope_scaling": "llama3", "model.rope_original_T": 64}
 
 
 class RulesTest(parameterized.TestCase):
@@ -335,6 +341,29 @@ class RulesTest(parameterized.TestCase):
   @parameterized.named_parameters(
     ("heads", {"model.N": 3}, "model.N"),
     ("odd_heads", {"model.D": 12, "model.N": 4}, "model.N"),
+    ("odd_head", {"model.head_size": 7}, "model.head_size"),
+    ("key_heads", {"model.N": 4, "model.kv_heads": 3}, "model.kv_heads"),
+    ("more_key_heads", {"model.N": 4, "model.kv_heads": 8}, "model.kv_heads"),
+    ("mlp", {"model.mlp": "relu"}, "model.mlp"),
+    ("epsilon", {"model.norm_epsilon": 0.0}, "model.norm_epsilon"),
+    (
+      "kernels_norm_heads",
+      {"model.qk_norm": False, "compute.rowwise": "mosaic_gpu"},
+      "compute.rowwise",
+    ),
+    ("no_scaling", {"model.rope_factor": 8.0}, "model.rope_factor"),
+    ("no_original", {"model.rope_scaling": "yarn"}, "model.rope_original_T"),
+    (
+      "turns",
+      _SCALED | {"model.rope_slow_turns": 4.0},
+      "model.rope_slow_turns",
+    ),
+    ("base", _SCALED | {"model.rope_base": 1.0}, "model.rope_base"),
+    (
+      "no_rotation",
+      _SCALED | {"model.mechanism": "sigma_gpt"},
+      "model.rope_scaling",
+    ),
     (
       "causal_order",
       {

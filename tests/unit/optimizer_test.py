@@ -89,6 +89,11 @@ class ChainTest(parameterized.TestCase):
     self.assertTrue(mask["blocks"]["attention"]["query"])
     self.assertFalse(mask["blocks"]["attention"]["query_norm"]["scale"])
 
+  def test_the_matrices_of_a_gated_mlp_decay(self):
+    mask = optimizer.decay_mask(tiny.make(**tiny.GROUPED).axes)["blocks"]
+    self.assertEqual(mask["mlp"], dict(gate=True, up=True, down=True))
+    self.assertTrue(mask["attention"]["key"])
+
   @parameterized.parameters(0.7, 1e6)
   def test_three_steps_of_adamw(self, clip_norm):
     """Clip by the global norm, Adam, decay apart from it, learning rate."""
