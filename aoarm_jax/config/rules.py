@@ -5,7 +5,7 @@ import operator
 from collections.abc import Iterator
 from typing import Any
 
-from aoarm_jax.config import mechanisms
+from aoarm_jax.config import backbone, mechanisms
 from aoarm_jax.config import schema as config_lib
 
 
@@ -82,7 +82,7 @@ def _relations(config):
   """Return the rules between fields as (path, whether it holds, the fix)."""
   return [
     *_of_the_mechanism(config),
-    *_of_the_backbone(config),
+    *backbone.rules(config),
     *_of_orders(config),
     *_of_training(config),
     *_of_a_study(config.study),
@@ -172,10 +172,13 @@ def _of_the_mechanism(config):
       two_streams or config.train.query_fraction == 1,
       f"query rows {no_streams}",
     ),
-    (
-      "model.rope_scaling",
-      kind.query or m.rope_scaling == "none",
-      f"mechanism {m.mechanism} rotates nothing; take none",
+    *(
+      (
+        f"model.{name}",
+        kind.query or backbone.has_default(m, name),
+        f"mechanism {m.mechanism} rotates nothing; leave it out",
+      )
+      for name in backbone.SCALING
     ),
   ]
 
@@ -187,71 +190,6 @@ def _is_look(text):
   except ValueError:
     return False
   return True
-
-
-def _of_the_backbone(config):
-  """Return the rules for heads and for the scaling of rotary frequencies."""
-  m = config.model
-  return [
-    (
-      "model.N",
-      m.head_size or (m.D % m.N == 0 and (m.D // m.N) % 2 == 0),
-      f"must divide config.model.D={m.D} into heads of even width (rotary "
-      "pairs); or set config.model.head_size",
-    ),
-    (
-      "model.head_size",
-      m.head_size % 2 == 0,
-      "must be even (rotary pairs), or 0 for config.model.D / config.model.N",
-    ),
-    (
-      "model.kv_heads",
-      not m.kv_heads or m.N % m.kv_heads == 0,
-      f"must divide the config.model.N={m.N} attention heads, or be 0 for as "
-      "many",
-    ),
-    (
-      "compute.rowwise",
-      m.qk_norm or config.compute.rowwise != "mosaic_gpu",
-      "has no kernel for heads without a norm (config.model.qk_norm=False); "
-      "take auto, which uses the kernels for all other rows",
-    ),
-    *_of_rope_scaling(m),
-  ]
-
-
-def _of_rope_scaling(model):
-  """Return the rules for the fields of config.model that begin with rope."""
-  default = config_lib.Model()
-  names = ("factor", "original_T", "slow_turns", "fast_turns")
-  if model.rope_scaling == "none":
-    return [
-      (
-        f"model.rope_{name}",
-        getattr(model, f"rope_{name}") == getattr(default, f"rope_{name}"),
-        "has no effect with config.model.rope_scaling=none; leave it out, or "
-        "take llama3 or yarn",
-      )
-      for name in names
-    ]
-  return [
-    (
-      "model.rope_original_T",
-      model.rope_original_T > 0,
-      f"config.model.rope_scaling={model.rope_scaling} needs the number of "
-      "positions that the frequencies were made for, such as 8192",
-    ),
-    (
-      "model.rope_slow_turns",
-      model.rope_slow_turns < model.fast_turns,
-      f"must be below the {model.fast_turns:g} of config.model.rope_fast_turns",
-    ),
-    (
-      "model.rope_base",
-      model.rope_base > 1,
-      "must be above 1 where frequencies are scaled",
-    ),
-  ]
 
 
 def _of_orders(config):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from absl import logging
 from etils import epath
 
+from aoarm_jax.config import backbone
 from aoarm_jax.config import rules as config_rules
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import tokenizers
@@ -23,11 +24,7 @@ _FIELD = "config.train.start_from"
 _MAY_DIFFER = (
   "config.model.T",
   "config.model.rope_base",
-  "config.model.rope_scaling",
-  "config.model.rope_factor",
-  "config.model.rope_original_T",
-  "config.model.rope_slow_turns",
-  "config.model.rope_fast_turns",
+  *(f"config.model.{name}" for name in backbone.SCALING),
   "config.model.sentinels",
   "config.data.documents",
 )

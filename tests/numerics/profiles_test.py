@@ -71,9 +71,12 @@ class ProfileTest(parameterized.TestCase):
       with self.assertRaisesRegex(ValueError, f"{mechanism}.*no profile"):
         profiles.profile(made.bind(tiny.sharp(made)), None, None, REAL)
 
-  @parameterized.parameters(("two_stream", 2), ("decoupled_rope", 1))
-  def test_is_that_of_the_maps_written_out(self, mechanism, s):
-    bind = tiny.make(mechanism, s, L=3)
+  @parameterized.parameters(
+    ("two_stream", 2), ("decoupled_rope", 1), ("two_stream", 1, tiny.GROUPED)
+  )
+  def test_is_that_of_the_maps_written_out(self, mechanism, s, options=()):
+    bind = tiny.make(mechanism, s, L=3, **dict(options))
+    N = bind.model.N
     params = tiny.sharp(bind)
     tokens = tiny.tokens(B, T, 5)
     order = tiny.orders_of(mechanism, B, T)
@@ -92,8 +95,8 @@ class ProfileTest(parameterized.TestCase):
       layers = len(arrays[f"{stream}/own"])
       self.assertEqual(layers, 2 if stream == "content" else 3)
       for layer in range(layers):
-        G = dense[layer].shape[3] // 3
-        for n in range(3):
+        G = dense[layer].shape[3] // N
+        for n in range(N):
           w = dense[layer][..., n * G + min(g, G - 1)]
           wanted = [np.zeros(()) for _ in range(4)]
           for b in range(REAL.sum()):

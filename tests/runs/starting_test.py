@@ -89,7 +89,9 @@ class StartFromTest(parameterized.TestCase):
     """The run goes on where the other run is gone."""
     copy = _folder / "copy"
     shutil.copytree(_folder / "source", copy)
-    fields = self.new | STILL | dict(model__T=24, train__start_from=copy)
+    longer = dict(model__rope_scaling="yarn", model__rope_factor=2.0)
+    longer |= dict(model__T=24, model__rope_original_T=16)
+    fields = self.new | STILL | longer | dict(train__start_from=copy)
     helpers.run(command("new", **fields))
     self.check_weights("new", "ema")
     shutil.rmtree(copy)
@@ -108,6 +110,11 @@ class StartFromTest(parameterized.TestCase):
 
   @parameterized.named_parameters(
     ("another width", dict(model__D=8), "config.model.D=8: .*source has 16; "),
+    (
+      "other heads",
+      dict(model__kv_heads=1),
+      "config.model.kv_heads=1: .*source has 0; ",
+    ),
     (
       "another mechanism",
       dict(model__mechanism="mdlm", eval__estimators="('elbo',)"),

@@ -58,6 +58,7 @@ class IdentityTest(parameterized.TestCase):
 
   @parameterized.parameters(
     ("model.D", 128),
+    ("model.norm_epsilon", 1e-5),
     ("optimizer.b1", 0.5),
     ("orders.family", "mixture"),
     ("seed", 1),
