@@ -322,6 +322,7 @@ def draw_masked(
   order: jax.Array,
   time: jax.Array,
   length: jax.Array | None = None,
+  known: jax.Array | None = None,
 ) -> jax.Array:
   """Mask the last Binomial(T, time) tokens of every order.
 
@@ -334,6 +335,8 @@ def draw_masked(
     time: float32 [B].
     length: int32 [B], the number of leading ranks to mask among; None means T.
       Then Binomial(length, time) of them are masked.
+    known: int32 [B], the number of leading ranks that are never masked. It
+      needs `length`, and Binomial(length - known, time) tokens are masked.
 
   Returns:
     bool [B, T], by position.
@@ -343,6 +346,8 @@ def draw_masked(
   if length is None:
     return rank_of >= T - coins.sum(axis=1, keepdims=True)
   coins &= lengths.is_real(length, T)
+  if known is not None:
+    coins &= ~lengths.is_real(known, T)
   length = length[:, None]
   first = length - coins.sum(axis=1, keepdims=True)
   return (rank_of >= first) & (rank_of < length)

@@ -195,7 +195,7 @@ class EvalBatches:
   def __len__(self) -> int:
     return -(-len(self._starts) // self._batch_size)
 
-  def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+  def __getitem__(self, index: int) -> tuple[np.ndarray, ...]:
     """Return batch `index`: tokens [r, T] and real bool [r]."""
     if not 0 <= index < len(self):
       raise IndexError(f"batch {index} of {len(self)}")
@@ -238,6 +238,90 @@ class DocumentBatches(EvalBatches):
       f"{units}, in {self.sequences:,} of {len(self._crops.lengths):,} "
       f"documents{self._crops.cut()}"
     )
+
+
+class StridedBatches(EvalBatches):
+  """Batches of blocks of texts, each with the tokens before it as context.
+
+  A text is cut into blocks of `stride` tokens, and its last block may be
+  shorter. So every token is in one block. A block comes in a window of T
+  tokens, behind at least T - stride tokens of context. At the start of a text a
+  block has all tokens before it as context, and these may be fewer.
+
+  A batch is (tokens [B, T], real bool [B], ranks int32 [B, R]), where R is the
+  stride; see estimators.estimate.
+  """
+
+  def __init__(
+    self,
+    tokens: np.ndarray,
+    ends: np.ndarray,
+    *,
+    T: int,
+    stride: int,
+    batch_size: int,
+    end: documents.End | None = None,
+  ):
+    """Lay out the blocks.
+
+    Args:
+      tokens: unsigned integers [n], the texts one after the other.
+      ends: int [texts], ascending: where each text ends, without an end token
+        that is given.
+      T: the length of a window.
+      stride: the greatest number of tokens of a block, at most T.
+      batch_size: the number B of rows in a batch.
+      end: the end of padded documents. Windows are filled up with it.
+    """
+    self._tokens, self._T, self._batch_size = tokens, T, batch_size
+    self._stride, self._fill = stride, end.token if end else 0
+    # A given end follows each text but is no part of it.
+    begins = np.concatenate([[0], ends[:-1] + bool(end and end.is_given)])
+    counts = -(-(ends - begins) // stride)
+    text = np.repeat(np.arange(len(ends)), counts)
+    place = np.arange(len(text)) - np.repeat(counts.cumsum() - counts, counts)
+    self._firsts = begins[text] + place * stride
+    self._text_ends = ends[text]
+    self._lasts = np.minimum(self._firsts + stride, self._text_ends)
+    self._window_starts = np.maximum(begins[text], self._lasts - T)
+    self._sizes = self.lengths = self._lasts - self._firsts
+    self.sequences = len(text)
+    self.split_tokens = self.evaluated_tokens = int(self.lengths.sum())
+    self.left_out = 0
+
+  def sums(self, of_token: np.ndarray) -> np.ndarray:
+    """Return a sum over the tokens of every block; see EvalBatches.sums."""
+    sums = np.zeros(len(self._tokens) + 1, np.int64)
+    np.cumsum(of_token[self._tokens], out=sums[1:])
+    return sums[self._lasts] - sums[self._firsts]
+
+  def describe(self, units: str = "characters") -> str:
+    """Return one line that says how the text is scored."""
+    return (
+      f"scored: {self.evaluated_tokens:,} {units} in {self.sequences:,} blocks "
+      f"of up to {self._stride:,}, each behind at least "
+      f"{self._T - self._stride:,} of context, except at the start of a text"
+    )
+
+  def __len__(self) -> int:
+    return -(-self.sequences // self._batch_size)
+
+  def __getitem__(self, index: int) -> tuple[np.ndarray, ...]:
+    """Return batch `index`: tokens [B, T], real bool [B], ranks [B, R]."""
+    if not 0 <= index < len(self):
+      raise IndexError(f"batch {index} of {len(self)}")
+    B, T, R = self._batch_size, self._T, self._stride
+    blocks = index * B + np.arange(B)
+    real = blocks < self.sequences
+    blocks = np.where(real, blocks, 0)
+    at = self._window_starts[blocks][:, None] + np.arange(T)
+    last = self._text_ends[blocks][:, None]
+    tokens = self._tokens[np.minimum(at, last - 1)]
+    tokens = np.where(at < last, tokens, self._fill)
+    first = (self._firsts - self._window_starts)[blocks][:, None]
+    ranks = first + np.arange(R)
+    is_scored = np.arange(R) < self._sizes[blocks][:, None]
+    return tokens, real, np.where(is_scored, ranks, T).astype(np.int32)
 
 
 def eval_batches(

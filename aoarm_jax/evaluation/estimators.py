@@ -18,6 +18,10 @@ All estimators but elbo are exact likelihoods of the sequences under the named
 orders. They are different quantities, so a number never appears without the
 name of its estimator, and one column never holds two of them. The only
 exception is elbo and any_order, which estimate the same quantity.
+
+Every estimator is also defined for a block of a sequence given the tokens
+before the block. Then x is the block, the orders are those of its positions,
+and the given tokens come first.
 """
 
 import functools
@@ -49,6 +53,7 @@ def estimate(
   first_row: jax.Array,
   tokens: jax.Array,
   real: jax.Array,
+  ranks: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, Any], jax.Array, jax.Array]:
   """Return one batch's share of an estimate.
 
@@ -67,11 +72,16 @@ def estimate(
     first_row: int32 [], index of row 0 among all sequences.
     tokens: int [B, T].
     real: bool [B]. Rows that are not real are padding and enter no sum.
+    ranks: int32 [B, R], consecutive ranks, of which those below T are scored.
+      They make up a block: the positions of the same numbers. The tokens before
+      the block are given, and those after it are unknown. None scores all
+      ranks.
 
   Returns:
     A tuple of four:
-      nats: float32 [B], for each sequence.
-      sums: sums over the real sequences, {} for an estimator without ranks.
+      nats: float32 [B], for each sequence or block.
+      sums: sums over the real sequences, {} for an estimator without ranks and
+        for blocks.
         by_rank is float32 [T] nats. by_distance and by_recency are pairs
         (nats, tokens) of float32 [bins], with the bins of `bin_edges`. The
         padding of documents has no part in them.
@@ -81,13 +91,18 @@ def estimate(
   tokens = tokens.astype(jnp.int32)
   B, T = tokens.shape
   apply, layout = network.bind(params), network.layout
-  order_nll = functools.partial(objective.order_nll, apply, layout, tokens)
+  order_nll = functools.partial(nll_of_ranks, network, params, tokens, ranks)
   length = lengths.real(tokens, layout)
+  known = end = None
+  if ranks is not None:
+    known, end = ranks[:, 0], ranks[:, 0] + (ranks < T).sum(axis=1)
 
   def draw(key, family="uniform"):
     options = config.replace("orders.family", family).orders
     order = orders.draw(key, B, T, options, step=step, first_row=first_row)
     order = lengths.real_first(order, length)
+    if ranks is not None:
+      order = orders.by_class(order, _classes(known, end, T))
     return sharding.constrain(order, "batch")
 
   def of_draw(k):
@@ -105,14 +120,17 @@ def estimate(
         )
       )
     case "context_ensembled":
-      nats = objective.context_ensembled_nll(
+      by_rank = objective.context_ensembled_nll(
         apply,
         layout,
         row_keys,
         tokens,
         draw(key),
         contexts=config.eval.ensemble_orders,
-      ).sum(axis=1)
+      )
+      if ranks is not None:
+        by_rank = _at(by_rank, ranks)
+      nats = by_rank.sum(axis=1)
     case "elbo":
       nats = _elbo(
         functools.partial(objective.masked_nll, apply, layout, tokens),
@@ -120,7 +138,8 @@ def estimate(
         of_draw,
         config.eval.times,
         config.train.least_time,
-        length,
+        length if end is None else end,
+        known,
       )
     case _:
       groups = None
@@ -132,17 +151,79 @@ def estimate(
           config.orders,
           first_row=first_row,
         )
+        if groups is not None and known is not None:
+          # No group has both given and scored tokens.
+          groups |= jnp.arange(T)[None] == known[:, None]
       order = draw(key, _FAMILIES.get(estimator, config.orders.family))
-      by_rank = order_nll(order, group_start=groups)
+      by_rank = order_nll(order, groups)
       nats = by_rank.sum(axis=1)
       is_counted = real[:, None]
       if length is not None:
         is_counted &= lengths.is_real(length, T)
-      sums = _sums_by(by_rank, order, is_counted)
+      if ranks is None:
+        sums = _sums_by(by_rank, order, is_counted)
   return nats, sums, real, first_row + B
 
 
-def _elbo(masked_nll, row_keys, of_draw, times, least_time, length):
+def nll_of_ranks(
+  network: network_lib.Network,
+  params: Any,
+  tokens: jax.Array,
+  ranks: jax.Array | None,
+  order: jax.Array,
+  group_start: jax.Array | None = None,
+) -> jax.Array:
+  """Return objective.order_nll of some ranks.
+
+  Only these ranks are computed where the network allows it.
+
+  Args:
+    network: the network.
+    params: the network's parameters.
+    tokens: int32 [B, T].
+    ranks: int32 [B, R]. Ranks from T on have 0 nats. None means all ranks.
+    order: int32 [B, T].
+    group_start: bool [B, T], see orders.to_slots.
+
+  Returns:
+    float32 [B, R] nats; [B, T] for all ranks.
+  """
+  nll = functools.partial(
+    objective.order_nll,
+    network.bind(params),
+    network.layout,
+    tokens,
+    order,
+    group_start=group_start,
+  )
+  if ranks is None:
+    return nll()
+  if not network.can_pick_ranks:
+    return _at(nll(), ranks)
+  T = tokens.shape[1]
+  return jnp.where(ranks < T, nll(ranks=jnp.minimum(ranks, T - 1)), 0.0)
+
+
+def _at(by_rank, ranks):
+  """Return the nats [B, T] of ranks [B, R]; 0 for ranks from T on."""
+  last = by_rank.shape[1] - 1
+  nats = jnp.take_along_axis(by_rank, jnp.minimum(ranks, last), axis=1)
+  return jnp.where(ranks <= last, nats, 0.0)
+
+
+def _classes(known, end, T):
+  """Return the class of every position: int32 [B, T].
+
+  Args:
+    known: int32 [B], the number of given positions: class 0.
+    end: int32 [B], the number of positions up to the end of the block, which is
+      class 1. Later positions are class 2.
+    T: the number of positions.
+  """
+  return 2 - lengths.is_real(known, T) * 1 - lengths.is_real(end, T) * 1
+
+
+def _elbo(masked_nll, row_keys, of_draw, times, least_time, length, known=None):
   """Return the negative ELBO (arXiv 2406.07524, eq. 8): float32 [B] nats.
 
   The times of every sequence are evenly spread over [least_time, 1), which
@@ -155,6 +236,8 @@ def _elbo(masked_nll, row_keys, of_draw, times, least_time, length):
     times: number of times K for each sequence.
     least_time: the smallest time, in (0, 1).
     length: int32 [B], the real positions of padded documents, or None.
+    known: int32 [B], the number of given tokens before a block, which then ends
+      at `length`. All later tokens are masked, and they count nothing.
   """
   row_times = jax.vmap(
     lambda row_key: objective.draw_times(row_key, times, least_time)
@@ -163,9 +246,13 @@ def _elbo(masked_nll, row_keys, of_draw, times, least_time, length):
   def of_time(k_and_time):
     k, time = k_and_time
     masked = objective.draw_masked(
-      objective.fold_rows(row_keys, k), of_draw(k), time, length
+      objective.fold_rows(row_keys, k), of_draw(k), time, length, known
     )
-    return masked_nll(masked).sum(axis=1) / time
+    if known is None:
+      return masked_nll(masked).sum(axis=1) / time
+    is_after = ~lengths.is_real(length, masked.shape[1])
+    nats = masked_nll(masked | is_after)
+    return jnp.where(is_after, 0.0, nats).sum(axis=1) / time
 
   return jax.lax.map(of_time, (jnp.arange(times), row_times.T)).mean(axis=0)
 

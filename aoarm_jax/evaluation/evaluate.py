@@ -29,12 +29,13 @@ _SECONDS_BETWEEN_LINES = 15.0
 class Batches(Protocol):
   """A sequence of (tokens [B, T], real bool [B]).
 
-  Rows that are not real are padding of the last batch and count nowhere.
+  Rows that are not real are padding of the last batch and count nowhere. The
+  scored ranks, int32 [B, R], may follow; see estimators.estimate.
   """
 
   def __len__(self) -> int: ...
 
-  def __getitem__(self, index: int, /) -> tuple[np.ndarray, np.ndarray]: ...
+  def __getitem__(self, index: int, /) -> tuple[np.ndarray, ...]: ...
 
 
 class Bin(NamedTuple):
@@ -311,8 +312,8 @@ def over_batches(
   most.
 
   Args:
-    estimate: function (first_row, tokens, real) that returns the tuple of
-      estimators.estimate.
+    estimate: function of first_row and the arrays of a batch that returns the
+      tuple of estimators.estimate.
     batches: the sequences to evaluate.
     mesh: the mesh that the batches are put on.
     is_stopped: called before every batch. A true result ends the evaluation.

@@ -24,10 +24,11 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from aoarm_jax import objective, orders
+from aoarm_jax import orders
 from aoarm_jax.config import purposes
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import sharding, stopping
+from aoarm_jax.evaluation import estimators
 from aoarm_jax.generation import prompts, shapes
 from aoarm_jax.model import network as network_lib
 from aoarm_jax.runs import agreement, alphabet, opening, telemetry
@@ -263,21 +264,11 @@ class Scorer:
       (nats float32 [K, B, R], positions int32 [K, B, R]).
     """
     B, T = tokens.shape
-    model = self._network.model
     options = self._config.replace("orders.family", "uniform").orders
     first = (kinds == _KNOWN).sum(axis=1)[:, None]
     ranks = jnp.minimum(first + jnp.arange(most), T - 1)
     nll = functools.partial(
-      objective.order_nll, self._network.bind(params), self._network.layout
-    )
-    # Only the scored ranks are computed where this is possible. The query row
-    # of a chosen rank belongs to no slot, so slots must not be spread over
-    # devices. Each such row sees its own number of slots, and cudnn has no such
-    # mask.
-    can_pick = model.kind.masked or (
-      model.kind.streams == 2
-      and self._mesh.shape["sequence"] == 1
-      and self._config.compute.attention != "cudnn"
+      estimators.nll_of_ranks, self._network, params, tokens, ranks
     )
 
     def of_order(k):
@@ -291,11 +282,7 @@ class Scorer:
       if width is not None:
         kinds_by_rank = jnp.take_along_axis(kinds, order - 1, axis=1)
         groups = orders.equal_groups(kinds_by_rank, width)
-      if can_pick:
-        by_rank = nll(tokens, order, group_start=groups, ranks=ranks)
-        return by_rank, positions
-      by_rank = nll(tokens, order, group_start=groups)
-      return jnp.take_along_axis(by_rank, ranks, axis=1), positions
+      return nll(order, groups), positions
 
     return jax.lax.map(of_order, jnp.arange(max(count, 1)))
 

@@ -95,6 +95,20 @@ class Network:
     return documents.End(self.tokenizer.end, self.config.gives_end)
 
   @property
+  def can_pick_ranks(self) -> bool:
+    """True if single ranks can be computed without all the others.
+
+    The query row of a chosen rank belongs to no slot, so slots must not be
+    spread over devices. Each such row sees its own number of slots, and cudnn
+    has no such mask.
+    """
+    if self.model.kind.masked:
+      return True
+    is_spread = self.mesh is not None and self.mesh.shape["sequence"] > 1
+    is_cudnn = self.config.compute.attention == "cudnn"
+    return self.model.kind.streams == 2 and not (is_spread or is_cudnn)
+
+  @property
   def kept_whole(self) -> int:
     """The number of arrays of parameters that avoid short shards, uncut."""
     axes = jax.tree.leaves(self.axes, is_leaf=lambda x: isinstance(x, tuple))
