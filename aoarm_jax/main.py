@@ -43,6 +43,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 import pallas_kernels
+from aoarm_jax.benchmark import suite
 from aoarm_jax.config import errors, exit_codes, experiments, explain, paths
 from aoarm_jax.config import rules as config_rules
 from aoarm_jax.config import schema as config_lib
@@ -67,10 +68,14 @@ if _IS_PROGRAM:
   gc.freeze()  # Modules stay, so the collector need not look at them again.
 
 MODES = (
-  *("train", "eval", "sample", "score"),
+  *("train", "eval", "sample", "score", "benchmark"),
   *("config", "count", "study", "compile", "prepare", "export"),
 )
-_PRINTING = ("sample", "score", "config", "count", "compile", "prepare")
+_PRINTING = (
+  *("sample", "score", "benchmark"),
+  *("config", "count", "compile", "prepare"),
+)
+_READING_A_RUN = ("eval", "sample", "score", "benchmark")
 # These modes touch no device, and they run in one process.
 _WITHOUT_DEVICES = ("config", "compile", "prepare")
 _HELP = ("--help", "-help", "-h", "-?", "--helpshort", "--helpfull")
@@ -83,8 +88,9 @@ _NO_CONFIG = (
 # at different places.
 _AGREED_FLAGS = ("mode", "prompt", "text", "topology")
 # The other modes have nothing to keep when a signal comes.
-_STOP_AFTER_A_BATCH = ("train", "eval", "sample", "score")
+_STOP_AFTER_A_BATCH = ("train", *_READING_A_RUN)
 _GOES_ON = {
+  "benchmark": ": the same command goes on with the unit that was lost",
   "study": ": the same command goes on with the cell that was lost",
   "prepare": ": the same command goes on with the shard that was lost",
 }
@@ -101,10 +107,7 @@ _LESS_MEMORY = {
   "export": "set JAX_PLATFORMS=cpu",
   # This field is not part of a cell's identity, so finished cells stay valid.
   "study": "set --config.compute.remat=true",
-} | {
-  mode: f"lower --config.{mode}.batch_size"
-  for mode in ("eval", "sample", "score")
-}
+} | {mode: f"lower --config.{mode}.batch_size" for mode in _READING_A_RUN}
 
 
 def define_flags(
@@ -364,7 +367,7 @@ def run(flag_values: flags.FlagValues, argv: list[str]) -> None:
   run_dir.check_workdir(workdir)
   config = config_lib.from_config_dict(flag_values.config)
   overridden = config_flags.get_override_values(flag_values["config"])
-  reads_a_run = flag_values.mode in ("eval", "sample", "score", "export")
+  reads_a_run = flag_values.mode in (*_READING_A_RUN, "export")
   if reads_a_run:
     config = opening.as_trained(config, workdir, overridden)
   config = config_rules.validate(config)
@@ -395,6 +398,8 @@ def run(flag_values: flags.FlagValues, argv: list[str]) -> None:
       generate.sample(config, workdir, flag_values.prompt, flag_values.input)
     case "score":
       score.score(config, workdir, flag_values.text, flag_values.input)
+    case "benchmark":
+      suite.benchmark(config, workdir)
     case "config":
       print(explain.table(config))
     case "count":

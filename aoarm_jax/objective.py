@@ -201,6 +201,7 @@ def context_ensembled_nll(
   order: jax.Array,
   *,
   contexts: int,
+  ranks: jax.Array | None = None,
 ) -> jax.Array:
   """Return -log mean_k p(x_sigma(r) | x_sigma(<r) in order pi_k), by rank r.
 
@@ -216,25 +217,30 @@ def context_ensembled_nll(
     tokens: int [B, T].
     order: int32 [B, T], sigma.
     contexts: K, the number of permutations per rank.
+    ranks: int32 [B, R], the only ranks to compute. None means all ranks.
 
   Returns:
-    float32 [B, T] nats, by rank.
+    float32 [B, T] nats, by rank; [B, R] if `ranks` are given.
   """
   T = order.shape[1]
   order = lengths.real_first(order, lengths.real(tokens, layout))
   all_ranks = jnp.arange(T)[None]
+  if ranks is None:
+    ranks = jnp.broadcast_to(all_ranks, order.shape)
+  R = ranks.shape[1]
 
-  def of_draw(rank_and_draw):
-    rank, draw = rank_and_draw
-    noise = uniform(fold_rows(keys, rank * contexts + draw), T)
-    place = jnp.where(all_ranks < rank, noise, 1.0 + all_ranks)
+  def of_draw(column_and_draw):
+    column, draw = column_and_draw
+    rank = jax.lax.dynamic_slice_in_dim(ranks, column, 1, axis=1)
+    row_keys = jax.vmap(jax.random.fold_in)(keys, rank[:, 0] * contexts + draw)
+    place = jnp.where(all_ranks < rank, uniform(row_keys, T), 1.0 + all_ranks)
     shuffled = jnp.take_along_axis(order, jnp.argsort(place, axis=1), axis=1)
     nats = order_nll(apply, layout, tokens, shuffled)
-    return jax.lax.dynamic_index_in_dim(nats, rank, axis=1, keepdims=False)
+    return jnp.take_along_axis(nats, rank, axis=1)[:, 0]
 
-  grid = jnp.meshgrid(jnp.arange(T), jnp.arange(contexts), indexing="ij")
+  grid = jnp.meshgrid(jnp.arange(R), jnp.arange(contexts), indexing="ij")
   nats = jax.lax.map(of_draw, tuple(x.reshape(-1) for x in grid))
-  return jax.vmap(ensembled_nll)(nats.reshape(T, contexts, -1)).T
+  return jax.vmap(ensembled_nll)(nats.reshape(R, contexts, -1)).T
 
 
 class Draws(NamedTuple):

@@ -87,6 +87,7 @@ def _relations(config):
     *_of_training(config),
     *_of_a_study(config.study),
     *_of_texts(config),
+    *_of_a_benchmark(config),
     *_of_symbols(config.data),
   ]
 
@@ -197,7 +198,7 @@ def _of_orders(config):
   o, T = config.orders, config.model.T
   needs_given = (
     "given" in (o.family, config.sample.order, config.score.order)
-    or "given_order" in config.eval.estimators
+    or "given_order" in config.eval.estimators + config.benchmark.estimators
   )
   # The lengths are compared first: T may be a stranger's, and huge.
   is_permutation = len(o.given) == T and (
@@ -284,6 +285,30 @@ def _of_a_study(study):
       "study.tune_seeds",
       len(set(study.tune_seeds)) == len(study.tune_seeds) == 2,
       "must be two different seeds",
+    ),
+  ]
+
+
+def _of_a_benchmark(config):
+  """Return the rules for a benchmark."""
+  b, m = config.benchmark, config.model
+  return [
+    ("benchmark.parts", b.parts, "name at least one part"),
+    (
+      "benchmark.stride",
+      b.stride <= m.T,
+      f"must be at most config.model.T={m.T}",
+    ),
+    (
+      "benchmark.estimators",
+      set(b.estimators) <= set(m.kind.estimators),
+      f"mechanism {m.mechanism} has the likelihoods: "
+      + ", ".join(m.kind.estimators),
+    ),
+    (
+      "benchmark.temperatures",
+      b.temperatures and all(0 < t < math.inf for t in b.temperatures),
+      "name at least one temperature; all above 0",
     ),
   ]
 

@@ -42,6 +42,7 @@ ESTIMATORS = (
   "context_ensembled",
   "elbo",
 )
+BENCHMARK_PARTS = ("likelihood",)
 
 
 # The types of fields, for people.
@@ -719,6 +720,72 @@ class Score:
 
 
 @dataclasses.dataclass(frozen=True)
+class Benchmark:
+  """A report on a trained run (aoarm_jax/benchmark)."""
+
+  parts: tuple[str, ...] = _field(
+    BENCHMARK_PARTS, "parts of the report", choices=BENCHMARK_PARTS
+  )
+  text: str = _field(
+    "",
+    "file or folder of the text that is scored, masked and cut into windows; "
+    "'' means the split eval.split of the run's text",
+  )
+  tokens: int = _field(
+    2048,
+    "likelihood: how many tokens from the start of the text are scored; of "
+    "padded documents, whole ones; 0 means all",
+    low=0,
+  )
+  stride: int = _field(
+    0,
+    "likelihood: tokens of a block, which are scored together behind at least "
+    "T - stride tokens of context; 0 means half of T, and T means windows "
+    "without context",
+    low=0,
+  )
+  estimators: tuple[str, ...] = _field(
+    (),
+    "likelihoods to compute; () means all that the mechanism has",
+    choices=ESTIMATORS,
+  )
+  orders: int = _field(
+    8, "number K of uniform orders of a text, for means and ensembles", low=2
+  )
+  windows: int = _field(
+    16,
+    "orders, infilling and generation: number of windows of T tokens, or of "
+    "padded documents, that are drawn from the text",
+    low=2,
+  )
+  samples: int = _field(
+    4, "infilling: number of fillings of a masked window", low=1
+  )
+  texts: int = _field(
+    16, "generation: number of texts at each temperature", low=2
+  )
+  temperatures: tuple[float, ...] = _field(
+    (0.5, 0.7, 0.85, 1.0, 1.2),
+    "generation: temperatures, above 0",
+    of=float,
+  )
+  scorer: str = _field(
+    "",
+    "generation: run directory of another run, which scores the texts; '' "
+    "measures diversity alone",
+  )
+  last_words: str = _field(
+    "",
+    "last_word: file with one text a line, or JSON lines with data.text_field; "
+    "'' leaves the part out",
+  )
+  batch_size: int = _field(
+    64, "greatest number of texts at once, over all devices", low=1
+  )
+  seed: int = _field(0, "seed of orders, masks and texts", low=0)
+
+
+@dataclasses.dataclass(frozen=True)
 class Compute:
   """How the same mathematics is computed; may change between restarts."""
 
@@ -775,7 +842,7 @@ class Checkpoint:
   )
   read: str = _field(
     "newest",
-    "checkpoint that the modes eval, sample, score and export and "
+    "checkpoint that the modes eval, sample, score, benchmark and export and "
     "train.start_from read; best: by validation",
     choices=("newest", "best"),
   )
@@ -1027,6 +1094,7 @@ class Config:
   eval: Eval = Eval()
   sample: Sample = Sample()
   score: Score = Score()
+  benchmark: Benchmark = Benchmark()
   compute: Compute = Compute()
   checkpoint: Checkpoint = Checkpoint()
   export: Export = Export()

@@ -69,6 +69,19 @@ class Found:
       )
     return mapped.collect(tokens)
 
+  def whole(self) -> np.ndarray:
+    """Return the tokens of all documents, whatever their split: [n].
+
+    An end follows each document if the tokenizer has one.
+
+    Raises:
+      DataError: a file is wrong, or the text is too large.
+    """
+    tokens: list[np.ndarray] = []
+    for name, text in self._read.whole():
+      tokens += self._encoded(name, text)
+    return mapped.collect(tokens)
+
   def training(self) -> Iterator[Iterator[bytes]]:
     """Yield the documents of the training split, each in chunks of bytes."""
     return self._read.training()
@@ -100,20 +113,30 @@ class Found:
   @functools.cached_property
   def _splits(self):
     """The number of documents and the chunks of tokens of every split."""
-    tokenizer = self._tokenizer
     chunks: dict[str, list[np.ndarray]] = {s: [] for s in scanning.SPLITS}
     counts = dict.fromkeys(scanning.SPLITS, 0)
-    end = np.array([tokenizer.end], tokenizer.dtype)
-    between_characters = tokenizer.codec is not None
+    between_characters = self._tokenizer.codec is not None
     for split, name, text in self._read.splits(between_characters):
-      try:
-        chunks[split] += tokenizer.encode_chunks(text)
-      except tokenizers.TokenizerError as error:
-        path = self._data.path
-        raise tokenizers.DataError(f"{path}, {name}: {error}") from error
-      chunks[split].append(end)
+      chunks[split] += self._encoded(name, text)
       counts[split] += 1
     return {split: (counts[split], chunks[split]) for split in chunks}
+
+  def _encoded(self, name, text):
+    """Return the chunks of tokens of a document, and its end if there is one.
+
+    Args:
+      name: the document's name, for messages.
+      text: its bytes, in chunks.
+    """
+    tokenizer = self._tokenizer
+    try:
+      tokens = [*tokenizer.encode_chunks(text)]
+    except tokenizers.TokenizerError as error:
+      path = self._data.path
+      raise tokenizers.DataError(f"{path}, {name}: {error}") from error
+    if tokenizer.has_end:
+      tokens.append(np.array([tokenizer.end], tokenizer.dtype))
+    return tokens
 
 
 def ends(tokens: np.ndarray, end: int) -> np.ndarray:

@@ -368,7 +368,7 @@ def eval_batches(
     check_length(tokens, T)
     windows = np.arange(len(tokens) // T)
   if batches:
-    keys = _random_bits(seed, 0, len(windows), purpose=1)
+    keys = random_bits(seed, 0, len(windows), purpose=1)
     chosen = np.argsort(keys, kind="stable")[: batches * batch_size]
     windows = np.sort(chosen)
   if found:
@@ -383,7 +383,7 @@ class _Starts:
     self._seed, self._batch_size, self._count = seed, batch_size, count
 
   def __call__(self, index: int) -> np.ndarray:
-    bits = _random_bits(self._seed, index, self._batch_size, purpose=0)
+    bits = random_bits(self._seed, index, self._batch_size, purpose=0)
     # The remainder has a bias of count / 2^64, which is negligible.
     return (bits % np.uint64(self._count)).astype(np.int64)
 
@@ -412,7 +412,7 @@ def _start_worker(worker_index: int, worker_count: int) -> None:
   workers_lib.tie_to_parent()
 
 
-def _random_bits(
+def random_bits(
   seed: int, index: int, size: int, *, purpose: int
 ) -> np.ndarray:
   """Return random bits, uint64 [size], as a function of the arguments.

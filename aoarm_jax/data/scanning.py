@@ -124,6 +124,17 @@ class Documents:
         split = text.source.split or self._by_hash(short)
         yield split, text.name, iter(chunks)
 
+  def whole(self) -> Iterator[tuple[str, Iterator[bytes]]]:
+    """Yield (name, chunks) of all documents that are not empty, in order.
+
+    The chunks of a document must be read before the next document.
+    """
+    for text in self._texts():
+      if text.is_file and text.name in self.scan.hashes:
+        yield text.name, text.chunks
+      elif not text.is_file and any(chunks := [*text.chunks]):
+        yield text.name, iter(chunks)
+
   def training(self) -> Iterator[Iterator[bytes]]:
     """Yield the documents of the training split, each in chunks."""
     done = 0

@@ -120,6 +120,7 @@ def estimate(
         )
       )
     case "context_ensembled":
+      picked = None if ranks is None else jnp.minimum(ranks, T - 1)
       by_rank = objective.context_ensembled_nll(
         apply,
         layout,
@@ -127,9 +128,10 @@ def estimate(
         tokens,
         draw(key),
         contexts=config.eval.ensemble_orders,
+        ranks=picked,
       )
       if ranks is not None:
-        by_rank = _at(by_rank, ranks)
+        by_rank = jnp.where(ranks < T, by_rank, 0.0)
       nats = by_rank.sum(axis=1)
     case "elbo":
       nats = _elbo(
@@ -198,17 +200,12 @@ def nll_of_ranks(
   )
   if ranks is None:
     return nll()
-  if not network.can_pick_ranks:
-    return _at(nll(), ranks)
-  T = tokens.shape[1]
-  return jnp.where(ranks < T, nll(ranks=jnp.minimum(ranks, T - 1)), 0.0)
-
-
-def _at(by_rank, ranks):
-  """Return the nats [B, T] of ranks [B, R]; 0 for ranks from T on."""
-  last = by_rank.shape[1] - 1
-  nats = jnp.take_along_axis(by_rank, jnp.minimum(ranks, last), axis=1)
-  return jnp.where(ranks <= last, nats, 0.0)
+  picked = jnp.minimum(ranks, tokens.shape[1] - 1)
+  if network.can_pick_ranks:
+    by_rank = nll(ranks=picked)
+  else:
+    by_rank = jnp.take_along_axis(nll(), picked, axis=1)
+  return jnp.where(ranks < tokens.shape[1], by_rank, 0.0)
 
 
 def _classes(known, end, T):

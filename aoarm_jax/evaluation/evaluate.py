@@ -280,12 +280,14 @@ class Evaluator:
       found,
       bytes=int(sizes.sum()),
       characters=characters,
-      standard_error_nats_per_byte=_error_of_ratio(sequence_nats, sizes),
+      standard_error_nats_per_byte=error_of_ratio(sequence_nats, sizes),
     )
 
 
-def _error_of_ratio(nats, sizes):
+def error_of_ratio(nats: np.ndarray, sizes: np.ndarray) -> float:
   """Return the standard error of sum(nats) / sum(sizes), to first order.
+
+  It is NaN for one sequence.
 
   Args:
     nats: float [sequences].
@@ -402,7 +404,7 @@ def _mean_of_documents(estimator, nats, total, lengths, T):
   return Estimate(
     estimator=estimator,
     nats_per_token=float(nats.sum() / tokens),
-    standard_error_nats=_error_of_ratio(nats, lengths),
+    standard_error_nats=error_of_ratio(nats, lengths),
     sequences=len(lengths),
     tokens=tokens,
     slot_curve_nats=tuple(map(float, curve)),

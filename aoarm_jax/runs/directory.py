@@ -497,8 +497,9 @@ def describe_run(
   workdir = epath.Path(workdir)
   write_atomically(workdir / "config.json", config_json.rstrip() + "\n")
   write_atomically(workdir / "parameters.txt", parameter_table(params))
-  versions = json.dumps(_versions(), indent=2) + "\n"
-  write_atomically(workdir / "versions.json", versions)
+  write_atomically(
+    workdir / "versions.json", json.dumps(versions(), indent=2) + "\n"
+  )
   commands = workdir / "command.txt"
   before = ""
   if commands.exists():
@@ -517,22 +518,21 @@ def _command_line(argv):
   return shlex.join(argv).replace("\n", "\\n")
 
 
-def _versions():
-  versions: dict[str, Any] = {"python": platform.python_version()}
-  versions["platform"] = platform.platform()
+def versions() -> dict[str, Any]:
+  """Returns the content of versions.json."""
+  found: dict[str, Any] = {"python": platform.python_version()}
+  found["platform"] = platform.platform()
   for name in LIBRARIES:
     try:
-      versions[name] = importlib.metadata.version(name)
+      found[name] = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-      versions[name] = None  # The package runs from its sources.
+      found[name] = None  # The package runs from its sources.
   devices = jax.devices()
-  versions["device_kind"] = devices[0].device_kind
-  versions["device_count"] = len(devices)
-  versions["process_count"] = jax.process_count()
-  versions["git_commit"], versions["git_dirty"] = _git_state(
-    pathlib.Path(__file__)
-  )
-  return versions
+  found["device_kind"] = devices[0].device_kind
+  found["device_count"] = len(devices)
+  found["process_count"] = jax.process_count()
+  found["git_commit"], found["git_dirty"] = _git_state(pathlib.Path(__file__))
+  return found
 
 
 def _git_state(source: pathlib.Path) -> tuple[str | None, bool | None]:

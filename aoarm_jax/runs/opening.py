@@ -100,9 +100,7 @@ def config_here(
       raise config_lib.ConfigError(
         f"step={step}: does not go with read={read!r}; give one of the two"
       )
-  config = config.replace("checkpoint.read", read)
-  config = config.replace("mesh", config_lib.Mesh())
-  return config.replace("compute.attention", "auto")
+  return for_these_devices(config.replace("checkpoint.read", read))
 
 
 def read_config(workdir: epath.PathLike) -> config_lib.Config:
@@ -140,6 +138,18 @@ def read_config(workdir: epath.PathLike) -> config_lib.Config:
     path,
   )
   return config.replace("data.corpus", "auto")
+
+
+def for_these_devices(config: config_lib.Config) -> config_lib.Config:
+  """Return the config of a run, to be read on the devices of this process.
+
+  The mesh and the attention fit these devices, and not those of training.
+
+  Args:
+    config: the config that `read_config` returned.
+  """
+  config = config.replace("mesh", config_lib.Mesh())
+  return config.replace("compute.attention", "auto")
 
 
 # Besides the model, an evaluation takes these fields from the run: the text,

@@ -134,10 +134,10 @@ class UnitTest(absltest.TestCase):
   def test_the_error_of_bits_a_byte_follows_the_bytes(self):
     """Long sequences have more nats, which is no error."""
     sizes = np.array([100, 200, 300])
-    self.assertEqual(evaluate._error_of_ratio(2.0 * sizes, sizes), 0)
+    self.assertEqual(evaluate.error_of_ratio(2.0 * sizes, sizes), 0)
     nats = np.random.default_rng(0).normal(3, 1, 4000)
     want = nats.std(ddof=1) / math.sqrt(4000) / 5
-    got = evaluate._error_of_ratio(nats, np.full(4000, 5))
+    got = evaluate.error_of_ratio(nats, np.full(4000, 5))
     self.assertAlmostEqual(got, want, places=12)
 
 

@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 FLOORS = (
   "launch configs",
   "main",
-  "study",
+  "study benchmark",
   "tools",
   "aoarm_jax",
   "api",

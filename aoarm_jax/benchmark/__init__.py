@@ -1,0 +1,1 @@
+"""The benchmark of a trained run: likelihood, orders, infilling, generation."""

@@ -1,0 +1,116 @@
+"""The report of a benchmark: its table, numbers and pictures."""
+
+import csv
+import io
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from aoarm_jax.benchmark import session as session_lib
+from aoarm_jax.runs import directory as run_dir
+from aoarm_jax.runs import text as text_lib
+
+_COLUMNS = ("part", "subject", "measure", "value", "error", "unit", "n", "note")
+_SIDES = "<<<>><><"
+
+
+def write(
+  folder: epath.Path,
+  parts: Mapping[str, Any],
+  facts: Mapping[str, Any],
+  settings: Mapping[str, Mapping[str, Any]],
+  results: Mapping[str, Mapping[str, Any]],
+  left_out: Mapping[str, str],
+) -> str:
+  """Write the report.
+
+  The same results give the same files, apart from the versions in
+  benchmark.json.
+
+  Args:
+    folder: the folder of the report.
+    parts: part -> the module that makes its rows and its picture.
+    facts: what identifies the run.
+    settings: unit -> all that its result depends on, besides the run.
+    results: unit -> its result.
+    left_out: part -> why it is left out.
+
+  Returns:
+    The table for people.
+  """
+  by_part: dict[str, dict[str, Any]] = {}
+  for name, result in results.items():
+    part, _, piece = name.partition("/")
+    by_part.setdefault(part, {})[piece] = result
+  rows = [row for p, found in by_part.items() for row in parts[p].rows(found)]
+  record = {
+    "run": facts,
+    "versions": run_dir.versions(),
+    "units": {
+      name: {"settings": settings[name], "result": result}
+      for name, result in results.items()
+    },
+    "left_out": left_out,
+    "table": [row._asdict() for row in rows],
+  }
+  content = run_dir.to_json(record, indent=2) + "\n"
+  run_dir.write_atomically(folder / "benchmark.json", content)
+  run_dir.write_atomically(folder / "benchmark.csv", _csv(rows))
+  title = f"{facts['experiment']}, step {facts['step']:,}"
+  pictures = []
+  for part, found in by_part.items():
+    picture = folder / f"{part}.png"
+
+    def draw(part=part, found=found, picture=picture):
+      parts[part].draw(found, picture, f"{part.replace('_', ' ')}: {title}")
+
+    if run_dir.attempt(draw):
+      pictures.append(part)
+  page = _page(title, facts, rows, left_out, pictures)
+  run_dir.write_atomically(folder / "README.md", page)
+  return text_lib.aligned([_COLUMNS, *map(_cells, rows)], _SIDES)
+
+
+def _csv(rows):
+  """Return the table as CSV."""
+  content = io.StringIO(newline="")
+  writer = csv.writer(content, lineterminator="\n")
+  writer.writerow(session_lib.Row._fields)
+  writer.writerows(rows)
+  return content.getvalue()
+
+
+def _cells(row):
+  """Return the cells of a row, for people."""
+  value, error = (
+    "" if number is None else f"{number:.4f}"
+    for number in (row.value, row.error)
+  )
+  subject = row.subject.replace("_", " ")
+  unit = row.unit.replace("bits_per_", "bits/")
+  part = row.part.replace("_", " ")
+  count = f"{row.n:,}"
+  return (part, subject, row.measure, value, error, unit, count, row.note)
+
+
+def _page(title, facts, rows, left_out, pictures):
+  """Return README.md."""
+  lines = [
+    f"# Benchmark of {title}",
+    "",
+    "`error` is the standard error of `value`, and `n` says over how many "
+    "tokens, windows or texts. `benchmark.json` has all settings.",
+    "",
+    *(f"- {k.replace('_', ' ')}: `{value}`" for k, value in facts.items()),
+    "",
+    f"| {' | '.join(_COLUMNS)} |",
+    "|" + "|".join("---:" if side == ">" else "---" for side in _SIDES) + "|",
+    *(f"| {' | '.join(_cells(row))} |" for row in rows),
+  ]
+  if left_out:
+    lines += ["", "Left out:", ""]
+    lines += [f"- {part}: {why}" for part, why in left_out.items()]
+  for part in pictures:
+    lines += ["", f"![{part.replace('_', ' ')}]({part}.png)"]
+  return "\n".join(lines) + "\n"
