@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import numpy.typing as npt
 from etils import epath
 
 from aoarm_jax import orders
@@ -318,10 +319,9 @@ class Session:
     options = self.config.replace("orders.family", "uniform").orders
     key = jax.random.key(self.options.seed)
     key = jax.random.fold_in(key, purposes.BENCHMARK)
-    count = len(lengths)
+    draw = jax.jit(lambda key: orders.draw(key, len(lengths), self.T, options))
     drawn = (
-      orders.draw(jax.random.fold_in(key, k), count, self.T, options)
-      for k in range(self.options.orders)
+      draw(jax.random.fold_in(key, k)) for k in range(self.options.orders)
     )
     return [
       [prompts.within(row, n) for row, n in zip(np.asarray(order), lengths)]
@@ -415,7 +415,7 @@ def parameters_sha256(params: Any) -> str:
   return digest.hexdigest()
 
 
-def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+def mean_and_error(values: npt.ArrayLike) -> tuple[float, float | None]:
   """Return the mean of numbers and its standard error; None for one number."""
   array = np.asarray(values, np.float64)
   if len(array) < 2:
@@ -424,7 +424,7 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def ratio_and_error(
-  sums: Sequence[float], sizes: Sequence[float]
+  sums: npt.ArrayLike, sizes: npt.ArrayLike
 ) -> tuple[float, float | None]:
   """Return sum(sums) / sum(sizes) and its standard error, to first order."""
   sums_, sizes_ = np.asarray(sums, np.float64), np.asarray(sizes, np.float64)

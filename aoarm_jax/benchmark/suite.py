@@ -19,7 +19,14 @@ import jax
 from absl import logging
 from etils import epath
 
-from aoarm_jax.benchmark import likelihood, report
+from aoarm_jax.benchmark import (
+  consistency,
+  frontier,
+  infilling,
+  last_word,
+  likelihood,
+  report,
+)
 from aoarm_jax.benchmark import session as session_lib
 from aoarm_jax.config import reading
 from aoarm_jax.config import schema as config_lib
@@ -29,7 +36,13 @@ from aoarm_jax.runs import opening, telemetry
 
 # Changes whenever a unit computes something else from the same settings.
 _VERSION = 1
-PARTS: dict[str, Any] = {"likelihood": likelihood}
+PARTS: dict[str, Any] = {
+  "likelihood": likelihood,
+  "orders": consistency,
+  "infilling": infilling,
+  "generation": frontier,
+  "last_word": last_word,
+}
 
 
 def benchmark(config: config_lib.Config, workdir: epath.Path) -> None:

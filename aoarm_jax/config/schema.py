@@ -42,7 +42,13 @@ ESTIMATORS = (
   "context_ensembled",
   "elbo",
 )
-BENCHMARK_PARTS = ("likelihood",)
+BENCHMARK_PARTS = (
+  "likelihood",
+  "orders",
+  "infilling",
+  "generation",
+  "last_word",
+)
 
 
 # The types of fields, for people.

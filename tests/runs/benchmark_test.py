@@ -14,6 +14,7 @@ from absl.testing import absltest
 
 import aoarm_jax
 from aoarm_jax.benchmark import session as session_lib
+from aoarm_jax.config import schema as config_lib
 
 _SMALL = {
   "train.steps": 2,
@@ -58,20 +59,36 @@ class BenchmarkTest(absltest.TestCase):
 
   def test_a_second_run_gives_the_same_numbers(self):
     helpers.run(_command("run"))
-    text = _folder() / "benchmark.txt"
+    text, words = _folder() / "benchmark.txt", _folder() / "words.jsonl"
     text.write_text("abc bca cab " * 10)
-    first = _benchmark("run", benchmark__text=text)
+    words.write_text('{"text": "abc bca cab"}\n{"text": "cab bc"}\n')
+    options = {
+      "benchmark__text": text,
+      "benchmark__last_words": words,
+      "benchmark__scorer": _folder() / "run",
+    }
+    first = _benchmark("run", **options)
     folder = _folder() / "run" / "benchmark"
     files = helpers.contents(folder)
-    self.assertIn("README.md", files)
+    for part in config_lib.BENCHMARK_PARTS:
+      self.assertIn(f"{part}.png", files)
+      self.assertIn(
+        f"\n| {part.replace('_', ' ')} | ", files["README.md"].decode()
+      )
     # Nothing is measured again as long as nothing has changed.
     units = sorted((folder / "units").iterdir())
     times = [os.stat(unit).st_mtime_ns for unit in units]
-    self.assertEqual(_benchmark("run", benchmark__text=text), first)
+    self.assertEqual(_benchmark("run", **options), first)
+    self.assertEqual(times, [os.stat(unit).st_mtime_ns for unit in units])
+    # What is lost is measured again, and nothing else.
+    units[3].unlink()
+    self.assertEqual(_benchmark("run", **options), first)
+    self.assertEqual(helpers.contents(folder), files)
+    del units[3], times[3]
     self.assertEqual(times, [os.stat(unit).st_mtime_ns for unit in units])
     # A new start from nothing has the same numbers and the same pictures.
     shutil.rmtree(folder)
-    self.assertEqual(_benchmark("run", benchmark__text=text), first)
+    self.assertEqual(_benchmark("run", **options), first)
     self.assertEqual(helpers.contents(folder), files)
 
     _, report = first
@@ -96,9 +113,33 @@ class BenchmarkTest(absltest.TestCase):
 
     # Another text is another measurement.
     text.write_text("abc bca cab " * 9 + "zzz zzz zzz")
-    _, other = _benchmark("run", benchmark__text=text, benchmark__tokens=0)
+    _, other = _benchmark(
+      "run",
+      benchmark__text=text,
+      benchmark__tokens=0,
+      benchmark__parts="('likelihood','last_word')",
+      benchmark__estimators="('left_to_right',)",
+    )
+    self.assertEqual(list(other["left_out"]), ["last_word"])
+    self.assertEqual(list(other["units"]), ["likelihood/left_to_right"])
     found = other["units"]["likelihood/left_to_right"]["result"]
     self.assertEqual(found["tokens"], 119)
+
+    # What the user can mend is told in one line, before anything is measured.
+    for field, message in (
+      ("text", "benchmark.text=/absent: no such file"),
+      ("last_words", "benchmark.last_words=/absent: no such file"),
+      ("scorer", "/absent/config.json: no such file"),
+    ):
+      with self.assertRaisesRegex(aoarm_jax.UserError, message):
+        _benchmark("run", **{f"benchmark__{field}": "/absent"})
+    for field, value, message in (
+      ("stride", 17, "at most config.model.T=16"),
+      ("estimators", "('elbo',)", "two_stream has the likelihoods: any_order"),
+      ("temperatures", "(0.0,)", "all above 0"),
+    ):
+      with self.assertRaisesRegex(aoarm_jax.ConfigError, message):
+        _benchmark("run", **{f"benchmark__{field}": value})
 
 
 if __name__ == "__main__":
