@@ -311,10 +311,13 @@ class Session:
     return [w for _, w in zip(range(self.options.windows), self.every_window())]
 
   def drawn_orders(self, lengths: Sequence[int]) -> list[list[list[int]]]:
-    """Return config.benchmark.orders uniform orders for each text: [K][texts].
+    """Return config.benchmark.orders uniform orders of every text.
 
     Args:
       lengths: the number of positions of every text, at most T.
+
+    Returns:
+      K lists with one permutation for each text.
     """
     options = self.config.replace("orders.family", "uniform").orders
     key = jax.random.key(self.options.seed)

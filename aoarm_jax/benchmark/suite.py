@@ -72,7 +72,7 @@ def benchmark(config: config_lib.Config, workdir: epath.Path) -> None:
     facts = _facts(session)
     units: list[session_lib.Unit] = []
     left_out: dict[str, str] = {}
-    for name in config.benchmark.parts:
+    for name in config.benchmark.parts or config_lib.BENCHMARK_PARTS:
       found = PARTS[name].units(session)
       if isinstance(found, str):
         left_out[name] = found

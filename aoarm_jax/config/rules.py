@@ -293,7 +293,6 @@ def _of_a_benchmark(config):
   """Return the rules for a benchmark."""
   b, m = config.benchmark, config.model
   return [
-    ("benchmark.parts", b.parts, "name at least one part"),
     (
       "benchmark.stride",
       b.stride <= m.T,

@@ -730,7 +730,7 @@ class Benchmark:
   """A report on a trained run (aoarm_jax/benchmark)."""
 
   parts: tuple[str, ...] = _field(
-    BENCHMARK_PARTS, "parts of the report", choices=BENCHMARK_PARTS
+    (), "parts of the report; () means all", choices=BENCHMARK_PARTS
   )
   text: str = _field(
     "",
