@@ -18,6 +18,7 @@ import numpy as np
 from etils import epath
 
 from aoarm_jax import orders
+from aoarm_jax.benchmark import results as results_lib
 from aoarm_jax.benchmark import session as session_lib
 from aoarm_jax.data import pipeline
 from aoarm_jax.generation import prompts
@@ -27,18 +28,18 @@ _PAIRS = 4  # Pairs of each kind in a window.
 _FAR = 8  # Least distance of a distant pair, in positions.
 
 
-def units(session: session_lib.Session) -> list[session_lib.Unit] | str:
+def units(session: session_lib.Session) -> list[results_lib.Unit] | str:
   """Return the units, or why there are none."""
   if session.kind.left_to_right:
     return f"mechanism {session.network.model.mechanism} has one order only"
   windows = session.window_settings()
   made = [
-    session_lib.Unit(
+    results_lib.Unit(
       "orders/spread",
       windows | {"orders": session.options.orders},
       functools.partial(_spread, session),
     ),
-    session_lib.Unit(
+    results_lib.Unit(
       "orders/pairs",
       windows | {"pairs": _PAIRS},
       functools.partial(_pairs, session),
@@ -52,7 +53,7 @@ def units(session: session_lib.Session) -> list[session_lib.Unit] | str:
       "temperature": 1.0,
     }
     unit = functools.partial(_adaptive, session, method)
-    made.append(session_lib.Unit("orders/adaptive", settings | method, unit))
+    made.append(results_lib.Unit("orders/adaptive", settings | method, unit))
   return made
 
 
@@ -76,50 +77,39 @@ def _spread(session):
   windows = session.windows
   texts = [_whole(window) for window in windows]
   # The end of a padded document is a position of its order.
-  sizes = np.array([
-    min(session.T, len(w) + session.network.layout.predicts_end)
-    for w in windows
-  ])  # fmt: skip
-  uniform = np.array([
-    [score.bits for score in session.score(texts, "given", given)]
-    for given in session.drawn_orders(sizes)
-  ])  # fmt: skip
+  end = session.network.layout.predicts_end
+  sizes = np.array([min(session.T, len(w) + end) for w in windows])
+
+  def bits_in(order, given=None):
+    scores = session.score(texts, order, given)
+    return np.array([score.bits for score in scores]) / sizes
+
+  uniform = np.array(
+    [bits_in("given", given) for given in session.drawn_orders(sizes)]
+  )
   K = len(uniform)
-  fixed = {
-    name: np.array([score.bits for score in session.score(texts, name)])
-    for name in ("left_to_right", "right_to_left")
-  }
-  log_p = -uniform * math.log(2)
+  # Every order is in one difference, so the differences are independent.
+  apart = uniform[1::2] - uniform[: K // 2 * 2 : 2]
+  forward = bits_in("left_to_right")
+  log_p = -uniform * sizes * math.log(2)
   most = log_p.max(axis=0)
-  ensembled = -(most + np.log(np.exp(log_p - most).mean(axis=0))) / math.log(2)
+  ensembled = most + np.log(np.exp(log_p - most).mean(axis=0))
   values = {
-    "uniform": uniform.mean(axis=0) / sizes,
-    "ensembled": ensembled / sizes,
-    "left_to_right_minus_uniform": (
-      fixed["left_to_right"] - uniform.mean(axis=0)
-    )
-    / sizes,
-    "spread": uniform.std(axis=0, ddof=1) / sizes,
-    # Every order is in one difference, so the differences are independent.
-    "difference_of_two_orders": (
-      uniform[1::2] - uniform[: K // 2 * 2 : 2]
-    ).mean(axis=0)
-    / sizes,
-    "absolute_difference_of_two_orders": np.abs(
-      uniform[1::2] - uniform[: K // 2 * 2 : 2]
-    ).mean(axis=0)
-    / sizes,
-  } | {name: bits / sizes for name, bits in fixed.items()}
-  summary = {
-    name: dict(zip(("mean", "error"), session_lib.mean_and_error(per_token)))
-    for name, per_token in values.items()
+    "uniform": uniform.mean(axis=0),
+    "left_to_right": forward,
+    "right_to_left": bits_in("right_to_left"),
+    "ensembled": -ensembled / math.log(2) / sizes,
+    "left_to_right_minus_uniform": forward - uniform.mean(axis=0),
+    "spread": uniform.std(axis=0, ddof=1),
+    "difference": apart.mean(axis=0),
+    "absolute_difference": np.abs(apart).mean(axis=0),
   }
   return {
-    "bits_per_token": summary,
+    "bits_per_token": {name: _summary(bits) for name, bits in values.items()},
     "windows": len(windows),
     "orders": K,
-    "uniform_bits_per_token": (uniform / sizes).T.tolist(),
-    "left_to_right_bits_per_token": values["left_to_right"].tolist(),
+    "uniform_bits_per_token": uniform.T.tolist(),
+    "left_to_right_bits_per_token": forward.tolist(),
   }
 
 
@@ -152,8 +142,9 @@ def _pairs(session):
 
 
 def _summary(values):
-  mean, error = session_lib.mean_and_error(values)
-  return {"mean": mean, "error": error, "standard_deviation": values.std()}
+  mean, error = results_lib.mean_and_error(values)
+  deviation = float(np.std(values))
+  return {"mean": mean, "error": error, "standard_deviation": deviation}
 
 
 def _marked_pairs(session, number, window, kind, context):
@@ -190,7 +181,7 @@ def _adaptive(session, method):
   steps = np.abs(np.diff(found, axis=1)).mean(axis=1)
   return {
     "texts": len(found),
-    "rank_correlation": _summary(np.array(correlations)),
+    "rank_correlation": _summary(correlations),
     "alignment": _summary(
       np.asarray(orders.alignment(jnp.asarray(found)), np.float64)
     ),
@@ -201,92 +192,69 @@ def _adaptive(session, method):
   }
 
 
-_NAMES = {
-  "uniform": ("uniform orders", "mean over orders"),
-  "left_to_right": ("left_to_right", "exact in this order"),
-  "right_to_left": ("right_to_left", "exact in this order"),
-  "ensembled": ("ensembled", "exact for the mixture of K orders"),
+# Name in the result of `_spread`, pairs and adaptive orders -> columns.
+_SPREAD = {
+  "uniform": ("uniform orders", "likelihood", "mean over orders"),
+  "left_to_right": ("left_to_right", "likelihood", "exact in this order"),
+  "right_to_left": ("right_to_left", "likelihood", "exact in this order"),
+  "ensembled": ("ensembled", "likelihood", "exact for the mixture of K orders"),
   "left_to_right_minus_uniform": (
     "left_to_right - uniform",
+    "difference",
     "paired by windows",
   ),
-  "spread": ("spread over orders", "standard deviation within a window"),
-  "difference_of_two_orders": (
-    "two uniform orders",
-    "mean difference; 0 if the law is consistent or by symmetry",
+  "spread": (
+    "uniform orders",
+    "spread",
+    "standard deviation over the orders of a window",
   ),
-  "absolute_difference_of_two_orders": (
+  "difference": ("two uniform orders", "difference", "0 up to chance"),
+  "absolute_difference": (
     "two uniform orders",
-    "mean absolute difference; 0 if the law is consistent",
+    "absolute difference",
+    "0 if the law is consistent",
   ),
+}
+_PAIR = {
+  "difference": "log p(b) + log p(a|b) - log p(a) - log p(b|a), a < b",
+  "absolute_difference": "0 if the law is consistent",
+}
+_ADAPTIVE = {
+  "rank_correlation": ("1", "of rank and position; 1 is left to right"),
+  "alignment": ("1", "of recency and nearness; 1 is a moving front"),
+  "mean_step_in_positions": ("positions", "a uniform order has {:.2f}"),
 }
 
 
-def rows(results: Mapping[str, Any]) -> list[session_lib.Row]:
+def rows(results: Mapping[str, Any]) -> list[results_lib.Row]:
   """Return the rows of the table.
 
   Args:
     results: "spread", "pairs" and "adaptive" -> the result of the unit.
   """
-  make = functools.partial(session_lib.Row, "orders")
+
+  def row(subject, measure, value, unit, n, note):
+    return results_lib.Row(
+      "orders", subject, measure, value["mean"], value["error"], unit, n, note
+    )
+
   table = []
-  spread = results.get("spread", {"bits_per_token": {}})
-  for name, (subject, note) in _NAMES.items():
-    if value := spread["bits_per_token"].get(name):
-      measure = "difference" if "difference" in note else "likelihood"
-      if "minus" in name:
-        measure = "difference"
-      if name == "spread":
-        measure = "spread"
-      table.append(
-        make(
-          subject,
-          measure,
-          value["mean"],
-          value["error"],
-          "bits_per_token",
-          spread["windows"],
-          note,
-        )
-      )
+  if spread := results.get("spread"):
+    for name, (subject, measure, note) in _SPREAD.items():
+      value, n = spread["bits_per_token"][name], spread["windows"]
+      table.append(row(subject, measure, value, "bits_per_token", n, note))
   for name, pair in results.get("pairs", {}).items():
-    for key, note in (
-      ("difference", "log p(b) + log p(a|b) - log p(a) - log p(b|a), a < b"),
-      ("absolute_difference", "absolute; 0 if the law is consistent"),
-    ):
-      value = pair[key]
-      table.append(
-        make(
-          f"pairs, {name}",
-          key.replace("_", " "),
-          value["mean"],
-          value["error"],
-          "bits",
-          pair["pairs"],
-          f"{note}; standard deviation {value['standard_deviation']:.4f}",
-        )
-      )
+    for key, note in _PAIR.items():
+      deviation = pair[key]["standard_deviation"]
+      note = f"{note}; standard deviation {deviation:.4f}"
+      measure, n = key.replace("_", " "), pair["pairs"]
+      table.append(row(f"pairs, {name}", measure, pair[key], "bits", n, note))
   if adaptive := results.get("adaptive"):
-    for key, unit, note in (
-      ("rank_correlation", "1", "of rank and position; 1 is left to right"),
-      ("alignment", "1", "of recency and nearness; 1 is a moving front"),
-      (
-        "mean_step_in_positions",
-        "positions",
-        f"uniform: {adaptive['mean_step_of_a_uniform_order']:.2f}",
-      ),
-    ):
-      value = adaptive[key]
+    for key, (unit, note) in _ADAPTIVE.items():
+      note = note.format(adaptive["mean_step_of_a_uniform_order"])
+      measure, n = key.replace("_", " "), adaptive["texts"]
       table.append(
-        make(
-          "adaptive orders",
-          key.replace("_", " "),
-          value["mean"],
-          value["error"],
-          unit,
-          adaptive["texts"],
-          note,
-        )
+        row("adaptive orders", measure, adaptive[key], unit, n, note)
       )
   return table
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from aoarm_jax.benchmark import results as results_lib
 from aoarm_jax.benchmark import session as session_lib
 from aoarm_jax.config import paths
 from aoarm_jax.config import rules as config_rules
@@ -27,7 +28,7 @@ from aoarm_jax.runs import canvas, opening
 _REFERENCE = "reference"
 
 
-def units(session: session_lib.Session) -> list[session_lib.Unit]:
+def units(session: session_lib.Session) -> list[results_lib.Unit]:
   """Return a unit for each temperature, and one for real text."""
   scorer = _Scorer(session)
   options = session.options
@@ -35,7 +36,7 @@ def units(session: session_lib.Session) -> list[session_lib.Unit]:
   sampling = session.sampling() | {"length": session.config.sample.length}
   return [
     *(
-      session_lib.Unit(
+      results_lib.Unit(
         f"generation/{temperature:g}",
         settings
         | sampling
@@ -44,7 +45,7 @@ def units(session: session_lib.Session) -> list[session_lib.Unit]:
       )
       for temperature in options.temperatures
     ),
-    session_lib.Unit(
+    results_lib.Unit(
       f"generation/{_REFERENCE}",
       settings | session.window_settings(),
       functools.partial(_of_windows, session, scorer),
@@ -155,7 +156,7 @@ def _of_tokens(session, texts):
   }
 
 
-def rows(results: Mapping[str, Any]) -> list[session_lib.Row]:
+def rows(results: Mapping[str, Any]) -> list[results_lib.Row]:
   """Return the rows of the table.
 
   Args:
@@ -165,7 +166,7 @@ def rows(results: Mapping[str, Any]) -> list[session_lib.Row]:
   for name, result in results.items():
     is_real = name == _REFERENCE
     subject = "real text" if is_real else f"temperature {name}"
-    make = functools.partial(session_lib.Row, "generation", subject)
+    make = functools.partial(results_lib.Row, "generation", subject)
     count = result["texts"]
     if not is_real:
       note = "exact: mean of -log q(x | order)"
@@ -175,12 +176,12 @@ def rows(results: Mapping[str, Any]) -> list[session_lib.Row]:
       for unit in ("token", "byte"):
         sizes = result[f"{unit}s"]
         if unit == "token" or sizes != result["tokens"]:
-          ratio = session_lib.ratio_and_error(bits, sizes)
+          ratio = results_lib.ratio_and_error(bits, sizes)
           row = make(
             "measured entropy", *ratio, f"bits_per_{unit}", count, note
           )
           table.append(row)
-    mean = session_lib.mean_and_error(result["unigram_bits"])
+    mean = results_lib.mean_and_error(result["unigram_bits"])
     note = "of the tokens within a text"
     table.append(make("unigram entropy", *mean, "bits_per_token", count, note))
     if quality := result["quality"]:
@@ -204,7 +205,7 @@ def draw(results: Mapping[str, Any], path: epath.Path, title: str) -> None:
     title: of the picture.
   """
   table = rows(results)
-  by_measure: dict[str, dict[str, session_lib.Row]] = {}
+  by_measure: dict[str, dict[str, results_lib.Row]] = {}
   for row in reversed(table):  # Bits per token stay where there are both.
     by_measure.setdefault(row.measure, {})[row.subject] = row
   entropies = ("measured entropy", "unigram entropy")

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
+from aoarm_jax.benchmark import results as results_lib
 from aoarm_jax.benchmark import session as session_lib
 from aoarm_jax.data import pipeline
 from aoarm_jax.generation import prompts
@@ -66,7 +67,7 @@ class Gapped(NamedTuple):
     return np.any(self.gaps, axis=0)
 
 
-def units(session: session_lib.Session) -> list[session_lib.Unit] | str:
+def units(session: session_lib.Session) -> list[results_lib.Unit] | str:
   """Return a unit for each kind of gap, or why there are none."""
   if session.kind.left_to_right:
     return (
@@ -78,7 +79,7 @@ def units(session: session_lib.Session) -> list[session_lib.Unit] | str:
     "samples": session.options.samples,
   }
   return [
-    session_lib.Unit(
+    results_lib.Unit(
       f"infilling/{name}",
       settings | {"most_gaps": kind.most},
       functools.partial(_measure, session, kind),
@@ -224,7 +225,7 @@ _BOUNDS = {
 }
 
 
-def rows(results: Mapping[str, Any]) -> list[session_lib.Row]:
+def rows(results: Mapping[str, Any]) -> list[results_lib.Row]:
   """Return the rows of the table.
 
   Args:
@@ -232,7 +233,7 @@ def rows(results: Mapping[str, Any]) -> list[session_lib.Row]:
   """
   table = []
   for kind, result in results.items():
-    make = functools.partial(session_lib.Row, "infilling", kind)
+    make = functools.partial(results_lib.Row, "infilling", kind)
     count = result["windows"]
     if not count:
       looked = f"no window of {result['looked_at']:,} has one"
@@ -241,7 +242,7 @@ def rows(results: Mapping[str, Any]) -> list[session_lib.Row]:
     notes = _BOUNDS if result["is_bound"] else _NOTES
     for order, bits in result["bits"].items():
       measure = f"reference, {order.replace('_', ' ')}"
-      ratio = session_lib.ratio_and_error(bits, result["bytes"])
+      ratio = results_lib.ratio_and_error(bits, result["bytes"])
       table.append(make(measure, *ratio, "bits_per_byte", count, notes[order]))
     gaps = f"{sum(result['gaps'])} gaps of {sum(result['tokens'])} tokens"
     for name, note in (
@@ -249,7 +250,7 @@ def rows(results: Mapping[str, Any]) -> list[session_lib.Row]:
       ("exact_match_of_all_gaps", "share of the windows"),
       ("edit_distance", f"edits / length; {gaps}"),
     ):
-      mean = session_lib.mean_and_error(result[name])
+      mean = results_lib.mean_and_error(result[name])
       table.append(make(name.replace("_", " "), *mean, "share", count, note))
   return table
 

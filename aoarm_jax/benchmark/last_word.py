@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
+from aoarm_jax.benchmark import results as results_lib
 from aoarm_jax.benchmark import session as session_lib
 from aoarm_jax.data import cleaning, sources, tokenizers
 from aoarm_jax.generation import prompts
@@ -44,7 +45,7 @@ class _Cloze(NamedTuple):
   is_cut: bool
 
 
-def units(session: session_lib.Session) -> list[session_lib.Unit] | str:
+def units(session: session_lib.Session) -> list[results_lib.Unit] | str:
   """Return a unit for each way to give the text, or why there are none."""
   path = session.options.last_words
   if not path:
@@ -58,7 +59,7 @@ def units(session: session_lib.Session) -> list[session_lib.Unit] | str:
       "seed": session.options.seed,
     }
   return [
-    session_lib.Unit(
+    results_lib.Unit(
       f"last_word/{way}",
       settings,
       functools.partial(_measure, session, clozes, way == "blank"),
@@ -209,7 +210,7 @@ def _marked(session, text, given, is_blank):
   )
 
 
-def rows(results: Mapping[str, Any]) -> list[session_lib.Row]:
+def rows(results: Mapping[str, Any]) -> list[results_lib.Row]:
   """Return the rows of the table.
 
   Args:
@@ -218,9 +219,9 @@ def rows(results: Mapping[str, Any]) -> list[session_lib.Row]:
   table = []
   for way, result in results.items():
     subject = "as a blank" if way == "blank" else way
-    make = functools.partial(session_lib.Row, "last_word", subject)
+    make = functools.partial(results_lib.Row, "last_word", subject)
     count = result["texts"]
-    value, error = session_lib.mean_and_error(result["is_right"])
+    value, error = results_lib.mean_and_error(result["is_right"])
     note = "likeliest tokens, from left to right"
     table.append(make("accuracy", value, error, "share", count, note))
     for name, note in (
@@ -231,12 +232,12 @@ def rows(results: Mapping[str, Any]) -> list[session_lib.Row]:
         continue
       if result["is_bound"]:
         note = "of these orders; the diffusion itself has only a bound"
-      mean, error = session_lib.mean_and_error(result[name])
+      mean, error = results_lib.mean_and_error(result[name])
       measure = "perplexity" + ", ensembled" * (name != "nats")
       perplexity = math.exp(mean)
       error = None if error is None else perplexity * error
       table.append(make(measure, perplexity, error, "per word", count, note))
-      ratio, error = session_lib.ratio_and_error(result[name], result["tokens"])
+      ratio, error = results_lib.ratio_and_error(result[name], result["tokens"])
       error = None if error is None else math.exp(ratio) * error
       table.append(
         make(measure, math.exp(ratio), error, "per token", count, note)

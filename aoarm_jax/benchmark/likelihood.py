@@ -10,6 +10,7 @@ from typing import Any
 
 from etils import epath
 
+from aoarm_jax.benchmark import results as results_lib
 from aoarm_jax.benchmark import session as session_lib
 from aoarm_jax.runs import canvas
 
@@ -24,7 +25,7 @@ _NOTES = {
 }
 
 
-def units(session: session_lib.Session) -> list[session_lib.Unit]:
+def units(session: session_lib.Session) -> list[results_lib.Unit]:
   """Return a unit for each estimator.
 
   given_order is left out if the run has no given order, and training_order if
@@ -56,7 +57,7 @@ def units(session: session_lib.Session) -> list[session_lib.Unit]:
     },
   }
   return [
-    session_lib.Unit(
+    results_lib.Unit(
       f"likelihood/{name}",
       settings | more.get(name, {}),
       functools.partial(_measure, session, name),
@@ -72,7 +73,7 @@ def _measure(session, estimator):
   return record
 
 
-def rows(results: Mapping[str, Any]) -> list[session_lib.Row]:
+def rows(results: Mapping[str, Any]) -> list[results_lib.Row]:
   """Return bits per byte, character and token of every estimator.
 
   Args:
@@ -90,7 +91,7 @@ def rows(results: Mapping[str, Any]) -> list[session_lib.Row]:
       "bits_per_byte": result["standard_error_bits_per_byte"],
     }
     table += [
-      session_lib.Row(
+      results_lib.Row(
         "likelihood",
         estimator,
         "likelihood",

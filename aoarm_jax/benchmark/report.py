@@ -7,7 +7,7 @@ from typing import Any
 
 from etils import epath
 
-from aoarm_jax.benchmark import session as session_lib
+from aoarm_jax.benchmark import results as results_lib
 from aoarm_jax.runs import directory as run_dir
 from aoarm_jax.runs import text as text_lib
 
@@ -16,44 +16,27 @@ _SIDES = "<<<>><><"
 
 
 def write(
-  folder: epath.Path,
-  parts: Mapping[str, Any],
-  facts: Mapping[str, Any],
-  settings: Mapping[str, Mapping[str, Any]],
-  results: Mapping[str, Mapping[str, Any]],
-  left_out: Mapping[str, str],
+  folder: epath.Path, parts: Mapping[str, Any], record: dict[str, Any]
 ) -> str:
   """Write the report.
 
-  The same results give the same files, apart from the versions in
-  benchmark.json.
+  The same record gives the same files.
 
   Args:
     folder: the folder of the report.
     parts: part -> the module that makes its rows and its picture.
-    facts: what identifies the run.
-    settings: unit -> all that its result depends on, besides the run.
-    results: unit -> its result.
-    left_out: part -> why it is left out.
+    record: the content of benchmark.json without the table.
 
   Returns:
     The table for people.
   """
+  facts, left_out = record["run"], record["left_out"]
   by_part: dict[str, dict[str, Any]] = {}
-  for name, result in results.items():
+  for name, unit in record["units"].items():
     part, _, piece = name.partition("/")
-    by_part.setdefault(part, {})[piece] = result
+    by_part.setdefault(part, {})[piece] = unit["result"]
   rows = [row for p, found in by_part.items() for row in parts[p].rows(found)]
-  record = {
-    "run": facts,
-    "versions": run_dir.versions(),
-    "units": {
-      name: {"settings": settings[name], "result": result}
-      for name, result in results.items()
-    },
-    "left_out": left_out,
-    "table": [row._asdict() for row in rows],
-  }
+  record = record | {"table": [row._asdict() for row in rows]}
   content = run_dir.to_json(record, indent=2) + "\n"
   run_dir.write_atomically(folder / "benchmark.json", content)
   run_dir.write_atomically(folder / "benchmark.csv", _csv(rows))
@@ -76,7 +59,7 @@ def _csv(rows):
   """Return the table as CSV."""
   content = io.StringIO(newline="")
   writer = csv.writer(content, lineterminator="\n")
-  writer.writerow(session_lib.Row._fields)
+  writer.writerow(results_lib.Row._fields)
   writer.writerows(rows)
   return content.getvalue()
 

@@ -3,12 +3,11 @@
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import numpy.typing as npt
 from etils import epath
 
 from aoarm_jax import orders
@@ -20,44 +19,6 @@ from aoarm_jax.evaluation import evaluate, score
 from aoarm_jax.generation import prompts
 from aoarm_jax.generation import texts as generate
 from aoarm_jax.runs import identity, opening
-
-
-class Unit(NamedTuple):
-  """A piece of work whose result is kept.
-
-  Attributes:
-    name: the part and the piece, such as "likelihood/any_order".
-    settings: all that the result depends on, besides the run; values of JSON.
-    measure: a function that returns the result: values of JSON.
-  """
-
-  name: str
-  settings: dict[str, Any]
-  measure: Callable[[], dict[str, Any]]
-
-
-class Row(NamedTuple):
-  """A line of the table.
-
-  Attributes:
-    part: such as "likelihood".
-    subject: what is measured, such as an estimator.
-    measure: the name of the quantity.
-    value: the number; None if it is not defined.
-    error: its standard error; None if it is not known.
-    unit: the unit of both.
-    n: over how many texts, windows or tokens.
-    note: whether the number is exact, a bound, or an estimate, and of what.
-  """
-
-  part: str
-  subject: str
-  measure: str
-  value: float | None
-  error: float | None
-  unit: str
-  n: int
-  note: str = ""
 
 
 class Text(NamedTuple):
@@ -76,7 +37,18 @@ class Text(NamedTuple):
 
 
 class Session:
-  """An open run with the programs and the text of a benchmark."""
+  """An open run with the programs and the text of a benchmark.
+
+  Attributes:
+    config: the config, with the seed and the batch size of the benchmark.
+    options: its section benchmark.
+    run: the open run.
+    network: the network of the run.
+    kind: the pieces of its mechanism.
+    T: the number of its positions.
+    tokenizer: the tokenizer of the run.
+    progress: what is done so far, for the message where a signal comes.
+  """
 
   def __init__(
     self,
@@ -96,7 +68,10 @@ class Session:
       config = config.replace(f"{section}.batch_size", options.batch_size)
       config = config.replace(f"{section}.seed", options.seed)
     config = config.replace("score.orders", options.orders)
+    # Scores follow the chain rule, also those of a model with groups.
+    config = config.replace("score.width", 1)
     self.config, self.run, self._signals = config, run, signals
+    self.progress = ""
     self.options, self.network = options, run.network
     self.kind, self.T = config.model.kind, config.model.T
     self.tokenizer = run.network.tokenizer
@@ -222,7 +197,7 @@ class Session:
 
   def raise_if_stopped(self) -> None:
     """Raise Stopped if a signal came."""
-    self._signals.raise_if_stopped("some units of the benchmark")
+    self._signals.raise_if_stopped(self.progress)
 
   @functools.cached_property
   def text(self) -> Text:
@@ -416,20 +391,3 @@ def parameters_sha256(params: Any) -> str:
     digest.update(f"{jax.tree_util.keystr(path)} {array.shape}".encode())
     digest.update(np.ascontiguousarray(array, "<f4").tobytes())
   return digest.hexdigest()
-
-
-def mean_and_error(values: npt.ArrayLike) -> tuple[float, float | None]:
-  """Return the mean of numbers and its standard error; None for one number."""
-  array = np.asarray(values, np.float64)
-  if len(array) < 2:
-    return float(array.mean()), None
-  return float(array.mean()), float(array.std(ddof=1) / np.sqrt(len(array)))
-
-
-def ratio_and_error(
-  sums: npt.ArrayLike, sizes: npt.ArrayLike
-) -> tuple[float, float | None]:
-  """Return sum(sums) / sum(sizes) and its standard error, to first order."""
-  sums_, sizes_ = np.asarray(sums, np.float64), np.asarray(sizes, np.float64)
-  error = evaluate.error_of_ratio(sums_, sizes_) if len(sums_) > 1 else None
-  return float(sums_.sum() / sizes_.sum()), error

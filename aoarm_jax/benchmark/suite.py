@@ -10,6 +10,7 @@ The folder benchmark/ of the run directory gets
                   stopped goes on
 """
 
+import dataclasses
 import hashlib
 import json
 import time
@@ -27,6 +28,7 @@ from aoarm_jax.benchmark import (
   likelihood,
   report,
 )
+from aoarm_jax.benchmark import results as results_lib
 from aoarm_jax.benchmark import session as session_lib
 from aoarm_jax.config import reading
 from aoarm_jax.config import schema as config_lib
@@ -70,7 +72,7 @@ def benchmark(config: config_lib.Config, workdir: epath.Path) -> None:
   with jax.set_mesh(run.network.mesh), stopping.Signals("batch") as signals:
     session = session_lib.Session(config, run, signals)
     facts = _facts(session)
-    units: list[session_lib.Unit] = []
+    units: list[results_lib.Unit] = []
     left_out: dict[str, str] = {}
     for name in config.benchmark.parts or config_lib.BENCHMARK_PARTS:
       found = PARTS[name].units(session)
@@ -79,9 +81,18 @@ def benchmark(config: config_lib.Config, workdir: epath.Path) -> None:
         logging.info("%s is left out: %s", name, found)
       else:
         units += found
-    results = _measured(units, facts, folder / "units")
-  settings = {unit.name: unit.settings for unit in units}
-  print(report.write(folder, PARTS, facts, settings, results, left_out), end="")
+    results = _measured(session, units, facts, folder / "units")
+  record = {
+    "run": facts,
+    "versions": run_dir.versions(),
+    "config": dataclasses.asdict(config),
+    "left_out": left_out,
+    "units": {
+      unit.name: {"settings": unit.settings, "result": results[unit.name]}
+      for unit in units
+    },
+  }
+  print(report.write(folder, PARTS, record), end="")
   logging.info("written: %s", folder / "README.md")
 
 
@@ -102,7 +113,7 @@ def _facts(session):
   }
 
 
-def _measured(units, facts, folder):
+def _measured(session, units, facts, folder):
   """Return {name: result} of all units; those that are kept are read."""
   results: dict[str, Any] = {}
   start, measured = time.monotonic(), 0
@@ -118,6 +129,7 @@ def _measured(units, facts, folder):
       seconds = (time.monotonic() - start) / measured * (len(units) - done)
       eta = f"  ETA {telemetry.format_duration(seconds)}"
     logging.info("benchmark %d/%d: %s%s", done + 1, len(units), unit.name, eta)
+    session.progress = f"{done} of {len(units)} units"
     result = json.loads(run_dir.to_json(unit.measure()))
     record = {"key": key, "settings": unit.settings, "result": result}
     run_dir.write_atomically(path, run_dir.to_json(record, indent=2) + "\n")

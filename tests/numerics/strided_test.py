@@ -112,8 +112,8 @@ class BruteForceTest(parameterized.TestCase):
   def test_a_sum_over_single_tokens(self, *case):
     self.check_sums(case)
 
-  @pytest.mark.thorough
   @parameterized.parameters(("ao_gpt", 1), ("causal", 1))
+  @pytest.mark.thorough
   def test_a_sum_over_single_tokens_of_others(self, *case):
     self.check_sums(case)
 
@@ -135,8 +135,8 @@ class BruteForceTest(parameterized.TestCase):
       {round(nats.sum(), 3) for nats in wanted.values()}, len(wanted)
     )
 
-  @pytest.mark.thorough
   @parameterized.parameters(("two_stream", 2), ("mdlm", 2))
+  @pytest.mark.thorough
   def test_one_stride_of_t_is_todays_windows(self, *case):
     text = tiny.tokens(1, 3 * _T, _V, seed=3)[0]
     windows = pipeline.eval_batches(text, T=_T, batch_size=4)
@@ -149,8 +149,8 @@ class BruteForceTest(parameterized.TestCase):
         found.nats_per_token, wanted.nats_per_token, delta=1e-5, msg=name
       )
 
-  @pytest.mark.thorough
   @parameterized.parameters(("two_stream", 2))
+  @pytest.mark.thorough
   def test_blocks_sum_to_one(self, *case):
     """Also where every conditional is a mean over orders of its context."""
     network, params = _pieces(*case)
@@ -188,8 +188,8 @@ class BruteForceTest(parameterized.TestCase):
         )()
       self.assertAlmostEqual(np.exp(-nats).sum(), 1, delta=1e-5, msg=name)
 
-  @pytest.mark.thorough
   @parameterized.parameters(1, 2)
+  @pytest.mark.thorough
   def test_padded_documents_have_the_nats_of_whole_rows(self, sentinels):
     """Where every document fits, with its end."""
     mesh = sharding.make_mesh(config.Mesh(data=1))

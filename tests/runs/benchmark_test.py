@@ -10,7 +10,8 @@ import shutil
 import tempfile
 
 import helpers
-from absl.testing import absltest
+import pytest
+from absl.testing import absltest, parameterized
 
 import aoarm_jax
 from aoarm_jax.benchmark import session as session_lib
@@ -38,8 +39,12 @@ def _folder():
   return folder
 
 
-def _command(name, *more, **changes):
-  return helpers.command_in(_folder(), _SMALL, name, *more, **changes)
+def _command(name, *more, experiment=helpers.TINY, **changes):
+  named = {path.replace("__", "."): value for path, value in changes.items()}
+  changes = {**_SMALL, "data.path": _folder() / "text", **named}
+  return helpers.arguments(
+    _folder() / name, changes, *more, experiment=experiment
+  )
 
 
 def _benchmark(name, **changes):
@@ -51,47 +56,72 @@ def _benchmark(name, **changes):
   return out.getvalue(), json.loads(report.read_text())
 
 
-class BenchmarkTest(absltest.TestCase):
+class BenchmarkTest(parameterized.TestCase):
   @classmethod
   def tearDownClass(cls):
     super().tearDownClass()
     shutil.rmtree(_folder())
 
-  def test_a_second_run_gives_the_same_numbers(self):
-    helpers.run(_command("run"))
+  def options(self):
     text, words = _folder() / "benchmark.txt", _folder() / "words.jsonl"
     text.write_text("abc bca cab " * 10)
     words.write_text('{"text": "abc bca cab"}\n{"text": "cab bc"}\n')
-    options = {
-      "benchmark__text": text,
-      "benchmark__last_words": words,
-      "benchmark__scorer": _folder() / "run",
-    }
-    first = _benchmark("run", **options)
-    folder = _folder() / "run" / "benchmark"
+    return {"benchmark__text": text, "benchmark__last_words": words}
+
+  def same_twice(self, name, **options):
+    """Checks that a second run gives the same; returns benchmark.json."""
+    first = _benchmark(name, **options)
+    folder = _folder() / name / "benchmark"
     files = helpers.contents(folder)
-    for part in config_lib.BENCHMARK_PARTS:
-      self.assertIn(f"{part}.png", files)
-      self.assertIn(
-        f"\n| {part.replace('_', ' ')} | ", files["README.md"].decode()
-      )
     # Nothing is measured again as long as nothing has changed.
     units = sorted((folder / "units").iterdir())
     times = [os.stat(unit).st_mtime_ns for unit in units]
-    self.assertEqual(_benchmark("run", **options), first)
+    self.assertEqual(_benchmark(name, **options), first)
     self.assertEqual(times, [os.stat(unit).st_mtime_ns for unit in units])
     # What is lost is measured again, and nothing else.
-    units[3].unlink()
-    self.assertEqual(_benchmark("run", **options), first)
-    self.assertEqual(helpers.contents(folder), files)
-    del units[3], times[3]
+    units[0].unlink()
+    self.assertEqual(_benchmark(name, **options), first)
+    del units[0], times[0]
     self.assertEqual(times, [os.stat(unit).st_mtime_ns for unit in units])
     # A new start from nothing has the same numbers and the same pictures.
     shutil.rmtree(folder)
-    self.assertEqual(_benchmark("run", **options), first)
+    self.assertEqual(_benchmark(name, **options), first)
     self.assertEqual(helpers.contents(folder), files)
+    parts = {name.partition("/")[0] for name in first[1]["units"]}
+    for part in parts:
+      self.assertIn(f"{part}.png", files)
+      row = f"\n| {part.replace('_', ' ')} | "
+      self.assertIn(row, files["README.md"].decode())
+      self.assertIn(f"\n{part},", files["benchmark.csv"].decode())
+    return first[1]
 
-    _, report = first
+  @parameterized.parameters("two_stream", "mdlm")
+  @pytest.mark.thorough
+  def test_all_parts(self, mechanism):
+    experiment = str(helpers.ROOT / "configs" / f"{mechanism}.py:tiny")
+    helpers.run(_command(mechanism, experiment=experiment))
+    options = {"benchmark__scorer": _folder() / mechanism}
+    options |= {"experiment": experiment, **self.options()}
+    if mechanism == "two_stream":
+      report = self.same_twice(mechanism, **options)
+    else:
+      _, report = _benchmark(mechanism, **options)
+    self.assertEqual(report["left_out"], {})
+    parts = [name.partition("/")[0] for name in report["units"]]
+    self.assertEqual(tuple(dict.fromkeys(parts)), config_lib.BENCHMARK_PARTS)
+    notes = " ".join(row["note"] for row in report["table"])
+    self.assertEqual("bound" in notes, mechanism == "mdlm")
+
+  def test_a_second_run_gives_the_same_numbers(self):
+    helpers.run(_command("run"))
+    options = self.options()
+    text = options["benchmark__text"]
+    report = self.same_twice(
+      "run",
+      **options,
+      benchmark__parts="('likelihood','last_word')",
+      benchmark__estimators="('any_order','left_to_right')",
+    )
     settings = report["units"]["likelihood/any_order"]["settings"]
     self.assertEqual((settings["T"], settings["stride"]), (16, 6))
     self.assertEqual(settings["text"]["tokens"], 40)
