@@ -85,6 +85,44 @@ def _results(part, opened):
     }
 
 
+class TextTest(parameterized.TestCase):
+  def test_windows_and_the_start_of_a_text(self):
+    opened = _session(T=16, text="abcdefgh" * 5, tokens=20, windows=9)
+    # Random windows, and none of them cut.
+    self.assertEqual([len(w) for w in opened.windows], [16, 16])
+    self.assertEqual(opened.start.facts["left_out_tokens"], 20)
+    self.assertEqual(opened.start.ends.tolist(), [20])
+    whole = opened.start.facts["sha256_of_the_whole_text"]
+    self.assertEqual(whole, opened.text.facts["sha256"])
+    self.assertNotEqual(whole, opened.start.facts["sha256"])
+    (short,) = _session(T=16, text="abc", windows=9).windows
+    self.assertEqual(_LETTERS.decode(short), "abc")
+
+  @parameterized.parameters(1, 2)
+  def test_padded_documents_stay_whole(self, sentinels):
+    mesh = sharding.make_mesh(config.Mesh(data=1))
+    model = config.Model(T=4, D=8, L=1, N=2, sentinels=sentinels)
+    data = config.Data(documents="pad")
+    made = config.Config(model=model, data=data)
+    made = made.replace("benchmark", config.Benchmark(tokens=5, windows=9))
+    network = network_lib.Network(made, mesh, _LETTERS)
+    run = opening.Run(made, made, mock.Mock(step=0), network, None)
+    opened = session.Session(made, run, stopping.Signals("batch"))
+    end = network.tokenizer.end
+    texts = ("ab", "cdefgh", "c")
+    tokens = [[*_LETTERS.encode(text), end] for text in texts]
+    opened.__dict__["text"] = opened.text_of(np.concatenate(tokens), "a text")
+    windows = sorted(_LETTERS.decode(window) for window in opened.windows)
+    self.assertEqual(windows, ["ab", "c", "cdef"])
+    # Five tokens would cut the second document.
+    given = sentinels == 2
+    self.assertEqual(
+      opened.text.ends.tolist(), [3 - given, 10 - given, 12 - given]
+    )
+    self.assertEqual(opened.start.ends.tolist(), [3 - given])
+    self.assertEqual(opened.start.facts["left_out_tokens"], 9)
+
+
 class OrdersTest(absltest.TestCase):
   def test_a_model_without_context_is_consistent(self):
     def without_context(params):

@@ -88,6 +88,26 @@ class FoundTest(parameterized.TestCase):
     joined = corpora.load("auto", str(out), tokenizers.get("byte"))
     self.assertEqual(joined.split("train").tobytes(), "".join(_TEXTS).encode())
 
+  @parameterized.parameters("files", "objects", "lines")
+  def test_the_whole_text_has_all_splits(self, kind):
+    self.write(kind)
+    data = config_lib.Data(
+      path=str(self.text), tokenizer="byte", lines=kind == "lines"
+    )
+    whole = documents.Found(data, _BYTE).whole()
+    np.testing.assert_array_equal(whole, _joined(_TEXTS + _TEXTS[:2]))
+    # Without ends the texts follow each other.
+    joined = documents.Found(data, tokenizers.get("byte")).whole()
+    text = "".join(_TEXTS + _TEXTS[:2]).encode()
+    self.assertEqual(joined.tobytes(), text)
+
+  def test_a_file_alone_is_one_document_of_the_whole_text(self):
+    path = self.root / "novel.txt"
+    path.write_text("a line\nand another\n")
+    data = config_lib.Data(path=str(path), tokenizer="byte")
+    whole = documents.Found(data, _BYTE).whole()
+    np.testing.assert_array_equal(whole, _joined(["a line\nand another\n"]))
+
   def test_other_documents_are_another_text(self):
     hashes = []
     for texts in (("ab", "c"), ("a", "bc")):
