@@ -164,6 +164,7 @@ class ModesTest(parameterized.TestCase):
       "score": ["--text=a"],
       "compile": ["--topology=v5e:2x4"],
       "prepare": ["--out=prepared"],
+      "export": ["--out=exported"],
     }
     command = arguments(mode, f"--mode={mode}", *more.get(mode, []))
     with (
@@ -174,7 +175,8 @@ class ModesTest(parameterized.TestCase):
     ):
       helpers.run(command)
     all_devices.assert_not_called()
-    self.assertEqual(check_disk.called, mode in ("eval", "sample", "score"))
+    reading = "eval", "sample", "score", "benchmark", "export"
+    self.assertEqual(check_disk.called, mode in reading)
 
 
 class DifferenceTest(parameterized.TestCase):

@@ -12,13 +12,14 @@ from aoarm_jax.tools import soak
 class SoakTest(absltest.TestCase):
   def test_an_open_file_and_memory_are_seen(self):
     before = soak._look(os.getpid())
-    memory = b"x" * 50_000_000
+    memory = b"x" * 200_000_000
     with open(os.devnull):
       after = soak._look(os.getpid())
     self.assertEqual(after["descriptors"], before["descriptors"] + 1)
     grown = after["rss_megabytes"] - before["rss_megabytes"]
-    self.assertBetween(grown, 40, 60)
-    self.assertLen(memory, 50_000_000)
+    # What came before may be given back meanwhile.
+    self.assertBetween(grown, 150, 210)
+    self.assertLen(memory, 200_000_000)
 
   def test_the_step_of_a_run_that_writes(self):
     folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
