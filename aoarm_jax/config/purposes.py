@@ -12,7 +12,8 @@ SCORING = 103
 STUDY_TEXTS = 104
 STUDY_ATTENTION = 105
 LENGTHS = 106
-BENCHMARK = 107
+STUDY_KNOCKOUTS = 107
+BENCHMARK = 108
 
 # These are folded into the key of one training step or one evaluation. The
 # numbers of rows and draws stay below 2^29.

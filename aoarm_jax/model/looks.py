@@ -50,14 +50,31 @@ def seen(
     keys: the slots [S] that are keys.
   """
   row, key = rows.slot[..., None], keys.slot[:, None]
+  sentinel = (key < sentinels) & (key < row)
+  return chosen(look, sentinels, rows, keys) | sentinel | (key == row)
+
+
+def chosen(
+  look: mechanisms.Look, sentinels: int, rows: Places, keys: Places
+) -> jax.Array:
+  """Return the nearest earlier slots of every row: bool [B or 1, R, S].
+
+  Sentinels and a row's own slot are none of them.
+
+  Args:
+    look: the kind of distance and the number of slots.
+    sentinels: s, the number of sentinels.
+    rows: the slots [R] of the rows.
+    keys: the slots [S] that are keys.
+  """
+  row, key = rows.slot[..., None], keys.slot[:, None]
   far = _distance(look.kind, rows, keys)
   counts = (key >= sentinels) & (key < row)
   if look.kind == "last":
     border = jnp.asarray(look.most)
   else:
     border = _border(far, counts, min(look.most, far.shape[2]))
-  sentinel = (key < sentinels) & (key < row)
-  return (counts & (far <= border)) | sentinel | (key == row)
+  return counts & (far <= border)
 
 
 def _border(far, counts, most):
