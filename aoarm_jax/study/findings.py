@@ -321,7 +321,7 @@ def _locality(question, row, key, sign):
   if key == ("structural", "content"):
     numbers += (
       "; on its own slot, the last token generated, "
-      f"{row['own_over_uniform']:.1f} times what uniform attention puts there"
+      f"{row['mass_own']:.1%} of the attention"
     )
   return Answer(question, _decide(_index(row, sign), LEAST_LOCALITY), numbers)
 

@@ -82,6 +82,7 @@ class Lab:
   ):
     self.study, self.corpus, self.mesh = config.study, corpus, mesh
     self.tokenizer, self.programs = corpus.tokenizer, programs
+    self.split = config.eval.split
     self.text = text_of(corpus, config)
 
   @functools.cached_property
@@ -91,10 +92,10 @@ class Lab:
 
   @functools.cached_property
   def unigram_bits(self) -> float:
-    """Entropy of a character by itself, in the training split."""
-    share = np.bincount(self.corpus.split("train"))
-    share = share[share > 0] / share.sum()
-    return float(-(share * np.log2(share)).sum())
+    """Entropy of a character by itself, in the split that is evaluated."""
+    return corpora.unigram_entropy(
+      self.corpus.split(self.split), self.tokenizer.V
+    )
 
   @functools.cached_property
   def reference(self) -> coherence.Reference:
@@ -172,6 +173,7 @@ class Lab:
       "text": self.text,
       "text_characters": self.sizes,
       "unigram_bits": self.unigram_bits,
+      "unigram_split": self.split,
       "files": {name: _hash(data) for name, data in files.items()},
       "config": dataclasses.asdict(
         # Where the text lay is no part of what was run.

@@ -194,7 +194,7 @@ def _arms_of(value, low, high):
 
 
 def profiles_pictures(
-  found: dict[cells_lib.Cell, list[dict]], folder: epath.Path
+  found: dict[cells_lib.Cell, dict[int, dict]], folder: epath.Path
 ) -> list[str]:
   """Attention over distance, a picture a length; the names of the pictures."""
   chosen = _main(found)
@@ -216,7 +216,7 @@ def _profiles(found, folder, T, limit=4):
   ):
     for line, (arm, stream) in zip(grid, rows):
       ratio = np.mean(
-        [profiles.relative(file, stream) for file in found[arm]], axis=0
+        [profiles.relative(f, stream) for f in found[arm].values()], axis=0
       )
       for i, axes in enumerate(line):
         good = np.isfinite(ratio[:, i]).any(axis=0)
@@ -243,15 +243,15 @@ def _profiles(found, folder, T, limit=4):
     picture.colorbar(
       image,
       ax=grid,
-      label="log2 of attention / uniform attention",
+      label="log2 of attention / attention spread evenly",
       shrink=min(1.0, 3 / len(rows)),
     )
 
 
 def locality_plane(
-  found: dict[cells_lib.Cell, list[dict]], folder: epath.Path
+  found: dict[cells_lib.Cell, dict[int, dict]], folder: epath.Path
 ) -> bool:
-  """A point for every head: semantic over structural locality."""
+  """A point for every head of every seed: semantic over structural locality."""
   chosen = {
     arm: files
     for arm, files in _main(found).items()
@@ -275,7 +275,9 @@ def locality_plane(
         if arm.T != T:
           continue
         for stream in tables.streams_of(arm):
-          index = np.mean([tables.index_of(f, stream) for f in files], axis=0)
+          index = np.concatenate(
+            [tables.index_of(f, stream)[..., :2] for f in files.values()]
+          )
           words = _label(arm, stream)
           filled = stream != "content"
           axes.plot(

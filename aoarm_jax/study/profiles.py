@@ -6,11 +6,12 @@ semantic    |p - c|: positions between a key's content and the position p that
 structural  i - j: slots between the row and the key, that is, how many steps
             ago the key's token was generated.
 
-The mass at each distance is divided by what uniform attention over the visible
-slots would put there. Sentinels and the row's own slot draw attention for
-reasons of their own: their mass is reported apart and counts in no distance.
-(The own slot holds the token that was generated last before the target. A query
-row, which has no content, sees that token there alone.)
+Sentinels and the row's own slot draw attention for reasons of their own: their
+mass is reported apart and counts in no distance. (The own slot holds the token
+that was generated last before the target. A query row, which has no content,
+sees that token there alone.) The mass at each distance is divided by what the
+rest of the row's mass would put there, if it were spread evenly over the keys
+that count. So a row that attends to sentinels is not taken for a distant one.
 
 One index sums a profile up. With w the attention and k the rank of a key among
 those of a row (1 the nearest; equally near keys share the better rank),
@@ -19,7 +20,8 @@ those of a row (1 the nearest; equally near keys share the better rank),
 
 sums over rows; m is the mass of a row on the keys that count, the mean is over
 these keys. 1: all goes to the nearest key; 0: as far as uniform attention
-goes; below 0: farther.
+goes; below 0: farther. A third index, structural_with_own, is the structural
+one with the own slot among the keys that count, as the most recent of them.
 """
 
 from collections.abc import Callable
@@ -36,6 +38,7 @@ from aoarm_jax.config import schema as config_lib
 from aoarm_jax.model import rotary, transformer
 
 KINDS = ("semantic", "structural")
+INDICES = (*KINDS, "structural_with_own")
 
 
 class Sums(NamedTuple):
@@ -43,18 +46,19 @@ class Sums(NamedTuple):
 
   Attributes:
     mass: float32 [..., 2, K], by kind and bin of distance.
-    uniform: float32 [..., 2, K], what uniform attention would give.
-    spread: float32 [..., 2], sum of w log k.
-    uniform_spread: float32 [..., 2], sum of m mean(log k).
+    even: float32 [..., 2, K], what each row's mass on the keys that count would
+      give, spread evenly over these keys.
+    spread: float32 [..., 3], sum of w log k, by INDICES.
+    even_spread: float32 [..., 3], sum of m mean(log k), by INDICES.
     own: float32 [...], mass on the row's own slot.
     sentinels: float32 [...], mass on sentinels.
     rows: float32 [...], how many.
   """
 
   mass: jax.Array
-  uniform: jax.Array
+  even: jax.Array
   spread: jax.Array
-  uniform_spread: jax.Array
+  even_spread: jax.Array
   own: jax.Array
   sentinels: jax.Array
   rows: jax.Array
@@ -112,26 +116,29 @@ def summarise(
   near = jnp.abs(place[:, :, None] - position)  # [G, R, S]
   ago = jnp.broadcast_to(row - slot, near.shape)
   # Of the slots before a row's own, none that counts is between it and these.
-  rank = jnp.stack([_rank(near, counts), ago.astype(jnp.float32)], axis=1)
-  log_rank = jnp.where(counts, jnp.log(jnp.maximum(rank, 1)), 0.0)
+  with_own = counts | ((slot >= sentinels) & (slot == row))
+  ranks = (_rank(near, counts), ago, ago + 1)
+  rank = jnp.stack([x.astype(jnp.float32) for x in ranks], axis=1)
+  # One mask [R, S] for each index: the keys that count in it.
+  counted = jnp.stack([counts, counts, with_own])
+  log_rank = jnp.where(counted, jnp.log(jnp.maximum(rank, 1)), 0.0)
   # Bins hold distances up to their edge. [G, 2, R, S]
   bins = jnp.searchsorted(edges, jnp.stack([near, ago], axis=1))
 
   def of_bin(k):
     inside = ((bins == k) & counts).astype(jnp.float32)
-    uniform = jnp.sum(inside / (row + 1), axis=(2, 3))
-    return jnp.einsum("ngrs,gdrs->ngd", w, inside), uniform
+    even = jnp.einsum("ngr,gdr->ngd", m[..., 0, :] / size[0], inside.sum(-1))
+    return jnp.einsum("ngrs,gdrs->ngd", w, inside), even
 
-  mass, uniform = jax.lax.map(of_bin, jnp.arange(len(edges)))
-  m = jnp.sum(w * counts, axis=-1)  # [N, G, R]
-  mean = log_rank.sum(-1) / jnp.maximum(counts.sum(-1), 1)  # [G, 2, R]
+  size = jnp.maximum(counted.sum(-1), 1)  # [3, R]
+  m = jnp.einsum("ngrs,drs->ngdr", w, counted.astype(jnp.float32))
+  mass, even = jax.lax.map(of_bin, jnp.arange(len(edges)))
+  mean = log_rank.sum(-1) / size  # [G, 3, R]
   return Sums(
     mass=jnp.moveaxis(mass, 0, -1),
-    uniform=jnp.broadcast_to(
-      jnp.moveaxis(uniform, 0, -1)[None], (*w.shape[:2], 2, len(edges))
-    ),
+    even=jnp.moveaxis(even, 0, -1),
     spread=jnp.einsum("ngrs,gdrs->ngd", w, log_rank),
-    uniform_spread=jnp.einsum("ngr,gdr->ngd", m, mean),
+    even_spread=jnp.einsum("ngdr,gdr->ngd", m, mean),
     own=jnp.trace(w, axis1=2, axis2=3),
     sentinels=w[..., :sentinels].sum((2, 3)),
     rows=jnp.full(w.shape[:2], R, jnp.float32),
@@ -275,17 +282,22 @@ def to_arrays(
 
 
 def relative(arrays: dict[str, np.ndarray], stream: str) -> np.ndarray:
-  """Mass / uniform expectation, mean over heads: [layers, 2, K]; or nan."""
-  mass = arrays[f"{stream}/mass"].mean(axis=1)
-  uniform = arrays[f"{stream}/uniform"].mean(axis=1)
-  return np.where(uniform > 0, mass / np.maximum(uniform, 1e-30), np.nan)
+  """Mass / even mass, summed over heads: [layers, 2, K]; nan where none is."""
+  mass = arrays[f"{stream}/mass"].sum(axis=1)
+  even = arrays[f"{stream}/even"].sum(axis=1)
+  return np.where(even > 0, mass / np.maximum(even, 1e-30), np.nan)
 
 
 def locality(arrays: dict[str, np.ndarray], stream: str) -> np.ndarray:
-  """The indices: [layers, N, 2], by KINDS; nan where nothing counts."""
+  """The indices: [layers, N, 3], by INDICES; nan where nothing counts."""
   spread = arrays[f"{stream}/spread"]
-  uniform = arrays[f"{stream}/uniform_spread"]
-  return np.where(uniform > 0, 1 - spread / np.maximum(uniform, 1e-30), np.nan)
+  even = arrays[f"{stream}/even_spread"]
+  return np.where(even > 0, 1 - spread / np.maximum(even, 1e-30), np.nan)
+
+
+def is_current(arrays: dict[str, np.ndarray]) -> bool:
+  """Return whether a profile has these sums; older ones have others."""
+  return any(name.endswith("/even") for name in arrays)
 
 
 def shares(arrays: dict[str, np.ndarray], stream: str) -> dict[str, np.ndarray]:
@@ -296,19 +308,14 @@ def shares(arrays: dict[str, np.ndarray], stream: str) -> dict[str, np.ndarray]:
   }
 
 
-def uniform_own(slots: int) -> float:
-  """Mass per row that uniform attention puts on the own slot, of all rows."""
-  return float(np.mean(1 / np.arange(1, slots + 1)))
+def orders_of(config: config_lib.Config, windows: int) -> jax.Array:
+  """Returns the orders of so many windows, the same for every run.
 
-
-def orders_of(config: config_lib.Config) -> jax.Array:
-  """Returns the orders of the profiled windows, the same for every run.
-
-  They are of the family of generated texts: int32 [profile_sequences, T].
+  They are of the family of generated texts: int32 [windows, T].
   """
   return orders.draw(
     jax.random.fold_in(jax.random.key(0), purposes.STUDY_ATTENTION),
-    config.study.profile_sequences,
+    windows,
     config.model.T,
     config.replace("orders.family", config.sample.order).orders,
   )

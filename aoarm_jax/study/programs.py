@@ -190,7 +190,7 @@ def _profile_program(program):
   config = network.config
 
   def profile(params, tokens, real):
-    order = profiles.orders_of(config)
+    order = profiles.orders_of(config, config.study.profile_sequences)
     return profiles.profile(
       network.bind(params), tokens.astype(jnp.int32), order, real
     )

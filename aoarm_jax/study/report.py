@@ -71,9 +71,7 @@ def write(
     "areas": tables.areas_table(trained, curves),
     "curves": tables.curves_table(curves),
     "locality": tables.locality_table(profiles),
-    "specialisation": tables.specialisation_table(
-      profiles, config.model.sentinels
-    ),
+    "specialisation": tables.specialisation_table(profiles),
   }
   for name, rows in made.items():
     run_dir.write_atomically(folder / f"{name}.csv", tables.to_csv(rows))
@@ -152,11 +150,12 @@ def _text(config, cells, results, made, drawn, answers, shown):
     "[curves.csv](curves.csv)\n\n" + _markdown(made["areas"], _AREAS),
     "## Locality of attention\n\n1: all on the nearest key, 0: as uniform. "
     "Mean over heads and all layers but the last, which hides how layers "
-    "differ: see the profiles, and every head in [locality.csv](locality.csv). "
+    "differ: see the profiles, and every head of every seed in "
+    "[locality.csv](locality.csv). "
     "A content row's distance is from its own position, all others' from their "
-    "target. *mass*: what goes to the row's own slot and to the sentinels, "
-    "which is in no index; *own over uniform*: how many times what uniform "
-    "attention puts on the own slot.\n\n"
+    "target. *structural with own*: the own slot, which holds the token "
+    "generated last, is the most recent key. *mass*: what goes to the row's "
+    "own slot and to the sentinels, which is in no other index.\n\n"
     + _markdown(made["specialisation"], _LOCALITY),
     _figures(drawn, shown),
     _open(made["cells"], made["bits"], answers),
@@ -217,9 +216,10 @@ def _method(config, cells, first):
     `{study.vocabulary_split}` split, and that occurred before in the same text.
 
     **Attention**: exact sums over {study.profile_sequences} windows of
-    `{split}` (fewer where it has fewer), divided by what uniform attention
-    would give; sentinels and a row's own slot (the token generated last) are
-    left out, and their mass is in [locality.csv](locality.csv). There is none
+    `{split}` (fewer where it has fewer), divided by what a row's mass on the
+    other slots would give if it were spread evenly; sentinels and a row's own
+    slot (the token generated last) are left out, and their mass is in
+    [locality.csv](locality.csv). There is none
     of {_named(lambda kind: kind.masked)}: slots there have no order of
     generation. The definitions are in
     `aoarm_jax/study`.
@@ -364,7 +364,6 @@ _LOCALITY = _ARM | {
   "locality": ".3f",
   "error": ".3f",
   "mass_own": ".3f",
-  "own_over_uniform": ".1f",
   "mass_sentinels": ".3f",
 }
 
@@ -400,8 +399,8 @@ _CAPTIONS = {
   "95% intervals, hollow: one seed, and those of windows alone; logarithmic "
   "beyond 0.1",
   "blocks": "Paired differences over the width of blocks, in the same manner",
-  "locality": "Locality of every head (small) and their mean (large), of all "
-  "layers but the last",
+  "locality": "Locality of every head of every seed (small) and their mean "
+  "(large), of all layers but the last",
   "profiles": "Attention by distance, mean over heads, first layer below",
 }
 

@@ -12,6 +12,7 @@ import warnings
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from aoarm_jax.config import mechanisms
 from aoarm_jax.config import schema as config_lib
@@ -293,22 +294,24 @@ def curves(
     cells,
     results,
     "samples.npz",
-    lambda files: _curve(files, config.study.bootstrap),
+    lambda files: _curve(list(files.values()), config.study.bootstrap),
   )
 
 
 def _by_folders(cells, results, name, make):
-  """Arm -> what `make` makes of a file of its seeds; arms of equal cells share
-  it. Arms without such a file are left out."""
+  """Arm -> what `make` makes of {seed: file}; arms of equal cells share it.
+
+  Arms without such a file are left out.
+  """
   found, made = {}, {}
   for arm, members in arms(cells).items():
     done = [cell for cell in members if results.result(cell)]
     folders = tuple(map(results.folder, done))
     if folders not in made:
-      files = [results.arrays(cell, name) for cell in done]
-      files = [file for file in files if file]
+      files = {cell.seed: results.arrays(cell, name) for cell in done}
+      files = {seed: file for seed, file in files.items() if file}
       made[folders] = make(files) if files else None
-    if made[folders] is not None:
+    if made[folders]:
       found[arm] = made[folders]
   return found
 
@@ -394,30 +397,49 @@ def areas_table(
 
 def profiles_of(
   cells: list[cells_lib.Cell], results: Any
-) -> dict[cells_lib.Cell, list[dict]]:
-  """Arm -> profile arrays of its seeds, where there are any."""
-  return _by_folders(cells, results, "profile.npz", list)
+) -> dict[cells_lib.Cell, dict[int, dict]]:
+  """Arm -> {seed: profile arrays}, where there are any."""
+
+  def current(files):
+    found = {
+      seed: file for seed, file in files.items() if profiles.is_current(file)
+    }
+    if len(found) < len(files):
+      logging.warning(
+        "profiles of an older version are left out: they are not renormalised "
+        "for sentinels; delete the folders of their cells to run them again"
+      )
+    return found
+
+  return _by_folders(cells, results, "profile.npz", current)
 
 
-def locality_table(found: dict[cells_lib.Cell, list[dict]]) -> list[Row]:
-  """One row an arm, stream, layer and head; means over seeds."""
+def locality_table(found: dict[cells_lib.Cell, dict[int, dict]]) -> list[Row]:
+  """One row an arm, seed, stream, layer and head."""
+  return [
+    _of_arm(arm) | {"seed": seed} | row
+    for arm, files in found.items()
+    for seed, arrays in files.items()
+    for row in locality_rows(arrays, streams_of(arm))
+  ]
+
+
+def locality_rows(
+  arrays: dict[str, np.ndarray], streams: tuple[str, ...]
+) -> list[Row]:
+  """Return one row a stream, layer and head of one run.
+
+  Heads are never averaged over runs: head h of one is not head h of another.
+  """
   rows = []
-  for arm, files in found.items():
-    for stream in streams_of(arm):
-      index = np.mean([profiles.locality(f, stream) for f in files], axis=0)
-      shares = [profiles.shares(f, stream) for f in files]
-      for layer, head in np.ndindex(index.shape[:2]):
-        row = _of_arm(arm) | {
-          "stream": stream,
-          "layer": layer + 1,
-          "head": head + 1,
-        }
-        row |= dict(zip(profiles.KINDS, map(_or_empty, index[layer, head])))
-        for name in ("own", "sentinels"):
-          row[f"mass_{name}"] = float(
-            np.mean([share[name][layer, head] for share in shares])
-          )
-        rows.append(row)
+  for stream in streams:
+    index = profiles.locality(arrays, stream)
+    shares = profiles.shares(arrays, stream)
+    for layer, head in np.ndindex(index.shape[:2]):
+      row = {"stream": stream, "layer": layer + 1, "head": head + 1}
+      row |= dict(zip(profiles.INDICES, map(_or_empty, index[layer, head])))
+      row |= {f"mass_{n}": float(x[layer, head]) for n, x in shares.items()}
+      rows.append(row)
   return rows
 
 
@@ -426,14 +448,13 @@ def streams_of(arm: cells_lib.Cell) -> tuple[str, ...]:
 
 
 def specialisation_table(
-  found: dict[cells_lib.Cell, list[dict]], sentinels: int
+  found: dict[cells_lib.Cell, dict[int, dict]],
 ) -> list[Row]:
   """Mean locality of every stream, and what parts two streams.
 
   Over the layers that both streams have and all heads. Specialisation is query
   - content; a tradeoff that two streams escape shows as semantic > 0 and
-  structural < 0. `error` is over seeds. `own_over_uniform` is the mass on the
-  own slot over what uniform attention puts there.
+  structural < 0. `error` is over seeds.
   """
   rows = []
   for arm, files in found.items():
@@ -441,10 +462,10 @@ def specialisation_table(
     means = np.array(
       [
         [np.nanmean(index_of(f, name), axis=(0, 1)) for name in names]
-        for f in files
+        for f in files.values()
       ]
     )
-    for i, kind in enumerate(profiles.KINDS):
+    for i, kind in enumerate(profiles.INDICES):
       series = {name: means[:, s, i] for s, name in enumerate(names)}
       if len(names) == 2:
         series["query - content"] = means[:, 1, i] - means[:, 0, i]
@@ -458,21 +479,18 @@ def specialisation_table(
           "error": _or_empty(index.error),
           "mass_own": "",
           "mass_sentinels": "",
-          "own_over_uniform": "",
         }
         if stream in names:
-          shares = [profiles.shares(f, stream) for f in files]
+          shares = [profiles.shares(f, stream) for f in files.values()]
           for name in ("own", "sentinels"):
             mean = np.mean([_but_last(s[name], stream) for s in shares])
             row[f"mass_{name}"] = float(mean)
-          uniform = profiles.uniform_own(arm.T + sentinels - 1)
-          row["own_over_uniform"] = row["mass_own"] / uniform
         rows.append(row)
   return rows
 
 
 def index_of(arrays: dict[str, np.ndarray], stream: str) -> np.ndarray:
-  """Locality of a stream, [layers, N, 2], of all layers but the last.
+  """Locality of a stream, [layers, N, 3], of all layers but the last.
 
   That one has no content rows.
   """

@@ -19,22 +19,27 @@ REAL = np.array([True, False, True])  # The second one fills the batch.
 def slow_sums(w, place, position, s):
   """Sums of one head's map [R, S], by loops over rows and keys."""
   edges = profiles.bin_edges(len(w) + 1)
-  mass, uniform = np.zeros((2, 2, len(edges)))
-  spread, uniform_spread = np.zeros((2, 2))
+  mass, even = np.zeros((2, 2, len(edges)))
+  spread, even_spread = np.zeros((2, 3))
   for i in range(len(w)):
-    keys = [j for j in range(i + 1) if s <= j < i]
+    others = [j for j in range(i + 1) if s <= j < i]
     near = [abs(place[i] - position[j]) for j in range(i + 1)]
-    for d, far in enumerate((near, [i - j for j in range(i + 1)])):
+    ago = [i - j for j in range(i + 1)]
+    with_own = [*others, *[i] * (i >= s)]
+    for d, (far, keys) in enumerate(
+      ((near, others), (ago, others), (ago, with_own))
+    ):
       logs = []
       for j in keys:
-        bin_ = next(n for n, edge in enumerate(edges) if far[j] <= edge)
-        mass[d, bin_] += w[i, j]
-        uniform[d, bin_] += 1 / (i + 1)
         logs.append(np.log(1 + sum(far[other] < far[j] for other in keys)))
         spread[d] += w[i, j] * logs[-1]
+        if d < 2:
+          bin_ = next(n for n, edge in enumerate(edges) if far[j] <= edge)
+          mass[d, bin_] += w[i, j]
+          even[d, bin_] += w[i, keys].sum() / len(keys)
       if keys:
-        uniform_spread[d] += w[i, keys].sum() * np.mean(logs)
-  return mass, uniform, spread, uniform_spread
+        even_spread[d] += w[i, keys].sum() * np.mean(logs)
+  return mass, even, spread, even_spread
 
 
 def maps(bind, params, tokens, order):
@@ -153,10 +158,27 @@ class ProfileTest(parameterized.TestCase):
     index, arrays = self.of_weights(lambda i, c, t, keys: range(i + 1))
     np.testing.assert_allclose(index, 0, atol=1e-5)
     np.testing.assert_allclose(
-      arrays["only/mass"], arrays["only/uniform"], atol=1e-5
+      arrays["only/mass"], arrays["only/even"], atol=1e-5
     )
     own = profiles.shares(arrays, "only")["own"]
-    self.assertAlmostEqual(own.item(), profiles.uniform_own(12), 5)
+    self.assertAlmostEqual(own.item(), np.mean(1 / np.arange(1, 13)), 5)
+
+  def test_what_goes_to_sentinels_makes_no_row_distant(self):
+    """A tenth of the mass is spread evenly, the rest is on the sentinel."""
+    index, arrays = self.of_weights(
+      lambda i, c, t, keys: [0] * 9 * i + list(range(i + 1))
+    )
+    np.testing.assert_allclose(index[:2], 0, atol=1e-5)
+    relative = profiles.relative(arrays, "only")
+    relative = relative[np.isfinite(relative)]
+    self.assertGreater(len(relative), 8)
+    np.testing.assert_allclose(relative, 1, atol=1e-4)
+    self.assertGreater(profiles.shares(arrays, "only")["sentinels"].item(), 0.8)
+
+  def test_own_slot_is_the_most_recent_of_the_third_index(self):
+    index, _ = self.of_weights(lambda i, c, t, keys: [i])
+    self.assertAlmostEqual(index[2], 1.0, 5)
+    self.assertTrue(np.isnan(index[1]))
 
   def test_a_network_that_attends_to_the_nearest_position(self):
     """Queries and keys are one vector, turned slowly by t and by c."""

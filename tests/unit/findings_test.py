@@ -222,7 +222,7 @@ class AnswersTest(absltest.TestCase):
         "locality": value,
         "error": 0.01 if seeds > 1 else "",
         "seeds": seeds,
-        "own_over_uniform": 4.0,
+        "mass_own": 0.04,
       }
 
     for own, seeds, between, more in (
