@@ -1074,8 +1074,27 @@ class Study:
   part: str = _field(
     "all",
     "part of the work to do: cells runs missing cells, report writes the "
-    "report, all does the two in turn",
-    choices=("all", "cells", "report"),
+    "report, all does the two in turn; measure takes measures of runs with "
+    "kept weights (aoarm_jax/study/dissection.py)",
+    choices=("all", "cells", "report", "measure"),
+  )
+  measure_windows: int = _field(
+    64, "part=measure only: number of windows that are measured", low=2
+  )
+  knockouts: tuple[str, ...] = _field(
+    (
+      *("own", "last:1", "last:8", "last:32", "own+last:8"),
+      *("nearest:1", "nearest:8", "nearest:32", "random:8", "random:32"),
+      *("equal_mass:last:8", "equal_mass:nearest:8"),
+    ),
+    "part=measure only: slots that attention is barred from in all layers "
+    "(aoarm_jax/study/knockouts.py)",
+    of=str,
+  )
+  layer_knockouts: tuple[str, ...] = _field(
+    ("own", "last:8", "nearest:8", "equal_mass:nearest:8"),
+    "part=measure only: slots that attention is barred from in one layer alone",
+    of=str,
   )
   report: str = _field(
     "", "folder of the report; '' means report/ in the workdir"

@@ -110,21 +110,18 @@ def marks(
   )
 
 
-def choose(
-  knockout: Knockout, sentinels: int, first_row: jax.Array
-) -> layerwise.Choose | None:
-  """Return what chooses the barred slots in each layer; None: the marked ones.
+def random_of_equal_mass(
+  sentinels: int, first_row: jax.Array
+) -> layerwise.Choose:
+  """Return what chooses random slots with the mass of those that are marked.
 
   Args:
-    knockout: the slots that are barred.
     sentinels: s, the number of sentinels.
     first_row: int32 [], the index of row 0 of the batch among all sequences.
   """
-  if not knockout.equal_mass:
-    return None
   base = jax.random.fold_in(jax.random.key(0), purposes.STUDY_KNOCKOUTS)
 
-  def of_equal_mass(weights, marks, index):
+  def choose(weights, marks, index):
     S = len(weights)
     row, slot = jnp.arange(S)[:, None], jnp.arange(S)[None]
     may = (marks == layerwise.SEEN) & (slot >= sentinels) & (slot < row)
@@ -132,14 +129,12 @@ def choose(
     key = base
     for number in index.at[0].add(first_row):
       key = jax.random.fold_in(key, number)
-    return equal_mass(jnp.where(may, weights, 0.0), mass, key)
+    return taken(jnp.where(may, weights, 0.0), mass, key)
 
-  return of_equal_mass
+  return choose
 
 
-def equal_mass(
-  weights: jax.Array, mass: jax.Array, key: jax.Array
-) -> jax.Array:
+def taken(weights: jax.Array, mass: jax.Array, key: jax.Array) -> jax.Array:
   """Return random slots that together have about a given mass: bool [R, S].
 
   One random cycle of the slots is drawn. Each row takes slots along it, from a
@@ -161,8 +156,8 @@ def equal_mass(
   )
   before += wrapped - jnp.take_along_axis(before, start, axis=1)
   wanted = mass[:, None]
-  taken = (along > 0) & (wanted > 0) & (before + along / 2 <= wanted)
-  return taken[:, jnp.argsort(cycle)]
+  fits = (along > 0) & (wanted > 0) & (before + along / 2 <= wanted)
+  return fits[:, jnp.argsort(cycle)]
 
 
 def nats(
@@ -170,9 +165,10 @@ def nats(
   tokens: jax.Array,
   order: jax.Array,
   states: layerwise.Streams,
-  knockout: Knockout,
+  marked: layerwise.Streams,
   active: jax.Array,
   first_row: jax.Array,
+  equal_mass: bool = False,
   content_stays: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
   """Return the nats of sequences with attention barred from slots.
@@ -182,9 +178,11 @@ def nats(
     tokens: int32 [B, T].
     order: int32 [B, T].
     states: of `layerwise.record`, of the same sequences.
-    knockout: the slots that are barred.
-    active: bool [L, G], the layers and streams in which they are.
+    marked: the result of `marks`.
+    active: bool [L, G], the layers and streams in which slots are barred.
     first_row: int32 [], the index of row 0 among all sequences.
+    equal_mass: whether random slots of equal mass are barred instead of those
+      that are marked.
     content_stays: see `layerwise.resume`.
 
   Returns:
@@ -192,15 +190,18 @@ def nats(
     layerwise.Resumed.
   """
   masses: list[jax.Array] = []
+  choose = None
+  if equal_mass:
+    choose = random_of_equal_mass(network.model.sentinels, first_row)
 
   def apply(slots):
     resumed = layerwise.resume(
       network,
       slots,
       states,
-      marks(network, slots, knockout),
+      marked,
       active,
-      choose(knockout, network.model.sentinels, first_row),
+      choose,
       content_stays,
     )
     masses.append(resumed.mass)

@@ -24,6 +24,7 @@ import json
 import time
 import zipfile
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,7 @@ from aoarm_jax.study import programs as programs_lib
 from aoarm_jax.tools import matching
 from aoarm_jax.training import optimizer
 
-RESULT, FAILED = "result.json", "failed.json"
+RESULT, FAILED, WEIGHTS = "result.json", "failed.json", "weights.npz"
 # The types of what is read back, see reading.check.
 _RESULT_KINDS = {
   "cell?": dict,
@@ -155,7 +156,7 @@ class Lab:
     if keeper:
       files["training.npz"] = _npz(nats=np.float32(losses))
     if self.study.keep_weights:
-      files["weights.npz"] = _weights(params)
+      files[WEIGHTS] = _weights(params)
     clock["all"] = time.monotonic() - start
     result = {
       "cell": dataclasses.asdict(cell),
@@ -391,12 +392,14 @@ def _last_bits(losses):
 def _weights(params):
   """weights.npz: names as in "blocks/attention/query", bfloat16 as uint16."""
   arrays = {
-    jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(
-      leaf, jnp.bfloat16
-    ).view(np.uint16)
+    _name_of(path): np.asarray(leaf, jnp.bfloat16).view(np.uint16)
     for path, leaf in jax.tree.leaves_with_path(jax.device_get(params))
   }
   return _npz(**arrays)
+
+
+def _name_of(path):
+  return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _write_json(path, value):
@@ -462,6 +465,28 @@ def read_arrays(
       return dict(file)
   except (*(EOFError, KeyError, OSError, ValueError), zipfile.BadZipFile) as e:
     raise _damaged(path, e) from None
+
+
+def read_weights(folder: epath.Path, result: dict, abstract: Any) -> Any:
+  """Return the last parameters of a cell, in float32.
+
+  Args:
+    folder: of the cell.
+    result: what its result.json holds.
+    abstract: the shapes of the parameters, a nested dict.
+
+  Raises:
+    DataError: the file is damaged, or has other parameters.
+  """
+  arrays = read_arrays(folder, WEIGHTS, result)
+
+  def of_leaf(path, leaf):
+    bits = arrays.get(_name_of(path))
+    if bits is None or bits.shape != leaf.shape or bits.dtype != np.uint16:
+      raise _damaged(folder / WEIGHTS, f"{_name_of(path)} is missing or other")
+    return jnp.asarray(bits.view(jnp.bfloat16), jnp.float32)
+
+  return jax.tree_util.tree_map_with_path(of_leaf, abstract)
 
 
 def _damaged(path, error):

@@ -55,7 +55,7 @@ def colour(mechanism: str) -> str:
 
 
 @contextlib.contextmanager
-def _picture(
+def figure(
   folder: epath.Path, name: str, columns: int, rows: int = 1, **options: Any
 ) -> Iterator[tuple[Any, np.ndarray]]:
   """Yields (picture, grid of axes [rows, columns]); saved as PNG and SVG.
@@ -73,14 +73,14 @@ def _picture(
       axes.set_visible(axes.has_data())
 
 
-def _shape(count):
-  """(columns, rows) of so many panels."""
+def shape(count: int) -> tuple[int, int]:
+  """Return (columns, rows) of so many panels."""
   columns = 2 if count == 4 else min(3, count)
   return columns, -(-count // columns)
 
 
-def _legend(picture, grid):
-  """One legend below all axes."""
+def legend(picture: Any, grid: np.ndarray) -> None:
+  """Draw one legend below all axes."""
   columns = 1 + grid.shape[1]
   found: dict[str, Any] = {}
   for axes in grid.flat:
@@ -146,7 +146,7 @@ def coherence_diversity(
   x_at = coherence.MEASURES.index("diversity")
   y_at = coherence.MEASURES.index(f"coherence_{rule}")
   name = f"coherence_diversity_{rule}"
-  with _picture(folder, name, *_shape(len(lengths))) as (picture, grid):
+  with figure(folder, name, *shape(len(lengths))) as (picture, grid):
     for axes, T in zip(grid.flat, lengths):
       for arm, curve in chosen.items():
         if arm.T != T:
@@ -184,7 +184,7 @@ def coherence_diversity(
     letters = coherence.RULES[rule]
     for axes in grid[:, 0]:
       axes.set_ylabel(f"coherence: words of {letters}+ letters known")
-    _legend(picture, grid)
+    legend(picture, grid)
   return True
 
 
@@ -210,7 +210,7 @@ def _profiles(found, folder, T, limit=4):
   """A row for each stream; seeds and heads averaged."""
   rows = [(arm, s) for arm in found for s in tables.streams_of(arm)]
   inches = (10, 0.6 + 1.9 * len(rows))
-  with _picture(folder, f"profiles_T{T}", 2, len(rows), inches=inches) as (
+  with figure(folder, f"profiles_T{T}", 2, len(rows), inches=inches) as (
     picture,
     grid,
   ):
@@ -265,8 +265,8 @@ def locality_plane(
     for arm in chosen
     for stream in tables.streams_of(arm)
   )
-  with _picture(
-    folder, "locality", *_shape(len(panels)), sharex=True, sharey=True
+  with figure(
+    folder, "locality", *shape(len(panels)), sharex=True, sharey=True
   ) as (picture, grid):
     for axes, T in zip(grid.flat, panels):
       axes.axhline(0, color="#999999", lw=0.8)
@@ -303,7 +303,7 @@ def locality_plane(
       axes.set_xlabel("structural locality")
     for axes in grid[:, 0]:
       axes.set_ylabel("semantic locality")
-    _legend(picture, grid)
+    legend(picture, grid)
   return True
 
 
@@ -342,7 +342,7 @@ def differences(rows: list[tables.Row], folder: epath.Path) -> bool:
   budgets = list(dict.fromkeys(r["budget"] for r in measured))
   if not measured:
     return False
-  with _picture(folder, "differences", len(budgets), sharey=True) as (
+  with figure(folder, "differences", len(budgets), sharey=True) as (
     picture,
     grid,
   ):
@@ -391,7 +391,7 @@ def differences(rows: list[tables.Row], folder: epath.Path) -> bool:
       f"bits per character above {measured[0]['reference']}\n"
       "(logarithmic beyond 0.1)"
     )
-    _legend(picture, grid)
+    legend(picture, grid)
   return True
 
 
@@ -403,7 +403,7 @@ def blocks(rows: list[tables.Row], folder: epath.Path) -> bool:
     return False
 
   T = max(lengths)
-  with _picture(folder, "blocks", 1, inches=(6.4, 4.4)) as (picture, grid):
+  with figure(folder, "blocks", 1, inches=(6.4, 4.4)) as (picture, grid):
     axes = grid[0][0]
     axes.axhline(0, color="#777777", lw=1)
     chosen = tables.find(measured, T=T)
@@ -429,7 +429,7 @@ def blocks(rows: list[tables.Row], folder: epath.Path) -> bool:
     axes.set_title(f"T = {T}")
     axes.set_xlabel("width of the blocks in which orders are random")
     axes.set_ylabel("bits per character above the reference")
-    _legend(picture, grid)
+    legend(picture, grid)
   return True
 
 
@@ -445,7 +445,7 @@ def bits_over_flops(
   """
   rows = [row for row in rows if not row["recipe"]]
   lengths = sorted({row["T"] for row in rows})
-  with _picture(folder, name, *_shape(len(lengths)), sharey=True) as (
+  with figure(folder, name, *shape(len(lengths)), sharey=True) as (
     all_,
     grid,
   ):
@@ -472,7 +472,7 @@ def bits_over_flops(
       axes.set_title(f"T = {T:,}")
       axes.set_xlabel("training FLOPs")
     grid[0, 0].set_ylabel("bits per character, any order")
-    _legend(all_, grid)
+    legend(all_, grid)
 
 
 def delay_over_budget(
@@ -489,7 +489,7 @@ def delay_over_budget(
   """
   rows = [row for row in rows if not row["recipe"]]
   arms = list(dict.fromkeys((row["mechanism"], row["T"]) for row in rows))
-  with _picture(folder, name, 1) as (all_, grid):
+  with figure(folder, name, 1) as (all_, grid):
     axes = grid[0, 0]
     for (mechanism, T), shade in zip(arms, canvas.COLOURS):
       own = [r for r in rows if (r["mechanism"], r["T"]) == (mechanism, T)]
@@ -519,4 +519,4 @@ def delay_over_budget(
     axes.set_xscale("log")
     axes.set_xlabel("characters that the reference reads")
     axes.set_ylabel("delay: steps over the reference's steps")
-    _legend(all_, grid)
+    legend(all_, grid)

@@ -30,7 +30,15 @@ from aoarm_jax.devices import sharding
 from aoarm_jax.runs import directory as run_dir
 from aoarm_jax.runs import identity, telemetry
 from aoarm_jax.study import cells as cells_lib
-from aoarm_jax.study import curve, measure, place, rates, report, trunks
+from aoarm_jax.study import (
+  curve,
+  dissection,
+  measure,
+  place,
+  rates,
+  report,
+  trunks,
+)
 from aoarm_jax.study import programs as programs_lib
 from aoarm_jax.tools import matching
 
@@ -251,6 +259,10 @@ def study(
   results = Results(config, workdir)
   for cell in cells:  # Whatever cannot be is said before anything runs.
     cells_lib.resolve(cell, config, config.optimizer.peak_learning_rate)
+  if config.study.part == "measure":
+    mine = chosen(config, cells, results.outcome)
+    dissection.run(config, mine, results, folder)
+    return
   if config.study.part != "report":
     _run_cells(config, cells, results)
   elif not any(

@@ -77,9 +77,19 @@ def program(mechanism, s, text, **options):
   @tiny.quick_jit
   def run(params, active):
     network = made.bind(params)
-    states = layerwise.record(network, orders.Slots(*slots[:3]))
+    laid = orders.Slots(*slots[:3])
+    states = layerwise.record(network, laid)
+    marked = knockouts.marks(network, laid, knockout)
     return knockouts.nats(
-      network, tokens, order, states, knockout, active, jnp.int32(0), **options
+      network,
+      tokens,
+      order,
+      states,
+      marked,
+      active,
+      jnp.int32(0),
+      knockout.equal_mass,
+      **options,
     )
 
   return made.model, params, functools.partial(run, params)
@@ -206,7 +216,7 @@ class EqualMassTest(parameterized.TestCase):
     weights[:, :3] = 0
     wanted = rng.uniform(0, 0.9, R).astype(np.float32)
     wanted[7] = 0
-    taken = np.asarray(knockouts.equal_mass(weights, wanted, jax.random.key(1)))
+    taken = np.asarray(knockouts.taken(weights, wanted, jax.random.key(1)))
     mass = (weights * taken).sum(axis=1)
     np.testing.assert_allclose(mass, wanted, atol=weights.max() / 2)
     self.assertAlmostEqual(mass.mean(), wanted.mean(), delta=1e-3)
@@ -217,14 +227,13 @@ class EqualMassTest(parameterized.TestCase):
     self.assertLess(share.max(), 0.65)
 
   def test_own_slot_and_sentinels_are_never_taken(self):
-    knockout = knockouts.parse("equal_mass:last:2")
     S, s = 30, 2
     marks = np.tri(S, dtype=np.int8)
     for row in range(S):
       marks[row, max(s, row - 2) : row] = layerwise.BARRED
     weights = np.tri(S, dtype=np.float32)
     weights /= weights.sum(axis=1, keepdims=True)
-    choose = knockouts.choose(knockout, s, jnp.int32(0))
+    choose = knockouts.random_of_equal_mass(s, jnp.int32(0))
     taken = np.asarray(
       choose(jnp.asarray(weights), jnp.asarray(marks), jnp.zeros(3, jnp.int32))
     )

@@ -1,0 +1,547 @@
+"""--config.study.part=measure: what networks rely on, and what they know.
+
+The networks are those of cells with kept weights. Three measures are taken of
+each, in float32, on windows of the evaluated split:
+
+  knockouts.csv   the rise in bits where attention is barred from slots
+  probes.csv      the characters that a linear map reads from a cached state
+  characters.csv  how many characters are read, added up over such probes
+  locality.csv    over which distances heads attend, see profiles
+
+Each has a picture. A cell keeps its measures in measures.json beside its
+weights, and is measured again only if the options or the weights differ. All
+errors are standard errors over windows. So they say nothing of other seeds.
+"""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from etils import epath
+
+from aoarm_jax import orders
+from aoarm_jax.config import reading
+from aoarm_jax.config import schema as config_lib
+from aoarm_jax.data import corpora, pipeline, tokenizers
+from aoarm_jax.model import network as network_lib
+from aoarm_jax.runs import directory as run_dir
+from aoarm_jax.runs import identity
+from aoarm_jax.study import cells as cells_lib
+from aoarm_jax.study import (
+  inner_plots,
+  knockouts,
+  layerwise,
+  measure,
+  probes,
+  profiles,
+  statistics,
+  tables,
+)
+
+MEASURES = "measures.json"
+_MOST_TOKENS = 1 << 13  # Of a batch.
+_FIT = 3  # Windows on which probes are fitted, for each on which they are held.
+_VERSION = 1  # Of the measures; another one is measured again.
+_KINDS = {
+  "options": dict,
+  "weights": str,
+  "bits": list,
+  "knockouts": list,
+  "probes": list,
+  "locality": list,
+}
+# Sums of probes: by, the offsets, their name.
+_SUMS = (
+  ("recency", range(1, 9), "1 to 8"),
+  ("position", (*range(-4, 0), *range(1, 5)), "-4 to 4"),
+  ("target", (*range(-4, 0), *range(1, 5)), "-4 to 4"),
+)
+
+
+class Windows(NamedTuple):
+  """Windows of text, with their orders.
+
+  Attributes:
+    tokens: int32 [n, T].
+    order: int32 [n, T].
+  """
+
+  tokens: np.ndarray
+  order: np.ndarray
+
+  def batches(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Yield (index of the first window, tokens, order) of equal batches."""
+    n, T = self.tokens.shape
+    most = max(1, _MOST_TOKENS // T)
+    size = next(size for size in range(min(n, most), 0, -1) if n % size == 0)
+    for first in range(0, n, size):
+      batch = slice(first, first + size)
+      yield first, self.tokens[batch], self.order[batch]
+
+
+class Bench:
+  """The programs that measure networks of one config."""
+
+  def __init__(self, config: config_lib.Config):
+    """Compile nothing yet.
+
+    Args:
+      config: of a cell, with the options of the study.
+    """
+    self.config = config
+    self.network = network_lib.Network(config)
+    self.streams = profiles.streams(config.model.kind)
+    self.read = probes.probes(len(self.streams), config.model.T)
+    self._record = jax.jit(self._recorded)
+    self._marks = jax.jit(self._marked, static_argnames="knockout")
+    # One program serves all knock-outs of a kind, all layers and all streams.
+    static = ("equal_mass", "content_stays")
+    self._nats = jax.jit(self._knocked, static_argnames=static)
+    self._sums, self._hits = jax.jit(self._summed), jax.jit(self._hit)
+    self._profile = jax.jit(self._profiled)
+
+  def _recorded(self, params, tokens, order):
+    slots = orders.to_slots(tokens, order, self.network.layout)
+    return layerwise.record(self.network.bind(params), slots)
+
+  def _marked(self, params, tokens, order, *, knockout):
+    slots = orders.to_slots(tokens, order, self.network.layout)
+    return knockouts.marks(self.network.bind(params), slots, knockout)
+
+  def _knocked(self, params, *arguments, **options):
+    return knockouts.nats(self.network.bind(params), *arguments, **options)
+
+  def _summed(self, params, tokens, order):
+    return probes.sums(self.network.bind(params), tokens, order, self.read)
+
+  def _hit(self, params, tokens, order, maps):
+    bound = self.network.bind(params)
+    return probes.hits(bound, tokens, order, self.read, maps)
+
+  def _profiled(self, params, tokens, order):
+    real = jnp.ones(len(tokens), bool)
+    return profiles.profile(self.network.bind(params), tokens, order, real)
+
+  def measures(self, params: Any, fit: Windows, held: Windows) -> dict:
+    """Return what measures.json holds of a network, without its options.
+
+    Args:
+      params: of the network.
+      fit: the windows on which probes are fitted.
+      held: the windows on which everything is measured.
+    """
+    bits, rises = self._knockouts(params, held)
+    return {
+      "bits": bits,
+      "knockouts": rises,
+      "probes": self._probes(params, fit, held),
+      "locality": self._locality(params, held),
+    }
+
+  def _knockouts(self, params, held):
+    """Return the bits of every window, and a row for every knock-out."""
+    plans, T = list(_plans(self.config, self.streams)), self.config.model.T
+    intact: list[np.ndarray] = []
+    rows: list[list[tuple[np.ndarray, ...]]] = [[] for _ in plans]
+    nothing = np.zeros((self.config.model.L, len(self.streams)), bool)
+    for first, tokens, order in held.batches():
+      states = self._record(params, tokens, order)
+      one = functools.partial(
+        self._one, params, np.int32(first), tokens, order, states
+      )
+      before, _ = one(nothing, "own")
+      intact.append(before)
+      for row, plan in zip(rows, plans):
+        nats, mass = one(plan.active, plan.text)
+        row.append((nats - before, mass[plan.active].mean(axis=0)))
+      logging.info("  knock-outs of %d windows", first + len(tokens))
+    unit = T * math.log(2)
+    found = []
+    for plan, row in zip(plans, rows):
+      rise, mass = (np.concatenate(x) for x in zip(*row))
+      found.append(
+        {
+          "knockout": plan.text,
+          "stream": plan.stream,
+          "layer": plan.layer,
+          "rise_bits": _listed(rise / unit),
+          "mass": _listed(mass),
+        }
+      )
+    return _listed(np.concatenate(intact) / unit), found
+
+  def _one(self, params, first, tokens, order, states, active, text):
+    """Return nats [B] and masses [L, G, B] of one knock-out of a batch."""
+    knockout = knockouts.parse(text)
+    marked = self._marks(params, tokens, order, knockout=knockout)
+    only_queries = active.any() and not active[:, :-1].any()
+    return jax.device_get(
+      self._nats(
+        params,
+        tokens,
+        order,
+        states,
+        marked,
+        active,
+        first,
+        equal_mass=knockout.equal_mass,
+        content_stays=bool(only_queries and len(self.streams) > 1),
+      )
+    )
+
+  def _probes(self, params, fit, held):
+    """Return a row for every probe and state."""
+    maps = probes.fit(self._total(self._sums, params, fit))
+    parts = [
+      jax.device_get(self._hits(params, tokens, order, maps))
+      for _, tokens, order in held.batches()
+    ]
+    right, seen = (np.concatenate(x, axis=-1) for x in zip(*parts))
+    logging.info("  probes of %d windows", right.shape[-1])
+    return [
+      probe._asdict()
+      | {"layer": m, "right": _listed(right[p, m]), "seen": _listed(seen[p])}
+      for p, probe in enumerate(self.read)
+      for m in range(right.shape[1])
+      if seen[p].min() > 0
+    ]
+
+  def _locality(self, params, held):
+    """Return a row for every stream, layer and head."""
+    earlier, last = self._total(self._profile, params, held)
+    logging.info("  locality of %d windows", len(held.tokens))
+    arrays = profiles.to_arrays(earlier, last, self.config.model.kind)
+    return tables.locality_rows(arrays, self.streams)
+
+  def _total(self, program, params, text):
+    """Return the sums of a program over all batches, in float64."""
+    parts = (
+      jax.device_get(program(params, tokens, order))
+      for _, tokens, order in text.batches()
+    )
+    return functools.reduce(
+      lambda total, part: jax.tree.map(np.add, total, part),
+      (jax.tree.map(np.float64, part) for part in parts),
+    )
+
+
+class _Plan(NamedTuple):
+  """One knock-out: of `text`, in the layers and streams of `active` [L, G]."""
+
+  text: str
+  stream: str
+  layer: str
+  active: np.ndarray
+
+
+def _plans(config, streams):
+  """Yield every knock-out that the options ask for."""
+  L, G, study = config.model.L, len(streams), config.study
+  every = [(name, [g]) for g, name in enumerate(streams)]
+  if G > 1:
+    every.append(("all", list(range(G))))
+  for text in study.knockouts:
+    for name, members in every:
+      active = np.zeros((L, G), bool)
+      active[:, members] = True
+      # Nothing reads the content of the last layer.
+      active[-1, : G - 1] = False
+      yield _Plan(text, name, "all", active)
+  for text in study.layer_knockouts:
+    for g, name in enumerate(streams):
+      for layer in range(L - (g < G - 1)):
+        active = np.zeros((L, G), bool)
+        active[layer, g] = True
+        yield _Plan(text, name, str(layer + 1), active)
+
+
+def _listed(x):
+  return [round(float(value), 6) for value in x]
+
+
+def windows(
+  config: config_lib.Config, tokens: np.ndarray
+) -> tuple[Windows, Windows]:
+  """Return the windows on which probes are fitted, and those of all measures.
+
+  They are spread over the text, and have orders of the family of generated
+  texts. Cells of one length have the same windows and orders.
+
+  Args:
+    config: of a cell, with the options of the study.
+    tokens: unsigned integers [n], the split.
+  """
+  count = (1 + _FIT) * config.study.measure_windows
+  batches = pipeline.eval_batches(
+    tokens,
+    T=config.model.T,
+    batch_size=count,
+    batches=1,
+    seed=config.eval.seed,
+  )
+  text, real = batches[0]
+  if real.sum() < count:
+    raise corpora.DataError(
+      f"config.study.measure_windows={config.study.measure_windows}: {count} "
+      f"windows of T={config.model.T} are needed, since probes are fitted on "
+      f"others, and the split {config.eval.split} has {real.sum()}; take "
+      f"at most {real.sum() // (1 + _FIT)}"
+    )
+  order = np.asarray(profiles.orders_of(config, count))
+  is_held = np.arange(count) % (1 + _FIT) == 0
+  text = text.astype(np.int32)
+  fit, held = (Windows(text[x], order[x]) for x in (~is_held, is_held))
+  return fit, held
+
+
+def _options(config):
+  """Return what the measures of a cell depend on, beside its weights."""
+  study = config.study
+  return {
+    "version": _VERSION,
+    "windows": study.measure_windows,
+    "knockouts": list(study.knockouts),
+    "layer_knockouts": list(study.layer_knockouts),
+    "split": config.eval.split,
+  }
+
+
+def _cell_config(result, config):
+  """Return the config of a cell that is done, with the study's options."""
+  own = config_lib.from_dict(result["config"])
+  compute = dataclasses.replace(
+    config.compute, dtype="float32", remat=False, scan_layers=True
+  )
+  return (
+    own.replace("compute", compute)
+    .replace("study", config.study)
+    .replace("eval.split", config.eval.split)
+  )
+
+
+def run(
+  config: config_lib.Config,
+  cells: Iterable[cells_lib.Cell],
+  results: Any,
+  folder: epath.Path,
+) -> None:
+  """Measure the cells that have weights and are not measured yet; report.
+
+  Args:
+    config: of the study.
+    cells: those that are to be measured.
+    results: sweep.Results.
+    folder: of the report.
+
+  Raises:
+    ConfigError: a knock-out cannot be read, or no cell has weights.
+    DataError: the text is not that of the cells, is too short, or a file is
+      damaged.
+  """
+  for text in (*config.study.knockouts, *config.study.layer_knockouts):
+    knockouts.parse(text)
+  kept = _kept(cells, results)
+  if not kept:
+    raise config_lib.ConfigError(
+      "config.study.part='measure': no cell in "
+      f"{results.workdir / 'cells'} has weights; run cells with "
+      "--config.study.keep_weights=true"
+    )
+  missing = [
+    (cell, path)
+    for path, cell in kept.items()
+    if _read(path, results.result(cell), config) is None
+  ]
+  logging.info("%d cells have weights, to measure: %d", len(kept), len(missing))
+  if missing:
+    _measure_all(config, missing, results)
+  _report(config, kept, results, folder)
+
+
+def _kept(cells, results):
+  """Return {folder: cell} of the cells that can be measured."""
+  kept: dict[epath.Path, cells_lib.Cell] = {}
+  for cell in cells:
+    path, result = results.folder(cell), results.result(cell)
+    if result is None or not (path / measure.WEIGHTS).exists():
+      continue
+    if profiles.supports(config_lib.from_dict(result["config"]).model):
+      kept.setdefault(path, cell)
+    else:
+      logging.info("%s: no row a slot to measure, passed over", cell.label)
+  return kept
+
+
+def _measure_all(config, missing, results):
+  """Measure cells one after the other, and note what is found of each."""
+  split = config.eval.split
+  tokenizer = tokenizers.get(config.data.tokenizer)
+  corpus = identity.read_text(config.data, tokenizer, split)
+  benches: dict[config_lib.Config, Bench] = {}
+  start = time.monotonic()
+  for n, (cell, path) in enumerate(missing):
+    if 0 < config.study.limit_seconds < time.monotonic() - start:
+      logging.info("limit of time: %d cells are left", len(missing) - n)
+      return
+    logging.info("measure %d/%d  %s", n + 1, len(missing), cell.label)
+    result = results.result(cell)
+    if result["text"].get(split) != corpus.hash(split):
+      raise corpora.DataError(
+        f"config.data.path={config.data.path!r}: its {split} split is not that "
+        f"of {path}; name the text that the cells were run with"
+      )
+    own = _cell_config(result, config)
+    bench = benches.setdefault(_shared(own), Bench(own))
+    params = measure.read_weights(path, result, bench.network.abstract_params)
+    found = bench.measures(params, *windows(own, corpus.split(split)))
+    record = {
+      "options": _options(config),
+      "weights": result["files"][measure.WEIGHTS],
+      "device": jax.devices()[0].device_kind,
+    }
+    text = run_dir.to_json(record | found) + "\n"
+    run_dir.write_atomically(path / MEASURES, text)
+
+
+def _shared(config):
+  """Return the config without what no program depends on."""
+  plain = config_lib.Config()
+  for name in ("train", "optimizer", "name", "variant", "seed", "match"):
+    config = config.replace(name, getattr(plain, name))
+  return config
+
+
+def _read(path, result, config=None):
+  """Return the measures of a cell, or None if there are none of these options.
+
+  Args:
+    path: the folder of the cell.
+    result: what its result.json holds.
+    config: of the study. None takes measures with any options.
+  """
+  if not (path / MEASURES).exists():
+    return None
+  try:
+    data = reading.read(path / MEASURES, reading.JSON_BYTES, inside=path)
+    found = reading.parse(data, _KINDS)
+  except (reading.ReadError, ValueError) as error:
+    raise corpora.DataError(
+      f"{path / MEASURES}: damaged ({error}); delete it, and "
+      "--config.study.part=measure makes it again"
+    ) from None
+  same = found["weights"] == result["files"].get(measure.WEIGHTS)
+  if config is not None:
+    same = same and found["options"] == _options(config)
+  return found if same else None
+
+
+def _report(config, kept, results, folder):
+  """Write the tables and the pictures of all measures that there are."""
+  made: dict[str, list[tables.Row]] = {
+    name: [] for name in ("knockouts", "probes", "characters", "locality")
+  }
+  for path, cell in kept.items():
+    result = results.result(cell)
+    found = _read(path, result, config)
+    if found is None:
+      continue
+    run = _named(cell, result)
+    made["knockouts"] += [run | row for row in _knockout_rows(found)]
+    made["probes"] += [run | row for row in _probe_rows(found)]
+    made["characters"] += [run | row for row in _character_rows(found)]
+    made["locality"] += [run | row for row in found["locality"]]
+  for name, rows in made.items():
+    if rows:
+      run_dir.write_atomically(folder / f"{name}.csv", tables.to_csv(rows))
+  inner_plots.draw(made, folder)
+  logging.info("measures: %s", folder)
+
+
+def _named(cell, result):
+  run = result["config"]
+  return {
+    "mechanism": cell.mechanism,
+    "changes": cell.changes,
+    "T": cell.T,
+    "steps": run["train"]["steps"],
+    "rate": run["optimizer"]["peak_learning_rate"],
+    "seed": cell.seed,
+  }
+
+
+def _with_error(name, values):
+  """Return the mean over windows and its standard error, as two columns."""
+  estimate = statistics.over_windows(values)
+  error = estimate.error
+  return {
+    name: estimate.value,
+    f"{name}_error": error if math.isfinite(error) else "",
+  }
+
+
+def _knockout_rows(found):
+  intact = float(np.mean(found["bits"]))
+  for row in found["knockouts"]:
+    yield {
+      "knockout": row["knockout"],
+      "stream": row["stream"],
+      "layer": row["layer"],
+      **_with_error("rise_bits", row["rise_bits"]),
+      "mass": float(np.mean(row["mass"])),
+      "intact_bits": intact,
+      "windows": len(row["rise_bits"]),
+    }
+
+
+def _accuracies(found):
+  """Return {(by, offset): [states, windows]} of the share that is read."""
+  table: dict[tuple[str, int], list[np.ndarray]] = {}
+  for row in found["probes"]:
+    share = np.divide(row["right"], row["seen"])
+    table.setdefault((row["by"], row["offset"]), []).append(share)
+  return {key: np.array(rows) for key, rows in table.items()}
+
+
+def _probe_rows(found):
+  for (by, offset), share in _accuracies(found).items():
+    for layer, values in enumerate(share):
+      yield {
+        "by": by,
+        "offset": offset,
+        "layer": layer,
+        **_with_error("accuracy", values),
+        **_with_error("above_own_token", values - share[0]),
+        "windows": len(values),
+      }
+
+
+def _character_rows(found):
+  """Yield how many characters of a group can be read from a state.
+
+  A character that is guessed from the own token alone does not count. With a
+  the accuracy and a0 that of the own token, it counts (a - a0) / (1 - a0).
+  """
+  shares = _accuracies(found)
+  for by, offsets, name in _SUMS:
+    group = [shares[by, d] for d in offsets if (by, d) in shares]
+    if not group:
+      continue
+    total = sum(
+      (share - share[0]) / max(1 - share[0].mean(), 1e-9) for share in group
+    )
+    for layer, values in enumerate(total):
+      yield {
+        "by": by,
+        "offsets": name,
+        "layer": layer,
+        "probes": len(group),
+        **_with_error("characters", values),
+        "windows": len(values),
+      }

@@ -1,0 +1,201 @@
+"""The pictures of knock-outs, probes and locality by layer, see dissection."""
+
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from aoarm_jax.runs import canvas
+from aoarm_jax.study import plots, tables
+
+_RUN = ("mechanism", "changes", "T", "seed", "steps", "rate")
+_STREAMS = {"content": "--", "query": "-", "only": "-", "all": ":"}
+
+
+def draw(made: dict[str, list[tables.Row]], folder: epath.Path) -> None:
+  """Draw the pictures that there is data for.
+
+  Args:
+    made: the rows of the tables by their names, see dissection.
+    folder: of the pictures.
+  """
+  whole = tables.find(made["knockouts"], layer="all")
+  if whole:
+    _whole(whole, folder)
+  alone = [row for row in made["knockouts"] if row["layer"] != "all"]
+  if alone:
+    _by_layer(alone, folder)
+  if made["probes"]:
+    _probes(made["probes"], folder)
+  if made["locality"]:
+    _locality(made["locality"], folder)
+
+
+def _lines(rows):
+  """Return {(run, stream): rows}, in the order of the table."""
+  lines: dict[tuple, list[tables.Row]] = {}
+  for row in rows:
+    key = tuple(row[name] for name in _RUN), row.get("stream", "")
+    lines.setdefault(key, []).append(row)
+  return lines
+
+
+def _words(run, stream):
+  mechanism, changes, T, *_ = run
+  rows = f", {stream} rows" * (stream not in ("only", ""))
+  return f"{mechanism}{rows}, T = {T:,}" + f", {changes}" * bool(changes)
+
+
+def _style(run, stream):
+  """Return the colour of a mechanism and the line of a stream."""
+  return {"color": plots.colour(run[0]), "ls": _STREAMS.get(stream, "-")}
+
+
+def _whole(rows, folder):
+  """The rise in bits of knock-outs in all layers, a point for every seed."""
+  names = list(dict.fromkeys(row["knockout"] for row in rows))
+  lines = _lines(rows)
+  inches = (8.5, 1.6 + 0.42 * len(names))
+  with plots.figure(folder, "knockouts", 1, inches=inches) as (all_, grid):
+    axes = grid[0, 0]
+    for n, ((run, stream), own) in enumerate(lines.items()):
+      shift = 0.5 * ((n + 0.5) / len(lines) - 0.5)
+      style = _style(run, stream)
+      axes.errorbar(
+        [row["rise_bits"] for row in own],
+        [names.index(row["knockout"]) + shift for row in own],
+        xerr=_errors(own, "rise_bits"),
+        fmt={"content": "s", "query": "o", "all": "D"}.get(stream, "^"),
+        ms=5,
+        color=style["color"],
+        mfc="white" if stream == "content" else style["color"],
+        label=_words(run, stream),
+      )
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.axvline(0, color=canvas.GREY, lw=0.8)
+    axes.set_xscale("symlog", linthresh=0.01)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel(
+      "rise in bits per character, all layers (logarithmic beyond 0.01)"
+    )
+    plots.legend(all_, grid)
+
+
+def _by_layer(rows, folder):
+  """The rise in bits of knock-outs in one layer, a panel a knock-out."""
+  names = list(dict.fromkeys(row["knockout"] for row in rows))
+  with plots.figure(
+    folder, "knockouts_by_layer", *plots.shape(len(names)), sharex=True
+  ) as (all_, grid):
+    for axes, name in zip(grid.flat, names):
+      axes.axhline(0, color=canvas.GREY, lw=0.8)
+      for (run, stream), own in _lines(
+        tables.find(rows, knockout=name)
+      ).items():
+        axes.errorbar(
+          [int(row["layer"]) for row in own],
+          [row["rise_bits"] for row in own],
+          yerr=_errors(own, "rise_bits"),
+          marker=".",
+          label=_words(run, stream),
+          **_style(run, stream),
+        )
+      axes.set_title(name)
+      axes.set_xlabel("layer that is knocked out")
+    for axes in grid[:, 0]:
+      axes.set_ylabel("rise in bits per character")
+    plots.legend(all_, grid)
+
+
+def _errors(rows, name):
+  """Return standard errors; nan where there are none."""
+  values = [row[f"{name}_error"] for row in rows]
+  return [np.nan if value == "" else value for value in values]
+
+
+def _probes(rows, folder):
+  """Accuracy above the own token's: a row a run, a panel a kind of probe."""
+  kinds = list(dict.fromkeys(row["by"] for row in rows))
+  runs = _lines(rows)
+  axis = {
+    "recency": "slots before the own slot",
+    "position": "positions after the own content",
+    "target": "positions after the target",
+  }
+  with plots.figure(folder, "probes", len(kinds), len(runs), sharey=True) as (
+    _,
+    grid,
+  ):
+    for line, ((run, _), own) in zip(grid, runs.items()):
+      last = max(row["layer"] for row in own)
+      for axes, by in zip(line, kinds):
+        for layer in range(1, last + 1):
+          chosen = tables.find(own, by=by, layer=layer)
+          # The own token itself is read in full; the scale is of the others.
+          chosen = sorted(
+            (row for row in chosen if (by, row["offset"]) != ("recency", 0)),
+            key=lambda row: row["offset"],
+          )
+          axes.plot(
+            [row["offset"] for row in chosen],
+            [row["above_own_token"] for row in chosen],
+            marker=".",
+            color=_shade(layer / last),
+            label=f"layer {layer}",
+          )
+        axes.axhline(0, color=canvas.GREY, lw=0.8)
+        axes.set_xscale(
+          "symlog" if by != "recency" else "linear",
+          **({"linthresh": 1} if by != "recency" else {}),
+        )
+        axes.set_xlabel(axis[by])
+        axes.set_title(_words(run, "") if axes is line[0] else "")
+      line[0].set_ylabel("accuracy above the own token's")
+      line[0].legend(fontsize=8, ncols=2)
+
+
+def _shade(share):
+  from matplotlib import colormaps
+
+  return colormaps["viridis"](0.95 * share)
+
+
+def _locality(rows, folder):
+  """Indices and masses by layer: a dot a head, a line the mean over heads."""
+  panels = {
+    "semantic": "semantic locality",
+    "structural": "structural locality",
+    "structural_with_own": "structural locality with the own slot",
+    "mass_own": "mass on the own slot",
+    "mass_sentinels": "mass on sentinels",
+  }
+  with plots.figure(
+    folder, "locality_by_layer", *plots.shape(len(panels)), sharex=True
+  ) as (all_, grid):
+    for axes, (name, title) in zip(grid.flat, panels.items()):
+      for (run, stream), own in _lines(rows).items():
+        heads: dict[int, list[float]] = {}
+        for row in own:
+          if row[name] != "":
+            heads.setdefault(row["layer"], []).append(row[name])
+        style: dict[str, Any] = _style(run, stream)
+        axes.plot(
+          list(heads),
+          [np.mean(values) for values in heads.values()],
+          label=_words(run, stream),
+          **style,
+        )
+        axes.plot(
+          [layer for layer, values in heads.items() for _ in values],
+          [value for values in heads.values() for value in values],
+          "s" if stream == "content" else "o",
+          ms=3,
+          alpha=0.5,
+          color=style["color"],
+          mfc="none" if stream == "content" else style["color"],
+        )
+      axes.axhline(0, color=canvas.GREY, lw=0.8)
+      axes.set_title(title)
+      axes.set_xlabel("layer")
+    plots.legend(all_, grid)
