@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from absl.testing import absltest
 
-from aoarm_jax.study import measure, trunks
+from aoarm_jax.study import dissection, measure, trunks
 
 pytestmark = pytest.mark.thorough
 
@@ -68,6 +68,7 @@ class TrunkTest(absltest.TestCase):
     self.check_interrupted(two)
     self.study("shared", "--config.study.part=all")
     self.check_report(self.folder / "shared" / "report")
+    self.check_measures("shared")
 
   def check_interrupted(self, two):
     """Time is up once in the trunk and once in the branch."""
@@ -121,6 +122,50 @@ class TrunkTest(absltest.TestCase):
     self.assertLen(rows["delays"], 2)
     for name in ("bits.png", "bits.svg", "delay.png", "README.md"):
       self.assertGreater((report / name).stat().st_size, 500)
+
+  def check_measures(self, workdir):
+    """Of the weights that were kept, once."""
+    report = self.folder / workdir / "report"
+    options = (
+      "--config.study.part=measure",
+      "--config.study.cells=steps=80 two_stream",
+      "--config.study.measure_windows=2",
+      "--config.study.knockouts=('nearest:2',)",
+      "--config.study.layer_knockouts=('own',)",
+    )
+    self.study(workdir, *options)
+    names = ("knockouts", "probes", "characters", "locality")
+    rows = {
+      name: list(
+        csv.DictReader((report / f"{name}.csv").read_text().splitlines())
+      )
+      for name in names
+    }
+    self.assertEqual(
+      [(r["knockout"], r["stream"], r["layer"]) for r in rows["knockouts"]],
+      [
+        *(("nearest:2", name, "all") for name in ("content", "query", "all")),
+        *(("own", *at) for at in (("content", "1"), ("query", "1"))),
+        ("own", "query", "2"),
+      ],
+    )
+    for row in rows["knockouts"]:
+      self.assertNotEqual(float(row["rise_bits"]), 0)
+      self.assertBetween(float(row["mass"]), 1e-3, 1)
+    own, *_ = rows["probes"]
+    self.assertEqual(
+      (own["by"], own["offset"], own["layer"]), ("recency", "0", "0")
+    )
+    self.assertGreater(float(own["accuracy"]), 0.8)
+    self.assertLen(rows["locality"], 2 * (1 + 2))
+    for name in ("knockouts", "knockouts_by_layer", "probes"):
+      self.assertGreater((report / f"{name}.png").stat().st_size, 1000)
+    before = (report / "knockouts.csv").read_bytes()
+    with absltest.mock.patch.object(
+      dissection, "_measure_all", side_effect=AssertionError
+    ):
+      self.study(workdir, *options)
+    self.assertEqual((report / "knockouts.csv").read_bytes(), before)
 
   def check_the_average_is_evaluated_beside_the_parameters(self, workdir):
     (cell,) = (self.folder / workdir / "cells").glob("two_*-steps40-*")
