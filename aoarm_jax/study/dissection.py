@@ -400,7 +400,9 @@ def _measure_all(config, missing, results):
     own = _cell_config(result, config)
     bench = benches.setdefault(_shared(own), Bench(own))
     params = measure.read_weights(path, result, bench.network.abstract_params)
-    found = bench.measures(params, *windows(own, corpus.split(split)))
+    # A GPU would round the factors of float32 products.
+    with jax.default_matmul_precision("highest"):
+      found = bench.measures(params, *windows(own, corpus.split(split)))
     record = {
       "options": _options(config),
       "weights": result["files"][measure.WEIGHTS],

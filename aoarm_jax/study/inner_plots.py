@@ -9,6 +9,11 @@ from aoarm_jax.runs import canvas
 from aoarm_jax.study import plots, tables
 
 _RUN = ("mechanism", "changes", "T", "seed", "steps", "rate")
+_AXES = {
+  "recency": "slots before the own slot",
+  "position": "positions after the own content",
+  "target": "positions after the target",
+}
 _STREAMS = {"content": "--", "query": "-", "only": "-", "all": ":"}
 
 
@@ -27,6 +32,8 @@ def draw(made: dict[str, list[tables.Row]], folder: epath.Path) -> None:
     _by_layer(alone, folder)
   if made["probes"]:
     _probes(made["probes"], folder)
+  if made["characters"]:
+    _characters(made["characters"], folder)
   if made["locality"]:
     _locality(made["locality"], folder)
 
@@ -102,7 +109,7 @@ def _by_layer(rows, folder):
           **_style(run, stream),
         )
       axes.set_title(name)
-      axes.set_xlabel("layer that is knocked out")
+      _layers(axes, "layer that is knocked out")
     for axes in grid[:, 0]:
       axes.set_ylabel("rise in bits per character")
     plots.legend(all_, grid)
@@ -115,44 +122,79 @@ def _errors(rows, name):
 
 
 def _probes(rows, folder):
-  """Accuracy above the own token's: a row a run, a panel a kind of probe."""
+  """Accuracy above the own token's: a row an arm, a panel a kind of probe.
+
+  The accuracies of an arm are means over its seeds.
+  """
   kinds = list(dict.fromkeys(row["by"] for row in rows))
-  runs = _lines(rows)
-  axis = {
-    "recency": "slots before the own slot",
-    "position": "positions after the own content",
-    "target": "positions after the target",
-  }
-  with plots.figure(folder, "probes", len(kinds), len(runs), sharey=True) as (
+  # The own token itself is read in full; the scale is of the others.
+  rows = [row for row in rows if (row["by"], row["offset"]) != ("recency", 0)]
+  arms: dict[tuple, list[tables.Row]] = {}
+  for row in rows:
+    arm = (row["mechanism"], row["changes"], row["T"], row["steps"])
+    arms.setdefault(arm, []).append(row)
+  with plots.figure(folder, "probes", len(kinds), len(arms), sharey=True) as (
     _,
     grid,
   ):
-    for line, ((run, _), own) in zip(grid, runs.items()):
-      last = max(row["layer"] for row in own)
+    for line, (arm, own) in zip(grid, arms.items()):
       for axes, by in zip(line, kinds):
-        for layer in range(1, last + 1):
-          chosen = tables.find(own, by=by, layer=layer)
-          # The own token itself is read in full; the scale is of the others.
-          chosen = sorted(
-            (row for row in chosen if (by, row["offset"]) != ("recency", 0)),
-            key=lambda row: row["offset"],
-          )
-          axes.plot(
-            [row["offset"] for row in chosen],
-            [row["above_own_token"] for row in chosen],
-            marker=".",
-            color=_shade(layer / last),
-            label=f"layer {layer}",
-          )
-        axes.axhline(0, color=canvas.GREY, lw=0.8)
-        axes.set_xscale(
-          "symlog" if by != "recency" else "linear",
-          **({"linthresh": 1} if by != "recency" else {}),
-        )
-        axes.set_xlabel(axis[by])
-        axes.set_title(_words(run, "") if axes is line[0] else "")
+        _of_arm(axes, tables.find(own, by=by), by)
+      line[0].set_title(f"{_words(arm, '')}, {arm[-1]:,} steps")
       line[0].set_ylabel("accuracy above the own token's")
       line[0].legend(fontsize=8, ncols=2)
+
+
+def _of_arm(axes, rows, by):
+  """Draw the probes of one kind and arm, a line a layer."""
+  if not rows:
+    return
+  offsets = sorted({row["offset"] for row in rows})
+  last = max(row["layer"] for row in rows)
+  for layer in range(1, last + 1):
+    means = [
+      np.mean(
+        [
+          row["above_own_token"]
+          for row in tables.find(rows, layer=layer, offset=offset)
+        ]
+      )
+      for offset in offsets
+    ]
+    shade = _shade(layer / last)
+    axes.plot(means, marker=".", color=shade, label=f"layer {layer}")
+  axes.axhline(0, color=canvas.GREY, lw=0.8)
+  axes.set_xticks(range(len(offsets)), offsets, fontsize=7)
+  axes.set_xlabel(_AXES[by])
+
+
+def _characters(rows, folder):
+  """How many characters are read, by layer: a panel a group of probes."""
+  groups = list(dict.fromkeys((row["by"], row["offsets"]) for row in rows))
+  with plots.figure(folder, "characters", len(groups), sharey=True) as (
+    all_,
+    grid,
+  ):
+    for axes, (by, offsets) in zip(grid[0], groups):
+      chosen = tables.find(rows, by=by, offsets=offsets)
+      for (run, stream), own in _lines(chosen).items():
+        axes.errorbar(
+          [row["layer"] for row in own],
+          [row["characters"] for row in own],
+          yerr=_errors(own, "characters"),
+          marker=".",
+          label=_words(run, stream),
+          **_style(run, stream),
+        )
+      axes.set_title(f"{_AXES[by]}: {offsets}", fontsize=10)
+      _layers(axes, "state after layer")
+    grid[0, 0].set_ylabel("characters that are read")
+    plots.legend(all_, grid)
+
+
+def _layers(axes, words):
+  axes.set_xlabel(words)
+  axes.locator_params(axis="x", integer=True)
 
 
 def _shade(share):
@@ -197,5 +239,5 @@ def _locality(rows, folder):
         )
       axes.axhline(0, color=canvas.GREY, lw=0.8)
       axes.set_title(title)
-      axes.set_xlabel("layer")
+      _layers(axes, "layer")
     plots.legend(all_, grid)
