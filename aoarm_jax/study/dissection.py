@@ -214,7 +214,9 @@ class Bench:
     ]
 
   def _locality(self, params, held):
-    """Return a row for every stream, layer and head."""
+    """Return a row for every stream, layer and head, if there is a profile."""
+    if not profiles.supports(self.config.model):
+      return []
     earlier, last = self._total(self._profile, params, held)
     logging.info("  locality of %d windows", len(held.tokens))
     arrays = profiles.to_arrays(earlier, last, self.config.model.kind)
@@ -372,7 +374,7 @@ def _kept(cells, results):
     path, result = results.folder(cell), results.result(cell)
     if result is None or not (path / measure.WEIGHTS).exists():
       continue
-    if profiles.supports(config_lib.from_dict(result["config"]).model):
+    if layerwise.supports(config_lib.from_dict(result["config"]).model):
       kept.setdefault(path, cell)
     else:
       logging.info("%s: no row a slot to measure, passed over", cell.label)

@@ -83,7 +83,7 @@ def marks(
   """Return the marks of `layerwise.resume`: int8 [B, S, S] per stream.
 
   Args:
-    network: of a model that `profiles.supports` allows.
+    network: of a model that `layerwise.supports` allows.
     slots: int32 [B, S] each.
     knockout: the slots that are barred. With equal_mass, these are the slots
       whose mass is matched.
@@ -174,7 +174,7 @@ def nats(
   """Return the nats of sequences with attention barred from slots.
 
   Args:
-    network: of a model that `profiles.supports` allows.
+    network: of a model that `layerwise.supports` allows.
     tokens: int32 [B, T].
     order: int32 [B, T].
     states: of `layerwise.record`, of the same sequences.

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from aoarm_jax import orders
+from aoarm_jax.config import schema as config_lib
 from aoarm_jax.model import parallel, transformer
 from aoarm_jax.model import rows as rows_lib
 
@@ -41,6 +42,11 @@ class Resumed(NamedTuple):
 
   logits: jax.Array
   mass: jax.Array
+
+
+def supports(model: config_lib.Model) -> bool:
+  """Return whether a network can go on from a layer: one row for each slot."""
+  return not model.kind.masked and model.kind.copies == 1
 
 
 def record(network: transformer.Transformer, slots: orders.Slots) -> Streams:
@@ -87,7 +93,7 @@ def seen(network: transformer.Transformer, slots: orders.Slots) -> Streams:
   """Return the slots that the rows of every stream see: bool [B, R, S] each.
 
   Args:
-    network: of a mechanism with one causal row for each slot.
+    network: of a model that `supports` allows.
     slots: int32 [B, S] each, without groups and queries.
   """
   _, setting = network.enter(slots)
@@ -111,13 +117,13 @@ def resume(
   """Return the logits with attention barred from slots.
 
   Args:
-    network: of a mechanism with one causal row for each slot.
+    network: of a model that `supports` allows.
     slots: int32 [B, S] each, without groups and queries.
     states: the result of `record`.
     marks: int8 [B, R, S] per stream: HIDDEN, SEEN or BARRED. Every row needs a
       slot that is seen.
-    active: bool [L, G], the layers and streams that are barred from slots. At
-      least one is True.
+    active: bool [L, G], the layers and streams that are barred from slots.
+      Layers before the first one are not computed again.
     choose: chooses the slots that are barred. None means those marked BARRED.
     content_stays: whether no content row of two streams is barred from slots.
       Then content rows are those of `states`, which saves half of the work.

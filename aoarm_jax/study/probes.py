@@ -109,7 +109,7 @@ def states(network: transformer.Transformer, slots: orders.Slots) -> jax.Array:
   reads. M is L for two streams, whose last layer has no content, else L + 1.
 
   Args:
-    network: of a model that `profiles.supports` allows.
+    network: of a model that `layerwise.supports` allows.
     slots: int32 [B, S] each.
   """
   streams = layerwise.record(network, slots)
@@ -170,7 +170,7 @@ def sums(
   """Return the sums over the rows of some windows.
 
   Args:
-    network: of a model that `profiles.supports` allows.
+    network: of a model that `layerwise.supports` allows.
     tokens: int32 [B, T].
     order: int32 [B, T].
     read: the probes.
@@ -212,7 +212,7 @@ def hits(
   """Return how many characters the probes read right in every window.
 
   Args:
-    network: of a model that `profiles.supports` allows.
+    network: of a model that `layerwise.supports` allows.
     tokens: int32 [B, T].
     order: int32 [B, T].
     read: the probes.

@@ -13,6 +13,7 @@ from absl.testing import absltest, parameterized
 
 from aoarm_jax import orders
 from aoarm_jax.config import schema as config_lib
+from aoarm_jax.model import looks
 from aoarm_jax.study import knockouts, layerwise, profiles
 
 B, T, V, L = 2, 7, 5, 3
@@ -68,9 +69,9 @@ def nats_by_hand(model, params, slots, tokens, order, masks):
 
 
 @functools.cache
-def program(mechanism, s, text, **options):
+def program(mechanism, s, text, content_sees="prefix", **options):
   """(model, params, function of `active` -> (nats, mass))."""
-  made = tiny.make(mechanism, s, L=L)
+  made = tiny.make(mechanism, s, L=L, content_sees=content_sees)
   params, knockout = tiny.sharp(made), knockouts.parse(text)
   tokens, order, slots = slots_of(s)
 
@@ -184,6 +185,27 @@ class NatsTest(parameterized.TestCase):
     want = nats_by_hand(model, params, slots, tokens, order, [masks] * L)
     got, _ = run(np.ones((L, 2), bool))
     np.testing.assert_allclose(got, want, rtol=2e-5)
+
+  @pytest.mark.thorough
+  def test_a_network_whose_content_sees_few_slots(self):
+    s, sees = 1, "nearest:2"
+    model, params, run = program("two_stream", s, "last:2", content_sees=sees)
+    tokens, order, slots = slots_of(s)
+    places = looks.Places(jnp.arange(model.S)[None], slots.position)
+    seen = np.asarray(looks.seen(model.look, s, places, places))
+    barred = [
+      barred_by_hand("last:2", s, "content", c, t)
+      for c, t in zip(slots.position, slots.target_position)
+    ]
+    queries = np.broadcast_to(np.tri(model.S, dtype=bool), seen.shape)
+    masks = [[seen & ~np.array(barred), queries], *[[seen, queries]] * (L - 1)]
+    want = nats_by_hand(model, params, slots, tokens, order, masks)
+    active = np.zeros((L, 2), bool)
+    active[0, 0] = True
+    got, _ = run(active)
+    np.testing.assert_allclose(got, want, rtol=2e-5)
+    intact, _ = run(np.zeros((L, 2), bool))
+    self.assertGreater(np.abs(got - intact).min(), 1e-3)
 
   @pytest.mark.thorough
   def test_content_that_stays_is_not_computed_again(self):
