@@ -8,6 +8,9 @@ each, in float32, on windows of the evaluated split:
   characters.csv  how many characters are read, added up over such probes
   locality.csv    over which distances heads attend, see profiles
 
+The first rows of an order see few slots and lose all of them. So the rise is
+also given for the second half of the order alone (`late_bits`).
+
 Each has a picture. A cell keeps its measures in measures.json beside its
 weights, and is measured again only if the options or the weights differ. All
 errors are standard errors over windows. So they say nothing of other seeds.
@@ -48,7 +51,7 @@ from aoarm_jax.study import (
 MEASURES = "measures.json"
 _MOST_TOKENS = 1 << 13  # Of a batch.
 _FIT = 3  # Windows on which probes are fitted, for each on which they are held.
-_VERSION = 1  # Of the measures; another one is measured again.
+_VERSION = 2  # Of the measures; another one is measured again.
 _KINDS = {
   "options": dict,
   "weights": str,
@@ -162,7 +165,6 @@ class Bench:
         nats, mass = one(plan.active, plan.text)
         row.append((nats - before, mass[plan.active].mean(axis=0)))
       logging.info("  knock-outs of %d windows", first + len(tokens))
-    unit = T * math.log(2)
     found = []
     for plan, row in zip(plans, rows):
       rise, mass = (np.concatenate(x) for x in zip(*row))
@@ -171,14 +173,15 @@ class Bench:
           "knockout": plan.text,
           "stream": plan.stream,
           "layer": plan.layer,
-          "rise_bits": _listed(rise / unit),
+          "rise_bits": _listed(_bits(rise)),
+          "late_bits": _listed(_bits(rise[:, T // 2 :])),
           "mass": _listed(mass),
         }
       )
-    return _listed(np.concatenate(intact) / unit), found
+    return _listed(_bits(np.concatenate(intact))), found
 
   def _one(self, params, first, tokens, order, states, active, text):
-    """Return nats [B] and masses [L, G, B] of one knock-out of a batch."""
+    """Return nats [B, T] and masses [L, G, B] of a knock-out of a batch."""
     knockout = knockouts.parse(text)
     marked = self._marks(params, tokens, order, knockout=knockout)
     only_queries = active.any() and not active[:, :-1].any()
@@ -262,6 +265,11 @@ def _plans(config, streams):
         active = np.zeros((L, G), bool)
         active[layer, g] = True
         yield _Plan(text, name, str(layer + 1), active)
+
+
+def _bits(nats):
+  """Return the mean bits of every window, from nats by rank [n, T]."""
+  return nats.mean(axis=1, dtype=np.float64) / math.log(2)
 
 
 def _listed(x):
@@ -498,6 +506,7 @@ def _knockout_rows(found):
       "stream": row["stream"],
       "layer": row["layer"],
       **_with_error("rise_bits", row["rise_bits"]),
+      **_with_error("late_bits", row["late_bits"]),
       "mass": float(np.mean(row["mass"])),
       "intact_bits": intact,
       "windows": len(row["rise_bits"]),

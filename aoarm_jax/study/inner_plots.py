@@ -62,16 +62,16 @@ def _whole(rows, folder):
   """The rise in bits of knock-outs in all layers, a point for every seed."""
   names = list(dict.fromkeys(row["knockout"] for row in rows))
   lines = _lines(rows)
-  inches = (8.5, 1.6 + 0.42 * len(names))
+  inches = (8.5, 1.8 + 0.42 * len(names))
   with plots.figure(folder, "knockouts", 1, inches=inches) as (all_, grid):
     axes = grid[0, 0]
     for n, ((run, stream), own) in enumerate(lines.items()):
       shift = 0.5 * ((n + 0.5) / len(lines) - 0.5)
       style = _style(run, stream)
       axes.errorbar(
-        [row["rise_bits"] for row in own],
+        [row["late_bits"] for row in own],
         [names.index(row["knockout"]) + shift for row in own],
-        xerr=_errors(own, "rise_bits"),
+        xerr=_errors(own, "late_bits"),
         fmt={"content": "s", "query": "o", "all": "D"}.get(stream, "^"),
         ms=5,
         color=style["color"],
@@ -81,10 +81,13 @@ def _whole(rows, folder):
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.axvline(0, color=canvas.GREY, lw=0.8)
-    axes.set_xscale("symlog", linthresh=0.01)
+    axes.set_xscale("symlog", linthresh=0.01, linscale=0.5)
+    lowest = min(row["late_bits"] for row in rows)
+    axes.set_xlim(left=min(2 * lowest, -0.002))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel(
-      "rise in bits per character, all layers (logarithmic beyond 0.01)"
+      "rise in bits per character in the second half of the order, all layers\n"
+      "(logarithmic beyond 0.01)"
     )
     plots.legend(all_, grid)
 
@@ -102,8 +105,8 @@ def _by_layer(rows, folder):
       ).items():
         axes.errorbar(
           [int(row["layer"]) for row in own],
-          [row["rise_bits"] for row in own],
-          yerr=_errors(own, "rise_bits"),
+          [row["late_bits"] for row in own],
+          yerr=_errors(own, "late_bits"),
           marker=".",
           label=_words(run, stream),
           **_style(run, stream),
@@ -111,7 +114,7 @@ def _by_layer(rows, folder):
       axes.set_title(name)
       _layers(axes, "layer that is knocked out")
     for axes in grid[:, 0]:
-      axes.set_ylabel("rise in bits per character")
+      axes.set_ylabel("rise in bits per character, second half")
     plots.legend(all_, grid)
 
 
@@ -212,9 +215,10 @@ def _locality(rows, folder):
     "mass_own": "mass on the own slot",
     "mass_sentinels": "mass on sentinels",
   }
-  with plots.figure(
-    folder, "locality_by_layer", *plots.shape(len(panels)), sharex=True
-  ) as (all_, grid):
+  with plots.figure(folder, "locality_by_layer", *plots.shape(len(panels))) as (
+    all_,
+    grid,
+  ):
     for axes, (name, title) in zip(grid.flat, panels.items()):
       for (run, stream), own in _lines(rows).items():
         heads: dict[int, list[float]] = {}

@@ -186,8 +186,8 @@ def nats(
     content_stays: see `layerwise.resume`.
 
   Returns:
-    float32 [B] nats, and the mass on the barred slots, float32 [L, G, B]; see
-    layerwise.Resumed.
+    float32 [B, T] nats by rank, and the mass on the barred slots, float32 [L,
+    G, B]; see layerwise.Resumed.
   """
   masses: list[jax.Array] = []
   choose = None
@@ -208,4 +208,4 @@ def nats(
     return resumed.logits
 
   by_rank = objective.order_nll(apply, network.layout, tokens, order)
-  return by_rank.sum(axis=1), masses[0]
+  return by_rank, masses[0]

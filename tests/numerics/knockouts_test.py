@@ -81,7 +81,7 @@ def program(mechanism, s, text, content_sees="prefix", **options):
     laid = orders.Slots(*slots[:3])
     states = layerwise.record(network, laid)
     marked = knockouts.marks(network, laid, knockout)
-    return knockouts.nats(
+    by_rank, mass = knockouts.nats(
       network,
       tokens,
       order,
@@ -92,6 +92,7 @@ def program(mechanism, s, text, content_sees="prefix", **options):
       knockout.equal_mass,
       **options,
     )
+    return by_rank.sum(axis=1), mass
 
   return made.model, params, functools.partial(run, params)
 

@@ -94,7 +94,8 @@ class TableTest(absltest.TestCase):
 
   def test_rises_have_errors_over_windows(self):
     row = {"knockout": "own", "stream": "only", "layer": "all", "mass": [0.1]}
-    found = {"bits": [2.0, 4.0], "knockouts": [row | {"rise_bits": [1, 2]}]}
+    rises = {"rise_bits": [1, 2], "late_bits": [0, 0]}
+    found = {"bits": [2.0, 4.0], "knockouts": [row | rises]}
     (row,) = dissection._knockout_rows(found)
     self.assertEqual((row["rise_bits"], row["rise_bits_error"]), (1.5, 0.5))
     self.assertEqual((row["intact_bits"], row["windows"]), (3, 2))
