@@ -42,6 +42,18 @@ _STYLE: dict[Any, Any] = {
 }
 
 
+def shade(share: float) -> tuple[float, ...]:
+  """Return a colour of a scale from dark to light: red, green, blue, alpha.
+
+  Args:
+    share: where on the scale, from 0 to 1.
+  """
+  import matplotlib
+
+  # The end of the scale is too light for lines.
+  return matplotlib.colormaps["viridis"](0.95 * share)
+
+
 @contextlib.contextmanager
 def draw(
   paths: Sequence[epath.PathLike],

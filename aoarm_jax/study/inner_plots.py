@@ -164,7 +164,7 @@ def _of_arm(axes, rows, by):
       )
       for offset in offsets
     ]
-    shade = _shade(layer / last)
+    shade = canvas.shade(layer / last)
     axes.plot(means, marker=".", color=shade, label=f"layer {layer}")
   axes.axhline(0, color=canvas.GREY, lw=0.8)
   axes.set_xticks(range(len(offsets)), offsets, fontsize=7)
@@ -198,12 +198,6 @@ def _characters(rows, folder):
 def _layers(axes, words):
   axes.set_xlabel(words)
   axes.locator_params(axis="x", integer=True)
-
-
-def _shade(share):
-  from matplotlib import colormaps
-
-  return colormaps["viridis"](0.95 * share)
 
 
 def _locality(rows, folder):
