@@ -1081,20 +1081,16 @@ class Study:
   measure_windows: int = _field(
     64, "part=measure only: number of windows that are measured", low=2
   )
-  knockouts: tuple[str, ...] = _field(
-    (
-      *("own", "last:1", "last:8", "last:32", "own+last:8"),
-      *("nearest:1", "nearest:8", "nearest:32", "random:8", "random:32"),
-      *("equal_mass:last:8", "equal_mass:nearest:8"),
-    ),
-    "part=measure only: slots that attention is barred from in all layers "
-    "(aoarm_jax/study/knockouts.py)",
-    of=str,
+  knockouts: str = _field(
+    "",
+    "part=measure only: slots that attention is barred from in all layers, as "
+    "in 'own last:8'; 'none' bars none, '' takes the list of "
+    "aoarm_jax/study/knockouts.py, which explains the words",
   )
-  layer_knockouts: tuple[str, ...] = _field(
-    ("own", "last:8", "nearest:8", "equal_mass:nearest:8"),
-    "part=measure only: slots that attention is barred from in one layer alone",
-    of=str,
+  layer_knockouts: str = _field(
+    "",
+    "part=measure only: slots that attention is barred from in one layer "
+    "alone, written like study.knockouts",
   )
   report: str = _field(
     "", "folder of the report; '' means report/ in the workdir"

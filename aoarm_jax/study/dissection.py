@@ -248,18 +248,19 @@ class _Plan(NamedTuple):
 
 def _plans(config, streams):
   """Yield every knock-out that the options ask for."""
-  L, G, study = config.model.L, len(streams), config.study
+  L, G = config.model.L, len(streams)
+  everywhere, by_layer = knockouts.wanted(config.study)
   every = [(name, [g]) for g, name in enumerate(streams)]
   if G > 1:
     every.append(("all", list(range(G))))
-  for text in study.knockouts:
+  for text in everywhere:
     for name, members in every:
       active = np.zeros((L, G), bool)
       active[:, members] = True
       # Nothing reads the content of the last layer.
       active[-1, : G - 1] = False
       yield _Plan(text, name, "all", active)
-  for text in study.layer_knockouts:
+  for text in by_layer:
     for g, name in enumerate(streams):
       for layer in range(L - (g < G - 1)):
         active = np.zeros((L, G), bool)
@@ -313,12 +314,12 @@ def windows(
 
 def _options(config):
   """Return what the measures of a cell depend on, beside its weights."""
-  study = config.study
+  everywhere, by_layer = knockouts.wanted(config.study)
   return {
     "version": _VERSION,
-    "windows": study.measure_windows,
-    "knockouts": list(study.knockouts),
-    "layer_knockouts": list(study.layer_knockouts),
+    "windows": config.study.measure_windows,
+    "knockouts": everywhere,
+    "layer_knockouts": by_layer,
     "split": config.eval.split,
   }
 
@@ -355,8 +356,7 @@ def run(
     DataError: the text is not that of the cells, is too short, or a file is
       damaged.
   """
-  for text in (*config.study.knockouts, *config.study.layer_knockouts):
-    knockouts.parse(text)
+  knockouts.wanted(config.study)
   kept = _kept(cells, results)
   if not kept:
     raise config_lib.ConfigError(

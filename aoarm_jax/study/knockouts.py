@@ -40,6 +40,14 @@ _FORM = re.compile(
 )
 
 
+# What is barred by default, in all layers and in one layer alone.
+_EVERYWHERE = (
+  "own last:1 last:8 last:32 own+last:8 nearest:1 nearest:8 nearest:32 "
+  "random:8 random:32 equal_mass:last:8 equal_mass:nearest:8"
+)
+_BY_LAYER = "own last:8 nearest:8 equal_mass:nearest:8"
+
+
 class Knockout(NamedTuple):
   """The slots that are barred.
 
@@ -56,6 +64,28 @@ class Knockout(NamedTuple):
   equal_mass: bool = False
 
 
+def wanted(study: config_lib.Study) -> tuple[list[str], list[str]]:
+  """Return the knock-outs in all layers, and those in one layer alone.
+
+  Args:
+    study: the section of the config. "" means the defaults, and "none" none.
+
+  Raises:
+    ConfigError: a knock-out cannot be read.
+  """
+
+  def listed(text, default):
+    words = [] if text == "none" else (text or default).split()
+    for word in words:
+      parse(word)
+    return words
+
+  return (
+    listed(study.knockouts, _EVERYWHERE),
+    listed(study.layer_knockouts, _BY_LAYER),
+  )
+
+
 def parse(text: str) -> Knockout:
   """Return the Knockout that a text names.
 
@@ -67,7 +97,7 @@ def parse(text: str) -> Knockout:
   """
   if not _FORM.fullmatch(text):
     raise config_lib.ConfigError(
-      f"config.study.knockouts: {text!r} is none: write own, last:k, "
+      f"config.study.knockouts: {text!r} is none of them: write own, last:k, "
       "own+last:k, nearest:k, random:k, equal_mass:last:k or "
       "equal_mass:nearest:k with a whole number k"
     )

@@ -130,8 +130,8 @@ class TrunkTest(absltest.TestCase):
       "--config.study.part=measure",
       "--config.study.cells=steps=80 two_stream",
       "--config.study.measure_windows=2",
-      "--config.study.knockouts=('nearest:2',)",
-      "--config.study.layer_knockouts=('nearest:2',)",
+      "--config.study.knockouts=nearest:2",
+      "--config.study.layer_knockouts=nearest:2",
     )
     self.study(workdir, *options)
     names = ("knockouts", "probes", "characters", "locality")

@@ -48,7 +48,7 @@ class WindowsTest(absltest.TestCase):
 
 class PlansTest(absltest.TestCase):
   def test_every_layer_and_stream_that_something_reads(self):
-    options = tiny(knockouts=("own",), layer_knockouts=("last:2",))
+    options = tiny(knockouts="own", layer_knockouts="last:2")
     plans = list(dissection._plans(options, ("content", "query")))
     self.assertEqual(
       [(plan.text, plan.stream, plan.layer) for plan in plans],
@@ -136,7 +136,7 @@ class FilesTest(absltest.TestCase):
     self.assertIsNone(dissection._read(self.folder, self.result, tiny()))
     self.write()
     self.assertIsNotNone(dissection._read(self.folder, self.result, tiny()))
-    other = tiny(knockouts=("own",))
+    other = tiny(knockouts="own")
     self.assertIsNone(dissection._read(self.folder, self.result, other))
     self.write(weights="1")
     self.assertIsNone(dissection._read(self.folder, self.result, tiny()))
@@ -145,11 +145,11 @@ class FilesTest(absltest.TestCase):
       dissection._read(self.folder, self.result, tiny())
 
   def test_what_cannot_be_measured_is_refused(self):
-    study = tiny(layer_knockouts=("near:2",))
+    study = tiny(layer_knockouts="near:2")
     results = mock.Mock(workdir=self.folder)
     results.result.return_value = None
     cells = cells_lib.expand(study)
-    with self.assertRaisesRegex(config_lib.ConfigError, "'near:2' is none"):
+    with self.assertRaisesRegex(config_lib.ConfigError, "'near:2' is none of"):
       dissection.run(study, cells, results, self.folder)
     with self.assertRaisesRegex(config_lib.ConfigError, "no cell.*has weights"):
       dissection.run(tiny(), cells, results, self.folder)
