@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from aoarm_jax import orders
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.model import parallel, transformer
+from aoarm_jax.model import parallel, rotary, transformer
 from aoarm_jax.model import rows as rows_lib
 
 # A slot that a row does not see, that it sees, and that is barred from it where
@@ -60,10 +60,10 @@ def record(network: transformer.Transformer, slots: orders.Slots) -> Streams:
     One array [L, B, R, D] per stream, in compute dtype.
   """
   streams, setting = network.enter(slots)
-  S = streams[0].shape[1]
+  S, attend = streams[0].shape[1], _whole_attention(network)
 
   def body(streams, block):
-    return block(streams, setting, parallel.attention, S), streams
+    return block(streams, setting, attend, S), streams
 
   before = network.model.L - 1
   last, states = jax.lax.scan(
@@ -86,7 +86,13 @@ def after_last(
   """
   _, setting = network.enter(slots)
   last = network.layer(network.model.L - 1)
-  return last(streams, setting, parallel.attention, streams[0].shape[1])
+  return last(streams, setting, _whole_attention(network), streams[0].shape[1])
+
+
+def _whole_attention(network):
+  """Return the attention that bars nothing."""
+  scale = rotary.score_scale(network.model)
+  return functools.partial(parallel.attention, scale=scale)
 
 
 def seen(network: transformer.Transformer, slots: orders.Slots) -> Streams:
@@ -131,6 +137,7 @@ def resume(
   L, G = active.shape
   B, S = slots.tokens.shape
   _, setting = network.enter(slots)
+  scale = rotary.score_scale(network.model)
   choose = choose or (lambda weights, marks, index: marks == BARRED)
 
   def knocked(layer, stream):
@@ -144,7 +151,7 @@ def resume(
     def attend(queries, k, v, visible, marks):
       del visible
       of_sequence = functools.partial(
-        _attention, choose, layer, stream + len(masses)
+        _attention, choose, scale, layer, stream + len(masses)
       )
       out, mass = jax.lax.map(
         of_sequence, (jnp.arange(B), queries[0], k, v, marks)
@@ -181,12 +188,14 @@ def resume(
   return Resumed(logits, mass.at[L - 1, G - 1].set(masses[0]))
 
 
-def _attention(choose, layer, stream, sequence):
+def _attention(choose, scale, layer, stream, sequence):
   """Return attention of one sequence [R, N, H], and the mass that is barred."""
   index, q, k, v, marks = sequence
-  scores = jnp.einsum(
+  # Several query heads may share a key head.
+  k, v = (jnp.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
+  scores = scale * jnp.einsum(
     "rnh,snh->nrs", q, k, preferred_element_type=jnp.float32
-  ) * (q.shape[-1] ** -0.5)
+  )
   is_seen = marks > HIDDEN
   weights = jax.nn.softmax(jnp.where(is_seen, scores, -jnp.inf), axis=-1)
   where = jnp.stack([index, jnp.int32(layer), jnp.int32(stream)])

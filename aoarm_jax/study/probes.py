@@ -119,7 +119,7 @@ def states(network: transformer.Transformer, slots: orders.Slots) -> jax.Array:
     content = jnp.concatenate([content, last[None]])
   content = content.astype(jnp.float32)
   return content * jax.lax.rsqrt(
-    jnp.mean(content**2, axis=-1, keepdims=True) + 1e-6
+    jnp.mean(content**2, axis=-1, keepdims=True) + network.model.norm_epsilon
   )
 
 
