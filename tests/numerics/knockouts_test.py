@@ -69,9 +69,11 @@ def nats_by_hand(model, params, slots, tokens, order, masks):
 
 
 @functools.cache
-def program(mechanism, s, text, content_sees="prefix", **options):
+def program(mechanism, s, text, content_sees="prefix", kv_heads=0, **options):
   """(model, params, function of `active` -> (nats, mass))."""
-  made = tiny.make(mechanism, s, L=L, content_sees=content_sees)
+  made = tiny.make(
+    mechanism, s, L=L, content_sees=content_sees, kv_heads=kv_heads
+  )
   params, knockout = tiny.sharp(made), knockouts.parse(text)
   tokens, order, slots = slots_of(s)
 
@@ -207,6 +209,19 @@ class NatsTest(parameterized.TestCase):
     np.testing.assert_allclose(got, want, rtol=2e-5)
     intact, _ = run(np.zeros((L, 2), bool))
     self.assertGreater(np.abs(got - intact).min(), 1e-3)
+
+  @pytest.mark.thorough
+  def test_heads_that_share_keys(self):
+    model, params, run = program("decoupled_rope", 1, "nearest:2", kv_heads=1)
+    tokens, order, slots = slots_of(1)
+    barred = [
+      barred_by_hand("nearest:2", 1, "only", c, t)
+      for c, t in zip(slots.position, slots.target_position)
+    ]
+    masks = [[np.tri(model.S, dtype=bool) & ~np.array(barred)]] * L
+    want = nats_by_hand(model, params, slots, tokens, order, masks)
+    got, _ = run(np.ones((L, 1), bool))
+    np.testing.assert_allclose(got, want, rtol=2e-5)
 
   @pytest.mark.thorough
   def test_content_that_stays_is_not_computed_again(self):
