@@ -69,7 +69,7 @@ def _session(
   network = _network(mechanism, T, tokenizer)
   params = sharding.put(network.mesh, change(tiny.sharp(network)))
   made = network.config.replace("benchmark", config.Benchmark(**benchmark))
-  run = opening.Run(made, made, mock.Mock(step=0), network, params)
+  run = opening.Run(made, made, mock.Mock(step=0), network, params, "params")
   opened = session.Session(made, run, stopping.Signals("batch"))
   tokens = tokenizer.encode(text)
   opened.__dict__["text"] = opened.text_of(tokens, "a text")
@@ -106,7 +106,7 @@ class TextTest(parameterized.TestCase):
     made = config.Config(model=model, data=data)
     made = made.replace("benchmark", config.Benchmark(tokens=5, windows=9))
     network = network_lib.Network(made, mesh, _LETTERS)
-    run = opening.Run(made, made, mock.Mock(step=0), network, None)
+    run = opening.Run(made, made, mock.Mock(step=0), network, None, "params")
     opened = session.Session(made, run, stopping.Signals("batch"))
     end = network.tokenizer.end
     texts = ("ab", "cdefgh", "c")

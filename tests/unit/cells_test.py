@@ -192,7 +192,7 @@ class SweepTest(parameterized.TestCase):
       dataclasses.replace(cell, rate="tuned"), config("")
     )
     self.assertEqual({trial.orders for trial in trials}, {"uniform"})
-    order = profiles.orders_of(got)  # At step 0 it would be sorted.
+    order = profiles.orders_of(got, 8)  # At step 0 it would be sorted.
     self.assertGreater(np.mean(np.diff(order) < 0), 0.3)
 
   @parameterized.parameters("", "quick", "repeat", "tiny")
