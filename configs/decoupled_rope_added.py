@@ -7,6 +7,9 @@ content, so no rotary pair is taken from the target.
   python -m aoarm_jax.main --config=configs/decoupled_rope_added.py
 
 Hardware, time, validation result: not run yet.
+  :bpe     10.0M parameters, 2.1M of them in embedding and head
+  :124m    124.3M parameters, 38.6M of them in the embedding; needs a
+           large text, as in --config.data.path=prepared/texts
   :tiny    for a CPU
 """
 

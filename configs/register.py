@@ -8,6 +8,9 @@ rows of two streams, and nothing divides the tasks between them.
   python -m aoarm_jax.main --config=configs/register.py
 
 Hardware, time, validation result: not run yet.
+  :bpe     10.0M parameters, 2.1M of them in embedding and head
+  :124m    123.6M parameters, 38.6M of them in the embedding; needs a
+           large text, as in --config.data.path=prepared/texts
   :tiny    for a CPU
 """
 

@@ -7,6 +7,9 @@ two_stream.
   python -m aoarm_jax.main --config=configs/two_stream_untied.py
 
 Hardware, time, validation result: not run yet.
+  :bpe     16.5M parameters, 2.1M of them in embedding and head
+  :124m    194.4M parameters, 38.6M of them in the embedding; needs a
+           large text, as in --config.data.path=prepared/texts
   :tiny    for a CPU
 """
 
