@@ -5,7 +5,6 @@ Elsewhere, plain products stand beside the functions of rowwise.py.
 """
 
 import functools
-import types
 from collections.abc import Sequence
 
 import jax
@@ -84,13 +83,6 @@ def project_heads(
   )
 
 
-def _hopper() -> types.ModuleType:
-  from pallas_kernels import hopper
-  from pallas_kernels.hopper import heads, mlp, products, projection  # noqa: F401
-
-  return hopper
-
-
 def _serves(rows, weight, implementation):
   """Return whether the kernels are wanted, and support the product."""
   wanted = implementation == "mosaic_gpu" or (
@@ -98,7 +90,7 @@ def _serves(rows, weight, implementation):
   )
   if not wanted or rowwise.unsupported(rows):
     return False
-  kernels, (D, F) = _hopper().products, weight.shape
+  kernels, (D, F) = rowwise.hopper().products, weight.shape
   return (
     len(rows) >= kernels.ROWS
     and len(rows) % kernels.ROW_GROUP == 0
@@ -113,7 +105,7 @@ def _projects(weight, parts):
   *_, N, H = weight.shape
   normed = [part for part in parts if part is not None]
   return (
-    H == _hopper().projection.H
+    H == rowwise.hopper().projection.H
     and N % 2 == 0
     and len(normed) > 0
     and None not in parts[: len(normed)]
@@ -126,18 +118,18 @@ def _projects(weight, parts):
 
 @jax.custom_vjp
 def _mlp(x, up, down):
-  (hidden,) = _hopper().mlp.forward(x, up, keep_before=False)
+  (hidden,) = rowwise.hopper().mlp.forward(x, up, keep_before=False)
   return hidden @ down
 
 
 def _mlp_forward(x, up, down):
-  hidden, before = _hopper().mlp.forward(x, up, keep_before=True)
+  hidden, before = rowwise.hopper().mlp.forward(x, up, keep_before=True)
   return hidden @ down, (x, up, down, hidden, before)
 
 
 def _mlp_backward(residuals, d_out):
   x, up, down, hidden, before = residuals
-  d_before = _hopper().mlp.backward(d_out, down, before)
+  d_before = rowwise.hopper().mlp.backward(d_out, down, before)
   return d_before @ up.T, x.T @ d_before, hidden.T @ d_out
 
 
@@ -150,13 +142,15 @@ def _heads(x, weight, parts, epsilon):
 
 
 def _heads_forward(x, weight, parts, epsilon):
-  outs, before = _hopper().projection.forward(x, weight, parts, epsilon)
+  outs, before = rowwise.hopper().projection.forward(x, weight, parts, epsilon)
   return outs, (x, weight, parts, before)
 
 
 def _heads_backward(epsilon, residuals, d_parts):
   x, weight, parts, before = residuals
-  d_packed, d_scales = _hopper().heads.backward(before, parts, d_parts, epsilon)
+  d_packed, d_scales = rowwise.hopper().heads.backward(
+    before, parts, d_parts, epsilon
+  )
   d_packed = d_packed.reshape(len(x), -1)
   d_x = d_packed @ weight.reshape(len(weight), -1).T
   d_weight = (x.T @ d_packed).reshape(weight.shape)

@@ -50,7 +50,7 @@ def rms_norm(
   """
   D = x.shape[-1]
   reason = unsupported(x)
-  if not reason and not _hopper().rows.vector(D):
+  if not reason and not hopper().rows.vector(D):
     reason = f"D={D} (multiples of 64 only)"
   if _choose("rms_norm", implementation, x.size // D, reason) == "xla":
     y = x if update is None else x + update
@@ -176,7 +176,7 @@ def split_heads(
     UnsupportedError: the named implementation does not support the call.
   """
   B, R, C, N, H = packed.shape
-  reason = unsupported(packed) or _hopper().heads.unsupported(packed.shape)
+  reason = unsupported(packed) or hopper().heads.unsupported(packed.shape)
   if any(part is not None and part.scale is None for part in parts):
     reason = reason or "heads without a norm"
   if _choose("split_heads", implementation, B * R, reason) == "xla":
@@ -204,10 +204,10 @@ def _plain_head(x, part, epsilon):
 def by_row(part: Part) -> Any:
   """Return what the kernels take of a part; its positions are [K, B * R]."""
   if part.by is None:
-    return _hopper().heads.Part(part.scale, None, None)
+    return hopper().heads.Part(part.scale, None, None)
   position = jnp.moveaxis(part.by.position, 2, 0)
   position = position.reshape(len(position), -1)
-  return _hopper().heads.Part(part.scale, position, part.by.frequency)
+  return hopper().heads.Part(part.scale, position, part.by.frequency)
 
 
 def gelu(x: jax.Array, *, implementation: str | None = None) -> jax.Array:
@@ -222,24 +222,32 @@ def gelu(x: jax.Array, *, implementation: str | None = None) -> jax.Array:
   """
   reason, rows = unsupported(x), 0
   if not reason:
-    rows, rest = divmod(x.size, _hopper().gelu.WIDTH)
+    rows, rest = divmod(x.size, hopper().gelu.WIDTH)
     if rest:
-      width = _hopper().gelu.WIDTH
+      width = hopper().gelu.WIDTH
       reason = f"{x.size} elements (multiples of {width} only)"
   if _choose("gelu", implementation, rows, reason) == "xla":
     return _plain_gelu(x)
   return _gelu_kernel(x)
 
 
-def _hopper() -> types.ModuleType:
+def hopper() -> types.ModuleType:
   """Return the package of the kernels; it is imported at the first use only.
 
   See api._kernel.
   """
-  from pallas_kernels import hopper
-  from pallas_kernels.hopper import gelu, heads, norm, rows  # noqa: F401
+  from pallas_kernels import hopper as package
+  from pallas_kernels.hopper import (  # noqa: F401
+    gelu,
+    heads,
+    mlp,
+    norm,
+    products,
+    projection,
+    rows,
+  )
 
-  return hopper
+  return package
 
 
 def unsupported(x: jax.Array) -> str:
@@ -270,8 +278,8 @@ def _choose(function, implementation, rows, reason):
     few = rows < tuning.LEAST_ROWS
     return "xla" if reason or few else "mosaic_gpu"
   if implementation == "mosaic_gpu":
-    if not reason and rows < _hopper().rows.LEAST_ROWS:
-      reason = f"{rows} rows ({_hopper().rows.LEAST_ROWS} or more)"
+    if not reason and rows < hopper().rows.LEAST_ROWS:
+      reason = f"{rows} rows ({hopper().rows.LEAST_ROWS} or more)"
     if reason:
       raise errors.UnsupportedError(
         f"{function} 'mosaic_gpu' does not support {reason}"
@@ -283,7 +291,7 @@ def _choose(function, implementation, rows, reason):
 def _norm_kernel(x, update, scale, epsilon):
   rows = x.reshape(-1, x.shape[-1])
   more = None if update is None else update.reshape(rows.shape)
-  y, normed = _hopper().norm.forward(rows, more, scale, epsilon)
+  y, normed = hopper().norm.forward(rows, more, scale, epsilon)
   return y.reshape(x.shape), normed.reshape(x.shape)
 
 
@@ -296,7 +304,7 @@ def _norm_forward(x, update, scale, epsilon):
 def _norm_backward(epsilon, residuals, gradients):
   y, scale, mark = residuals
   rows, d_y, d_normed = (a.reshape(-1, y.shape[-1]) for a in (y, *gradients))
-  d_y, d_scale = _hopper().norm.backward(rows, scale, d_y, d_normed, epsilon)
+  d_y, d_scale = hopper().norm.backward(rows, scale, d_y, d_normed, epsilon)
   d_y = d_y.reshape(y.shape)
   return d_y, None if mark is None else d_y, d_scale
 
@@ -306,7 +314,7 @@ _norm_kernel.defvjp(_norm_forward, _norm_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _heads_kernel(packed, parts, epsilon):
-  return _hopper().heads.forward(packed, parts, epsilon)
+  return hopper().heads.forward(packed, parts, epsilon)
 
 
 def _heads_forward(packed, parts, epsilon):
@@ -315,14 +323,14 @@ def _heads_forward(packed, parts, epsilon):
 
 def _heads_backward(epsilon, residuals, d_parts):
   packed, parts = residuals
-  d_packed, d_scales = _hopper().heads.backward(packed, parts, d_parts, epsilon)
+  d_packed, d_scales = hopper().heads.backward(packed, parts, d_parts, epsilon)
   return d_packed, gradients_of_parts(d_scales)
 
 
 def gradients_of_parts(d_scales: Sequence[jax.Array | None]) -> list[Any]:
   """Return the gradients of the parts that `by_row` returns."""
   return [
-    None if d_scale is None else _hopper().heads.Part(d_scale, None, None)
+    None if d_scale is None else hopper().heads.Part(d_scale, None, None)
     for d_scale in d_scales
   ]
 
@@ -345,8 +353,8 @@ def _plain_gelu(x):
 
 @jax.custom_vjp
 def _gelu_kernel(x):
-  rows = x.reshape(-1, _hopper().gelu.WIDTH)
-  return _hopper().gelu.forward(rows).reshape(x.shape)
+  rows = x.reshape(-1, hopper().gelu.WIDTH)
+  return hopper().gelu.forward(rows).reshape(x.shape)
 
 
 def _gelu_forward(x):
@@ -354,8 +362,8 @@ def _gelu_forward(x):
 
 
 def _gelu_backward(x, d_out):
-  rows, d_out = (a.reshape(-1, _hopper().gelu.WIDTH) for a in (x, d_out))
-  return (_hopper().gelu.backward(rows, d_out).reshape(x.shape),)
+  rows, d_out = (a.reshape(-1, hopper().gelu.WIDTH) for a in (x, d_out))
+  return (hopper().gelu.backward(rows, d_out).reshape(x.shape),)
 
 
 _gelu_kernel.defvjp(_gelu_forward, _gelu_backward)
