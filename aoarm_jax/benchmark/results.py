@@ -1,4 +1,4 @@
-"""What the parts of a benchmark return: units of work and rows of a table."""
+"""Results of the parts of a benchmark: units of work and rows of a table."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

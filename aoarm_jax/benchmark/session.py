@@ -1,4 +1,4 @@
-"""What all parts of a benchmark share: the run, its programs and the text."""
+"""The run, its programs and the text, which all parts of a benchmark share."""
 
 import dataclasses
 import functools

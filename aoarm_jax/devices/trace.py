@@ -45,7 +45,7 @@ def shares(work: Callable[[], Any], device: jax.Device) -> Shares:
 
 
 class Kernel(NamedTuple):
-  """What kernels of one name did in a profile.
+  """The kernels of one name in a profile.
 
   Attributes:
     name: of the kernel, as the profiler tells it.

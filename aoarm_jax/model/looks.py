@@ -1,4 +1,4 @@
-"""What content rows see where config.model.content_sees is no prefix.
+"""The mask of content rows where config.model.content_sees is no prefix.
 
 A content row always sees the sentinels before it and its own slot. Sentinels
 hold no text, and with them in sight a row that sees no other slot still has two

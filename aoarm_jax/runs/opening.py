@@ -54,7 +54,7 @@ class Run:
     return self.saved.step
 
 
-# What is read like the checkpoints of a run.
+# Both are read in the same way.
 Stored = checkpoint.Checkpoints | exported.Exported
 
 

@@ -20,7 +20,7 @@ MODELS = pathlib.Path(__file__).resolve().parents[1] / "models"
 HUB = "hf:"
 _NAME = re.compile(r"\w[\w.-]*")
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-# What the errors of huggingface_hub mean; every release has further ones.
+# Errors of huggingface_hub -> their meaning; every release has further ones.
 _MEANINGS = {
   "RepositoryNotFoundError": "there is no such model, or it is private: log in "
   "with `hf auth login`",

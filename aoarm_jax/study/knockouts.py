@@ -40,7 +40,7 @@ _FORM = re.compile(
 )
 
 
-# What is barred by default, in all layers and in one layer alone.
+# The default knock-outs, in all layers and in one layer alone.
 _EVERYWHERE = (
   "own last:1 last:8 last:32 own+last:8 nearest:1 nearest:8 nearest:32 "
   "random:8 random:32 equal_mass:last:8 equal_mass:nearest:8"

@@ -31,7 +31,7 @@ Streams = tuple[jax.Array, ...]
 
 
 class Resumed(NamedTuple):
-  """What `resume` returns.
+  """The result of `resume`.
 
   Attributes:
     logits: float32 [B, R, V].

@@ -32,7 +32,7 @@ _RIDGE = 1e-3
 
 
 class Probe(NamedTuple):
-  """What a probe reads.
+  """The character that a probe reads.
 
   Attributes:
     by: "recency", "position" or "target".

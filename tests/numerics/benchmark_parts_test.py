@@ -245,7 +245,7 @@ class InfillingTest(parameterized.TestCase):
     self.assertIn("exact", row.note)
     for log_p in np.ravel(found["sample_log_p"]):
       self.assertLess(log_p, 0)
-    # Of mdlm it is a bound.
+    # For mdlm it is a bound.
     bound = infilling.rows({"words": found | {"is_bound": True}})
     self.assertTrue(any("bound" in row.note for row in bound))
     texts = [[mock.Mock(tokens=w.tokens.tolist())] for w in windows]

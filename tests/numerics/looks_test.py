@@ -1,4 +1,4 @@
-"""What content rows see: masks by loops, laws, leaks, caches, costs."""
+"""Masks of content rows: loops, laws, leaks, caches, costs."""
 
 import functools
 

@@ -78,7 +78,7 @@ class BenchmarkTest(parameterized.TestCase):
     times = [os.stat(unit).st_mtime_ns for unit in units]
     self.assertEqual(_benchmark(name, **options), first)
     self.assertEqual(times, [os.stat(unit).st_mtime_ns for unit in units])
-    # What is lost is measured again, and nothing else.
+    # The unit that is lost is measured again, and nothing else.
     units[0].unlink()
     self.assertEqual(_benchmark(name, **options), first)
     del units[0], times[0]
@@ -155,7 +155,7 @@ class BenchmarkTest(parameterized.TestCase):
     found = other["units"]["likelihood/left_to_right"]["result"]
     self.assertEqual(found["tokens"], 119)
 
-    # What the user can mend is told in one line, before anything is measured.
+    # A mistake of the user is told in one line, before anything is measured.
     for field, message in (
       ("text", "benchmark.text=/absent: no such file"),
       ("last_words", "benchmark.last_words=/absent: no such file"),

@@ -123,7 +123,7 @@ def use(workdir: pathlib.Path):
 
 
 def use_export(folder):
-  """What is read of an exported model."""
+  """Read an exported model, as a command does."""
   folder = epath.Path(folder)
   config = config_rules.validate(opening.config_here(folder, "newest", None))
   opening.open_run(folder, config)

@@ -124,7 +124,7 @@ class TrunkTest(absltest.TestCase):
       self.assertGreater((report / name).stat().st_size, 500)
 
   def check_measures(self, workdir):
-    """Of the weights that were kept, once."""
+    """The weights that were kept are measured, once."""
     report = self.folder / workdir / "report"
     options = (
       "--config.study.part=measure",

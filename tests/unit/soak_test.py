@@ -17,7 +17,7 @@ class SoakTest(absltest.TestCase):
       after = soak._look(os.getpid())
     self.assertEqual(after["descriptors"], before["descriptors"] + 1)
     grown = after["rss_megabytes"] - before["rss_megabytes"]
-    # What came before may be given back meanwhile.
+    # Memory from before may be given back meanwhile.
     self.assertBetween(grown, 150, 210)
     self.assertLen(memory, 200_000_000)
 
