@@ -176,7 +176,12 @@ def hopper(T: int, S: int, H: int, blocks: int = 132) -> Hopper:
     )
   else:
     config = Hopper(
-      fused_stages=2, fused_depth=1, key_places=1, key_stages=2, query_places=1
+      fused_stages=2,
+      fused_depth=1,
+      key_places=1,
+      key_stages=2,
+      query_places=1,
+      query_stages=2,
     )
   if T <= 64 < S:
     # With few rows the loads of keys limit the speed: keep more of them going.

@@ -263,15 +263,8 @@ def _attention_backward(
       q, k, v, visible, d_out, lse, d_lse, scale, config
     )
     return *gradients, None
-  delta = hopper_streams.by_head(
-    [
-      ((x.astype(jnp.float32) + error) * d_x).sum(axis=-1)
-      for x, error, d_x in zip(out, out_error, d_out)
-    ]
-  )
-  delta = jnp.pad(delta, ((0, 0), (0, 0), (0, lse.shape[2] - delta.shape[2])))
   gradients = hopper_backward.backward(
-    q, k, v, visible, d_out, lse, delta - d_lse, scale, config
+    q, k, v, visible, out, out_error, d_out, lse, d_lse, scale, config
   )
   return *gradients, None
 

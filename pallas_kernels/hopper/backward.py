@@ -1,7 +1,7 @@
 """Gradients on Hopper, for any number of slots.
 
-dk and dv come from one kernel, dq from another. So no atomic additions are
-needed, and the gradients are deterministic.
+One kernel computes dq and delta; another one reads delta and computes dk and
+dv. So no atomic additions are needed, and the gradients are deterministic.
 """
 
 import jax
@@ -19,9 +19,11 @@ def backward(
   k: jax.Array,
   v: jax.Array,
   visible: hopper_masks.Visible | None,
+  out: hopper_streams.Streams,
+  out_error: hopper_streams.Streams,
   d_out: hopper_streams.Streams,
   lse: jax.Array,
-  delta: jax.Array,
+  d_lse: jax.Array,
   scale: float,
   config: tuning.Hopper,
 ) -> tuple[hopper_streams.Streams, jax.Array, jax.Array]:
@@ -33,14 +35,17 @@ def backward(
       masks.key_tile says.
     v: like k.
     visible: None for causal.
+    out: like q, from the forward kernel.
+    out_error: like q, from the forward kernel.
     d_out: like q, gradient of the output.
     lse: float32 [B, Nq, T rounded up to 64], from the forward kernel.
-    delta: of lse's shape, sum(out * d_out) over H minus the gradient of lse in
-      nats. It is D of arXiv 2307.08691, algorithm 2, if lse has no gradient.
+    d_lse: of lse's shape, gradient of lse in nats.
     scale: factor of the scores.
     config: tile sizes.
   """
-  inputs = hopper_inputs.Inputs(q, k, v, d_out, lse, delta)
-  dq = hopper_rows.by_rows(inputs, visible, scale, config)
-  dk, dv = hopper_keys.by_keys(inputs, visible, scale, config)
+  inputs = hopper_inputs.Inputs(q, k, v, d_out, lse)
+  dq, delta = hopper_rows.by_rows(
+    inputs, out, out_error, d_lse, visible, scale, config
+  )
+  dk, dv = hopper_keys.by_keys(inputs, delta, visible, scale, config)
   return dq, dk, dv

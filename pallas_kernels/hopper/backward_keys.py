@@ -27,11 +27,20 @@ ROWS = hopper_masks.ROWS
 
 def by_keys(
   inputs: hopper_inputs.Inputs,
+  delta: jax.Array,
   visible: hopper_masks.Visible | None,
   scale: float,
   config: tuning.Hopper,
 ) -> tuple[jax.Array, jax.Array]:
-  """Return (dk, dv); arguments as for backward.backward."""
+  """Return (dk, dv).
+
+  Args:
+    inputs: arrays of the call.
+    delta: like lse, from backward_rows.by_rows.
+    visible: as for backward.backward.
+    scale: factor of the scores.
+    config: tile sizes.
+  """
   k, dtype = inputs.k, inputs.k.dtype
   sizes = inputs.sizes
   C, stages = config.key_consumers, config.key_stages
@@ -60,14 +69,15 @@ def by_keys(
       pipeline.ring(key_tiles, key_tiles, readers=C, copies=C),
       mosaic.tiles((2, C, ROWS, sizes.H), dtype),
     ],
-  )(*inputs, *masks)
+  )(*inputs, delta, *masks)
 
 
 def _by_keys(q, k, v, d_out, lse, delta, *refs, scale, share):
   """The kernel of dk and dv."""
   *masks, dk, dv, rows, keys, staging = refs
   thread_block = _KeyBlock(
-    inputs=hopper_inputs.Inputs(q, k, v, d_out, lse, delta),
+    inputs=hopper_inputs.Inputs(q, k, v, d_out, lse),
+    delta=delta,
     visible=hopper_masks.Visible(*masks[:3]) if masks else None,
     order=tuple(masks[3:]),
     dk=dk,
@@ -85,7 +95,7 @@ def _by_keys(q, k, v, d_out, lse, delta, *refs, scale, share):
     thread_block.work,
     thread_block.fetch,
     [rows],
-    keys,
+    [(keys, 1)],
   )
 
 
@@ -113,7 +123,7 @@ class _KeyBlock:
   """The code of a thread block of the kernel of dk and dv.
 
   Attributes:
-    inputs, visible, dk, dv: references in global memory.
+    inputs, delta, visible, dk, dv: references in global memory.
     order: references of masks.active, or () for causal.
     rows: ring of what belongs to the rows of a unit.
     keys: ring of the keys and values of the block, used once a round.
@@ -124,6 +134,7 @@ class _KeyBlock:
   """
 
   inputs: hopper_inputs.Inputs
+  delta: mosaic.Ref
   visible: hopper_masks.Visible | None
   order: tuple[mosaic.Ref, ...]
   dk: mosaic.Ref
@@ -260,7 +271,7 @@ class _KeyBlock:
 
   def fetch(self, r: mosaic.Index, uses: jax.Array) -> jax.Array:
     """Load the keys and values of round r, and the rows that see them."""
-    q, k, v, d_out, lse, delta = self.inputs
+    q, k, v, d_out, lse = self.inputs
     sizes = self.inputs.sizes
     b, n, first, units, unit = self.plan(r)
     tiles = [
@@ -274,7 +285,7 @@ class _KeyBlock:
     def load_rows(i, _):
       start, g = unit(i)
       sources = hopper_masks.row_tiles(
-        (q, d_out), (lse, delta), self.visible, (b, n, g, start), sizes.G
+        (q, d_out), (lse, self.delta), self.visible, (b, n, g, start), sizes.G
       )
       self.rows.load(uses + i, sources)
 

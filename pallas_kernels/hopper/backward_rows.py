@@ -1,5 +1,8 @@
 """Backward kernel for Hopper that computes dq, for any number of slots.
 
+It also computes delta, the sum of out * d_out over H minus the gradient of lse
+in nats. This is D of arXiv 2307.08691, algorithm 2, if lse has no gradient.
+
 Each warpgroup that computes (a consumer) holds a unit, and the thread block
 passes over the key tiles that its units see. `masks` says what a unit is.
 """
@@ -27,12 +30,15 @@ ROWS = hopper_masks.ROWS
 
 def by_rows(
   inputs: hopper_inputs.Inputs,
+  out: hopper_streams.Streams,
+  out_error: hopper_streams.Streams,
+  d_lse: jax.Array,
   visible: hopper_masks.Visible | None,
   scale: float,
   config: tuning.Hopper,
-) -> hopper_streams.Streams:
-  """Return dq; arguments as for backward.backward."""
-  q, dtype = inputs.q, inputs.k.dtype
+) -> tuple[hopper_streams.Streams, jax.Array]:
+  """Return dq and delta, like q and lse; arguments as for backward.backward."""
+  q, lse, dtype = inputs.q, inputs.lse, inputs.k.dtype
   B, T, _, N, G, H = inputs.sizes
   C, stages = config.query_consumers, config.query_stages
   key_tiles = mosaic.tiles((stages, config.query_keys, H), dtype)
@@ -42,10 +48,14 @@ def by_rows(
   ring_of_rows = [row_tiles, row_tiles, row_numbers, row_numbers]
   if visible is not None:
     ring_of_rows.append(plgpu.SMEM(shape, jnp.int32))
+  out_tiles = mosaic.tiles((config.query_places, C, ROWS, H), dtype)
   share = pipeline.share(hopper_masks.Block.items(B, T, N, G, C), config.blocks)
   return mosaic.kernel(
     functools.partial(_by_rows, scale=scale, config=config, share=share),
-    out_type=(hopper_streams.like(q),),
+    out_type=(
+      hopper_streams.like(q),
+      jax.ShapeDtypeStruct(lse.shape, lse.dtype),
+    ),
     grid=(share.blocks,),
     grid_names=("block",),
     kernel_name="attention_backward_rows",
@@ -53,22 +63,32 @@ def by_rows(
     thread_name="warpgroup",
     scratch_types=[
       pipeline.ring(*ring_of_rows, readers=C, copies=C),
+      pipeline.ring(out_tiles, readers=C, copies=C),
       pipeline.ring(key_tiles, key_tiles, readers=C),
       mosaic.tiles((C, ROWS, H), dtype),
+      plgpu.SMEM((C, ROWS), jnp.float32),
     ],
-  )(*inputs, *(visible or ()))[0]
+  )(*inputs, out, out_error, d_lse, *(visible or ()))
 
 
-def _by_rows(q, k, v, d_out, lse, delta, *refs, scale, config, share):
-  """The kernel of dq."""
-  *visible, dq, rows, keys, staging = refs
+def _by_rows(
+  q, k, v, d_out, lse, out, out_error, d_lse, *refs, scale, config, share
+):
+  """The kernel of dq and delta."""
+  *visible, dq, delta, rows, outs, keys, staging, delta_staging = refs
   thread_block = _RowBlock(
-    inputs=hopper_inputs.Inputs(q, k, v, d_out, lse, delta),
+    inputs=hopper_inputs.Inputs(q, k, v, d_out, lse),
+    out=out,
+    out_error=out_error,
+    d_lse=d_lse,
     visible=hopper_masks.Visible(*visible) if visible else None,
     dq=dq,
+    delta=delta,
     rows=rows,
+    outs=outs,
     keys=keys,
     staging=staging,
+    delta_staging=delta_staging,
     scale=scale,
     config=config,
     share=share,
@@ -80,7 +100,7 @@ def _by_rows(q, k, v, d_out, lse, delta, *refs, scale, config, share):
     thread_block.work,
     thread_block.fetch,
     [keys],
-    rows,
+    [(rows, 1), (outs, 2)],
   )
 
 
@@ -109,10 +129,13 @@ class _RowBlock:
   """The code of a thread block of the kernel of dq.
 
   Attributes:
-    inputs, visible, dq: references in global memory.
+    inputs, out, out_error, d_lse, visible, dq, delta: references in global
+      memory.
     rows: ring of what belongs to the rows of the units, used once a round.
+    outs: ring of out of the units and then out_error, used twice a round.
     keys: ring of key and value tiles.
     staging: tiles of dq on their way to global memory.
+    delta_staging: delta of the units on its way to global memory.
     scale: factor of the scores.
     config: tile sizes.
     share: the items of the thread block.
@@ -120,11 +143,17 @@ class _RowBlock:
   """
 
   inputs: hopper_inputs.Inputs
+  out: hopper_streams.Streams
+  out_error: hopper_streams.Streams
+  d_lse: mosaic.Ref
   visible: hopper_masks.Visible | None
   dq: hopper_streams.Streams
+  delta: mosaic.Ref
   rows: pipeline.Ring
+  outs: pipeline.Ring
   keys: pipeline.Ring
   staging: mosaic.Ref
+  delta_staging: mosaic.Ref
   scale: float
   config: tuning.Hopper
   share: pipeline.Share
@@ -138,19 +167,19 @@ class _RowBlock:
     return block, pl.cdiv(block.most(), self.config.query_keys)
 
   def work(self, r: mosaic.Index, uses: jax.Array) -> jax.Array:
-    """Compute dq of the consumer's unit of round r."""
+    """Compute dq and delta of the consumer's unit of round r."""
     block, steps = self.plan(r)
     unit = block.unit(self.warpgroup)
     size = self.config.query_keys
     q_tile, d_out_tile, *numbers = (
       x.at[self.warpgroup] for x in self.rows.wait(r)
     )
-    lse, delta, *visible = (mosaic.load(x, mosaic.ROW_LAYOUT) for x in numbers)
+    lse, d_lse, *visible = (mosaic.load(x, mosaic.ROW_LAYOUT) for x in numbers)
     rows = _Rows(
       q_tile,
       d_out_tile,
       lse,
-      delta,
+      self.sum_out(r, d_out_tile) - d_lse,
       visible[0] if visible else None,
       unit.start,
     )
@@ -168,8 +197,23 @@ class _RowBlock:
     # Numbers of rows were read by ordinary loads; TMA writes them next.
     plgpu.commit_smem()
     self.rows.release(r)
-    pl.when(unit.exists)(lambda: self.store(sums[0], block, unit))
+    pl.when(unit.exists)(lambda: self.store(sums[0], rows.delta, block, unit))
     return uses + steps
+
+  def sum_out(self, r: mosaic.Index, d_out_tile: mosaic.Ref) -> jax.Array:
+    """Return the sum of out * d_out over H for the consumer's unit."""
+
+    def load(tile):
+      return mosaic.load(tile, mosaic.TILE_LAYOUT).astype(jnp.float32)
+
+    out = mosaic.full(d_out_tile.shape, 0, mosaic.TILE_LAYOUT)
+    for use in (2 * r, 2 * r + 1):
+      (tile,) = self.outs.wait(use)
+      out += load(tile.at[self.warpgroup])
+      # An ordinary load reads this tile; TMA writes it next.
+      plgpu.commit_smem()
+      self.outs.release(use)
+    return (out * load(d_out_tile)).sum(axis=1)
 
   def step(
     self,
@@ -215,15 +259,24 @@ class _RowBlock:
     self.keys.release(uses + i)
 
   def store(
-    self, dq_sum: jax.Array, block: hopper_masks.Block, unit: hopper_masks.Unit
+    self,
+    dq_sum: jax.Array,
+    delta: jax.Array,
+    block: hopper_masks.Block,
+    unit: hopper_masks.Unit,
   ) -> None:
-    """Write dq of a unit to global memory."""
+    """Write dq and delta of a unit to global memory."""
     tile = self.staging.at[self.warpgroup]
-    # The copy of the round before must have left this tile.
+    delta_tile = self.delta_staging.at[self.warpgroup]
+    # The copies of the round before must have left these tiles.
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     tile[...] = (dq_sum * self.scale).astype(self.inputs.k.dtype)
+    delta_tile[...] = delta
     plgpu.commit_smem()
     rows, G = pl.ds(unit.start, ROWS), self.inputs.sizes.G
+    plgpu.copy_smem_to_gmem(
+      delta_tile, self.delta.at[block.b, block.n * G + unit.g, rows]
+    )
     hopper_streams.store(
       tile,
       hopper_streams.tile(self.dq, block.b, rows, block.n, unit.g, G),
@@ -231,9 +284,11 @@ class _RowBlock:
 
   def fetch(self, r: mosaic.Index, uses: jax.Array) -> jax.Array:
     """Load the rows of round r, and the keys and values that they see."""
-    q, k, v, d_out, lse, delta = self.inputs
+    q, k, v, d_out, lse = self.inputs
     block, steps = self.plan(r)
-    block.load(self.rows, r, (q, d_out), (lse, delta))
+    block.load(self.rows, r, (q, d_out), (lse, self.d_lse))
+    block.load(self.outs, 2 * r, (self.out,))
+    block.load(self.outs, 2 * r + 1, (self.out_error,))
     size = self.config.query_keys
 
     def load_keys(i, _):

@@ -130,7 +130,7 @@ def _long(q, k, v, *refs, factor, config, share, splits):
     thread_block.work,
     thread_block.fetch,
     [keys, values],
-    rows,
+    [(rows, 1)],
     thread_block.take_turn,
   )
 

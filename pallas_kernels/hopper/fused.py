@@ -109,5 +109,5 @@ def _kernel(q, k, v, d_out, lse, d_lse, *refs, scale, share):
     thread_block.work,
     thread_block.fetch,
     [rows],
-    keys,
+    [(keys, 1)],
   )

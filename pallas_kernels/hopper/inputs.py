@@ -28,7 +28,6 @@ class Inputs(NamedTuple):
     v: like k.
     d_out: like q, gradient of the output.
     lse: float32 [B, Nq, T rounded up to 64], base 2.
-    delta: like lse; see backward.backward.
   """
 
   q: hopper_streams.Streams
@@ -36,7 +35,6 @@ class Inputs(NamedTuple):
   v: jax.Array
   d_out: hopper_streams.Streams
   lse: jax.Array
-  delta: jax.Array
 
   @property
   def sizes(self) -> Sizes:

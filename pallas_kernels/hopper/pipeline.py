@@ -151,7 +151,7 @@ def run(
   work: Callable[[Any, Any], Any],
   fetch: Callable[[Any, Any], Any],
   streamed: Sequence[Ring],
-  per_round: Ring,
+  per_round: Sequence[tuple[Ring, int]],
   take_turn: Callable[[], None] | None = None,
 ) -> None:
   """Run the rounds of a thread block: `readers` warpgroups compute, one loads.
@@ -163,7 +163,7 @@ def run(
       rings before it) -> uses after it.
     fetch: the same for the warpgroup that loads.
     streamed: the rings whose uses `work` and `fetch` count.
-    per_round: the ring that every round uses once.
+    per_round: rings, and how often every round uses them.
     take_turn: waits for the other one of two warpgroups that take turns. The
       second warpgroup lets the first one begin. None: they do not take turns.
   """
@@ -188,4 +188,5 @@ def run(
     uses = lax.fori_loop(0, rounds, fetch, jnp.int32(0))
     for ring in streamed:
       ring.wait_until_released(uses)
-    per_round.wait_until_released(rounds)
+    for ring, uses_of_round in per_round:
+      ring.wait_until_released(rounds * uses_of_round)

@@ -7,12 +7,11 @@ Then nothing has to be stacked before a kernel or split behind it.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.experimental.pallas as pl
-import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import mosaic
@@ -95,18 +94,3 @@ def like(
     jax.ShapeDtypeStruct((B or x.shape[0], *x.shape[1:]), x.dtype)
     for x in streams
   )
-
-
-def by_head(streams: Sequence[jax.Array]) -> jax.Array:
-  """Join numbers of the rows of each stream: [B, Nq, T].
-
-  Args:
-    streams: [B, T, heads] each.
-  """
-  if len(streams) == 1:
-    return jnp.moveaxis(streams[0], 1, 2)
-  B, T, heads = streams[0].shape
-  # Without this, XLA would sum inside of the stacking, which is slow.
-  streams = jax.lax.optimization_barrier(streams)
-  joined = jnp.stack(streams, axis=3).reshape(B, T, heads * len(streams))
-  return jnp.moveaxis(joined, 1, 2)
