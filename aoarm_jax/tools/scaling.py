@@ -130,11 +130,13 @@ class Program(NamedTuple):
     mesh: of the row's devices.
     init: (seed int32 []) -> state, compiled.
     step: (state, tokens) -> (state, sums).
+    tokens: jax.ShapeDtypeStruct of a global batch.
   """
 
   mesh: jax.sharding.Mesh
   init: Callable
   step: jax.stages.Compiled
+  tokens: jax.ShapeDtypeStruct
 
 
 def compile_step(
@@ -158,6 +160,7 @@ def compile_step(
       mesh,
       program.init.lower(seed).compile(),
       program.step.lower(program.abstract, program.tokens).compile(),
+      program.tokens,
     )
 
 
@@ -172,7 +175,7 @@ def measure(config: config_lib.Config, program: Program, steps: int) -> dict:
   Returns:
     Column of the table -> number, without the efficiency.
   """
-  mesh, init, step = program
+  mesh, init, step, _ = program
   devices = list(mesh.devices.flat)
   B, T = config.train.batch_size, config.model.T
   with jax.set_mesh(mesh):

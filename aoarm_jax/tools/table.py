@@ -27,6 +27,7 @@ SIZES: dict[str, dict[str, Any]] = {
   "tiny": dict(D=64, L=2, N=4),
   "8m": dict(D=256, L=10, N=4),
   "base": dict(D=768, L=12, N=12),
+  "124m": dict(D=768, L=12, N=12, tied=True),
   "350m": dict(D=1024, L=24, N=16),
 }
 _SECONDS_BETWEEN_PROGRESS = 10.0

@@ -2,15 +2,17 @@
 
   python -m aoarm_jax.tools.training_speed --rowwise=xla,auto
 
-Each row of the table is a model, a length T and one choice of compute.rowwise
-and compute.attention. The choices of a model and a length run in interleaved
-rounds, in one process, and the times are medians: what else the device does
-meets all of them alike. Texts, orders and parameters are random.
+Each row of the table is a model, a length T and one choice of compute.rowwise,
+compute.attention and compute.loss_block. The choices of a model and a length
+run in interleaved rounds, in one process, and the times are medians: what else
+the device does meets all of them alike. Texts, orders and parameters are
+random.
 
   ms/step   of forward pass, backward pass and optimizer
   tokens/s  batch times T over that time
   MFU       FLOPs of the model over the device's bfloat16 peak (PaLM,
             appendix B)
+  GB        of parameters, optimizer state and temporary arrays, as compiled
   kernels   in a step; needs --profile, on a GPU
   busy      share of the step in which they run; so does this
   nats      per token after all steps: the choices must agree
@@ -36,13 +38,12 @@ import numpy as np
 
 from aoarm_jax.config import mechanisms
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.devices import peaks, switches, trace
+from aoarm_jax.devices import hlo, peaks, switches, trace
 from aoarm_jax.model import cost
 from aoarm_jax.runs import telemetry
 from aoarm_jax.tools import arguments, scaling, table
 
-_VOCABULARY = 27
-_CHOICES = ("rowwise", "attention")
+_CHOICES = ("rowwise", "attention", "loss_block")
 # The columns of the table -> their width.
 _WIDTHS = {
   "size": 5,
@@ -50,9 +51,11 @@ _WIDTHS = {
   "T": 6,
   "rowwise": 10,
   "attention": 10,
+  "loss_block": 10,
   "ms/step": 8,
   "tokens/s": 9,
   "MFU": 6,
+  "GB": 6,
   "kernels": 7,
   "busy": 6,
   "nats": 7,
@@ -78,9 +81,16 @@ def parser() -> argparse.ArgumentParser:
     ),
     ("--sizes", ["8m"], several(str, table.SIZES), "of the model"),
     ("--lengths", [128, 1024], several(whole), "T"),
+    (
+      "--vocabulary",
+      0,
+      arguments.number(int, 0),
+      "symbols of the text, as of a bpe tokenizer; 0: 27 letters",
+    ),
     ("--tokens", 65536, whole, "of a step"),
     ("--rowwise", ["xla", "auto"], several(str, _values("rowwise")), "ways"),
     ("--attention", ["auto"], several(str, _values("attention")), "ways"),
+    ("--loss_blocks", [0], several(arguments.number(int, 0)), "sizes"),
     ("--steps", 30, whole, "of a round"),
     ("--rounds", 5, whole, "times that each choice is timed"),
     ("--profile", 0, arguments.number(int, 0), "kernels shown; 0: none"),
@@ -101,18 +111,26 @@ def configs(
   ):
     base = config_lib.Config(
       name=size,
+      data=_data(flags.vocabulary),
       model=config_lib.Model(mechanism=mechanism, T=T, **table.SIZES[size]),
       train=config_lib.Train(batch_size=max(flags.tokens // T, 1), steps=1000),
       mesh=config_lib.Mesh(data=1),
     )
     yield [
-      base.replace("compute.rowwise", rowwise).replace(
-        "compute.attention", attention
-      )
-      for rowwise, attention in itertools.product(
-        flags.rowwise, flags.attention
+      base.replace("compute.rowwise", rowwise)
+      .replace("compute.attention", attention)
+      .replace("compute.loss_block", loss_block)
+      for rowwise, attention, loss_block in itertools.product(
+        flags.rowwise, flags.attention, flags.loss_blocks
       )
     ]
+
+
+def _data(vocabulary):
+  """Returns the section of the config for a text with so many symbols."""
+  if not vocabulary:
+    return config_lib.Data()
+  return config_lib.Data(tokenizer="bpe", vocabulary=vocabulary)
 
 
 class Runner:
@@ -122,8 +140,8 @@ class Runner:
     self.config, self.program = config, program
     self.seconds: list[float] = []
     self.nats = float("nan")
-    shape = config.train.batch_size, config.model.T
-    text = np.random.default_rng(0).integers(0, _VOCABULARY, shape, np.uint8)
+    tokens, V = program.tokens, config.data.vocabulary or 27
+    text = np.random.default_rng(0).integers(0, V, tokens.shape, tokens.dtype)
     with jax.set_mesh(program.mesh):
       self._state = program.init(np.int32(0))
       self._tokens = jax.device_put(text, program.mesh.devices.item())
@@ -156,6 +174,7 @@ class Runner:
       "ms/step": 1e3 * seconds,
       "tokens/s": speed,
       "MFU": speed * flops / peak if peak else None,
+      "GB": hlo.memory_bytes(self.program.step) / 1e9,
       "nats": self.nats,
     }
 
