@@ -1075,8 +1075,9 @@ class Study:
     "all",
     "part of the work to do: cells runs missing cells, report writes the "
     "report, all does the two in turn; measure takes measures of runs with "
-    "kept weights (aoarm_jax/study/dissection.py)",
-    choices=("all", "cells", "report", "measure"),
+    "kept weights (aoarm_jax/study/dissection.py); export writes these runs as "
+    "models into WORKDIR/exports",
+    choices=("all", "cells", "report", "measure", "export"),
   )
   measure_windows: int = _field(
     64, "part=measure only: number of windows that are measured", low=2

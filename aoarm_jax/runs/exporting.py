@@ -8,6 +8,8 @@ import importlib.metadata
 import json
 import os
 import shutil
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -45,6 +47,28 @@ _REPORT = {
   "sha256": str,
   "estimates": [_ESTIMATE],
 }
+
+
+class Model(NamedTuple):
+  """What is written into the folder of an exported model.
+
+  Attributes:
+    params: the weights, a nested dict of arrays.
+    part: "ema" for the moving average, "params" for the last weights.
+    config: the config of the training.
+    vocabulary: V.
+    tokenizer: the state of the tokenizer; b"" if the config fixes it.
+    training: what config.json says of the training, see exported.py.
+    evaluations: what config.json says of the quality, see exported.py.
+  """
+
+  params: Any
+  part: str
+  config: config_lib.Config
+  vocabulary: int
+  tokenizer: bytes
+  training: dict[str, Any]
+  evaluations: list[dict[str, Any]]
 
 
 def of_workdir(
@@ -100,43 +124,75 @@ def export(
     raise config_lib.ConfigError(
       "config.distributed.enabled=True: an export runs in a single process"
     )
-  _check_place(folder, flag)
+  _check_place(folder, flag)  # Said before the checkpoint is read.
   run = opening.open_run(
     workdir, config, step=step, last=config.export.weights == "last"
   )
-  dtype = np.dtype(jax.numpy.dtype(config.export.dtype))
+  model = Model(
+    params=run.params,
+    part=run.part,
+    config=opening.read_config(workdir),
+    vocabulary=run.network.vocabulary,
+    tokenizer=run.network.tokenizer.state,
+    **_history(run, workdir),
+  )
+  write(folder, model, config.export.dtype, flag=flag)
+  logging.info("exported: step %s of %s: %s", f"{run.step:,}", workdir, folder)
+
+
+def write(
+  folder: epath.Path,
+  model: Model,
+  dtype: str,
+  *,
+  flag: str = "--out",
+  others: Mapping[str, bytes] | None = None,
+) -> None:
+  """Write the folder of an exported model; it appears at once, and whole.
+
+  Args:
+    folder: the folder to be made. It may stand there empty.
+    model: what is written.
+    dtype: of the weights, "float32" or "bfloat16".
+    flag: how the user named the folder, for messages.
+    others: further files for people, by name. No code reads them.
+
+  Raises:
+    ConfigError: the folder is not empty, or cannot be made.
+    OSError: the folder cannot be written.
+  """
+  _check_place(folder, flag)
+  number = np.dtype(jax.numpy.dtype(dtype))
   arrays = {
-    name: np.ascontiguousarray(jax.device_get(leaf)).astype(dtype)
-    for name, leaf in exported.names(run.params).items()
+    name: np.ascontiguousarray(jax.device_get(leaf)).astype(number)
+    for name, leaf in exported.names(model.params).items()
   }
   files = {
     exported.WEIGHTS: safetensors_numpy.save(arrays, {"format": "np"}),
   }
-  if state := run.network.tokenizer.state:
-    files[exported.TOKENIZER] = state
-  record = _record(run, workdir, files, config.export.dtype)
+  if model.tokenizer:
+    files[exported.TOKENIZER] = model.tokenizer
+  record = _record(model, files, dtype)
+  files |= others or {}
   files[exported.CARD] = card.text(record).encode()
   # The last file, since a folder without it is no exported model.
   files[exported.CONFIG] = (json.dumps(record, indent=2) + "\n").encode()
   _write(folder, files, flag)
   logging.info(
-    "exported: step %s of %s (%s), %s parameters in %s, %.1f MB: %s",
-    f"{run.step:,}",
-    workdir,
-    "EMA" if run.part == "ema" else "last weights",
-    f"{record['weights']['parameters']:,}",
-    config.export.dtype,
-    sum(map(len, files.values())) / 1e6,
+    "%s: %s, %s parameters in %s, %.1f MB",
     folder,
+    "EMA" if model.part == "ema" else "last weights",
+    f"{record['weights']['parameters']:,}",
+    dtype,
+    sum(map(len, files.values())) / 1e6,
   )
 
 
-def _record(run, workdir, files, dtype):
+def _record(model, files, dtype):
   """Return the values of config.json.
 
   Args:
-    run: the open run.
-    workdir: its directory.
+    model: the Model.
     files: the content of the other files that have checksums, by name.
     dtype: name of the dtype of the weights.
   """
@@ -144,14 +200,15 @@ def _record(run, workdir, files, dtype):
     "format": exported.FORMAT,
     "format_version": exported.FORMAT_VERSION,
     "written_by": f"aoarm_jax {_version()}",
-    "config": _without_places(opening.read_config(workdir)),
-    "vocabulary": run.network.vocabulary,
+    "config": _without_places(model.config),
+    "vocabulary": model.vocabulary,
     "weights": {
-      "part": run.part,
+      "part": model.part,
       "dtype": dtype,
-      "parameters": run_dir.parameter_count(run.params),
+      "parameters": run_dir.parameter_count(model.params),
     },
-    **_history(run, workdir),
+    "training": model.training,
+    "evaluations": model.evaluations,
     "files": {
       name: {"bytes": len(data), "sha256": exported.sha256(data)}
       for name, data in files.items()
@@ -173,8 +230,8 @@ def _history(run, workdir):
       "step": step,
       "tokens": step * trained.train.batch_size * model.T,
       "corpus": trained.data.corpus,
-      "path": _last_part(trained.data.path),
-      "started_from": _last_part(trained.train.start_from),
+      "path": last_part(trained.data.path),
+      "started_from": last_part(trained.train.start_from),
       "checkpoint": run.saved.digest,
       "text": text,
       "switches": run.saved.data_state.get("switches", {}),
@@ -235,7 +292,7 @@ def _without_places(config):
   return {name: tree[name] for name in ("name", "variant", "seed", *_SECTIONS)}
 
 
-def _last_part(path):
+def last_part(path: str) -> str:
   """Return the name of a file or a folder, without the folders above."""
   return path.rstrip("/\\").replace("\\", "/").rpartition("/")[2]
 

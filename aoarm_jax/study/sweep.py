@@ -33,6 +33,7 @@ from aoarm_jax.study import cells as cells_lib
 from aoarm_jax.study import (
   curve,
   dissection,
+  exports,
   measure,
   place,
   rates,
@@ -262,6 +263,10 @@ def study(
   if config.study.part == "measure":
     mine = chosen(config, cells, results.outcome)
     dissection.run(config, mine, results, folder)
+    return
+  if config.study.part == "export":
+    mine = chosen(config, cells, results.outcome)
+    exports.run(config, mine, results, workdir / "exports")
     return
   if config.study.part != "report":
     _run_cells(config, cells, results)

@@ -9,7 +9,9 @@ import helpers
 import numpy as np
 import pytest
 from absl.testing import absltest
+from etils import epath
 
+from aoarm_jax.runs import exported
 from aoarm_jax.study import dissection, measure, trunks
 
 pytestmark = pytest.mark.thorough
@@ -69,6 +71,7 @@ class TrunkTest(absltest.TestCase):
     self.study("shared", "--config.study.part=all")
     self.check_report(self.folder / "shared" / "report")
     self.check_measures("shared")
+    self.check_export("shared")
 
   def check_interrupted(self, two):
     """Time is up once in the trunk and once in the branch."""
@@ -169,6 +172,34 @@ class TrunkTest(absltest.TestCase):
     ):
       self.study(workdir, *options)
     self.assertEqual((report / "knockouts.csv").read_bytes(), before)
+
+  def check_export(self, workdir):
+    """The exported model has the weights and the bits of the cell."""
+    self.study(
+      workdir,
+      "--config.study.part=export",
+      "--config.study.cells=steps=80 two_stream",
+    )
+    (folder,) = (self.folder / workdir / "exports").iterdir()
+    model = exported.Exported(epath.Path(folder))
+    cell = self.folder / workdir / "cells" / folder.name
+    result = json.loads((cell / "result.json").read_text())
+    (evaluation,) = (
+      row
+      for row in model.record["evaluations"]
+      if row["estimator"] == "any_order"
+    )
+    self.assertEqual(
+      evaluation["bits_per_char"], result["estimates"][0]["bits_per_char"]
+    )
+    with np.load(cell / "weights.npz") as arrays:
+      kept = {name: arrays[name] for name in arrays}
+    for name, leaf in model.arrays().items():
+      np.testing.assert_array_equal(
+        leaf.view(np.uint16), kept[name.replace(".", "/")]
+      )
+    log = (folder / "training.csv").read_text().splitlines()
+    self.assertEqual(log[-1].split(",")[0], "80")
 
   def check_the_average_is_evaluated_beside_the_parameters(self, workdir):
     (cell,) = (self.folder / workdir / "cells").glob("two_*-steps40-*")
