@@ -109,7 +109,8 @@ class ModelTest(parameterized.TestCase):
     )
 
   def test_the_documentation_runs(self):
-    lines = _printed_by("README.md")
+    first, *lines = _printed_by("README.md")
+    self.assertRegex(first, r"^it was a [a-z ]{4} and stormy night$")
     self.assertLen(lines, 3 + 4 + 1)
     for line in lines[3:7]:
       self.assertRegex(line, r"^she said noth... to her moth.. -\d")

@@ -735,6 +735,30 @@ class HubTest(FolderTest):
       aoarm_jax.load("hf:me/x")
 
 
+class BooksTest(absltest.TestCase):
+  """The model of the package, as it is shipped."""
+
+  def test_the_packaged_model_knows_english(self):
+    self.assertEqual(places.packaged(), ["books-8m"])
+    model = aoarm_jax.load("books-8m")
+    prose = "there was no possibility of taking a walk that day"
+    scores = model.score([prose, prose[::-1]], order="left_to_right")
+    prose_bits, reversed_bits = (score.bits / len(prose) for score in scores)
+    self.assertLess(prose_bits, 2.3)
+    self.assertGreater(reversed_bits, prose_bits + 1.5)
+
+  def test_the_card_has_the_numbers_of_the_config(self):
+    folder = places.find("books-8m")
+    card = (folder / "README.md").read_text()
+    record = exported.Exported(folder).record
+    for row in record["evaluations"]:
+      bits, error = row["bits_per_char"], row["standard_error_bits"]
+      self.assertIn(f"{bits:.4f} ± {error:.4f}", card)
+    for sha256 in record["training"]["text"].values():
+      self.assertIn(sha256, card)
+    self.assertIn(f"{record['weights']['parameters']:,}", card)
+
+
 class PackagedTest(FolderTest):
   def setUp(self):
     super().setUp()
