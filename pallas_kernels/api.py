@@ -275,8 +275,11 @@ def _choose(
   if implementation in unsupported and (
     reason := unsupported[implementation]()
   ):
+    others = [x for x in unsupported if x != implementation]
+    able = [x for x in others if not unsupported[x]()] + ["blockwise", "xla"]
     raise errors.UnsupportedError(
-      f"attention {implementation!r} does not support {reason}"
+      f"attention {implementation!r} does not support {reason}; this call is "
+      f"supported by {', '.join(map(repr, able))}"
     )
   return implementation
 

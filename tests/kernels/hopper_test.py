@@ -239,7 +239,12 @@ class LacksTest(parameterized.TestCase):
   @parameterized.named_parameters(
     ("rank", dict(dtype=jnp.bfloat16), True, "`key_rank`"),
     ("dtype", dict(dtype=jnp.float32), False, "float32 .bfloat16 and float16"),
-    ("head", dict(H=136), False, r"H=136 \(up to 128\)"),
+    (
+      "head",
+      dict(H=136),
+      False,
+      r"H=136 \(up to 128\); this call is supported by 'blockwise', 'xla'$",
+    ),
     ("platform", dict(), False, r"device 'cpu' \(NVIDIA Hopper only\)"),
   )
   def test_it_says_what_it_lacks(self, options, ranks, message):
