@@ -405,7 +405,7 @@ def run(flag_values: flags.FlagValues, argv: list[str]) -> None:
     case "count":
       print(matching.table(config))
     case "study":
-      sweep.study(config, workdir, argv)
+      sweep.study(config, workdir)
     case "export":
       exporting.export(config, workdir, paths.of(flag_values.out, "--out"))
     case "compile":

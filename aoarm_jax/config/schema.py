@@ -1075,8 +1075,8 @@ class Study:
     "all",
     "part of the work to do: cells runs missing cells, report writes the "
     "report, all does the two in turn; measure takes measures of runs with "
-    "kept weights (aoarm_jax/study/dissection.py); export writes these runs as "
-    "models into WORKDIR/exports",
+    "kept weights (aoarm_jax/study/dissection.py) and writes the report; "
+    "export writes these runs as models into WORKDIR/exports",
     choices=("all", "cells", "report", "measure", "export"),
   )
   measure_windows: int = _field(
@@ -1095,6 +1095,11 @@ class Study:
   )
   report: str = _field(
     "", "folder of the report; '' means report/ in the workdir"
+  )
+  also: str = _field(
+    "",
+    "further directories of studies, separated by commas, whose cells the "
+    "report shows as well",
   )
 
 

@@ -17,7 +17,7 @@ from aoarm_jax import orders
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import corpora, pipeline
 from aoarm_jax.model import network as network_lib
-from aoarm_jax.study import knockouts, layerwise, probes, profiles, tables
+from aoarm_jax.study import knockouts, layerwise, probes, profiles
 
 _MOST_TOKENS = 1 << 13  # Of a batch.
 _FIT = 3  # Windows on which probes are fitted, for each on which they are held.
@@ -178,7 +178,7 @@ class Bench:
     earlier, last = self._total(self._profile, params, held)
     logging.info("  locality of %d windows", len(held.tokens))
     arrays = profiles.to_arrays(earlier, last, self.config.model.kind)
-    return tables.locality_rows(arrays, self.streams)
+    return profiles.rows(arrays, self.streams)
 
   def _total(self, program, params, text):
     """Return the sums of a program over all batches, in float64."""

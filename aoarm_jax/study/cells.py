@@ -82,9 +82,26 @@ class Cell:
       f"{self.budget} steps={self.steps} rate={self.rate} seed={self.seed}"
     ]
     if self.changes:
-      words.append(f"with={self.changes}")
-      for fields in _changes(self.changes).values():
-        words += [f"{name}={value}" for name, value in fields.items()]
+      words += [f"with={self.changes}", *self._changed]
+    return " ".join(words)
+
+  @property
+  def _changed(self):
+    """The words of the changed fields, such as L=18."""
+    return [
+      f"{name}={value}"
+      for fields in _changes(self.changes).values()
+      for name, value in fields.items()
+    ]
+
+  @property
+  def name(self) -> str:
+    """The mechanism and what it changes, such as "two_stream N=8"."""
+    words = [self.mechanism, *(self._changed if self.changes else ())]
+    if self.orders == "curriculum":
+      words.append("curriculum")
+    if self.budget == "parameters":
+      words.append("equal parameters")
     return " ".join(words)
 
   @property

@@ -100,9 +100,7 @@ def count(tokens: np.ndarray, text: bytes, against: Reference) -> list[int]:
   return [*row, len(codes), known, len(np.unique(codes))]
 
 
-def measures(
-  counts: np.ndarray, weight: np.ndarray | None = None
-) -> np.ndarray:
+def measures(counts: np.ndarray) -> np.ndarray:
   """Counts of samples -> MEASURES.
 
   Coherence, familiarity and repetition are ratios of sums over the samples;
@@ -111,19 +109,16 @@ def measures(
 
   Args:
     counts: [..., samples, COLUMNS].
-    weight: [..., samples], how often each sample counts; None is once.
 
   Returns:
     float64 [..., MEASURES].
   """
   counts = np.asarray(counts, np.float64)
-  if weight is None:
-    weight = np.ones(counts.shape[:-1])
-  sums = np.einsum("...s,...sc->...c", weight, counts)
+  sums = counts.sum(-2)
   total = dict(zip(COLUMNS, np.moveaxis(sums, -1, 0)))
   words, unique = counts[..., 0], counts[..., 1]
   of_sample = unique / np.maximum(words, 1)
-  diversity = (weight * of_sample).sum(-1) / weight.sum(-1)
+  diversity = of_sample.mean(-1)
 
   def ratio(part, whole):
     return np.where(whole > 0, part / np.maximum(whole, 1), np.nan)
@@ -141,33 +136,6 @@ def measures(
     ],
     axis=-1,
   )
-
-
-def bootstrap(
-  counts: list[np.ndarray], resamplings: int, seed: int = 0
-) -> np.ndarray:
-  """Resamples seeds, and in each the samples, with replacement.
-
-  Args:
-    counts: of each seed, [temperatures, samples, COLUMNS].
-    resamplings: how many.
-    seed: of the draws.
-
-  Returns:
-    float64 [resamplings, temperatures, MEASURES].
-  """
-  generator = np.random.default_rng(seed)
-  out = []
-  for _ in range(resamplings):
-    drawn = generator.integers(0, len(counts), len(counts))
-    parts, weights = [], []
-    for index in drawn:
-      K, n, _ = counts[index].shape
-      picked = generator.multinomial(n, np.full(n, 1 / n), size=K)
-      parts.append(counts[index])
-      weights.append(picked)
-    out.append(measures(np.concatenate(parts, 1), np.concatenate(weights, 1)))
-  return np.stack(out)
 
 
 def dominated_area(x: np.ndarray, y: np.ndarray) -> float:

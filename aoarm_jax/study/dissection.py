@@ -1,7 +1,7 @@
 """--config.study.part=measure: what networks rely on, and what they know.
 
 The networks are those of cells with kept weights. Three measures are taken of
-each, in float32, on windows of the evaluated split:
+each, in float32, on windows of the evaluated split, for four tables:
 
   knockouts.csv   the rise in bits where attention is barred from slots
   probes.csv      the characters that a linear map reads from a cached state
@@ -11,9 +11,9 @@ each, in float32, on windows of the evaluated split:
 The first rows of an order see few slots and lose all of them. So the rise is
 also given for the second half of the order alone (`late_bits`).
 
-Each has a picture. A cell keeps its measures in measures.json beside its
-weights, and is measured again only if the options or the weights differ. All
-errors are standard errors over windows. So they say nothing of other seeds.
+A cell keeps its measures in measures.json beside its weights, and is measured
+again only if the options or the weights differ. All errors are standard errors
+over windows. So they say nothing of other seeds. The report has the tables.
 """
 
 import dataclasses
@@ -35,15 +35,14 @@ from aoarm_jax.runs import identity
 from aoarm_jax.study import bench as bench_lib
 from aoarm_jax.study import cells as cells_lib
 from aoarm_jax.study import (
-  inner_plots,
   knockouts,
   layerwise,
   measure,
   statistics,
-  tables,
 )
 
 MEASURES = "measures.json"
+TABLES = ("knockouts", "probes", "characters", "locality")
 _VERSION = 2  # Of the measures; another one is measured again.
 _KINDS = {
   "options": dict,
@@ -90,15 +89,13 @@ def run(
   config: config_lib.Config,
   cells: Iterable[cells_lib.Cell],
   results: Any,
-  folder: epath.Path,
 ) -> None:
-  """Measure the cells that have weights and are not measured yet; report.
+  """Measure the cells that have weights and are not measured yet.
 
   Args:
     config: of the study.
     cells: those that are to be measured.
     results: sweep.Results.
-    folder: of the report.
 
   Raises:
     ConfigError: a knock-out cannot be read, or no cell has weights.
@@ -121,7 +118,6 @@ def run(
   logging.info("%d cells have weights, to measure: %d", len(kept), len(missing))
   if missing:
     _measure_all(config, missing, results)
-  _report(config, kept, results, folder)
 
 
 def _kept(cells, results):
@@ -204,38 +200,24 @@ def _read(path, result, config=None):
   return found if same else None
 
 
-def _report(config, kept, results, folder):
-  """Write the tables and the pictures of all measures that there are."""
-  made: dict[str, list[tables.Row]] = {
-    name: [] for name in ("knockouts", "probes", "characters", "locality")
-  }
-  for path, cell in kept.items():
-    result = results.result(cell)
-    found = _read(path, result, config)
-    if found is None:
-      continue
-    run = _named(cell, result)
-    made["knockouts"] += [run | row for row in _knockout_rows(found)]
-    made["probes"] += [run | row for row in _probe_rows(found)]
-    made["characters"] += [run | row for row in _character_rows(found)]
-    made["locality"] += [run | row for row in found["locality"]]
-  for name, rows in made.items():
-    if rows:
-      run_dir.write_atomically(folder / f"{name}.csv", tables.to_csv(rows))
-  inner_plots.draw(made, folder)
-  logging.info("measures: %s", folder)
+def rows(path: epath.Path, result: dict) -> dict[str, list[dict[str, Any]]]:
+  """Return the tables of the measures of a cell, {} without measures.
 
+  Args:
+    path: the folder of the cell.
+    result: the content of its result.json.
 
-def _named(cell, result):
-  run = result["config"]
-  return {
-    "mechanism": cell.mechanism,
-    "changes": cell.changes,
-    "T": cell.T,
-    "steps": run["train"]["steps"],
-    "rate": run["optimizer"]["peak_learning_rate"],
-    "seed": cell.seed,
-  }
+  Returns:
+    {table: rows} with the names of TABLES. The options of the measures may be
+    any; the columns say them.
+  """
+  found = _read(path, result)
+  if found is None:
+    return {}
+  made = _knockout_rows, _probe_rows, _character_rows
+  return dict(
+    zip(TABLES, [*(list(of(found)) for of in made), found["locality"]])
+  )
 
 
 def _with_error(name, values):

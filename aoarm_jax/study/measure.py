@@ -48,7 +48,11 @@ from aoarm_jax.training import optimizer
 RESULT, FAILED, WEIGHTS = "result.json", "failed.json", "weights.npz"
 # The types of what is read back, see reading.check.
 _RESULT_KINDS = {
-  "cell?": dict,
+  "cell?": {
+    **dict.fromkeys(("mechanism", "size", "orders", "budget", "rate"), str),
+    **dict.fromkeys(("T", "steps", "seed"), int),
+    "changes?": str,
+  },
   "config?": dict,
   "estimate?": {"bits_per_char": float},
   "files?": reading.Each(str),

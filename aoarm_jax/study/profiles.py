@@ -281,13 +281,6 @@ def to_arrays(
   return arrays
 
 
-def relative(arrays: dict[str, np.ndarray], stream: str) -> np.ndarray:
-  """Mass / even mass, summed over heads: [layers, 2, K]; nan where none is."""
-  mass = arrays[f"{stream}/mass"].sum(axis=1)
-  even = arrays[f"{stream}/even"].sum(axis=1)
-  return np.where(even > 0, mass / np.maximum(even, 1e-30), np.nan)
-
-
 def locality(arrays: dict[str, np.ndarray], stream: str) -> np.ndarray:
   """The indices: [layers, N, 3], by INDICES; nan where nothing counts."""
   spread = arrays[f"{stream}/spread"]
@@ -306,6 +299,27 @@ def shares(arrays: dict[str, np.ndarray], stream: str) -> dict[str, np.ndarray]:
   return {
     name: arrays[f"{stream}/{name}"] / rows for name in ("own", "sentinels")
   }
+
+
+def rows(
+  arrays: dict[str, np.ndarray], names: tuple[str, ...]
+) -> list[dict[str, Any]]:
+  """Return one row per stream, layer and head: its indices and its masses.
+
+  Args:
+    arrays: the profile of one run, see `to_arrays`.
+    names: the streams.
+  """
+  found = []
+  for stream in names:
+    index, masses = locality(arrays, stream), shares(arrays, stream)
+    for layer, head in np.ndindex(index.shape[:2]):
+      row = {"stream": stream, "layer": layer + 1, "head": head + 1}
+      values = index[layer, head].tolist()
+      row |= dict(zip(INDICES, (x if np.isfinite(x) else "" for x in values)))
+      row |= {f"mass_{n}": float(x[layer, head]) for n, x in masses.items()}
+      found.append(row)
+  return found
 
 
 def orders_of(config: config_lib.Config, windows: int) -> jax.Array:

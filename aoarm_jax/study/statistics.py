@@ -40,12 +40,6 @@ class Estimate(NamedTuple):
 
     return self.error * special.stdtrit(self.degrees, 0.975)
 
-  def minus(self, other: "Estimate") -> "Estimate":
-    """The difference of two independent ones; the fewer seeds count."""
-    error, degrees = _together(self, other)
-    seeds = min(self.seeds, other.seeds)
-    return Estimate(self.value - other.value, error, degrees, seeds)
-
 
 def over_seeds(values: npt.ArrayLike) -> Estimate:
   """Of one number a seed."""
@@ -78,17 +72,6 @@ def over_both(windows: list) -> Estimate:
   if seeds.seeds == 1:
     return text._replace(value=seeds.value)
   return seeds._replace(error=math.hypot(seeds.error, text.error))
-
-
-def _together(a, b):
-  """Error and degrees of freedom of a sum (Welch and Satterthwaite)."""
-  squares = [(x.error**2, x.degrees) for x in (a, b)]
-  total = sum(s for s, _ in squares)
-  if not math.isfinite(total) or not min(a.degrees, b.degrees) > 0:
-    return math.nan, math.nan
-  weights = sum(s**2 / degrees for s, degrees in squares)
-  degrees = total**2 / weights if weights else min(a.degrees, b.degrees)
-  return math.sqrt(total), degrees
 
 
 def effect(estimate: Estimate, least: float = 0.0) -> int | None:

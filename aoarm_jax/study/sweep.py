@@ -14,7 +14,6 @@ deleted; one that found too little memory is tried by every start.
 
 import contextlib
 import itertools
-import json
 import math
 import time
 import traceback
@@ -31,7 +30,6 @@ from aoarm_jax.runs import directory as run_dir
 from aoarm_jax.runs import identity, telemetry
 from aoarm_jax.study import cells as cells_lib
 from aoarm_jax.study import (
-  curve,
   dissection,
   exports,
   measure,
@@ -99,13 +97,6 @@ class Results:
     least = min(bits.values())
     good = [rate for rate in bits if bits[rate] <= least + cells_lib.TIED]
     return min(good, key=lambda rate: abs(math.log(rate / plain)))
-
-  def at_edge(self, cell: cells_lib.Cell) -> str:
-    """Whether the tuned rate of a cell is the least or the greatest tried."""
-    tried, rate = self.config.study.rates, self.rate(cell)
-    if not cells_lib.trials(cell, self.config) or rate is None:
-      return ""
-    return "yes" if rate in (min(tried), max(tried)) else "no"
 
   def is_untrained(self, cell: cells_lib.Cell) -> bool:
     """Whether a run has learned no more than how frequent the letters are."""
@@ -230,9 +221,7 @@ class _Clock:
     return flops * training / total + cells * other / len(self._done)
 
 
-def study(
-  config: config_lib.Config, workdir: epath.Path, argv: list[str]
-) -> None:
+def study(config: config_lib.Config, workdir: epath.Path) -> None:
   """Runs the cells that are not done yet, as far as is asked for; reports.
 
   Raises:
@@ -260,44 +249,54 @@ def study(
   results = Results(config, workdir)
   for cell in cells:  # Whatever cannot be is said before anything runs.
     cells_lib.resolve(cell, config, config.optimizer.peak_learning_rate)
-  if config.study.part == "measure":
+  part = config.study.part
+  if part in ("measure", "export"):
     mine = chosen(config, cells, results.outcome)
-    dissection.run(config, mine, results, folder)
-    return
-  if config.study.part == "export":
-    mine = chosen(config, cells, results.outcome)
-    exports.run(config, mine, results, workdir / "exports")
-    return
-  if config.study.part != "report":
+    if part == "measure":
+      dissection.run(config, mine, results)
+    else:
+      exports.run(config, mine, results, workdir / "exports")
+  elif part != "report":
     _run_cells(config, cells, results)
-  elif not any(
-    results.result(cell) or results.failure(cell)
-    for cell in cells_lib.with_trials(cells, config, results.outcome)
-  ):
+  if part not in ("cells", "export"):
+    _report(config, cells, results, folder)
+  if part in ("all", "cells"):
+    _check_failures(config, cells, results)
+
+
+def _check_failures(config, cells, results):
+  """Raises FailedCellsError where cells of this process failed."""
+  asked = set(cells)  # That a rate is too high is what a trial may find.
+  failed = results.failures(
+    [
+      cell
+      for cell in chosen(config, cells, results.outcome)
+      if cell in asked or results.is_open(cell)
+    ]
+  )
+  if failed:
+    raise FailedCellsError(
+      f"{len(failed)} of the study's cells failed: {'; '.join(failed)}"
+    )
+
+
+def _report(config, cells, results, folder):
+  """Writes the report of this directory and of those in config.study.also."""
+  every = results.every()
+  for text in filter(None, map(str.strip, config.study.also.split(","))):
+    other = paths.of(text, "config.study.also")
+    paths.reached(other, "config.study.also")
+    every += Results(config, other).every()
+  asked = cells_lib.with_trials(cells, config, results.outcome)
+  # Every cell is asked, so that damage in any of them is named.
+  known = [results.result(cell) or results.failure(cell) for cell in asked]
+  if config.study.part == "report" and not every and not any(known):
     raise config_lib.ConfigError(
-      f"config.study.part='report': no cell of this study in "
-      f"{workdir / _FOLDER}: run some without this flag, or name the --workdir "
-      "and the --config that they were run with"
+      "config.study.part='report': no cell of this study in "
+      f"{results.workdir / _FOLDER}: run some without this flag, or name the "
+      "--workdir and the --config that they were run with"
     )
-  if config.study.part != "cells":
-    _check_one_text(results, cells)
-    # Runs that share trunks are of a curve over budgets.
-    write = curve.write if config.study.decay_share else report.write
-    write(config, cells, results, folder, argv)
-    logging.info("report: %s", folder)
-  if config.study.part != "report":
-    asked = set(cells)  # That a rate is too high is what a trial may find.
-    failed = results.failures(
-      [
-        cell
-        for cell in chosen(config, cells, results.outcome)
-        if cell in asked or results.is_open(cell)
-      ]
-    )
-    if failed:
-      raise FailedCellsError(
-        f"{len(failed)} of the study's cells failed: {'; '.join(failed)}"
-      )
+  report.write(config, cells, results, every, folder)
 
 
 def chosen(
@@ -527,20 +526,6 @@ def _note_failure(error, cell, folder):
   logging.warning("cell failed: %s: %s", cell.label, reason)
   # A program that did not compile keeps its error, and that the parameters.
   traceback.clear_frames(error.__traceback__)
-
-
-def _check_one_text(results, cells):
-  """As copied folders of another study would break it."""
-  found = {}
-  for cell in cells:
-    if result := results.result(cell):
-      found[json.dumps(result["text"], sort_keys=True)] = results.folder(cell)
-  if len(found) > 1:
-    one, other = list(found.values())[:2]
-    raise config_lib.ConfigError(
-      f"{one} and {other.name} are of different texts: a report is of one; "
-      "move those of the other to a --workdir of their own"
-    )
 
 
 def _check_text(results, text):

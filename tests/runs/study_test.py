@@ -119,22 +119,19 @@ class StudyTest(absltest.TestCase):
     first = helpers.contents(report)
     for path in report.iterdir():
       path.unlink()
-    for name in ("mine.png", "profiles_T99.png"):  # The other's is stale.
+    for name in ("mine.png", "f2_delay.png"):  # The other's is stale.
       (report / name).touch()
     (gone,) = [name for name in self.results() if name.startswith("mdlm")]
     (self.workdir / "cells" / gone).unlink()
     with mock.patch.object(measure, "Lab", side_effect=AssertionError):
       helpers.run([*self.command, "--config.study.part=report"])
     again = helpers.contents(report)
-    self.assertEqual(set(again), {*first, "mine.png"})
-    for name in ("locality.csv", "profiles_T16.svg"):
-      self.assertEqual(again[name], first[name], name)
-    self.assertIn(b"3 of 4 cells", again["README.md"])
-    rows = self.table("cells")
-    self.assertEqual(
-      [r["done"] for r in rows], ["True", "False"] + 2 * ["True"]
-    )
-    self.assertEqual(rows[1]["bits_per_char"], "")
+    gone = {"masked.csv", "f5_masked.png"}
+    self.assertEqual(set(again), {*first, "mine.png"} - gone)
+    self.assertEqual(again["locality.csv"], first["locality.csv"])
+    text = " ".join(again["README.md"].decode().split())
+    self.assertIn("3 of 4 of `study_tradeoff` are done", text)
+    self.assertIn("not done: 1 of `mdlm` at T = 16.", text)
 
   def table(self, name):
     text = (self.workdir / f"report/{name}.csv").read_text()
@@ -143,29 +140,30 @@ class StudyTest(absltest.TestCase):
   def check_report(self):
     report = self.workdir / "report"
     text = (report / "README.md").read_text()
-    self.assertIn("4 of 4 cells", text)
+    self.assertIn("4 of 4 of `study_tradeoff` are done", text)
     self.assertNotIn(str(self.workdir), text)
-    for name in ("coherence_diversity_from_4", "locality", "profiles_T16"):
-      for suffix in ("png", "svg"):
-        self.assertGreater((report / f"{name}.{suffix}").stat().st_size, 1000)
+    for name in ("f1_bits", "f3_locality", "f5_masked"):
+      self.assertGreater((report / f"{name}.png").stat().st_size, 1000)
       self.assertIn(f"({name}.png)", text)
 
   def check_differences(self):
     """The mean of paired differences is the difference of the means."""
+    runs = self.table("runs")
+    self.assertLen(runs, 4)
+    for row in runs:
+      self.assertBetween(float(row["area_from_4"]), 0, 1)
     bits = {
-      (row["mechanism"], row["budget"]): row["bits_per_char"]
-      for row in self.table("cells")
+      (row["arm"], row["steps"]): float(row["any_order"])
+      for row in runs
+      if row["arm"] != "mdlm"
     }
-    for row in self.table("differences"):
-      own = bits[row["mechanism"], row["budget"]]
-      wanted = float(own) - float(bits["two_stream", "steps"])
-      self.assertAlmostEqual(float(row["difference_bits"]), wanted, places=4)
-      self.assertGreater(float(row["error"]), 0)
-    self.assertLen(self.table("differences"), 3)
-    self.assertCountEqual(
-      [row["folder"] for row in self.table("runs")],
-      [row["folder"] for row in self.table("cells")],
-    )
+    rows = self.table("differences")
+    self.assertLen(rows, 3)
+    for row in rows:
+      if row["arm"] == "decoupled_rope" and row["equal"] == "steps":
+        wanted = bits["decoupled_rope", "100"] - bits["two_stream", "100"]
+        self.assertAlmostEqual(float(row["difference_bits"]), wanted, places=4)
+        self.assertGreater(float(row["half_of_95_percent"]), 0)
 
 
 if __name__ == "__main__":

@@ -62,26 +62,6 @@ class CoherenceTest(parameterized.TestCase):
       coherence.dominated_area(np.array(x), np.array(y)), area
     )
 
-  def test_bootstrap_band_is_that_of_the_binomial(self):
-    """100 samples of one word each, 30 of them known: 0.3 ± 0.046."""
-    row = dict.fromkeys(coherence.COLUMNS, 1)
-    known = [row | {"from_4_known": int(i < 30)} for i in range(100)]
-    counts = np.array([[list(each.values()) for each in known]])
-    drawn = coherence.bootstrap([counts], 2000)
-    self.assertEqual(drawn.shape, (2000, 1, len(coherence.MEASURES)))
-    values = drawn[:, 0, coherence.MEASURES.index("coherence_from_4")]
-    self.assertAlmostEqual(values.mean(), 0.3, delta=0.005)
-    self.assertAlmostEqual(values.std(), 0.0458, delta=0.004)
-
-  def test_bootstrap_resamples_seeds_too(self):
-    counts = np.ones((1, 50, len(coherence.COLUMNS)))
-    other = counts.copy()
-    other[..., coherence.COLUMNS.index("from_4_known")] = 0
-    at = coherence.MEASURES.index("coherence_from_4")
-    drawn = coherence.bootstrap([counts, other], 400)[:, 0, at]
-    self.assertGreater(np.mean(drawn == 0), 0.15)
-    self.assertGreater(np.mean(drawn == 1), 0.15)
-
 
 if __name__ == "__main__":
   absltest.main()

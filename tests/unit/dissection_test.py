@@ -150,9 +150,9 @@ class FilesTest(absltest.TestCase):
     results.result.return_value = None
     cells = cells_lib.expand(study)
     with self.assertRaisesRegex(config_lib.ConfigError, "'near:2' is none of"):
-      dissection.run(study, cells, results, self.folder)
+      dissection.run(study, cells, results)
     with self.assertRaisesRegex(config_lib.ConfigError, "no cell.*has weights"):
-      dissection.run(tiny(), cells, results, self.folder)
+      dissection.run(tiny(), cells, results)
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ class PathsTest(parameterized.TestCase):
       lambda: aoarm_jax.load(text),
       lambda: corpora.load("auto", text, tokenizer),
       lambda: prompts.read_lines(text),
-      lambda: sweep.study(config, paths.of("x", ""), []),
+      lambda: sweep.study(config, paths.of("x", "")),
     ):
       with self.assertRaises(config_lib.ConfigError) as caught:
         read()

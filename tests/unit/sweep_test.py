@@ -1,7 +1,6 @@
 """Which cells of a study run, at which rates, and what becomes of failures."""
 
 import contextlib
-import csv
 import dataclasses
 import json
 import math
@@ -17,16 +16,11 @@ from absl.testing import absltest
 from etils import epath
 from studies import config
 
-from aoarm_jax.config import mechanisms
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import tokenizers
 from aoarm_jax.runs import telemetry
 from aoarm_jax.study import cells as cells_lib
-from aoarm_jax.study import (
-  measure,
-  sweep,
-  tables,
-)
+from aoarm_jax.study import measure, sweep
 
 
 class SharesTest(absltest.TestCase):
@@ -90,7 +84,7 @@ class SharesTest(absltest.TestCase):
   def test_a_report_is_no_file(self):
     study = config("mechanism=two_stream", report=__file__)
     with self.assertRaisesRegex(config_lib.ConfigError, "name a folder"):
-      sweep.study(study, epath.Path("/absent"), [])
+      sweep.study(study, epath.Path("/absent"))
 
   def test_an_empty_share_is_no_error(self):
     study = config(
@@ -100,7 +94,7 @@ class SharesTest(absltest.TestCase):
       mock.patch.object(measure, "Lab", side_effect=AssertionError),
       self.assertLogs(level="INFO") as logs,
     ):
-      sweep.study(study, epath.Path("/absent"), [])
+      sweep.study(study, epath.Path("/absent"))
     self.assertIn("nothing to do in this share", "".join(logs.output))
 
   def test_cells_by_their_label(self):
@@ -165,7 +159,7 @@ class FailureTest(absltest.TestCase):
     ):
       runs.side_effect = run
       try:
-        sweep.study(self.config, self.folder, [])
+        sweep.study(self.config, self.folder)
         raised = ""
       except sweep.FailedCellsError as error:
         raised = str(error)
@@ -242,53 +236,6 @@ class FailureTest(absltest.TestCase):
     self.assertEqual(runs, ["mdlm"])
     self.assertRegex(raised, "^1 of the study's cells failed: .*rate=0.004")
 
-  def test_the_report_has_an_empty_cell_with_the_reason(self):
-    cells = cells_lib.expand(self.config)
-    results = sweep.Results(self.config, self.folder)
-    measure.note_failure(results.folder(cells[1]), "loss is nan", again=False)
-    folder = self.folder / "report"
-    sweep.report.write(self.config, cells, results, folder, [""])
-    rows = csv.DictReader((folder / "cells.csv").read_text().splitlines())
-    self.assertEqual(
-      [(r["done"], r["failed"], r["bits_per_char"]) for r in rows],
-      [("False", "", ""), ("False", "loss is nan", ""), ("False", "", "")],
-    )
-    text = (folder / "README.md").read_text()
-    self.assertIn(f"1 failed:\n\n- {cells[1].label}: loss is nan", text)
-
-  def test_the_report_names_mechanisms_by_their_pieces(self):
-    """A line that is added to the table is in it."""
-    added = {
-      "mine": mechanisms.Mechanism("mine", left_to_right=True),
-      "hidden": mechanisms.Mechanism("mine", masked=True),
-    }
-    cells = cells_lib.expand(self.config)
-    results = sweep.Results(self.config, self.folder)
-    folder = self.folder / "report"
-    with mock.patch.dict(mechanisms.MECHANISMS, added):
-      sweep.report.write(self.config, cells, results, folder, [""])
-    text = " ".join((folder / "README.md").read_text().split())
-    self.assertIn("Never compare `causal`, `mine` (left to right", text)
-    self.assertIn("seeds (`mdlm`, `hidden`: the same windows", text)
-    self.assertIn("There is none of `mdlm`, `hidden`: slots there", text)
-
-  def test_a_report_of_nothing_is_refused(self):
-    study = dataclasses.replace(self.config.study, part="report")
-    nothing = dataclasses.replace(self.config, study=study)
-    with self.assertRaisesRegex(
-      config_lib.ConfigError, f"no cell of this study in {self.folder}/cells: "
-    ):
-      sweep.study(nothing, self.folder, [""])
-    self.assertEqual(list(self.folder.iterdir()), [])
-
-  def test_the_command_names_a_text_that_is_not_built_in(self):
-    argv = ["main.py", "--config=x", "--config.data.path=a", "--workdir=b"]
-    plain = "python -m aoarm_jax.main --config=x"
-    self.assertEqual(sweep.report.command(argv, ""), plain)
-    self.assertEqual(
-      sweep.report.command(argv, "x/a"), f"{plain} --config.data.path=a"
-    )
-
   def test_a_program_that_did_not_compile_keeps_no_parameters(self):
     program = futures.Future()  # Kept for the cells that share it.
     program.set_exception(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: x"))
@@ -362,18 +309,12 @@ class RateTest(absltest.TestCase):
       self.assertIsNone(self.results.result(self.cell))
       self.end(trial, bits)
     self.assertEqual(self.results.rate(self.cell), 4e-3)
-    self.assertEqual(self.results.at_edge(self.cell), "yes")
     self.assertEqual(self.results.bits(self.cell), 2.25)
-    (row,) = tables.rates_table([self.cell], self.results, self.study)
-    found = [row[name] for name in ("0.001", "0.002", "0.004", "chosen")]
-    self.assertEqual(found, [2.5, 2.4, 2.25, "0.004"])
 
   def test_one_that_diverges_is_worse_than_any(self):
     for trial, bits in zip(self.trials, (2.5, 2.6, None)):
       self.end(trial, bits)
     self.assertEqual(self.results.rate(self.cell), 1e-3)
-    (row,) = tables.rates_table([self.cell], self.results, self.study)
-    self.assertEqual(row["0.004"], np.inf)
 
   def test_of_rates_that_are_as_good_the_configuration_s(self):
     for trial, bits in zip(self.trials, (2.2, 2.205, 2.3)):
