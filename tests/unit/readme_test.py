@@ -1,6 +1,6 @@
 """The README and the pages show what is there: commands, files, fields.
 
-Reports that the program wrote by itself (docs/study*/) and the changelog are
+The report that the program wrote by itself (docs/study/) and the changelog are
 read for their commands and links only.
 """
 
@@ -46,7 +46,7 @@ LINKED = {
 PAGES = {
   name: text
   for name, text in LINKED.items()
-  if not name.startswith(("docs/study/", "docs/study_text8/", "CHANGELOG"))
+  if not name.startswith(("docs/study/", "CHANGELOG"))
 }
 _ENDINGS = ("py", "txt", "safetensors")  # Of files, and no fields.
 SECTIONS = {
