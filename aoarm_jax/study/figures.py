@@ -1,4 +1,4 @@
-"""The figures of a report, each as a PNG file; page.py has their captions."""
+"""The figures of a report, each as a PNG file, with their captions."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,6 +10,23 @@ from etils import epath
 from aoarm_jax.runs import canvas
 from aoarm_jax.study import comparisons, records, tables
 
+CAPTIONS = {
+  "f1_bits": "F1. Bits per character over training FLOPs. A dot is a seed, and "
+  "a line joins the means.",
+  "f2_delay": "F2. Steps that one stream needs for the loss of two streams. A "
+  "second stream pays above the dashed line, the FLOP ratio of a step. Bars "
+  "are 95% intervals over seeds, and an arrow marks a bound.",
+  "f3_locality": "F3. Locality of attention by layer: 1 is all on the nearest "
+  "slot, 0 is even. The mass on sentinels is taken out. A dot is a head, and a "
+  "line is the mean over the heads of one network.",
+  "f4_knockouts": "F4 a. Rise in bits where attention is barred from slots in "
+  "all layers, in the second half of the order. A dot is a network, and bars "
+  "are standard errors over windows.",
+  "f4_predictions": "F4 b. Differences with 95% intervals. The grey field is "
+  "what the explanation predicts. Green holds, red fails, and grey is open.",
+  "f5_masked": "F5. Bits per character of the masked arm and of the two others "
+  "over the characters that a run reads.",
+}
 _BLUE, _RED, _GREEN, *_ = canvas.COLOURS
 _STREAMS = {
   "content": ("content rows", _BLUE),
@@ -43,23 +60,21 @@ def draw(
     The names of the figures that were drawn.
   """
   runs = [run for run in runs if run.arm in arms]
-  masked = {run.cell.T for run in runs if run.arm == arms[0]}
+  unmasked = [run for run in runs if run.arm != arms[0]]
+  lengths = {run.cell.T for run in runs if run.arm == arms[0]}
+  beside = [run for run in runs if run.cell.T in lengths]
   made = {
     name: [row for row in rows if row.get("arm", arms[1]) in arms]
     for name, rows in made.items()
   }
   outcomes = tables.find(made["predictions"], equal="steps")
   data: dict[str, tuple[Any, ...]] = {
-    "f1_bits": (_bits, [run for run in runs if run.arm != arms[0]], arms),
+    "f1_bits": (_curves, unmasked, arms, "flops", "training FLOPs"),
     "f2_delay": (_delays, tables.find(made["delays"], arm=arms[1])),
     "f3_locality": (_locality, made["locality"]),
     "f4_knockouts": (_knockouts, tables.find(made["knockouts"], layer="all")),
     "f4_predictions": (_outcomes, [row for row in outcomes if "answer" in row]),
-    "f5_masked": (
-      _characters,
-      [run for run in runs if run.cell.T in masked],
-      arms,
-    ),
+    "f5_masked": (_curves, beside, arms, "characters", "characters seen"),
   }
   for name, (make, of_figure, *options) in data.items():
     path = folder / f"{name}.png"
@@ -88,16 +103,16 @@ def _figure(
       picture.legend(lines.values(), lines.keys(), **where)
 
 
-def _curves(path, runs, arms, cost, label):
+def _curves(path, runs, arms, name, label):
   """Bits over a cost: a panel a length, a dot a seed, a line their means."""
   lengths = sorted({run.cell.T for run in runs})
   with _figure(path, len(lengths), sharey=True) as grid:
     for axes, T in zip(grid[0], lengths):
       points: dict[str, dict[float, list[float]]] = {}
-      for run in sorted(runs, key=cost):
+      for run in sorted(runs, key=lambda run: run.steps):
         if run.cell.T == T:
           of_arm = points.setdefault(run.arm, {})
-          of_arm.setdefault(cost(run), []).append(run.bits.mean())
+          of_arm.setdefault(getattr(run, name), []).append(run.bits.mean())
       for arm, colour in zip(arms, (_GREEN, _RED, _BLUE)):
         of_arm = points.get(arm, {})
         means = [np.mean(values) for values in of_arm.values()]
@@ -115,14 +130,6 @@ def _dots(axes, points, colour):
   x = [x for x, values in points.items() for _ in values]
   y = [value for values in points.values() for value in values]
   axes.plot(x, y, "o", ms=4, alpha=0.6, color=colour)
-
-
-def _bits(path, runs, arms):
-  _curves(path, runs, arms, lambda run: run.flops, "training FLOPs")
-
-
-def _characters(path, runs, arms):
-  _curves(path, runs, arms, lambda run: run.characters, "characters seen")
 
 
 def _delays(path, rows):
