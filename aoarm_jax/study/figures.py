@@ -22,8 +22,9 @@ CAPTIONS = {
   "f4_knockouts": "F4 a. Rise in bits where attention is barred from slots in "
   "all layers, in the second half of the order. A dot is a network, and bars "
   "are standard errors over windows.",
-  "f4_predictions": "F4 b. Differences with 95% intervals. The grey field is "
-  "what the explanation predicts. Green holds, red fails, and grey is open.",
+  "f4_predictions": "F4 b. Differences at equal steps (filled) and at equal "
+  "FLOPs (hollow, not judged) with 95% intervals. The grey field is what the "
+  "explanation predicts. Green holds, red fails, and grey is open.",
   "f5_masked": "F5. Bits per character of the masked arm and of the two others "
   "over the characters that a run reads.",
 }
@@ -67,13 +68,15 @@ def draw(
     name: [row for row in rows if row.get("arm", arms[1]) in arms]
     for name, rows in made.items()
   }
-  outcomes = tables.find(made["predictions"], equal="steps")
   data: dict[str, tuple[Any, ...]] = {
     "f1_bits": (_curves, unmasked, arms, "flops", "training FLOPs"),
     "f2_delay": (_delays, tables.find(made["delays"], arm=arms[1])),
     "f3_locality": (_locality, made["locality"]),
     "f4_knockouts": (_knockouts, tables.find(made["knockouts"], layer="all")),
-    "f4_predictions": (_outcomes, [row for row in outcomes if "answer" in row]),
+    "f4_predictions": (
+      _outcomes,
+      [row for row in made["predictions"] if "answer" in row],
+    ),
     "f5_masked": (_curves, beside, arms, "characters", "characters seen"),
   }
   for name, (make, of_figure, *options) in data.items():
@@ -213,19 +216,27 @@ def _outcomes(path, rows):
   far = 1.1 * max(3 * margin, *ends)
   fields = {"worse": (margin, far), "better": (-far, -margin)}
   fields["equal"] = (-margin, margin)
-  with _figure(path, 1, inches=(11, 2 + 0.4 * len(rows))) as grid:
+  names = [f"{r['explanation']}: {r['contrast']}, T = {r['T']:,}" for r in rows]
+  lines = list(dict.fromkeys(names))
+  with _figure(path, 1, inches=(11, 2 + 0.4 * len(lines))) as grid:
     axes = grid[0, 0]
-    for y, (row, half) in enumerate(zip(rows, halves)):
-      for low, high in (fields[name] for name in row["predicts"].split(" or ")):
-        axes.barh(y, high - low, left=low, height=0.8, color="#dddddd")
+    for row, half, name in zip(rows, halves, names):
+      y, is_judged = lines.index(name), row["equal"] == "steps"
+      for low, high in (fields[side] for side in row["predicts"].split(" or ")):
+        axes.barh(y, high - low, left=low, height=0.8, color="#e4e4e4")
       colour = {"yes": _GREEN, "no": _RED}.get(row["holds"], canvas.GREY)
-      axes.errorbar(row["difference_bits"], y, xerr=half, fmt="o", color=colour)
+      axes.errorbar(
+        row["difference_bits"],
+        y if is_judged else y + 0.25,
+        xerr=half,
+        fmt="o",
+        ms=6 if is_judged else 4,
+        color=colour,
+        mfc=colour if is_judged else "white",
+      )
     axes.set_xlim(-far, far)
-    axes.set_xlabel("difference in bits per character, equal steps")
-    _lines(
-      axes,
-      [f"{r['explanation']}: {r['contrast']}, T = {r['T']:,}" for r in rows],
-    )
+    axes.set_xlabel("difference in bits per character")
+    _lines(axes, lines)
 
 
 def _lines(axes, names):

@@ -17,6 +17,7 @@ from aoarm_jax.study import cells as cells_lib
 from aoarm_jax.study import comparisons, figures, records, tables
 
 SINGLE, MASKED = "decoupled_rope", "mdlm"
+_HOLDS = ("yes", "no", "undecided", "one seed", "rate", "not run")
 _PAGE = """# One stream or two: the report
 
 `--mode=study --config.study.part=report` makes this page from cells, and nobody
@@ -214,7 +215,7 @@ def _each(rows, lengths, arm, other):
       f"({tables.words(row['characters'])} characters, {_seeds(row)}): "
       f"{verdicts.get(row['answer'], row['answer'])}."
       if row
-      else f"At T = {T:,} there is no pair of runs yet."
+      else f"At T = {T:,} the curve over budgets has no pair of runs yet."
     )
   return " ".join(lines)
 
@@ -246,7 +247,7 @@ def _why(rows):
   lines = []
   for name, words in comparisons.EXPLANATIONS.items():
     holds = [row["holds"] for row in tables.find(rows, explanation=name)]
-    counts = ", ".join(f"{x}: {n}" for x, n in Counter(holds).items())
+    counts = ", ".join(f"{x}: {holds.count(x)}" for x in _HOLDS if x in holds)
     lines.append(f"Predictions if {words}: {len(holds)} ({counts}).")
   for row in tables.find(rows, contrast="register - two_stream")[:1]:
     if "answer" in row:
