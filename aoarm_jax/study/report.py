@@ -17,7 +17,14 @@ from aoarm_jax.study import cells as cells_lib
 from aoarm_jax.study import comparisons, figures, records, tables
 
 SINGLE, MASKED = "decoupled_rope", "mdlm"
-_HOLDS = ("yes", "no", "undecided", "one seed", "rate", "not run")
+_HOLDS = {
+  "yes": "hold",
+  "no": "fail",
+  "undecided": "undecided",
+  "one seed": "with one seed",
+  "rate": "waiting for runs at a better rate",
+  "not run": "not run",
+}
 _PAGE = """# One stream or two: the report
 
 `--mode=study --config.study.part=report` makes this page from cells, and nobody
@@ -207,15 +214,18 @@ def _each(rows, lengths, arm, other):
     "equal": f"they are equal within {comparisons.MARGIN} bits",
     "one seed": "one seed decides nothing",
   }
-  for T in lengths:
-    own = tables.find(rows, T=T)
-    row = max(own, key=lambda row: row["characters"], default=None)
+  absent = [f"{T:,}" for T in lengths if not tables.find(rows, T=T)]
+  for T in sorted({row["T"] for row in rows}):
+    row = max(tables.find(rows, T=T), key=lambda row: row["characters"])
     lines.append(
       f"At T = {T:,} {arm} needs {_bits(row)} than {other} "
       f"({tables.words(row['characters'])} characters, {_seeds(row)}): "
       f"{verdicts.get(row['answer'], row['answer'])}."
-      if row
-      else f"At T = {T:,} the curve over budgets has no pair of runs yet."
+    )
+  if absent:
+    lines.append(
+      f"At T = {' and '.join(absent)} the curve over budgets has no pair of "
+      "runs yet."
     )
   return " ".join(lines)
 
@@ -247,8 +257,10 @@ def _why(rows):
   lines = []
   for name, words in comparisons.EXPLANATIONS.items():
     holds = [row["holds"] for row in tables.find(rows, explanation=name)]
-    counts = ", ".join(f"{x}: {holds.count(x)}" for x in _HOLDS if x in holds)
-    lines.append(f"Predictions if {words}: {len(holds)} ({counts}).")
+    counts = ", ".join(
+      f"{holds.count(x)} {said}" for x, said in _HOLDS.items() if x in holds
+    )
+    lines.append(f"Predictions if {words}: {counts}.")
   for row in tables.find(rows, contrast="register - two_stream")[:1]:
     if "answer" in row:
       lines.append(

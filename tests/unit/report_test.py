@@ -62,7 +62,7 @@ class ReportTest(absltest.TestCase):
       "two streams (1.05 billion characters, 3 seeds): one stream is behind.",
       "mdlm needs 0.210 ± 0.000 bits per character more than one stream (262 "
       "million characters, 2 seeds): mdlm is behind.",
-      "Predictions if one stream lacks capacity: 4 (yes: 2, no: 2)",
+      "Predictions if one stream lacks capacity: 2 hold, 2 fail.",
       "and T = 1,024 changes by +0.000 ± 0.000 bits (3 seeds)",
       "F3** is not drawn",
       "0 of 78 of `study_budget` are done",
