@@ -116,22 +116,19 @@ def write(
     name: [row for row in rows if _is_main(row, size)]
     for name, rows in made.items()
   }
-  curves_drawn = [
+  runs = [
     run for run in records.listed(curves) if _is_main(tables.named(run), size)
   ]
-  arms = (MASKED, SINGLE, reference)
-  drawn = figures.draw(folder, curves_drawn, shown, arms)
+  drawn = figures.draw(folder, runs, shown, (MASKED, SINGLE, reference))
   page = _page(config, cells, results, chosen, shown, drawn)
   run_dir.write_atomically(folder / "README.md", page)
-  logging.info("report of %d runs: %s", len(runs), folder)
+  logging.info("report of %d runs: %s", len(chosen), folder)
 
 
 def _is_main(row, size):
   """Whether a row is of the size of the config, in uniform orders."""
-  return (row.get("size", size), row.get("orders", "uniform")) == (
-    size,
-    "uniform",
-  )
+  is_uniform = row.get("orders", "uniform") == "uniform"
+  return is_uniform and row.get("size", size) == size
 
 
 def _page(config, cells, results, runs, made, drawn):
@@ -305,8 +302,7 @@ def _setup(config, cells, missing, runs):
   )
   yield "peak learning rates", ", ".join(rates)
   seeds = ", ".join(map(str, sorted({run.cell.seed for run in runs})))
-  tuning = " and ".join(map(str, config.study.tune_seeds))
-  yield "seeds", f"{seeds}; learning rates were tuned on {tuning}"
+  yield "seeds", f"{seeds}; rates were tuned on {config.study.tune_seeds}"
   windows = {(run.result["estimate"]["windows"], run.cell.T) for run in runs}
   listed = ", ".join(f"{n:,} windows of {T:,}" for n, T in sorted(windows))
   yield "bits", f"last parameters, any order, {config.eval.split}: {listed}"
@@ -345,11 +341,9 @@ def _limits(config, missing, failures, runs, made):
     single = sum(len(of) == 1 for of in bits.values())
     yield (
       f"Seeds differ by up to {spreads[key]:.3f} bits (`{arm}`, T = {T:,}, "
-      f"{steps:,} steps). Arms and budgets with one seed: {single} of "
-      f"{len(bits)}."
+      f"{steps:,} steps). One seed: {single} of {len(bits)} arms and budgets."
     )
-  columns = ("arm", "T", "steps", "seed")
-  inside = {tuple(row[x] for x in columns) for row in made["locality"]}
+  inside = {(r["arm"], r["T"], r["seed"], r["steps"]) for r in made["locality"]}
   yield f"Networks whose attention was measured: {len(inside)}."
   yield (
     "There is one text, and its tokens are characters. The "
