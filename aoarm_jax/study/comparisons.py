@@ -14,8 +14,6 @@ from aoarm_jax.study import delay, records, statistics, tables
 
 MARGIN = 0.01  # Bits per character that count as nothing.
 WHY = "study_why"  # The study whose predictions stand below.
-
-
 EXPLANATIONS = {
   "split": "two tasks compete in one stream",
   "capacity": "one stream lacks capacity",
