@@ -150,9 +150,9 @@ def _delays(path, rows):
       axes.plot(x, ratios, "--", color=colour, label=name)
       for at, row in zip(x, own):
         if row["bound"]:
-          end = row["delay"] * {">": 1.3, "<": 0.77}[row["bound"]]
-          arrow = dict(arrowstyle="->", color=colour, lw=2)
-          axes.annotate("", (at, end), (at, row["delay"]), arrowprops=arrow)
+          share, mark = {">": (1.3, "^"), "<": (0.77, "v")}[row["bound"]]
+          y = row["delay"], share * row["delay"]
+          axes.plot([at, at], y, color=colour, marker=mark, markevery=[1])
         elif row["seeds"] > 1:
           axes.plot([at, at], [row["low"], min(row["high"], 1e3)], color=colour)
     axes.set_xscale("log")
