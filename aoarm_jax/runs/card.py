@@ -127,9 +127,9 @@ def _evaluation(rows):
     map(cells, rows),
   )
   return (
-    f"{table}\n\nAn evaluation is from `--mode=eval`, a validation from training "
-    "at this step,\nand a study from `--mode=study`. The sign ± stands before one "
-    "standard error."
+    f"{table}\n\nAn evaluation is from `--mode=eval`, a validation from "
+    "training at this step,\nand a study from `--mode=study`. The sign ± stands "
+    "before one standard error."
   )
 
 
