@@ -128,8 +128,8 @@ def _evaluation(rows):
   )
   return (
     f"{table}\n\nAn evaluation is from `--mode=eval`, a validation from "
-    "training at this step,\nand a study from `--mode=study`. The sign ± stands "
-    "before one standard error."
+    "training at this step,\nand a study from `--mode=study`. The sign ± is "
+    "one standard error."
   )
 
 

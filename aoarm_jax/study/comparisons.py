@@ -234,7 +234,8 @@ def predictions(
   for T, arms in ours or [("", {})]:
     for explanation, contrast, predicts in PREDICTIONS:
       for equal in ("steps", "flops"):
-        row = {"T": T, "explanation": explanation, "contrast": contrast}
+        name = re.sub(r"=(?= |$)", "=...", contrast)
+        row = {"T": T, "explanation": explanation, "contrast": name}
         row |= {"predicts": predicts, "equal": equal, "holds": "not run"}
         terms = _terms(contrast, arms, reference, equal)
         if terms and (estimate := _paired(terms)):
