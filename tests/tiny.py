@@ -40,10 +40,12 @@ GROUPED = dict(
   **dict(N=4, kv_heads=2, head_size=6, mlp="swiglu", tied=True),
   **dict(norm_epsilon=0.1, rope_factor=4.0, rope_original_T=16),
   rope_scaling="llama3",
+  shifted=True,
 )
 UNNORMED = dict(
   **dict(N=6, kv_heads=2, head_size=8, qk_norm=False, rope_base=10.0),
   **dict(rope_scaling="yarn", rope_factor=4.0, rope_original_T=16),
+  shifted=True,
 )
 BACKBONES = (("two_stream", 1, GROUPED), ("decoupled_rope", 2, UNNORMED))
 

@@ -150,11 +150,20 @@ class Written:
       x = self.update(block, x, query_position, cache[-1], seen, target)
     return self.read_out(x, target), cache
 
-  def query_stream(self, target_position, cache, seen):
-    """Logits [R, V] of query rows, from the content stream's keys alone."""
+  def query_stream(self, target_position, cache, seen, ids=(), position=()):
+    """Logits [R, V] of query rows, from the content stream's keys alone.
+
+    Shifted rows also know ids [S] and position [S], the slots' content.
+    """
+    place = target_position - self.model.shifted
     start = self.params["start"]["query_start"]
     x = np.tile(start, (len(target_position), 1))
+    if self.model.shifted:
+      for row, before in enumerate(place):
+        for slot in np.flatnonzero(seen[row]):
+          if position[slot] == before:
+            x[row] = self.params["embedding"][ids[slot]]
     for block, keys in zip(self.blocks, cache):
       own = block.get("of_queries", block)
-      x = self.update(own, x, target_position, keys, seen)
+      x = self.update(own, x, place, keys, seen)
     return self.read_out(x)

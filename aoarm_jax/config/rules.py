@@ -156,6 +156,11 @@ def _of_the_mechanism(config):
       "the end of their group; take prefix",
     ),
     (
+      "model.shifted",
+      "target" in kind.query or not m.shifted,
+      f"mechanism {m.mechanism} rotates no query by its target; leave it out",
+    ),
+    (
       "score.width",
       config.score.width <= 1 or config.orders.groups != "none",
       "needs a model that was trained with groups; it must be 0 or 1 with "

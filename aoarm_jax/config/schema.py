@@ -213,6 +213,14 @@ class Model:
     above=0.0,
     binds="run",
   )
+  shifted: bool = _field(
+    False,
+    "a query for the token at a target position is rotated as at the position "
+    "before, as in a left-to-right model; query rows of two streams also begin "
+    "as the token there, where they see it; models that were converted from "
+    "left-to-right ones have it",
+    binds="model",
+  )
   content_sees: str = _field(
     "prefix",
     "two_stream only: the slots that content rows see; prefix: all slots up to "

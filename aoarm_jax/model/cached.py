@@ -10,6 +10,7 @@ from aoarm_jax import orders
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import sharding
 from aoarm_jax.model import looks, parallel, rotary, transformer
+from aoarm_jax.model import rows as rows_lib
 
 _CACHE = ("batch", "heads", None, "head")
 # Names of the parameters that are used in float32: those of norms and
@@ -31,12 +32,14 @@ class Cache(NamedTuple):
     k: L arrays [B, M, S, H], rotated keys of M heads, compute dtype.
     v: L arrays [B, M, S, H], values, compute dtype.
     position: int32 [B, 1, S, 1], the positions of the slots, as one array in a
-      tuple. The tuple is empty where no mask asks for positions.
+      tuple. The tuple is empty where nothing asks for positions.
+    tokens: int32 [B, 1, S, 1], the contents of the slots, as `position`.
   """
 
   k: tuple[jax.Array, ...]
   v: tuple[jax.Array, ...]
   position: tuple[jax.Array, ...] = ()
+  tokens: tuple[jax.Array, ...] = ()
 
 
 def empty_cache(
@@ -45,8 +48,14 @@ def empty_cache(
   """Return a cache of zeros for B sequences and S slots."""
   shape = (B, model.key_heads, S, model.H * model.kind.copies)
   zeros = sharding.constrain(jnp.zeros(shape, compute.dtype), *_CACHE)
-  position = (jnp.zeros((B, 1, S, 1), jnp.int32),) if model.look else ()
-  return Cache((zeros,) * model.L, (zeros,) * model.L, position)
+  facts = (jnp.zeros((B, 1, S, 1), jnp.int32),)
+  begins_as_token = model.shifted and model.kind.streams == 2
+  return Cache(
+    (zeros,) * model.L,
+    (zeros,) * model.L,
+    facts if model.look or begins_as_token else (),
+    facts if begins_as_token else (),
+  )
 
 
 def resized(cache: Cache, S: int) -> Cache:
@@ -230,11 +239,20 @@ class Cached:
       twice = functools.partial(jnp.repeat, repeats=2, axis=1)
       slots, visible = jax.tree.map(twice, (slots, visible))
       W = slots.tokens.shape[1]
-    streams, setting = self._network.enter(slots)
-    position = tuple(
-      _written(x, slots.position[:, :R, None, None], slot_index)
-      for x in cache.position
+    position, tokens = (
+      tuple(_written(x, new[:, :R, None, None], slot_index) for x in before)
+      for before, new in (
+        (cache.position, slots.position),
+        (cache.tokens, slots.tokens),
+      )
     )
+    contents = None
+    if tokens:
+      places = jnp.arange(tokens[0].shape[2])[None]
+      contents = rows_lib.Contents(
+        tokens[0][:, 0, :, 0], position[0][:, 0, :, 0], places
+      )
+    streams, setting = self._network.enter(slots, contents=contents)
     look = self.model.look
     if look and visible is not None:
       seen = self._seen(look, slots, slot_index, visible, *position)
@@ -300,7 +318,7 @@ class Cached:
       attend_in(last),
       streams[0].shape[1] if is_lone else W,
     )
-    cache = Cache(tuple(keys), tuple(values), position)
+    cache = Cache(tuple(keys), tuple(values), position, tokens)
     return logits[:, -1:] if is_lone else logits, cache
 
   def _seen(self, look, slots, slot_index, visible, position):

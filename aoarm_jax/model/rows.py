@@ -3,6 +3,7 @@
 aoarm_jax/config/mechanisms.py says which mechanism has which piece.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -60,6 +61,35 @@ def read_out(streams: tuple[Any, ...], S: int) -> tuple[Any, ...]:
   return jax.tree.map(after_slots, tuple(streams[-1:]))
 
 
+class Contents(NamedTuple):
+  """The contents of the slots that rows may see.
+
+  Attributes:
+    tokens: int32 [B, S], the content of each slot.
+    position: int32 [B, S], the position of that content.
+    slot: int32 [1, S], the index of each slot in the order.
+  """
+
+  tokens: jax.Array
+  position: jax.Array
+  slot: jax.Array
+
+  def before(self, target: jax.Array, visible: jax.Array) -> jax.Array:
+    """Return the token before a position, or -1 for rows that do not see it.
+
+    Args:
+      target: int32 [B, R], the positions.
+      visible: int32 [B, R], the number of leading slots that each row sees.
+
+    Returns:
+      int32 [B, R].
+    """
+    is_before = self.position[:, None] == target[..., None] - 1
+    is_seen = self.slot[:, None] < visible[..., None]
+    tokens = jnp.where(is_before & is_seen, self.tokens[:, None], -1)
+    return tokens.max(axis=-1)
+
+
 class Start(nnx.Module):
   """The pieces of a mechanism; they turn content into rows of streams."""
 
@@ -88,17 +118,26 @@ class Start(nnx.Module):
       )
 
   def __call__(
-    self, content: jax.Array, slots: orders.Slots, index: jax.Array
+    self,
+    embed: Callable[[jax.Array], jax.Array],
+    slots: orders.Slots,
+    index: jax.Array,
+    contents: Contents | None = None,
   ) -> tuple[Rows, ...]:
     """Return the rows of every stream.
 
     Args:
-      content: [B, S, D], the embedded tokens, in compute dtype.
-      slots: the slots of this content.
+      embed: returns the embedded tokens [B, R, D] of int32 [B, R], in compute
+        dtype.
+      slots: the slots of the content rows.
       index: int32 [1, S], the index of each slot in the order.
+      contents: the slots that query rows may see. None means `slots`.
     """
-    kind = self.kind
-    places = {"content": slots.position, "target": slots.target_position}
+    kind, content = self.kind, embed(slots.tokens)
+    places = {
+      "content": slots.position,
+      "target": slots.target_position - self.model.shifted,
+    }
     if kind.added:
       tables = parameters.used(self.added, content.dtype)
       content += jnp.concatenate(
@@ -124,9 +163,10 @@ class Start(nnx.Module):
       target=slots.target_position if kind.condition else None,
       visible=visible,
     )
-    return (
-      self._two_streams(rows, slots, index) if kind.streams == 2 else (rows,)
-    )
+    if kind.streams == 1:
+      return (rows,)
+    contents = contents or Contents(slots.tokens, slots.position, index)
+    return self._two_streams(rows, slots, index, embed, contents)
 
   def _marks(self, content):
     """Return the vectors that tell the rows of a slot apart: like `content`."""
@@ -135,15 +175,33 @@ class Start(nnx.Module):
     marks = jnp.tile(marks.astype(content.dtype), (R // len(marks), 1))
     return jnp.broadcast_to(marks, (B, R, D))
 
-  def _two_streams(self, rows, slots, index):
+  def _first(self, target, visible, embed, contents, dtype):
+    """Return the query rows before the first layer, [B, R, D].
+
+    Args:
+      target: int32 [B, R], the positions that the rows predict.
+      visible: int32 [B, R], the number of leading slots that each row sees.
+      embed: see `__call__`.
+      contents: the slots that the rows may see.
+      dtype: the compute dtype.
+    """
+    start = self.query_start[...].astype(dtype)
+    if not self.model.shifted:
+      return jnp.broadcast_to(start, (*target.shape, len(start)))
+    token = contents.before(target, visible)[..., None]
+    return jnp.where(token < 0, start, embed(jnp.maximum(token[..., 0], 0)))
+
+  def _two_streams(self, rows, slots, index, embed, contents):
     """Return the content rows and the query rows.
 
     Args:
       rows: has the x of the content rows and the positions of the queries.
       slots: the slots of this content.
       index: int32 [1, S], the index of each slot in the order.
+      embed: see `__call__`.
+      contents: the slots that the query rows may see.
     """
-    B, S, D = rows.x.shape
+    B, S, _ = rows.x.shape
     visible = slots.visible
     content = rows._replace(
       query_position=slots.position[..., None],
@@ -153,20 +211,26 @@ class Start(nnx.Module):
       places = looks.Places(index, slots.position)
       seen = looks.seen(look, self.model.sentinels, places, places)
       content = content._replace(seen=seen)
-    start = self.query_start[...].astype(rows.x.dtype)
+    dtype = rows.x.dtype
     if slots.queries is None:
+      target, query_visible = slots.target_position, index + 1
+      if visible is not None:
+        query_visible = visible[..., 1]
+      query_visible = jnp.broadcast_to(query_visible, (B, S))
+      first = self._first(target, query_visible, embed, contents, dtype)
       query = rows._replace(
-        x=jnp.broadcast_to(start, (B, S, D)),
-        visible=None if visible is None else visible[..., 1],
+        x=first,
+        visible=None if visible is None else query_visible,
       )
       return content, query
     target, query_visible = slots.queries
     if content.visible is None:
       causal = jnp.broadcast_to(jnp.arange(1, S + 1), (B, S))
       content = content._replace(visible=causal)
+    first = self._first(target, query_visible, embed, contents, dtype)
     query = rows._replace(
-      x=jnp.broadcast_to(start, (B, target.shape[1], D)),
-      query_position=target[..., None],
+      x=first,
+      query_position=(target - self.model.shifted)[..., None],
       visible=query_visible,
     )
     if self.kind.untied:

@@ -156,7 +156,10 @@ class Transformer(nnx.Module):
     return self._last_rows(last, streams, setting, attend, S), ways
 
   def enter(
-    self, slots: orders.Slots, index: jax.Array | None = None
+    self,
+    slots: orders.Slots,
+    index: jax.Array | None = None,
+    contents: rows_lib.Contents | None = None,
   ) -> tuple[tuple[jax.Array, ...], setting_lib.Setting]:
     """Return the streams [B, R, D] before the first layer, with setting.
 
@@ -164,6 +167,7 @@ class Transformer(nnx.Module):
       slots: int32 [B, S] each.
       index: int32 [1, S], the index of each slot in the order. None means 0 to
         S - 1.
+      contents: the slots that query rows may see. None means `slots`.
     """
     kind = self.model.kind
     if index is None:
@@ -171,8 +175,8 @@ class Transformer(nnx.Module):
     if kind.copies > 1:
       slots = rows_lib.copied(slots, kind.copies, index)
     table = parameters.used(self.embedding, self.dtype)
-    content = vocabulary_lib.embed(table, slots.tokens)
-    streams = self.start(content, slots, index)
+    embed = functools.partial(vocabulary_lib.embed, table)
+    streams = self.start(embed, slots, index, contents)
 
     factors = rotary.factors(self.model)
 

@@ -54,10 +54,10 @@ def _in_natural_order(hand, tokens, order):
   if model.kind.streams == 2:
     _, cache = hand.one_stream(ids, position, position, seen)
     seen = rank[order][:, None] > rank
-    return hand.query_stream(order, cache, seen)
+    return hand.query_stream(order, cache, seen, ids, position)
   target = np.zeros(T + s, int)
   target[before] = order
-  turns = {"content": position, "target": target}
+  turns = {"content": position, "target": target - model.shifted}
   lead = np.stack([turns[name] for name in model.kind.query or ["content"]], 1)
   return hand.one_stream(ids, lead, position, seen, target)[0][before]
 
@@ -262,6 +262,34 @@ class WrittenTest(parameterized.TestCase):
       # The shift is no matter of taste.
       other, _ = hand.one_stream(ids, position + 1, position, causal)
       self.assertGreater(np.abs(other - want).max(), 0.1)
+
+  @parameterized.parameters(
+    ("two_stream", None),
+    ("two_stream", [6, 3, 0]),
+    ("two_stream_untied", None),
+    ("decoupled_rope", None),
+  )
+  def test_shifted_left_to_right_is_causal(self, mechanism, ranks):
+    """A converted left-to-right model predicts what it did."""
+    _, params, network = tiny.jitted("causal", 1, kv_heads=1)
+    natural = np.tile(np.arange(1, _T + 1, dtype=np.int32), (_B, 1))
+    want = network(params, _slots(self.tokens, natural, 1))
+    made = tiny.make(mechanism, 1, kv_heads=1, shifted=True)
+    other = tiny.sharp(made, seed=5) | params
+    if mechanism == "two_stream_untied":
+      copy = jax.tree.map(lambda x: x, params["blocks"])
+      del copy["attention"]["key"], copy["attention"]["key_norm"]
+      del copy["attention"]["value"]
+      other["blocks"] = params["blocks"] | {"of_queries": copy}
+    if ranks is not None:
+      ranks = np.tile(np.array(ranks, np.int32), (_B, 1))
+      want = np.take_along_axis(np.asarray(want), ranks[..., None], axis=1)
+    slots = orders.to_slots(self.tokens, natural, made.layout, ranks=ranks)
+    tiny.assert_same(jax.jit(made.apply)(other, slots), want)
+    # In another order it predicts something else.
+    slots = orders.to_slots(self.tokens, natural[:, ::-1], made.layout)
+    got = np.asarray(jax.jit(made.apply)(other, slots))
+    self.assertGreater(np.abs(got[:, 0] - np.asarray(want)[:, -1]).max(), 0.1)
 
   @parameterized.parameters(*tiny.CASES, *tiny.BACKBONES)
   def test_relabelling(self, mechanism, s, options=()):
@@ -525,7 +553,7 @@ class CountTest(parameterized.TestCase):
       self.assertEqual(first, (V + 2) * D + L * layer + 2 * D)
       self.assertEqual(second, first - fewer)
     shapes = cached.empty_cache(made.model, made.config.compute, 1, 1)
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(shapes))
+    size = sum(leaf.nbytes for leaf in (*shapes.k, *shapes.v))
     self.assertEqual(cost.cache_bytes_per_token(made.model, "float32"), size)
     self.assertEqual(size, 2 * 4 * L * M * H)
 
