@@ -140,6 +140,53 @@ def export(
   )
 
 
+def convert(
+  folder: os.PathLike | str,
+  workdir: os.PathLike | str,
+  *,
+  mechanism: str = "two_stream",
+  T: int | None = None,
+  sentinels: int = 1,
+  progress: bool = True,
+) -> str:
+  """Make a run of a left-to-right model of Hugging Face; torch is not needed.
+
+  The run has one checkpoint, of step 0. `load` reads it, and a new run begins
+  with its weights by config.train.start_from. Before any training, the model
+  predicts from left to right what the source predicts, with every mechanism.
+
+  Args:
+    folder: folder with config.json, tokenizer.json and model.safetensors, or
+      several such files with model.safetensors.index.json. The model is of
+      LlamaForCausalLM or Qwen3ForCausalLM.
+    workdir: the run directory to be made, here or in a bucket.
+    mechanism: "two_stream", "decoupled_rope" or "causal".
+    T: number of positions to generate. None means 1,024, or as many as the
+      source has if they are fewer.
+    sentinels: 1, or 2 for a model that knows the token behind the text.
+    progress: see `load`.
+
+  Returns:
+    The path of the run directory.
+
+  Raises:
+    CheckpointError: the folder is damaged or foreign, or its model has parts
+      that the backbone lacks.
+    DataError: tokenizer.json does not fit the model.
+    ConfigError: an argument is wrong, or `workdir` holds a model already.
+  """
+  from aoarm_jax.runs import converting
+
+  return converting.of_folder(
+    folder,
+    workdir,
+    mechanism=mechanism,
+    T=T,
+    sentinels=sentinels,
+    progress=progress,
+  )
+
+
 def push(
   folder: os.PathLike | str,
   repository: str,

@@ -52,6 +52,7 @@ from aoarm_jax.evaluation import evaluate, score
 from aoarm_jax.generation import texts as generate
 from aoarm_jax.runs import (
   agreement,
+  converting,
   exporting,
   opening,
   telemetry,
@@ -69,7 +70,7 @@ if _IS_PROGRAM:
 
 MODES = (
   *("train", "eval", "sample", "score", "benchmark"),
-  *("config", "count", "study", "compile", "prepare", "export"),
+  *("config", "count", "study", "compile", "prepare", "export", "convert"),
 )
 _PRINTING = (
   *("sample", "score", "benchmark"),
@@ -105,6 +106,8 @@ _LESS_MEMORY = {
   "prepare": "set JAX_PLATFORMS=cpu",
   "count": "the model is too large",
   "export": "set JAX_PLATFORMS=cpu",
+  "convert": "spread the model with --config.mesh.fsdp=0, or set "
+  "JAX_PLATFORMS=cpu",
   # This field is not part of a cell's identity, so finished cells stay valid.
   "study": "set --config.compute.remat=true",
 } | {mode: f"lower --config.{mode}.batch_size" for mode in _READING_A_RUN}
@@ -153,7 +156,8 @@ def define_flags(
     "input",
     "",
     "sample, score: file of prompts or texts, one per line; '-' is standard "
-    "input. The output is JSON lines",
+    "input. The output is JSON lines; convert: folder of a model of Hugging "
+    "Face",
     flag_values=flag_values,
   )
   flags.DEFINE_string(
@@ -408,6 +412,9 @@ def run(flag_values: flags.FlagValues, argv: list[str]) -> None:
       sweep.study(config, workdir)
     case "export":
       exporting.export(config, workdir, paths.of(flag_values.out, "--out"))
+    case "convert":
+      folder = paths.of(flag_values.input, "--input")
+      converting.convert(config, folder, workdir, argv, overridden)
     case "compile":
       print(pod.estimate(config, flag_values.topology))
 
@@ -442,7 +449,7 @@ def _check_flags(flag_values):
   for name, modes in (
     ("prompt", ("sample",)),
     ("text", ("score",)),
-    ("input", ("sample", "score")),
+    ("input", ("sample", "score", "convert")),
     ("topology", ("compile",)),
     ("out", ("prepare", "export")),
   ):
@@ -466,6 +473,11 @@ def _check_flags(flag_values):
     raise flags.Error(
       "--mode=export needs the folder of the exported model, as in "
       "--out=models/books"
+    )
+  if mode == "convert" and not flag_values.input:
+    raise flags.Error(
+      "--mode=convert needs the folder of a model of Hugging Face, as in "
+      "--input=models/Qwen3-0.6B"
     )
   for name in ("prompt", "input"):
     if flag_values[name].present and not flag_values[name].value:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable
 
 import numpy as np
+from etils import epath
 
 from aoarm_jax.config import paths, reading
 from aoarm_jax.config import schema as config_lib
@@ -63,15 +64,38 @@ def of_file(data: config_lib.Data) -> tokenizers.Tokenizer:
   """
   path = paths.of(data.tokenizer_file, "config.data.tokenizer_file")
   where = f"config.data.tokenizer_file={data.tokenizer_file}"
+  return _of_content(_content(path, where), where)
+
+
+def of_hugging_face(path: epath.Path, size: int) -> tokenizers.Tokenizer:
+  """Return the tokenizer of a `tokenizer.json` beside a model.
+
+  Args:
+    path: the file.
+    size: the number of ids that the model predicts, see bpe.of_hugging_face.
+
+  Raises:
+    TokenizerError: the file is missing, holds no BPE on bytes, or does not fit.
+  """
+  raw = _content(path, f"{path}")
   try:
-    raw = reading.read(path, _LARGER * reading.JSON_BYTES)
+    return bpe.of_hugging_face(reading.parse(raw, times=_LARGER), size)
+  except tokenizers.TokenizerError:
+    raise
+  except ValueError as error:
+    raise tokenizers.TokenizerError(f"{path}: {error}") from error
+
+
+def _content(path, where):
+  """Return the content of a tokenizer's file."""
+  try:
+    return reading.read(path, _LARGER * reading.JSON_BYTES)
   except FileNotFoundError:
     raise tokenizers.TokenizerError(f"{where}: no such file") from None
   except (OSError, ImportError) as error:
     raise tokenizers.TokenizerError(f"{where}: {error}") from error
   except reading.ReadError as error:
     raise tokenizers.TokenizerError(f"{where}: {error.reason}") from error
-  return _of_content(raw, where)
 
 
 @functools.lru_cache(maxsize=4)

@@ -105,14 +105,16 @@ def learn(
   return of_hugging_face(json.loads(learner.to_str()))
 
 
-def of_hugging_face(tree: Any) -> tokenizers.Tokenizer:
+def of_hugging_face(tree: Any, size: int = 0) -> tokenizers.Tokenizer:
   """Return the tokenizer of a `tokenizer.json`.
 
   Args:
     tree: its JSON value, which may come from a stranger.
+    size: the number of ids that a model predicts. Ids below it that the file
+      does not name become marks <|unused_ID|>. 0 adds none.
 
   Raises:
-    ValueError: the file holds no byte-level BPE.
+    ValueError: the file holds no byte-level BPE, or has more ids than `size`.
   """
   reading.check(
     tree,
@@ -159,6 +161,13 @@ def of_hugging_face(tree: Any) -> tokenizers.Tokenizer:
   added = {
     token["content"]: token["id"] for token in tree.get("added_tokens", [])
   }
+  named = {*model["vocab"].values(), *added.values()}
+  if size and (most := max(named, default=0)) >= size:
+    raise ValueError(
+      f"it has the id {most:,}, and the model predicts {size:,} ids, which "
+      "begin with 0: take the tokenizer of this model"
+    )
+  added |= {f"<|unused_{i}|>": i for i in range(size) if i not in named}
   return _made(
     words, model["vocab"], merges, added, model.get("ignore_merges", False)
   )
@@ -241,9 +250,8 @@ def _plain_words(words):
   return plain
 
 
-@functools.lru_cache(maxsize=4)
-def _encoder(state):
-  """Return the library's tokenizer of a state."""
+def _whole(state):
+  """Return the value of a `tokenizer.json` for a state, without marks."""
   document = json.loads(state)
   names = document["vocabulary"]
   model = {
@@ -252,12 +260,78 @@ def _encoder(state):
     "vocab": {name: i for i, name in enumerate(names) if name is not None},
     "merges": [merge.split(" ", 1) for merge in document["merges"]],
   }
-  whole = {
+  return {
     "version": "1.0",
     "added_tokens": [],
     "pre_tokenizer": document["words"],
     "model": model,
   }
+
+
+def to_hugging_face(
+  tokenizer: tokenizers.Tokenizer, bos: int, marks: dict[int, str]
+) -> tuple[dict[str, Any], dict[int, str]]:
+  """Return the value of a `tokenizer.json`, and its marks by their ids.
+
+  A tokenizer whose symbols are bytes or characters becomes a BPE on bytes
+  without merges, in which each character is a word.
+
+  Args:
+    tokenizer: the tokenizer.
+    bos: the id that the file puts before every text.
+    marks: the texts of ids that no text is encoded to, where the tokenizer has
+      no text for them.
+  """
+  if tokenizer.name == "bpe":
+    whole = _whole(tokenizer.state)
+    added = json.loads(tokenizer.state)["added"]
+    marks = marks | {i: name for name, i in added.items()}
+  else:
+    words = [
+      {
+        "type": "Split",
+        "pattern": {"Regex": "(?s:.)"},
+        "behavior": "Isolated",
+        "invert": False,
+      },
+      _WORDS | {"use_regex": False},
+    ]
+    names = {byte: name for name, byte in _byte_of_character().items()}
+    symbols = (
+      bytes([x]) if isinstance(x, int) else x for x in tokenizer.symbols
+    )
+    ids = {
+      "".join(names[byte] for byte in symbol): i
+      for i, symbol in enumerate(symbols)
+    }
+    whole = _whole(
+      _made({"type": "Sequence", "pretokenizers": words}, ids).state
+    )
+    whole["model"]["ignore_merges"] = True
+  plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
+  whole["added_tokens"] = [
+    {"id": i, "content": text, "special": True, **plain}
+    for i, text in sorted(marks.items())
+  ]
+  first = marks.get(bos) or next(
+    name for name, i in whole["model"]["vocab"].items() if i == bos
+  )
+  pieces = [{"SpecialToken": {"id": first, "type_id": 0}}]
+  pieces += [{"Sequence": {"id": "A", "type_id": 0}}]
+  whole["post_processor"] = {
+    "type": "TemplateProcessing",
+    "single": pieces,
+    "pair": [*pieces, {"Sequence": {"id": "B", "type_id": 0}}],
+    "special_tokens": {first: {"id": first, "ids": [bos], "tokens": [first]}},
+  }
+  whole["decoder"] = dict(_WORDS)
+  return whole, marks
+
+
+@functools.lru_cache(maxsize=4)
+def _encoder(state):
+  """Return the library's tokenizer of a state."""
+  whole = _whole(state)
   library = _library()
   try:
     return library.Tokenizer.from_str(json.dumps(whole))

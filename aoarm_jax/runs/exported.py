@@ -39,7 +39,7 @@ PLACES = ("data.path", "data.tokenizer_file", "train.start_from")
 _CONFIG_BYTES = 1 << 20  # A config has some 10 kB.
 _HEADER_BYTES = 1 << 20  # The names of arrays have some kB.
 _COPY = "copy or download the folder again"
-_LFS = b"version https://git-lfs"
+LFS = b"version https://git-lfs"
 # The types of config.json, see reading.check.
 _RECORD = {
   "format": str,
@@ -317,7 +317,7 @@ class Exported:
     except reading.ReadError as error:
       problem = error.reason
     else:
-      if data.startswith(_LFS):
+      if data.startswith(LFS):
         problem = "a pointer of Git LFS and not the file; run git lfs pull"
       elif size != wanted["bytes"]:
         problem = f"has {size:,} bytes, and not {wanted['bytes']:,}"
