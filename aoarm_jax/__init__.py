@@ -99,6 +99,7 @@ def export(
   *,
   weights: str = "ema",
   dtype: str = "float32",
+  layout: str = "aoarm_jax",
   read: str = "newest",
   step: int | None = None,
   progress: bool = True,
@@ -116,6 +117,8 @@ def export(
     weights: "ema" writes the moving average of the weights if the run has one,
       and else the last weights. "last" writes the last weights.
     dtype: "float32" or "bfloat16", the dtype of the weights in the file.
+    layout: "aoarm_jax", or "hugging_face" for a folder that transformers reads
+      and `convert` reads back. It needs a `causal` model with mlp="swiglu".
     read: see `load`.
     step: see `load`.
     progress: see `load`.
@@ -133,6 +136,7 @@ def export(
     workdir,
     folder,
     dtype=dtype,
+    layout=layout,
     weights=weights,
     read=read,
     step=step,

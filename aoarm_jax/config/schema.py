@@ -877,6 +877,13 @@ class Export:
     "dtype of the weights that --mode=export writes",
     choices=("float32", "bfloat16"),
   )
+  layout: str = _field(
+    "aoarm_jax",
+    "what --mode=export writes; aoarm_jax: a folder for load; hugging_face: a "
+    "folder of Qwen3 or Llama for transformers, of a causal model with "
+    "mlp=swiglu and one sentinel",
+    choices=("aoarm_jax", "hugging_face"),
+  )
 
 
 @dataclasses.dataclass(frozen=True)

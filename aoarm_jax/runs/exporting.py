@@ -21,7 +21,14 @@ from aoarm_jax.config import paths, reading
 from aoarm_jax.config import rules as config_rules
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import neighbours, switches
-from aoarm_jax.runs import card, exported, opening, places, telemetry
+from aoarm_jax.runs import (
+  card,
+  exported,
+  foreign_layout,
+  opening,
+  places,
+  telemetry,
+)
 from aoarm_jax.runs import directory as run_dir
 
 # The sections of a config that an exported model is used with. The others say
@@ -77,6 +84,7 @@ def of_workdir(
   *,
   dtype: str,
   weights: str,
+  layout: str,
   read: str,
   step: int | None,
   progress: bool,
@@ -86,7 +94,7 @@ def of_workdir(
   source = places.find(workdir)
   config = opening.config_here(source, read, step)
   config = config.replace(
-    "export", config_lib.Export(dtype=dtype, weights=weights)
+    "export", config_lib.Export(weights, dtype, layout)
   )
   config_rules.validate(config)
   seconds = config.telemetry.patience_seconds if progress else 0
@@ -125,9 +133,22 @@ def export(
       "config.distributed.enabled=True: an export runs in a single process"
     )
   _check_place(folder, flag)  # Said before the checkpoint is read.
+  is_foreign = config.export.layout == "hugging_face"
+  if is_foreign:
+    foreign_layout.check(config.model)
   run = opening.open_run(
     workdir, config, step=step, last=config.export.weights == "last"
   )
+  if is_foreign:
+    files = foreign_layout.files(run.network, run.params, config.export.dtype)
+    _write(folder, files, flag)
+    logging.info(
+      "exported: step %s of %s for transformers: %s",
+      f"{run.step:,}",
+      workdir,
+      folder,
+    )
+    return
   model = Model(
     params=run.params,
     part=run.part,

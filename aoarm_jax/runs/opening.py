@@ -119,6 +119,11 @@ def read_config(workdir: epath.PathLike) -> config_lib.Config:
   if exported.is_record(tree):
     return exported.Exported(workdir).config
   try:
+    if isinstance(tree, dict) and "architectures" in tree:
+      raise ValueError(
+        "is that of a model of Hugging Face, which aoarm_jax.convert makes a "
+        "run of"
+      )
     if not isinstance(tree, dict) or not isinstance(tree.get("model"), dict):
       raise ValueError(
         "is the config.json neither of a run nor of an exported model of "
