@@ -151,7 +151,7 @@ def _rotary(tree):
   """Return the fields of config.model for rotary frequencies."""
   rope = tree.get("rope_parameters") or tree.get("rope_scaling") or {}
   reading.check(rope, _ROPE)
-  base = tree.get("rope_theta") or rope.get("rope_theta") or 10000.0
+  base = rope.get("rope_theta") or tree.get("rope_theta") or 10000.0
   fields = {"rope_base": float(base)}
   kind = rope.get("rope_type", rope.get("type")) or "default"
   if kind == "default":

@@ -290,7 +290,7 @@ def to_hugging_face(
     words = [
       {
         "type": "Split",
-        "pattern": {"Regex": "(?s:.)"},
+        "pattern": {"Regex": r"[\s\S]"},
         "behavior": "Isolated",
         "invert": False,
       },
