@@ -18,9 +18,12 @@ import aoarm_jax
 from aoarm_jax import orders
 from aoarm_jax.config import errors
 from aoarm_jax.model import cached
-from aoarm_jax.model import network as network_lib
 
-pytestmark = pytest.mark.interop
+# Each version of transformers has another name for the cache.
+pytestmark = [
+  pytest.mark.interop,
+  pytest.mark.filterwarnings("ignore:`past_key_values` is dep:FutureWarning"),
+]
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 library = pytest.importorskip("tokenizers")
