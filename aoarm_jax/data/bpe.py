@@ -39,7 +39,8 @@ _STATE = {
   "vocabulary": [(str, None)],
   "words": (dict, None),
 }
-_WORDS = {
+# How words become characters that stand for bytes.
+WORDS = {
   "type": "ByteLevel",
   "add_prefix_space": False,
   "trim_offsets": True,
@@ -92,8 +93,8 @@ def learn(
   trainer = library.trainers.BpeTrainer(
     vocab_size=vocabulary, show_progress=False, initial_alphabet=alphabet
   )
-  whole = _made(dict(_WORDS), dict(zip(alphabet, range(256))))
-  pieces = (p.decode() for chunks in documents for p in whole.pieces(chunks))
+  plain = _made(dict(WORDS), dict(zip(alphabet, range(256))))
+  pieces = (p.decode() for chunks in documents for p in plain.pieces(chunks))
   learner.train_from_iterator(pieces, trainer)
   found = learner.get_vocab_size()
   if found < vocabulary:
@@ -246,11 +247,11 @@ def _plain_words(words):
     return words
   plain = {name: _plain_words(item) for name, item in words.items()}
   if plain.get("type") == "ByteLevel":
-    plain = _WORDS | {"use_regex": plain.get("use_regex", True)}
+    plain = WORDS | {"use_regex": plain.get("use_regex", True)}
   return plain
 
 
-def _whole(state):
+def whole(state: bytes) -> dict[str, Any]:
   """Return the value of a `tokenizer.json` for a state, without marks."""
   document = json.loads(state)
   names = document["vocabulary"]
@@ -268,73 +269,12 @@ def _whole(state):
   }
 
 
-def to_hugging_face(
-  tokenizer: tokenizers.Tokenizer, bos: int, marks: dict[int, str]
-) -> tuple[dict[str, Any], dict[int, str]]:
-  """Return the value of a `tokenizer.json`, and its marks by their ids.
-
-  A tokenizer whose symbols are bytes or characters becomes a BPE on bytes
-  without merges, in which each character is a word.
-
-  Args:
-    tokenizer: the tokenizer.
-    bos: the id that the file puts before every text.
-    marks: the texts of ids that no text is encoded to, where the tokenizer has
-      no text for them.
-  """
-  if tokenizer.name == "bpe":
-    whole = _whole(tokenizer.state)
-    added = json.loads(tokenizer.state)["added"]
-    marks = marks | {i: name for name, i in added.items()}
-  else:
-    words = [
-      {
-        "type": "Split",
-        "pattern": {"Regex": r"[\s\S]"},
-        "behavior": "Isolated",
-        "invert": False,
-      },
-      _WORDS | {"use_regex": False},
-    ]
-    names = {byte: name for name, byte in _byte_of_character().items()}
-    symbols = (
-      bytes([x]) if isinstance(x, int) else x for x in tokenizer.symbols
-    )
-    ids = {
-      "".join(names[byte] for byte in symbol): i
-      for i, symbol in enumerate(symbols)
-    }
-    whole = _whole(
-      _made({"type": "Sequence", "pretokenizers": words}, ids).state
-    )
-    whole["model"]["ignore_merges"] = True
-  plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
-  whole["added_tokens"] = [
-    {"id": i, "content": text, "special": True, **plain}
-    for i, text in sorted(marks.items())
-  ]
-  first = marks.get(bos) or next(
-    name for name, i in whole["model"]["vocab"].items() if i == bos
-  )
-  pieces = [{"SpecialToken": {"id": first, "type_id": 0}}]
-  pieces += [{"Sequence": {"id": "A", "type_id": 0}}]
-  whole["post_processor"] = {
-    "type": "TemplateProcessing",
-    "single": pieces,
-    "pair": [*pieces, {"Sequence": {"id": "B", "type_id": 0}}],
-    "special_tokens": {first: {"id": first, "ids": [bos], "tokens": [first]}},
-  }
-  whole["decoder"] = dict(_WORDS)
-  return whole, marks
-
-
 @functools.lru_cache(maxsize=4)
 def _encoder(state):
   """Return the library's tokenizer of a state."""
-  whole = _whole(state)
   library = _library()
   try:
-    return library.Tokenizer.from_str(json.dumps(whole))
+    return library.Tokenizer.from_str(json.dumps(whole(state)))
   except Exception as error:  # The library raises plain exceptions.
     raise tokenizers.TokenizerError(
       f"bpe: the library tokenizers refuses the tokenizer: {error}"
@@ -388,7 +328,7 @@ def _first_difference(written, text):
 
 def _bytes_of(name):
   """Return the bytes of a symbol that is written as GPT-2 writes it."""
-  table = _byte_of_character()
+  table = byte_of_character()
   try:
     return bytes(table[character] for character in name)
   except KeyError:  # A mark in plain text.
@@ -396,7 +336,7 @@ def _bytes_of(name):
 
 
 @functools.cache
-def _byte_of_character():
+def byte_of_character() -> dict[str, int]:
   """Return GPT-2's table from characters to bytes.
 
   Printable bytes stand for themselves. The others are the characters from

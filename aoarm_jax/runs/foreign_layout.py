@@ -12,7 +12,7 @@ from safetensors import numpy as safetensors_numpy
 
 from aoarm_jax.config import hugging_face
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.data import bpe
+from aoarm_jax.data import foreign
 from aoarm_jax.model import network as network_lib
 from aoarm_jax.runs import exported
 from aoarm_jax.runs import hugging_face as arrays_lib
@@ -67,7 +67,7 @@ def files(
   marks = {V: _BOS} if more else {}
   if network.tokenizer.has_end:
     marks[network.tokenizer.end] = _END
-  tokenizer, marks = bpe.to_hugging_face(network.tokenizer, ends.bos, marks)
+  tokenizer, marks = foreign.to_hugging_face(network.tokenizer, ends.bos, marks)
   config = hugging_face.written(network.model, V + len(more), *ends)
   config["torch_dtype"] = dtype
   generation = {"bos_token_id": ends.bos, "eos_token_id": ends.eos}

@@ -24,9 +24,9 @@ _COPY = "copy or download the folder again"
 _LAYER = "model.layers.{}."
 _DTYPES = ("F32", "F16", "BF16")
 _EMBEDDING = "embedding"
+# The input of query rows that do not see the token before their target. They
+# begin as BOS, after which the source predicts without a context.
 _QUERY_START = "start.query_start"
-# Rows of the embedding that are read at once for their mean.
-_ROWS = 1 << 12
 
 
 class Place(NamedTuple):
@@ -215,7 +215,8 @@ class Arrays:
     """
     bounds = [slice(*cut.indices(size)) for cut, size in zip(index, shape)]
     if name == _QUERY_START:
-      return self._mean_embedding()[bounds[0]]
+      table, bos = self._slices[PLACES[_EMBEDDING].name], self.source.bos
+      return table[bos : bos + 1, bounds[0]][0].astype(np.float32)
     place = PLACES[name]
     if name == _EMBEDDING:
       return self._embedding(place.name, *bounds)
@@ -252,16 +253,6 @@ class Arrays:
       if rows.start <= row < rows.stop:
         parts.append(array[token : token + 1, columns])
     return np.concatenate([part.astype(np.float32) for part in parts])
-
-  def _mean_embedding(self):
-    """Return the mean of all rows of the embedding: float32 [D]."""
-    array = self._slices[PLACES[_EMBEDDING].name]
-    V, D = array.get_shape()
-    total = np.zeros(D)
-    for first in range(0, V, _ROWS):
-      rows = array[first : min(first + _ROWS, V)]
-      total += rows.astype(np.float64).sum(axis=0)
-    return (total / V).astype(np.float32)
 
 
 def _flat(shape, bounds):
