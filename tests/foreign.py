@@ -125,7 +125,7 @@ def _speeds(tree):
   H, rope = tree["head_dim"], tree.get("rope_parameters") or {}
   base = rope.get("rope_theta", tree.get("rope_theta"))
   speeds = base ** (-np.arange(0, H, 2) / H)
-  if not rope:
+  if rope.get("rope_type", "default") == "default":
     return speeds
   low, high = rope["low_freq_factor"], rope["high_freq_factor"]
   original = rope["original_max_position_embeddings"]

@@ -24,6 +24,8 @@ _COPY = "copy or download the folder again"
 _LAYER = "model.layers.{}."
 _DTYPES = ("F32", "F16", "BF16")
 _EMBEDDING = "embedding"
+# Rows of the embedding that are read at once.
+_ROWS = 1 << 12
 # The input of query rows that do not see the token before their target. They
 # begin as BOS, after which the source predicts without a context.
 _QUERY_START = "start.query_start"
@@ -248,11 +250,16 @@ class Arrays:
   def _embedding(self, name, rows, columns):
     """Return rows of the embedding; BOS and EOS are tokens of the source."""
     array, V = self._slices[name], self.source.vocabulary
-    parts = [array[rows.start : min(rows.stop, V), columns]]
+    shape = rows.stop - rows.start, columns.stop - columns.start
+    piece = np.empty(shape, np.float32)
+    for first in range(rows.start, min(rows.stop, V), _ROWS):
+      last = min(first + _ROWS, rows.stop, V)
+      here = slice(first - rows.start, last - rows.start)
+      piece[here] = array[first:last, columns]
     for row, token in ((V, self.source.bos), (V + 1, self.source.eos)):
       if rows.start <= row < rows.stop:
-        parts.append(array[token : token + 1, columns])
-    return np.concatenate([part.astype(np.float32) for part in parts])
+        piece[row - rows.start] = array[token : token + 1, columns][0]
+    return piece
 
 
 def _flat(shape, bounds):

@@ -287,11 +287,18 @@ def model_config(model):
 class LayoutTest(FolderTest):
   """Runs of our own in the layout of Hugging Face."""
 
-  @parameterized.parameters((True, False, ""), (False, True, "yarn"))
+  @parameterized.parameters(
+    (True, False, {}),
+    (
+      False,
+      True,
+      dict(rope_scaling="llama3", rope_factor=4.0, rope_original_T=12),
+    ),
+  )
   def test_numpy_reads_what_is_written(self, qk_norm, tied, scaling):
     """BOS has an embedding of its own here, so there is one more id."""
     options = dict(mlp="swiglu", kv_heads=2, N=4, head_size=6)
-    options |= dict(qk_norm=qk_norm, tied=tied, V=11, T=_T)
+    options |= dict(qk_norm=qk_norm, tied=tied, V=11, T=_T) | scaling
     network = tiny.make("causal", 1, **options)
     params = tiny.sharp(network)
     arrays = {n: np.asarray(x) for n, x in names_of(params).items()}
@@ -307,7 +314,6 @@ class LayoutTest(FolderTest):
     weights = safetensors_numpy.load_file(self.source / "model.safetensors")
     tokens = tiny.tokens(2, _T, 11)
     want = jax.jit(network.apply)(params, slots_of(tokens, network))
-    tree["rope_parameters"] = None
     for row, logits in zip(tokens, want):
       got = foreign.logits(tree, weights, [11, *row[:-1]])[:, :11]
       self.assertGreater(np.std(got), 0.5)
