@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import tempfile
 import tracemalloc
 
@@ -25,6 +26,7 @@ from safetensors import numpy as safetensors_numpy
 import aoarm_jax
 from aoarm_jax import orders
 from aoarm_jax.config import errors, hugging_face
+from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import alphabets, tokenizers
 from aoarm_jax.data import foreign as foreign_symbols
 from aoarm_jax.model import cached
@@ -280,7 +282,7 @@ def model_config(model):
   """The config that converting made, as adapt.py has it."""
   path = pathlib.Path(model.workdir)
   tree = json.loads((path / "config.json").read_text())
-  config = helpers.config_lib.from_dict(tree)
+  config = config_lib.from_dict(tree)
   return config.replace("name", path.name)
 
 
@@ -324,7 +326,7 @@ class LayoutTest(FolderTest):
   )
   def test_fixed_symbols_are_read_as_bpe(self, name, text):
     if name == "chars":
-      data = helpers.config_lib.Data(tokenizer="chars")
+      data = config_lib.Data(tokenizer="chars")
       tokenizer = alphabets.learn(data, [[text.encode()]])
     else:
       tokenizer = tokenizers.get(name)
@@ -346,9 +348,7 @@ class LayoutTest(FolderTest):
     ("causal", {"sentinels": 2}, "sentinels=2: .* needs 1"),
   )
   def test_what_transformers_has_not_is_refused(self, mechanism, more, regex):
-    model = helpers.config_lib.Model(
-      **{"mechanism": mechanism, "mlp": "swiglu"} | more
-    )
+    model = config_lib.Model(**{"mechanism": mechanism, "mlp": "swiglu"} | more)
     with self.refused(f"layout='hugging_face': config.model.{regex}"):
       foreign_layout.check(model)
 
@@ -496,7 +496,7 @@ class PageTest(FolderTest):
     blocks = re.findall(r"^```(bash|python)\n(.*?)^```$", PAGE, re.M | re.S)
     self.assertGreaterEqual(len(blocks), 4)
     small = [
-      *("model.T=16", "train.batch_size=8", "train.steps=3"),
+      *("model.T=40", "train.batch_size=8", "train.steps=3"),
       *("eval.batches=1", "eval.batch_size=8", "sample.count=1"),
       *("compute.dtype=float32", "optimizer.warmup_steps=1"),
     ]
@@ -504,14 +504,14 @@ class PageTest(FolderTest):
     with contextlib.redirect_stdout(printed):
       for language, content in blocks:
         if language == "python":
-          content = content.replace("T=1024", "T=16")
+          content = content.replace("T=1024", "T=40")
           exec(content, {})
           continue
         for line in content.replace("\\\n", " ").splitlines():
           if not line.startswith("python -m aoarm_jax.main "):
             self.assertStartsWith(line, "pip install")
             continue
-          words = helpers.shlex.split(line)[3:]
+          words = shlex.split(line)[3:]
           is_read = any(
             f"--mode={mode}" in words for mode in ("sample", "score", "export")
           )
