@@ -5,6 +5,7 @@ logits of the source. A run of `two_stream` or `decoupled_rope` has them from
 left to right, because it has config.model.shifted.
 """
 
+import functools
 import json
 import os
 import runpy
@@ -19,7 +20,7 @@ from aoarm_jax.config import experiments, hugging_face, paths
 from aoarm_jax.config import rules as config_rules
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import alphabets
-from aoarm_jax.devices import sharding, switches
+from aoarm_jax.devices import distributed, sharding, switches
 from aoarm_jax.model import network as network_lib
 from aoarm_jax.runs import checkpoint, exported, identity, telemetry
 from aoarm_jax.runs import directory as run_dir
@@ -110,7 +111,12 @@ def convert(
     OSError: the run cannot be written.
   """
   run_dir.check_workdir(workdir, flag)
-  if exported.is_export(workdir) or (workdir / "checkpoints").exists():
+  if "://" in str(folder):
+    raise config_lib.ConfigError(
+      f"{folder}: models of Hugging Face are read from a folder of this "
+      "machine; copy it here"
+    )
+  if distributed.process_0_says(functools.partial(_is_taken, workdir)):
     raise config_lib.ConfigError(
       f"{flag}={workdir}: holds a model already; name another folder, as in "
       f"{flag}={identity.another(workdir)}"
@@ -143,6 +149,11 @@ def convert(
     workdir,
     workdir / EXPERIMENT,
   )
+
+
+def _is_taken(workdir):
+  """Return whether a run directory holds a model."""
+  return exported.is_export(workdir) or (workdir / "checkpoints").exists()
 
 
 def _check_mechanism(name, mechanism):

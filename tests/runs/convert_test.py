@@ -31,7 +31,7 @@ from aoarm_jax.data import alphabets, tokenizers
 from aoarm_jax.data import foreign as foreign_symbols
 from aoarm_jax.model import cached
 from aoarm_jax.model import network as network_lib
-from aoarm_jax.runs import foreign_layout
+from aoarm_jax.runs import converting, foreign_layout
 from aoarm_jax.runs import hugging_face as arrays_lib
 
 PAGE = (helpers.ROOT / "docs" / "converting.md").read_text()
@@ -461,6 +461,12 @@ class StrangersTest(FolderTest):
     foreign.write(self.source)
     with self.refused(regex):
       self.convert(**options)
+
+  def test_a_bucket(self):
+    foreign.write(self.source)
+    config = aoarm_jax.load(self.convert()).config
+    with self.refused("gs://a/b: models of Hugging Face are read from a folde"):
+      converting.convert(config, epath.Path("gs://a/b"), self.folder / "x", [])
 
   def test_the_command(self):
     foreign.write(self.source)
