@@ -93,9 +93,7 @@ def of_workdir(
   switches.check_not_forked()
   source = places.find(workdir)
   config = opening.config_here(source, read, step)
-  config = config.replace(
-    "export", config_lib.Export(weights, dtype, layout)
-  )
+  config = config.replace("export", config_lib.Export(weights, dtype, layout))
   config_rules.validate(config)
   seconds = config.telemetry.patience_seconds if progress else 0
   with telemetry.patience_on_stderr(seconds), switches.fixed_types():

@@ -303,8 +303,7 @@ class LayoutTest(FolderTest):
     options |= dict(qk_norm=qk_norm, tied=tied, V=11, T=_T) | scaling
     network = tiny.make("causal", 1, **options)
     params = tiny.sharp(network)
-    arrays = {n: np.asarray(x) for n, x in names_of(params).items()}
-    files = foreign_layout.files(network, arrays, np.dtype(np.float32))
+    files = foreign_layout.files(network, params, "float32")
     self.source.mkdir()
     for name, data in files.items():
       (self.source / name).write_bytes(data)
