@@ -119,15 +119,12 @@ def read_config(workdir: epath.PathLike) -> config_lib.Config:
   if exported.is_record(tree):
     return exported.Exported(workdir).config
   try:
-    if isinstance(tree, dict) and "architectures" in tree:
-      raise ValueError(
-        "is that of a model of Hugging Face, which aoarm_jax.convert makes a "
-        "run of"
-      )
     if not isinstance(tree, dict) or not isinstance(tree.get("model"), dict):
+      is_foreign = isinstance(tree, dict) and "architectures" in tree
+      hint = "; a model of Hugging Face becomes a run by aoarm_jax.convert"
       raise ValueError(
         "is the config.json neither of a run nor of an exported model of "
-        "aoarm_jax"
+        f"aoarm_jax{hint * is_foreign}"
       )
     config = config_lib.from_dict(tree)
   except ValueError as error:

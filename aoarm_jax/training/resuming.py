@@ -33,13 +33,13 @@ def check_resume(
       random numbers, or another value of a field that the run is bound to. The
       message names both values. Or the run has weights and no optimizer.
   """
-  if saved.parts == {"params"}:
+  identity.check_same_run(saved, config, text, workdir, tokenizer)
+  if saved.step == 0:  # Training saves nothing before its first step.
     raise config_lib.ConfigError(
       f"--workdir={workdir}: holds converted weights without an optimizer, so "
       "no training goes on there: name another --workdir, and begin with "
       f"--config.train.start_from={workdir}"
     )
-  identity.check_same_run(saved, config, text, workdir, tokenizer)
   before = identity.config_of(saved)
   error = config_rules.schedule_steps_error(before, config, saved.step)
   if not error and saved.step > config.train.steps:
