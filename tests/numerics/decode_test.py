@@ -412,7 +412,9 @@ class PredictTest(parameterized.TestCase):
       network = cached.Cached(made.bind(params))
       cache = network.prefill(slots, network.empty_cache(B, S))
       after = jnp.arange(S)[:, None] >= start[:, None, None, None]
-      cache = jax.tree.map(lambda x: jnp.where(after, 1e3, x), cache)
+      cache = jax.tree.map(
+        lambda x: jnp.where(after, x.dtype.type(1e3), x), cache
+      )
       return network.predict(part, cache, start, count, targets)[0]
 
     got = predict(params, slots, part, start, count, targets)
