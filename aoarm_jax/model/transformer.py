@@ -85,7 +85,7 @@ class Transformer(nnx.Module):
       They are those of `slots.queries` if given, else of all slots: R = S.
     """
     x, ways = self._read_rows(slots)
-    logits = vocabulary_lib.logits(x, self._head())
+    logits = vocabulary_lib.logits(x, self.output_weights())
     logits = parallel.collect_logits(logits, ways)
     return sharding.constrain(logits, "batch", "slots", "vocabulary")
 
@@ -114,11 +114,11 @@ class Transformer(nnx.Module):
     targets = parallel.deal(targets, ways)
     if barred is not None:
       barred = barred._replace(rows=parallel.deal(barred.rows, ways))
-    nats = vocabulary_lib.nll(x, self._head(), targets, block, barred)
+    nats = vocabulary_lib.nll(x, self.output_weights(), targets, block, barred)
     return parallel.collect_logits(nats[..., None], ways)[..., 0]
 
-  def _head(self):
-    """Return the head in compute dtype: [D, V]."""
+  def output_weights(self) -> jax.Array:
+    """Return the weights of the head in compute dtype: [D, V]."""
     if self.model.tied:
       table = parameters.used(self.embedding, self.dtype)
       return table[: self.vocabulary].T
@@ -224,13 +224,29 @@ class Transformer(nnx.Module):
       float32 [B, R', V], the logits of the rows that are read out.
     """
     x = self._last_rows(last, streams, setting, attend, S)
-    return vocabulary_lib.logits(x, self._head())
+    return vocabulary_lib.logits(x, self.output_weights())
 
   def _last_rows(self, last, streams, setting, attend, S):
     """Return the normed rows that are read out, [B, R', D]."""
     pick = functools.partial(rows_lib.read_out, S=S)
     (x,) = last(streams, setting, attend, S, pick)
-    modulation, (target,) = None, pick(setting.target)
+    return self.normed_rows(x, setting, S)
+
+  def normed_rows(
+    self, x: jax.Array, setting: setting_lib.Setting, S: int
+  ) -> jax.Array:
+    """Return the rows whose product with the head gives the logits.
+
+    Args:
+      x: [B, R', D], the rows after the last layer that are read out.
+      setting: the setting of all rows.
+      S: the number of content rows.
+
+    Returns:
+      [B, R', D], normed; the mean of a slot's rows if it has several.
+    """
+    modulation = None
+    (target,) = rows_lib.read_out(setting.target, S)
     if target is not None:
       assert setting.condition is not None  # The two come together.
       modulation = self.modulation(setting.condition, target, self.dtype)

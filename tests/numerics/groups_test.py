@@ -16,7 +16,8 @@ from absl import logging
 from absl.testing import absltest, parameterized
 from etils import epath
 
-from aoarm_jax import api, objective, orders
+from aoarm_jax import objective, orders
+from aoarm_jax.api import options
 from aoarm_jax.config import schema as config
 from aoarm_jax.data import tokenizers
 from aoarm_jax.devices import sharding
@@ -441,7 +442,9 @@ class ExperimentTest(absltest.TestCase):
         orders=config.Orders(groups=groups),
         sample=config.Sample(method="parallel", steps=3),
       )
-      effects = {name: holds for name, holds, _ in api._effects("sample", made)}
+      effects = {
+        name: holds for name, holds, _ in options.effects("sample", made)
+      }
       self.assertEqual(effects["width"], has_effect)
 
 

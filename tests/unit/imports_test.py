@@ -129,7 +129,8 @@ class ImportsTest(parameterized.TestCase):
 
   @parameterized.parameters(*files())
   def test_modules_are_imported_and_not_names(self, name):
-    if name in ("pallas_kernels/__init__.py", "aoarm_jax/__init__.py"):
+    packages = ("pallas_kernels", "aoarm_jax", "aoarm_jax/api")
+    if name.removesuffix("/__init__.py") in packages:
       self.skipTest("the package's interface")
     for dotted in imports((ROOT / name).read_text()):
       if dotted.split(".")[0] in OWN:
