@@ -111,6 +111,53 @@ def order_nll(
   return nats if ranks is not None else nats[:, layout.sentinels - 1 :]
 
 
+def order_logits(
+  apply: Apply, layout: orders.Layout, tokens: jax.Array, order: jax.Array
+) -> jax.Array:
+  """Return the logits of every conditional of `order_nll`, by rank.
+
+  Args:
+    apply: maps slots to logits.
+    layout: the layout of the network.
+    tokens: int [B, T], natural order.
+    order: int32 [B, T], permutations of 1..T. For padded documents the real
+      positions come first, as in `order_nll`, and the logits of later ranks are
+      arbitrary.
+
+  Returns:
+    float32 [B, T, V]. Row r has the logits of the token at position order[r],
+    given the tokens of the ranks before r. -log softmax of them at that token
+    is `order_nll`.
+  """
+  chex.assert_equal_shape([tokens, order])
+  length = lengths.real(tokens, layout)
+  order = lengths.real_first(order, length)
+  s = layout.sentinels
+  if layout.masked:
+
+    def of_pass(tokens, masked, index):
+      told = lengths.real(tokens, layout)
+      logits = apply(orders.to_masked_slots(tokens, masked, layout, told))
+      index = (index + s)[..., None]
+      return jnp.take_along_axis(logits, index, axis=1)[:, 0]
+
+    logits = _over_ranks(of_pass, layout, tokens, order)
+    return jnp.moveaxis(logits, 0, 1)
+  logits = apply(orders.to_slots(tokens, order, layout, length=length))
+  logits = logits[:, s - 1 :]
+  if layout.predicts_end:
+    never = ~lengths.can_end(order)
+    logits = _without(logits, Barred(cast(int, layout.end_token), never))
+  return logits
+
+
+def _without(logits, barred):
+  """Return logits [B, R, V] with `_NEVER` where a symbol cannot be."""
+  is_symbol = jnp.arange(logits.shape[-1]) == barred.symbol
+  never = barred.rows[..., None] & is_symbol[None, None]
+  return jnp.where(never, _NEVER, logits)
+
+
 def _nats(apply, slots, targets, barred=None):
   if hasattr(apply, "nats"):
     return apply.nats(slots, targets, barred)
@@ -128,9 +175,7 @@ def nats_of_logits(
     barred: a symbol that some rows cannot have.
   """
   if barred is not None:
-    is_symbol = jnp.arange(logits.shape[-1]) == barred.symbol
-    never = barred.rows[..., None] & is_symbol[None, None]
-    logits = jnp.where(never, _NEVER, logits)
+    logits = _without(logits, barred)
   log_p = jax.nn.log_softmax(logits)
   # A one-hot product replaces a gather, whose gradient would be a scatter.
   chosen = jax.nn.one_hot(targets, logits.shape[-1], dtype=log_p.dtype)
@@ -139,6 +184,26 @@ def nats_of_logits(
 
 def _masked_chain_nll(apply, layout, tokens, order, ranks):
   """Return `order_nll` of a masked mechanism."""
+
+  def of_pass(tokens, masked, index):
+    by_position = masked_nll(apply, layout, tokens, masked)
+    return jnp.take_along_axis(by_position, index, axis=1)[:, 0]
+
+  return _over_ranks(of_pass, layout, tokens, order, ranks).T
+
+
+def _over_ranks(of_pass, layout, tokens, order, ranks=None):
+  """Return a result [R, B, ...] of the pass that each rank takes.
+
+  Args:
+    of_pass: function from the tokens of the whole window [B, W], the masked
+      positions, bool [B, W], and the index of the rank's position, int32
+      [B, 1], to [B, ...].
+    layout: the layout of a masked mechanism.
+    tokens: int [B, T].
+    order: int32 [B, T], real positions first.
+    ranks: int32 [B, R]. None means all ranks.
+  """
   rank_of = jnp.argsort(order, axis=1)
   if ranks is None:
     ranks = jnp.broadcast_to(jnp.arange(order.shape[1])[None], order.shape)
@@ -148,11 +213,10 @@ def _masked_chain_nll(apply, layout, tokens, order, ranks):
   rank_of = jnp.pad(rank_of, window, constant_values=layout.end)
 
   def of_rank(rank):
-    by_position = masked_nll(apply, layout, tokens, rank_of >= rank[:, None])
     index = jnp.take_along_axis(order, rank[:, None], axis=1) - 1
-    return jnp.take_along_axis(by_position, index, axis=1)[:, 0]
+    return of_pass(tokens, rank_of >= rank[:, None], index)
 
-  return jax.lax.map(of_rank, ranks.T).T
+  return jax.lax.map(of_rank, ranks.T)
 
 
 def masked_nll(

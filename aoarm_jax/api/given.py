@@ -1,8 +1,10 @@
 """Texts as users give them to calls from Python, and what is read from them."""
 
-from collections.abc import Sequence
+import numbers
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
+import jax
 import numpy as np
 
 from aoarm_jax.config import rules as config_rules
@@ -43,7 +45,7 @@ def lines(
   Args:
     config: the config with the options of the call.
     tokenizer: the model's tokenizer.
-    texts: strings and generated texts. The latter stay as they are.
+    texts: strings, generated texts or tokens. Only strings are changed.
     normalise: the option of the call.
     marks: config.score.marks; '' if the texts are prompts.
 
@@ -56,7 +58,7 @@ def lines(
     return named
 
   def normal(text, name):
-    if isinstance(text, generate_lib.Text):
+    if not isinstance(text, str):
       return name, text
     blank = config.sample.blank
     return prompts.normalised([(name, text)], tokenizer, blank, marks)[0]
@@ -104,6 +106,87 @@ def whole(
   tokens = tokens[: len(tokens) - is_drawn]
   everywhere = np.ones(len(tokens), bool)
   return prompts.Marked(tokens, ~everywhere, everywhere, name, not is_drawn)
+
+
+def contents(
+  config: config_lib.Config,
+  network: network_lib.Network,
+  texts: Any,
+  normalise: Any,
+) -> tuple[list[prompts.Marked], bool]:
+  """Return the tokens of texts in which every character is text.
+
+  Args:
+    config: the config of the model.
+    network: the network of the model.
+    texts: one text or several, each a str, a texts.Text or integer token ids.
+    normalise: the option of the call. It concerns strings alone.
+
+  Returns:
+    The texts, and whether there is a single one, and no list.
+
+  Raises:
+    PromptError: a text is empty, too long or outside the vocabulary.
+    ConfigError: `normalise` is wrong.
+  """
+  is_one = isinstance(texts, str | generate_lib.Text) or _are_ids(texts)
+  if is_one:
+    texts = [texts]
+  if isinstance(texts, bytes | Set | Mapping) or not isinstance(
+    texts, Iterable
+  ):
+    raise _no_text(texts)
+
+  def parse(text, name):
+    ids: Any
+    if isinstance(text, str):
+      try:
+        ids = network.tokenizer.encode(text)
+      except tokenizers.TokenizerError as error:
+        raise prompts.PromptError(f"{name}: {error}") from error
+    elif isinstance(text, generate_lib.Text):
+      ids = text.tokens
+    elif _are_ids(text):
+      ids = np.asarray(text)
+    else:
+      raise _no_text(text)
+    return _checked(network, whole(network, ids, name))
+
+  named = lines(config, network.tokenizer, list(texts), normalise, "")
+  return prompts.check_lines(named, parse), is_one
+
+
+def _are_ids(text):
+  """Return whether something is a row of integers."""
+  if isinstance(text, np.ndarray | jax.Array):
+    return text.ndim == 1 and np.issubdtype(text.dtype, np.integer)
+  is_list = isinstance(text, list | tuple) and len(text) > 0
+  return is_list and all(isinstance(x, numbers.Integral) for x in text)
+
+
+def _no_text(text):
+  """Return the error for what is neither text nor tokens."""
+  return prompts.PromptError(
+    f"{text!r} is no text: give a str, token ids or a list of them"
+  )
+
+
+def _checked(network, text):
+  """Return a text if the network knows all its tokens."""
+  n, T, V = len(text.tokens), network.model.T, network.vocabulary
+  if not n:
+    raise prompts.PromptError(f"{text.name} is empty: give at least one token")
+  if n > T:
+    raise prompts.PromptError(
+      f"{text.name} has {n} tokens; the model knows at most {T} "
+      "(config.model.T)"
+    )
+  wrong = text.tokens[(text.tokens < 0) | (text.tokens >= V)]
+  if len(wrong):
+    raise prompts.PromptError(
+      f"{text.name}: {wrong[0]} is no token id; ids are 0 to {V - 1}"
+    )
+  return text
 
 
 def start(

@@ -1,23 +1,29 @@
 """A trained model, as programs in Python use it."""
 
-import contextlib
 import os
-import secrets
-from collections.abc import Iterable
-from typing import Unpack, overload
+from collections.abc import Iterable, Iterator
+from typing import Any, Unpack, overload
 
 import jax
+import numpy as np
 
-from aoarm_jax.api import given
+from aoarm_jax.api import calls
 from aoarm_jax.api import options as options_lib
 from aoarm_jax.config import rules as config_rules
+from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import tokenizers
-from aoarm_jax.devices import switches
+from aoarm_jax.devices import sharding, switches
+from aoarm_jax.evaluation import inside
+from aoarm_jax.evaluation import log_prob as log_prob_lib
 from aoarm_jax.evaluation import score as score_lib
-from aoarm_jax.generation import prompts
+from aoarm_jax.generation import prompts, streaming
 from aoarm_jax.generation import texts as generate_lib
+from aoarm_jax.model import network as network_lib
 from aoarm_jax.runs import directory as run_dir
 from aoarm_jax.runs import opening, places, telemetry
+
+# One text or several: strings, generated texts, or token ids [n].
+Texts = str | generate_lib.Text | Iterable[Any]
 
 
 class Model:
@@ -40,7 +46,8 @@ class Model:
   Attributes:
     config: the config of the run, with the mesh and the attention used here.
     step: training steps of the checkpoint.
-    workdir: the run directory.
+    workdir: the run directory; None for a model that `of` made.
+    network: the network of the model, with its mesh; see network.Network.
   """
 
   def __init__(
@@ -52,34 +59,101 @@ class Model:
     progress: bool = True,
   ) -> None:
     """Load a checkpoint. See aoarm_jax.load for the arguments and errors."""
+    folder = places.find(workdir)
+    config = self._prepare(opening.config_here(folder, read, step), progress)
+    seconds = config.telemetry.patience_seconds if progress else 0
+    with telemetry.patience_on_stderr(seconds), switches.fixed_types():
+      run = opening.open_run(folder, config, step=step)
+    self._start(run.network, run.params, run.step, folder)
+
+  @classmethod
+  def of(
+    cls,
+    config: config_lib.Config,
+    params: Any = None,
+    *,
+    tokenizer: tokenizers.Tokenizer | None = None,
+    seed: int = 0,
+    progress: bool = True,
+  ) -> "Model":
+    """Return a model of parameters in memory, such as those of your own loop.
+
+    Args:
+      config: the config of the model. Its mesh and attention do not matter.
+      params: nested dict of arrays, as network.abstract_params. None draws
+        fresh parameters.
+      tokenizer: None means the one that config.data.tokenizer names.
+      seed: seed of fresh parameters.
+      progress: see aoarm_jax.load.
+
+    Raises:
+      ConfigError: the config or the parameters are wrong.
+    """
+    model = cls.__new__(cls)
+    config = model._prepare(opening.for_these_devices(config), progress)
+    with switches.fixed_types():
+      mesh = sharding.of_run(config)
+      network = network_lib.Network(config, mesh, tokenizer)
+      if params is None:
+        params = jax.jit(network.init)(jax.random.key(seed))
+    model._start(network, params, 0, None)
+    return model
+
+  def _prepare(self, config, progress):
+    """Set the config of the calls, and return it."""
     switches.check_not_forked()
     switches.keep_compilations()
-    self.workdir = places.find(workdir)
-    config = opening.config_here(self.workdir, read, step)
     # A character of the alphabet is text unless a call asks for a blank or for
     # marks. Earlier runs saved `_` and `[]` without being asked.
     config = config.replace("sample.blank", prompts.AUTO)
     config = config.replace("score.marks", prompts.AUTO)
-    self.config = config_rules.validate(config)
-    self._progress = progress
-    with self._patience(), switches.fixed_types():
-      run = opening.open_run(self.workdir, self.config, step=step)
-    self.step, self._params = run.step, run.params
-    self._network = run.network
-    self._sampler = generate_lib.Sampler(self.config, run.network)
-    self._scorer = score_lib.Scorer(self.config, run.network)
+    self.config, self._progress = config_rules.validate(config), progress
+    return self.config
+
+  def _start(self, network, params, step, workdir):
+    """Set what the calls need."""
+    self.network, self.step, self.workdir = network, step, workdir
+    self.params = params
+    self._programs = calls.Programs.of(self.config, network)
+
+  @property
+  def _calls(self):
+    """The calls of the model as it is now."""
+    return calls.Calls(
+      self.config, self.network, self._params, self._programs, self._progress
+    )
+
+  @property
+  def params(self) -> Any:
+    """The parameters: a nested dict of float32 arrays.
+
+    All later calls use what is assigned here, such as the parameters after a
+    step of your own training. It needs the same names and shapes.
+    """
+    return self._params
+
+  @params.setter
+  def params(self, params: Any) -> None:
+    with switches.fixed_types():
+      self._params = self.network.put(params)
 
   @property
   def tokenizer(self) -> tokenizers.Tokenizer:
     """The tokenizer of the run, which converts text to token ids and back."""
-    return self._network.tokenizer
+    return self.network.tokenizer
+
+  @property
+  def head(self) -> np.ndarray:
+    """The weights of the head, float32 [D, V]; see HiddenStates.read_out."""
+    return self._calls.head()
 
   def __repr__(self) -> str:
     """Return the run, the step and the size of the model in one line."""
-    count = run_dir.parameter_count(self._network.abstract_params)
+    count = run_dir.parameter_count(self.network.abstract_params)
     model = self.config.model
+    place = repr(os.fspath(self.workdir)) if self.workdir else "in memory"
     return (
-      f"<aoarm_jax.Model {os.fspath(self.workdir)!r}: step {self.step:,}, "
+      f"<aoarm_jax.Model {place}: step {self.step:,}, "
       f"{model.mechanism}, {count:,} parameters, T={model.T}, tokenizer "
       f"{self.config.data.tokenizer}>"
     )
@@ -120,8 +194,39 @@ class Model:
       ConfigError: an option is unknown, has an invalid value or no effect, or
         `length` is above T.
     """
-    parsed = given.start(self.config, self.tokenizer, prompt, length, normalise)
-    return self._fill([parsed], count, options, options_lib.GenerateOptions)[0]
+    parsed = self._calls.start(prompt, length, normalise)
+    known = options_lib.GenerateOptions
+    return self._calls.fill([parsed], count, options, known)[0]
+
+  def generate_stream(
+    self,
+    *,
+    prompt: str = "",
+    length: int | None = None,
+    normalise: bool | None = None,
+    **options: Unpack[options_lib.GenerateOptions],
+  ) -> Iterator[streaming.Token]:
+    """Draw one text, and yield its tokens as they come.
+
+    With the same seed and options the tokens are those of `generate`, whose
+    text is the first one. Options and texts are checked at once, and the first
+    token is drawn when it is asked for.
+
+    Args:
+      prompt: see `generate`.
+      length: see `generate`.
+      normalise: see `generate`.
+      **options: see `generate`.
+
+    Yields:
+      streaming.Token: rank, position, token, log_p (nats), text so far, seed.
+
+    Raises:
+      PromptError, ConfigError: see `generate`.
+    """
+    parsed = self._calls.start(prompt, length, normalise)
+    known = options_lib.GenerateOptions
+    return self._calls.stream(parsed, options, known)
 
   # A str is an iterable of str too, so the two signatures overlap.
   @overload
@@ -175,10 +280,37 @@ class Model:
         more than T tokens.
       ConfigError: an option is unknown, has an invalid value or no effect.
     """
-    several = options_lib.several(texts, str)
-    parsed = self._blanks(several, normalise, options)
-    filled = self._fill(parsed, count, options, options_lib.InfillOptions)
+    parsed = self._calls.blanks(texts, normalise, options)
+    known = options_lib.InfillOptions
+    filled = self._calls.fill(parsed, count, options, known)
     return filled[0] if isinstance(texts, str) else filled
+
+  def infill_stream(
+    self,
+    text: str,
+    *,
+    normalise: bool | None = None,
+    **options: Unpack[options_lib.InfillOptions],
+  ) -> Iterator[streaming.Token]:
+    """Fill the blanks of one text, and yield the tokens as they come.
+
+    With the same seed and options the tokens are those of `infill`.
+
+    Args:
+      text: one text, see `infill`.
+      normalise: see `infill`.
+      **options: see `infill`.
+
+    Yields:
+      streaming.Token: see `generate_stream`.
+
+    Raises:
+      PromptError, ConfigError: see `infill`.
+    """
+    if not isinstance(text, str):
+      raise prompts.PromptError(f"{text!r} is no text: give one str")
+    (parsed,) = self._calls.blanks(text, normalise, options)
+    return self._calls.stream(parsed, options, options_lib.InfillOptions)
 
   @overload
   def score(  # type: ignore[overload-overlap]
@@ -237,67 +369,126 @@ class Model:
         character is outside the vocabulary, or a text has more than T tokens.
       ConfigError: an option is unknown, has an invalid value or no effect.
     """
-    switches.check_not_forked()
-    kinds = (str, generate_lib.Text)
-    several = options_lib.several(texts, kinds)
-    config = options_lib.applied(
-      self.config, "score", options, options_lib.ScoreOptions, blank
-    )
+    scores = self._calls.score(texts, blank, normalise, options)
+    is_one = isinstance(texts, str | generate_lib.Text)
+    return scores[0] if is_one else scores
 
-    def parse(text: str, name: str) -> tuple[str, prompts.Marked]:
-      parsed_text, marked = given.marked(config, self._network, text, name)
-      score_lib.check(marked, config.model)
-      return parsed_text, marked
+  def logits(
+    self,
+    texts: Texts,
+    *,
+    order: options_lib.Order = "left_to_right",
+    normalise: bool | None = None,
+  ) -> np.ndarray | list[np.ndarray]:
+    """Return the logits of every token given the tokens before it in an order.
 
-    marks = config.score.marks
-    lines = given.lines(config, self.tokenizer, several, normalise, marks)
-    parsed = prompts.check_lines(lines, parse)
-    orders = self._orders(options, [marked for _, marked in parsed])
-    with self._ready():
-      scores = self._scorer.score(self._params, parsed, config, orders)
-    return scores[0] if isinstance(texts, kinds) else scores
+    With l the logits of a text, log_softmax(l)[p - 1] is the law of the token
+    at position p. At the text's own tokens these are the token_log_p of `score`
+    in the same order. A masked mechanism takes one pass for each token.
 
-  def _patience(self):
-    """Return the context in which long waits are written on stderr."""
-    seconds = self.config.telemetry.patience_seconds if self._progress else 0
-    return telemetry.patience_on_stderr(seconds)
+    Args:
+      texts: one text or several. A text is a str, a texts.Text or integer token
+        ids [n]. All characters are text, also `_` and brackets.
+      order: "left_to_right", "right_to_left", a permutation of the positions
+        1..n, or a list with one permutation per text.
+      normalise: see `score`.
 
-  @contextlib.contextmanager
-  def _ready(self):
-    """Set the mesh and the types of the model, and tell of long waits."""
-    mesh = self._network.mesh
-    with switches.fixed_types(), jax.set_mesh(mesh), self._patience():
-      yield
+    Returns:
+      float32 [n, V] by position, or a list of such arrays. If the model
+      predicts the end of documents, row n is that of the end. V is the number
+      of tokens that can be predicted.
 
-  def _blanks(self, texts, normalise, options):
-    """Return the parsed texts of `infill`."""
-    known = options_lib.InfillOptions
-    config = options_lib.applied(self.config, "sample", options, known)
+    Raises:
+      PromptError: a text is empty, has more than T tokens, or a character or an
+        id outside the vocabulary.
+      ConfigError: an order is wrong.
+    """
+    return self._calls.read("logits", texts, order, normalise)
 
-    def parse(text: str, name: str) -> prompts.Prompt:
-      blank = config.sample.blank
-      prompt = prompts.parse_prompt(text, self.tokenizer, blank, name)
-      generate_lib.check(prompt, config.model)
-      return prompt
+  def hidden_states(
+    self,
+    texts: Texts,
+    *,
+    order: options_lib.Order = "left_to_right",
+    known: int | None = None,
+    normalise: bool | None = None,
+  ) -> inside.HiddenStates | list[inside.HiddenStates]:
+    """Return the states of all rows of texts, layer by layer.
 
-    lines = given.lines(config, self.tokenizer, texts, normalise, "")
-    return prompts.check_lines(lines, parse)
+    Args:
+      texts: see `logits`.
+      order: see `logits`.
+      known: for a masked mechanism, and for it alone: how many tokens of the
+        order are known in this pass. The other ones are MASK.
+      normalise: see `score`.
 
-  def _fill(self, parsed, count, options, known):
-    """Return `count` texts for each of the parsed prompts."""
-    switches.check_not_forked()
-    options = dict(options)
-    if options.get("seed") is None:
-      # Seeds are int32 on devices.
-      options["seed"] = secrets.randbits(31)
-    count = config_rules.whole_number("count", count)
-    config = options_lib.applied(self.config, "sample", options, known)
-    config = config_rules.validate(config.replace("sample.count", count))
-    orders = self._orders(options, parsed)
-    with self._ready():
-      return self._sampler.fill(self._params, parsed, config, orders)
+    Returns:
+      An inside.HiddenStates, which says what each row is; for several texts, a
+      list of them.
 
-  def _orders(self, options, texts):
-    """Return the permutations of texts; None for the name of a family."""
-    order, has_ends = options.get("order", ""), self._network.end is not None
-    return options_lib.permutations(order, texts, has_ends)
+    Raises:
+      PromptError, ConfigError: see `logits`; or `known` is wrong.
+    """
+    return self._calls.read("hidden_states", texts, order, normalise, known)
+
+  def attention(
+    self,
+    texts: Texts,
+    *,
+    order: options_lib.Order = "left_to_right",
+    known: int | None = None,
+    normalise: bool | None = None,
+  ) -> inside.Attention | list[inside.Attention]:
+    """Return the attention weights of all rows of texts, by layer and head.
+
+    The arrays of a text of n tokens need about 4 L N n^2 bytes per stream.
+
+    Args:
+      texts: see `logits`.
+      order: see `logits`.
+      known: see `hidden_states`.
+      normalise: see `score`.
+
+    Returns:
+      An inside.Attention, which says what each row is; for several texts, a
+      list of them.
+
+    Raises:
+      PromptError, ConfigError: see `hidden_states`.
+    """
+    return self._calls.read("attention", texts, order, normalise, known)
+
+  def log_prob(
+    self,
+    params: Any,
+    tokens: jax.typing.ArrayLike,
+    order: jax.typing.ArrayLike,
+  ) -> log_prob_lib.LogProb:
+    """Return log p(tokens | order) as a differentiable function of `params`.
+
+    This is for training of your own, such as policy gradients: it may be inside
+    jax.jit, jax.grad and jax.vmap over parameters. The result is exact for
+    every mechanism, by the chain rule, and equals the scores in this order. A
+    masked mechanism (mdlm) takes one pass per token, with time and memory to
+    match; its cheap bound is objective.training_nll. A text that `generate`
+    drew at temperature 1 by an exact method has its log_p here.
+
+    A text of n < T tokens is the start of a text of T tokens. The tokens of a
+    prompt count like all others: put them first in the order, and sum by_token
+    over the other ones. In a padded document all positions after the first end
+    token count nothing. On several devices, call it under
+    jax.set_mesh(model.network.mesh).
+
+    Args:
+      params: the parameters, as the attribute `params`.
+      tokens: int [B, n], n <= T.
+      order: int [B, n], permutations of 1..n; or [n], one for all rows.
+
+    Returns:
+      A log_prob.LogProb: total [B] and by_token [B, n], by position, in nats.
+
+    Raises:
+      ConfigError: shapes, types or values are wrong. Values are checked
+        outside of jit only.
+    """
+    return log_prob_lib.log_prob(self.network, params, tokens, order)

@@ -212,6 +212,73 @@ def permutations(
   ]
 
 
+def followed(
+  model: config_lib.Model, order: Any, texts: Sequence[Any], has_ends: bool
+) -> list[Any]:
+  """Return the order in which each text is read: a name or a permutation.
+
+  Args:
+    model: the model.
+    order: "left_to_right", "right_to_left", or see `permutations`.
+    texts: the parsed texts, with tokens and a name.
+    has_ends: see `permutations`.
+
+  Raises:
+    ConfigError: an order is of no such name, does not fit its text, or is one
+      that the mechanism does not know.
+  """
+  names = ("left_to_right", "right_to_left")
+  if isinstance(order, str) and order not in names:
+    raise config_lib.ConfigError(
+      f"order={order!r}: must be {' or '.join(map(repr, names))}, or a list of "
+      "positions, counted from 1"
+    )
+  orders: list[Any] = permutations(order, texts, has_ends) or [order] * len(
+    texts
+  )
+  for text, one in zip(texts, orders):
+    is_natural = one == names[0] or list(one) == sorted(one)
+    if model.kind.left_to_right and not is_natural:
+      raise config_lib.ConfigError(
+        f"order: mechanism {model.mechanism} reads from left to right only, "
+        f"and the order of {text.name} is another one"
+      )
+  return orders
+
+
+def known_tokens(
+  model: config_lib.Model, known: Any, texts: Sequence[Any]
+) -> int:
+  """Return how many tokens of every order one pass knows.
+
+  Args:
+    model: the model.
+    known: the option of the call.
+    texts: the texts, with tokens.
+
+  Raises:
+    ConfigError: a masked mechanism needs it, and others do not know it.
+  """
+  if not model.kind.masked:
+    if known is not None:
+      raise config_lib.ConfigError(
+        f"known={known!r}: has no effect here; a single pass of mechanism "
+        f"{model.mechanism} predicts all tokens"
+      )
+    return 0
+  most = min((len(text.tokens) for text in texts), default=0)
+  if known is None:
+    raise config_lib.ConfigError(
+      f"known: mechanism {model.mechanism} takes a pass for every token; say "
+      f"how many tokens of the order are known in it, 0 to {most}"
+    )
+  if not 0 <= config_rules.whole_number("known", known) <= most:
+    raise config_lib.ConfigError(
+      f"known={known}: must be 0 to {most}, the number of tokens"
+    )
+  return known
+
+
 def _permutation(order, text, has_ends):
   """Return `order` as a list of int if it is a permutation for this text."""
   n = len(text.tokens)

@@ -103,29 +103,11 @@ def generate(
   Raises:
     ValueError: the mechanism is masked, or it has no such method.
   """
-  plan = plan or plan_lib.Plan()
-  plan.check(network.model, masked=False)
-  chex.assert_equal_shape([tokens, known, order])
-  B, T = tokens.shape
-  s = network.model.sentinels
-  if plan.method not in ("parallel", "adaptive"):
-    plan = plan._replace(groups=False)
-  if network.layout.predicts_end and not plan.is_open:
-    law = law._replace(never=np.int32(network.layout.end_token))
+  law, plan = prepared(network, law, plan or plan_lib.Plan())
+  T = tokens.shape[1]
   cached_network = cached.Cached(network.bind(params))
-  rows = jnp.arange(B) if rows is None else rows
-  length = jnp.full(B, T) if length is None else length
-  order = orders.known_first(order, known, length)
-  keys = objective.keys_of(key, rows)
-  state = _start(
-    cached_network,
-    keys,
-    tokens,
-    known,
-    order,
-    length,
-    prefill,
-    plan.width if plan.groups else None,
+  state = _begin(
+    cached_network, key, tokens, known, order, plan, prefill, rows, length
   )
   state = _run(
     cached_network,
@@ -135,32 +117,128 @@ def generate(
     T if most_known is None else most_known,
     T if most_blanks is None else most_blanks,
   )
-  by_position = jnp.zeros((B, T), jnp.int32)
-  content = state.content[:, s:]
-  if plan.is_open:
-    content = jnp.where(jnp.arange(T)[None] < state.end[:, None], content, 0)
-  by_position = by_position.at[jnp.arange(B)[:, None], state.order - 1].set(
-    content
-  )
+  by_position = tokens_of(state, plan)
   return sampling.Generation(
     by_position, state.order, state.log_p, state.calls, state.accepted
   )
 
 
-def _run(network, state, law, plan, most_known, most_blanks):
-  """Decide all ranks: in one loop, or in one loop per length of the cache."""
-  s, T = network.model.sentinels, state.order.shape[1]
+def prepared(
+  network: network_lib.Network, law: sampling.Sampling, plan: plan_lib.Plan
+) -> tuple[sampling.Sampling, plan_lib.Plan]:
+  """Return the law and the plan as the steps of this network take them.
+
+  Args:
+    network: the network.
+    law: the law of every draw.
+    plan: the way through the blanks.
+
+  Raises:
+    ValueError: the mechanism is masked, or it has no such method.
+  """
+  plan.check(network.model, masked=False)
+  if plan.method not in ("parallel", "adaptive"):
+    plan = plan._replace(groups=False)
   if plan.method == "sequential":
     plan = plan._replace(steps=0, width=1)
   if plan.method == "adaptive":
     plan = plan._replace(steps=0)
-  advance, passes = decode_steps.METHODS[plan.method](network, law, plan, state)
+  if network.layout.predicts_end and not plan.is_open:
+    law = law._replace(never=np.int32(network.layout.end_token))
+  return law, plan
 
-  def step(i, state):
-    running = state.done < state.end
-    after = advance(i, state)
-    return after._replace(calls=state.calls + running * passes(state))
 
+def begin(
+  network: network_lib.Network,
+  params: Any,
+  key: jax.Array,
+  tokens: jax.Array,
+  known: jax.Array,
+  order: jax.Array,
+  *,
+  plan: plan_lib.Plan,
+  prefill: bool,
+  rows: jax.Array,
+  length: jax.Array,
+) -> plan_lib.State:
+  """Return the state before the first step, which also notes nats by token.
+
+  The arguments are those of `generate`, with the plan that `prepared` returned.
+  """
+  cached_network = cached.Cached(network.bind(params))
+  state = _begin(
+    cached_network, key, tokens, known, order, plan, prefill, rows, length
+  )
+  return state._replace(nats=jnp.zeros(state.content.shape))
+
+
+def advance(
+  network: network_lib.Network,
+  params: Any,
+  law: sampling.Sampling,
+  plan: plan_lib.Plan,
+  state: plan_lib.State,
+  first: tuple[jax.Array, jax.Array],
+  i: jax.Array,
+) -> plan_lib.State:
+  """Return the state after one more step, as one step of `generate` does it.
+
+  Args:
+    network: the network.
+    params: the network's parameters.
+    law: the law that `prepared` returned.
+    plan: the plan that `prepared` returned.
+    state: the state before the step.
+    first: the fields `done` and `end` of the state before the first step.
+    i: int32 [], the number of steps before this one.
+  """
+  start = state._replace(done=first[0], end=first[1])
+  cached_network = cached.Cached(network.bind(params))
+  step = _step(cached_network, law, plan, start)
+  return step(i, state)
+
+
+def tokens_of(state: plan_lib.State, plan: plan_lib.Plan) -> jax.Array:
+  """Return the tokens by position: int32 [B, T], 0 after an open text's end.
+
+  Args:
+    state: the state. Tokens of later ranks than `done` are arbitrary.
+    plan: the plan.
+  """
+  T = state.order.shape[1]
+  content = state.content[:, -T:]
+  if plan.is_open:
+    content = jnp.where(jnp.arange(T)[None] < state.end[:, None], content, 0)
+  return by_position(state, content)
+
+
+def by_position(state: plan_lib.State, by_rank: jax.Array) -> jax.Array:
+  """Return values of every rank by position: [B, T], like `by_rank`.
+
+  Args:
+    state: has the orders.
+    by_rank: [B, T].
+  """
+  rows = jnp.arange(len(by_rank))[:, None]
+  return jnp.zeros_like(by_rank).at[rows, state.order - 1].set(by_rank)
+
+
+def _begin(network, key, tokens, known, order, plan, prefill, rows, length):
+  """Return the plan.State before the first step; see `generate`."""
+  chex.assert_equal_shape([tokens, known, order])
+  B, T = tokens.shape
+  rows = jnp.arange(B) if rows is None else rows
+  length = jnp.full(B, T) if length is None else length
+  order = orders.known_first(order, known, length)
+  width = plan.width if plan.groups else None
+  keys = objective.keys_of(key, rows)
+  return _start(network, keys, tokens, known, order, length, prefill, width)
+
+
+def _run(network, state, law, plan, most_known, most_blanks):
+  """Decide all ranks: in one loop, or in one loop per length of the cache."""
+  s, T = network.model.sentinels, state.order.shape[1]
+  step = _step(network, law, plan, state)
   width = plan.tokens_per_step(T)
   is_static = isinstance(most_blanks, int)
   minimum, group = (min, 1) if is_static else (jnp.minimum, _GROUP)
@@ -190,6 +268,18 @@ def _run(network, state, law, plan, most_known, most_blanks):
     if is_static and done == steps:
       break
   return state
+
+
+def _step(network, law, plan, start):
+  """Return the function (i, state) -> state that is one step of a method."""
+  advance, passes = decode_steps.METHODS[plan.method](network, law, plan, start)
+
+  def step(i, state):
+    running = state.done < state.end
+    after = advance(i, state)
+    return after._replace(calls=state.calls + running * passes(state))
+
+  return step
 
 
 def _repeat(step, first, until, state):

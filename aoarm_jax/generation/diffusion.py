@@ -12,13 +12,13 @@ confidence   Not exact, and its law is not known: every step keeps the drawn
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from aoarm_jax import objective, orders
+from aoarm_jax import lengths, objective, orders
 from aoarm_jax.generation import law as sampling
 from aoarm_jax.generation import plan as plan_lib
 from aoarm_jax.model import network as network_lib
@@ -66,72 +66,152 @@ def generate(
   Raises:
     ValueError: the mechanism is not masked, or it has no such method.
   """
-  plan.check(network.model, masked=True)
-  chex.assert_equal_shape([tokens, known, order])
-  B, T = tokens.shape
-  s, T_max = network.layout.sentinels, network.model.T
-  count = T if plan.method == "sequential" else plan.steps or T
-  keys = objective.keys_of(key, jnp.arange(B) if rows is None else rows)
-  length = jnp.full(B, T) if length is None else length
-  told = None if network.layout.end_token is None else length
-  beyond = jnp.arange(T) >= length[:, None]
-  order = orders.known_first(order, known, length)
-  next_rank = known.sum(axis=1, keepdims=True)
-  rank_of = jnp.argsort(order, axis=1)
-
-  def is_open(step_of):
-    return (step_of == count) & ~beyond
-
-  def step(state):
-    i, tokens, step_of, total, calls = state
-    masked, open_ = step_of == count, is_open(step_of)
-    window = ((0, 0), (0, T_max - T))
-    slots = orders.to_masked_slots(
-      jnp.pad(tokens, window),
-      jnp.pad(masked, window, constant_values=True),
-      network.layout,
-      told,
-    )
-    logits = network.apply(params, slots)[:, s : s + T]
-    log_p = sampling.log_law(logits, law)
-    step_keys = objective.fold_rows(keys, i)
-    token_keys, coin_keys = jax.vmap(jax.random.split, out_axes=1)(step_keys)
-    drawn = jax.vmap(sampling.draw)(token_keys, log_p)
-    match plan.method:
-      case "sequential":
-        chosen = (rank_of == next_rank + i) & open_
-      case "ancestral":
-        coins = objective.uniform(coin_keys, T)
-        chosen = open_ & (coins * (count - i) < 1)
-      case "confidence":
-        left = open_.sum(axis=1, keepdims=True)
-        chosen = _surest(logits, drawn, open_) < -(-left // (count - i))
-      case _:
-        raise ValueError(f"unknown method {plan.method!r}")
-    nats = sampling.log_p_of(log_p, drawn)
-    return (
-      i + 1,
-      jnp.where(chosen, drawn, tokens),
-      jnp.where(chosen, i, step_of),
-      total + jnp.where(chosen, nats, 0.0).sum(axis=1),
-      calls + open_.any(axis=1),
-    )
-
-  start = (
-    0,
-    tokens.astype(jnp.int32),
-    jnp.where(known, -1, count),
-    jnp.zeros(B),
-    jnp.zeros(B, jnp.int32),
+  state = begin(
+    network, key, tokens, known, order, plan=plan, rows=rows, length=length
   )
   # The loop ends as soon as no blank is left. The host waits for every step to
   # end, which costs little compared with a full pass.
-  _, tokens, step_of, log_p, calls = jax.lax.while_loop(
-    lambda state: (state[0] < count) & is_open(state[2]).any(), step, start
+  state = jax.lax.while_loop(
+    lambda state: (state.i < _count(state, plan)) & is_open(state, plan).any(),
+    lambda state: advance(network, params, law, plan, state),
+    state,
   )
-  decided = jnp.argsort(step_of, axis=1, stable=True) + 1
   return sampling.Generation(
-    tokens, decided.astype(jnp.int32), log_p, calls, jnp.zeros_like(calls)
+    state.tokens,
+    decided(state),
+    state.nats.sum(axis=1),
+    state.calls,
+    jnp.zeros_like(state.calls),
+  )
+
+
+class State(NamedTuple):
+  """The state of the generation of a batch.
+
+  Attributes:
+    i: int32 [], the number of steps so far.
+    tokens: int32 [B, T], natural order; arbitrary where not decided.
+    step_of: int32 [B, T], the step that decided each token: -1 where it was
+      known, and the greatest number of steps where it is not decided.
+    nats: float32 [B, T], the log-probability of every drawn token, else 0.
+    calls: int32 [B], see law.Generation.
+    keys: typed PRNG keys [B].
+    rank_of: int32 [B, T], the rank of every position.
+    first: int32 [B, 1], the number of known tokens.
+    length: int32 [B], the number of positions.
+  """
+
+  i: jax.Array
+  tokens: jax.Array
+  step_of: jax.Array
+  nats: jax.Array
+  calls: jax.Array
+  keys: jax.Array
+  rank_of: jax.Array
+  first: jax.Array
+  length: jax.Array
+
+
+def begin(
+  network: network_lib.Network,
+  key: jax.Array,
+  tokens: jax.Array,
+  known: jax.Array,
+  order: jax.Array,
+  *,
+  plan: plan_lib.Plan,
+  rows: jax.Array | None,
+  length: jax.Array | None,
+) -> State:
+  """Return the state before the first step; see `generate`."""
+  plan.check(network.model, masked=True)
+  chex.assert_equal_shape([tokens, known, order])
+  B, T = tokens.shape
+  length = jnp.full(B, T) if length is None else length
+  order = orders.known_first(order, known, length)
+  return State(
+    i=jnp.int32(0),
+    tokens=tokens.astype(jnp.int32),
+    step_of=jnp.where(known, -1, _steps(plan, T)),
+    nats=jnp.zeros((B, T)),
+    calls=jnp.zeros(B, jnp.int32),
+    keys=objective.keys_of(key, jnp.arange(B) if rows is None else rows),
+    rank_of=jnp.argsort(order, axis=1),
+    first=known.sum(axis=1, keepdims=True),
+    length=length,
+  )
+
+
+def _steps(plan, T):
+  """Return the greatest number of steps for T positions."""
+  return T if plan.method == "sequential" else plan.steps or T
+
+
+def _count(state, plan):
+  return _steps(plan, state.tokens.shape[1])
+
+
+def is_open(state: State, plan: plan_lib.Plan) -> jax.Array:
+  """Return where a token is still to be decided: bool [B, T]."""
+  inside = lengths.is_real(state.length, state.tokens.shape[1])
+  return (state.step_of == _count(state, plan)) & inside
+
+
+def decided(state: State) -> jax.Array:
+  """Return the positions in the order in which they were decided: [B, T]."""
+  by_step = jnp.argsort(state.step_of, axis=1, stable=True)
+  return (by_step + 1).astype(jnp.int32)
+
+
+def advance(
+  network: network_lib.Network,
+  params: Any,
+  law: sampling.Sampling,
+  plan: plan_lib.Plan,
+  state: State,
+) -> State:
+  """Return the state after one more step.
+
+  Args:
+    network: the network.
+    params: the network's parameters.
+    law: the law of every draw.
+    plan: the plan.
+    state: the state before the step.
+  """
+  s, T = network.layout.sentinels, state.tokens.shape[1]
+  count, i = _count(state, plan), state.i
+  masked, open_ = state.step_of == count, is_open(state, plan)
+  window = ((0, 0), (0, network.model.T - T))
+  slots = orders.to_masked_slots(
+    jnp.pad(state.tokens, window),
+    jnp.pad(masked, window, constant_values=True),
+    network.layout,
+    None if network.layout.end_token is None else state.length,
+  )
+  logits = network.apply(params, slots)[:, s : s + T]
+  log_p = sampling.log_law(logits, law)
+  step_keys = objective.fold_rows(state.keys, i)
+  token_keys, coin_keys = jax.vmap(jax.random.split, out_axes=1)(step_keys)
+  drawn = jax.vmap(sampling.draw)(token_keys, log_p)
+  match plan.method:
+    case "sequential":
+      chosen = (state.rank_of == state.first + i) & open_
+    case "ancestral":
+      coins = objective.uniform(coin_keys, T)
+      chosen = open_ & (coins * (count - i) < 1)
+    case "confidence":
+      left = open_.sum(axis=1, keepdims=True)
+      chosen = _surest(logits, drawn, open_) < -(-left // (count - i))
+    case _:
+      raise ValueError(f"unknown method {plan.method!r}")
+  nats = sampling.log_p_of(log_p, drawn)
+  return state._replace(
+    i=i + 1,
+    tokens=jnp.where(chosen, drawn, state.tokens),
+    step_of=jnp.where(chosen, i, state.step_of),
+    nats=jnp.where(chosen, nats, state.nats),
+    calls=state.calls + open_.any(axis=1),
   )
 
 

@@ -25,6 +25,8 @@ class State(NamedTuple):
     calls: int32 [B], see law.Generation.
     accepted: int32 [B], see law.Generation.
     keys: typed PRNG keys [B].
+    nats: float32 [B, S + 1], the log-probability of every drawn token, by slot;
+      None if it is not wanted.
   """
 
   content: jax.Array
@@ -37,6 +39,7 @@ class State(NamedTuple):
   calls: jax.Array
   accepted: jax.Array
   keys: jax.Array
+  nats: jax.Array | None = None
 
 
 class Plan(NamedTuple):

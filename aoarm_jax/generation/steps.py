@@ -73,11 +73,14 @@ def _commit(state, s, tokens, log_p, count, end_token):
     taken = jnp.arange(Q) < count[:, None]
   # Writes out of bounds are dropped.
   at = jnp.where(taken, at, state.content.shape[1])
-  content = state.content.at[jnp.arange(B)[:, None], at].set(
-    tokens, mode="drop"
-  )
+  rows = jnp.arange(B)[:, None]
+  content = state.content.at[rows, at].set(tokens, mode="drop")
+  nats = state.nats
+  if nats is not None:
+    nats = nats.at[rows, at].set(log_p, mode="drop")
   return state._replace(
     content=content,
+    nats=nats,
     done=state.done + count,
     end=end,
     log_p=state.log_p + jnp.where(taken, log_p, 0.0).sum(axis=1),

@@ -7,7 +7,7 @@ methods are exact.
 import datetime
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +19,13 @@ from aoarm_jax import orders
 from aoarm_jax.config import purposes
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import sharding, stopping
-from aoarm_jax.generation import decode, diffusion, prompts, shapes
+from aoarm_jax.generation import (
+  decode,
+  diffusion,
+  prompts,
+  shapes,
+  streaming,
+)
 from aoarm_jax.generation import law as sampling
 from aoarm_jax.generation import plan as plan_lib
 from aoarm_jax.model import network as network_lib
@@ -120,6 +126,7 @@ class Sampler:
       static_argnames="family",
       out_shardings=sharding.named(network.mesh, "batch"),
     )
+    self._stepper = streaming.Stepper(network)
     self._compiled: set[Any] = set()
 
   def sample(
@@ -195,6 +202,60 @@ class Sampler:
     every = [range(i * count, (i + 1) * count) for i in range(len(texts))]
     return [[drawn[row] for row in rows if row in drawn] for rows in every]
 
+  def stream(
+    self,
+    params: Any,
+    prompt: prompts.Prompt,
+    config: config_lib.Config,
+    order: Sequence[int] | None = None,
+  ) -> Iterator[streaming.Token]:
+    """Yield the tokens of the first text that `fill` draws for a prompt.
+
+    If an open text has another order than left to right, its length is drawn
+    before the first token comes.
+
+    Args:
+      params: the network's parameters, on the mesh.
+      prompt: the prompt.
+      config: its sections sample and orders.given count.
+      order: for config.sample.order="given", a permutation of 1..n. None takes
+        config.orders.given.
+
+    Raises:
+      PromptError: this model cannot fill the prompt.
+    """
+    check(prompt, self._config.model)
+    sample = config.sample
+    row = self._row(prompt, config.orders.given if order is None else order)
+    one_way = sample.order == "left_to_right" and sample.method != "adaptive"
+    if row.is_open and not one_way:
+      texts, again = self._with_ends(params, {0: row}, config)
+      if not again:
+        # Nothing but the end was left to draw, if anything.
+        last = texts[0]
+        n = len(last.tokens)
+        if n > row.known.sum():
+          found = n - 1, n, last.tokens[-1], last.log_p, last.text, sample.seed
+          yield streaming.Token(*found)
+        return
+      row = again[0]
+    ((T, prefill),) = self._by_shape({0: row})
+    B = self._batch_size(config, 1)
+    key, law, _, by_row, order_here, plan = self._inputs(
+      {0: row}, config, T, B, purposes.GENERATION
+    )
+    if sample.order != "given":
+      order_here = self._draw_orders(
+        key, order_here, by_row[-1], family=sample.order
+      )
+    _, draw_key = jax.random.split(key)
+    steps = self._stepper.steps(
+      params, draw_key, law, (*by_row, order_here), plan=plan, prefill=prefill
+    )
+    end = self._network.layout.end_token
+    tokenizer = self._network.tokenizer
+    yield from streaming.tokens(steps, tokenizer, row.n, end, sample.seed)
+
   def _row(self, prompt, order):
     """Return the _Row of a prompt; its number is 0."""
     n, T = len(prompt.tokens), self._config.model.T
@@ -218,6 +279,21 @@ class Sampler:
     method, order = config.sample.method, config.sample.order
     if order == "left_to_right" and method != "adaptive":
       return drawn | self._in_batches(params, rows, config, is_stopped)
+    texts, again = self._with_ends(params, rows, config, is_stopped)
+    drawn |= {i: text for i, text in texts.items() if i not in again}
+    found = self._in_batches(params, again, config, is_stopped)
+    for i, text in found.items():
+      drawn[i] = text._replace(calls=text.calls + texts[i].calls)
+    return drawn
+
+  def _with_ends(self, params, rows, config, is_stopped=lambda: False):
+    """Draw open rows from left to right, for their lengths alone.
+
+    Returns:
+      {number: Text}, and {number: _Row} of the texts in which more than the end
+      was drawn. These rows are closed, and are to be drawn again.
+    """
+    method = config.sample.method
     exact = method if method == "speculative" else "sequential"
     texts = self._in_batches(
       params,
@@ -234,35 +310,18 @@ class Sampler:
       n -= text.tokens[-1:] == [self._network.layout.end_token]
       row = rows[i]
       if row.known[:n].all():  # Nothing but the end was left to draw.
-        drawn[i] = text
         continue
       prompt = prompts.Prompt(row.tokens[:n], row.known[:n])
       again[i] = self._row(prompt, row.order)._replace(number=row.number)
-    found = self._in_batches(params, again, config, is_stopped)
-    for i, text in found.items():
-      drawn[i] = text._replace(calls=text.calls + texts[i].calls)
-    return drawn
+    return texts, again
 
   def _in_batches(
     self, params, rows, config, is_stopped, purpose=purposes.GENERATION
   ):
     """Return {number: Text} of rows that are all open or all closed."""
-    model = self._config.model
-    by_shape: dict[tuple[int, bool], list[int]] = {}
-    for number, row in rows.items():
-      T = shapes.length(len(row.tokens), model.T)
-      # A masked mechanism has no cache to fill, and one program for all.
-      prefill = bool(row.known.any()) or model.sentinels > 1
-      prefill = prefill and not model.kind.masked
-      by_shape.setdefault((T, prefill), []).append(number)
     drawn: dict[int, Text] = {}
-    # A step from the cache reads all weights, so that a few rows take hardly
-    # longer than one row. A full pass of a masked mechanism does.
-    least = 1 if model.kind.masked else _LEAST_ROWS
-    for (T, prefill), numbers in by_shape.items():
-      B = sharding.batch_size(
-        self._mesh, config.sample.batch_size, len(numbers), least
-      )
+    for (T, prefill), numbers in self._by_shape(rows).items():
+      B = self._batch_size(config, len(numbers))
       for start in range(0, len(numbers), B):
         if is_stopped():
           break
@@ -271,28 +330,34 @@ class Sampler:
         drawn |= zip(batch, texts)
     return drawn
 
+  def _by_shape(self, rows):
+    """Return the numbers of rows by (padded length, whether to prefill)."""
+    model = self._config.model
+    by_shape: dict[tuple[int, bool], list[int]] = {}
+    for number, row in rows.items():
+      T = shapes.length(len(row.tokens), model.T)
+      # A masked mechanism has no cache to fill, and one program for all.
+      prefill = bool(row.known.any()) or model.sentinels > 1
+      prefill = prefill and not model.kind.masked
+      by_shape.setdefault((T, prefill), []).append(number)
+    return by_shape
+
+  def _batch_size(self, config, count):
+    """Return the number of rows of a batch, for `count` texts."""
+    # A step from the cache reads all weights, so that a few rows take hardly
+    # longer than one row. A full pass of a masked mechanism does.
+    least = 1 if self._config.model.kind.masked else _LEAST_ROWS
+    return sharding.batch_size(
+      self._mesh, config.sample.batch_size, count, least
+    )
+
   def _batch(self, params, rows, config, T, prefill, B, purpose):
     """Return the Texts of rows, drawn in one batch of B."""
-    sample = config.sample
-    tokens, known = np.zeros((B, T), np.int32), np.zeros((B, T), bool)
-    length, index = np.ones(B, np.int32), np.zeros(B, np.int32)
-    order = np.tile(np.arange(1, T + 1, dtype=np.int32), (B, 1))
-    for b, row in enumerate(rows.values()):
-      n = len(row.tokens)
-      tokens[b, :n], known[b, :n] = row.tokens, row.known
-      length[b], index[b] = n, row.number
-      if sample.order == "given":
-        order[b] = prompts.within(row.order, T)
-    key = jax.random.fold_in(jax.random.key(sample.seed), purpose)
-    law = sampling.make_law(sample.temperature, sample.top_k, sample.top_p)
-    most_blanks = np.int32((length - known.sum(axis=1)).max())
-    key, *everywhere = sharding.put(self._mesh, (key, law, most_blanks))
-    by_row = tokens, known, length, index, order
-    *by_row, order = sharding.put_rows(self._mesh, by_row)
-    is_open = next(iter(rows.values())).is_open
-    plan = plan_lib.Plan.of(sample, self._config.orders)
-    plan = plan._replace(is_open=is_open)
-    most_known = T if prefill and known.any() else 0
+    sample, known = config.sample, any(row.known.any() for row in rows.values())
+    key, law, most_blanks, by_row, order, plan = self._inputs(
+      rows, config, T, B, purpose
+    )
+    most_known = T if prefill and known else 0
     program = B, T, plan, prefill, most_known, law.top_k is None
     texts_here = shapes.describe(len(rows), T)
     what = f"generating {texts_here}"
@@ -304,7 +369,8 @@ class Sampler:
       drawn = self._jitted(
         params,
         key,
-        *everywhere,
+        law,
+        most_blanks,
         *by_row,
         order,
         plan=plan,
@@ -318,6 +384,32 @@ class Sampler:
       self._text(row, sample.seed, *result)
       for row, *result in zip(rows.values(), *drawn)
     ]
+
+  def _inputs(self, rows, config, T, B, purpose):
+    """Return (key, law, most_blanks, arrays by row, orders, plan) of a batch.
+
+    The arrays are tokens, known, length and index. The orders are those that
+    are given; `_draw_orders` makes the others.
+    """
+    sample = config.sample
+    tokens, known = np.zeros((B, T), np.int32), np.zeros((B, T), bool)
+    length, index = np.ones(B, np.int32), np.zeros(B, np.int32)
+    order = np.tile(np.arange(1, T + 1, dtype=np.int32), (B, 1))
+    for b, row in enumerate(rows.values()):
+      n = len(row.tokens)
+      tokens[b, :n], known[b, :n] = row.tokens, row.known
+      length[b], index[b] = n, row.number
+      if sample.order == "given":
+        order[b] = prompts.within(row.order, T)
+    key = jax.random.fold_in(jax.random.key(sample.seed), purpose)
+    law = sampling.make_law(sample.temperature, sample.top_k, sample.top_p)
+    most_blanks = np.int32((length - known.sum(axis=1)).max())
+    everywhere = sharding.put(self._mesh, (key, law, most_blanks))
+    by_row = tokens, known, length, index, order
+    *by_row, order = sharding.put_rows(self._mesh, by_row)
+    is_open = next(iter(rows.values())).is_open
+    plan = plan_lib.Plan.of(sample, self._config.orders)
+    return *everywhere, by_row, order, plan._replace(is_open=is_open)
 
   def _text(self, row, seed, tokens, order, nats, calls, accepted):
     """Return the Text of a row from its results, [T] and []."""

@@ -4,6 +4,8 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from aoarm_jax import orders
@@ -139,6 +141,32 @@ class Network:
       float32 [B, R, V].
     """
     return self.bind(params)(slots)
+
+  def put(self, params: Any) -> Any:
+    """Return parameters as float32 arrays that lie where this network's lie.
+
+    Args:
+      params: nested dict of arrays, as `abstract_params`.
+
+    Raises:
+      ConfigError: names or shapes differ from those of this network.
+    """
+    wanted = jax.tree.leaves_with_path(self.abstract_params)
+    given = jax.tree.leaves_with_path(params)
+    shapes = {_names(path): leaf.shape for path, leaf in wanted}
+    found = {_names(path): np.shape(leaf) for path, leaf in given}
+    for name in [*shapes, *found]:
+      if shapes.get(name) != found.get(name):
+        raise config_lib.ConfigError(
+          f"params: {'.'.join(map(str, name)) or 'a leaf'} has shape "
+          f"{found.get(name)}, and the network has {shapes.get(name)}; give a "
+          "nested dict as network.abstract_params (flax: nnx.to_pure_dict)"
+        )
+    return jax.tree.map(
+      lambda leaf, x: jax.device_put(jnp.asarray(x, leaf.dtype), leaf.sharding),
+      self.abstract_params,
+      params,
+    )
 
   def placed(self, tree: Any) -> Any:
     """Return the shapes of a state, or of a part of it, with their shardings.

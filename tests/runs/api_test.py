@@ -169,7 +169,10 @@ class ModelTest(parameterized.TestCase):
   def test_few_numbers_of_texts_compile(self):
     """Rows fill up to a power of four; config.*.batch_size is the most."""
     texts = ["ab", "[b]c", "cd", "d", "ef"]
-    scorer, sampler = _model._scorer._jitted, _model._sampler._jitted
+    scorer, sampler = (
+      _model._programs.scorer._jitted,
+      _model._programs.sampler._jitted,
+    )
     want = _model.score(texts, batch_size=6)
     _model.generate(5, temperature=0.7)
     before = scorer._cache_size(), sampler._cache_size()
@@ -186,7 +189,10 @@ class ModelTest(parameterized.TestCase):
   def test_a_session_compiles_few_programs(self):
     """Small numbers of texts, orders, and lengths share their programs."""
     model = aoarm_jax.load(_folder / "run")
-    scorer, sampler = model._scorer._jitted, model._sampler._jitted
+    scorer, sampler = (
+      model._programs.scorer._jitted,
+      model._programs.sampler._jitted,
+    )
     for count in (1, 2, 3, 4):
       model.generate(count)
     for order in ("left_to_right", "right_to_left", list(range(1, 41))):
@@ -299,7 +305,7 @@ class ModelTest(parameterized.TestCase):
     """All its tokens, each text in its own order, by one program."""
     texts = _model.generate(3, seed=5)
     _model.score(texts, order=[text.order for text in texts])
-    before = _model._scorer._jitted._cache_size()
+    before = _model._programs.scorer._jitted._cache_size()
     for orders in ([x.order for x in texts], [x.order[::-1] for x in texts]):
       scores = _model.score(texts, order=orders)
       for text, score, order in zip(texts, scores, orders):
@@ -307,7 +313,7 @@ class ModelTest(parameterized.TestCase):
         self.assertEqual(score.text, text.text)
         if order == text.order:
           self.assertAlmostEqual(score.log_p, text.log_p, delta=1e-3)
-    self.assertEqual(_model._scorer._jitted._cache_size(), before)
+    self.assertEqual(_model._programs.scorer._jitted._cache_size(), before)
     one = _model.score(texts[0], order=np.array(texts[0].order))
     self.assertAlmostEqual(one.log_p, texts[0].log_p, delta=1e-3)
 
