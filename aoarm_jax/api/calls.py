@@ -14,7 +14,7 @@ from aoarm_jax.api import options as options_lib
 from aoarm_jax.config import rules as config_rules
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import switches
-from aoarm_jax.evaluation import inside
+from aoarm_jax.evaluation import blocks, inside
 from aoarm_jax.evaluation import score as score_lib
 from aoarm_jax.generation import prompts, streaming
 from aoarm_jax.generation import texts as generate_lib
@@ -145,24 +145,48 @@ class Calls:
     return config, self._orders(options, parsed)
 
   def score(
-    self, texts: Any, blank: Any, normalise: Any, options: Mapping[str, Any]
+    self,
+    texts: Any,
+    blank: Any,
+    normalise: Any,
+    stride: Any,
+    options: Mapping[str, Any],
   ) -> list[score_lib.Score]:
     """Return the scores of texts."""
     several = options_lib.several(texts, (str, generate_lib.Text))
     known = options_lib.ScoreOptions
     config = options_lib.applied(self.config, "score", options, known, blank)
+    stride = blocks.checked_stride(stride, config.model)
 
     def parse(text: str, name: str) -> tuple[str, prompts.Marked]:
       parsed_text, marked = given.marked(config, self.network, text, name)
-      score_lib.check(marked, config.model)
+      if not blocks.is_long(marked, config.model):
+        score_lib.check(marked, config.model)
       return parsed_text, marked
 
     tokenizer, marks = self.network.tokenizer, config.score.marks
     lines = given.lines(config, tokenizer, several, normalise, marks)
     parsed = prompts.check_lines(lines, parse)
     orders = self._orders(options, [marked for _, marked in parsed])
+    is_long = [blocks.is_long(text, config.model) for _, text in parsed]
+    if orders and any(is_long):
+      raise config_lib.ConfigError(
+        f"order: a list of positions is for texts of up to {config.model.T} "
+        "tokens (config.model.T); a longer text takes the name of an order"
+      )
+    return self._scores(parsed, is_long, orders, stride, config)
+
+  def _scores(self, parsed, is_long, orders, stride, config):
+    """Return the scores of parsed texts, short and long ones."""
+    scorer = self.programs.scorer
+    long = [text for text, is_so in zip(parsed, is_long) if is_so]
+    short = [text for text, is_so in zip(parsed, is_long) if not is_so]
     with self.ready():
-      return self.programs.scorer.score(self.params, parsed, config, orders)
+      of_long = iter(
+        blocks.score(scorer, self.network, self.params, long, config, stride)
+      )
+      of_short = iter(scorer.score(self.params, short, config, orders))
+    return [next(of_long if is_so else of_short) for is_so in is_long]
 
   def _orders(self, options, texts):
     """Return the permutations of texts; None for the name of a family."""

@@ -319,6 +319,7 @@ class Model:
     *,
     blank: str | None = None,
     normalise: bool | None = None,
+    stride: int | None = None,
     **options: Unpack[options_lib.ScoreOptions],
   ) -> score_lib.Score: ...
 
@@ -329,6 +330,7 @@ class Model:
     *,
     blank: str | None = None,
     normalise: bool | None = None,
+    stride: int | None = None,
     **options: Unpack[options_lib.ScoreOptions],
   ) -> list[score_lib.Score]: ...
 
@@ -338,12 +340,16 @@ class Model:
     *,
     blank: str | None = None,
     normalise: bool | None = None,
+    stride: int | None = None,
     **options: Unpack[options_lib.ScoreOptions],
   ) -> score_lib.Score | list[score_lib.Score]:
     """Return log-probabilities of texts, or of their marked parts.
 
     A text of fewer than T tokens is scored as the start of a text of T tokens,
-    and for a model of padded documents as a whole document; see score.Score.
+    and for a model of padded documents as a whole document; see score.Score. A
+    text of more than T tokens is cut into blocks. Every token is scored once,
+    in its block, behind at least T - stride tokens of context. The order is
+    that within each block, and log_p is the sum over blocks.
 
     Args:
       texts: one text or several (a list, an array of strings, a generator), as
@@ -357,6 +363,8 @@ class Model:
       normalise: whether the texts are first brought into the form of text8: a
         to z and single spaces. Positions are then those of this form, which is
         the text of the Score. None takes the run's config.data.normalise.
+      stride: number of tokens of a block, 1 to T, for texts of more than T
+        tokens. None means T // 2. Such texts take no marks and no blanks.
       **options: fields of config.score. For example, order="uniform" with
         orders=K averages over K uniform orders. marks names the two characters
         around the scored part; '' means that there are no marks.
@@ -366,10 +374,11 @@ class Model:
 
     Raises:
       PromptError: there is nothing to score, a mark has no partner, a
-        character is outside the vocabulary, or a text has more than T tokens.
+        character is outside the vocabulary, or a text of more than T tokens
+        has marks or blanks.
       ConfigError: an option is unknown, has an invalid value or no effect.
     """
-    scores = self._calls.score(texts, blank, normalise, options)
+    scores = self._calls.score(texts, blank, normalise, stride, options)
     is_one = isinstance(texts, str | generate_lib.Text)
     return scores[0] if is_one else scores
 

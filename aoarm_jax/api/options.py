@@ -52,7 +52,7 @@ class ScoreOptions(TypedDict, total=False):
 NAMED = {
   GenerateOptions: ("count", "prompt", "length", "normalise"),
   InfillOptions: ("count", "normalise"),
-  ScoreOptions: ("blank", "normalise"),
+  ScoreOptions: ("blank", "normalise", "stride"),
 }
 
 

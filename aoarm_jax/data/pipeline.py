@@ -289,6 +289,14 @@ class StridedBatches(EvalBatches):
     self.split_tokens = self.evaluated_tokens = int(self.lengths.sum())
     self.left_out = 0
 
+  def blocks(self) -> list[tuple[int, int, int]]:
+    """Return (start of the window, first token, after the last) of each block.
+
+    All three are places in `tokens`, from 0.
+    """
+    places = self._window_starts, self._firsts, self._lasts
+    return list(zip(*(x.tolist() for x in places)))
+
   def sums(self, of_token: np.ndarray) -> np.ndarray:
     """Return a sum over the tokens of every block; see EvalBatches.sums."""
     sums = np.zeros(len(self._tokens) + 1, np.int64)

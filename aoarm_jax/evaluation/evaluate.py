@@ -5,7 +5,6 @@ import dataclasses
 import datetime
 import functools
 import math
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -22,8 +21,6 @@ from aoarm_jax.evaluation import estimators
 from aoarm_jax.model import network as network_lib
 from aoarm_jax.runs import agreement, figures, identity, opening, telemetry
 from aoarm_jax.runs import directory as run_dir
-
-_SECONDS_BETWEEN_LINES = 15.0
 
 
 class Batches(Protocol):
@@ -328,20 +325,8 @@ def over_batches(
   first_row = sharding.put(mesh, np.int32(0))
   sequence_nats: list[np.ndarray] = []
   total = None
-  # The first batch also compiles, so the time left is told from the second on.
-  second_start = last_line = time.monotonic()
-  for done in range(len(batches)):
+  for done in telemetry.counted(range(len(batches))):
     batch = batches[done]
-    if done == 1:
-      second_start = time.monotonic()
-    if done and time.monotonic() - last_line > _SECONDS_BETWEEN_LINES:
-      last_line = time.monotonic()
-      eta = ""
-      if done > 1:
-        seconds = (last_line - second_start) / (done - 1)
-        seconds_left = seconds * (len(batches) - done)
-        eta = f"  ETA {telemetry.format_duration(seconds_left)}"
-      logging.info("%d of %d batches%s", done, len(batches), eta)
     if is_stopped():
       if done and keeps_part:
         logging.info("stopped after %d of %d batches", done, len(batches))

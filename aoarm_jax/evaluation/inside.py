@@ -152,7 +152,8 @@ class Reader:
     longest = max((len(text.tokens) for text in texts), default=1)
     most = max(1, _MOST_LOGITS // (V * shapes.length(longest, T)))
     found: dict[int, np.ndarray] = {}
-    for rows, batch in self._batches(texts, min(most, batch_size)):
+    batches = list(self._batches(texts, min(most, batch_size)))
+    for rows, batch in telemetry.counted(batches):
       with telemetry.waiting(f"logits of {_words(len(rows), batch)}"):
         by_rank = jax.device_get(self._logits(params, *batch))
       for b, row in enumerate(rows):
@@ -221,7 +222,7 @@ class Reader:
     """Yield (text, inside.Inside, what the rows are) of every text."""
     known_here = sharding.put(self._mesh, np.int32(known))
     what = "attention" if with_weights else "states"
-    for text in texts:
+    for text in telemetry.counted(texts):
       for rows, batch in self._batches([text], 1):
         with telemetry.waiting(f"{what} of {_words(len(rows), batch)}"):
           made, slots = jax.device_get(

@@ -27,6 +27,7 @@ from etils import epath
 from aoarm_jax import orders
 from aoarm_jax.config import purposes
 from aoarm_jax.config import schema as config_lib
+from aoarm_jax.data import tokenizers
 from aoarm_jax.devices import sharding, stopping
 from aoarm_jax.evaluation import estimators
 from aoarm_jax.generation import prompts, shapes
@@ -52,6 +53,8 @@ class Score(NamedTuple):
   always given. So log_p is that of a text of exactly n tokens. A text of T
   tokens has no place for its end.
 
+  A text of more than T tokens is scored block by block, see blocks.py.
+
   Attributes:
     text: the text, as it was given. With data.normalise it is the text in
       normal form, and positions are those of this form.
@@ -67,7 +70,8 @@ class Score(NamedTuple):
     token_bits: -token_log_p / ln 2, bits of each scored token.
     order: the scored positions in the order that was followed; None if there
       were several orders.
-    order_log_p: nats, log p(scored | known) in each of the orders.
+    order_log_p: nats, log p(scored | known) in each of the orders; of a text of
+      more than T tokens, the sum over its blocks.
     unit: name of a token: "char", "byte" or "token".
     bytes: number of UTF-8 bytes of the scored tokens.
     bits_per_byte: bits / bytes; None if the scored tokens have no bytes.
@@ -152,14 +156,15 @@ class Scorer:
     scores: dict[int, Score] = {}
     if given is None:
       given = [config.orders.given] * len(texts)
+    batches = []
     for T, rows in by_length.items():
       B = sharding.batch_size(self._mesh, config.score.batch_size, len(rows))
       for first in range(0, len(rows), B):
-        if is_stopped():
-          break
-        scores |= self._batch(
-          params, texts, config, given, T, rows[first : first + B], B
-        )
+        batches.append((T, rows[first : first + B], B))
+    for batch in telemetry.counted(batches):
+      if is_stopped():
+        break
+      scores |= self._batch(params, texts, config, given, *batch)
     return [scores[i] for i in sorted(scores)]
 
   def _batch(self, params, texts, config, given, T, rows, B):
@@ -292,27 +297,61 @@ _KNOWN, _SCORED, _UNKNOWN = range(3)
 
 def _score(text, marked, nats, order, tokenizer):
   """Return the Score of a text from nats [K, n] at positions [K, n]."""
-  scored = marked.tokens[marked.scored]
-  size = int(tokenizer.bytes_of[scored].sum())
-  characters = int(tokenizer.characters_of[scored].sum())
   log_p = -nats.astype(np.float64).sum(axis=1)
   largest = log_p.max()
   total = float(largest + np.log(np.exp(log_p - largest).mean()))
   by_position = np.take_along_axis(nats, np.argsort(order, axis=1), axis=1)
-  token_log_p = -by_position.astype(np.float64).mean(axis=0)
+  return of_tokens(
+    text,
+    marked.tokens[marked.scored],
+    tokenizer,
+    log_p=total,
+    positions=sorted(order[0].tolist()),
+    token_log_p=-by_position.astype(np.float64).mean(axis=0),
+    order=order[0].tolist() if len(order) == 1 else None,
+    order_log_p=log_p,
+  )
+
+
+def of_tokens(
+  text: str,
+  tokens: np.ndarray,
+  tokenizer: tokenizers.Tokenizer,
+  *,
+  log_p: float,
+  positions: list[int],
+  token_log_p: np.ndarray,
+  order: list[int] | None,
+  order_log_p: np.ndarray,
+) -> Score:
+  """Return a Score in all its units.
+
+  Args:
+    text: the text.
+    tokens: int [m], the scored tokens that the text has.
+    tokenizer: gives their sizes.
+    log_p: see Score.
+    positions: see Score.
+    token_log_p: float64 [n], see Score.
+    order: see Score.
+    order_log_p: float64 [K], see Score.
+  """
+  size = int(tokenizer.bytes_of[tokens].sum())
+  characters = int(tokenizer.characters_of[tokens].sum())
+  bits = -log_p / math.log(2)
   return Score(
     text=text,
-    log_p=total,
-    bits=-total / math.log(2),
-    positions=sorted(order[0].tolist()),
+    log_p=log_p,
+    bits=bits,
+    positions=positions,
     token_log_p=token_log_p.tolist(),
     token_bits=(-token_log_p / math.log(2)).tolist(),
-    order=order[0].tolist() if len(order) == 1 else None,
-    order_log_p=log_p.tolist(),
+    order=order,
+    order_log_p=order_log_p.tolist(),
     unit=tokenizer.unit,
     bytes=size,
-    bits_per_byte=-total / math.log(2) / size if size else None,
-    bits_per_char=-total / math.log(2) / characters if characters else None,
+    bits_per_byte=bits / size if size else None,
+    bits_per_char=bits / characters if characters else None,
   )
 
 

@@ -319,15 +319,18 @@ class Sampler:
     self, params, rows, config, is_stopped, purpose=purposes.GENERATION
   ):
     """Return {number: Text} of rows that are all open or all closed."""
-    drawn: dict[int, Text] = {}
+    batches = []
     for (T, prefill), numbers in self._by_shape(rows).items():
       B = self._batch_size(config, len(numbers))
       for start in range(0, len(numbers), B):
-        if is_stopped():
-          break
-        batch = {i: rows[i] for i in numbers[start : start + B]}
-        texts = self._batch(params, batch, config, T, prefill, B, purpose)
-        drawn |= zip(batch, texts)
+        batches.append((T, prefill, B, numbers[start : start + B]))
+    drawn: dict[int, Text] = {}
+    for T, prefill, B, numbers in telemetry.counted(batches):
+      if is_stopped():
+        break
+      batch = {i: rows[i] for i in numbers}
+      texts = self._batch(params, batch, config, T, prefill, B, purpose)
+      drawn |= zip(batch, texts)
     return drawn
 
   def _by_shape(self, rows):
