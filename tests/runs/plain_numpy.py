@@ -54,8 +54,12 @@ def gelu(x):
   return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
-def logits(config, arrays, tokens, order):
-  """The logits of every rank: float64 [B, T, V]."""
+def logits(config, arrays, tokens, order, seen=None):
+  """The logits of every rank: float64 [B, T, V].
+
+  The list `seen` takes a pair (weights [B, N, S, S], rows [B, S, D] after the
+  layer) of each stream, one list for each layer.
+  """
   model, V = config["config"]["model"], config["vocabulary"]
   T, base, s = model["T"], model["rope_base"], model["sentinels"]
   B = len(tokens)
@@ -91,7 +95,7 @@ def logits(config, arrays, tokens, order):
     key = rotate(key, position, base)
     value = np.einsum("bsd,dnh->bsnh", rows, w["attention.value"])
 
-    updated = []
+    updated, of_layer = [], []
     for x, turn in streams:
       rows = norm(x, w["attention_norm.scale"])
       query = np.einsum("bsd,dnh->bsnh", rows, w["attention.query"])
@@ -106,7 +110,10 @@ def logits(config, arrays, tokens, order):
       rows = norm(x, w["mlp_norm.scale"])
       x = x + gelu(rows @ w["mlp.up"]) @ w["mlp.down"]
       updated.append((x, turn))
+      of_layer.append((weight, x))
     streams = updated
+    if seen is not None:
+      seen.append(of_layer)
 
   rows = norm(streams[-1][0], arrays["norm.scale"])
   head = arrays["embedding"][:V].T if model["tied"] else arrays["head"]
