@@ -84,12 +84,11 @@ class Calls:
     return given.start(self.config, tokenizer, prompt, length, normalise)
 
   def blanks(
-    self, texts: Any, normalise: Any, options: Mapping[str, Any]
+    self, call: str, texts: Any, normalise: Any, options: Mapping[str, Any]
   ) -> list[prompts.Prompt]:
-    """Return the prompts of `infill`."""
+    """Return the prompts of `infill` or `infill_stream`."""
     texts = options_lib.several(texts, str)
-    known = options_lib.InfillOptions
-    config = options_lib.applied(self.config, "sample", options, known)
+    config = options_lib.applied(self.config, call, options)
     tokenizer = self.network.tokenizer
 
     def parse(text: str, name: str) -> prompts.Prompt:
@@ -103,22 +102,22 @@ class Calls:
 
   def fill(
     self,
+    call: str,
     parsed: list[prompts.Prompt],
     count: Any,
     options: Mapping[str, Any],
-    known: type,
   ) -> list[list[generate_lib.Text]]:
     """Return `count` texts for each prompt."""
-    config, orders = self._sampling(parsed, count, options, known)
+    config, orders = self._sampling(call, parsed, count, options)
     with self.ready():
       sampler = self.programs.sampler
       return sampler.fill(self.params, parsed, config, orders)
 
   def stream(
-    self, parsed: prompts.Prompt, options: Mapping[str, Any], known: type
+    self, call: str, parsed: prompts.Prompt, options: Mapping[str, Any]
   ) -> Iterator[streaming.Token]:
     """Return an iterator over the tokens of a text for the prompt."""
-    config, orders = self._sampling([parsed], 1, options, known)
+    config, orders = self._sampling(call, [parsed], 1, options)
     order = orders[0] if orders else None
 
     def drawn():
@@ -133,14 +132,14 @@ class Calls:
 
     return drawn()
 
-  def _sampling(self, parsed, count, options, known):
+  def _sampling(self, call, parsed, count, options):
     """Return the config of a call that draws texts, and the orders of texts."""
     options = dict(options)
     if options.get("seed") is None:
       # Seeds are int32 on devices.
       options["seed"] = secrets.randbits(31)
     count = config_rules.whole_number("count", count)
-    config = options_lib.applied(self.config, "sample", options, known)
+    config = options_lib.applied(self.config, call, options)
     config = config_rules.validate(config.replace("sample.count", count))
     return config, self._orders(options, parsed)
 
@@ -154,8 +153,7 @@ class Calls:
   ) -> list[score_lib.Score]:
     """Return the scores of texts."""
     several = options_lib.several(texts, (str, generate_lib.Text))
-    known = options_lib.ScoreOptions
-    config = options_lib.applied(self.config, "score", options, known, blank)
+    config = options_lib.applied(self.config, "score", options, blank)
     stride = blocks.checked_stride(stride, config.model)
 
     def parse(text: str, name: str) -> tuple[str, prompts.Marked]:

@@ -195,8 +195,7 @@ class Model:
         `length` is above T.
     """
     parsed = self._calls.start(prompt, length, normalise)
-    known = options_lib.GenerateOptions
-    return self._calls.fill([parsed], count, options, known)[0]
+    return self._calls.fill("generate", [parsed], count, options)[0]
 
   def generate_stream(
     self,
@@ -225,8 +224,7 @@ class Model:
       PromptError, ConfigError: see `generate`.
     """
     parsed = self._calls.start(prompt, length, normalise)
-    known = options_lib.GenerateOptions
-    return self._calls.stream(parsed, options, known)
+    return self._calls.stream("generate_stream", parsed, options)
 
   # A str is an iterable of str too, so the two signatures overlap.
   @overload
@@ -280,9 +278,8 @@ class Model:
         more than T tokens.
       ConfigError: an option is unknown, has an invalid value or no effect.
     """
-    parsed = self._calls.blanks(texts, normalise, options)
-    known = options_lib.InfillOptions
-    filled = self._calls.fill(parsed, count, options, known)
+    parsed = self._calls.blanks("infill", texts, normalise, options)
+    filled = self._calls.fill("infill", parsed, count, options)
     return filled[0] if isinstance(texts, str) else filled
 
   def infill_stream(
@@ -309,8 +306,9 @@ class Model:
     """
     if not isinstance(text, str):
       raise prompts.PromptError(f"{text!r} is no text: give one str")
-    (parsed,) = self._calls.blanks(text, normalise, options)
-    return self._calls.stream(parsed, options, options_lib.InfillOptions)
+    name = "infill_stream"
+    (parsed,) = self._calls.blanks(name, text, normalise, options)
+    return self._calls.stream(name, parsed, options)
 
   @overload
   def score(  # type: ignore[overload-overlap]

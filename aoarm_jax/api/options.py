@@ -48,33 +48,35 @@ class ScoreOptions(TypedDict, total=False):
   seed: int
 
 
-# The parameters beside these options.
-NAMED = {
-  GenerateOptions: ("count", "prompt", "length", "normalise"),
-  InfillOptions: ("count", "normalise"),
-  ScoreOptions: ("blank", "normalise", "stride"),
+# The methods of Model that take such options, with their other parameters.
+CALLS = {
+  "generate": (GenerateOptions, ("count", "prompt", "length", "normalise")),
+  "generate_stream": (GenerateOptions, ("prompt", "length", "normalise")),
+  "infill": (InfillOptions, ("count", "normalise")),
+  "infill_stream": (InfillOptions, ("normalise",)),
+  "score": (ScoreOptions, ("blank", "normalise", "stride")),
 }
 
 
 def applied(
   config: config_lib.Config,
-  section: str,
+  call: str,
   options: Mapping[str, Any],
-  known: type,
   blank: str | None = None,
 ) -> config_lib.Config:
   """Return the validated config with the options of a section.
 
   Args:
     config: the config of the model.
-    section: "sample" or "score".
+    call: a name of CALLS.
     options: the values by name.
-    known: the TypedDict of the names that there are.
     blank: config.sample.blank; None leaves it as it is.
 
   Raises:
     ConfigError: an option is unknown, or has an invalid value or no effect.
   """
+  section = "score" if call == "score" else "sample"
+  known, others = CALLS[call]
   options = dict(options)
   if blank is not None:
     config = config.replace("sample.blank", blank)
@@ -82,7 +84,7 @@ def applied(
     if name not in known.__annotations__:
       raise config_lib.ConfigError(
         f"{name}: no such option; there are: "
-        + ", ".join((*NAMED[known], *known.__annotations__))
+        + ", ".join((*others, *known.__annotations__))
       )
   if options.get("seed", 0) is None:
     del options["seed"]

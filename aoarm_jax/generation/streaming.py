@@ -201,8 +201,9 @@ def tokens(
       token = int(step.tokens[place])
       if place < n and token != end_token:
         is_decided[place] = True
+      # A known end that tells the length has a rank, and is not in the text.
       yield Token(
-        rank,
+        rank - int((step.order[:rank] > n).sum()),
         int(place) + 1,
         token,
         float(step.nats[place]),
