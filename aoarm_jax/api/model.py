@@ -474,7 +474,7 @@ class Model:
     """Return log p(tokens | order) as a differentiable function of `params`.
 
     This is for training of your own, such as policy gradients: it may be inside
-    jax.jit, jax.grad and jax.vmap over parameters. The result is exact for
+    jax.jit, jax.grad and jax.vjp (reverse mode). The result is exact for
     every mechanism, by the chain rule, and equals the scores in this order. A
     masked mechanism (mdlm) takes one pass per token, with time and memory to
     match; its cheap bound is objective.training_nll. A text that `generate`
