@@ -115,7 +115,12 @@ class ModelTest(parameterized.TestCase):
     for line in lines[3:7]:
       self.assertRegex(line, r"^she said noth... to her moth.. -\d")
     lines = _printed_by("docs/python.md")
-    self.assertLen(lines, 2 + 3 + 1 + 1)
+    self.assertLen(lines, 2 + 3 + 1 + (3 + 1) + 1 + 3 + 1 + 1)
+    long, stream, inside = lines[5], lines[6:10], lines[10:14]
+    self.assertStartsWith(long, "153 ")
+    self.assertEqual(stream[2].split(" ", 2)[2], stream[3])
+    self.assertLess(float(inside[0]), 1e-4)
+    self.assertEqual(inside[1:3], ["(3, 7, 16) (3, 7, 16)", "(2, 2, 7, 7)"])
     self.assertStartsWith(lines[3], "she said ")
     self.assertEqual(lines[4], "True")
     drawn, blanks, everything = map(float, lines[-1].split())
@@ -125,6 +130,8 @@ class ModelTest(parameterized.TestCase):
   @pytest.mark.thorough
   def test_the_loop_around_the_pieces_learns(self):
     lines = _printed_by("docs/pieces.md", 0)
+    wrapped = lines.pop(4)
+    self.assertRegex(wrapped, r"^she said [a-z ]{23} \d\.\d+$")
     self.assertLen(lines, 4 + 2 + 1)
     losses = [float(line.split()[2]) for line in lines[:4]]
     self.assertBetween(losses[0], 3.0, 3.6)
@@ -132,6 +139,14 @@ class ModelTest(parameterized.TestCase):
     for line in lines[4:6]:
       self.assertRegex(line, r"^she said [a-z ]{23}: -\d+\.\d nats$")
     self.assertEqual(lines[-1], "[(16, 32, 4, 8), (16, 32, 4, 8)]")
+
+  @pytest.mark.thorough
+  def test_the_reward_of_policy_gradients_rises(self):
+    lines = _printed_by("docs/policy_gradients.md", 0)
+    rewards = [float(line.split()[-1]) for line in lines]
+    self.assertLen(rewards, 6)
+    self.assertLess(rewards[0], 0.15)
+    self.assertGreater(rewards[-1], 0.4)
 
   def test_what_was_trained(self):
     self.assertEqual((_model.step, _model.config.model.T), (2, 40))
@@ -334,7 +349,10 @@ class ModelTest(parameterized.TestCase):
     (lambda m: m.infill("abc"), "text 1='abc' has no blank '_'"),
     (lambda m: m.infill(["a_", "_X"]), "text 2: char27: character 'X' at off"),
     (lambda m: m.infill("_" * 41), "text 1 has 41 tokens; the model generates"),
-    (lambda m: m.score("a" * 41), "text 1 has 41 tokens; the model knows at m"),
+    (
+      lambda m: m.score("[a]" + "a" * 40),
+      "text 1 has 41 tokens; a text of mor",
+    ),
     (lambda m: m.score(["a", "[]"]), r"text 2='\[\]': there is nothing to sc"),
     (
       lambda m: m.score("ab", order=[1, 1]),

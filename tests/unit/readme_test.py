@@ -304,6 +304,7 @@ class PagesTest(parameterized.TestCase):
       {
         *("README.md", "docs/python.md", "docs/pieces.md", "CONTRIBUTING.md"),
         *("docs/exporting.md", "docs/converting.md"),
+        "docs/policy_gradients.md",
       },
     )
 

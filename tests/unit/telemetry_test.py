@@ -298,6 +298,26 @@ class CallTest(absltest.TestCase):
     for line in lines:
       self.assertRegex(line, r"^generating 3 texts, batch \d+: \d+s so far$")
 
+  def test_a_call_of_counted_batches_says_the_time_left(self):
+    """From the third batch on, since the first one also compiles."""
+    lines = []
+    with (
+      mock.patch.object(telemetry, "_SECONDS_BETWEEN_WAITS", 0.02),
+      telemetry.patience(0.01, lines.append),
+    ):
+      for _ in telemetry.counted(range(4)):
+        with telemetry.waiting("scoring"):
+          time.sleep(0.1)
+      with telemetry.waiting("reading"):
+        time.sleep(0.1)
+    words = {line.split(":")[0] for line in lines}
+    batches = {f"scoring, batch {i} of 4" for i in range(1, 5)}
+    self.assertEqual(words, batches | {"reading"})
+    for line in lines:
+      has_time = "batch 3" in line or "batch 4" in line
+      self.assertRegex(line, r"so far(, ETA \d+s)?$")
+      self.assertEqual("ETA" in line, has_time, line)
+
   def test_a_short_call_is_silent(self):
     lines = []
     with telemetry.patience(5.0, lines.append):
