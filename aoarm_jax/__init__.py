@@ -5,6 +5,7 @@
   model.generate(prompt="the quick ", length=40)
   model.infill("the qu___ brown fox", count=4)
   model.score("the [qu]ick brown fox")
+  model.logits("the quick brown fox")
 
 All methods are documented in aoarm_jax.api.Model. An error that a user can mend
 is a UserError, and its message is one line. Importing this package is fast: JAX
@@ -25,8 +26,12 @@ if typing.TYPE_CHECKING:
   from aoarm_jax.devices.rendezvous import NeighbourError as NeighbourError
   from aoarm_jax.devices.stopping import Stopped as Stopped
   from aoarm_jax.devices.switches import ForkError as ForkError
+  from aoarm_jax.evaluation.inside import Attention as Attention
+  from aoarm_jax.evaluation.inside import HiddenStates as HiddenStates
+  from aoarm_jax.evaluation.log_prob import LogProb as LogProb
   from aoarm_jax.evaluation.score import Score as Score
   from aoarm_jax.generation.prompts import PromptError as PromptError
+  from aoarm_jax.generation.streaming import Token as Token
   from aoarm_jax.generation.texts import Text as Text
   from aoarm_jax.runs.checkpoint import ForeignStepError as ForeignStepError
   from aoarm_jax.runs.manifest import CheckpointError as CheckpointError
@@ -41,7 +46,11 @@ __version__ = "0.1.0"
 _MODULES = {
   "Model": "aoarm_jax.api",
   "Text": "aoarm_jax.generation.texts",
+  "Token": "aoarm_jax.generation.streaming",
   "Score": "aoarm_jax.evaluation.score",
+  "HiddenStates": "aoarm_jax.evaluation.inside",
+  "Attention": "aoarm_jax.evaluation.inside",
+  "LogProb": "aoarm_jax.evaluation.log_prob",
   "UserError": "aoarm_jax.config.errors",
   "CheckpointError": "aoarm_jax.runs.manifest",
   "ConfigError": "aoarm_jax.config.schema",

@@ -12,7 +12,7 @@ from absl.testing import absltest, parameterized
 
 import aoarm_jax
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.data import tokenizers
+from aoarm_jax.data import bpe, tokenizers
 from aoarm_jax.model import network as network_lib
 
 _ABC = tokenizers.Tokenizer("abcde", b"abcde")
@@ -192,6 +192,36 @@ class MechanismsTest(parameterized.TestCase):
       real = n + s + (s == 1)
       self.assertTrue((weights[..., real:] == 0).all())
       np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)
+
+  @pytest.mark.thorough
+  def test_parts_of_words(self):
+    """With a BPE, tokens are parts of words, in arrays and in streams."""
+    tokenizer = bpe.of_hugging_face(
+      {
+        "model": {
+          "type": "BPE",
+          "vocab": {x: i for i, x in enumerate(["a", "b", "c", "ab", "ca"])},
+          "merges": ["a b", "c a"],
+        },
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False},
+      }
+    )
+    config = tiny.make("two_stream", 2, T=_T).config
+    config = config.replace("data.tokenizer", "bpe")
+    model = tiny.in_memory(network_lib.Network(config, None, tokenizer))
+    text, order = "abcacb", [3, 1, 4, 2]
+    ids = tokenizer.encode(text)
+    self.assertEqual(ids.tolist(), [3, 4, 2, 1])
+    log_p = _log_softmax(model.logits(text, order=order))
+    want = model.score(text, order=order).token_log_p
+    np.testing.assert_allclose(log_p[range(4), ids], want, atol=2e-5)
+    tokens = [*model.generate_stream(prompt="ab", length=5, seed=2)]
+    (drawn,) = model.generate(prompt="ab", length=5, seed=2)
+    self.assertEqual([x.position for x in tokens], drawn.order[1:])
+    self.assertEqual(tokens[-1].text, drawn.text)
+    first = tokens[0]  # A token of one or two letters, each blank a `_`.
+    symbol = tokenizer.decode([first.token])
+    self.assertEqual(first.text, "ab" + "_" * (first.position - 2) + symbol)
 
 
 class TextsTest(parameterized.TestCase):
