@@ -14,11 +14,12 @@ from unittest import mock
 
 import jax
 import numpy as np
+import tiny
 from absl import flags
 from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 
-from aoarm_jax import main
+from aoarm_jax import api, main
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import sharding
 from aoarm_jax.evaluation import evaluate, score
@@ -98,6 +99,18 @@ def _configure(options):
   for name, value in options.items():
     jax.config.update(name, value)
   compilation_cache.reset_cache()  # It looks at the folder's name once.
+
+
+def in_memory(network: network_lib.Network, seed=0) -> api.Model:
+  """A model with the sharp parameters of a network, for calls from Python."""
+  config, params = network.config, tiny.sharp(network, seed)
+  if config.model.kind.left_to_right:
+    config = config.replace("eval.estimators", ("left_to_right",))
+    for field in ("orders.family", "sample.order"):
+      config = config.replace(field, "left_to_right")
+  return api.Model.of(
+    config, params, tokenizer=network.tokenizer, progress=False
+  )
 
 
 def write_text(folder: pathlib.Path, seed: int = 0, *, test: bool = True):

@@ -7,7 +7,7 @@ import itertools
 import jax
 import numpy as np
 
-from aoarm_jax import api, orders
+from aoarm_jax import orders
 from aoarm_jax.config import mechanisms
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import tokenizers
@@ -86,18 +86,6 @@ def make(
   compute = dict(dtype="float32", attention="xla") | compute
   config = config_lib.Config(model=model, compute=config_lib.Compute(**compute))
   return network_lib.Network(config, mesh, tokenizer(V))
-
-
-def in_memory(network: network_lib.Network, seed=0) -> api.Model:
-  """A model with the sharp parameters of a network, for calls from Python."""
-  config = network.config
-  if config.model.kind.left_to_right:
-    config = config.replace("eval.estimators", ("left_to_right",))
-    for field in ("orders.family", "sample.order"):
-      config = config.replace(field, "left_to_right")
-  return api.Model.of(
-    config, sharp(network, seed), tokenizer=network.tokenizer, progress=False
-  )
 
 
 def layout(sentinels: int, V: int, T: int) -> orders.Layout:

@@ -236,9 +236,12 @@ class Reader:
     n = len(text.tokens) + s - 1
     if kind.masked:
       n = slots.tokens.shape[1]
+    tokens = slots.tokens[0, :n]
     target = slots.target_position[0, :n].copy()
-    target[: s if kind.masked else s - 1] = 0
-    by_slot = slots.tokens[0, :n], slots.position[0, :n], target
+    if kind.masked:
+      target[tokens != self._network.layout.vocabulary + 2] = 0
+    target[: s - 1] = 0
+    by_slot = tokens, slots.position[0, :n], target
     return Rows(*(np.repeat(x, kind.copies) for x in by_slot))
 
   def _logits_of(self, params, tokens, order):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aoarm_jax import objective
+from aoarm_jax import lengths, objective
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.model import network as network_lib
 
@@ -48,9 +48,10 @@ def log_prob(
   _check_values(network, *given)
   tokens = tokens.astype(jnp.int32)
   order = jnp.broadcast_to(order.astype(jnp.int32), tokens.shape)
-  nats = objective.order_nll(
-    network.bind(params), network.layout, tokens, order
-  )
+  layout = network.layout
+  # The ranks of the result are those of this order.
+  order = lengths.real_first(order, lengths.real(tokens, layout))
+  nats = objective.order_nll(network.bind(params), layout, tokens, order)
   by_token = jnp.take_along_axis(-nats, jnp.argsort(order, axis=1), axis=1)
   return LogProb(by_token.sum(axis=1), by_token)
 

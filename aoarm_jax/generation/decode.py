@@ -23,6 +23,7 @@ are drawn from left to right, up to the end token. This is exact, too.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -106,8 +107,16 @@ def generate(
   law, plan = prepared(network, law, plan or plan_lib.Plan())
   T = tokens.shape[1]
   cached_network = cached.Cached(network.bind(params))
-  state = _begin(
-    cached_network, key, tokens, known, order, plan, prefill, rows, length
+  state = begin(
+    cached_network,
+    key,
+    tokens,
+    known,
+    order,
+    plan=plan,
+    prefill=prefill,
+    rows=rows,
+    length=length,
   )
   state = _run(
     cached_network,
@@ -148,56 +157,6 @@ def prepared(
   return law, plan
 
 
-def begin(
-  network: network_lib.Network,
-  params: Any,
-  key: jax.Array,
-  tokens: jax.Array,
-  known: jax.Array,
-  order: jax.Array,
-  *,
-  plan: plan_lib.Plan,
-  prefill: bool,
-  rows: jax.Array,
-  length: jax.Array,
-) -> plan_lib.State:
-  """Return the state before the first step, which also notes nats by token.
-
-  The arguments are those of `generate`, with the plan that `prepared` returned.
-  """
-  cached_network = cached.Cached(network.bind(params))
-  state = _begin(
-    cached_network, key, tokens, known, order, plan, prefill, rows, length
-  )
-  return state._replace(nats=jnp.zeros(state.content.shape))
-
-
-def advance(
-  network: network_lib.Network,
-  params: Any,
-  law: sampling.Sampling,
-  plan: plan_lib.Plan,
-  state: plan_lib.State,
-  first: tuple[jax.Array, jax.Array],
-  i: jax.Array,
-) -> plan_lib.State:
-  """Return the state after one more step, as one step of `generate` does it.
-
-  Args:
-    network: the network.
-    params: the network's parameters.
-    law: the law that `prepared` returned.
-    plan: the plan that `prepared` returned.
-    state: the state before the step.
-    first: the fields `done` and `end` of the state before the first step.
-    i: int32 [], the number of steps before this one.
-  """
-  start = state._replace(done=first[0], end=first[1])
-  cached_network = cached.Cached(network.bind(params))
-  step = _step(cached_network, law, plan, start)
-  return step(i, state)
-
-
 def tokens_of(state: plan_lib.State, plan: plan_lib.Plan) -> jax.Array:
   """Return the tokens by position: int32 [B, T], 0 after an open text's end.
 
@@ -223,8 +182,22 @@ def by_position(state: plan_lib.State, by_rank: jax.Array) -> jax.Array:
   return jnp.zeros_like(by_rank).at[rows, state.order - 1].set(by_rank)
 
 
-def _begin(network, key, tokens, known, order, plan, prefill, rows, length):
-  """Return the plan.State before the first step; see `generate`."""
+def begin(
+  network: cached.Cached,
+  key: jax.Array,
+  tokens: jax.Array,
+  known: jax.Array,
+  order: jax.Array,
+  *,
+  plan: plan_lib.Plan,
+  prefill: bool,
+  rows: jax.Array | None,
+  length: jax.Array | None,
+) -> plan_lib.State:
+  """Return the state before the first step.
+
+  The arguments are those of `generate`, with the plan that `prepared` returned.
+  """
   chex.assert_equal_shape([tokens, known, order])
   B, T = tokens.shape
   rows = jnp.arange(B) if rows is None else rows
@@ -238,7 +211,7 @@ def _begin(network, key, tokens, known, order, plan, prefill, rows, length):
 def _run(network, state, law, plan, most_known, most_blanks):
   """Decide all ranks: in one loop, or in one loop per length of the cache."""
   s, T = network.model.sentinels, state.order.shape[1]
-  step = _step(network, law, plan, state)
+  step = step_of(network, law, plan, state)
   width = plan.tokens_per_step(T)
   is_static = isinstance(most_blanks, int)
   minimum, group = (min, 1) if is_static else (jnp.minimum, _GROUP)
@@ -270,8 +243,20 @@ def _run(network, state, law, plan, most_known, most_blanks):
   return state
 
 
-def _step(network, law, plan, start):
-  """Return the function (i, state) -> state that is one step of a method."""
+def step_of(
+  network: cached.Cached,
+  law: sampling.Sampling,
+  plan: plan_lib.Plan,
+  start: plan_lib.State,
+) -> Callable[[jax.Array | int, plan_lib.State], plan_lib.State]:
+  """Return the function (i, state) -> state that is step i of a generation.
+
+  Args:
+    network: the network.
+    law: the law that `prepared` returned.
+    plan: the plan that `prepared` returned.
+    start: the state before the first step; `done`, `end` and `order` are read.
+  """
   advance, passes = decode_steps.METHODS[plan.method](network, law, plan, start)
 
   def step(i, state):

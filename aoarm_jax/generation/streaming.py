@@ -17,6 +17,7 @@ from aoarm_jax.devices import sharding
 from aoarm_jax.generation import decode, diffusion
 from aoarm_jax.generation import law as sampling
 from aoarm_jax.generation import plan as plan_lib
+from aoarm_jax.model import cached
 from aoarm_jax.model import network as network_lib
 from aoarm_jax.runs import telemetry
 
@@ -137,9 +138,9 @@ class Stepper:
     if self._network.layout.masked:
       state = diffusion.begin(self._network, *text, **options)
     else:
-      state = decode.begin(
-        self._network, params, *text, prefill=prefill, **options
-      )
+      network = cached.Cached(self._network.bind(params))
+      state = decode.begin(network, *text, prefill=prefill, **options)
+      state = state._replace(nats=jnp.zeros(state.content.shape))
     return state, self._decided(state, plan)
 
   def _advanced(self, params, law, state, first, i, *, plan):
@@ -147,7 +148,9 @@ class Stepper:
     if self._network.layout.masked:
       state = diffusion.advance(self._network, params, law, plan, state)
     else:
-      state = decode.advance(self._network, params, law, plan, state, first, i)
+      network = cached.Cached(self._network.bind(params))
+      start = state._replace(done=first[0], end=first[1])
+      state = decode.step_of(network, law, plan, start)(i, state)
     return state, self._decided(state, plan)
 
   def _decided(self, state, plan):

@@ -25,7 +25,7 @@ def _model(mechanism, sentinels=1, data=None):
   """A model of T = 4 positions and the alphabet abc."""
   config = tiny.make(mechanism, sentinels, T=_T, L=1).config
   config = config.replace("data", data) if data else config
-  return tiny.in_memory(network_lib.Network(config, None, _ABC))
+  return helpers.in_memory(network_lib.Network(config, None, _ABC))
 
 
 @functools.cache
@@ -77,6 +77,8 @@ class ValuesTest(parameterized.TestCase):
     found = model.log_prob(model.params, tokens, [2, 1, 3, 4])
     np.testing.assert_array_equal(found.by_token[0], found.by_token[1])
     np.testing.assert_array_equal(found.by_token[:, 3], 0)
+    last = model.log_prob(model.params, tokens, [4, 2, 1, 3])
+    np.testing.assert_array_equal(last.by_token, found.by_token)
     score = model.score("bc", order=[2, 1, 3])
     np.testing.assert_allclose(
       found.by_token[0, :3], score.token_log_p, atol=2e-5

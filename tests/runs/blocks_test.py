@@ -25,7 +25,7 @@ def _model(mechanism, sentinels=1, data=None):
   """A model of T = 7 positions and the alphabet abcde."""
   config = tiny.make(mechanism, sentinels, T=_T, L=1).config
   config = config.replace("data", data) if data else config
-  return tiny.in_memory(network_lib.Network(config, None, _ABC))
+  return helpers.in_memory(network_lib.Network(config, None, _ABC))
 
 
 def _blocks(n, stride=_STRIDE):

@@ -26,7 +26,7 @@ def _model(mechanism, sentinels=1, data=None, **fields):
   """A model of T = 7 positions and the alphabet abcde."""
   base = tiny.make(mechanism, sentinels, T=_T, L=_L, N=_N, D=_D, **fields)
   config = base.config.replace("data", data) if data else base.config
-  return tiny.in_memory(network_lib.Network(config, None, _ABC))
+  return helpers.in_memory(network_lib.Network(config, None, _ABC))
 
 
 def _order(model, n, seed=0):
@@ -68,7 +68,8 @@ def _check(case):
   if known:  # The window from left to right, and what is known of it.
     V, shown = 5, order[:2]
     token = [ids[p - 1] if p in shown else V + 2 for p in range(1, _T + 1)]
-    position = target = [*range(1, _T + 1)]
+    position = [*range(1, _T + 1)]
+    target = [0 if p in shown else p for p in position]
   else:
     token, position = [ids[p - 1] for p in first], first
     target = order[1:]
@@ -208,7 +209,7 @@ class MechanismsTest(parameterized.TestCase):
     )
     config = tiny.make("two_stream", 2, T=_T).config
     config = config.replace("data.tokenizer", "bpe")
-    model = tiny.in_memory(network_lib.Network(config, None, tokenizer))
+    model = helpers.in_memory(network_lib.Network(config, None, tokenizer))
     text, order = "abcacb", [3, 1, 4, 2]
     ids = tokenizer.encode(text)
     self.assertEqual(ids.tolist(), [3, 4, 2, 1])
@@ -315,7 +316,7 @@ class ParametersTest(parameterized.TestCase):
 
   def test_later_calls_take_what_is_assigned(self):
     network = _model("two_stream", 2).network
-    model = tiny.in_memory(network, seed=5)
+    model = helpers.in_memory(network, seed=5)
     before = model.score("abc").log_p
     model.params = jax.tree.map(np.asarray, tiny.sharp(network))
     want = _model("two_stream", 2)

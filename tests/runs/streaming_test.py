@@ -34,7 +34,7 @@ def _model(mechanism, sentinels=1, **sections):
   config = tiny.make(mechanism, sentinels, L=1).config
   for name, section in sections.items():
     config = config.replace(name, section)
-  return tiny.in_memory(network_lib.Network(config, None, _ABC))
+  return helpers.in_memory(network_lib.Network(config, None, _ABC))
 
 
 class SameDrawsTest(parameterized.TestCase):
@@ -112,7 +112,7 @@ class SameDrawsTest(parameterized.TestCase):
   @pytest.mark.thorough
   def test_a_text_whose_end_is_drawn(self, order):
     network = _model("two_stream", data=_PADDED).network
-    model = tiny.in_memory(network)
+    model = helpers.in_memory(network)
     # So that texts of all lengths come.
     model.params = model.params | {"head": 0.1 * model.params["head"]}
     lengths = set()
