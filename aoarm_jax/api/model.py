@@ -401,9 +401,10 @@ class Model:
       normalise: see `score`.
 
     Returns:
-      float32 [n, V] by position, or a list of such arrays. If the model
-      predicts the end of documents, row n is that of the end. V is the number
-      of tokens that can be predicted.
+      float32 [n, V] by position, or a list of such arrays. V is the number of
+      tokens that can be predicted. If the model predicts the end of documents,
+      a text of n < T tokens has one more row, for its end, and the logit of the
+      end is -1e9 where the text cannot end.
 
     Raises:
       PromptError: a text is empty, has more than T tokens, or a character or an

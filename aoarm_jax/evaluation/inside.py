@@ -42,7 +42,8 @@ class HiddenStates(NamedTuple):
       None for one stream.
     read_out: float32 [n, D], by position: the normed state that predicts the
       token at position p is read_out[p - 1]. Its product with Model.head is row
-      p - 1 of the logits.
+      p - 1 of the logits, up to rounding. There alone the end of a padded
+      document is ruled out where the text cannot end.
     token: int32 [R], the id of each row's content: a token, or V for BOS, V + 1
       for EOS and V + 2 for MASK.
     position: int32 [R], the position c of this content. BOS is at 0.
