@@ -74,10 +74,11 @@ class ValuesTest(parameterized.TestCase):
     model = _model("two_stream", 1, config_lib.Data(documents="pad"))
     end = model.tokenizer.end
     tokens = np.array([[1, 2, end, 0], [1, 2, end, 2]])
-    found = model.log_prob(model.params, tokens, [2, 1, 3, 4])
+    log_prob = jax.jit(model.log_prob)
+    found = log_prob(model.params, tokens, np.array([2, 1, 3, 4]))
     np.testing.assert_array_equal(found.by_token[0], found.by_token[1])
     np.testing.assert_array_equal(found.by_token[:, 3], 0)
-    last = model.log_prob(model.params, tokens, [4, 2, 1, 3])
+    last = log_prob(model.params, tokens, np.array([4, 2, 1, 3]))
     np.testing.assert_array_equal(last.by_token, found.by_token)
     score = model.score("bc", order=[2, 1, 3])
     np.testing.assert_allclose(
