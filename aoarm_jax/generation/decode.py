@@ -126,9 +126,14 @@ def generate(
     T if most_known is None else most_known,
     T if most_blanks is None else most_blanks,
   )
-  by_position = tokens_of(state, plan)
   return sampling.Generation(
-    by_position, state.order, state.log_p, state.calls, state.accepted
+    tokens_of(state, plan),
+    state.order,
+    state.log_p,
+    state.calls,
+    state.accepted,
+    by_position(state, state.trace[..., 0].astype(jnp.int32)),
+    by_position(state, state.trace[..., 1]),
   )
 
 
@@ -328,6 +333,7 @@ def _start(network, keys, tokens, known, order, length, prefill, width):
     filled=done + s - 1,
     cache=cache,
     log_p=jnp.zeros(B),
+    trace=jnp.tile(jnp.array([-1.0, 0.0]), (B, T, 1)),
     calls=jnp.full(B, int(prefill), jnp.int32),
     accepted=jnp.zeros(B, jnp.int32),
     keys=keys,

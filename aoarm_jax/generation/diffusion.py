@@ -82,6 +82,8 @@ def generate(
     state.nats.sum(axis=1),
     state.calls,
     jnp.zeros_like(state.calls),
+    jnp.where(state.step_of == _count(state, plan), -1, state.step_of),
+    state.nats,
   )
 
 

@@ -54,6 +54,11 @@ class Generation(NamedTuple):
     accepted: int32 [B], tokens that were accepted drafts (speculative). The
       first draft of every round counts, although it cannot be rejected. Every
       other generated token was drawn anew in place of a rejected draft.
+    steps: int32 [B, T], natural order, a number of the step that decided the
+      token, at least 0. Numbers increase from step to step, and some may be
+      missing. -1 where the token is known or was not generated.
+    token_log_p: float32 [B, T], nats, natural order, the log-probability of
+      each drawn token. 0 for the other tokens.
   """
 
   tokens: jax.Array
@@ -61,6 +66,8 @@ class Generation(NamedTuple):
   log_p: jax.Array
   calls: jax.Array
   accepted: jax.Array
+  steps: jax.Array
+  token_log_p: jax.Array
 
 
 def draw(key: jax.Array, log_p: jax.Array) -> jax.Array:

@@ -22,11 +22,11 @@ class State(NamedTuple):
       up to done + s - 1 are decided, but may not be in the cache yet.
     cache: keys and values of S slots.
     log_p: float32 [B], nats, log-probability of the tokens drawn so far.
+    trace: float32 [B, T, 2], by rank: the number of the step that decided the
+      token (see law.Generation.steps), and the log-probability of the token.
     calls: int32 [B], see law.Generation.
     accepted: int32 [B], see law.Generation.
     keys: typed PRNG keys [B].
-    nats: float32 [B, S + 1], the log-probability of every drawn token, by slot;
-      None if it is not wanted.
   """
 
   content: jax.Array
@@ -36,10 +36,10 @@ class State(NamedTuple):
   filled: jax.Array
   cache: cached.Cache
   log_p: jax.Array
+  trace: jax.Array
   calls: jax.Array
   accepted: jax.Array
   keys: jax.Array
-  nats: jax.Array | None = None
 
 
 class Plan(NamedTuple):

@@ -62,6 +62,7 @@ def _commit(state, s, tokens, log_p, count, end_token):
   The first end token ends its row. None means that there is no such token.
   """
   B, Q = tokens.shape
+  rows = jnp.arange(B)[:, None]
   at = state.done[:, None] + s + jnp.arange(Q)
   taken = jnp.arange(Q) < count[:, None]
   end = state.end
@@ -73,14 +74,12 @@ def _commit(state, s, tokens, log_p, count, end_token):
     taken = jnp.arange(Q) < count[:, None]
   # Writes out of bounds are dropped.
   at = jnp.where(taken, at, state.content.shape[1])
-  rows = jnp.arange(B)[:, None]
-  content = state.content.at[rows, at].set(tokens, mode="drop")
-  nats = state.nats
-  if nats is not None:
-    nats = nats.at[rows, at].set(log_p, mode="drop")
+  # Every step of a row has more calls before it than the last one.
+  steps = jnp.broadcast_to(state.calls[:, None], log_p.shape)
+  trace = jnp.stack([steps.astype(jnp.float32), log_p], axis=-1)
   return state._replace(
-    content=content,
-    nats=nats,
+    content=state.content.at[rows, at].set(tokens, mode="drop"),
+    trace=state.trace.at[rows, at - s].set(trace, mode="drop"),
     done=state.done + count,
     end=end,
     log_p=state.log_p + jnp.where(taken, log_p, 0.0).sum(axis=1),

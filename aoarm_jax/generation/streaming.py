@@ -140,7 +140,6 @@ class Stepper:
     else:
       network = cached.Cached(self._network.bind(params))
       state = decode.begin(network, *text, prefill=prefill, **options)
-      state = state._replace(nats=jnp.zeros(state.content.shape))
     return state, self._decided(state, plan)
 
   def _advanced(self, params, law, state, first, i, *, plan):
@@ -166,13 +165,12 @@ class Stepper:
         state.nats,
       )
     else:
-      nats = state.nats[:, -state.order.shape[1] :]
       every = Decided(
         state.done,
         state.done >= state.end,
         state.order,
         decode.tokens_of(state, plan),
-        decode.by_position(state, nats),
+        decode.by_position(state, state.trace[..., 1]),
       )
     return jax.tree.map(lambda x: x[0], every)
 

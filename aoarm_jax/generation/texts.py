@@ -68,6 +68,10 @@ class Text(NamedTuple):
       its share of the generated tokens is no rate of acceptance.
     seed: config.sample.seed of the call. The same call with this seed draws
       the same text again.
+    steps: for each of `tokens`, the number of the step that decided it, counted
+      from 1. Several tokens may come in one step. 0 for a known token.
+    token_log_p: nats, for each of `tokens`, the share that it has in log_p. 0
+      for a known token.
   """
 
   text: str
@@ -77,6 +81,8 @@ class Text(NamedTuple):
   calls: int
   accepted: int = 0
   seed: int = 0
+  steps: Sequence[int] = ()
+  token_log_p: Sequence[float] = ()
 
 
 class _Row(NamedTuple):
@@ -414,7 +420,9 @@ class Sampler:
     plan = plan_lib.Plan.of(sample, self._config.orders)
     return *everywhere, by_row, order, plan._replace(is_open=is_open)
 
-  def _text(self, row, seed, tokens, order, nats, calls, accepted):
+  def _text(
+    self, row, seed, tokens, order, log_p, calls, accepted, steps, token_log_p
+  ):
     """Return the Text of a row from its results, [T] and []."""
     n = count = row.n
     if row.is_open:
@@ -425,10 +433,12 @@ class Sampler:
       self._network.tokenizer.decode(tokens[:n]),
       tokens[:count].tolist(),
       order[order <= count].tolist(),
-      float(nats),
+      float(log_p),
       int(calls),
       int(accepted),
       seed,
+      _numbered(steps[:count]),
+      token_log_p[:count].tolist(),
     )
 
   def _draw(
@@ -487,6 +497,12 @@ class Sampler:
     options = self._config.replace("orders.family", family).orders
     B, T = order.shape
     return orders.draw(order_key, B, T, options, rows=index)
+
+
+def _numbered(steps):
+  """Return the numbers of law.Generation.steps without gaps, known as 0."""
+  numbers = np.unique(steps[steps >= 0])
+  return np.searchsorted(numbers, steps, "right").tolist()
 
 
 def check(prompt: prompts.Prompt, model: config_lib.Model) -> None:

@@ -183,9 +183,12 @@ class LawTest(parameterized.TestCase):
     for plan in (plan_lib.Plan(), plan_lib.Plan("speculative", 3)):
       out = _drawn(case, plan, B=50)
       for which, known in enumerate(_KNOWN):
-        nats = _nats(case, _USED[which])[:, len(known) :].sum(axis=1)
         ids = out.tokens[which::2] @ (_V ** np.arange(_T - 1, -1, -1))
-        tiny.assert_same(out.log_p[which::2], -nats[ids])
+        nats = _nats(case, _USED[which])[ids]
+        nats[:, : len(known)] = 0  # They are given.
+        tiny.assert_same(out.log_p[which::2], -nats.sum(axis=1))
+        by_rank = out.token_log_p[which::2][:, np.array(_USED[which]) - 1]
+        tiny.assert_same(by_rank, -nats)
 
   @parameterized.parameters(
     (plan_lib.Plan("speculative", 3),),
@@ -325,6 +328,29 @@ class CallsTest(parameterized.TestCase):
     out = _drawn(case, plan_lib.Plan("parallel", 3), B=50)
     self.assertTrue((out.calls[::2] == 1 + 2).all())
     self.assertTrue((out.calls[1::2] == 1 + 1).all())
+
+  @parameterized.parameters(
+    (plan_lib.Plan(), [[1, 2, 3, 4], [-1, -1, 1, 2]]),
+    (plan_lib.Plan("parallel", 3), [[1, 1, 1, 2], [-1, -1, 1, 1]]),
+    (plan_lib.Plan("adaptive", 2), [[1, 1, 2, 2], [-1, -1, 1, 1]]),
+  )
+  def test_steps_of_tokens(self, plan, want):
+    """By rank, without the gaps between passes."""
+    out = _drawn(("two_stream", 1), plan, B=50)
+    steps = np.take_along_axis(out.steps, out.order - 1, axis=1)
+    for which, wanted in enumerate(want):
+      for row in steps[which::2]:
+        numbers = np.unique(row[row >= 0])
+        by_rank = np.where(row < 0, -1, 1 + np.searchsorted(numbers, row))
+        self.assertEqual(by_rank.tolist(), wanted)
+
+  def test_steps_of_speculation_are_its_rounds(self):
+    out = _drawn(("two_stream", 1), plan_lib.Plan("speculative", 3), B=50)
+    steps = np.take_along_axis(out.steps, out.order - 1, axis=1)[::2]
+    self.assertTrue((np.diff(steps) >= 0).all())
+    rounds = 1 + (np.diff(steps) > 0).sum(axis=1)
+    np.testing.assert_array_equal(rounds, (out.calls[::2] - 1) // 2)
+    self.assertGreater(len(np.unique(steps, axis=0)), 1)
 
   @parameterized.parameters(("linear", 1), ("linear", 3), ("cosine", 2))
   def test_in_so_many_steps(self, schedule, steps):

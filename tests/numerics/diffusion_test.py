@@ -274,6 +274,11 @@ class GenerateTest(parameterized.TestCase):
     with mock.patch.object(sampling, "draw", likeliest):
       out = run(params, jax.random.key(0), tokens, known, order, _PLAIN)
     self.assertTrue((out.calls == steps).all())
+    self.assertEqual(np.unique(out.steps).tolist(), [*range(-1, steps)])
+    by_rank = np.take_along_axis(out.steps, out.order - 1, axis=1)
+    self.assertTrue((np.diff(by_rank) >= 0).all())
+    self.assertEqual(by_rank[:, 0].tolist(), [-1] * 3)
+    tiny.assert_same(out.token_log_p.sum(axis=1), out.log_p)
     made, jumps = _bind(1), 0
     network = jax.jit(lambda slots: made.apply(params, slots))
     for b in range(3):

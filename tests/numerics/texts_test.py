@@ -319,6 +319,10 @@ class SamplerTest(parameterized.TestCase):
     for text in texts:
       self.assertRegex(text.text, r"^[a-z ]b[a-z ] e$")
       self.assertEqual(text.order, [2, 4, 5, 1, 3])
+      self.assertEqual(text.steps, [1, 0, 2, 0, 0])
+      self.assertEqual(np.array(text.token_log_p)[[1, 3, 4]].tolist(), [0] * 3)
+      self.assertLess(max(text.token_log_p[0], text.token_log_p[2]), 0)
+      self.assertAlmostEqual(sum(text.token_log_p), text.log_p, places=5)
     self.assertGreater(len({text.text for text in texts}), 1)
 
   @parameterized.parameters(
@@ -343,7 +347,10 @@ class SamplerTest(parameterized.TestCase):
     directory = self.enterContext(tempfile.TemporaryDirectory())
     path = epath.Path(directory) / "samples" / "x.jsonl"
     texts = [
-      generate.Text("a b", [1, 0, 2], [2, 1, 3], -1.5, 4, 2, 3),
+      generate.Text(
+        *("a b", [1, 0, 2], [2, 1, 3], -1.5, 4, 2, 3),
+        *([1, 0, 2], [-1.0, 0.0, -0.5]),
+      ),
       generate.Text("c", [3], [1], 0.0, 1),
     ]
     generate.write(path, texts, 7, prompt="a_b")
@@ -361,6 +368,8 @@ class SamplerTest(parameterized.TestCase):
           "calls": 4,
           "accepted": 2,
           "seed": 3,
+          "steps": [1, 0, 2],
+          "token_log_p": [-1.0, 0.0, -0.5],
         },
         {
           "step": 7,
@@ -372,6 +381,8 @@ class SamplerTest(parameterized.TestCase):
           "calls": 1,
           "accepted": 0,
           "seed": 0,
+          "steps": [],
+          "token_log_p": [],
         },
       ],
     )
