@@ -26,6 +26,7 @@ if _IS_PROGRAM:
   stopping.end_at_once()
   gc.disable()
 
+import argparse
 import dataclasses
 import difflib
 import errno
@@ -49,7 +50,7 @@ from aoarm_jax.config import rules as config_rules
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import distributed, sharding, switches, waits
 from aoarm_jax.evaluation import evaluate, score
-from aoarm_jax.generation import texts as generate
+from aoarm_jax.generation import sample
 from aoarm_jax.runs import (
   agreement,
   converting,
@@ -60,6 +61,7 @@ from aoarm_jax.runs import (
 )
 from aoarm_jax.runs import directory as run_dir
 from aoarm_jax.study import sweep
+from aoarm_jax.tools import arguments as argument_types
 from aoarm_jax.tools import compile as pod
 from aoarm_jax.tools import matching, prepare
 from aoarm_jax.training import loop as train
@@ -165,6 +167,12 @@ def define_flags(
     "",
     "prepare: folder of the prepared text, for --config.data.path; export: "
     "folder of the exported model, for aoarm_jax.load",
+    flag_values=flag_values,
+  )
+  flags.DEFINE_string(
+    "html",
+    "",
+    "sample: HTML file to write, a page that replays how the texts came about",
     flag_values=flag_values,
   )
   flags.DEFINE_string(
@@ -399,7 +407,10 @@ def run(flag_values: flags.FlagValues, argv: list[str]) -> None:
     case "eval":
       evaluate.evaluate(config, workdir)
     case "sample":
-      generate.sample(config, workdir, flag_values.prompt, flag_values.input)
+      page = flag_values.html and paths.of(flag_values.html, "--html")
+      sample.sample(
+        config, workdir, flag_values.prompt, flag_values.input, page
+      )
     case "score":
       score.score(config, workdir, flag_values.text, flag_values.input)
     case "benchmark":
@@ -452,6 +463,7 @@ def _check_flags(flag_values):
     ("input", ("sample", "score", "convert")),
     ("topology", ("compile",)),
     ("out", ("prepare", "export")),
+    ("html", ("sample",)),
   ):
     if flag_values[name].value and mode not in modes:
       needs = " or ".join(f"--mode={mode}" for mode in modes)
@@ -479,9 +491,15 @@ def _check_flags(flag_values):
       "--mode=convert needs the folder of a model of Hugging Face, as in "
       "--input=models/Qwen3-0.6B"
     )
-  for name in ("prompt", "input"):
+  for name, what in (
+    ("prompt", "give a text"),
+    ("input", "give a text"),
+    ("html", "name a file"),
+  ):
     if flag_values[name].present and not flag_values[name].value:
-      raise flags.Error(f"--{name} is empty: leave it out, or give a text")
+      raise flags.Error(f"--{name} is empty: leave it out, or {what}")
+  if flag_values.html:
+    _check_page(flag_values)
   text = flag_values.text or flag_values.prompt
   if text and flag_values.input:
     raise flags.Error("--input goes without --prompt and --text")
@@ -490,6 +508,18 @@ def _check_flags(flag_values):
       "--mode=score needs --text='the [qu]ick fox', or --input=FILE with one "
       "text a line ('-' is standard input)"
     )
+
+
+def _check_page(flag_values):
+  """Raise flags.Error if --html cannot be written, before texts are drawn."""
+  if flag_values.input:
+    raise flags.Error(
+      "--html goes without --input: it replays the texts of one --prompt"
+    )
+  try:
+    argument_types.output(flag_values.html)
+  except argparse.ArgumentTypeError as error:
+    raise flags.Error(f"--html={error}") from error
 
 
 @distributed.failing_at_once()

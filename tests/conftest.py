@@ -20,7 +20,15 @@ os.environ["XLA_FLAGS"] = " ".join(
 )
 
 # Tests with these marks need hours or a device. They run by these names alone.
-_APART = ("slow", "tpu_compiler", "gpu", "gpu_compiler", "slurm", "interop")
+_APART = (
+  "slow",
+  "tpu_compiler",
+  "gpu",
+  "gpu_compiler",
+  "slurm",
+  "browser",
+  "interop",
+)
 
 
 def selection(expression: str) -> str:

@@ -25,6 +25,7 @@ from aoarm_jax.evaluation import score
 from aoarm_jax.generation import decode, prompts
 from aoarm_jax.generation import law as sampling
 from aoarm_jax.generation import plan as plan_lib
+from aoarm_jax.generation import sample as sample_lib
 from aoarm_jax.generation import texts as generate
 from aoarm_jax.model import network as network_lib
 from aoarm_jax.runs import checkpoint
@@ -423,7 +424,7 @@ class ExperimentTest(absltest.TestCase):
     grouped = grouped.replace("score.width", 0)
     for made, said in ((base, 1), (grouped, 0), (config.Config(), 0)):
       for call in (
-        lambda: generate.sample(made, workdir, "a_"),  # noqa: B023
+        lambda: sample_lib.sample(made, workdir, "a_"),  # noqa: B023
         lambda: score.score(made, workdir, "ab"),  # noqa: B023
       ):
         with (

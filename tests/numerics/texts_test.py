@@ -23,6 +23,7 @@ from aoarm_jax.data import tokenizers
 from aoarm_jax.devices import sharding
 from aoarm_jax.generation import decode, prompts
 from aoarm_jax.generation import law as sampling
+from aoarm_jax.generation import sample as sample_lib
 from aoarm_jax.generation import texts as generate
 from aoarm_jax.model import network as network_lib
 
@@ -398,13 +399,13 @@ class SamplerTest(parameterized.TestCase):
       generate.Text("c", [3], [1], 0.0, 1),
     ]
     with (
-      mock.patch.object(generate.opening, "open_run", return_value=run),
+      mock.patch.object(sample_lib.opening, "open_run", return_value=run),
       mock.patch.object(generate, "Sampler") as sampler,
     ):
       sampler.return_value.sample.return_value = texts
       shown = io.StringIO()
       with contextlib.redirect_stdout(shown):
-        generate.sample(options, workdir)
+        sample_lib.sample(options, workdir)
       self.assertEqual(shown.getvalue(), "a\\n\\x1b[2Jb\nc\n")
       (written,) = (workdir / "samples").iterdir()
       self.assertIn('"text": "a\\n\\u001b[2Jb"', written.read_text())
@@ -413,17 +414,17 @@ class SamplerTest(parameterized.TestCase):
         contextlib.redirect_stdout(io.StringIO()) as shown,
         self.assertLogs(level="WARNING") as logs,
       ):
-        generate.sample(options, written)
+        sample_lib.sample(options, written)
       self.assertEqual(shown.getvalue(), "a\\n\\x1b[2Jb\nc\n")
       self.assertIn("not written: ", logs.output[0])
       # A reader that has ended loses nothing of the file.
       with (
         mock.patch.object(
-          generate, "print", side_effect=BrokenPipeError, create=True
+          sample_lib, "print", side_effect=BrokenPipeError, create=True
         ),
         self.assertRaises(BrokenPipeError),
       ):
-        generate.sample(options, workdir)
+        sample_lib.sample(options, workdir)
       self.assertLen(list((workdir / "samples").iterdir()), 2)
 
 

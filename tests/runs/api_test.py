@@ -33,6 +33,7 @@ from aoarm_jax.config import schema as config
 from aoarm_jax.data import tokenizers
 from aoarm_jax.evaluation import score as score_lib
 from aoarm_jax.generation import prompts
+from aoarm_jax.generation import sample as sample_lib
 from aoarm_jax.generation import texts as generate
 from aoarm_jax.runs import telemetry
 from aoarm_jax.tools import strip
@@ -576,6 +577,32 @@ class CommandTest(parameterized.TestCase):
     ):
       _run("--mode=sample", "--config.model.T=50")
 
+  def test_a_page_replays_what_is_printed(self):
+    path = _folder / "pages" / "x.html"
+    samples = _folder / "run" / "samples"
+    before = {*samples.iterdir()}
+    lines = _run(
+      *("--mode=sample", "--prompt=ab___", "--config.sample.count=2"),
+      f"--html={path}",
+    )
+    (written,) = {*samples.iterdir()} - before
+    page = path.read_text()
+    (data,) = re.findall(r'<script id="data".*?>(.*?)</script>', page)
+    data = json.loads(data)
+    self.assertEqual(data["title"], "ab___")
+    self.assertEqual(data["facts"]["mechanism"], "two_stream")
+    self.assertLen(data["panels"], 2)
+    for panel, line, record in zip(
+      data["panels"], lines, written.read_text().splitlines()
+    ):
+      cells, record = panel["cells"], json.loads(record)
+      self.assertEqual("".join(cell["text"] for cell in cells), line)
+      self.assertEqual(
+        [step for cell in cells for step in cell["steps"]], record["steps"]
+      )
+      self.assertEqual(sorted(record["steps"]), [0, 0, 1, 2, 3])
+      self.assertEqual([cell["logP"] for cell in cells], record["token_log_p"])
+
   def test_prompts_of_a_file(self):
     path = _folder / "prompts.txt"
     path.write_text("ab__\nc_\n")
@@ -596,7 +623,7 @@ class CommandTest(parameterized.TestCase):
     path.write_text("ab__\nc_\n_d\n_\n")
     command = "--mode=sample", f"--input={path}", "--config.sample.count=2"
     whole = _run(*command)
-    with mock.patch.object(generate, "_AT_ONCE", 3):
+    with mock.patch.object(sample_lib, "_AT_ONCE", 3):
       self.assertEqual(_run(*command), whole)
     fill, calls = generate.Sampler.fill, []
 
@@ -608,7 +635,7 @@ class CommandTest(parameterized.TestCase):
 
     out = io.StringIO()
     with (
-      mock.patch.object(generate, "_AT_ONCE", 2),
+      mock.patch.object(sample_lib, "_AT_ONCE", 2),
       mock.patch.object(generate.Sampler, "fill", stopped),
       contextlib.redirect_stdout(out),
       self.assertRaises(KeyboardInterrupt),
@@ -754,7 +781,7 @@ class CommandTest(parameterized.TestCase):
     with (
       self.assertRaisesRegex(Exception, message.format(**files)) as caught,
       mock.patch.object(score_lib, "_AT_ONCE", 2),
-      mock.patch.object(generate, "_AT_ONCE", 2),
+      mock.patch.object(sample_lib, "_AT_ONCE", 2),
       contextlib.redirect_stdout(out),
     ):
       command = [f"--config={helpers.TINY}", f"--workdir={_folder / 'run'}"]

@@ -250,6 +250,7 @@ class ParseTest(parameterized.TestCase):
     ("--orders.family=block", "did you mean --config.orders.family?"),
     ("--mode=fly", "--mode=fly: value should be one of <train|eval|sample"),
     ("--prompt=a_b", "--prompt needs --mode=sample"),
+    ("--html=x.html", "--html needs --mode=sample"),
     ("extra", "unexpected argument 'extra'"),
     ("train.steps=3", "unexpected argument 'train.steps=3'"),
   )
@@ -259,6 +260,17 @@ class ParseTest(parameterized.TestCase):
   def test_prompt_needs_sample_in_eval_too(self):
     message = self.refused(TINY, "--mode=eval", "--prompt=a_b")
     self.assertEqual(message, "--prompt needs --mode=sample")
+
+  @parameterized.parameters(
+    ("x.html", "--input=x", "--html goes without --input"),
+    ("", "", "--html is empty: leave it out, or name a file"),
+    ("{}", "", "--html='.*': name a file, not a folder"),
+    ("/dev/null", "", "--html='/dev/null': is a device or a pipe"),
+  )
+  def test_page_that_cannot_be(self, path, more, message):
+    page = f"--html={path.format(self.folder)}"
+    got = self.refused(TINY, "--mode=sample", page, *filter(None, [more]))
+    self.assertRegex(got, f"^{message}")
 
   @parameterized.parameters(
     ("ab", "'ab' has no blank '_'"),
