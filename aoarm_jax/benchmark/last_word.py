@@ -136,7 +136,7 @@ def _cloze(session, before, word, after):
     and not tokenizer.to_bytes(whole[start : start + 1]).strip()
   ):
     start += 1
-  # A padded document has a token more, see _marked.
+  # A padded document has a token more, see Session.unfinished.
   most = session.T - session.network.layout.predicts_end
   room = most - (len(whole) - start) - len(tail)
   if room < 1 or start == len(whole):
@@ -160,7 +160,10 @@ def _measure(session, clozes, is_blank):
     kinds = np.repeat([True, False, True], [len(part) for part in parts])
     known.append(kinds)
   marked = [
-    _marked(session, text, given, is_blank) for text, given in zip(texts, known)
+    prompts.Marked(text, given, ~given, "a last word", True)
+    if is_blank
+    else session.unfinished(text, given, "a last word")
+    for text, given in zip(texts, known)
   ]
   # The likeliest tokens are drawn from left to right either way.
   filled = session.fill(
@@ -192,22 +195,6 @@ def _measure(session, clozes, is_blank):
     uniform = session.score(marked, "uniform")
     result["ensembled_nats"] = [-score.log_p for score in uniform]
   return result
-
-
-def _marked(session, text, given, is_blank):
-  """Return the parsed text whose word is scored.
-
-  From left to right, the word is not known to end a padded document: an unknown
-  token follows it.
-  """
-  unknown = not is_blank and session.network.layout.predicts_end
-  return prompts.Marked(
-    np.pad(text, (0, unknown)),
-    np.pad(given, (0, unknown)),
-    np.pad(~given, (0, unknown)),
-    "a last word",
-    is_blank,
-  )
 
 
 def rows(results: Mapping[str, Any]) -> list[results_lib.Row]:

@@ -137,6 +137,27 @@ class Session:
     self.raise_if_stopped()
     return filled
 
+  def unfinished(
+    self, tokens: np.ndarray, known: np.ndarray, name: str
+  ) -> prompts.Marked:
+    """Return a text that may go on, whose unknown tokens are scored.
+
+    Nothing says that a padded document ends there: an unknown token follows.
+    There is none after T tokens, where a document has no end.
+
+    Args:
+      tokens: int32 [n], n <= T.
+      known: bool [n].
+      name: name of the text, for messages.
+    """
+    goes_on = self.network.layout.predicts_end and len(tokens) < self.T
+    return prompts.Marked(
+      np.pad(tokens, (0, goes_on)),
+      np.pad(known, (0, goes_on)),
+      np.pad(~known, (0, goes_on)),
+      name,
+    )
+
   def estimate(
     self,
     estimator: str,

@@ -49,24 +49,26 @@ def _ids(text):
 
 
 @functools.cache
-def _network(mechanism, T, tokenizer):
+def _network(mechanism, T, tokenizer, documents):
   mesh = sharding.make_mesh(config.Mesh(data=1))
   model = config.Model(mechanism=mechanism, T=T, D=8, L=1, N=2)
   compute = config.Compute(dtype="float32", attention="xla")
-  made = config.Config(model=model, compute=compute)
+  data = config.Data(documents=documents)
+  made = config.Config(model=model, compute=compute, data=data)
   return network_lib.Network(made, mesh, tokenizer)
 
 
-def _session(
+def session_of(
   mechanism="two_stream",
   T=16,
   tokenizer=_LETTERS,
   change=lambda params: params,
   text="",
+  documents="join",
   **benchmark,
 ):
   """A session of a run with sharp parameters, and its mesh entered."""
-  network = _network(mechanism, T, tokenizer)
+  network = _network(mechanism, T, tokenizer, documents)
   params = sharding.put(network.mesh, change(tiny.sharp(network)))
   made = network.config.replace("benchmark", config.Benchmark(**benchmark))
   run = opening.Run(made, made, mock.Mock(step=0), network, params, "params")
@@ -87,7 +89,7 @@ def _results(part, opened):
 
 class TextTest(parameterized.TestCase):
   def test_windows_and_the_start_of_a_text(self):
-    opened = _session(T=16, text="abcdefgh" * 5, tokens=20, windows=9)
+    opened = session_of(T=16, text="abcdefgh" * 5, tokens=20, windows=9)
     # Random windows, and none of them cut.
     self.assertEqual([len(w) for w in opened.windows], [16, 16])
     self.assertEqual(opened.start.facts["left_out_tokens"], 20)
@@ -95,7 +97,7 @@ class TextTest(parameterized.TestCase):
     whole = opened.start.facts["sha256_of_the_whole_text"]
     self.assertEqual(whole, opened.text.facts["sha256"])
     self.assertNotEqual(whole, opened.start.facts["sha256"])
-    (short,) = _session(T=16, text="abc", windows=9).windows
+    (short,) = session_of(T=16, text="abc", windows=9).windows
     self.assertEqual(_LETTERS.decode(short), "abc")
 
   @parameterized.parameters(1, 2)
@@ -132,7 +134,9 @@ class OrdersTest(absltest.TestCase):
 
     text = "abc abd. aba! dab " * 6
     for change in (lambda params: params, without_context):
-      opened = _session(change=change, text=text, orders=4, windows=3, texts=2)
+      opened = session_of(
+        change=change, text=text, orders=4, windows=3, texts=2
+      )
       found = _results(consistency, opened)
       spread = found["spread"]["bits_per_token"]["spread"]["mean"]
       apart = found["pairs"]["neighbours, given the rest"]
@@ -157,7 +161,9 @@ class OrdersTest(absltest.TestCase):
     self.assertEqual(orders_found.shape, (2, 16))
 
   def test_one_way_has_no_orders(self):
-    self.assertIn("causal has one order", consistency.units(_session("causal")))
+    self.assertIn(
+      "causal has one order", consistency.units(session_of("causal"))
+    )
 
 
 class EntropyTest(parameterized.TestCase):
@@ -165,7 +171,7 @@ class EntropyTest(parameterized.TestCase):
   def test_measured_entropy_is_the_enumerated_one(self, temperature):
     V, T = 3, 3
     tokenizer = tokenizers.Tokenizer("abc", b"abc")
-    opened = _session(
+    opened = session_of(
       T=T, tokenizer=tokenizer, temperatures=(temperature,), texts=800,
       windows=2, text="abcabc", batch_size=800,
     )  # fmt: skip
@@ -193,7 +199,7 @@ class EntropyTest(parameterized.TestCase):
     self.assertLess(row.error, 0.03)
 
   def test_unigram_entropy(self):
-    opened = _session(text="abc")
+    opened = session_of(text="abc")
     texts = [np.array([4, 5, 4, 5]), np.array([4, 4, 4])]
     found = frontier._of_tokens(opened, texts)
     self.assertEqual(found, {"tokens": [4, 3], "unigram_bits": [1.0, 0.0]})
@@ -215,7 +221,7 @@ class InfillingTest(parameterized.TestCase):
     ("paragraphs", "ab\n\ncd ab\n\nef\n\nab", {"cd ab", "ef"}),
   )
   def test_gaps(self, kind, text, spans):
-    opened = _session(T=20, text=text, windows=2)
+    opened = session_of(T=20, text=text, windows=2)
     ((window,), looked) = infilling.gapped(opened, infilling._KINDS[kind])
     self.assertEqual(looked, 1)
     found = [_LETTERS.decode(window.tokens[gap]) for gap in window.gaps]
@@ -225,7 +231,7 @@ class InfillingTest(parameterized.TestCase):
     self.assertEqual(window.masked.sum(), sum(map(len, found)))
 
   def test_a_token_that_is_partly_in_a_gap_is_in_it(self):
-    opened = _session(T=8, tokenizer=_WORDS, text="ab abc ab c", windows=2)
+    opened = session_of(T=8, tokenizer=_WORDS, text="ab abc ab c", windows=2)
     (window,), _ = infilling.gapped(opened, infilling._KINDS["words"])
     self.assertEqual(window.tokens.tolist(), [1, 0, 2, 0, 3, 2])
     for gap in window.gaps:
@@ -233,7 +239,7 @@ class InfillingTest(parameterized.TestCase):
 
   def test_scores_and_samples(self):
     """A model that is sure of its texts is right, and says so."""
-    opened = _session(text="ab ba ab ba ab. " * 3, windows=3, samples=2)
+    opened = session_of(text="ab ba ab ba ab. " * 3, windows=3, samples=2)
     found = _results(infilling, opened)["words"]
     table = infilling.rows({"words": found})
     with jax.set_mesh(opened.network.mesh):
@@ -263,7 +269,7 @@ class LastWordTest(parameterized.TestCase):
     with tempfile.TemporaryDirectory() as folder:
       path = pathlib.Path(folder) / name
       path.write_text(content)
-      opened = _session(**kwargs)
+      opened = session_of(**kwargs)
       return opened, *last_word._read(opened, str(path))
 
   @parameterized.parameters(True, False)

@@ -14,6 +14,7 @@ import pytest
 from absl.testing import absltest, parameterized
 
 import aoarm_jax
+from aoarm_jax.benchmark import harness
 from aoarm_jax.benchmark import session as session_lib
 from aoarm_jax.config import schema as config_lib
 
@@ -111,6 +112,25 @@ class BenchmarkTest(parameterized.TestCase):
     self.assertEqual(tuple(dict.fromkeys(parts)), config_lib.BENCHMARK_PARTS)
     notes = " ".join(row["note"] for row in report["table"])
     self.assertEqual("bound" in notes, mechanism == "mdlm")
+
+  def test_a_harness_of_a_run(self):
+    """It gives the scores of the model that users load."""
+    helpers.run(_command("run"))
+    text, model = "abc bca", aoarm_jax.load(_folder() / "run")
+    made = harness.of_run(_folder() / "run", order="uniform", orders=2, seed=3)
+    want = model.score([text, "abc[ bca]"], order="uniform", orders=2, seed=3)
+    (whole,) = made.loglikelihood_rolling([text])
+    ((part, _),) = made.loglikelihood([("abc", " bca")])
+    self.assertAlmostEqual(whole, want[0].log_p, places=4)
+    self.assertAlmostEqual(part, want[1].log_p, places=4)
+    for options, message in (
+      ({"order": "given"}, "order='given': texts of many lengths have no"),
+      ({"order": "x"}, "config.score.order='x': 'x' is not one of"),
+      ({"stride": 1.5}, "stride=1.5: must be a whole number"),
+      ({"batch_size": 0}, "config.benchmark.batch_size=0: must be at least 1"),
+    ):
+      with self.assertRaisesRegex(config_lib.ConfigError, f"^{message}"):
+        harness.of_run(_folder() / "run", **options)
 
   def test_a_second_run_gives_the_same_numbers(self):
     helpers.run(_command("run"))

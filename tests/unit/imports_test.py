@@ -52,6 +52,7 @@ KEPT_IN = {
   r"matplotlib": ("runs",),
   r"safetensors|huggingface_hub": ("runs",),
   r"tensorboardX|wandb": ("runs",),
+  r"lm_eval": ("benchmark",),
   r"tensorflow|torch|clu": (),
 }
 OWN = ("aoarm_jax", "pallas_kernels", "configs", "launch")
@@ -179,6 +180,7 @@ class ImportsTest(parameterized.TestCase):
     ("data", "import tensorflow as tf"),
     ("runs", "import tokenizers"),
     ("tools", "import pyarrow.parquet as pq"),
+    ("tools", "import lm_eval.api.model"),
     ("pallas_kernels", "import numpy as np"),
     ("pallas_kernels", "from aoarm_jax.config import schema"),
     ("data", "from . import corpora"),

@@ -48,6 +48,8 @@ PAGES = {
   for name, text in LINKED.items()
   if not name.startswith(("docs/study/", "CHANGELOG"))
 }
+# Modules that need an extra. tests/runs/lm_eval_test.py runs the command.
+_OF_EXTRAS = ("aoarm_jax.benchmark.lm_eval",)
 _ENDINGS = ("py", "txt", "safetensors")  # Of files, and no fields.
 SECTIONS = {
   field.name: field for field in dataclasses.fields(config_lib.Config)
@@ -107,7 +109,7 @@ def check(words: list[str]) -> None:
     check_main(arguments)
   elif module == "pytest":
     check_pytest(arguments)
-  elif arguments:
+  elif arguments and module not in _OF_EXTRAS:
     check_arguments(module, arguments)
 
 
@@ -293,7 +295,7 @@ class PagesTest(parameterized.TestCase):
         self.assertTrue((ROOT / span).exists(), span)
 
   def test_python_is_run_by_a_test(self):
-    """In tests/runs: api, convert, export and mechanisms_test.py."""
+    """In tests/runs, by the tests of the same subjects."""
     with_code = {
       name
       for name, text in PAGES.items()
@@ -305,6 +307,7 @@ class PagesTest(parameterized.TestCase):
         *("README.md", "docs/python.md", "docs/pieces.md", "CONTRIBUTING.md"),
         *("docs/exporting.md", "docs/converting.md"),
         "docs/policy_gradients.md",
+        *("docs/generation.md", "docs/harness.md"),
       },
     )
 
