@@ -14,14 +14,13 @@
 # # First steps in a notebook
 #
 # This file is a notebook: Jupyter (with jupytext), VS Code and PyCharm open it
-# as cells, and `python docs/notebook.py` runs it from top to bottom. It trains
-# two small models on the built-in novels, fills gaps, scores texts, and shows
-# in which order a text comes about. With 600 steps it takes some minutes on a
-# CPU. `NOTEBOOK_STEPS=100` is faster, and the texts are worse.
+# as cells, and `python docs/notebook.py` runs it from top to bottom. It fills
+# gaps, scores texts and shows in which order a text comes about, by a model
+# that comes with the package. Then it trains two small models and compares
+# them. That takes some minutes on a CPU; NOTEBOOK_STEPS=100 takes fewer steps.
 
 # %%
 import os
-import pathlib
 import subprocess
 import sys
 
@@ -31,108 +30,105 @@ import aoarm_jax
 from aoarm_jax.generation import replay
 
 STEPS = int(os.environ.get("NOTEBOOK_STEPS", "600"))
-RUNS = pathlib.Path("runs")
-
-# %% [markdown]
-# ## Train, or load what is trained
-#
-# The same command resumes a run, and does nothing where the run is finished.
-# `aoarm_jax.load` also takes an exported model, here or on a hub.
-
-
-# %%
-def trained(mechanism):
-  """Return a model of a mechanism, trained for STEPS steps."""
-  workdir = RUNS / f"notebook-{mechanism}-{STEPS}"
-  command = [
-    *(sys.executable, "-m", "aoarm_jax.main", f"--config={mechanism}:tiny"),
-    *(f"--workdir={workdir}", f"--config.train.steps={STEPS}"),
-  ]
-  subprocess.run(command, check=True)
-  return aoarm_jax.load(workdir)
-
-
-two_stream = trained("two_stream")
-print(two_stream)
+model = aoarm_jax.load("books-8m")
+print(model)
 
 # %% [markdown]
 # ## Infill
 #
 # A `_` is one unknown character. Gaps may stand anywhere, also before known
-# text. `log_p` is the exact log-probability of the filling, in nats.
+# text. `log_p` is the exact log-probability of the filling, in nats. The first
+# call compiles a program, which takes some seconds.
 
 # %%
-PROMPT = "she said noth___ to her moth__ but went into the _____"
-for text in two_stream.infill(PROMPT, count=4, temperature=0.7, seed=1):
+PROMPT = "she said noth___ to her moth__ and went out into the ______"
+for text in model.infill(PROMPT, count=4, temperature=0.7, seed=1):
   print(f"{text.log_p:7.2f}  {text.text}")
 
 # %% [markdown]
 # ## Score
 #
-# The part in brackets is scored, given the rest. A word that the text suggests
-# should be more likely than another word of the same length.
+# The part in brackets is scored, given the rest. A text has a log-probability
+# in every order of the scored letters. Here are the score of their mean over
+# eight random orders, and how far the orders lie apart.
 
 # %%
-CHOICES = ["she said [nothing] to her", "she said [gnihton] to her"]
-for score in two_stream.score(CHOICES):
-  print(f"{score.bits:6.2f} bits  {score.text}")
-
-# %% [markdown]
-# One text has one log-probability for each order. Here are eight orders, and
-# the log of their mean probability.
-
-# %%
-TEXT = "it was the best of times it was the worst of times"
-score = two_stream.score(TEXT, order="uniform", orders=8)
-print("in each order:", np.round(score.order_log_p, 1))
-print("of the mixture:", round(score.log_p, 1))
+CHOICES = [
+  "she said [nothing] to her mother",
+  "she said [gnihton] to her mother",
+]
+for score in model.score(CHOICES, order="uniform", orders=8):
+  spread = np.std(score.order_log_p) / np.log(2)
+  print(f"{score.bits:6.2f} bits (orders: ±{spread:.2f})  {score.text}")
 
 # %% [markdown]
 # ## Watch an order
 #
-# `steps` says which step decided each token; 0 is a known one. The model fills
-# the gap where it is surest first.
+# `steps` says which step decided each token; 0 is a known one. Here the model
+# goes on where it is surest.
 
 # %%
-GAP = "she opened the ____________________ and looked at him"
-(surest,) = two_stream.infill(
+GAP = "she opened the ____________ and looked at him"
+(surest,) = model.infill(
   GAP, method="adaptive", width=1, temperature=0.7, seed=1
 )
-for step in range(0, max(surest.steps) + 1, 5):
+for step in range(0, max(surest.steps) + 1, 3):
   shown = zip(surest.text, surest.steps)
   print("".join(c if at <= step else "_" for c, at in shown))
 
 # %% [markdown]
-# ## Compare two mechanisms
+# ## Train two mechanisms, and compare them
 #
-# `mdlm` is a masked diffusion model. It can decide many tokens in one step. The
-# likelihoods below are those of the chain rule in random orders, for both.
+# The same command resumes a run, and does nothing where the run is finished.
+# `mdlm` is a masked diffusion model, which can decide many tokens in one step.
+# Both are trained at the same time.
+
 
 # %%
-mdlm = trained("mdlm")
+def start(mechanism, workdir):
+  """Return the process that trains a small model of a mechanism."""
+  command = [
+    *(sys.executable, "-m", "aoarm_jax.main", f"--config={mechanism}:tiny"),
+    *(f"--workdir={workdir}", f"--config.train.steps={STEPS}"),
+  ]
+  return subprocess.Popen(command)
+
+
+runs = {
+  name: f"runs/notebook-{name}-{STEPS}" for name in ("two_stream", "mdlm")
+}
+processes = [start(name, workdir) for name, workdir in runs.items()]
+assert not any([process.wait() for process in processes])
+pair = {name: aoarm_jax.load(workdir) for name, workdir in runs.items()}
+
+# %% [markdown]
+# Both likelihoods are those of the chain rule in random orders.
+
+# %%
 SENTENCES = [
   "there was no answer and the room was very still",
   "he had been a captain in the army for many years",
   "the wind was cold and the sea was dark that night",
 ]
-for model in (two_stream, mdlm):
-  scores = model.score(SENTENCES, order="uniform", orders=4)
+for mechanism, small in pair.items():
+  scores = small.score(SENTENCES, order="uniform", orders=4)
   bits = np.mean([score.bits_per_char for score in scores])
-  print(f"{model.config.model.mechanism}: {bits:.3f} bits per character")
+  print(f"{mechanism}: {bits:.3f} bits per character")
 
 # %% [markdown]
-# The page below replays both: the slider goes over the steps, and the colour is
-# the order or the probability of a token.
+# This page replays how both fill the gap. The slider goes over the steps. The
+# colour is the order, or the probability of a token.
 
 # %%
 law = dict(temperature=0.7, seed=1)
+two_stream, mdlm = pair.values()
 texts = {
+  "books-8m, surest first": surest,
   "two_stream, random order": two_stream.infill(GAP, **law)[0],
-  "two_stream, surest first": surest,
   "mdlm, one token a step": mdlm.infill(GAP, method="sequential", **law)[0],
-  "mdlm, five steps": mdlm.infill(GAP, method="confidence", steps=5, **law)[0],
+  "mdlm, four steps": mdlm.infill(GAP, method="confidence", steps=4, **law)[0],
 }
-replay.write("replay.html", texts, two_stream.tokenizer, title=GAP)
+replay.write("replay.html", texts, model.tokenizer, title=GAP)
 try:
   from IPython import display
 

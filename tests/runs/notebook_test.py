@@ -36,24 +36,24 @@ class NotebookTest(absltest.TestCase):
       done = subprocess.run(
         [sys.executable, NOTEBOOK],
         cwd=folder,
-        env=helpers.environment(NOTEBOOK_STEPS="15"),
+        env=helpers.environment(NOTEBOOK_STEPS="10"),
         capture_output=True,
         text=True,
       )
     self.assertEqual(done.returncode, 0, done.stderr)
     lines = done.stdout.splitlines()
-    self.assertStartsWith(lines[0], "<aoarm_jax.Model 'runs/notebook-two_str")
+    self.assertStartsWith(lines[0], "<aoarm_jax.Model '")
     for line in lines[1:5]:
       self.assertRegex(line, r"^ *-\d+\.\d\d  she said noth... to her moth..")
-    self.assertRegex(lines[5], r"^ *\d+\.\d\d bits  she said \[nothing\] to")
+    likely, unlikely = (float(line.split()[0]) for line in lines[5:7])
+    self.assertLess(likely + 20, unlikely)
     order = [line for line in lines if line.startswith("she opened the ")]
-    self.assertEqual([line.count("_") for line in order], [20, 15, 10, 5, 0])
+    self.assertEqual([line.count("_") for line in order], [12, 9, 6, 3, 0])
     bits = [line for line in lines if line.endswith("bits per character")]
-    self.assertEqual(
-      [line.split(":")[0] for line in bits], ["two_stream", "mdlm"]
-    )
+    names = [line.split(":")[0] for line in bits]
+    self.assertEqual(names, ["two_stream", "mdlm"])
     page = (folder / "replay.html").read_text()
-    self.assertIn("mdlm, five steps", page)
+    self.assertIn("mdlm, four steps", page)
 
 
 if __name__ == "__main__":
