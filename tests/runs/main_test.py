@@ -596,7 +596,10 @@ class ProcessTest(parameterized.TestCase):
     wheel = os.path.join(wheels, name)
     models = f"aoarm_jax/models/{model.name}"
     self.assertContainsSubset(
-      [f"{models}/{name}" for name in exported.FILES],
+      [
+        *(f"{models}/{name}" for name in exported.FILES),
+        "aoarm_jax/generation/replay.html",
+      ],
       zipfile.ZipFile(wheel).namelist(),
     )
     subprocess.run(
