@@ -52,15 +52,12 @@ def _score(opened, tokens, known, order="left_to_right"):
 
 
 class LoglikelihoodTest(parameterized.TestCase):
-  @parameterized.parameters(
-    ("two_stream", "left_to_right"),
-    ("two_stream", "uniform"),
-    ("causal", "left_to_right"),
-  )
-  def test_a_continuation_given_its_context(self, mechanism, order):
-    self.check_continuation(mechanism, order)
+  def test_a_continuation_given_its_context(self):
+    self.check_continuation("two_stream", "uniform")
 
   @parameterized.parameters(
+    ("two_stream", "left_to_right"),
+    ("causal", "left_to_right"),
     ("ao_gpt", "uniform"),
     ("decoupled_rope", "right_to_left"),
     ("mdlm", "left_to_right"),
@@ -183,6 +180,7 @@ class RollingTest(parameterized.TestCase):
     self.assertAlmostEqual(got[2], -nats, places=3)
     self.assertEqual(got[3], 0)
 
+  @pytest.mark.thorough
   def test_a_document_ends_and_a_start_goes_on(self):
     made, opened = _opened(documents="pad", batch_size=64)
     letters = _LETTERS.symbols.decode()
