@@ -231,20 +231,27 @@ def draw(
   - left_to_right, right_to_left: this order alone.
   - mixture: left to right with probability left_to_right_share, else uniform
     (AO-GPT, arXiv 2506.19935).
-  - curriculum: uniform with a probability that rises from 0 to 1 over
-    curriculum_steps, else left to right.
+  - curriculum: uniform with a probability that rises from 0 to 1, else left to
+    right. It is min(1, max(0, step - curriculum_start) / curriculum_steps).
+  - growing_blocks: as block, with the width of `curriculum_width`. It grows
+    from 1 (left to right) to T (uniform).
   - block: windows of block_width positions from left to right, with a random
     order inside each window.
   - shuffled_blocks: windows in random order, left to right inside each window.
     The last window may be shorter.
   - given: the order `options.given`.
 
+  In the families curriculum and growing_blocks, an order is left to right with
+  probability curriculum_left_to_right_share at every step. Only the others
+  follow the law above.
+
   Args:
     key: typed PRNG key.
     batch: B.
     T: the number of positions.
     options: the family and its parameters.
-    step: the training step, for the curriculum.
+    step: the training step, for curriculum and growing_blocks. It may be
+      traced, so one program serves all steps.
     first_row: the index of row 0 in a larger batch.
     rows: int32 [B], the indices of the rows. None means `first_row` and the
       indices after it.
@@ -256,15 +263,33 @@ def draw(
     ValueError: the family is unknown.
   """
   natural = jnp.arange(1, T + 1, dtype=jnp.int32)
-  window = (natural - 1) // options.block_width
-  uniform_share: dict[str, jax.Array | float] = {
+  width: jax.Array | int = options.block_width
+  if options.family == "growing_blocks":
+    width = curriculum_width(step, T, options)
+  window = (natural - 1) // width
+  changing = 1.0 - options.curriculum_left_to_right_share
+  # The probability that an order is not simply left to right.
+  share: dict[str, jax.Array | float] = {
     "mixture": 1.0 - options.left_to_right_share,
-    "curriculum": jnp.clip(step / options.curriculum_steps, 0.0, 1.0),
+    "curriculum": changing
+    * jnp.clip(
+      _since_start(step, options) / options.curriculum_steps, 0.0, 1.0
+    ),
+    "growing_blocks": changing,
   }
 
   def draw_one(row):
     order_key, coin_key = jax.random.split(jax.random.fold_in(key, row))
     uniform = jax.random.permutation(order_key, natural)
+
+    def in_windows():
+      # A stable sort by window keeps the order uniform inside each window.
+      return uniform[jnp.argsort(window[uniform - 1], stable=True)]
+
+    def often(other):
+      coin = jax.random.uniform(coin_key)
+      return jnp.where(coin < share[options.family], other, natural)
+
     match options.family:
       case "uniform":
         return uniform
@@ -275,11 +300,11 @@ def draw(
       case "given":
         return jnp.array(options.given, jnp.int32)
       case "mixture" | "curriculum":
-        coin = jax.random.uniform(coin_key)
-        return jnp.where(coin < uniform_share[options.family], uniform, natural)
+        return often(uniform)
+      case "growing_blocks":
+        return often(in_windows())
       case "block":
-        # A stable sort by window keeps the order uniform inside each window.
-        return uniform[jnp.argsort(window[uniform - 1], stable=True)]
+        return in_windows()
       case "shuffled_blocks":
         windows = -(-T // options.block_width)
         place = jax.random.permutation(order_key, windows)
@@ -288,6 +313,40 @@ def draw(
 
   rows = first_row + jnp.arange(batch) if rows is None else rows
   return jax.vmap(draw_one)(rows)
+
+
+def _since_start(step, options):
+  """Return the steps since the curriculum began to change the orders."""
+  return jnp.maximum(step - options.curriculum_start, 0)
+
+
+def curriculum_width(
+  step: jax.Array | int, T: int, options: config_lib.Orders
+) -> jax.Array:
+  """Return the width of the windows of growing_blocks at a step.
+
+  The width is T^u, rounded to a whole number, where u = (step -
+  curriculum_start) / curriculum_steps is kept in [0, 1]. So each doubling takes
+  equally many steps.
+
+  Args:
+    step: int32 [], the training step.
+    T: the number of positions.
+    options: gives curriculum_start and curriculum_steps.
+
+  Returns:
+    int32 [], from 1 to T.
+  """
+  # The step at which each width begins is a whole number that is computed here
+  # once. So all devices have the same width, however they round powers.
+  halves = np.arange(2, T + 1) - 0.5
+  begins = np.ceil(
+    options.curriculum_steps * np.log(halves) / np.log(max(T, 2))
+  )
+  since = _since_start(step, options)
+  return 1 + jnp.searchsorted(
+    jnp.array(begins, jnp.int32), since, side="right"
+  ).astype(jnp.int32)
 
 
 def draw_groups(

@@ -23,6 +23,25 @@ _LARGE = {
   "compute.remat": True,
   "mesh.fsdp": 0,
 }
+# What the dense models of Qwen3 (arXiv 2505.09388) have in common.
+_QWEN3 = {
+  "model.T": 1024,
+  "model.head_size": 128,
+  "model.kv_heads": 8,
+  "model.mlp": "swiglu",
+  "model.rope_base": 1e6,
+  "data.tokenizer": "bpe",
+  "data.vocabulary": 151_936,
+  "train.batch_size": 128,
+  "train.steps": 10_000,
+  "optimizer.peak_learning_rate": 1e-4,
+  "optimizer.warmup_steps": 500,
+  "eval.every": 1000,
+  "sample.every": 1000,
+  "compute.scan_layers": True,
+  "compute.remat": True,
+  "mesh.fsdp": 0,
+}
 # The fields that each variant changes, for every mechanism alike. An experiment
 # file may change further fields.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -88,6 +107,29 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "train.batch_size": 1024,
     "train.steps": 100_000,
     "optimizer.peak_learning_rate": 2e-4,
+  },
+  "qwen3-0.6b": _QWEN3
+  | {
+    "model.D": 1024,
+    "model.L": 28,
+    "model.N": 16,
+    "model.mlp_width": 3072,
+    "model.tied": True,
+  },
+  "qwen3-1.7b": _QWEN3
+  | {
+    "model.D": 2048,
+    "model.L": 28,
+    "model.N": 16,
+    "model.mlp_width": 6144,
+    "model.tied": True,
+  },
+  "qwen3-8b": _QWEN3
+  | {
+    "model.D": 4096,
+    "model.L": 36,
+    "model.N": 32,
+    "model.mlp_width": 12_288,
   },
   "tiny": {
     "model.T": 64,

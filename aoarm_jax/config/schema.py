@@ -29,6 +29,7 @@ ORDER_FAMILIES = (
   "right_to_left",
   "mixture",
   "curriculum",
+  "growing_blocks",
   "block",
   "shuffled_blocks",
   "given",
@@ -372,8 +373,24 @@ class Orders:
   )
   curriculum_steps: int = _field(
     1000,
-    "curriculum only: number of steps until all orders are uniform",
+    "curriculum and growing_blocks only: number of steps until the orders that "
+    "change are uniform",
     low=1,
+    binds="run",
+  )
+  curriculum_start: int = _field(
+    0,
+    "curriculum and growing_blocks only: number of steps before that, in which "
+    "all orders are left to right",
+    low=0,
+    binds="run",
+  )
+  curriculum_left_to_right_share: float = _field(
+    0.0,
+    "curriculum and growing_blocks only: share of orders that stay left to "
+    "right, also at the end",
+    low=0.0,
+    high=1.0,
     binds="run",
   )
   block_width: int = _field(
@@ -409,6 +426,23 @@ class Orders:
   def width(self) -> int:
     """Number of ranks in a group, in the mean; 1 without groups."""
     return 1 if self.groups == "none" else self.group_width
+
+  @property
+  def curriculum_end(self) -> int:
+    """First step whose orders are those of the end; 0 for other families."""
+    moves = self.family in ("curriculum", "growing_blocks")
+    return self.curriculum_start + self.curriculum_steps if moves else 0
+
+  @property
+  def trains_left_to_right(self) -> bool:
+    """True if many orders are left to right in all of the training."""
+    share = {
+      "left_to_right": 1.0,
+      "mixture": self.left_to_right_share,
+      "curriculum": self.curriculum_left_to_right_share,
+      "growing_blocks": self.curriculum_left_to_right_share,
+    }
+    return share.get(self.family, 0.0) > 0
 
 
 @dataclasses.dataclass(frozen=True)

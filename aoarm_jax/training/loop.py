@@ -267,7 +267,15 @@ class _Run:
         c.optimizer.warmup_steps,
         c.train.steps,
       )
-    trains_lengths = c.orders.family in ("left_to_right", "mixture")
+    if c.orders.curriculum_end > c.train.steps:
+      logging.warning(
+        "config.orders.curriculum_steps=%d: the run ends after %d steps, and "
+        "the curriculum would end at step %d",
+        c.orders.curriculum_steps,
+        c.train.steps,
+        c.orders.curriculum_end,
+      )
+    trains_lengths = c.orders.trains_left_to_right
     if self.network.layout.predicts_end and not trains_lengths:
       logging.info(
         "lengths of texts are drawn from left to right, and config.orders."

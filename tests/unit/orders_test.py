@@ -59,7 +59,9 @@ class DrawTest(_Test):
     self.assertEqual((drawn.shape, drawn.dtype), ((_MANY, _T), np.int32))
     self.assertTrue((np.sort(drawn, axis=1) == np.arange(1, _T + 1)).all())
 
-  @parameterized.parameters("uniform", "mixture", "shuffled_blocks")
+  @parameterized.parameters(
+    "uniform", "mixture", "growing_blocks", "shuffled_blocks"
+  )
   def test_a_row_depends_on_its_index_alone(self, family):
     """Neither batch size nor the split over devices changes a row."""
     whole = _draw(family)
@@ -101,6 +103,33 @@ class DrawTest(_Test):
     law[0] *= 1.3
     self.assertLess(tiny.p_value(counts, law / law.sum()), 1e-4)
 
+  def test_blocks_grow(self):
+    """The law at a step is that of the family block at the step's width."""
+    options = config.Orders(family="growing_blocks", curriculum_start=100)
+    steps = np.arange(0, 1300, 10)
+    widths = np.array([orders.curriculum_width(s, _T, options) for s in steps])
+    powers = _T ** np.clip((steps - 100) / 1000, 0, 1)
+    np.testing.assert_array_less(np.abs(widths - powers), 0.5 + 1e-6)
+    self.assertEqual(set(widths), set(range(1, _T + 1)))
+    for step in (300, 700, 900):
+      width = int(orders.curriculum_width(step, _T, options))
+      grown = _draw("growing_blocks", step=step, curriculum_start=100)
+      np.testing.assert_array_equal(grown, _draw("block", block_width=width))
+
+  def test_one_program_serves_all_steps_of_a_curriculum(self):
+    traced = []
+
+    @jax.jit
+    def draw(step):
+      traced.append(step)
+      options = config.Orders(family="growing_blocks", curriculum_steps=9)
+      return orders.draw(jax.random.key(0), 2, _T, options, step=step)
+
+    drawn = [draw(step) for step in range(12)]
+    self.assertLen(traced, 1)
+    np.testing.assert_array_equal(drawn[0][0], np.arange(1, _T + 1))
+    np.testing.assert_array_equal(drawn[9], drawn[11])
+
   @parameterized.parameters((7, 3), (7, 9), (8, 4))
   def test_blocks_come_from_left_to_right(self, T, width):
     drawn = _draw("block", T=T, block_width=width)
@@ -123,6 +152,12 @@ class DrawTest(_Test):
     ("curriculum", 250, {}, 0.75),
     ("curriculum", 1000, {}, 0.0),
     ("curriculum", 9000, {}, 0.0),
+    ("curriculum", 250, dict(curriculum_start=250), 1.0),
+    ("curriculum", 500, dict(curriculum_start=250), 0.75),
+    ("curriculum", 500, dict(curriculum_left_to_right_share=0.2), 0.6),
+    ("growing_blocks", 0, {}, 1.0),
+    ("growing_blocks", 1000, {}, 0.0),
+    ("growing_blocks", 1000, dict(curriculum_left_to_right_share=0.2), 0.2),
   )
   def test_share_of_left_to_right(self, family, step, options, share):
     drawn = _draw(family, step=step, **options)
