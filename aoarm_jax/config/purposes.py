@@ -15,6 +15,9 @@ LENGTHS = 106
 STUDY_KNOCKOUTS = 107
 BENCHMARK = 108
 
+# This is folded into the key of the first parameters, for adapters beside them.
+ADAPTERS = 109
+
 # These are folded into the key of one training step or one evaluation. The
 # numbers of rows and draws stay below 2^29.
 GROUPS, RANKS, TIMES, MASKS = (2**31 + number for number in range(4))

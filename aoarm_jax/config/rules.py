@@ -73,8 +73,11 @@ def _check_range(path, metadata, value):
       )
     item_type = metadata.get("of", int)
     is_plain = isinstance(value, tuple) and not choices
-    if is_plain and type(item) not in (item_type, int):
-      kind = {int: "a whole number", float: "a number"}[item_type]
+    kinds = (float, int) if item_type is float else (item_type,)
+    if is_plain and type(item) not in kinds:
+      kind = {int: "a whole number", float: "a number", str: "a text"}[
+        item_type
+      ]
       raise config_lib.ConfigError(f"{path}={value!r}: {item!r} is not {kind}")
 
 

@@ -43,6 +43,10 @@ ESTIMATORS = (
   "context_ensembled",
   "elbo",
 )
+LORA_TARGETS = (
+  *("attention", "query", "key", "value", "out"),
+  *("mlp", "gate", "up", "down"),
+)
 BENCHMARK_PARTS = (
   "likelihood",
   "orders",
@@ -543,6 +547,36 @@ class Train:
     True,
     "start_from: take the moving average of the weights if that run has one, "
     "and not its last weights",
+    binds="run",
+  )
+  lora_rank: int = _field(
+    0,
+    "rank r of the adapters that are trained in place of the weights of "
+    "lora_targets (LoRA); all other arrays are frozen, apart from start/*, "
+    "which the mechanism adds to the backbone; 0 trains the weights themselves",
+    low=0,
+    binds="run",
+  )
+  lora_alpha: float = _field(
+    16.0,
+    "lora_rank only: the product of the two arrays of an adapter is multiplied "
+    "by lora_alpha / lora_rank",
+    above=0.0,
+    binds="run",
+  )
+  lora_targets: tuple[str, ...] = _field(
+    ("attention", "mlp"),
+    "lora_rank only: weights that get adapters; attention: query, key, value "
+    "and out; mlp: gate (swiglu), up and down",
+    choices=LORA_TARGETS,
+    binds="run",
+  )
+  frozen: tuple[str, ...] = _field(
+    (),
+    "patterns of names of arrays that are not trained, such as embedding or "
+    "blocks/mlp/*; parameters.txt of a run lists the names; a pattern behind ! "
+    "exempts what it matches, and the last pattern that matches decides",
+    of=str,
     binds="run",
   )
   least_time: float = _field(

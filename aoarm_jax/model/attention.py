@@ -1,7 +1,7 @@
 """Attention of the rows of G streams over the content of the slots."""
 
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +55,8 @@ class Attention(nnx.Module):
     if model.qk_norm and has_keys:
       self.key_norm = parameters.RMSNorm(H, model.norm_epsilon)
     self.has_norms = model.qk_norm
+    # The adapters.Adapter of weights that have one, by the weight's name.
+    self.adapters: dict[str, Any] = nnx.data({})
     # The weights of queries, keys and values as one, see `merge`.
     self.merged: nnx.Param | None = None
     self.merged_scale: nnx.Param | None = None
@@ -121,18 +123,23 @@ class Attention(nnx.Module):
       # weights, in every step.
       out = self.out[...].astype(self.dtype).reshape(-1, D)
       return [x.reshape(*x.shape[:2], -1) @ out for x in outputs]
-    return parameters.matmuls("brnh,nhd->brd", outputs, self.out, self.dtype)
+    return self._product("brnh,nhd->brd", outputs, "out")
 
   def queries(
     self, x: jax.Array, rotation: rowwise.Rotation | None
   ) -> jax.Array:
     """Return the queries of one stream's normalised rows: [B, R, N, H]."""
     part = self._query_part(rotation)
-    return self._project(x, (self.query,), (part,))[0]
+    return self._project(x, ("query",), (part,))[0]
 
   def output(self, x: jax.Array) -> jax.Array:
     """Return the update that attention [B, R, N, H] gives: [B, R, D]."""
-    return parameters.matmuls("brnh,nhd->brd", [x], self.out, self.dtype)[0]
+    return self._product("brnh,nhd->brd", [x], "out")[0]
+
+  def _product(self, equation, streams, name):
+    """Return the product of every stream with a weight and its adapter."""
+    weight, adapter = getattr(self, name), self.adapters.get(name)
+    return parameters.matmuls(equation, streams, weight, self.dtype, adapter)
 
   def _query_part(self, rotation):
     """Return the norm and the rotation of queries."""
@@ -147,7 +154,7 @@ class Attention(nnx.Module):
   def _keys(self, content, setting):
     """Return the keys and values of content rows, [B, S, M, H] each."""
     key = self._key_part(setting.key_rotation)
-    return self._project(content, (self.key, self.value), (key, None))
+    return self._project(content, ("key", "value"), (key, None))
 
   def _few_heads(self, rows, S, Q, setting):
     """Return queries of the last Q rows, and keys and values of the first S.
@@ -187,32 +194,34 @@ class Attention(nnx.Module):
     if asks and (len(streams) == 1 or not sharding.spread()):
       key = self._key_part(setting.key_rotation)
       first, k, v = self._project(
-        content, (self.query, self.key, self.value), (query, key, None)
+        content, ("query", "key", "value"), (query, key, None)
       )
       queries = [
-        self._project(x, (self.query,), (part,))[0]
+        self._project(x, ("query",), (part,))[0]
         for x, part in zip(streams[1:], others)
       ]
       return [first, *queries], k, v
     k, v = self._keys(content, setting)
-    products = parameters.matmuls(
-      "brd,dnh->brnh", streams, self.query, self.dtype
-    )
+    products = self._product("brd,dnh->brnh", streams, "query")
     queries = [
       self._split(x[:, :, None], (part,))[0]
       for x, part in zip(products, (query, *others))
     ]
     return queries, k, v
 
-  def _project(self, rows, weights, parts):
+  def _project(self, rows, names, parts):
     """Return the product of rows with each weight, normed and rotated."""
     B, R, _ = rows.shape
-    if len(weights) > 1 and B * R < tuning.LEAST_ROWS:
+    if len(names) > 1 and (self.adapters or B * R < tuning.LEAST_ROWS):
       # To stack the weights would cost more than it saves.
       return [
-        self._project(rows, (weight,), (part,))[0]
-        for weight, part in zip(weights, parts)
+        self._project(rows, (name,), (part,))[0]
+        for name, part in zip(names, parts)
       ]
+    if self.adapters:
+      (product,) = self._product("brd,dnh->brnh", [rows], *names)
+      return self._split(product[:, :, None], parts)
+    weights = [getattr(self, name) for name in names]
     merged = jnp.stack(
       [weight[...].astype(self.dtype) for weight in weights], axis=1
     )

@@ -1,6 +1,7 @@
 """The MLP of a block, in each of its forms."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,23 +34,30 @@ class MLP(nnx.Module):
       ("hidden", "embed"),
       parameters.scale_of_updates(model),
     )
+    # The adapters.Adapter of weights that have one, by the weight's name.
+    self.adapters: dict[str, Any] = nnx.data({})
 
   def __call__(self, streams: Sequence[jax.Array]) -> list[jax.Array]:
     """Return the update of every normalised stream, [B, R, D] each."""
-    if not (self.gates or sharding.spread()):
+    if not (self.gates or self.adapters or sharding.spread()):
       up, down = (parameters.used(x, self.dtype) for x in (self.up, self.down))
       return [parallel.mlp(x, up, down, self.rowwise) for x in streams]
-    hidden = self._into_hidden(streams, self.up)
+    hidden = self._into_hidden(streams, "up")
     if self.gates:
-      gates = self._into_hidden(streams, self.gate)
+      gates = self._into_hidden(streams, "gate")
       hidden = [_gated(gate, x) for gate, x in zip(gates, hidden)]
     else:
       hidden = [parallel.gelu(x, self.rowwise) for x in hidden]
-    return parameters.matmuls("brf,fd->brd", hidden, self.down, self.dtype)
+    return self._product("brf,fd->brd", hidden, "down")
 
-  def _into_hidden(self, streams, weight):
+  def _product(self, equation, streams, name):
+    """Return the product of every stream with a weight and its adapter."""
+    weight, adapter = getattr(self, name), self.adapters.get(name)
+    return parameters.matmuls(equation, streams, weight, self.dtype, adapter)
+
+  def _into_hidden(self, streams, name):
     """Return the product of every stream with a weight, [B, R, F] each."""
-    hidden = parameters.matmuls("brd,df->brf", streams, weight, self.dtype)
+    hidden = self._product("brd,df->brf", streams, name)
     return [sharding.constrain(x, *parallel.ROWS[:2], "hidden") for x in hidden]
 
 

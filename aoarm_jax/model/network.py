@@ -9,10 +9,11 @@ import numpy as np
 from flax import nnx
 
 from aoarm_jax import orders
+from aoarm_jax.config import purposes
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import configured, documents, tokenizers
 from aoarm_jax.devices import sharding
-from aoarm_jax.model import transformer
+from aoarm_jax.model import adapters, transformer
 
 
 class Network:
@@ -38,6 +39,7 @@ class Network:
     config: config_lib.Config,
     mesh: jax.sharding.Mesh | None = None,
     tokenizer: tokenizers.Tokenizer | None = None,
+    lora: config_lib.Train | None = None,
   ):
     """Compute the shapes of the parameters; no arrays are made.
 
@@ -47,8 +49,10 @@ class Network:
         they are put.
       tokenizer: None means the tokenizer that the config names. If its symbols
         come from a text, a stand-in of the same size takes its place.
+      lora: the training whose adapters stand beside the weights, see
+        adapters.py. None means that there are no adapters.
     """
-    self.config, self.mesh = config, mesh
+    self.config, self.mesh, self._lora = config, mesh, lora
     self.tokenizer = configured.with_end(
       config.data, tokenizer or configured.tokenizer(config.data)
     )
@@ -196,13 +200,17 @@ class Network:
     return jax.tree_util.tree_map_with_path(place, tree)
 
   def _create(self, key):
-    return transformer.Transformer(
+    made = transformer.Transformer(
       self.config.model,
       self.config.compute,
       self.vocabulary,
       self.end.token if self.end else None,
       rngs=nnx.Rngs(key),
     )
+    if self._lora and self._lora.lora_rank:
+      key = jax.random.fold_in(key, purposes.ADAPTERS)
+      adapters.attach(made.blocks, self._lora, nnx.Rngs(key))
+    return made
 
 
 def _names(path):

@@ -1,6 +1,6 @@
 """Parameters of modules: how they are drawn, and how rows use them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +52,7 @@ def matmuls(
   streams: Sequence[jax.Array],
   param: nnx.Param,
   dtype: jax.typing.DTypeLike,
+  adapter: Callable[..., jax.Array] | None = None,
 ) -> list[jax.Array]:
   """Return the product of every stream with a parameter.
 
@@ -60,9 +61,13 @@ def matmuls(
     streams: arrays of the same shape.
     param: the weight.
     dtype: the compute dtype.
+    adapter: the adapters.Adapter of the weight.
   """
   weight = param[...].astype(dtype)
-  return parallel.matmuls(equation, streams, weight, param.axes)
+  products = parallel.matmuls(equation, streams, weight, param.axes)
+  if adapter is None:
+    return products
+  return [y + adapter(x, dtype) for x, y in zip(streams, products)]
 
 
 @jax.custom_vjp

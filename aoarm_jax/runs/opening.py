@@ -15,7 +15,9 @@ from etils import epath
 from aoarm_jax.config import paths
 from aoarm_jax.config import rules as config_rules
 from aoarm_jax.config import schema as config_lib
+from aoarm_jax.data import tokenizers
 from aoarm_jax.devices import sharding
+from aoarm_jax.model import adapters
 from aoarm_jax.model import network as network_lib
 from aoarm_jax.runs import (
   agreement,
@@ -298,6 +300,37 @@ def part_of(
   return "params" if last or "ema" not in saved.parts else "ema"
 
 
+def weights(
+  checkpoints: Stored,
+  saved: checkpoint.Saved,
+  part: str,
+  network: network_lib.Network,
+  tokenizer: tokenizers.Tokenizer,
+) -> Any:
+  """Read the weights of a checkpoint, with its adapters merged.
+
+  Args:
+    checkpoints: of the run, or an exported model.
+    saved: the checkpoint.
+    part: "ema" or "params", see `part_of`.
+    network: the network that takes the weights, on its mesh, which is set.
+    tokenizer: its tokenizer, without an end of documents.
+
+  Returns:
+    Nested dict of float32 arrays, as network.abstract_params.
+
+  Raises:
+    CheckpointError: the arrays cannot be read, or are not those of `network`.
+  """
+  if "frozen" not in saved.parts:
+    return checkpoints.restore(saved, {part: network.abstract_params})[part]
+  train = identity.config_of(saved).train
+  adapted = network_lib.Network(network.config, network.mesh, tokenizer, train)
+  trained, frozen = adapters.split(adapted.abstract_params, train)
+  state = checkpoints.restore(saved, {part: trained, "frozen": frozen})
+  return adapters.reader(network.axes, train)(state[part], state["frozen"])
+
+
 def _opened(workdir, config, mesh, checkpoints, step, last):
   """Return the Run of a checkpoint, see `open_run`."""
   steps = checkpoints.steps()
@@ -325,7 +358,7 @@ def _opened(workdir, config, mesh, checkpoints, step, last):
     jax.set_mesh(mesh),
     telemetry.waiting(f"reading checkpoint step {saved.step:,}"),
   ):
-    params = checkpoints.restore(saved, {field: network.abstract_params})[field]
+    params = weights(checkpoints, saved, field, network, tokenizer)
   logging.info(
     "restored step %s of %s%s",
     f"{saved.step:,}",

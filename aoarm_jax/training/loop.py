@@ -35,6 +35,7 @@ from aoarm_jax.runs import directory as run_dir
 from aoarm_jax.runs import text as text_lib
 from aoarm_jax.training import program as program_lib
 from aoarm_jax.training import resuming, starting
+from aoarm_jax.training import state as train_state
 
 
 class Preempted(stopping.Stopped):
@@ -246,6 +247,13 @@ class _Run:
       f" ({sharding.describe(self.mesh)})" * (len(devices) > 1),
       f", {idle} more are idle (config.mesh)" * (idle > 0),
     )
+    if self.program.abstract.frozen:
+      logging.info(
+        "trained: %s parameters (%d arrays); all others are frozen "
+        "(config.train)",
+        f"{run_dir.parameter_count(self.program.abstract.params):,}",
+        len(jax.tree.leaves(self.program.abstract.params)),
+      )
     if uncut := self.network.kept_whole:
       logging.info(
         "%d of %d arrays of parameters stay whole along fsdp: pieces would be "
@@ -376,7 +384,8 @@ class _Run:
       with telemetry.waiting("compiling the first parameters"):
         state = self.program.init(seed)
       if origin:
-        state = origin.into(state)
+        weights, train = origin.params, self.config.train
+        state = train_state.with_weights(state, weights, train)
         if self.primary:
           origin.describe(self.workdir)
       return state, 0
@@ -470,7 +479,7 @@ class _Run:
       lambda: self._is_evaluated(step)
     ):
       estimate = self.evaluator.estimate(
-        state.read_out_params,
+        self.program.read_out(state),
         self.eval_batches,
         c.eval.estimators[0],
         step,
@@ -497,7 +506,7 @@ class _Run:
     if self._due(step, c.sample.every) and not distributed.process_0_says(
       path.exists
     ):
-      texts = self.sampler.sample(state.read_out_params)
+      texts = self.sampler.sample(self.program.read_out(state))
       logging.info("sample: %s", text_lib.printable(texts[0].text))
       if self.primary:
         generate.write(path, texts, step)

@@ -7,7 +7,7 @@ TPU slices and the scaling tool all call `make`.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from aoarm_jax import lengths, objective
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import tokenizers
 from aoarm_jax.devices import sharding
+from aoarm_jax.model import adapters
 from aoarm_jax.model import network as network_lib
 from aoarm_jax.training import optimizer
 from aoarm_jax.training import state as train_state
@@ -26,7 +27,7 @@ class Program(NamedTuple):
   """Everything that training needs, for one config and one mesh.
 
   Attributes:
-    network: the network of the run, on the run's mesh.
+    network: the network of the run, on the run's mesh. It has no adapters.
     abstract: train_state.TrainState of jax.ShapeDtypeStruct, with shardings.
     tokens: jax.ShapeDtypeStruct of a global batch, [B, T] of the tokenizer's
       dtype: uint8, uint16 or uint32.
@@ -34,6 +35,8 @@ class Program(NamedTuple):
     step: jitted function (state, tokens) -> (state, sums), see `make_step`. It
       donates the state. If the program was made with told_rate=True, `step`
       takes the learning rate (float32 []) as a third argument.
+    read: function (trained, frozen) -> the parameters of `network`, see
+      adapters.reader.
   """
 
   network: network_lib.Network
@@ -41,6 +44,11 @@ class Program(NamedTuple):
   tokens: jax.ShapeDtypeStruct
   init: jax.stages.Wrapped
   step: jax.stages.Wrapped
+  read: Callable[[Any, Any], Any]
+
+  def read_out(self, state: train_state.TrainState) -> Any:
+    """Return the parameters of `network` to evaluate and sample with."""
+    return self.read(state.read_out_params, state.frozen)
 
 
 def make(
@@ -66,17 +74,22 @@ def make(
       network.Network.
 
   Raises:
-    ConfigError: the mesh does not divide the model or the batch.
+    ConfigError: the mesh does not divide the model or the batch, or
+      config.train.frozen does not fit the model.
   """
   mesh = sharding.of_run(config, *batches, mesh=mesh, devices=devices)
   network = network_lib.Network(config, mesh, tokenizer)
-  init = functools.partial(train_state.init, network)
-  abstract = network.placed(jax.eval_shape(init, 0))
+  trained = network
+  if config.train.lora_rank:
+    trained = network_lib.Network(config, mesh, tokenizer, config.train)
+  adapters.check(trained.abstract_params, config.train)
+  init = functools.partial(train_state.init, trained)
+  abstract = trained.placed(jax.eval_shape(init, 0))
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   shape = config.train.batch_size, config.model.T
 
   def at_rate(state, tokens, rate):
-    return make_step(network, lambda _: rate)(state, tokens)
+    return make_step(trained, lambda _: rate)(state, tokens)
 
   return Program(
     network=network,
@@ -88,10 +101,11 @@ def make(
     ),
     init=jax.jit(init, out_shardings=shardings),
     step=jax.jit(
-      at_rate if told_rate else make_step(network),
+      at_rate if told_rate else make_step(trained),
       donate_argnums=0,
       out_shardings=(shardings, sharding.replicated(mesh)),
     ),
+    read=adapters.reader(network.axes, config.train),
   )
 
 
@@ -104,7 +118,7 @@ def make_step(
   """Return the pure training step of a network.
 
   Args:
-    network: the network, with the run's config.
+    network: the network, with the run's config and its adapters.
     learning_rate: function from the step to the rate. None takes the schedule
       of the config.
 
@@ -117,22 +131,26 @@ def make_step(
   schedule = learning_rate or optimizer.schedule(
     config.optimizer, config.train.steps
   )
-  chain = optimizer.make(config.optimizer, schedule, network.axes)
+  axes, _ = adapters.split(network.axes, config.train)
+  chain = optimizer.make(config.optimizer, schedule, axes)
   accumulate = config.compute.accumulate
   # Gradients get the shardings of the parameters. Without this the compiler
   # would choose shardings of its own.
-  pin = functools.partial(sharding.constrain_parameters, axes=network.axes)
+  pin = functools.partial(sharding.constrain_parameters, axes=axes)
 
-  def loss(params, tokens, draws):
+  def loss(params, frozen, tokens, draws):
     return objective.training_nll(
-      network.bind(params), network.layout, tokens, draws
+      network.bind(adapters.joined(params, frozen)),
+      network.layout,
+      tokens,
+      draws,
     ).sum()
 
-  def gradient(params, *batch):
+  def gradient(params, frozen, *batch):
     """Return the summed nats and their gradient, over all micro-batches."""
 
     def of_micro_batch(*batch):
-      nats, grads = jax.value_and_grad(loss)(params, *batch)
+      nats, grads = jax.value_and_grad(loss)(params, frozen, *batch)
       return nats, pin(grads)
 
     if accumulate == 1:
@@ -168,7 +186,7 @@ def make_step(
     )
     # Each device draws for its own rows.
     draws = jax.tree.map(lambda x: sharding.constrain(x, "batch"), draws)
-    nats, grads = gradient(state.params, tokens, draws)
+    nats, grads = gradient(state.params, state.frozen, tokens, draws)
     grads = jax.tree.map(lambda g: g / count, grads)
     updates, opt_state = chain.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)

@@ -1,11 +1,9 @@
 """Begin a run with the weights of another run: config.train.start_from."""
 
-import dataclasses
 import json
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from absl import logging
 from etils import epath
 
@@ -16,7 +14,6 @@ from aoarm_jax.data import tokenizers
 from aoarm_jax.model import network as network_lib
 from aoarm_jax.runs import checkpoint, identity, opening, places, telemetry
 from aoarm_jax.runs import directory as run_dir
-from aoarm_jax.training import state as train_state
 
 _FIELD = "config.train.start_from"
 # Fields of a model that may differ from those of the other run. Some of them
@@ -55,15 +52,6 @@ class Weights(NamedTuple):
     facts = {"from": str(self.source), "step": self.step, "weights": self.part}
     run_dir.write_atomically(workdir / _FILE, json.dumps(facts) + "\n")
 
-  def into(self, state: train_state.TrainState) -> train_state.TrainState:
-    """Return a fresh state with these weights, also as its moving average.
-
-    Args:
-      state: the state that program.init made.
-    """
-    ema = jax.tree.map(jnp.copy, self.params) if state.ema else state.ema
-    return dataclasses.replace(state, params=self.params, ema=ema)
-
 
 def read(
   network: network_lib.Network,
@@ -99,14 +87,14 @@ def read(
     _check(saved, trained, network, tokenizer, source)
     part = opening.part_of(saved, source, last=not config.train.start_from_ema)
     with telemetry.waiting(f"reading checkpoint step {saved.step:,}"):
-      state = checkpoints.restore(saved, {part: network.abstract_params})
+      params = opening.weights(checkpoints, saved, part, network, tokenizer)
   logging.info(
     "start: %s of step %s of %s; the optimizer and the schedule begin anew",
     "the EMA" if part == "ema" else "the parameters",
     f"{saved.step:,}",
     source,
   )
-  return Weights(state[part], source, saved.step, part)
+  return Weights(params, source, saved.step, part)
 
 
 def _same_folder(first, second):

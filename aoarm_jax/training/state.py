@@ -8,13 +8,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from aoarm_jax.config import schema as config_lib
+from aoarm_jax.model import adapters
 from aoarm_jax.model import network as network_lib
 from aoarm_jax.training import optimizer
 
 
 @functools.partial(
   jax.tree_util.register_dataclass,
-  data_fields=["step", "params", "opt_state", "ema", "key"],
+  data_fields=["step", "params", "opt_state", "ema", "key", "frozen"],
   meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -23,12 +25,14 @@ class TrainState:
 
   Attributes:
     step: int32 [], optimizer steps taken.
-    params: nested dict of float32 arrays.
+    params: nested dict of float32 arrays: those that are trained.
     opt_state: the state of optax.
     ema: moving average of the parameters, a nested dict like `params`; {} if
       the run keeps no EMA.
     key: typed PRNG key []. The orders of step n are drawn from
       fold_in(key, n).
+    frozen: nested dict of float32 arrays: the parameters that are not trained;
+      {} if all are. See model/adapters.py.
   """
 
   step: jax.Array
@@ -36,10 +40,11 @@ class TrainState:
   opt_state: Any
   ema: Any
   key: jax.Array
+  frozen: Any = dataclasses.field(default_factory=dict)
 
   @property
   def read_out_params(self) -> Any:
-    """The parameters to evaluate and sample with: the EMA if there is one."""
+    """The trained arrays to evaluate with: the EMA if there is one."""
     return self.ema or self.params
 
 
@@ -47,19 +52,38 @@ def init(network: network_lib.Network, seed: jax.Array | int) -> TrainState:
   """Draw a fresh state. Call it under jit with out_shardings.
 
   Args:
-    network: the network, with the run's config.
+    network: the network, with the run's config and its adapters.
     seed: int32 [], at least 0.
   """
-  options = network.config.optimizer
+  options, train = network.config.optimizer, network.config.train
   init_key, step_key = jax.random.split(jax.random.key(seed))
-  params = network.init(init_key)
+  params, frozen = adapters.split(network.init(init_key), train)
   # A fresh optimizer state is the same for every schedule, so a constant rate
   # serves here.
-  chain = optimizer.make(options, optax.constant_schedule(0.0), network.axes)
+  axes, _ = adapters.split(network.axes, train)
+  chain = optimizer.make(options, optax.constant_schedule(0.0), axes)
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
     opt_state=chain.init(params),
     ema=jax.tree.map(jnp.copy, params) if options.ema_decay > 0 else {},
     key=step_key,
+    frozen=frozen,
   )
+
+
+def with_weights(
+  state: TrainState, weights: Any, train: config_lib.Train
+) -> TrainState:
+  """Return a fresh state with the weights of another run, also as its EMA.
+
+  Args:
+    state: the state that `init` made. Its adapters stay.
+    weights: nested dict of arrays, the parameters of a network without
+      adapters.
+    train: says which arrays are frozen.
+  """
+  whole = adapters.joined(state.params, state.frozen)
+  params, frozen = adapters.split(adapters.joined(whole, weights), train)
+  ema = jax.tree.map(jnp.copy, params) if state.ema else state.ema
+  return dataclasses.replace(state, params=params, frozen=frozen, ema=ema)
