@@ -26,7 +26,8 @@ _NEVER = -1e9
 # Maps int32 slots [B, S] to float32 logits [B, R, V]. A network with bound
 # parameters is such a function. Beside it, a network has a method `nats` that
 # takes slots, targets and Barred, and returns what `nats_of_logits` would,
-# without holding all logits in memory.
+# without holding all logits in memory. It may return a tree of such arrays, as
+# model/distilled.py does; then the functions below return such a tree.
 Apply = Callable[[orders.Slots], jax.Array]
 
 
@@ -107,8 +108,10 @@ def order_nll(
     barred = Barred(cast(int, layout.end_token), of_rows(never))
   nats = _nats(apply, slots, of_rows(targets), barred)
   if is_real is not None:
-    nats = jnp.where(of_rows(is_real), nats, 0.0)
-  return nats if ranks is not None else nats[:, layout.sentinels - 1 :]
+    rows = of_rows(is_real)
+    nats = jax.tree.map(lambda x: jnp.where(rows, x, 0.0), nats)
+  first = 0 if ranks is not None else layout.sentinels - 1
+  return jax.tree.map(lambda x: x[:, first:], nats)
 
 
 def order_logits(
@@ -474,7 +477,7 @@ def training_nll(
     draws: the draws of this batch.
 
   Returns:
-    float32 [B].
+    float32 [B]; a tree of them if `apply.nats` returns a tree.
   """
   if draws.masked is not None:
     assert draws.time is not None  # `draw` draws the two together.
@@ -488,7 +491,9 @@ def training_nll(
     group_start=draws.group_start,
     ranks=draws.ranks,
   )
+  R = tokens.shape[1] if draws.ranks is None else draws.ranks.shape[1]
+  factor: jax.Array | float = tokens.shape[1] / R
   length = lengths.real(tokens, layout)
-  if length is None or draws.ranks is None:
-    return nats.sum(axis=1) * (tokens.shape[1] / nats.shape[1])
-  return nats.sum(axis=1) * (length / jnp.minimum(length, nats.shape[1]))
+  if length is not None and draws.ranks is not None:
+    factor = length / jnp.minimum(length, R)
+  return jax.tree.map(lambda x: x.sum(axis=1) * factor, nats)

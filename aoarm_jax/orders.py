@@ -169,6 +169,34 @@ def _visible(group_start, s):
   return jnp.stack([content, query], axis=-1)
 
 
+def continues(slots: Slots, sentinels: int) -> jax.Array:
+  """Return whether each row knows exactly the text before its target.
+
+  Such a row has the context of a model that reads from left to right: the
+  target is position t, and the known positions are 1 to t - 1, in any order.
+
+  Args:
+    slots: the slots of a mechanism that is not masked.
+    sentinels: s.
+
+  Returns:
+    bool [B, R], one for each row that predicts.
+  """
+  target, visible = slots.target_position, slots.visible
+  if slots.queries is not None:
+    target, seen = slots.queries
+  elif visible is not None:
+    seen = visible[..., 1]
+  else:
+    seen = jnp.broadcast_to(1 + jnp.arange(target.shape[1])[None], target.shape)
+  # The greatest of the first n known positions, at index n.
+  known = jnp.pad(slots.position[:, sentinels:], ((0, 0), (1, 0)))
+  greatest = jax.lax.cummax(known, axis=1)
+  count = seen - sentinels
+  greatest = jnp.take_along_axis(greatest, jnp.maximum(count, 0), axis=1)
+  return (count >= 0) & (greatest == count) & (target == count + 1)
+
+
 def to_masked_slots(
   tokens: jax.Array,
   masked: jax.Array,

@@ -246,6 +246,36 @@ def _of_training(config):
       not t.start_from or not config.study.sweep,
       "the runs of a study begin with new weights; leave the field out",
     ),
+    *(
+      (
+        f"train.{name}",
+        not getattr(t, name) or not config.study.sweep,
+        "the runs of a study train all weights, without a teacher; leave the "
+        "field out",
+      )
+      for name in ("lora_rank", "frozen", "distill")
+    ),
+    (
+      "train.lora_targets",
+      t.lora_targets or not t.lora_rank,
+      "name at least one, such as attention",
+    ),
+    (
+      "train.lora_targets",
+      "gate" not in t.lora_targets or config.model.mlp == "swiglu",
+      "config.model.mlp=gelu has no gate; take mlp, which is up and down here",
+    ),
+    (
+      "train.distill",
+      not t.distill or not config.model.kind.masked,
+      f"mechanism {config.model.mechanism} has no order of known tokens to "
+      "compare with a teacher's; leave the field out",
+    ),
+    (
+      "mesh.sequence",
+      not t.distill or config.mesh.sequence == 1,
+      "must be 1 with config.train.distill",
+    ),
     (
       "match.change",
       config.match.by != "parameters" or config.match.change != "steps",

@@ -579,6 +579,28 @@ class Train:
     of=str,
     binds="run",
   )
+  distill: str = _field(
+    "",
+    "run directory or exported model of a left-to-right model with the same "
+    "symbols, the teacher: wherever a row knows exactly the text before its "
+    "target, the loss also has the divergence from the teacher's law; '' has "
+    "no teacher",
+    binds="run",
+  )
+  distill_weight: float = _field(
+    1.0,
+    "distill only: the divergence is multiplied by this and by the square of "
+    "the temperature",
+    above=0.0,
+    binds="run",
+  )
+  distill_temperature: float = _field(
+    1.0,
+    "distill only: the logits of teacher and student are divided by it in the "
+    "divergence",
+    above=0.0,
+    binds="run",
+  )
   least_time: float = _field(
     1e-3,
     "mdlm only: t_min, the least expected share of masked tokens",

@@ -117,12 +117,29 @@ class Transformer(nnx.Module):
     nats = vocabulary_lib.nll(x, self.output_weights(), targets, block, barred)
     return parallel.collect_logits(nats[..., None], ways)[..., 0]
 
-  def output_weights(self) -> jax.Array:
-    """Return the weights of the head in compute dtype: [D, V]."""
+  def rows(self, slots: orders.Slots) -> jax.Array:
+    """Return the normed rows before the head, [B, R, D], in compute dtype.
+
+    Args:
+      slots: as in `__call__`. No mesh may spread them over its axis sequence.
+    """
+    x, ways = self._read_rows(slots)
+    assert ways == 1, "rows of a sequence that is spread out have another order"
+    return x
+
+  def output_weights(
+    self, dtype: jax.typing.DTypeLike | None = None
+  ) -> jax.Array:
+    """Return the weights of the head: [D, V].
+
+    Args:
+      dtype: the dtype of the result. None means the compute dtype.
+    """
+    dtype = self.dtype if dtype is None else dtype
     if self.model.tied:
-      table = parameters.used(self.embedding, self.dtype)
+      table = parameters.used(self.embedding, dtype)
       return table[: self.vocabulary].T
-    return parameters.used(self.head, self.dtype)
+    return parameters.used(self.head, dtype)
 
   def _read_rows(self, slots):
     """Return the rows before the head, and the devices of a sequence."""

@@ -22,8 +22,9 @@ def of_start(
   """Return the tokenizer that a training run starts or goes on with.
 
   It comes from the prepared text, from config.data.tokenizer_file, from the
-  newest checkpoint in the run directory, from that of config.train.start_from,
-  or from the training split: the first of these that there is.
+  newest checkpoint in the run directory, from that of config.train.start_from
+  or config.train.distill, or from the training split: the first of these that
+  there is.
 
   Args:
     config: the config of this start.
@@ -46,10 +47,11 @@ def of_start(
     return _asked(alphabets.of_file(data), data, _file(data))
   if saved:
     return _asked(saved, data, f"the run in {workdir}")
-  if config.train.start_from:
-    source = places.find(config.train.start_from, "config.train.start_from")
-    if saved := _newest(source):
-      return _asked(saved, data, f"config.train.start_from={source}")
+  for field in ("start_from", "distill"):
+    if name := getattr(config.train, field):
+      source = places.find(name, f"config.train.{field}")
+      if saved := _newest(source):
+        return _asked(saved, data, f"config.train.{field}={source}")
   with telemetry.waiting(f"finding the symbols of {data.tokenizer}"):
     made = corpora.learn(data)
   logging.info(

@@ -34,7 +34,12 @@ DTYPES: dict[str, Any] = {"F32": np.float32, "BF16": jnp.dtype("bfloat16")}
 PARTS = ("ema", "params")  # Parts of a training state that are weights.
 
 # Fields that name places on the machine of the run. They are left out.
-PLACES = ("data.path", "data.tokenizer_file", "train.start_from")
+PLACES = (
+  "data.path",
+  "data.tokenizer_file",
+  "train.start_from",
+  "train.distill",
+)
 
 _CONFIG_BYTES = 1 << 20  # A config has some 10 kB.
 _HEADER_BYTES = 1 << 20  # The names of arrays have some kB.

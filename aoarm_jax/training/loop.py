@@ -1,12 +1,14 @@
 """The training loop: --mode=train."""
 
 import contextlib
+import dataclasses
 import functools
 import math
 import os
 import signal
 import tempfile
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -33,8 +35,8 @@ from aoarm_jax.runs import (
 )
 from aoarm_jax.runs import directory as run_dir
 from aoarm_jax.runs import text as text_lib
+from aoarm_jax.training import distilling, resuming, starting
 from aoarm_jax.training import program as program_lib
-from aoarm_jax.training import resuming, starting
 from aoarm_jax.training import state as train_state
 
 
@@ -87,7 +89,12 @@ def train(
       f"{workdir} begins with its weights"
     )
   tokenizer = alphabet.of_start(config, workdir)
-  program = program_lib.make(config, "train", "eval", tokenizer=tokenizer)
+  teacher = functools.partial(
+    distilling.network, config, tokenizer=tokenizer, workdir=workdir
+  )
+  program = program_lib.make(
+    config, "train", "eval", tokenizer=tokenizer, open_teacher=teacher
+  )
   network = program.network
   checkpoints = checkpoint.Checkpoints(
     workdir / "checkpoints",
@@ -125,11 +132,13 @@ def train(
         ):
           _say_finished(config, workdir, saved, corpus)
           return
-      weights = None
+      weights, teacher_params = None, {}
       if config.train.start_from and not saved:
         weights = starting.read(network, tokenizer, workdir)
+      if program.teacher and not saved:
+        teacher_params = distilling.read(program.teacher, config, tokenizer)
       run = _Run(program, workdir, argv, corpus, text, checkpoints, is_there)
-      run.loop(saved or weights, signals)
+      run.loop(saved or weights, signals, teacher_params)
 
 
 def _say_finished(config, workdir, saved, corpus):
@@ -230,6 +239,8 @@ class _Run:
         argv=self.argv,
         params=self.network.abstract_params,
       )
+      if self.program.teacher:
+        distilling.describe(self.program.teacher, workdir)
       if state := self.network.tokenizer.state:
         run_dir.write_atomically(workdir / checkpoint.TOKENIZER, state)
 
@@ -301,6 +312,7 @@ class _Run:
     self,
     origin: checkpoint.Saved | starting.Weights | None,
     signals: stopping.Signals,
+    teacher: Any,
   ) -> None:
     """Run the training steps up to config.train.steps.
 
@@ -308,12 +320,13 @@ class _Run:
       origin: the checkpoint to continue from, or the weights to begin with.
         None starts from scratch.
       signals: the signals that may stop the run.
+      teacher: the parameters of the teacher of a new run, or {}.
 
     Raises:
       NonFiniteError, Preempted, CheckpointError: see `train`.
     """
     c = self.config
-    state, start = self._start(origin)
+    state, start = self._start(origin, teacher)
     # The devices compute padding, too, but it is no token.
     real_share = self.batches.real_share
     self.progress = telemetry.Progress(
@@ -374,7 +387,7 @@ class _Run:
       run_dir.attempt(self._draw_figures)
     logging.info("done: %s", self.workdir)
 
-  def _start(self, origin):
+  def _start(self, origin, teacher):
     """Return the state and the step to start from; set the data iterator."""
     # Sums, on the host, of the steps since the last log line.
     self.interval = []
@@ -383,6 +396,7 @@ class _Run:
       seed = sharding.put(self.mesh, np.int32(self.config.seed))
       with telemetry.waiting("compiling the first parameters"):
         state = self.program.init(seed)
+      state = dataclasses.replace(state, teacher=teacher)
       if origin:
         weights, train = origin.params, self.config.train
         state = train_state.with_weights(state, weights, train)
@@ -460,6 +474,10 @@ class _Run:
       "tokens_per_second": self.progress.tokens_per_second,
       "mfu": self.progress.mfu,
     }
+    matched = sum(sums.get("matched", 0) for sums in self.interval)
+    if matched:
+      divergence = sum(sums["divergence"] for sums in self.interval)
+      values["teacher_nats_per_token"] = divergence / matched
     self.writer.write(step, "train", **values)
     eta = {"eta_seconds": self.progress.eta_seconds}
     logging.info(

@@ -17,7 +17,7 @@ from aoarm_jax import lengths, objective
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import tokenizers
 from aoarm_jax.devices import sharding
-from aoarm_jax.model import adapters
+from aoarm_jax.model import adapters, distilled
 from aoarm_jax.model import network as network_lib
 from aoarm_jax.training import optimizer
 from aoarm_jax.training import state as train_state
@@ -35,6 +35,7 @@ class Program(NamedTuple):
     step: jitted function (state, tokens) -> (state, sums), see `make_step`. It
       donates the state. If the program was made with told_rate=True, `step`
       takes the learning rate (float32 []) as a third argument.
+    teacher: the network of the teacher, or None.
     read: function (trained, frozen) -> the parameters of `network`, see
       adapters.reader.
   """
@@ -45,6 +46,7 @@ class Program(NamedTuple):
   init: jax.stages.Wrapped
   step: jax.stages.Wrapped
   read: Callable[[Any, Any], Any]
+  teacher: network_lib.Network | None = None
 
   def read_out(self, state: train_state.TrainState) -> Any:
     """Return the parameters of `network` to evaluate and sample with."""
@@ -58,6 +60,8 @@ def make(
   devices: Sequence[jax.Device] | None = None,
   told_rate: bool = False,
   tokenizer: tokenizers.Tokenizer | None = None,
+  open_teacher: Callable[[network_lib.Network], network_lib.Network]
+  | None = None,
 ) -> Program:
   """Put the program of a run together; compile nothing.
 
@@ -72,10 +76,12 @@ def make(
       program.
     tokenizer: the tokenizer of the run. None takes what the config names, see
       network.Network.
+    open_teacher: returns the network of the teacher that config.train.distill
+      names, given the network of the run.
 
   Raises:
     ConfigError: the mesh does not divide the model or the batch, or
-      config.train.frozen does not fit the model.
+      config.train.frozen does not fit the model, or there is no teacher.
   """
   mesh = sharding.of_run(config, *batches, mesh=mesh, devices=devices)
   network = network_lib.Network(config, mesh, tokenizer)
@@ -83,13 +89,25 @@ def make(
   if config.train.lora_rank:
     trained = network_lib.Network(config, mesh, tokenizer, config.train)
   adapters.check(trained.abstract_params, config.train)
+  teacher = None
+  if config.train.distill:
+    if open_teacher is None:
+      raise config_lib.ConfigError(
+        f"config.train.distill={config.train.distill!r}: only --mode=train has "
+        "a teacher; leave the field out"
+      )
+    teacher = open_teacher(network)
   init = functools.partial(train_state.init, trained)
-  abstract = trained.placed(jax.eval_shape(init, 0))
-  shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+  fresh = trained.placed(jax.eval_shape(init, 0))
+  abstract = dataclasses.replace(
+    fresh, teacher=teacher.abstract_params if teacher else {}
+  )
+  shardings = _shardings(abstract)
   shape = config.train.batch_size, config.model.T
 
   def at_rate(state, tokens, rate):
-    return make_step(trained, lambda _: rate)(state, tokens)
+    rated = make_step(trained, lambda _: rate, teacher)
+    return rated(state, tokens)
 
   return Program(
     network=network,
@@ -99,18 +117,25 @@ def make(
       network.tokenizer.dtype,
       sharding=sharding.named(mesh, "batch"),
     ),
-    init=jax.jit(init, out_shardings=shardings),
+    init=jax.jit(init, out_shardings=_shardings(fresh)),
     step=jax.jit(
-      at_rate if told_rate else make_step(trained),
+      at_rate if told_rate else make_step(trained, teacher=teacher),
       donate_argnums=0,
       out_shardings=(shardings, sharding.replicated(mesh)),
     ),
     read=adapters.reader(network.axes, config.train),
+    teacher=teacher,
   )
 
 
+def _shardings(abstract):
+  return jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+
 def make_step(
-  network: network_lib.Network, learning_rate: optax.Schedule | None = None
+  network: network_lib.Network,
+  learning_rate: optax.Schedule | None = None,
+  teacher: network_lib.Network | None = None,
 ) -> Callable[
   [train_state.TrainState, jax.Array],
   tuple[train_state.TrainState, dict[str, jax.Array]],
@@ -121,11 +146,14 @@ def make_step(
     network: the network, with the run's config and its adapters.
     learning_rate: function from the step to the rate. None takes the schedule
       of the config.
+    teacher: the network of the teacher, whose parameters the state has.
 
   Returns:
     A function (state, tokens [B, T]) -> (state, sums). The sums are
     float32 scalars: nats (summed over the batch), tokens (the number of them
-    that are not padding), gradient_norm, update_norm and learning_rate.
+    that are not padding), gradient_norm, update_norm and learning_rate. With a
+    teacher there are two more: divergence (nats, summed over the batch) and
+    matched (the number of tokens that it is a sum of).
   """
   config = network.config
   schedule = learning_rate or optimizer.schedule(
@@ -138,20 +166,27 @@ def make_step(
   # would choose shardings of its own.
   pin = functools.partial(sharding.constrain_parameters, axes=axes)
 
-  def loss(params, frozen, tokens, draws):
-    return objective.training_nll(
-      network.bind(adapters.joined(params, frozen)),
-      network.layout,
-      tokens,
-      draws,
-    ).sum()
+  def loss(params, frozen, teacher_params, tokens, draws):
+    """Return the loss of a batch, and the sums that it is made of."""
+    apply = network.bind(adapters.joined(params, frozen))
+    if teacher is None:
+      nats = objective.training_nll(apply, network.layout, tokens, draws).sum()
+      return nats, {"nats": nats}
+    temperature = config.train.distill_temperature
+    pair: Any = distilled.Distilled(
+      apply, teacher.bind(teacher_params), tokens, temperature
+    )
+    terms: Any = objective.training_nll(pair, network.layout, tokens, draws)
+    sums = {name: x.sum() for name, x in terms._asdict().items()}
+    weight = config.train.distill_weight * temperature**2
+    return sums["nats"] + weight * sums["divergence"], sums
 
-  def gradient(params, frozen, *batch):
-    """Return the summed nats and their gradient, over all micro-batches."""
+  def gradient(params, fixed, *batch):
+    """Return the sums and the gradient of the loss, over all micro-batches."""
 
     def of_micro_batch(*batch):
-      nats, grads = jax.value_and_grad(loss)(params, frozen, *batch)
-      return nats, pin(grads)
+      grads, sums = jax.grad(loss, has_aux=True)(params, *fixed, *batch)
+      return sums, pin(grads)
 
     if accumulate == 1:
       return of_micro_batch(*batch)
@@ -164,8 +199,12 @@ def make_step(
     def add(total, micro_batch):
       return jax.tree.map(jnp.add, total, of_micro_batch(*micro_batch)), None
 
-    zero = (jnp.zeros(()), pin(jax.tree.map(jnp.zeros_like, params)))
-    return jax.lax.scan(add, zero, jax.tree.map(split, batch))[0]
+    batches = jax.tree.map(split, batch)
+    first = jax.tree.map(lambda x: x[0], batches)
+    shapes, _ = jax.eval_shape(of_micro_batch, *first)
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    zero = (zero, pin(jax.tree.map(jnp.zeros_like, params)))
+    return jax.lax.scan(add, zero, batches)[0]
 
   def step(
     state: train_state.TrainState, tokens: jax.Array
@@ -186,7 +225,8 @@ def make_step(
     )
     # Each device draws for its own rows.
     draws = jax.tree.map(lambda x: sharding.constrain(x, "batch"), draws)
-    nats, grads = gradient(state.params, state.frozen, tokens, draws)
+    fixed = state.frozen, state.teacher
+    of_loss, grads = gradient(state.params, fixed, tokens, draws)
     grads = jax.tree.map(lambda g: g / count, grads)
     updates, opt_state = chain.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -196,7 +236,7 @@ def make_step(
         ema, params, state.step, config.optimizer.ema_decay
       )
     sums = {
-      "nats": nats,
+      **of_loss,
       "tokens": jnp.float32(count),
       "gradient_norm": optax.tree.norm(grads),
       "update_norm": optax.tree.norm(updates),

@@ -16,7 +16,15 @@ from aoarm_jax.training import optimizer
 
 @functools.partial(
   jax.tree_util.register_dataclass,
-  data_fields=["step", "params", "opt_state", "ema", "key", "frozen"],
+  data_fields=[
+    "step",
+    "params",
+    "opt_state",
+    "ema",
+    "key",
+    "frozen",
+    "teacher",
+  ],
   meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +41,7 @@ class TrainState:
       fold_in(key, n).
     frozen: nested dict of float32 arrays: the parameters that are not trained;
       {} if all are. See model/adapters.py.
+    teacher: the parameters of the teacher; {} if there is none.
   """
 
   step: jax.Array
@@ -41,6 +50,7 @@ class TrainState:
   ema: Any
   key: jax.Array
   frozen: Any = dataclasses.field(default_factory=dict)
+  teacher: Any = dataclasses.field(default_factory=dict)
 
   @property
   def read_out_params(self) -> Any:
