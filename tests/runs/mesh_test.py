@@ -56,6 +56,7 @@ CASES = (
   ("two_stream", "1,2,2,2", {"rowwise": "xla", "loss_block": 10}),
   ("two_stream", "1,2,2,2", {"sees": "nearest:2"}),
   ("two_stream", "1,2,2,2", {"backbone": "grouped"}),
+  ("two_stream", "2,2,2", {"lora": 3, "teacher": True}),
 )
 EVERY_CASE = tuple(
   (mechanism, mesh, changes)
@@ -80,6 +81,8 @@ def configuration(
   sees="prefix",
   backbone="",
   L=2,
+  lora=0,
+  teacher=False,
   **compute,
 ):
   """B = 16, 16 slots, 4 heads of width 4."""
@@ -98,7 +101,13 @@ def configuration(
   return config_lib.Config(
     model=model,
     orders=config_lib.Orders(family=order, groups=groups, group_width=3),
-    train=config_lib.Train(batch_size=B, steps=10),
+    train=config_lib.Train(
+      batch_size=B,
+      steps=10,
+      lora_rank=lora,
+      distill="teacher" if teacher else "",
+      distill_temperature=2.0,
+    ),
     # Not clipped: Adam's first moment is a tenth of the gradient.
     optimizer=config_lib.Optimizer(clip_norm=1e9, ema_decay=0.9),
     compute=config_lib.Compute(**{"dtype": "float32"} | compute),
@@ -133,12 +142,35 @@ def first_state(program):
   if min(network.mesh.devices.shape[:3]) > 1:
     return program.init(seed)
   one = sharding.make_mesh(config_lib.Mesh(1), jax.devices()[:1])
-  if network.model not in _draws:
-    _draws[network.model] = program_lib.make(network.config, mesh=one).init
+  key = network.model, network.config.train
+  if key not in _draws:
+    alone = program_lib.make(network.config, mesh=one, open_teacher=teacher)
+    _draws[key] = alone.init
   with jax.set_mesh(one):
-    state = _draws[network.model](seed)
-  shardings = jax.tree.map(lambda leaf: leaf.sharding, program.abstract)
+    state = _draws[key](seed)
+  fresh = dataclasses.replace(program.abstract, teacher={})
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, fresh)
   return jax.device_put(state, shardings)
+
+
+def teacher(network):
+  """A causal network on the mesh of another one."""
+  model = configuration("causal", None).model
+  model = dataclasses.replace(model, T=network.model.T)
+  config = network.config.replace("model", model)
+  return network_lib.Network(config, network.mesh)
+
+
+def taught(program):
+  """The state before the first step, with a teacher if there is one."""
+  state = first_state(program)
+  if not program.teacher:
+    return state
+  weights = jax.device_put(
+    tiny.sharp(network_lib.Network(program.teacher.config)),
+    jax.tree.map(lambda leaf: leaf.sharding, program.teacher.abstract_params),
+  )
+  return dataclasses.replace(state, teacher=weights)
 
 
 def take_step(config, devices):
@@ -150,11 +182,11 @@ def take_step(config, devices):
     gpu = kernel_devices.Device("gpu", "")
     as_gpu = mock.patch.object(kernel_devices, "of", return_value=gpu)
   with jax.set_mesh(mesh), pallas_kernels.interpret(True), as_gpu:
-    program = program_lib.make(config, mesh=mesh)
+    program = program_lib.make(config, mesh=mesh, open_teacher=teacher)
     tokens = np.random.default_rng(0).integers(0, V, (B, config.model.T))
     batch = sharding.put_batch(mesh, tokens.astype(np.uint8))
     compiled = program.step.lower(program.abstract, program.tokens).compile()
-    state, sums = compiled(first_state(program), batch)
+    state, sums = compiled(taught(program), batch)
   return Step(program.abstract, state, float(sums["nats"]), compiled.as_text())
 
 
