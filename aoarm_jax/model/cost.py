@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from aoarm_jax import orders
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import configured
+from aoarm_jax.model import adapters
 
 
 def forward_flops(
@@ -26,31 +27,47 @@ def forward_flops(
       plain implementation.
     vocabulary: size V of the vocabulary. None takes what the config says.
   """
-  model, batch = config.model, config.train.batch_size
-  V = vocabulary or configured.tokenizer(config.data).V - config.gives_end
-  query_fraction = config.train.query_fraction
-  D, L, S, T = model.D, model.L, model.S, model.T
-  heads, key_heads = model.N * model.H, model.key_heads * model.H
-  mlp = (3 if model.mlp == "swiglu" else 2) * D * model.F
-  kind, copies = model.kind, model.kind.copies
+  model, kind, copies = (
+    config.model,
+    config.model.kind,
+    config.model.kind.copies,
+  )
+  L, S, heads = model.L, model.S, model.N * model.H
   visible = (S + 1) / 2 if visible_only and not kind.masked else S
-  read_out = S
-  if query_fraction < 1:
-    read_out = orders.query_count(T, query_fraction)
-
-  def of_rows(count: float, visible: float) -> float:
-    return count * (2 * (2 * D * heads + mlp) + 4 * heads * visible)
-
-  # With one stream all rows are read out.
-  sequence = of_rows(copies * L * read_out, copies * visible)
+  sequence = sum(_of_weights(config, vocabulary).values())
+  sequence += 4 * heads * copies * L * _read_out(config) * copies * visible
   if kind.streams == 2:
-    # The last layer computes only the rows that are read out.
     look = model.look if visible_only else None
     content_visible = _mean_seen(look, model) if look else visible
-    sequence += of_rows((L - 1) * S, content_visible)
-  sequence += 2 * 2 * D * key_heads * L * S * copies + 2 * D * V * read_out
-  modulation = 2 * (T + 2) * kind.condition * D * (6 * L + 2)
-  return batch * sequence + modulation
+    sequence += 4 * heads * (L - 1) * S * content_visible
+  modulation = 2 * (model.T + 2) * kind.condition * model.D * (6 * L + 2)
+  return config.train.batch_size * sequence + modulation
+
+
+def _read_out(config):
+  """Return the number of rows of a sequence that make predictions."""
+  fraction, T = config.train.query_fraction, config.model.T
+  return orders.query_count(T, fraction) if fraction < 1 else config.model.S
+
+
+def _of_weights(config, vocabulary):
+  """Return {name of a weight: FLOPs of its products for one sequence}."""
+  model, copies = config.model, config.model.kind.copies
+  D, L, S, read_out = model.D, model.L, model.S, _read_out(config)
+  V = vocabulary or configured.tokenizer(config.data).V - config.gives_end
+  # With one stream all rows are read out. The last layer computes only the rows
+  # that are read out.
+  rows = copies * L * read_out + (L - 1) * S * (model.kind.streams == 2)
+  asks, knows = rows * model.N, L * S * copies * model.key_heads
+  counts = {"query": asks, "out": asks, "key": knows, "value": knows}
+  flops = {
+    f"blocks/attention/{name}": 2 * D * model.H * count
+    for name, count in counts.items()
+  }
+  for name in ("gate", "up", "down")[model.mlp != "swiglu" :]:
+    flops[f"blocks/mlp/{name}"] = 2 * D * model.F * rows
+  flops["embedding" if model.tied else "head"] = 2 * D * V * read_out
+  return flops
 
 
 def _mean_seen(look, model):
@@ -61,19 +78,39 @@ def _mean_seen(look, model):
   return (s * (s + 1) / 2 + of_tokens) / model.S
 
 
+def training_flops(
+  config: config_lib.Config, vocabulary: int | None = None
+) -> float:
+  """Return the matmul FLOPs of forward and backward pass over a batch.
+
+  The two passes together count as 3 forward passes. A weight that is frozen
+  (config.train) has no gradient, so its products count twice. The products of
+  adapters and the pass of a teacher are left out.
+
+  Args:
+    config: see `forward_flops`.
+    vocabulary: see `forward_flops`.
+  """
+  frozen = sum(
+    flops
+    for name, flops in _of_weights(config, vocabulary).items()
+    if adapters.is_frozen(name, config.train)
+  )
+  whole = 3 * forward_flops(config, vocabulary=vocabulary)
+  return whole - config.train.batch_size * frozen
+
+
 def training_flops_per_token(
   config: config_lib.Config, vocabulary: int | None = None
 ) -> float:
-  """Return the FLOPs of forward and backward pass per token of text.
-
-  The two passes together count as 3 forward passes.
+  """Return the FLOPs of `training_flops` per token of text.
 
   Args:
     config: see `forward_flops`.
     vocabulary: see `forward_flops`.
   """
   tokens = config.train.batch_size * config.model.T
-  return 3 * forward_flops(config, vocabulary=vocabulary) / tokens
+  return training_flops(config, vocabulary) / tokens
 
 
 def cache_bytes_per_token(model: config_lib.Model, dtype: str) -> int:

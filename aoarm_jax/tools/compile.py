@@ -218,7 +218,8 @@ def _compile(config: config_lib.Config, topology: str) -> dict:
   compiled = lowered.compile()
   program_text = compiled.as_text()
   assert program_text is not None
-  forward = cost.forward_flops(config)
+  flops = cost.training_flops(config)
+  recomputed = cost.forward_flops(config) if config.compute.remat else 0.0
   return dict(
     topology=topology,
     chips=len(devices),
@@ -231,8 +232,8 @@ def _compile(config: config_lib.Config, topology: str) -> dict:
       )
     ),
     memory_bytes=float(hlo.memory_bytes(compiled)),
-    model_flops=3 * forward / len(devices),
-    flops=(4 if config.compute.remat else 3) * forward / len(devices),
+    model_flops=flops / len(devices),
+    flops=(flops + recomputed) / len(devices),
     sent_bytes={
       kind: traffic.sent_bytes
       for kind, traffic in hlo.traffic(program_text).items()

@@ -64,6 +64,7 @@ def state_of(name):
       return checkpoints.restore(saved, program.abstract), program
 
 
+@pytest.mark.thorough
 class AdaptTest(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):
@@ -189,7 +190,6 @@ class AdaptTest(parameterized.TestCase):
     ):
       helpers.run(command("source", train__lora_rank=3))
 
-  @pytest.mark.thorough
   def test_a_study_trains_all_weights(self):
     for field, value in (
       ("lora_rank", 2),
