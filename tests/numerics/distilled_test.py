@@ -6,6 +6,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import tiny
 from absl.testing import absltest, parameterized
 
@@ -17,7 +18,7 @@ from aoarm_jax.model import distilled
 T, V = 3, 3
 TEACHER = tiny.make("causal", 1, T=T, V=V, L=1)
 WEIGHTS = tiny.sharp(TEACHER, 1)
-CASES = (("two_stream", 1), ("decoupled_rope", 2), ("causal", 1))
+MORE_CASES = (("decoupled_rope", 2), ("causal", 1))
 
 
 def natural(B):
@@ -97,8 +98,15 @@ def programs(mechanism, sentinels, **fields):
 
 
 class TermsTest(parameterized.TestCase):
-  @parameterized.parameters(*CASES)
-  def test_the_sum_is_the_divergence_of_the_laws_of_texts(self, mechanism, s):
+  def test_the_sum_is_the_divergence_of_the_laws_of_texts(self):
+    self.check_the_sum("two_stream", 1)
+
+  @parameterized.parameters(*MORE_CASES)
+  @pytest.mark.thorough
+  def test_the_sum_for_more_mechanisms(self, mechanism, s):
+    self.check_the_sum(mechanism, s)
+
+  def check_the_sum(self, mechanism, s):
     """From left to right, by the chain rule of the divergence."""
     _, params = network(mechanism, s)
     texts = tiny.all_sequences(V, T)
@@ -131,6 +139,7 @@ class TermsTest(parameterized.TestCase):
     want = np.where(matched, (p * np.log(p / q)).sum(axis=-1), 0)
     np.testing.assert_allclose(got.divergence, want, rtol=1e-4, atol=1e-6)
 
+  @pytest.mark.thorough
   def test_a_teacher_has_nothing_to_teach_itself(self):
     texts, order = tiny.tokens(5, T, V), natural(5)
 
@@ -158,10 +167,9 @@ class TermsTest(parameterized.TestCase):
     want = of_both(params, weights, texts, order, 1.0)
     tiny.assert_same(got.divergence, want.divergence)
 
-  @parameterized.parameters(0, 2)
-  def test_chosen_ranks_and_blocks_of_symbols(self, loss_block):
+  def test_chosen_ranks_and_blocks_of_symbols(self):
     """The mean over chosen ranks is the loss, in parts of memory, too."""
-    student, params = network("two_stream", 1, loss_block=loss_block)
+    student, params = network("two_stream", 1, loss_block=2)
     texts, order = tiny.tokens(6, T, V), tiny.all_orders(T)
     of_both, _ = programs("two_stream", 1)
     every = of_both(params, WEIGHTS, texts, order, 1.5)
