@@ -10,6 +10,8 @@ any-order number; docs/results has the run):
   :bpe     not run yet; 10.0M parameters, 2.1M of them in embedding and head
   :124m    not run yet; 123.6M parameters, 38.6M of them in the embedding; needs
            a large text, as in --config.data.path=prepared/texts
+  :qwen3-0.6b, :qwen3-1.7b, :qwen3-8b  not run yet; 596M, 1,721M and 8,191M
+           parameters, 156M, 311M and 1,245M of them of symbols
   :tiny    for a CPU; not run yet on the built-in novels
 """
 

@@ -3,6 +3,8 @@
 import functools
 import json
 import pathlib
+import re
+import shlex
 import shutil
 import tempfile
 
@@ -24,13 +26,14 @@ from aoarm_jax.training import program as program_lib
 _folder = pathlib.Path(tempfile.mkdtemp())
 setUpModule, _leave = helpers.around_module(helpers.quick_compilation())
 
+# Of every run, also where the page has other values.
 FIELDS = {
-  **{"train.steps": 2, "checkpoint.every": 2, "eval.every": 0},
-  **{"sample.every": 0, "sample.count": 1, "eval.batches": 1, "model.L": 1},
+  **{"train.steps": 2, "checkpoint.every": 1, "eval.every": 0, "model.L": 1},
+  **{"sample.every": 0, "sample.count": 1, "eval.batches": 1},
   **{"optimizer.schedule": "constant", "optimizer.ema_decay": 0.9},
-  **{"telemetry.log_every": 1, "eval.estimators": "('left_to_right',)"},
+  **{"telemetry.log_every": 1, "orders.curriculum_steps": 2},
 }
-CAUSAL = str(helpers.ROOT / "configs" / "causal.py:tiny")
+PAGE = (helpers.ROOT / "docs" / "adapting.md").read_text()
 TEXTS = ["abcdefghijklmnop", "acegikmoqsuwyacd"]
 
 
@@ -39,10 +42,33 @@ def tearDownModule():
   shutil.rmtree(_folder)
 
 
-def command(name, *more, experiment=helpers.TINY, **changes):
-  fields = FIELDS | {"data.path": _folder / "text"}
+def command(words, *more, **changes):
+  """A command of the page, in the folder of the test, with tiny sizes."""
+  fields = helpers.SMALLEST | FIELDS | {"data.path": _folder / "text"}
   fields |= {key.replace("__", "."): value for key, value in changes.items()}
-  return helpers.arguments(_folder / name, fields, *more, experiment=experiment)
+  places = {
+    "=runs/": f"={_folder}/",
+    "=exported/": f"={_folder}/exported-",
+    "--config=configs/": f"--config={helpers.ROOT}/configs/",
+  }
+  kept = []
+  for word in words:
+    for there, here in places.items():
+      word = word.replace(there, here)
+    if word.partition("=")[0].removeprefix("--config.") not in fields:
+      kept.append(word)
+  return [*kept, *(f"--config.{k}={v}" for k, v in fields.items()), *more]
+
+
+def of_page():
+  """The commands of the page, by the name of their run and their mode."""
+  found = re.findall(r"^python -m aoarm_jax\.main (.*)$", PAGE, re.MULTILINE)
+  return {
+    (values.workdir.rpartition("/")[2], values.mode): shlex.split(words)
+    for words in found
+    if "--topology" not in words
+    for values in [helpers.parse(shlex.split(words))[0]]
+  }
 
 
 def state_of(name):
@@ -70,30 +96,22 @@ class AdaptTest(parameterized.TestCase):
   def setUpClass(cls):
     super().setUpClass()
     helpers.write_text(_folder / "text")
-    helpers.run(command("source"))
-    helpers.run(command("causal", experiment=CAUSAL))
-    cls.fields = dict(
-      train__start_from=_folder / "source",
-      train__distill=_folder / "causal",
-      train__lora_rank=2,
-      train__frozen="('!norm/*',)",
-      orders__family="growing_blocks",
-      orders__curriculum_steps=3,
-    )
+    cls.page = of_page()
+    for words in cls.page.values():
+      helpers.run(command(words))
 
   def test_a_run_that_is_stopped_is_the_run_that_is_not(self):
     """It goes on where the run that it came from and the teacher are gone."""
-    helpers.run(command("whole", **self.fields, train__steps=4))
-    fields = dict(self.fields)
-    for name in ("source", "causal"):
+    words = self.page["adapted", "train"]
+    moved = [word.replace("runs/adapted", "runs/cut") for word in words]
+    for name in ("source", "teacher"):
       shutil.copytree(_folder / name, _folder / f"{name}-copy")
-    fields["train__start_from"] = _folder / "source-copy"
-    fields["train__distill"] = _folder / "causal-copy"
-    helpers.run(command("cut", **fields, train__steps=2))
-    for name in ("source", "causal"):
+      moved = [re.sub(f"runs/{name}$", f"runs/{name}-copy", w) for w in moved]
+    helpers.run(command(moved, train__steps=1))
+    for name in ("source", "teacher"):
       shutil.rmtree(_folder / f"{name}-copy")
-    helpers.run(command("cut", **fields, train__steps=4))
-    (whole, program), (cut, _) = state_of("whole"), state_of("cut")
+    helpers.run(command(moved))
+    (whole, program), (cut, _) = state_of("adapted"), state_of("cut")
     self.assertEqual(
       helpers.leaves_as_bytes(cut), helpers.leaves_as_bytes(whole)
     )
@@ -101,8 +119,8 @@ class AdaptTest(parameterized.TestCase):
     train = program.network.config.train
     source = adapters.joined(state_of("source")[0].ema, {})
     chex.assert_trees_all_equal(whole.frozen, adapters.split(source, train)[1])
-    chex.assert_trees_all_equal(whole.teacher, state_of("causal")[0].ema)
-    self.check_metrics("whole")
+    chex.assert_trees_all_equal(whole.teacher, state_of("teacher")[0].ema)
+    self.check_metrics("adapted")
     self.check_reading(whole, program)
 
   def check_metrics(self, name):
@@ -118,22 +136,23 @@ class AdaptTest(parameterized.TestCase):
     want = adapters.merged(
       adapters.joined(state.ema, state.frozen), program.network.config.train
     )
-    model = aoarm_jax.load(_folder / "whole", progress=False)
+    model = aoarm_jax.load(_folder / "adapted", progress=False)
     chex.assert_trees_all_close(model._params, want, atol=1e-7)
-    aoarm_jax.export(_folder / "whole", _folder / "exported", progress=False)
-    exported = aoarm_jax.load(_folder / "exported", progress=False)
+    exported = aoarm_jax.load(_folder / "exported-adapted", progress=False)
     for text in TEXTS:
       self.assertAlmostEqual(
         exported.score(text).log_p, model.score(text).log_p, places=4
       )
-    # Such a folder, and the run itself, begin further runs.
-    for name in ("whole", "exported"):
-      fields = dict(train__start_from=_folder / name, train__steps=1)
-      still = dict(optimizer__peak_learning_rate=1e-30)
-      helpers.run(command(f"from {name}", **fields, **still))
-      state, _ = state_of(f"from {name}")
-      chex.assert_trees_all_close(state.params, want, atol=1e-7)
-      self.assertEqual(state.frozen, {})
+    # The run itself begins further runs.
+    words = [
+      word.replace("runs/full", "runs/next").replace("/source", "/adapted")
+      for word in self.page["full", "train"]
+    ]
+    still = dict(optimizer__peak_learning_rate=1e-30, train__steps=1)
+    helpers.run(command(words, **still))
+    state, _ = state_of("next")
+    chex.assert_trees_all_close(state.params, want, atol=1e-7)
+    self.assertEqual(state.frozen, {})
 
   @parameterized.named_parameters(
     (
@@ -145,17 +164,17 @@ class AdaptTest(parameterized.TestCase):
     (
       "a teacher of shorter texts",
       dict(model__T=24),
-      "train.distill=.*causal: reads 16 tokens at most; config.model.T=24 must",
+      "teacher: reads 16 tokens at most; config.model.T=24 must not exceed",
     ),
     (
       "a teacher of other symbols",
       dict(data__tokenizer="byte"),
-      "causal: has config.data.tokenizer='char27', and this run 'byte'; both",
+      "teacher: has config.data.tokenizer='char27', and this run 'byte'; both",
     ),
     (
       "a teacher that has an end",
       dict(data__documents="stream", data__lines=True),
-      "causal: predicts 27 symbols, and this run 28: config.data.documents",
+      "teacher: predicts 27 symbols, and this run 28: config.data.documents",
     ),
     ("no teacher", dict(train__distill="absent"), "absent"),
     (
@@ -176,11 +195,12 @@ class AdaptTest(parameterized.TestCase):
   )
   def test_what_does_not_fit(self, changes, message):
     name = self.id().rpartition(".")[2]
-    fields = dict(train__distill="causal") | changes
+    fields = dict(train__distill="teacher") | changes
     if fields["train__distill"]:
       fields["train__distill"] = _folder / fields["train__distill"]
+    words = [f"--config={helpers.TINY}", f"--workdir={_folder / name}"]
     with self.assertRaisesRegex(aoarm_jax.UserError, message) as caught:
-      helpers.run(command(name, **fields))
+      helpers.run(command(words, **fields))
     self.assertNotIn("\n", str(caught.exception))
     self.assertFalse((_folder / name / "config.json").exists())
 
@@ -188,7 +208,7 @@ class AdaptTest(parameterized.TestCase):
     with self.assertRaisesRegex(
       aoarm_jax.UserError, "config.train.lora_rank=3: the run in .* has 0"
     ):
-      helpers.run(command("source", train__lora_rank=3))
+      helpers.run(command(self.page["source", "train"], train__lora_rank=3))
 
   def test_a_study_trains_all_weights(self):
     for field, value in (
@@ -201,8 +221,7 @@ class AdaptTest(parameterized.TestCase):
       ):
         helpers.run(
           command(
-            "study",
-            "--mode=study",
+            [f"--config={helpers.TINY}", "--mode=study"],
             study__sweep="T=8",
             **{f"train__{field}": value},
           )

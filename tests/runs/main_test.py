@@ -193,7 +193,7 @@ class ParseTest(parameterized.TestCase):
     self.assertEqual(
       self.refused(f"--config={path}:huge"),
       "configs/two_stream.py has no variant 'huge'; it has: default, long, "
-      "bpe, base, 124m, 1b, 7b, tiny",
+      "bpe, base, 124m, 1b, 7b, qwen3-0.6b, qwen3-1.7b, qwen3-8b, tiny",
     )
 
   @parameterized.parameters(

@@ -96,6 +96,7 @@ class ExperimentsTest(parameterized.TestCase):
     self.assertEqual(sizes["base"], (768, 12, 12, 256))
     self.assertEqual(sizes["bpe"], (256, 10, 4, 256))
     self.assertEqual(sizes["124m"], (768, 12, 12, 1024))
+    self.assertEqual(sizes["qwen3-8b"], (4096, 36, 32, 1024))
 
   def test_an_experiment_has_a_name(self):
     self.assertContainsSubset(EXPERIMENTS, experiments.names())
