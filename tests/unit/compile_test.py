@@ -159,6 +159,17 @@ class CompilerTest(parameterized.TestCase):
     )
     self.assertGreater(many.sent_bytes["all-gather"], 0)
 
+  def test_adapters_need_no_moments_of_what_is_frozen(self):
+    model = dataclasses.replace(
+      small().model, kv_heads=2, head_size=32, mlp="swiglu", tied=True
+    )
+    full = small(fsdp=0).replace("model", model)
+    few = full.replace("train.lora_rank", 2)
+    full, few = (pod.estimate(config, "v5e:2x2") for config in (full, few))
+    self.assertBetween(few.parameter_bytes / full.parameter_bytes, 0.33, 0.45)
+    self.assertLess(few.memory_bytes, full.memory_bytes)
+    self.assertBetween(few.model_flops / full.model_flops, 0.67, 0.75)
+
   def test_what_does_not_fit_is_refused(self):
     train = config_lib.Train(batch_size=2**16, steps=10)
     large = dataclasses.replace(small(), train=train)
