@@ -265,6 +265,11 @@ class _Run:
         f"{run_dir.parameter_count(self.program.abstract.params):,}",
         len(jax.tree.leaves(self.program.abstract.params)),
       )
+      if not c.train.start_from:
+        logging.warning(
+          "config.train.start_from='': frozen arrays keep the random numbers "
+          "that they begin with; name the run whose weights they should have"
+        )
     if uncut := self.network.kept_whole:
       logging.info(
         "%d of %d arrays of parameters stay whole along fsdp: pieces would be "
