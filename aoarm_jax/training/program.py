@@ -119,7 +119,7 @@ def make(
     ),
     init=jax.jit(init, out_shardings=_shardings(fresh)),
     step=jax.jit(
-      at_rate if told_rate else make_step(trained, teacher=teacher),
+      at_rate if told_rate else make_step(trained, None, teacher),
       donate_argnums=0,
       out_shardings=(shardings, sharding.replicated(mesh)),
     ),
