@@ -167,7 +167,6 @@ class CompilerTest(parameterized.TestCase):
     few = full.replace("train.lora_rank", 2)
     full, few = (pod.estimate(config, "v5e:2x2") for config in (full, few))
     self.assertBetween(few.parameter_bytes / full.parameter_bytes, 0.33, 0.45)
-    self.assertLess(few.memory_bytes, full.memory_bytes)
     self.assertBetween(few.model_flops / full.model_flops, 0.67, 0.75)
 
   def test_what_does_not_fit_is_refused(self):
