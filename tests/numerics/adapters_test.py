@@ -69,9 +69,9 @@ class AdapterTest(parameterized.TestCase):
     )
     fresh = adapters.joined(fresh, base)
     chex.assert_trees_all_equal(adapters.merged(fresh, LORA), base)
-    np.testing.assert_array_equal(
-      with_adapters(fresh, where), apply(base, where)
-    )
+    # Merged weights are equal bit by bit. Logits beside them are so, too, unless
+    # XLA fuses the two programs in different ways.
+    tiny.assert_same(with_adapters(fresh, where), apply(base, where), 16)
     params = adapters.joined(params, base)
     got = with_adapters(params, where)
     whole = adapters.merged(params, LORA)
