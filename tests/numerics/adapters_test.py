@@ -69,8 +69,8 @@ class AdapterTest(parameterized.TestCase):
     )
     fresh = adapters.joined(fresh, base)
     chex.assert_trees_all_equal(adapters.merged(fresh, LORA), base)
-    # Merged weights are equal bit by bit. Logits beside them are so, too, unless
-    # XLA fuses the two programs in different ways.
+    # Merged weights are equal bit by bit. Logits are, too, unless XLA fuses the
+    # two programs in different ways.
     tiny.assert_same(with_adapters(fresh, where), apply(base, where), 16)
     params = adapters.joined(params, base)
     got = with_adapters(params, where)
