@@ -270,7 +270,9 @@ def _in_flags(error, argv):
   Returns "" if the error is unexpected and its traceback is to be shown.
   """
   name = next((a for a in argv if re.match("--?config(=|$)", a)), "--config")
-  if isinstance(error, OSError | SyntaxError):
+  # Up to Python 3.11.3, a null byte in the source is a ValueError.
+  is_syntax = isinstance(error, SyntaxError) or "null bytes" in str(error)
+  if isinstance(error, OSError) or is_syntax:
     line = _last_line(error)
     absent = re.search(r"No such file or directory: '(.+)'$", line)
     return f"{name}: {_no_file(absent[1]) if absent else line}"

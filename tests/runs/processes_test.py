@@ -165,6 +165,7 @@ class ModesTest(parameterized.TestCase):
       "compile": ["--topology=v5e:2x4"],
       "prepare": ["--out=prepared"],
       "export": ["--out=exported"],
+      "convert": ["--input=source"],
     }
     command = arguments(mode, f"--mode={mode}", *more.get(mode, []))
     with (
