@@ -90,7 +90,7 @@ def state_of(name):
       return checkpoints.restore(saved, program.abstract), program
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 class AdaptTest(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):
