@@ -63,7 +63,7 @@ class LoglikelihoodTest(parameterized.TestCase):
     ("mdlm", "left_to_right"),
     ("mdlm", "uniform"),
   )
-  @pytest.mark.thorough
+  @pytest.mark.slow
   def test_a_continuation_given_its_context_of_others(self, mechanism, order):
     self.check_continuation(mechanism, order)
 
@@ -162,7 +162,7 @@ class RollingTest(parameterized.TestCase):
     self.check_lengths("two_stream")
 
   @parameterized.parameters("causal", "mdlm")
-  @pytest.mark.thorough
+  @pytest.mark.slow
   def test_texts_of_all_lengths_of_others(self, mechanism):
     self.check_lengths(mechanism)
 
@@ -219,7 +219,7 @@ class GenerateTest(parameterized.TestCase):
     self.check_parts("two_stream")
 
   @parameterized.parameters("causal", "mdlm")
-  @pytest.mark.thorough
+  @pytest.mark.slow
   def test_a_part_is_drawn_behind_what_fits_of_others(self, mechanism):
     self.check_parts(mechanism)
 

@@ -40,7 +40,7 @@ class ValuesTest(parameterized.TestCase):
     self.check_scores(case)
 
   @parameterized.parameters(("mdlm", 1), ("register", 1), ("ao_gpt", 2))
-  @pytest.mark.thorough
+  @pytest.mark.slow
   def test_it_is_the_score_of_others(self, *case):
     self.check_scores(case)
 
@@ -118,7 +118,7 @@ class GradientTest(parameterized.TestCase):
     self.check_differences(case)
 
   @parameterized.parameters(("decoupled_rope", 1), ("mdlm", 2))
-  @pytest.mark.thorough
+  @pytest.mark.slow
   def test_finite_differences_of_others(self, *case):
     self.check_differences(case)
 

@@ -109,7 +109,7 @@ class MechanismsTest(parameterized.TestCase):
   @parameterized.parameters(
     *((m, 1 + i % 2) for i, m in enumerate(tiny.MECHANISMS)), ("mdlm", 2)
   )
-  @pytest.mark.thorough
+  @pytest.mark.slow
   def test_arrays_of_others_agree_with_each_other(self, *case):
     _check(case)
 
