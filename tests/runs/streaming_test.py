@@ -87,7 +87,7 @@ class SameDrawsTest(parameterized.TestCase):
     ("mdlm", "ancestral"),
     ("mdlm", "confidence"),
   )
-  @pytest.mark.thorough
+  @pytest.mark.slow
   def test_every_method(self, mechanism, method):
     for options in _OPTIONS.get(method, ({},)):
       self.check_method(_model(mechanism), method, options)
