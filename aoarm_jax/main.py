@@ -474,25 +474,19 @@ def _check_flags(flag_values):
     raise flags.Error(
       f"standard output is closed, and --mode={mode} prints its answer there"
     )
-  if mode == "compile" and not flag_values.topology:
-    raise flags.Error(
-      "--mode=compile needs a TPU slice, as in --topology=v5p:4x4x8"
-    )
-  if mode == "prepare" and not flag_values.out:
-    raise flags.Error(
-      "--mode=prepare needs the folder of the prepared text, as in "
-      "--out=prepared/books"
-    )
-  if mode == "export" and not flag_values.out:
-    raise flags.Error(
-      "--mode=export needs the folder of the exported model, as in "
-      "--out=models/books"
-    )
-  if mode == "convert" and not flag_values.input:
-    raise flags.Error(
-      "--mode=convert needs the folder of a model of Hugging Face, as in "
-      "--input=models/Qwen3-0.6B"
-    )
+  for name, needing, what, example in (
+    ("topology", "compile", "a TPU slice", "v5p:4x4x8"),
+    ("out", "prepare", "the folder of the prepared text", "prepared/books"),
+    ("out", "export", "the folder of the exported model", "models/books"),
+    (
+      "input",
+      "convert",
+      "the folder of a model of Hugging Face",
+      "models/Qwen3-0.6B",
+    ),
+  ):
+    if mode == needing and not flag_values[name].value:
+      raise flags.Error(f"--mode={mode} needs {what}, as in --{name}={example}")
   for name, what in (
     ("prompt", "give a text"),
     ("input", "give a text"),

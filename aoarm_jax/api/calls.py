@@ -23,7 +23,7 @@ from aoarm_jax.runs import telemetry
 
 
 class Programs(NamedTuple):
-  """What a model has compiled; each program at its first use."""
+  """The compiled programs of a model; each is made at its first use."""
 
   sampler: generate_lib.Sampler
   scorer: score_lib.Scorer

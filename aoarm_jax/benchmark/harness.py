@@ -23,8 +23,8 @@ from aoarm_jax.devices import stopping, switches
 from aoarm_jax.generation import prompts
 from aoarm_jax.runs import opening, places
 
-# What limits the number of drawn tokens, under its names in harnesses; the
-# first one that is given counts.
+# Harnesses give the limit on drawn tokens under these names. The first name
+# that is given counts.
 _LIMITS = (
   *("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"),
 )
@@ -218,7 +218,7 @@ class Harness:
       whole = (context + continuation).encode("utf-8", "replace")
       whole = cleaning.normal_form(whole).decode()
       start = prompts.normalised_start(context, "a context")
-      # What stands before the continuation may change with it, as spaces do.
+      # The tokens before the continuation may change with it, as spaces do.
       pairs = enumerate(zip(start, whole))
       same = next((i for i, (a, b) in pairs if a != b), len(start))
       context, continuation = whole[:same], whole[same:]

@@ -23,7 +23,7 @@ _LARGE = {
   "compute.remat": True,
   "mesh.fsdp": 0,
 }
-# What the dense models of Qwen3 (arXiv 2505.09388) have in common.
+# The dense models of Qwen3 (arXiv 2505.09388) share these fields.
 _QWEN3 = {
   "model.T": 1024,
   "model.head_size": 128,

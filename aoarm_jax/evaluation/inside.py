@@ -268,7 +268,7 @@ class Reader:
 
 
 class Rows(NamedTuple):
-  """What each row is; see HiddenStates."""
+  """The slots of the rows; see HiddenStates."""
 
   token: np.ndarray
   position: np.ndarray

@@ -21,7 +21,7 @@ from aoarm_jax.runs import directory as run_dir
 _PLACE = "{data}"
 _NEWLINE = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}\n"
 _END = "<end>"
-# What a browser would show as nothing, or would obey: control characters,
+# A browser would show these as nothing, or would obey them: control characters,
 # directions, lone halves of characters, unassigned numbers.
 _UNSEEN = ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp")
 
