@@ -57,6 +57,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "data.vocabulary": 4096,
     "train.batch_size": 256,
     "train.steps": 8000,
+    "optimizer.peak_learning_rate": 4e-3,
   },
   "base": {
     "model.T": 256,

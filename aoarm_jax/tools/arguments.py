@@ -72,7 +72,7 @@ def several(
     for value in values:
       if choices and value not in choices:
         raise argparse.ArgumentTypeError(
-          f"{value!r} is not one of {', '.join(choices)}"
+          f"{value!r} is not one of {', '.join(map(str, choices))}"
         )
     return values
 

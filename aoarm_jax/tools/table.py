@@ -18,6 +18,7 @@ import jax
 from etils import epath
 
 import pallas_kernels
+from aoarm_jax.config import experiments
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.runs import directory as run_dir
 from aoarm_jax.runs import telemetry
@@ -29,6 +30,13 @@ SIZES: dict[str, dict[str, Any]] = {
   "base": dict(D=768, L=12, N=12),
   "124m": dict(D=768, L=12, N=12, tied=True),
   "350m": dict(D=1024, L=24, N=16),
+} | {
+  name: {
+    field.removeprefix("model."): value
+    for field, value in experiments.VARIANTS[name].items()
+    if field.startswith("model.") and field != "model.T"
+  }
+  for name in ("qwen3-0.6b", "qwen3-1.7b")
 }
 _SECONDS_BETWEEN_PROGRESS = 10.0
 

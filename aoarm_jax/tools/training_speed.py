@@ -3,7 +3,8 @@
   python -m aoarm_jax.tools.training_speed --rowwise=xla,auto
 
 Each row of the table is a model, a length T and one choice of compute.rowwise,
-compute.attention and compute.loss_block. The choices of a model and a length
+compute.attention, compute.loss_block, compute.scan_layers, compute.remat and
+train.lora_rank. The choices of a model and a length
 run in interleaved rounds, in one process, and the times are medians: what else
 the device does meets all of them alike. Texts, orders and parameters are
 random.
@@ -26,6 +27,7 @@ import argparse
 import dataclasses
 import functools
 import itertools
+import operator
 import os
 import statistics
 import sys
@@ -43,15 +45,26 @@ from aoarm_jax.model import cost
 from aoarm_jax.runs import telemetry
 from aoarm_jax.tools import arguments, scaling, table
 
-_CHOICES = ("rowwise", "attention", "loss_block")
+# The columns of what is compared -> the fields of the config.
+_CHOICES = {
+  "rowwise": "compute.rowwise",
+  "attention": "compute.attention",
+  "loss_block": "compute.loss_block",
+  "scan": "compute.scan_layers",
+  "remat": "compute.remat",
+  "lora": "train.lora_rank",
+}
 # The columns of the table -> their width.
 _WIDTHS = {
-  "size": 5,
+  "size": 10,
   "mechanism": 20,
   "T": 6,
   "rowwise": 10,
   "attention": 10,
   "loss_block": 10,
+  "scan": 5,
+  "remat": 5,
+  "lora": 4,
   "ms/step": 8,
   "tokens/s": 9,
   "MFU": 6,
@@ -91,6 +104,9 @@ def parser() -> argparse.ArgumentParser:
     ("--rowwise", ["xla", "auto"], several(str, _values("rowwise")), "ways"),
     ("--attention", ["auto"], several(str, _values("attention")), "ways"),
     ("--loss_blocks", [0], several(arguments.number(int, 0)), "sizes"),
+    ("--scan", [0], several(int, (0, 1)), "1: layers are a loop"),
+    ("--remat", [0], several(int, (0, 1)), "1: less memory"),
+    ("--lora", [0], several(arguments.number(int, 0)), "ranks of adapters"),
     ("--steps", 30, whole, "of a round"),
     ("--rounds", 5, whole, "times that each choice is timed"),
     ("--profile", 0, arguments.number(int, 0), "kernels shown; 0: none"),
@@ -117,11 +133,18 @@ def configs(
       mesh=config_lib.Mesh(data=1),
     )
     yield [
-      base.replace("compute.rowwise", rowwise)
-      .replace("compute.attention", attention)
-      .replace("compute.loss_block", loss_block)
-      for rowwise, attention, loss_block in itertools.product(
-        flags.rowwise, flags.attention, flags.loss_blocks
+      functools.reduce(
+        lambda config, field: config.replace(*field),
+        zip(_CHOICES.values(), chosen),
+        base,
+      )
+      for chosen in itertools.product(
+        flags.rowwise,
+        flags.attention,
+        flags.loss_blocks,
+        flags.scan,
+        flags.remat,
+        flags.lora,
       )
     ]
 
@@ -181,9 +204,12 @@ class Runner:
 
 def name(config: config_lib.Config) -> dict[str, Any]:
   """Returns the columns that tell a row from others."""
-  compute = {key: getattr(config.compute, key) for key in _CHOICES}
+  chosen = {
+    column: operator.attrgetter(field)(config)
+    for column, field in _CHOICES.items()
+  }
   model = config.model
-  return dict(size=config.name, mechanism=model.mechanism, T=model.T) | compute
+  return dict(size=config.name, mechanism=model.mechanism, T=model.T) | chosen
 
 
 def main(argv: Sequence[str] | None = None) -> int:
