@@ -223,27 +223,50 @@ def draw(results: Mapping[str, Any], path: epath.Path, title: str) -> None:
 
 def _draw_frontier(axes, entropy, quality):
   """Draw bits per byte under the scorer over an entropy."""
-  names = [name for name in entropy if name != "real text"][::-1]
-  x, y = ([rows[name].value for name in names] for rows in (entropy, quality))
-  errors = (
-    [rows[name].error or 0 for name in names] for rows in (quality, entropy)
+  x, y = (
+    {subject: row._asdict() for subject, row in rows.items()}
+    for rows in (entropy, quality)
   )
-  axes.errorbar(
-    x, y, *errors, fmt="o-", color=canvas.COLOURS[0], capsize=3, label="samples"
-  )
-  for name, *place in zip(names, x, y):
-    axes.annotate(
-      name.removeprefix("temperature "), place, (6, -12),
-      textcoords="offset points",
-    )  # fmt: skip
+  draw_samples(axes, x, y, colour=canvas.COLOURS[0], label="samples")
   real = quality["real text"].value
   axes.axhline(real, color=canvas.GREY, ls="--", label="real text")
   if "real text" in entropy:
     axes.plot(entropy["real text"].value, real, "*", ms=12, color=canvas.GREY)
   axes.set_xlabel("bits per token: more is more diverse")
   axes.set_ylabel("bits per byte under the scorer")
-  axes.margins(0.12)
   axes.legend(loc="upper left")
+
+
+def draw_samples(
+  axes: Any,
+  entropy: Mapping[str, Mapping[str, Any]],
+  quality: Mapping[str, Mapping[str, Any]],
+  colour: str,
+  label: str,
+) -> None:
+  """Draw the quality of samples over an entropy, with standard errors.
+
+  Args:
+    axes: the axes of matplotlib.
+    entropy: subject, such as "temperature 0.7" -> the row of the table.
+    quality: subject -> the row of the table.
+    colour: of the line.
+    label: of the line, for the legend.
+  """
+  names = [name for name in entropy if name != "real text"][::-1]
+  x, y = (
+    [rows[name]["value"] for name in names] for rows in (entropy, quality)
+  )
+  errors = (
+    [rows[name]["error"] or 0 for name in names] for rows in (quality, entropy)
+  )
+  axes.errorbar(x, y, *errors, fmt="o-", color=colour, capsize=3, label=label)
+  for name, *place in zip(names, x, y):
+    axes.annotate(
+      name.removeprefix("temperature "), place, (6, -12),
+      textcoords="offset points",
+    )  # fmt: skip
+  axes.margins(0.12)
 
 
 def _draw_over_temperature(axes, entropy):

@@ -22,11 +22,11 @@ def parser(module: str, description: str) -> argparse.ArgumentParser:
   """Returns a parser that shows an error without the usage before it.
 
   Args:
-    module: name of a module of aoarm_jax.tools, as in scaling.
+    module: name of a module of aoarm_jax, as in tools.scaling.
     description: the module's docstring.
   """
   return argparse.ArgumentParser(
-    prog=f"python -m aoarm_jax.tools.{module}",
+    prog=f"python -m aoarm_jax.{module}",
     usage=argparse.SUPPRESS,
     description=description,
     formatter_class=argparse.RawDescriptionHelpFormatter,

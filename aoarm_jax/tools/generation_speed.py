@@ -127,7 +127,7 @@ def _method(name):
 
 
 def _parser():
-  parser = arguments.parser("generation_speed", __doc__)
+  parser = arguments.parser("tools.generation_speed", __doc__)
   add, whole = parser.add_argument, arguments.number(int, 1)
   add(
     "--only", type=arguments.pattern, help="regular expression of cells' names"

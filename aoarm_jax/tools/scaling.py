@@ -212,7 +212,7 @@ def measure(config: config_lib.Config, program: Program, steps: int) -> dict:
 
 
 def _parser():
-  parser = arguments.parser("scaling", __doc__)
+  parser = arguments.parser("tools.scaling", __doc__)
   whole = arguments.number(int, 1)
 
   several = arguments.several

@@ -165,7 +165,7 @@ def draw(
 
 def main(argv: Sequence[str] | None = None) -> None:
   """Writes the tables and the picture."""
-  parser = arguments.parser("soak", __doc__)
+  parser = arguments.parser("tools.soak", __doc__)
   parser.add_argument(
     "--out", required=True, type=arguments.place, help="folder"
   )

@@ -31,7 +31,7 @@ def _symbol(tokenizer: tokenizers.Tokenizer, token: int) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
   """Writes the picture."""
-  parser = arguments.parser("strip", __doc__)
+  parser = arguments.parser("tools.strip", __doc__)
   parser.add_argument(
     "--workdir", required=True, type=arguments.place, help="of a run"
   )

@@ -83,7 +83,7 @@ def _values(field):
 
 def parser() -> argparse.ArgumentParser:
   """Returns the parser of the command line."""
-  made = arguments.parser("training_speed", __doc__)
+  made = arguments.parser("tools.training_speed", __doc__)
   several, whole = arguments.several, arguments.number(int, 1)
   for name, default, kind, doc in (
     (
