@@ -81,7 +81,8 @@ class _Scorer:
     """Return bits per byte of texts from left to right, and their error.
 
     Texts that are longer than the window of the scorer are scored in blocks. An
-    empty text counts nothing.
+    empty text counts nothing. Bytes that are no UTF-8 are scored as they are
+    shown, as U+FFFD.
 
     Raises:
       DataError: the scorer's tokenizer does not know a symbol.
@@ -91,7 +92,11 @@ class _Scorer:
     network = self._run.network
     tokenizer, end = network.tokenizer, network.end
     try:
-      ids = [tokenizer.encode(text) for text in texts if text]
+      ids = [
+        tokenizer.encode(text.decode(errors="replace"))
+        for text in texts
+        if text
+      ]
     except tokenizers.TokenizerError as error:
       raise tokenizers.DataError(
         f"config.benchmark.scorer={self._session.options.scorer}: its "

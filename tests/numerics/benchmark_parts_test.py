@@ -204,6 +204,24 @@ class EntropyTest(parameterized.TestCase):
     found = frontier._of_tokens(opened, texts)
     self.assertEqual(found, {"tokens": [4, 3], "unigram_bits": [1.0, 0.0]})
 
+  def test_a_scorer_reads_what_is_shown(self):
+    """Drawn bytes may be no UTF-8, which a tokenizer of words refuses."""
+    codec = tokenizers.Codec(
+      "token",
+      lambda text: np.array([*map("a\ufffd".index, text.decode())]),
+      lambda: None,
+      "",
+    )
+    shown = tokenizers.Tokenizer("shown", (b"a", "\ufffd".encode()), codec)
+    opened = session_of(T=6, tokenizer=shown)
+    scorer = frontier._Scorer(opened)
+    scorer.facts, scorer._run = {}, opened.run
+    with mock.patch.object(opened, "estimate") as estimate:
+      estimate.return_value.nats_per_token = 0.5
+      scorer.quality([b"a\xffa", b""])
+    _, text, _ = estimate.call_args.args
+    self.assertEqual(text.tokens.tolist(), [0, 1, 0])
+
 
 class InfillingTest(parameterized.TestCase):
   @parameterized.parameters(
