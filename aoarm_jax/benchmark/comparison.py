@@ -24,7 +24,7 @@ from etils import epath
 from aoarm_jax.benchmark import frontier
 from aoarm_jax.config import reading
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.runs import canvas
+from aoarm_jax.runs import canvas, text
 from aoarm_jax.runs import directory as run_dir
 from aoarm_jax.tools import arguments
 
@@ -152,29 +152,31 @@ def _page(found, keys, drawn):
     "± is a standard error. The report of each model says which numbers are "
     "exact, and which are bounds or estimates.",
     "",
-    _line(["", *names]),
-    _line(["---"] * (1 + len(names))),
-    *(
-      _line([fact.replace("_", " "), *(_fact(one.run[fact]) for one in found)])
-      for fact in facts
+    text.markdown_table(
+      ["", *names],
+      (
+        [fact.replace("_", " "), *(_fact(one.run[fact]) for one in found)]
+        for fact in facts
+      ),
     ),
     "",
-    _line(["part", "subject", "measure", "unit", *names]),
-    _line(["---"] * 4 + ["---:"] * len(names)),
+    text.markdown_table(
+      ["part", "subject", "measure", "unit", *names],
+      (_row(key, found) for key in keys),
+      "<<<<" + ">" * len(names),
+    ),
   ]
-  for part, subject, measure, unit in keys:
-    cells = [
-      _cell(one.rows.get((part, subject, measure, unit))) for one in found
-    ]
-    words = part.replace("_", " "), subject.replace("_", " "), measure
-    lines.append(_line([*words, unit.replace("bits_per_", "bits/"), *cells]))
   for name in drawn:
     lines += ["", f"![{name}]({name}.png)"]
   return "\n".join(lines) + "\n"
 
 
-def _line(cells):
-  return f"| {' | '.join(cells)} |"
+def _row(key, found):
+  """Return the cells of a row: what is measured, and a value a model."""
+  part, subject, measure, unit = key
+  words = part.replace("_", " "), subject.replace("_", " "), measure
+  cells = (_cell(one.rows.get(key)) for one in found)
+  return [*words, unit.replace("bits_per_", "bits/"), *cells]
 
 
 def _fact(value):

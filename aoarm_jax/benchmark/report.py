@@ -87,9 +87,7 @@ def _page(title, facts, rows, left_out, pictures):
     "",
     *(f"- {k.replace('_', ' ')}: `{value}`" for k, value in facts.items()),
     "",
-    f"| {' | '.join(_COLUMNS)} |",
-    "|" + "|".join("---:" if side == ">" else "---" for side in _SIDES) + "|",
-    *(f"| {' | '.join(_cells(row))} |" for row in rows),
+    text_lib.markdown_table(_COLUMNS, map(_cells, rows), _SIDES),
   ]
   if left_out:
     lines += ["", "Left out:", ""]

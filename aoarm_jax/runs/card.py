@@ -3,6 +3,7 @@
 from typing import Any
 
 from aoarm_jax.config import schema as config_lib
+from aoarm_jax.runs import text as text_lib
 
 _CARD = """---
 library_name: aoarm_jax
@@ -80,8 +81,10 @@ def text(record: dict[str, Any]) -> str:
     name=f"{config.name}-{config.variant}",
     tags=f"[{', '.join(tags)}]",
     what=what.format(model.mechanism),
-    facts=_table(("property", "value"), facts.items()),
-    training=_table(("property", "value"), _training(record).items()),
+    facts=text_lib.markdown_table(("property", "value"), facts.items()),
+    training=text_lib.markdown_table(
+      ("property", "value"), _training(record).items()
+    ),
     evaluation=_evaluation(record["evaluations"]),
   )
 
@@ -122,7 +125,7 @@ def _evaluation(rows):
     )
 
   head = [name.replace("_", " ") for name in bits]
-  table = _table(
+  table = text_lib.markdown_table(
     ("source", "split", "estimator", *head, "±", "tokens"),
     map(cells, rows),
   )
@@ -130,13 +133,4 @@ def _evaluation(rows):
     f"{table}\n\nAn evaluation is from `--mode=eval`, a validation from "
     "training at this step,\nand a study from `--mode=study`. The sign ± is "
     "one standard error."
-  )
-
-
-def _table(head, rows):
-  """Return a table of Markdown."""
-  lines = [head, ["---"] * len(head), *rows]
-  return "\n".join(
-    f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |"
-    for line in lines
   )

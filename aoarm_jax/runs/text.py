@@ -1,6 +1,6 @@
 """Plain text for people: aligned tables, errors on one line."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 def padded(cells: Sequence[str], widths: Sequence[int], sides: str) -> str:
@@ -23,6 +23,24 @@ def aligned(rows: Sequence[Sequence[str]], sides: str) -> str:
   """
   widths = [max(map(len, column)) for column in zip(*rows)]
   return "".join(f"{padded(row, widths, sides)}\n" for row in rows)
+
+
+def markdown_table(
+  head: Sequence[object], rows: Iterable[Iterable[object]], sides: str = ""
+) -> str:
+  """Returns a table of Markdown, without a newline at its end.
+
+  Args:
+    head: the titles of the columns.
+    rows: the cells of every row. Bars in them are escaped.
+    sides: "<" or ">" for each column: whether its cells stand left or right. ""
+      leaves them at the left.
+  """
+  rule = ["---:" if side == ">" else "---" for side in sides or "<" * len(head)]
+  return "\n".join(
+    f"| {' | '.join(str(cell).replace('|', '&#124;') for cell in line)} |"
+    for line in (head, rule, *rows)
+  )
 
 
 def first_line(error: object) -> str:

@@ -13,6 +13,7 @@ from etils import epath
 
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.runs import directory as run_dir
+from aoarm_jax.runs import text
 from aoarm_jax.study import cells as cells_lib
 from aoarm_jax.study import comparisons, figures, records, tables
 
@@ -147,7 +148,9 @@ def _page(config, cells, results, runs, made, drawn):
     why=_why(predictions),
     masked=_each(masked, lengths, MASKED, "one stream"),
     counts=_counts(made, predictions),
-    setup=_table(("what", "value"), _setup(config, cells, missing, runs)),
+    setup=text.markdown_table(
+      ("what", "value"), _setup(config, cells, missing, runs)
+    ),
     figures=_figures(drawn, made),
     predictions=_predictions(predictions),
     limits="\n".join(f"- {line}" for line in limits),
@@ -165,11 +168,6 @@ def _filled(part):
   wrapper.break_long_words = wrapper.break_on_hyphens = False
   items = part.split("\n") if part[0] == "-" else [part]
   return "\n".join(map(wrapper.fill, items))
-
-
-def _table(head, rows):
-  lines = [head, ["---"] * len(head), *rows]
-  return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def _figures(drawn, made):
@@ -322,7 +320,9 @@ def _predictions(rows):
     )
     for row in rows
   ]
-  return _table((*columns, "difference", "seeds", "outcome", "holds"), lines)
+  return text.markdown_table(
+    (*columns, "difference", "seeds", "outcome", "holds"), lines
+  )
 
 
 def _limits(config, missing, failures, runs, made):

@@ -10,6 +10,12 @@ class TextTest(absltest.TestCase):
     table = text.aligned([("name", "count"), ("a", "12,000"), ("", "7")], "<>")
     self.assertEqual(table, "name   count\na     12,000\n           7\n")
 
+  def test_markdown_table(self):
+    table = text.markdown_table(("p(x|y)", "n"), [("a | b", 7)], "<>")
+    self.assertEqual(
+      table, "| p(x&#124;y) | n |\n| --- | ---: |\n| a &#124; b | 7 |"
+    )
+
   def test_a_longer_cell_is_not_cut(self):
     self.assertEqual(
       text.padded(("abc", "1", "x"), (2, 3, 2), "<><"), "abc    1  x "
