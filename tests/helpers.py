@@ -1,6 +1,7 @@
 """What the tests of whole runs share: a text, a tiny run, the program."""
 
 import contextlib
+import functools
 import os
 import pathlib
 import subprocess
@@ -21,6 +22,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from aoarm_jax import api, main
 from aoarm_jax.config import schema as config_lib
+from aoarm_jax.data import tokenizers
 from aoarm_jax.devices import sharding
 from aoarm_jax.evaluation import evaluate, score
 from aoarm_jax.generation import texts
@@ -111,6 +113,36 @@ def in_memory(network: network_lib.Network, seed=0) -> api.Model:
   return api.Model.of(
     config, params, tokenizer=network.tokenizer, progress=False
   )
+
+
+@functools.cache
+def model_of(
+  letters: str,
+  mechanism: str = "two_stream",
+  sentinels: int = 1,
+  *,
+  data: config_lib.Data | None = None,
+  orders: config_lib.Orders | None = None,
+  **fields: Any,
+) -> api.Model:
+  """A model with sharp parameters, for calls from Python.
+
+  Args:
+    letters: the alphabet.
+    mechanism: of the network.
+    sentinels: of the network.
+    data: the section of the config; None: the default one.
+    orders: the section of the config; None: the default one.
+    **fields: other sizes and options, as tiny.make takes them.
+
+  Returns:
+    The same model for equal arguments, so that it compiles once.
+  """
+  config = tiny.make(mechanism, sentinels, **fields).config
+  config = config.replace("data", data or config.data)
+  config = config.replace("orders", orders or config.orders)
+  alphabet = tokenizers.Tokenizer(letters, letters.encode())
+  return in_memory(network_lib.Network(config, None, alphabet))
 
 
 def write_text(folder: pathlib.Path, seed: int = 0, *, test: bool = True):

@@ -12,20 +12,10 @@ from absl.testing import absltest, parameterized
 
 import aoarm_jax
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.data import tokenizers
-from aoarm_jax.model import network as network_lib
 
-_ABC = tokenizers.Tokenizer("abc", b"abc")
 _T = 4
+_model = functools.partial(helpers.model_of, "abc", T=_T, L=1)
 setUpModule, tearDownModule = helpers.around_module(helpers.quick_compilation())
-
-
-@functools.cache
-def _model(mechanism, sentinels=1, data=None):
-  """A model of T = 4 positions and the alphabet abc."""
-  config = tiny.make(mechanism, sentinels, T=_T, L=1).config
-  config = config.replace("data", data) if data else config
-  return helpers.in_memory(network_lib.Network(config, None, _ABC))
 
 
 @functools.cache
@@ -71,7 +61,7 @@ class ValuesTest(parameterized.TestCase):
 
   @pytest.mark.thorough
   def test_padding_counts_nothing(self):
-    model = _model("two_stream", 1, config_lib.Data(documents="pad"))
+    model = _model("two_stream", data=config_lib.Data(documents="pad"))
     end = model.tokenizer.end
     tokens = np.array([[1, 2, end, 0], [1, 2, end, 2]])
     log_prob = jax.jit(model.log_prob)

@@ -6,26 +6,15 @@ import math
 import helpers
 import numpy as np
 import pytest
-import tiny
 from absl.testing import absltest, parameterized
 
 import aoarm_jax
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.data import tokenizers
-from aoarm_jax.model import network as network_lib
 
-_ABC = tokenizers.Tokenizer("abcde", b"abcde")
 _T, _STRIDE = 7, 3
 _TEXT = "edacbbdaecadbceab"  # 17 tokens, so the last block has 2.
+_model = functools.partial(helpers.model_of, "abcde", T=_T, L=1)
 setUpModule, tearDownModule = helpers.around_module(helpers.quick_compilation())
-
-
-@functools.cache
-def _model(mechanism, sentinels=1, data=None):
-  """A model of T = 7 positions and the alphabet abcde."""
-  config = tiny.make(mechanism, sentinels, T=_T, L=1).config
-  config = config.replace("data", data) if data else config
-  return helpers.in_memory(network_lib.Network(config, None, _ABC))
 
 
 def _blocks(n, stride=_STRIDE):
@@ -109,7 +98,7 @@ class BlocksTest(parameterized.TestCase):
   def test_padded_documents(self, sentinels):
     """A predicted end is the last token, and inside of the text none can be."""
     data = config_lib.Data(documents="pad")
-    model = _model("two_stream", sentinels, data)
+    model = _model("two_stream", sentinels, data=data)
     score = model.score(_TEXT, stride=_STRIDE)
     n = 17 + (sentinels == 1)
     texts = []

@@ -12,21 +12,13 @@ from absl.testing import absltest, parameterized
 
 import aoarm_jax
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.data import bpe, tokenizers
+from aoarm_jax.data import bpe
 from aoarm_jax.model import network as network_lib
 
-_ABC = tokenizers.Tokenizer("abcde", b"abcde")
 _T, _L, _N, _D = 7, 2, 3, 12
 _PADDED = config_lib.Data(documents="pad")
+_model = functools.partial(helpers.model_of, "abcde", T=_T, L=_L, N=_N, D=_D)
 setUpModule, tearDownModule = helpers.around_module(helpers.quick_compilation())
-
-
-@functools.cache
-def _model(mechanism, sentinels=1, data=None, **fields):
-  """A model of T = 7 positions and the alphabet abcde."""
-  base = tiny.make(mechanism, sentinels, T=_T, L=_L, N=_N, D=_D, **fields)
-  config = base.config.replace("data", data) if data else base.config
-  return helpers.in_memory(network_lib.Network(config, None, _ABC))
 
 
 def _order(model, n, seed=0):
@@ -308,7 +300,7 @@ class ParametersTest(parameterized.TestCase):
     self.assertIsNone(model.workdir)
     config = model.config
     first, again, other = (
-      aoarm_jax.Model.of(config, tokenizer=_ABC, seed=seed).params
+      aoarm_jax.Model.of(config, tokenizer=model.tokenizer, seed=seed).params
       for seed in (1, 1, 2)
     )
     np.testing.assert_array_equal(first["embedding"], again["embedding"])

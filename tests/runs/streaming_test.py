@@ -6,16 +6,12 @@ import helpers
 import jax
 import numpy as np
 import pytest
-import tiny
 from absl.testing import absltest, parameterized
 
 import aoarm_jax
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.data import tokenizers
 from aoarm_jax.generation import streaming
-from aoarm_jax.model import network as network_lib
 
-_ABC = tokenizers.Tokenizer("abcde", b"abcde")
 _PADDED = config_lib.Data(documents="pad")
 _GROUPS = config_lib.Orders(groups="fixed", group_width=2)
 _OPTIONS = {
@@ -25,16 +21,8 @@ _OPTIONS = {
   "ancestral": ({"steps": 3},),
   "confidence": ({"steps": 3},),
 }
+_model = functools.partial(helpers.model_of, "abcde", L=1)
 setUpModule, tearDownModule = helpers.around_module(helpers.quick_compilation())
-
-
-@functools.cache
-def _model(mechanism, sentinels=1, **sections):
-  """A model of T = 7 positions and the alphabet abcde."""
-  config = tiny.make(mechanism, sentinels, L=1).config
-  for name, section in sections.items():
-    config = config.replace(name, section)
-  return helpers.in_memory(network_lib.Network(config, None, _ABC))
 
 
 class SameDrawsTest(parameterized.TestCase):
@@ -165,7 +153,7 @@ class StreamTest(parameterized.TestCase):
         call()
 
   def test_the_text_so_far(self):
-    ids = np.arange(5)
+    ids, alphabet = np.arange(5), _model("two_stream", 2).tokenizer
     for decided, want in (
       ("00000", ""),
       ("11111", "abcde"),
@@ -174,7 +162,7 @@ class StreamTest(parameterized.TestCase):
       ("11000", "ab"),
     ):
       is_decided = np.array([x == "1" for x in decided])
-      self.assertEqual(streaming.so_far(_ABC, ids, is_decided), want)
+      self.assertEqual(streaming.so_far(alphabet, ids, is_decided), want)
 
 
 if __name__ == "__main__":
