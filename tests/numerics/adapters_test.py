@@ -54,7 +54,7 @@ class AdapterTest(parameterized.TestCase):
     self.check_logits(mechanism, fields)
 
   @parameterized.parameters(*MORE_CASES)
-  @pytest.mark.thorough
+  @pytest.mark.slow
   def test_logits_of_more_mechanisms(self, mechanism, fields):
     self.check_logits(mechanism, fields)
 
@@ -211,7 +211,7 @@ class StepTest(parameterized.TestCase):
       plain.params,
     )
 
-  @pytest.mark.thorough
+  @pytest.mark.slow
   def test_no_gradient_of_a_frozen_array_is_computed(self):
     """A third of the products of a step are gradients of weights."""
     flops = {

@@ -102,7 +102,7 @@ class TermsTest(parameterized.TestCase):
     self.check_the_sum("two_stream", 1)
 
   @parameterized.parameters(*MORE_CASES)
-  @pytest.mark.thorough
+  @pytest.mark.slow
   def test_the_sum_for_more_mechanisms(self, mechanism, s):
     self.check_the_sum(mechanism, s)
 

@@ -76,6 +76,10 @@ def write(file: pathlib.Path, kept: dict[str, list]) -> None:
   file.write_text(json.dumps(made, indent=1) + "\n")
 
 
+# One stream, one of both kinds of rows in one, and a masked one.
+_KINDS = ("decoupled_rope", "ao_gpt", "mdlm")
+
+
 class GoldenTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
@@ -111,9 +115,16 @@ class GoldenTest(parameterized.TestCase):
   def test_numbers_of_two_streams(self):
     self.check_numbers("two_stream")
 
-  @parameterized.parameters(*sorted({*mechanisms.MECHANISMS} - {"two_stream"}))
+  @parameterized.parameters(*_KINDS)
   @pytest.mark.thorough
   def test_numbers(self, mechanism):
+    self.check_numbers(mechanism)
+
+  @parameterized.parameters(
+    *sorted({*mechanisms.MECHANISMS} - {"two_stream", *_KINDS})
+  )
+  @pytest.mark.slow
+  def test_numbers_of_more_mechanisms(self, mechanism):
     self.check_numbers(mechanism)
 
   def check_numbers(self, mechanism):

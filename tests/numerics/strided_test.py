@@ -113,7 +113,7 @@ class BruteForceTest(parameterized.TestCase):
     self.check_sums(case)
 
   @parameterized.parameters(("ao_gpt", 1), ("causal", 1))
-  @pytest.mark.thorough
+  @pytest.mark.slow
   def test_a_sum_over_single_tokens_of_others(self, *case):
     self.check_sums(case)
 

@@ -160,7 +160,7 @@ class ModelTest(parameterized.TestCase):
   def test_what_was_trained(self):
     self.assertEqual((_model.step, _model.config.model.T), (2, 40))
 
-  @pytest.mark.thorough
+  @pytest.mark.slow
   def test_64_bits_elsewhere_change_nothing(self):
     """Another part of the user's program may want them."""
     calls = (  # To generate is to fill a text of blanks.
@@ -552,8 +552,14 @@ class ModelTest(parameterized.TestCase):
 
 @pytest.mark.thorough
 class CommandTest(parameterized.TestCase):
-  @parameterized.parameters(1e-3, 0.0)
-  def test_training_says_what_takes_long(self, seconds):
+  def test_training_says_what_takes_long(self):
+    self.check_patience(1e-3)
+
+  @pytest.mark.slow
+  def test_training_can_be_silent(self):
+    self.check_patience(0.0)
+
+  def check_patience(self, seconds):
     self.addCleanup(telemetry.set_patience, 2.0)
     command = helpers.arguments(
       _folder / f"patience{seconds}",

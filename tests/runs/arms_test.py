@@ -12,10 +12,6 @@ _CONFIG = f"{helpers.ROOT / 'configs' / 'study_why.py'}:tiny"
 
 
 class ArmsTest(absltest.TestCase):
-  @pytest.mark.thorough
-  def test_one_arm(self):
-    self.check_cells("content_sees=nearest:2 steps", 1)
-
   @pytest.mark.slow
   def test_every_arm(self):
     self.check_cells("", 19)

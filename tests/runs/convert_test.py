@@ -533,7 +533,7 @@ class PageTest(FolderTest):
     want = safetensors_numpy.load_file("models/Qwen3-0.6B/model.safetensors")
     chex.assert_trees_all_equal(out, want)
 
-  @pytest.mark.thorough
+  @pytest.mark.slow
   def test_a_mesh_reads_its_own_pieces(self):
     """Four devices make the same run, and no array is whole on any."""
     foreign.write(self.source, foreign.config(hidden_size=32), shards=2)

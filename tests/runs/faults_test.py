@@ -144,8 +144,14 @@ class FaultsTest(parameterized.TestCase):
       distance = optax.tree.norm(optax.tree.sub(other.params, one.params))
       self.assertLess(distance / optax.tree.norm(one.params), 1e-5)
 
-  @parameterized.parameters("lock", "interpreter")
-  def test_a_stuck_process_ends_itself(self, what):
+  def test_a_stuck_process_ends_itself(self):
+    self.check_stuck("lock")
+
+  @pytest.mark.slow
+  def test_a_process_that_holds_the_interpreter_ends_itself(self):
+    self.check_stuck("interpreter")
+
+  def check_stuck(self, what):
     """Python's main thread waits for ever, or holds the interpreter's lock."""
     name = f"stuck_{what}"
     process = helpers.start(
@@ -217,6 +223,7 @@ class FaultsTest(parameterized.TestCase):
     self.assertTrue(pathlib.Path(variables["FAULT_MARK"]).exists())
     self.assert_uninterrupted(name, bitwise=processes == 1)
 
+  @pytest.mark.slow
   def test_killed_in_a_save(self):
     """The launcher restarts it; train_test.py kills a run in its steps."""
     self.killed(1, processes=1)
@@ -259,6 +266,7 @@ class FaultsTest(parameterized.TestCase):
     ):
       self.skipTest("cannot mount in a namespace of its own")
 
+  @pytest.mark.slow
   def test_a_disk_that_fills_up(self):
     self.require_mounts()
     code, err = self.started_in(

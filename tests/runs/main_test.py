@@ -497,20 +497,7 @@ print(signals.received, interrupts)
 
 class ProcessTest(parameterized.TestCase):
   @parameterized.named_parameters(
-    (
-      "unknown_field",
-      [TINY, "--config.train.stepz=3"],
-      2,
-      "config.train.stepz: no such field",
-    ),
     ("unknown_flag", [TINY, "--foo=1"], 2, "'foo'"),
-    ("impossible_value", [TINY, "--config.model.N=3"], 2, "config.model.N=3"),
-    (
-      "workdir_is_a_file",
-      [TINY, f"--workdir={__file__}"],
-      2,
-      "main_test.py is a file; name a folder",
-    ),
     (
       "no_text",
       [TINY, "--config.data.path=/absent"],
@@ -520,6 +507,28 @@ class ProcessTest(parameterized.TestCase):
   )
   @pytest.mark.thorough
   def test_one_line_and_the_exit_code(self, command, exit_code, message):
+    self.check_error(command, exit_code, message)
+
+  @parameterized.named_parameters(
+    (
+      "unknown_field",
+      [TINY, "--config.train.stepz=3"],
+      2,
+      "config.train.stepz: no such field",
+    ),
+    ("impossible_value", [TINY, "--config.model.N=3"], 2, "config.model.N=3"),
+    (
+      "workdir_is_a_file",
+      [TINY, f"--workdir={__file__}"],
+      2,
+      "main_test.py is a file; name a folder",
+    ),
+  )
+  @pytest.mark.slow
+  def test_one_line_for_more_errors(self, command, exit_code, message):
+    self.check_error(command, exit_code, message)
+
+  def check_error(self, command, exit_code, message):
     with tempfile.TemporaryDirectory() as folder:
       process = helpers.start(command, folder=folder)
       code, out, err = helpers.finish(process)

@@ -43,6 +43,8 @@ MESHES = {
   "1,2,2,2": config_lib.Mesh(1, 2, 2, 2, smallest_shard=1),
 }
 ALL_IN_LOOPS = {"remat": True, "scan_layers": True, "accumulate": 2}
+AS_GPU = {"rowwise": "xla", "loss_block": 10}  # See take_step.
+TAUGHT = {"lora": 3, "teacher": True}
 # (mechanism, mesh, what else is changed): a few for every day.
 CASES = (
   ("two_stream", "8", {}),
@@ -51,12 +53,9 @@ CASES = (
   ("two_stream", "2,4, parameters whole", {}),
   ("sigma_gpt", "2,2,2", ALL_IN_LOOPS),
   ("decoupled_rope", "1,2,2,2", {"attention": "mosaic_tpu", "L": 1}),
-  ("two_stream", "2,2,2", {"dtype": "bfloat16"}),
-  # Named, see take_step.
-  ("two_stream", "1,2,2,2", {"rowwise": "xla", "loss_block": 10}),
-  ("two_stream", "1,2,2,2", {"sees": "nearest:2"}),
-  ("two_stream", "1,2,2,2", {"backbone": "grouped"}),
-  ("two_stream", "2,2,2", {"lora": 3, "teacher": True}),
+  # What is named here runs alone in EVERY_CASE or MORE_CHANGES.
+  ("two_stream", "1,2,2,2", {**AS_GPU, "sees": "nearest:2"}),
+  ("two_stream", "2,2,2", {"backbone": "grouped", **TAUGHT}),
 )
 EVERY_CASE = tuple(
   (mechanism, mesh, changes)
@@ -70,6 +69,18 @@ EVERY_CASE = tuple(
     {"dtype": "bfloat16", "remat": True},
   )
   if not changes or mechanism in ("two_stream", "decoupled_rope", "ao_gpt")
+)
+
+MORE_CHANGES = (
+  {"groups": "fixed"},
+  {"sentinels": 2},
+  {"sees": "last:2"},
+  {"sees": "nearest:2"},
+  {"sees": "random:2"},
+  {"backbone": "grouped"},
+  {"backbone": "unnormed"},
+  AS_GPU,
+  TAUGHT,
 )
 
 
@@ -252,13 +263,7 @@ def on_eight_devices(which):
       seen = str(error)
     print(json.dumps([mechanism, mesh, changes, seen]), flush=True)
   if which == "every":
-    for changes in (
-      {"groups": "fixed"},
-      {"sentinels": 2},
-      {"sees": "last:2"},
-      {"sees": "random:2"},
-      {"backbone": "unnormed"},
-    ):
+    for changes in MORE_CHANGES:
       for mesh in ("1,1,1,8", "1,2,2,2"):
         seen = compared("two_stream", mesh, changes)
         print(json.dumps(["two_stream", mesh, changes, seen]), flush=True)
@@ -383,7 +388,7 @@ class MeshTest(parameterized.TestCase):
   def test_every_mechanism_on_every_mesh(self):
     with helpers.quick_compilation():
       compared = started("every")
-    self.assertLen(compared, len(EVERY_CASE) + 2 * 5)
+    self.assertLen(compared, len(EVERY_CASE) + 2 * len(MORE_CHANGES))
     self.assert_equals_one_device(compared)
 
   def test_where_every_parameter_and_moment_lies(self):

@@ -171,7 +171,7 @@ class StartFromTest(parameterized.TestCase):
     ):
       helpers.run(command("x", **self.new, data__tokenizer_file=file))
 
-  @pytest.mark.thorough
+  @pytest.mark.slow
   def test_positions_that_are_learned(self):
     """Their number is a shape, so T is bound."""
     learned = dict(model__mechanism="sigma_gpt", train__steps=1)

@@ -96,9 +96,15 @@ class SameDrawsTest(parameterized.TestCase):
     model = _model("two_stream", orders=_GROUPS)
     self.check_method(model, "parallel", {"width": 2})
 
-  @parameterized.parameters("left_to_right", "uniform")
   @pytest.mark.thorough
-  def test_a_text_whose_end_is_drawn(self, order):
+  def test_a_text_whose_end_is_drawn(self):
+    self.check_end("left_to_right")
+
+  @pytest.mark.slow
+  def test_a_text_whose_length_is_drawn(self):
+    self.check_end("uniform")
+
+  def check_end(self, order):
     network = _model("two_stream", data=_PADDED).network
     model = helpers.in_memory(network)
     # So that texts of all lengths come.
