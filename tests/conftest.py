@@ -36,10 +36,12 @@ def selection(expression: str) -> str:
 
   An expression of the user takes the place of the one in pyproject.toml. So
   what is marked both thorough and slow is left out of the thorough tests here.
+  No test has the mark default: "default or thorough" selects both tiers.
   """
-  if expression != "thorough":
+  tiers = {"thorough": ["thorough"], "default or thorough": []}
+  if expression not in tiers:
     return expression
-  return " and ".join(["thorough", *(f"not {mark}" for mark in _APART)])
+  return " and ".join(tiers[expression] + [f"not {mark}" for mark in _APART])
 
 
 def pytest_configure(config):

@@ -21,7 +21,6 @@ from aoarm_jax.generation import plan as plan_lib
 from aoarm_jax.generation import texts as generate
 from aoarm_jax.model import network as network_lib
 
-# On the older Python alone: tests/runs/padded_test.py runs on both.
 pytestmark = pytest.mark.thorough
 
 _ABC = tokenizers.Tokenizer("abc", b"abc")

@@ -223,7 +223,7 @@ class NatsTest(parameterized.TestCase):
     got, _ = run(np.ones((L, 1), bool))
     np.testing.assert_allclose(got, want, rtol=2e-5)
 
-  @pytest.mark.thorough
+  @pytest.mark.slow
   def test_content_that_stays_is_not_computed_again(self):
     active = np.array([[False, True]] * 2 + [[False, False]])
     for text in ("last:2", "equal_mass:nearest:2"):

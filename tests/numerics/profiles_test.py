@@ -76,10 +76,17 @@ class ProfileTest(parameterized.TestCase):
       with self.assertRaisesRegex(ValueError, f"{mechanism}.*no profile"):
         profiles.profile(made.bind(tiny.sharp(made)), None, None, REAL)
 
+  def test_is_that_of_the_maps_written_out(self):
+    self.check_maps("two_stream", 2)
+
   @parameterized.parameters(
-    ("two_stream", 2), ("decoupled_rope", 1), ("two_stream", 1, tiny.GROUPED)
+    ("decoupled_rope", 1), ("two_stream", 1, tiny.GROUPED)
   )
-  def test_is_that_of_the_maps_written_out(self, mechanism, s, options=()):
+  @pytest.mark.slow
+  def test_is_that_of_more_maps(self, mechanism, s, options=()):
+    self.check_maps(mechanism, s, options)
+
+  def check_maps(self, mechanism, s, options=()):
     bind = tiny.make(mechanism, s, L=3, **dict(options))
     N = bind.model.N
     params = tiny.sharp(bind)

@@ -180,8 +180,15 @@ class LawTest(parameterized.TestCase):
 
 @pytest.mark.thorough
 class BatchTest(parameterized.TestCase):
-  @parameterized.parameters(("two_stream", 2), ("ao_gpt", 1), ("mdlm", 1))
-  def test_a_text_is_scored_alone(self, *case):
+  def test_a_text_is_scored_alone(self):
+    self.check_alone("two_stream", 2)
+
+  @parameterized.parameters(("ao_gpt", 1), ("mdlm", 1))
+  @pytest.mark.slow
+  def test_a_text_of_others_is_scored_alone(self, *case):
+    self.check_alone(*case)
+
+  def check_alone(self, *case):
     """Whatever stands beside it, and however many at once."""
     texts = ["abcabc", "[a]b_", "cc", "a[bca]", "b"]
     want = [_score(case, [text], "uniform", orders=2)[0] for text in texts]

@@ -129,7 +129,7 @@ class SubwordsTest(parameterized.TestCase):
     self.check_samples(*_CASES[1])
 
   @parameterized.parameters(*_CASES[4:])
-  @pytest.mark.thorough
+  @pytest.mark.slow
   def test_more_samples_have_the_enumerated_law(self, *case):
     self.check_samples(*case)
 

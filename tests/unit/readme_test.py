@@ -194,11 +194,13 @@ class CommandsTest(parameterized.TestCase):
     others = [f"not {mark}" for mark in marks if mark != "thorough"]
     tier = " and ".join(["thorough", *others])
     self.assertEqual(conftest.selection("thorough"), tier)
+    both = "default or thorough"
+    self.assertEqual(conftest.selection(both), " and ".join(others))
     for expression in (default, "slow", "gpu"):
       self.assertEqual(conftest.selection(expression), expression)
     tiers = {"python -m pytest", "python -m pytest -m thorough"}
-    ci = (ROOT / ".ci/run").read_text().splitlines()
-    self.assertIn("python -m pytest -m thorough", ci)
+    ci = (ROOT / ".ci/run").read_text()
+    self.assertIn(f"""test_in "$scratch/oldest" -m "'{both}'"\n""", ci)
     for page in (README, CONTRIBUTING):
       lines = {line for _, block in blocks(page) for line in block.splitlines()}
       self.assertContainsSubset(tiers, {*lines, *spans(page)})
