@@ -53,34 +53,39 @@ CASES = (
   ("two_stream", "2,4, parameters whole", {}),
   ("sigma_gpt", "2,2,2", ALL_IN_LOOPS),
   ("decoupled_rope", "1,2,2,2", {"attention": "mosaic_tpu", "L": 1}),
-  # What is named here runs alone in EVERY_CASE or MORE_CHANGES.
+  # EVERY_CASE has what is named here, one by one.
   ("two_stream", "1,2,2,2", {**AS_GPU, "sees": "nearest:2"}),
   ("two_stream", "2,2,2", {"backbone": "grouped", **TAUGHT}),
 )
-EVERY_CASE = tuple(
-  (mechanism, mesh, changes)
-  for mechanism in tiny.MECHANISMS
-  for mesh in MESHES
-  if mesh != "1"
-  for changes in (
-    {},
-    {"attention": "mosaic_tpu"},
-    ALL_IN_LOOPS,
-    {"dtype": "bfloat16", "remat": True},
-  )
-  if not changes or mechanism in ("two_stream", "decoupled_rope", "ao_gpt")
-)
-
-MORE_CHANGES = (
-  {"groups": "fixed"},
-  {"sentinels": 2},
-  {"sees": "last:2"},
-  {"sees": "nearest:2"},
-  {"sees": "random:2"},
-  {"backbone": "grouped"},
-  {"backbone": "unnormed"},
-  AS_GPU,
-  TAUGHT,
+EVERY_CASE = (
+  *(
+    (mechanism, mesh, changes)
+    for mechanism in tiny.MECHANISMS
+    for mesh in MESHES
+    if mesh != "1"
+    for changes in (
+      {},
+      {"attention": "mosaic_tpu"},
+      ALL_IN_LOOPS,
+      {"dtype": "bfloat16", "remat": True},
+    )
+    if not changes or mechanism in ("two_stream", "decoupled_rope", "ao_gpt")
+  ),
+  *(
+    ("two_stream", mesh, changes)
+    for changes in (
+      {"groups": "fixed"},
+      {"sentinels": 2},
+      {"sees": "last:2"},
+      {"sees": "nearest:2"},
+      {"sees": "random:2"},
+      {"backbone": "grouped"},
+      {"backbone": "unnormed"},
+      AS_GPU,
+    )
+    for mesh in ("1,1,1,8", "1,2,2,2")
+  ),
+  ("two_stream", "2,2,2", TAUGHT),
 )
 
 
@@ -263,10 +268,6 @@ def on_eight_devices(which):
       seen = str(error)
     print(json.dumps([mechanism, mesh, changes, seen]), flush=True)
   if which == "every":
-    for changes in MORE_CHANGES:
-      for mesh in ("1,1,1,8", "1,2,2,2"):
-        seen = compared("two_stream", mesh, changes)
-        print(json.dumps(["two_stream", mesh, changes, seen]), flush=True)
     return
   seen = {"traffic": {}}
   for mesh in ("8", "2,4", "2,4, parameters whole", "1,1,1,8"):
@@ -388,7 +389,7 @@ class MeshTest(parameterized.TestCase):
   def test_every_mechanism_on_every_mesh(self):
     with helpers.quick_compilation():
       compared = started("every")
-    self.assertLen(compared, len(EVERY_CASE) + 2 * len(MORE_CHANGES))
+    self.assertLen(compared, len(EVERY_CASE))
     self.assert_equals_one_device(compared)
 
   def test_where_every_parameter_and_moment_lies(self):
