@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import tiny
 import written
 from absl.testing import absltest, parameterized
@@ -170,8 +171,14 @@ class NetworkTest(parameterized.TestCase):
       at += R
     tiny.assert_same(np.concatenate(got, axis=1), want)
 
-  @parameterized.parameters(("two_stream", 1), ("two_stream_untied", 2))
-  def test_a_prompt_is_filled_in_at_once(self, mechanism, s):
+  def test_a_prompt_is_filled_in_at_once(self):
+    self.check_prompt("two_stream", 1)
+
+  @pytest.mark.slow
+  def test_a_prompt_of_an_ablation_is_filled_in_at_once(self):
+    self.check_prompt("two_stream_untied", 2)
+
+  def check_prompt(self, mechanism, s):
     """Then one slot of one text follows: few rows, and a lone query."""
     made = tiny.make(mechanism, s, content_sees="nearest:2")
     params = tiny.sharp(made)
@@ -195,10 +202,14 @@ class NetworkTest(parameterized.TestCase):
     jax.tree.map(tiny.assert_same, in_two, whole)
     tiny.assert_same(logits, made.apply(params, slots)[:, -1:])
 
-  @parameterized.parameters(
-    ("two_stream", 1, "nearest:2"), ("two_stream_untied", 2, "random:2")
-  )
-  def test_generated_texts_have_their_likelihood(self, mechanism, s, sees):
+  def test_generated_texts_have_their_likelihood(self):
+    self.check_likelihood("two_stream", 1, "nearest:2")
+
+  @pytest.mark.slow
+  def test_generated_texts_of_an_ablation_have_their_likelihood(self):
+    self.check_likelihood("two_stream_untied", 2, "random:2")
+
+  def check_likelihood(self, mechanism, s, sees):
     """By drafts, so that many rows ask at once and junk follows slots."""
     made = tiny.make(mechanism, s, content_sees=sees)
     params, law = tiny.sharp(made), sampling.Sampling(jnp.ones((_B, 1, 1)))
