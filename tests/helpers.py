@@ -343,6 +343,17 @@ def final_state(workdir: pathlib.Path, config: config_lib.Config):
   return saved, checkpoints.restore(saved, abstract)
 
 
+def distance(got: Any, want: Any) -> float:
+  """Norm of the difference of two pytrees of arrays, by that of the second."""
+  want = jax.device_get(want)
+  apart = jax.tree.map(np.subtract, jax.device_get(got), want)
+  squares = [
+    sum(np.square(x, dtype=np.float64).sum() for x in jax.tree.leaves(tree))
+    for tree in (apart, want)
+  ]
+  return float(np.sqrt(squares[0] / squares[1]))
+
+
 def leaves_as_bytes(tree: Any) -> dict[str, bytes]:
   """Every array of a pytree by its path, bit by bit."""
 

@@ -187,9 +187,9 @@ class RoundTripTest(parameterized.TestCase):
     self.assertEqual([s.bytes for s in scores], [3, 1, 1, 1, 5])
     # A given end comes first, so what is known differs.
     apply = functools.partial(network.apply, params)
-    nats = objective.order_nll(
-      apply,
-      network.layout,
+    nats = tiny.quick_jit(
+      lambda *args: objective.order_nll(apply, network.layout, *args)
+    )(
       np.array([[0, 1, 2, _END, _END]]),
       np.array([[1, 3, 4, 2, 5]], np.int32),
     )

@@ -44,11 +44,12 @@ def slow_sums(w, place, position, s):
 
 def maps(bind, params, tokens, order):
   """Softmax maps of every layer [B, R, S, heads], by numpy."""
-  network = bind.bind(params)
-  slots = orders.to_slots(tokens, order, network.layout)
-  earlier, last = profiles.observe(
-    network, slots, lambda q, k, v, visible: (q, k)
-  )
+  slots = orders.to_slots(tokens, order, bind.layout)
+  earlier, last = tiny.quick_jit(
+    lambda params: profiles.observe(
+      bind.bind(params), slots, lambda q, k, v, visible: (q, k)
+    )
+  )(params)
   out = []
   for q, k in [*zip(*earlier), last]:
     q, k = np.asarray(q, np.float64), np.asarray(k, np.float64)

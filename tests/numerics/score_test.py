@@ -149,9 +149,13 @@ class LawTest(parameterized.TestCase):
     (scored,) = _score(case, ["a[bc]a__"], "right_to_left")
     self.assertEqual((scored.positions, scored.order), ([2, 3], [3, 2]))
     _, network, _, params = _made(*case)
-    nats = objective.order_nll(
-      network.bind(params),
-      network.layout._replace(end=7),
+    layout = network.layout._replace(end=7)
+    nats = tiny.quick_jit(
+      lambda params, *args: objective.order_nll(
+        network.bind(params), layout, *args
+      )
+    )(
+      params,
       np.array([[0, 1, 2, 0, 0, 0]]),
       np.array([[1, 4, 3, 2, 5, 6]], np.int32),
     )

@@ -109,9 +109,11 @@ class ExperimentTest(parameterized.TestCase):
       made = tiny.make(name, T=4, V=3, D=8, N=2)
       texts = tiny.all_sequences(3, 4)
       order = np.tile(np.array([3, 1, 4, 2]), (len(texts), 1))
-      nats = objective.order_nll(
-        made.bind(tiny.sharp(made)), made.layout, texts, order
-      )
+      nats = tiny.quick_jit(
+        lambda params: objective.order_nll(
+          made.bind(params), made.layout, texts, order
+        )
+      )(tiny.sharp(made))
     p = np.exp(-np.asarray(nats, np.float64).sum(axis=1))
     self.assertAlmostEqual(p.sum(), 1.0, delta=1e-5)
 

@@ -13,7 +13,6 @@ import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import tiny
 from absl.testing import absltest, parameterized
@@ -206,14 +205,6 @@ def take_step(config, devices):
   return Step(program.abstract, state, float(sums["nats"]), compiled.as_text())
 
 
-def difference(got, want):
-  """Relative norm."""
-  return float(
-    optax.tree.norm(jax.tree.map(jnp.subtract, got, want))
-    / optax.tree.norm(want)
-  )
-
-
 _steps = {}
 
 
@@ -237,10 +228,10 @@ def compared(mechanism, mesh, changes):
     # Both round, in their own ways: each is as far from float32 as this one.
     others = {k: v for k, v in changes.items() if k != "dtype"}
     exact = cached_step(mechanism, "1", others)
-    bound = 2 * difference(one.gradient(), exact.gradient())
+    bound = 2 * helpers.distance(one.gradient(), exact.gradient())
   return (
     abs(got.loss / one.loss - 1),
-    difference(got.gradient(), one.gradient()),
+    helpers.distance(got.gradient(), one.gradient()),
     bound,
   )
 

@@ -1,4 +1,4 @@
-"""A tiny study from end to end, in two parts."""
+"""A tiny study from end to end, killed on the way."""
 
 import csv
 import os
@@ -16,7 +16,7 @@ from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import tokenizers
 from aoarm_jax.study import measure
 
-pytestmark = pytest.mark.thorough
+pytestmark = pytest.mark.slow
 
 
 class StudyTest(absltest.TestCase):
@@ -36,20 +36,11 @@ class StudyTest(absltest.TestCase):
       "--config.study.characters=64",
     ]
 
-  def test_begun_and_started_again(self):
-    helpers.run([*self.command, "--config.study.cells=two_stream"])
-    self.check_goes_on()
-
-  @pytest.mark.slow
   def test_killed_and_started_again(self):
     process = helpers.start(self.command)
     helpers.read_until(process, "cell 2/4")
     os.killpg(process.pid, signal.SIGKILL)
     helpers.finish(process)
-    self.check_goes_on()
-
-  def check_goes_on(self):
-    """One cell is done; the same command does the others, and the report."""
     before = helpers.contents(self.workdir / "cells")
     done = {n: x for n, x in before.items() if n.endswith(measure.RESULT)}
     self.assertLen(done, 1)
