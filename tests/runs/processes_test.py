@@ -265,22 +265,18 @@ class FailureTest(parameterized.TestCase):
     self.assertTrue((_folder / "gone-2/checkpoints/2/manifest.json").exists())
     self.assertFalse((_folder / "gone").exists())
 
-  def test_sigterm_while_another_process_hangs(self):
-    """Reading its text, and in a save."""
-    with (
-      self.subTest("at the start"),
-      pair(
-        [*helpers.program(), *arguments("hangs")],
-        [*helpers.program(HANGS), *arguments("hangs")],
-      ) as processes,
-    ):
+  @pytest.mark.slow
+  def test_sigterm_while_another_process_reads_its_text(self):
+    with pair(
+      [*helpers.program(), *arguments("hangs")],
+      [*helpers.program(HANGS), *arguments("hangs")],
+    ) as processes:
       read_until(processes[0], "text: folder")
       processes[0].terminate()
       self.assert_ended(processes)
-    with (
-      self.subTest("in a save"),
-      pair(*[saving("hangs", 1)] * 2) as processes,
-    ):
+
+  def test_sigterm_while_another_process_hangs_in_a_save(self):
+    with pair(*[saving("hangs", 1)] * 2) as processes:
       read_until(processes[0], "saving")
       time.sleep(1)
       processes[0].terminate()
