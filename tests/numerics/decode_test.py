@@ -435,14 +435,18 @@ _FIRST = tuple(
 
 @pytest.mark.thorough
 class PredictTest(parameterized.TestCase):
-  @parameterized.parameters(*_FIRST, *tiny.BACKBONES)
-  def test_equals_each_target_next(self, mechanism, s, options=()):
-    self.check_each_target_next(mechanism, s, **dict(options))
-
-  @parameterized.parameters(*sorted(_that_draft({*tiny.CASES} - {*_FIRST})))
-  @pytest.mark.slow
-  def test_equals_each_target_next_in_more_cases(self, mechanism, s):
+  @parameterized.parameters(*_FIRST)
+  def test_equals_each_target_next(self, mechanism, s):
     self.check_each_target_next(mechanism, s)
+
+  @parameterized.parameters(
+    *sorted(_that_draft({*tiny.CASES} - {*_FIRST})), *tiny.BACKBONES
+  )
+  @pytest.mark.slow
+  def test_equals_each_target_next_in_more_cases(
+    self, mechanism, s, options=()
+  ):
+    self.check_each_target_next(mechanism, s, **dict(options))
 
   def check_each_target_next(self, mechanism, s, **options):
     """Ragged: 3 slots are cached, or 1; 1, 2 or 3 more come, junk behind."""
@@ -551,6 +555,7 @@ class AdaptiveTest(parameterized.TestCase):
       self.assertEqual(out.order[b].tolist(), done)
       self.assertEqual(out.tokens[b].tolist(), text.tolist())
 
+  @pytest.mark.slow
   def test_more_targets_than_a_chunk(self):
     with mock.patch.object(decode_steps, "CHUNK", 3):
       got = _drawn(

@@ -465,8 +465,14 @@ class ScoreTest(parameterized.TestCase):
     super().setUpClass()
     cls.enterClassContext(helpers.quick_compilation())
 
-  @parameterized.parameters((2, "_b__c", False), (3, "_____", True))
-  def test_parallel_generation_says_the_same(self, width, pattern, whole):
+  def test_parallel_generation_says_the_same(self):
+    self.check_generation(2, "_b__c", False)
+
+  @pytest.mark.slow
+  def test_parallel_generation_of_whole_texts_says_the_same(self):
+    self.check_generation(3, "_____", True)
+
+  def check_generation(self, width, pattern, whole):
     """Texts of 5 of 6 tokens; for a model without groups it does not."""
     prompt = prompts.Prompt(np.zeros(5, np.int32), np.zeros(5, bool))
     if not whole:

@@ -137,7 +137,7 @@ class LoglikelihoodTest(parameterized.TestCase):
     self.assertEqual(_PAIRS.encode("ab").tolist(), [2])
     self.assertAlmostEqual(log_p, _score(opened, [0, 1], 1), places=5)
 
-  @pytest.mark.thorough
+  @pytest.mark.slow
   def test_answers_do_not_depend_on_the_batch(self):
     pairs = [("ab", "cd"), ("a", "h" * 11), ("", "bad"), ("gab", "c e")]
     one, _ = _opened(batch_size=1)

@@ -552,14 +552,9 @@ class ModelTest(parameterized.TestCase):
 
 @pytest.mark.thorough
 class CommandTest(parameterized.TestCase):
-  def test_training_says_what_takes_long(self):
-    self.check_patience(1e-3)
-
+  @parameterized.parameters(1e-3, 0.0)
   @pytest.mark.slow
-  def test_training_can_be_silent(self):
-    self.check_patience(0.0)
-
-  def check_patience(self, seconds):
+  def test_training_says_what_takes_long(self, seconds):
     self.addCleanup(telemetry.set_patience, 2.0)
     command = helpers.arguments(
       _folder / f"patience{seconds}",

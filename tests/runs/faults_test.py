@@ -142,14 +142,9 @@ class FaultsTest(parameterized.TestCase):
     else:
       self.assertLess(helpers.distance(other.params, one.params), 1e-5)
 
-  def test_a_stuck_process_ends_itself(self):
-    self.check_stuck("lock")
-
+  @parameterized.parameters("lock", "interpreter")
   @pytest.mark.slow
-  def test_a_process_that_holds_the_interpreter_ends_itself(self):
-    self.check_stuck("interpreter")
-
-  def check_stuck(self, what):
+  def test_a_stuck_process_ends_itself(self, what):
     """Python's main thread waits for ever, or holds the interpreter's lock."""
     name = f"stuck_{what}"
     process = helpers.start(

@@ -43,7 +43,6 @@ MESHES = {
 }
 ALL_IN_LOOPS = {"remat": True, "scan_layers": True, "accumulate": 2}
 AS_GPU = {"rowwise": "xla", "loss_block": 10}  # See take_step.
-TAUGHT = {"lora": 3, "teacher": True}
 # (mechanism, mesh, what else is changed): a few for every day.
 CASES = (
   ("two_stream", "8", {}),
@@ -54,7 +53,6 @@ CASES = (
   ("decoupled_rope", "1,2,2,2", {"attention": "mosaic_tpu", "L": 1}),
   # EVERY_CASE has what is named here, one by one.
   ("two_stream", "1,2,2,2", {**AS_GPU, "sees": "nearest:2"}),
-  ("two_stream", "2,2,2", {"backbone": "grouped", **TAUGHT}),
 )
 EVERY_CASE = (
   *(
@@ -84,7 +82,7 @@ EVERY_CASE = (
     )
     for mesh in ("1,1,1,8", "1,2,2,2")
   ),
-  ("two_stream", "2,2,2", TAUGHT),
+  ("two_stream", "2,2,2", {"lora": 3, "teacher": True}),
 )
 
 

@@ -157,7 +157,7 @@ class StartFromTest(parameterized.TestCase):
     self.assertNotIn("\n", str(caught.exception))
     self.assertFalse((workdir / "config.json").exists())
 
-  @pytest.mark.thorough
+  @pytest.mark.slow
   def test_symbols_of_another_file(self):
     """A prepared text or a file decides, and must have the run's symbols."""
     helpers.run(

@@ -108,7 +108,7 @@ class WordsTest(absltest.TestCase):
     self.assertEqual(text.text, made.decode(text.tokens))
     self.assertEqual(model.tokenizer, made)
 
-  @pytest.mark.thorough
+  @pytest.mark.slow
   def test_chars_of_the_text(self):
     """The run goes on with the symbols of its checkpoint."""
     chars = {"data__tokenizer": "chars", "optimizer__schedule": "constant"}
