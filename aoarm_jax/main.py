@@ -1,4 +1,7 @@
-"""The command line: python -m aoarm_jax.main --config=configs/two_stream.py
+"""Train, evaluate and sample any-order language models: the command line.
+
+  python -m aoarm_jax.main --config=configs/two_stream.py:tiny
+  python -m aoarm_jax.main --config=configs/two_stream.py:tiny --mode=sample
 
 An error that a user can mend prints one line and ends the program with an exit
 code that is not zero:
@@ -134,7 +137,16 @@ def define_flags(
     sys_argv=argv,
   )
   flags.DEFINE_enum(
-    "mode", "train", MODES, "what to do", flag_values=flag_values
+    "mode",
+    "train",
+    MODES,
+    "train: train a model, or resume a run; eval: likelihood of a split; "
+    "sample: generate texts or fill blanks; score: likelihood of given texts; "
+    "benchmark: a report on a run; config: print every field; count: print "
+    "the cost of every mechanism; study: run a sweep and write its report; "
+    "compile: memory and bounds on a TPU slice; prepare: encode a text; "
+    "export, convert: write a folder for other tools, or read one",
+    flag_values=flag_values,
   )
   flags.DEFINE_string(
     "workdir",

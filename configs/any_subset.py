@@ -1,8 +1,9 @@
-"""Two streams over groups of ranks that are generated together (A3).
+"""Two streams that generate groups of tokens together (A3, arXiv 2601.13228).
 
-A group holds 16 ranks in the mean; content sees to the end of its group, a
-query to its start. `training_order` is the likelihood with groups, `any_order`
-that of one token after the other. Texts are drawn and scored in groups of 16.
+A group holds 16 tokens in the mean. A content row sees to the end of its group,
+and a query row to its start. The estimator `training_order` is the likelihood
+with groups, and `any_order` that of one token after the other. Texts are drawn
+and scored in groups of 16.
 
   python -m aoarm_jax.main --config=configs/any_subset.py
 

@@ -11,8 +11,8 @@ Hardware, time, validation result (any order, books27, one seed):
   default  one H100, 2,000 steps: 4.020 bits/char; condition_scale=1: 2.370
   :base    not run yet; needs text8, --config.data.path=text8.zip
   :bpe     not run yet; 12.1M parameters, 2.1M of them in embedding and head
-  :124m    not run yet; 131.8M parameters, 38.6M of them in the embedding; needs
-           a large text, as in --config.data.path=prepared/texts
+  :124m    never trained; 131.8M parameters, 38.6M of them in the embedding;
+           needs a large text, as in --config.data.path=prepared/texts
   :tiny    for a CPU
 """
 

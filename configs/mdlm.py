@@ -1,8 +1,8 @@
 """Masked diffusion: all rows see all rows, some are MASK (arXiv 2406.07524).
 
-Training minimises the negative ELBO. Sampling keeps no cache: one full pass a
-token (`sample.method=sequential`, exact), or a step (`ancestral`,
-`confidence`, which are not).
+Training minimises the negative ELBO. Sampling keeps no cache. The method
+`sequential` (exact) takes one full pass for each token, and the methods
+`ancestral` and `confidence` (not exact) take one for each step.
 
   python -m aoarm_jax.main --config=configs/mdlm.py
 
