@@ -47,7 +47,15 @@ UNNORMED = dict(
   **dict(rope_scaling="yarn", rope_factor=4.0, rope_original_T=16),
   shifted=True,
 )
-BACKBONES = (("two_stream", 1, GROUPED), ("decoupled_rope", 2, UNNORMED))
+LEARNED = dict(  # That of GPT-2, with fewer heads of keys.
+  **dict(norm="layer", biases=True, positions="learned", qk_norm=False),
+  **dict(norm_epsilon=0.1, tied=True, shifted=True, kv_heads=1),
+)
+BACKBONES = (
+  ("two_stream", 1, GROUPED),
+  ("decoupled_rope", 2, UNNORMED),
+  ("two_stream", 2, LEARNED),
+)
 
 
 # Compiles in half the time: for what is compiled often and run a few times.

@@ -24,6 +24,16 @@ class Written:
     power = (x**2).mean(axis=-1, keepdims=True) + self.model.norm_epsilon
     return x / np.sqrt(power) * node["scale"]
 
+  def norm(self, x, node):
+    if self.model.norm == "rms":
+      return self.rms(x, node)
+    return self.rms(x - x.mean(axis=-1, keepdims=True), node) + node["bias"]
+
+  def product(self, equation, x, node, name):
+    """The product of rows with a weight, and its bias."""
+    bias = node["biases"][name] if self.model.biases else 0
+    return np.einsum(equation, x, node[name]) + bias
+
   def head_normed(self, x, attention, name):
     return self.rms(x, attention[name]) if self.model.qk_norm else x
 
@@ -85,22 +95,23 @@ class Written:
     return np.concatenate([z.real, z.imag], axis=-1)
 
   def normed(self, node, x, m):
-    return self.rms(x, node) * (1 + m[1]) + m[0]
+    return self.norm(x, node) * (1 + m[1]) + m[0]
 
   def keys(self, block, x, position, target=None):
     """Rotated keys and values [S, N, H] of content rows [S, D]."""
     a = block["attention"]
     x = self.normed(block["attention_norm"], x, self.modulation(block, target))
-    k = np.einsum("sd,dnh->snh", x, a["key"])
-    k = self.head_normed(k, a, "key_norm")
-    return self.rotate(k, position), np.einsum("sd,dnh->snh", x, a["value"])
+    k, v = (
+      self.product("sd,dnh->snh", x, a, name) for name in ("key", "value")
+    )
+    return self.rotate(self.head_normed(k, a, "key_norm"), position), v
 
   def update(self, block, x, position, keys, seen, target=None):
     """One block on rows [R, D] over keys; seen is bool [R, S]."""
     a, (k, v) = block["attention"], keys
     m = self.modulation(block, target)
     normed = self.normed(block["attention_norm"], x, m)
-    q = np.einsum("rd,dnh->rnh", normed, a["query"])
+    q = self.product("rd,dnh->rnh", normed, a, "query")
     q = self.rotate(self.head_normed(q, a, "query_norm"), position)
     serves = [n * k.shape[1] // q.shape[1] for n in range(q.shape[1])]
     k, v = k[:, serves], v[:, serves]
@@ -110,17 +121,19 @@ class Written:
     weight = np.exp(score - score.max(axis=-1, keepdims=True))
     weight /= weight.sum(axis=-1, keepdims=True)
     out = np.einsum("nrs,snh->rnh", weight, v)
-    x = x + m[2] * np.einsum("rnh,nhd->rd", out, a["out"])
+    x = x + m[2] * self.product("rnh,nhd->rd", out, a, "out")
     x_normed = self.normed(block["mlp_norm"], x, m[3:])
     return x + m[5] * self.mlp(block["mlp"], x_normed)
 
   def mlp(self, node, x):
-    up = x @ node["up"]
+    up = self.product("rd,df->rf", x, node, "up")
     if self.model.mlp == "swiglu":
-      gate = x @ node["gate"]
-      return (gate / (1 + np.exp(-gate)) * up) @ node["down"]
-    gelu = np.tanh(np.sqrt(2 / np.pi) * (up + 0.044715 * up**3))
-    return (0.5 * up * (1 + gelu)) @ node["down"]
+      gate = self.product("rd,df->rf", x, node, "gate")
+      hidden = gate / (1 + np.exp(-gate)) * up
+    else:
+      tanh = np.tanh(np.sqrt(2 / np.pi) * (up + 0.044715 * up**3))
+      hidden = 0.5 * up * (1 + tanh)
+    return self.product("rf,fd->rd", hidden, node, "down")
 
   def read_out(self, x, target=None):
     m = self.modulation(self.params, target)
@@ -163,6 +176,8 @@ class Written:
         for slot in np.flatnonzero(seen[row]):
           if position[slot] == before:
             x[row] = self.params["embedding"][ids[slot]]
+    if self.model.positions == "learned":
+      x += self.params["start"]["added"][0, place]
     for block, keys in zip(self.blocks, cache):
       own = block.get("of_queries", block)
       x = self.update(own, x, place, keys, seen)

@@ -47,11 +47,18 @@ def rules(config: config_lib.Config) -> list[tuple[str, Any, str]]:
       f"must divide the config.model.N={m.N} attention heads, or be 0 for as "
       "many",
     ),
-    (
-      "compute.rowwise",
-      m.qk_norm or config.compute.rowwise != "mosaic_gpu",
-      "has no kernel for heads without a norm (config.model.qk_norm=False); "
-      "take auto, which uses the kernels for all other rows",
+    *(
+      (
+        "compute.rowwise",
+        has_default(m, name) or config.compute.rowwise != "mosaic_gpu",
+        f"has no kernel for {what} (config.model.{name}={getattr(m, name)}); "
+        "take auto, which uses the kernels for all other rows",
+      )
+      for name, what in (
+        ("qk_norm", "heads without a norm"),
+        ("norm", "LayerNorm"),
+        ("biases", "products with biases"),
+      )
     ),
     *_of_scaling(m),
   ]

@@ -49,7 +49,8 @@ class Mechanism:
       queries nor keys are rotated.
     added: the learned position embeddings that are added to the input: any of
       "content" and "target". Two embeddings stand side by side, each with half
-      of the width.
+      of the width. A query row of two streams has no content: it takes the
+      embedding of its target in place of the content's.
     condition: the width of a learned embedding of t. The embedding shifts,
       scales and gates every layer, and shifts and scales the input of the head
       (adaLN). 0 means no conditioning.
@@ -77,6 +78,19 @@ class Mechanism:
   methods: tuple[str, ...] = _ANY_ORDER
   estimators: tuple[str, ...] = (*_CHAIN_RULE, "context_ensembled")
   changes_one_thing_of: str = ""
+
+  @property
+  def knows_by_row(self) -> bool:
+    """Whether a row that predicts stands at a single position.
+
+    Then an embedding of this position can take the place of the rotations. A
+    row of one stream that is rotated by its target has two positions.
+    """
+    return self.streams == 2 or self.query == ("content",)
+
+  def with_learned_positions(self) -> "Mechanism":
+    """Return the mechanism with embeddings of positions, without rotations."""
+    return dataclasses.replace(self, query=(), added=("content",))
 
 
 _TARGET_WIDTH = 128  # The value of AO-GPT.

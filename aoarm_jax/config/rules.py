@@ -8,6 +8,13 @@ from typing import Any
 from aoarm_jax.config import backbone, mechanisms
 from aoarm_jax.config import schema as config_lib
 
+# The mechanisms that config.model.positions=learned can be combined with.
+_LEARNED = ", ".join(
+  name
+  for name, kind in mechanisms.MECHANISMS.items()
+  if kind.knows_by_row
+)
+
 
 def validate(config: config_lib.Config) -> config_lib.Config:
   """Return the config if every value is valid, alone and with the others.
@@ -111,6 +118,7 @@ def refused_by_mechanism(config: config_lib.Config) -> list[str]:
 def _of_the_mechanism(config):
   """Return the rules that follow from the table of mechanisms."""
   m, kind = config.model, config.model.kind
+  own = mechanisms.MECHANISMS[m.mechanism]
   estimators = set(config.eval.estimators)
   one_way = f"mechanism {m.mechanism} generates left to right only"
   two_streams = kind.streams == 2
@@ -160,8 +168,19 @@ def _of_the_mechanism(config):
     ),
     (
       "model.shifted",
-      "target" in kind.query or not m.shifted,
+      "target" in own.query or not m.shifted,
       f"mechanism {m.mechanism} rotates no query by its target; leave it out",
+    ),
+    (
+      "model.positions",
+      m.positions == "rotary" or own.knows_by_row,
+      f"mechanism {m.mechanism} "
+      + (
+        "tells a row its target by rotation, and learned positions rotate "
+        f"nothing; leave the field out, or take one of {_LEARNED}"
+        if own.query
+        else "learns its positions anyway; leave the field out"
+      ),
     ),
     (
       "score.width",
@@ -185,7 +204,8 @@ def _of_the_mechanism(config):
       (
         f"model.{name}",
         kind.query or backbone.has_default(m, name),
-        f"mechanism {m.mechanism} rotates nothing; leave it out",
+        f"mechanism {m.mechanism} with config.model.positions={m.positions} "
+        "rotates nothing; leave it out",
       )
       for name in backbone.SCALING
     ),

@@ -160,10 +160,31 @@ class Model:
   mlp_width: int = _field(
     0, "hidden width F of the MLP; 0 means 4 D", low=0, binds="model"
   )
+  biases: bool = _field(
+    False,
+    "add a bias to every matrix product of attention and MLP",
+    binds="model",
+  )
+  norm: str = _field(
+    "rms",
+    "kind of the norms of rows; rms: RMSNorm; layer: LayerNorm with a bias; "
+    "heads of queries and keys (qk_norm) always have RMSNorm",
+    choices=("rms", "layer"),
+    binds="model",
+  )
   norm_epsilon: float = _field(
     1e-6,
-    "number that every RMSNorm adds to the mean square",
+    "number that every norm adds to the mean square, or to the variance",
     above=0.0,
+    binds="model",
+  )
+  positions: str = _field(
+    "rotary",
+    "how rows learn positions; rotary: as the mechanism says, by rotations in "
+    "most; learned: nothing is rotated, and a learned embedding of the "
+    "position is added to the input of a row, for content rows that of their "
+    "token, for query rows that of their target",
+    choices=("rotary", "learned"),
     binds="model",
   )
   rope_base: float = _field(
@@ -220,9 +241,9 @@ class Model:
   )
   shifted: bool = _field(
     False,
-    "a query for the token at a target position is rotated as at the position "
-    "before, as in a left-to-right model; query rows of two streams also begin "
-    "as the token there, where they see it; models that were converted from "
+    "a query for the token at a target position stands at the position before, "
+    "as in a left-to-right model; query rows of two streams also begin as the "
+    "token there, where they see it; models that were converted from "
     "left-to-right ones have it",
     binds="model",
   )
@@ -269,7 +290,8 @@ class Model:
   @property
   def kind(self) -> mechanisms.Mechanism:
     """The pieces that the mechanism is made of."""
-    return mechanisms.MECHANISMS[self.mechanism]
+    kind = mechanisms.MECHANISMS[self.mechanism]
+    return kind.with_learned_positions() if self.positions == "learned" else kind
 
   @property
   def look(self) -> mechanisms.Look | None:

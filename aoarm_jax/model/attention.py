@@ -55,10 +55,15 @@ class Attention(nnx.Module):
     if model.qk_norm and has_keys:
       self.key_norm = parameters.RMSNorm(H, model.norm_epsilon)
     self.has_norms = model.qk_norm
+    shapes = {"query": (N, H), "out": (D,)}
+    if has_keys:
+      shapes |= {"key": (M, H), "value": (M, H)}
+    self.biases = nnx.data(parameters.biases(model, shapes))
     # The adapters.Adapter of weights that have one, by the weight's name.
     self.adapters: dict[str, Any] = nnx.data({})
     # The weights of queries, keys and values as one, see `merge`.
     self.merged: nnx.Param | None = None
+    self.merged_bias: nnx.Param | None = None
     self.merged_scale: nnx.Param | None = None
 
   def merge(self) -> None:
@@ -67,20 +72,25 @@ class Attention(nnx.Module):
     From then on few rows have one product with all of them. Do it once for many
     calls: for few rows, to merge the weights costs more than it saves.
     """
-    D, M, H = self.key.shape
-    query = self.query[...].reshape(D, M, self.group, H)
-    queries = [query[:, :, g] for g in range(self.group)]
-    stacked = jnp.stack([*queries, self.key[...], self.value[...]], axis=1)
     axes = self.query.axes
-    merged = nnx.Param(
-      stacked.astype(self.dtype), axes=(axes[0], None, *axes[1:])
-    )
-    self.merged = nnx.data(merged)
+    weights = self.query, self.key, self.value
+    self.merged = self._stacked(*weights, axes=(axes[0], None, *axes[1:]))
+    if self.biases:
+      biases = [self.biases[name] for name in ("query", "key", "value")]
+      self.merged_bias = self._stacked(*biases, axes=(None, None, "vector"))
     if self.has_norms:
       scales = [self.query_norm.scale[...]] * self.group
       scales.append(self.key_norm.scale[...])
       scale = nnx.Param(jnp.stack(scales)[:, None], axes=(None, None, "vector"))
       self.merged_scale = nnx.data(scale)
+
+  def _stacked(self, query, key, value, axes):
+    """Return one array [..., C, M, H] of arrays [..., N or M, H]."""
+    *before, M, H = key.shape
+    queries = query[...].reshape(*before, M, self.group, H)
+    parts = [*jnp.moveaxis(queries, -2, 0), key[...], value[...]]
+    stacked = jnp.stack(parts, axis=-3).astype(self.dtype)
+    return nnx.data(nnx.Param(stacked, axes=axes))
 
   def __call__(
     self,
@@ -122,7 +132,8 @@ class Attention(nnx.Module):
       # Otherwise XLA may choose an order of heads for which it transposes the
       # weights, in every step.
       out = self.out[...].astype(self.dtype).reshape(-1, D)
-      return [x.reshape(*x.shape[:2], -1) @ out for x in outputs]
+      bias = self.biases["out"][...].astype(self.dtype) if self.biases else 0
+      return [x.reshape(*x.shape[:2], -1) @ out + bias for x in outputs]
     return self._product("brnh,nhd->brd", outputs, "out")
 
   def queries(
@@ -137,9 +148,12 @@ class Attention(nnx.Module):
     return self._product("brnh,nhd->brd", [x], "out")[0]
 
   def _product(self, equation, streams, name):
-    """Return the product of every stream with a weight and its adapter."""
+    """Return the product of every stream with a weight, adapter and bias."""
     weight, adapter = getattr(self, name), self.adapters.get(name)
-    return parameters.matmuls(equation, streams, weight, self.dtype, adapter)
+    bias = self.biases.get(name)
+    return parameters.matmuls(
+      equation, streams, weight, self.dtype, adapter, bias
+    )
 
   def _query_part(self, rotation):
     """Return the norm and the rotation of queries."""
@@ -167,6 +181,8 @@ class Attention(nnx.Module):
     (packed,) = parallel.matmuls(
       "brd,dcnh->brcnh", [rows], self.merged[...], self.merged.axes
     )
+    if self.merged_bias is not None:
+      packed += self.merged_bias[...]
     qk = packed[:, :, : group + 1]
     if self.merged_scale is not None:
       qk = rowwise.normalised(qk, self.merged_scale[...], self.epsilon)
@@ -212,13 +228,14 @@ class Attention(nnx.Module):
   def _project(self, rows, names, parts):
     """Return the product of rows with each weight, normed and rotated."""
     B, R, _ = rows.shape
-    if len(names) > 1 and (self.adapters or B * R < tuning.LEAST_ROWS):
+    are_apart = self.adapters or self.biases
+    if len(names) > 1 and (are_apart or B * R < tuning.LEAST_ROWS):
       # To stack the weights would cost more than it saves.
       return [
         self._project(rows, (name,), (part,))[0]
         for name, part in zip(names, parts)
       ]
-    if self.adapters:
+    if are_apart:
       (product,) = self._product("brd,dnh->brnh", [rows], *names)
       return self._split(product[:, :, None], parts)
     weights = [getattr(self, name) for name in names]

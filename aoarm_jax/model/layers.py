@@ -82,11 +82,11 @@ class Block(nnx.Module):
         query rows makes none.
     """
     self.dtype, self.rowwise = jnp.dtype(compute.dtype), compute.rowwise
-    self.attention_norm = parameters.RMSNorm(model.D, model.norm_epsilon)
+    self.attention_norm = parameters.norm_of_rows(model)
     self.attention = attention_lib.Attention(
       model, compute, rngs=rngs, has_keys=has_keys
     )
-    self.mlp_norm = parameters.RMSNorm(model.D, model.norm_epsilon)
+    self.mlp_norm = parameters.norm_of_rows(model)
     self.mlp = mlp_lib.MLP(model, compute, rngs=rngs)
     self.untied = model.kind.untied and has_keys
     if self.untied:
@@ -183,20 +183,22 @@ def normed(
   """Return y = x + update, and its normed and modulated rows, like x.
 
   Args:
-    norm: has the scale.
+    norm: the norm. Only RMSNorm has a kernel.
     x: [B, R, D].
     update: like x. None means y = x.
     m: the modulation, or None.
     first: m[first] is the shift, and m[first + 1] is the scale.
     implementation: compute.rowwise.
   """
-  if m is None:
+  if m is None and not isinstance(norm, parameters.LayerNorm):
     return parallel.rms_norm(
       x, norm.scale[...], update, norm.epsilon, implementation
     )
   y = x if update is None else x + update
-  shifted = norm(y) * (1 + m[first + 1]) + m[first]
-  return y, shifted.astype(y.dtype)
+  rows = norm(y)
+  if m is not None:
+    rows = rows * (1 + m[first + 1]) + m[first]
+  return y, rows.astype(y.dtype)
 
 
 def _gated(updates, modulations, gate):

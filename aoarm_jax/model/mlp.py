@@ -13,7 +13,7 @@ from aoarm_jax.model import parallel, parameters
 
 
 class MLP(nnx.Module):
-  """Matmuls with GELU or SwiGLU (arXiv 2002.05202), without biases."""
+  """Matmuls with GELU or SwiGLU (arXiv 2002.05202), with or without biases."""
 
   def __init__(
     self,
@@ -34,12 +34,16 @@ class MLP(nnx.Module):
       ("hidden", "embed"),
       parameters.scale_of_updates(model),
     )
+    shapes = {"gate": (model.F,)} if self.gates else {}
+    shapes |= {"up": (model.F,), "down": (model.D,)}
+    self.biases = nnx.data(parameters.biases(model, shapes))
     # The adapters.Adapter of weights that have one, by the weight's name.
     self.adapters: dict[str, Any] = nnx.data({})
 
   def __call__(self, streams: Sequence[jax.Array]) -> list[jax.Array]:
     """Return the update of every normalised stream, [B, R, D] each."""
-    if not (self.gates or self.adapters or sharding.spread()):
+    is_plain = not (self.gates or self.adapters or self.biases)
+    if is_plain and not sharding.spread():
       up, down = (parameters.used(x, self.dtype) for x in (self.up, self.down))
       return [parallel.mlp(x, up, down, self.rowwise) for x in streams]
     hidden = self._into_hidden(streams, "up")
@@ -51,9 +55,12 @@ class MLP(nnx.Module):
     return self._product("brf,fd->brd", hidden, "down")
 
   def _product(self, equation, streams, name):
-    """Return the product of every stream with a weight and its adapter."""
+    """Return the product of every stream with a weight, adapter and bias."""
     weight, adapter = getattr(self, name), self.adapters.get(name)
-    return parameters.matmuls(equation, streams, weight, self.dtype, adapter)
+    bias = self.biases.get(name)
+    return parameters.matmuls(
+      equation, streams, weight, self.dtype, adapter, bias
+    )
 
   def _into_hidden(self, streams, name):
     """Return the product of every stream with a weight, [B, R, F] each."""

@@ -1,5 +1,6 @@
 """Parameters of modules: how they are drawn, and how rows use them."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -47,12 +48,32 @@ def scale_of_updates(model: config_lib.Model) -> float:
   return _INIT_SCALE / (2 * model.L) ** 0.5
 
 
+def biases(
+  model: config_lib.Model, shapes: dict[str, tuple[int, ...]]
+) -> dict[str, nnx.Param]:
+  """Return the biases of products, by the names of the weights.
+
+  Args:
+    model: the model's section of the config. If it has no biases, the result is
+      empty.
+    shapes: the shape of a row of each product.
+  """
+  return {
+    name: nnx.Param(
+      jnp.zeros(shape, jnp.float32), axes=(None,) * len(shape[1:]) + ("vector",)
+    )
+    for name, shape in shapes.items()
+    if model.biases
+  }
+
+
 def matmuls(
   equation: str,
   streams: Sequence[jax.Array],
   param: nnx.Param,
   dtype: jax.typing.DTypeLike,
   adapter: Callable[..., jax.Array] | None = None,
+  bias: nnx.Param | None = None,
 ) -> list[jax.Array]:
   """Return the product of every stream with a parameter.
 
@@ -62,12 +83,15 @@ def matmuls(
     param: the weight.
     dtype: the compute dtype.
     adapter: the adapters.Adapter of the weight.
+    bias: is added to every row of the product.
   """
   weight = param[...].astype(dtype)
   products = parallel.matmuls(equation, streams, weight, param.axes)
-  if adapter is None:
-    return products
-  return [y + adapter(x, dtype) for x, y in zip(streams, products)]
+  if adapter is not None:
+    products = [y + adapter(x, dtype) for x, y in zip(streams, products)]
+  if bias is not None:
+    products = [y + bias[...].astype(dtype) for y in products]
+  return products
 
 
 @jax.custom_vjp
@@ -119,3 +143,30 @@ class RMSNorm(nnx.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """Return the normed rows, float32."""
     return rowwise.normalised(x, self.scale[...], self.epsilon)
+
+
+class LayerNorm(RMSNorm):
+  """An RMSNorm of x - mean(x), plus a bias (arXiv 1607.06450)."""
+
+  def __init__(self, width: int, epsilon: float):
+    super().__init__(width, epsilon)
+    self.bias = nnx.Param(jnp.zeros(width, jnp.float32), axes=("vector",))
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Return the normed rows, float32."""
+    return _centred(x, self.scale[...], self.epsilon) + self.bias[...]
+
+
+# The norm is recomputed in the backward pass, like rowwise.normalised.
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(2,))
+def _centred(x, scale, epsilon):
+  """Return the RMSNorm of x - mean(x), float32."""
+  x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  x -= jnp.mean(x, axis=-1, keepdims=True)
+  return rowwise.normalised(x, scale, epsilon)
+
+
+def norm_of_rows(model: config_lib.Model) -> RMSNorm:
+  """Return the norm of rows [..., D] that config.model.norm names."""
+  kind = LayerNorm if model.norm == "layer" else RMSNorm
+  return kind(model.D, model.norm_epsilon)

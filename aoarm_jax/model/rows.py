@@ -139,14 +139,7 @@ class Start(nnx.Module):
       "target": slots.target_position - self.model.shifted,
     }
     if kind.added:
-      tables = parameters.used(self.added, content.dtype)
-      content += jnp.concatenate(
-        [
-          parameters.look_up(table, places[name])
-          for table, name in zip(tables, kind.added)
-        ],
-        axis=-1,
-      )
+      content += self._placed(content.dtype, [places[x] for x in kind.added])
     visible: jax.Array | int | None = None
     if kind.copies > 1:
       content += self._marks(content)
@@ -168,6 +161,17 @@ class Start(nnx.Module):
     contents = contents or Contents(slots.tokens, slots.position, index)
     return self._two_streams(rows, slots, index, embed, contents)
 
+  def _placed(self, dtype, places):
+    """Return the learned embeddings of positions, [B, R, D].
+
+    Args:
+      dtype: the compute dtype.
+      places: int32 [B, R] for each of kind.added.
+    """
+    tables = parameters.used(self.added, dtype)
+    rows = [parameters.look_up(*pair) for pair in zip(tables, places)]
+    return jnp.concatenate(rows, axis=-1)
+
   def _marks(self, content):
     """Return the vectors that tell the rows of a slot apart: like `content`."""
     B, R, D = content.shape
@@ -179,17 +183,22 @@ class Start(nnx.Module):
     """Return the query rows before the first layer, [B, R, D].
 
     Args:
-      target: int32 [B, R], the positions that the rows predict.
+      target: int32 [B, R], the positions that the rows predict. A row that
+        predicts nothing may stand at position -1, which nothing reads.
       visible: int32 [B, R], the number of leading slots that each row sees.
       embed: see `__call__`.
       contents: the slots that the rows may see.
       dtype: the compute dtype.
     """
     start = self.query_start[...].astype(dtype)
-    if not self.model.shifted:
-      return jnp.broadcast_to(start, (*target.shape, len(start)))
-    token = contents.before(target, visible)[..., None]
-    return jnp.where(token < 0, start, embed(jnp.maximum(token[..., 0], 0)))
+    first = jnp.broadcast_to(start, (*target.shape, len(start)))
+    if self.model.shifted:
+      token = contents.before(target, visible)
+      known = embed(jnp.maximum(token, 0))
+      first = jnp.where(token[..., None] < 0, first, known)
+    if self.kind.added:
+      first += self._placed(dtype, [target - self.model.shifted])
+    return first
 
   def _two_streams(self, rows, slots, index, embed, contents):
     """Return the content rows and the query rows.
@@ -203,8 +212,12 @@ class Start(nnx.Module):
     """
     B, S, _ = rows.x.shape
     visible = slots.visible
+
+    def turns(position):
+      return position[..., None] if self.kind.query else None
+
     content = rows._replace(
-      query_position=slots.position[..., None],
+      query_position=turns(slots.position),
       visible=None if visible is None else visible[..., 0],
     )
     if look := self.model.look:
@@ -230,7 +243,7 @@ class Start(nnx.Module):
     first = self._first(target, query_visible, embed, contents, dtype)
     query = rows._replace(
       x=first,
-      query_position=(target - self.model.shifted)[..., None],
+      query_position=turns(target - self.model.shifted),
       visible=query_visible,
     )
     if self.kind.untied:
@@ -244,8 +257,8 @@ class Start(nnx.Module):
     return (
       content._replace(
         x=jnp.concatenate([content.x, query.x], axis=1),
-        query_position=jnp.concatenate(
-          [content.query_position, query.query_position], axis=1
+        query_position=turns(
+          jnp.concatenate([slots.position, target - self.model.shifted], axis=1)
         ),
         visible=jnp.concatenate([content.visible, query.visible], axis=1),
       ),

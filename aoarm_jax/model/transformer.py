@@ -23,9 +23,9 @@ class Transformer(nnx.Module):
 
   The blocks are pre-norm, with RMSNorm, by default also on queries and keys.
   They use rotary pairs and an MLP with GELU or SwiGLU. Heads of keys may be
-  fewer than heads of queries. There are no biases. Parameters, norms,
-  softmax and logits are float32. The inputs of matrix products and the residual
-  stream are in `compute.dtype`.
+  fewer than heads of queries. LayerNorm, biases and learned positions are
+  options. Parameters, norms, softmax and logits are float32. The inputs of
+  matrix products and the residual stream are in `compute.dtype`.
   """
 
   def __init__(
@@ -50,7 +50,7 @@ class Transformer(nnx.Module):
     self.blocks = jax.vmap(
       lambda key: layers.Block(model, compute, rngs=nnx.Rngs(key))
     )(jax.random.split(rngs.params(), model.L))
-    self.norm = parameters.RMSNorm(model.D, model.norm_epsilon)
+    self.norm = parameters.norm_of_rows(model)
     if model.kind.condition:
       self.modulation = layers.Modulation(
         model.kind.condition, 2, model.D, rngs=rngs
