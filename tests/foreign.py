@@ -6,11 +6,14 @@ not needed here. tests/runs/interop_test.py compares with transformers itself.
 
 import json
 import pathlib
+import re
 
+import foreign_gpt2
 import numpy as np
 from safetensors import numpy as safetensors_numpy
 
 LLAMA, QWEN3 = "LlamaForCausalLM", "Qwen3ForCausalLM"
+GPT2 = foreign_gpt2.GPT2
 LLAMA3 = {
   "rope_type": "llama3",
   "rope_theta": 100.0,
@@ -24,6 +27,9 @@ V, BOS, EOS = 262, 258, 257
 
 def config(architecture=LLAMA, **changes):
   """The value of a config.json, with sizes that are all different."""
+  ends = {"vocab_size": V, "bos_token_id": BOS, "eos_token_id": EOS}
+  if architecture == GPT2:
+    return foreign_gpt2.config(**ends | changes)
   return {
     "architectures": [architecture],
     "hidden_size": 10,
@@ -33,20 +39,19 @@ def config(architecture=LLAMA, **changes):
     "num_key_value_heads": 2,
     "head_dim": 6,
     "hidden_act": "silu",
-    "vocab_size": V,
     "max_position_embeddings": 40,
     "rms_norm_eps": 1e-3,
     "rope_theta": 50.0,
     "tie_word_embeddings": False,
     "attention_bias": False,
-    "bos_token_id": BOS,
-    "eos_token_id": EOS,
+    **ends,
   } | changes
 
 
-def arrays(tree, seed=0):
-  """Random arrays of a config.json, by the names of transformers."""
-  rng = np.random.default_rng(seed)
+def _shapes(tree):
+  """The shapes of the arrays of a config.json, by their names."""
+  if tree["architectures"] == [GPT2]:
+    return foreign_gpt2.shapes(tree)
   D, F = tree["hidden_size"], tree["intermediate_size"]
   H, N = tree["head_dim"], tree["num_attention_heads"]
   M = tree["num_key_value_heads"]
@@ -69,12 +74,19 @@ def arrays(tree, seed=0):
   shapes = {f"model.{name}.weight": shape for name, shape in shapes.items()}
   if not tree["tie_word_embeddings"]:
     shapes["lm_head.weight"] = (tree["vocab_size"], D)
+  return shapes
+
+
+def arrays(tree, seed=0):
+  """Random arrays of a config.json, by the names of transformers."""
+  rng = np.random.default_rng(seed)
 
   def draw(name, shape):
     x = rng.normal(size=shape)
-    return (1 + 0.3 * x if "norm" in name else 0.5 * x).astype(np.float32)
+    is_scale = re.search(r"(norm|ln_.)\.weight$", name)
+    return (1 + 0.3 * x if is_scale else 0.5 * x).astype(np.float32)
 
-  return {name: draw(name, shape) for name, shape in shapes.items()}
+  return {name: draw(name, shape) for name, shape in _shapes(tree).items()}
 
 
 def tokenizer():
@@ -138,6 +150,8 @@ def _speeds(tree):
 
 def logits(tree, weights, ids):
   """float64 [n, V]: the logits at every token of ids [n]."""
+  if tree["architectures"] == [GPT2]:
+    return foreign_gpt2.logits(tree, weights, ids)
   w = {name: x.astype(np.float64) for name, x in weights.items()}
   H, n = tree["head_dim"], len(ids)
   angle = np.arange(n)[:, None] * _speeds(tree)

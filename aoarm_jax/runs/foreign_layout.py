@@ -14,8 +14,7 @@ from aoarm_jax.config import hugging_face
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import foreign
 from aoarm_jax.model import network as network_lib
-from aoarm_jax.runs import exported
-from aoarm_jax.runs import hugging_face as arrays_lib
+from aoarm_jax.runs import exported, foreign_names
 
 GENERATION, TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
 _BOS, _END = "<|bos|>", "<|endoftext|>"
@@ -59,10 +58,11 @@ def files(
   }
   V, ends = network.vocabulary, _ends(network, by_name["embedding"])
   more = (V,) if ends.bos == V else ()
+  architecture = hugging_face.architecture(network.model)
   number = np.dtype(jax.numpy.dtype(dtype))
   arrays = {
     name: np.ascontiguousarray(array.astype(number))
-    for name, array in arrays_lib.of_params(by_name, V, more)
+    for name, array in foreign_names.of_params(architecture, by_name, V, more)
   }
   marks = {V: _BOS} if more else {}
   if network.tokenizer.has_end:

@@ -1,15 +1,13 @@
-"""The arrays of a Hugging Face folder of Llama or Qwen3: names and slices.
+"""The arrays of a Hugging Face folder, of which slices are read.
 
 The folder has model.safetensors, or several such files and
-model.safetensors.index.json, which says what lies in which file. A matrix of
-transformers is [outputs, inputs], and layers have arrays of their own. Here a
-matrix is [inputs, outputs], heads have an axis, and layers are stacked.
+model.safetensors.index.json, which says what lies in which file.
+foreign_names.py says which array holds which parameter.
 """
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,49 +15,13 @@ import safetensors
 from etils import epath
 
 from aoarm_jax.config import hugging_face, reading
-from aoarm_jax.runs import exported, manifest, text
+from aoarm_jax.runs import exported, foreign_names, manifest, text
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _COPY = "copy or download the folder again"
-_LAYER = "model.layers.{}."
 _DTYPES = ("F32", "F16", "BF16")
-_EMBEDDING = "embedding"
-# Rows of the embedding that are read at once.
+# Rows of a table that are read at once.
 _ROWS = 1 << 12
-# The input of query rows that do not see the token before their target. They
-# begin as BOS, after which the source predicts without a context.
-_QUERY_START = "start.query_start"
-
-
-class Place(NamedTuple):
-  """Where a parameter lies in the folder.
-
-  Attributes:
-    name: the name of the array; arrays of layers stand behind _LAYER.
-    inputs: the number of leading axes, without that of layers, which are
-      inputs of a matrix. 0 for a vector.
-  """
-
-  name: str
-  inputs: int
-
-
-PLACES = {
-  _EMBEDDING: Place("model.embed_tokens.weight", 0),
-  "norm.scale": Place("model.norm.weight", 0),
-  "head": Place("lm_head.weight", 1),
-  "blocks.attention_norm.scale": Place("input_layernorm.weight", 0),
-  "blocks.attention.query": Place("self_attn.q_proj.weight", 1),
-  "blocks.attention.key": Place("self_attn.k_proj.weight", 1),
-  "blocks.attention.value": Place("self_attn.v_proj.weight", 1),
-  "blocks.attention.out": Place("self_attn.o_proj.weight", 2),
-  "blocks.attention.query_norm.scale": Place("self_attn.q_norm.weight", 0),
-  "blocks.attention.key_norm.scale": Place("self_attn.k_norm.weight", 0),
-  "blocks.mlp_norm.scale": Place("post_attention_layernorm.weight", 0),
-  "blocks.mlp.gate": Place("mlp.gate_proj.weight", 1),
-  "blocks.mlp.up": Place("mlp.up_proj.weight", 1),
-  "blocks.mlp.down": Place("mlp.down_proj.weight", 1),
-}
 
 
 def read_json(path: epath.Path, times: int = 1) -> Any:
@@ -103,6 +65,7 @@ class Arrays:
   Attributes:
     folder: the folder.
     source: what its config.json describes.
+    layout: the names and shapes of its arrays.
   """
 
   def __init__(
@@ -119,6 +82,7 @@ class Arrays:
       CheckpointError: a file or an array is missing, damaged or foreign.
     """
     self.folder, self.source = folder, source
+    self.layout = foreign_names.layout(source.architecture)
     self._stack = contextlib.ExitStack()
     self._slices: dict[str, Any] = {}
     try:
@@ -149,7 +113,10 @@ class Arrays:
         safetensors.safe_open(path, framework="numpy")
       )
       names = arrays.keys()
-      self._slices |= {name: arrays.get_slice(name) for name in names}
+      self._slices |= {
+        name.removeprefix(self.layout.prefix): arrays.get_slice(name)
+        for name in names
+      }
     except reading.ReadError as error:
       raise manifest.CheckpointError(str(error)) from error
     except OSError as error:
@@ -162,7 +129,7 @@ class Arrays:
 
   def _check(self, model_names):
     """Raise CheckpointError unless the arrays are those of the model."""
-    wanted = dict(_wanted(model_names, self.source.vocabulary))
+    wanted = dict(foreign_names.wanted(self.source, model_names))
     where = f"{self.folder}: array"
     for name, shape in wanted.items():
       found = self._slices.get(name)
@@ -181,12 +148,10 @@ class Arrays:
           f"{', '.join(_DTYPES)} are read"
         )
     for name in self._slices:
-      # A tied head repeats the embedding, and frequencies are computed.
-      is_known = name in wanted or name.endswith("rotary_emb.inv_freq")
-      if not is_known and name != PLACES["head"].name:
+      if name not in wanted and not name.endswith(self.layout.others):
         raise manifest.CheckpointError(
           f"{where} {reading.shown_name(name)} belongs to no part of the "
-          "backbone, which has no biases and no adapters"
+          "backbone that config.json describes"
         )
 
   def leaf(self, name: str, abstract: jax.ShapeDtypeStruct) -> jax.Array:
@@ -216,59 +181,70 @@ class Arrays:
       index: one slice per axis.
     """
     bounds = [slice(*cut.indices(size)) for cut, size in zip(index, shape)]
-    if name == _QUERY_START:
-      table, bos = self._slices[PLACES[_EMBEDDING].name], self.source.bos
-      return table[bos : bos + 1, bounds[0]][0].astype(np.float32)
-    place = PLACES[name]
-    if name == _EMBEDDING:
-      return self._embedding(place.name, *bounds)
-    if not name.startswith("blocks."):
-      return self._one(place.name, place.inputs, shape, bounds)
+    if name == foreign_names.QUERY_START:
+      bos = slice(self.source.bos, self.source.bos + 1)
+      return self._table(foreign_names.EMBEDDING, bos, *bounds)[0]
+    if name == foreign_names.EMBEDDING:
+      return self._table(name, *bounds)
+    if name == foreign_names.POSITIONS:
+      return self._table(name, *bounds[1:])[None]
+    place = self.layout.places[name]
+    names = self.layout.names(name, shape[0])
+    if not foreign_names.is_of_layers(name):
+      return _read(self._slices[names[0]], place, shape, bounds)
     piece = np.empty([cut.stop - cut.start for cut in bounds], np.float32)
-    for row, layer in enumerate(range(bounds[0].start, bounds[0].stop)):
-      piece[row] = self._one(
-        _LAYER.format(layer) + place.name, place.inputs, shape[1:], bounds[1:]
-      )
+    for row, array in enumerate(names[bounds[0]]):
+      piece[row] = _read(self._slices[array], place, shape[1:], bounds[1:])
     return piece
 
-  def _one(self, name, inputs, shape, bounds):
-    """Return a piece of one array, with the axes of the parameter."""
-    array = self._slices[name]
-    if not inputs:
-      return array[bounds[0]].astype(np.float32)
-    row_shape, rows = _flat(shape[inputs:], bounds[inputs:])
-    column_shape, columns = _flat(shape[:inputs], bounds[:inputs])
-    piece = array[rows, columns].astype(np.float32)
-    piece = piece.reshape(*row_shape, *column_shape)
-    count = len(row_shape)
-    # The axes behind the first ones are whole in the file.
-    cuts = [slice(None), *bounds[inputs + 1 :]]
-    cuts += [slice(None), *bounds[1:inputs]]
-    axes = (*range(count, piece.ndim), *range(count))
-    return piece[tuple(cuts)].transpose(axes)
+  def _table(self, name, rows, columns):
+    """Return rows of the embedding of tokens or of positions.
 
-  def _embedding(self, name, rows, columns):
-    """Return rows of the embedding; BOS and EOS are tokens of the source."""
-    array, V = self._slices[name], self.source.vocabulary
+    Behind the rows of the source, BOS and EOS are tokens of the source, and
+    positions are its last one.
+    """
+    array = self._slices[self.layout.places[name].name]
+    count = array.get_shape()[0]
+    others = (self.source.bos, self.source.eos)
+    if name == foreign_names.POSITIONS:
+      others = (count - 1, count - 1)
     shape = rows.stop - rows.start, columns.stop - columns.start
     piece = np.empty(shape, np.float32)
-    for first in range(rows.start, min(rows.stop, V), _ROWS):
-      last = min(first + _ROWS, rows.stop, V)
+    for first in range(rows.start, min(rows.stop, count), _ROWS):
+      last = min(first + _ROWS, rows.stop, count)
       here = slice(first - rows.start, last - rows.start)
       piece[here] = array[first:last, columns]
-    for row, token in ((V, self.source.bos), (V + 1, self.source.eos)):
+    for row, other in enumerate(others, start=count):
       if rows.start <= row < rows.stop:
-        piece[row - rows.start] = array[token : token + 1, columns][0]
+        piece[row - rows.start] = array[other : other + 1, columns][0]
     return piece
 
 
-def _flat(shape, bounds):
-  """Return the shape of a piece, whole behind its first axis, and its slice."""
-  inner = math.prod(shape[1:])
-  first = bounds[0]
-  count = first.stop - first.start
-  cut = slice(first.start * inner, first.stop * inner)
-  return (count, *shape[1:]), cut
+def _read(array, place, shape, bounds):
+  """Return a piece of a parameter, without the axis of layers, float32.
+
+  Args:
+    array: the slices of its array.
+    place: where the parameter lies in the array.
+    shape: the shape of the parameter.
+    bounds: one slice per axis.
+  """
+  groups = place.groups(shape)
+  sizes, cuts = [], []
+  for group in groups:
+    # An axis of the array is cut along the first of its axes alone.
+    first, *inner = [shape[axis] for axis in group]
+    unit, begin = math.prod(inner), bounds[group.start]
+    before = place.part * first if group.start == place.inputs else 0
+    cuts.append(
+      slice(*(unit * (before + end) for end in (begin.start, begin.stop)))
+    )
+    sizes += [begin.stop - begin.start, *inner]
+  piece = array[tuple(cuts)].astype(np.float32).reshape(sizes)
+  starts = {group.start for group in groups}
+  order = [axis for group in groups for axis in group]
+  rest = [slice(None) if axis in starts else bounds[axis] for axis in order]
+  return piece[tuple(rest)].transpose(np.argsort(order))
 
 
 def _files(folder):
@@ -297,49 +273,3 @@ def _files(folder):
         f"{folder / name}: missing, and {INDEX} names it: {_COPY}"
       )
   return [folder / name for name in names]
-
-
-def _wanted(
-  model_names: Mapping[str, jax.ShapeDtypeStruct], vocabulary: int
-) -> Iterator[tuple[str, tuple[int, ...]]]:
-  """Yield the names and shapes of the arrays that a model is made of."""
-  for name, leaf in model_names.items():
-    if name == _QUERY_START:
-      continue
-    place = PLACES[name]
-    if name == _EMBEDDING:
-      yield place.name, (vocabulary, leaf.shape[1])
-      continue
-    is_layer = name.startswith("blocks.")
-    shape = leaf.shape[is_layer:]
-    if place.inputs:
-      outputs = math.prod(shape[place.inputs :])
-      shape = (outputs, math.prod(shape[: place.inputs]))
-    for layer in range(leaf.shape[0] if is_layer else 1):
-      yield _LAYER.format(layer) * is_layer + place.name, shape
-
-
-def of_params(
-  params: Mapping[str, np.ndarray], vocabulary: int, tokens: Sequence[int]
-) -> Iterator[tuple[str, np.ndarray]]:
-  """Yield the names and the arrays of transformers for parameters.
-
-  Args:
-    params: {name: array} of a `causal` model, on the host.
-    vocabulary: V, the number of symbols that the model predicts.
-    tokens: rows of the embedding that follow its first V rows, such as BOS.
-      The head has rows of zeros for them.
-  """
-  for name, leaf in params.items():
-    place = PLACES[name]
-    if name == _EMBEDDING:
-      yield place.name, np.concatenate([leaf[:vocabulary], leaf[[*tokens]]])
-      continue
-    is_layer = name.startswith("blocks.")
-    for layer, array in enumerate(leaf if is_layer else leaf[None]):
-      if place.inputs:
-        inputs = math.prod(array.shape[: place.inputs])
-        array = array.reshape(inputs, -1).T
-      if name == "head":
-        array = np.pad(array, ((0, len(tokens)), (0, 0)))
-      yield _LAYER.format(layer) * is_layer + place.name, array

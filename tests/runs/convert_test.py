@@ -42,6 +42,7 @@ _CASES = {
     tie_word_embeddings=True, rope_parameters=foreign.LLAMA3
   ),
   "qwen3": foreign.config(foreign.QWEN3),
+  "gpt2": foreign.config(foreign.GPT2),
 }
 
 
@@ -93,6 +94,8 @@ class ConvertTest(FolderTest):
     ("llama3", "decoupled_rope", 1),
     ("qwen3", "causal", 1),
     ("qwen3", "two_stream", 3),
+    ("gpt2", "causal", 2),
+    ("gpt2", "two_stream", 1),
   )
   def test_logits_left_to_right_are_those_of_the_source(
     self, case, mechanism, shards
@@ -130,9 +133,13 @@ class ConvertTest(FolderTest):
       caches.append((logits, cache.k, cache.v))
     chex.assert_trees_all_close(*caches, atol=1e-5, rtol=1e-5)
 
-  def test_a_round_trip_is_equal_to_the_bit(self):
+  @parameterized.parameters(
+    (foreign.QWEN3, dict(rope_parameters=foreign.LLAMA3)),
+    (foreign.GPT2, dict(n_positions=_T, tie_word_embeddings=False)),
+  )
+  def test_a_round_trip_is_equal_to_the_bit(self, architecture, changes):
     """Arrays, config.json and symbols, also for weights of 16 bits."""
-    tree = foreign.config(foreign.QWEN3, rope_parameters=foreign.LLAMA3)
+    tree = foreign.config(architecture, **changes)
     weights = foreign.arrays(tree)
     weights = {n: x.astype(ml_dtypes.bfloat16) for n, x in weights.items()}
     foreign.write(self.source, tree, weights)
@@ -205,14 +212,32 @@ class ConvertTest(FolderTest):
     with self.refused("becomes a run by aoarm_jax.convert$"):
       aoarm_jax.load(self.source)
 
-  def test_pieces_are_those_of_the_whole(self):
+  def test_gpt2_as_the_hub_has_it(self):
+    """Names without a prefix, and masks among the arrays of attention."""
+    tree, weights = foreign.write(self.source, _CASES["gpt2"])
+    first = aoarm_jax.load(self.convert("two_stream", name="first"))
+    self.source = self.folder / "hub"
+    prefix = "transformer."
+    weights = {n.removeprefix(prefix): x for n, x in weights.items()}
+    mask = np.tri(10, dtype=np.uint8)[None, None]
+    weights |= {f"h.{i}.attn.bias": mask for i in range(tree["n_layer"])}
+    foreign.write(self.source, tree, weights)
+    other = aoarm_jax.load(self.convert("two_stream", name="other"))
+    jax.tree.map(np.testing.assert_array_equal, first._params, other._params)
+    # T + 2 positions here, and the last one of the source again.
+    (positions,) = first._params["start"]["added"]
+    want = weights["wpe.weight"][[*range(10), 9]]
+    np.testing.assert_array_equal(positions, want)
+
+  @parameterized.parameters("llama3", "gpt2")
+  def test_pieces_are_those_of_the_whole(self, case):
     """Whatever a device asks for, it gets, and reads no other numbers."""
-    foreign.write(self.source, shards=2)
+    foreign.write(self.source, _CASES[case], shards=2)
     source = arrays_lib.read_config(self.source)
     config = aoarm_jax.load(self.convert("two_stream")).config
     shapes = names_of(network_lib.Network(config, None).abstract_params)
-    shapes |= {"embedding": jax.ShapeDtypeStruct((foreign.V + 2, 10), "f4")}
-    shapes["head"] = jax.ShapeDtypeStruct((10, foreign.V), "f4")
+    D = source.fields["D"]
+    shapes |= {"embedding": jax.ShapeDtypeStruct((foreign.V + 2, D), "f4")}
     with arrays_lib.Arrays(self.source, source, shapes) as arrays:
       for name, leaf in shapes.items():
         whole = arrays.piece(name, leaf.shape, (slice(None),) * leaf.ndim)
@@ -286,22 +311,22 @@ def model_config(model):
   return config.replace("name", path.name)
 
 
+_GATED = dict(mlp="swiglu", kv_heads=2, N=4, head_size=6)
+
+
 class LayoutTest(FolderTest):
   """Runs of our own in the layout of Hugging Face."""
 
   @parameterized.parameters(
-    (True, False, {}),
-    (
-      False,
-      True,
-      dict(rope_scaling="llama3", rope_factor=4.0, rope_original_T=12),
-    ),
+    _GATED,
+    _GATED
+    | dict(qk_norm=False, tied=True, rope_scaling="llama3")
+    | dict(rope_factor=4.0, rope_original_T=12),
+    tiny.LEARNED | dict(kv_heads=0, shifted=False, mlp_width=20),
   )
-  def test_numpy_reads_what_is_written(self, qk_norm, tied, scaling):
+  def test_numpy_reads_what_is_written(self, **options):
     """BOS has an embedding of its own here, so there is one more id."""
-    options = dict(mlp="swiglu", kv_heads=2, N=4, head_size=6)
-    options |= dict(qk_norm=qk_norm, tied=tied, V=11, T=_T) | scaling
-    network = tiny.make("causal", 1, **options)
+    network = tiny.make("causal", 1, V=11, T=_T, **options)
     params = tiny.sharp(network)
     files = foreign_layout.files(network, params, "float32")
     self.source.mkdir()
@@ -345,6 +370,9 @@ class LayoutTest(FolderTest):
     ("two_stream", {}, "mechanism='two_stream': .* needs 'causal'"),
     ("causal", {"mlp": "gelu"}, "mlp='gelu': .* needs 'swiglu'"),
     ("causal", {"sentinels": 2}, "sentinels=2: .* needs 1"),
+    ("causal", {"biases": True}, "biases=True: .* needs False: Llama and Qwen3"),
+    ("causal", tiny.LEARNED, "mlp='swiglu': .* needs 'gelu': GPT-2 has no oth"),
+    ("causal", tiny.LEARNED | {"mlp": "gelu"}, "kv_heads=1: .* needs 0: GPT-2"),
   )
   def test_what_transformers_has_not_is_refused(self, mechanism, more, regex):
     model = config_lib.Model(**{"mechanism": mechanism, "mlp": "swiglu"} | more)
@@ -401,7 +429,7 @@ class StrangersTest(FolderTest):
     ),
     (
       _weights(lambda w: w.update({_BIAS: np.zeros(4, "f4")})),
-      "q_proj.bias.* belongs to no part of the backbone, which has no biases",
+      "q_proj.bias.* belongs to no part of the backbone that config.json",
     ),
   )
   def test_damaged_folders(self, change, regex):
@@ -412,7 +440,6 @@ class StrangersTest(FolderTest):
     self.assertFalse((self.folder / "run").exists())
 
   @parameterized.parameters(
-    ({"architectures": ["GPT2LMHeadModel"]}, "GPT-2 has LayerNorm, biases"),
     ({"architectures": ["Qwen2ForCausalLM"]}, r"=\['Qwen2ForCausalLM'\]: mo"),
     ({"architectures": None}, "architectures=None: models of Llama"),
     ({"attention_bias": True}, "attention_bias=True: the backbone has no bias"),
@@ -440,6 +467,26 @@ class StrangersTest(FolderTest):
     (self.source / "config.json").write_text(json.dumps(tree))
     with self.refused(regex):
       self.convert()
+
+  @parameterized.parameters(
+    ({"activation_function": "relu"}, "no another activation than GELU in its"),
+    ({"scale_attn_by_inverse_layer_idx": True}, "no scales of scores by layer"),
+    ({"n_positions": 8}, "model.T=9: the source was made for 8 positions"),
+    ({"n_head": 5}, "model.N=5: must divide config.model.D=12"),
+    ({"n_layer": None}, "n_layer is None, and a whole number"),
+    ({"n_inner": 15}, r"mlp.c_fc.bias is \[14\], .* asks for \[15\]"),
+  )
+  def test_other_models_of_gpt2(self, changes, regex):
+    foreign.write(self.source, _CASES["gpt2"])
+    tree = _CASES["gpt2"] | changes
+    (self.source / "config.json").write_text(json.dumps(tree))
+    with self.refused(regex):
+      self.convert()
+
+  def test_gpt2_has_no_rotation(self):
+    foreign.write(self.source, _CASES["gpt2"])
+    with self.refused("positions='learned': mechanism decoupled_rope tells a"):
+      self.convert("decoupled_rope")
 
   def test_a_missing_shard(self):
     foreign.write(self.source, shards=3)
