@@ -10,9 +10,7 @@ from aoarm_jax.config import schema as config_lib
 
 # The mechanisms that config.model.positions=learned can be combined with.
 _LEARNED = ", ".join(
-  name
-  for name, kind in mechanisms.MECHANISMS.items()
-  if kind.knows_by_row
+  name for name, kind in mechanisms.MECHANISMS.items() if kind.knows_by_row
 )
 
 

@@ -291,7 +291,9 @@ class Model:
   def kind(self) -> mechanisms.Mechanism:
     """The pieces that the mechanism is made of."""
     kind = mechanisms.MECHANISMS[self.mechanism]
-    return kind.with_learned_positions() if self.positions == "learned" else kind
+    return (
+      kind.with_learned_positions() if self.positions == "learned" else kind
+    )
 
   @property
   def look(self) -> mechanisms.Look | None:

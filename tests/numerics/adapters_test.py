@@ -24,7 +24,11 @@ CASES = (
   ("two_stream_untied", {}),
   ("two_stream", tiny.GROUPED),
 )
-MORE_CASES = (("two_stream", {}), ("decoupled_rope", tiny.UNNORMED))
+MORE_CASES = (
+  ("two_stream", {}),
+  ("decoupled_rope", tiny.UNNORMED),
+  ("two_stream", tiny.LEARNED),
+)
 
 
 def pair(mechanism, fields, train=LORA):

@@ -552,14 +552,25 @@ class CountTest(parameterized.TestCase):
       )
       self.assertEqual(first, (V + 2) * D + L * layer + 2 * D)
       self.assertEqual(second, first - fewer)
+    # LayerNorm, biases and positions, and no gate.
+    more = N * H + 2 * M * H + D + F + D
+    more = L * (more - 2 * H - D * F + 2 * D) + D + (T + 2) * D
+    options |= dict(mlp="gelu", norm="layer", biases=True, positions="learned")
+    options |= dict(rope_scaling="none", rope_factor=1.0, rope_original_T=0)
+    other = tiny.make("two_stream", 1, **options | dict(qk_norm=False))
+    second = sum(leaf.size for leaf in jax.tree.leaves(other.abstract_params))
+    self.assertEqual(second, first + more)
     shapes = cached.empty_cache(made.model, made.config.compute, 1, 1)
     size = sum(leaf.nbytes for leaf in (*shapes.k, *shapes.v))
     self.assertEqual(cost.cache_bytes_per_token(made.model, "float32"), size)
     self.assertEqual(size, 2 * 4 * L * M * H)
 
-  @parameterized.parameters("two_stream", "decoupled_rope")
-  def test_flops_of_a_backbone(self, mechanism):
+  @parameterized.parameters(
+    ("two_stream", "rotary"), ("decoupled_rope", "rotary"), ("mdlm", "learned")
+  )
+  def test_flops_of_a_backbone(self, mechanism, positions):
     options = dict(kv_heads=1, head_size=32, mlp="swiglu", mlp_width=256)
+    options |= dict(positions=positions, biases=True, norm="layer")
     self.check_count(mechanism, 1, 3, _empty_slots, **options)
 
   def test_flops_of_a_fraction_of_the_queries(self):

@@ -370,7 +370,11 @@ class LayoutTest(FolderTest):
     ("two_stream", {}, "mechanism='two_stream': .* needs 'causal'"),
     ("causal", {"mlp": "gelu"}, "mlp='gelu': .* needs 'swiglu'"),
     ("causal", {"sentinels": 2}, "sentinels=2: .* needs 1"),
-    ("causal", {"biases": True}, "biases=True: .* needs False: Llama and Qwen3"),
+    (
+      "causal",
+      {"biases": True},
+      "biases=True: .* needs False: Llama and Qwen3",
+    ),
     ("causal", tiny.LEARNED, "mlp='swiglu': .* needs 'gelu': GPT-2 has no oth"),
     ("causal", tiny.LEARNED | {"mlp": "gelu"}, "kv_heads=1: .* needs 0: GPT-2"),
   )

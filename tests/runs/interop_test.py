@@ -150,9 +150,7 @@ class InteropTest(parameterized.TestCase):
   def test_full_sequences(self, case, mechanism):
     want = logits_of(self.source(case), self.ids)
     model = self.load(mechanism)
-    got = jax.jit(model.network.apply)(
-      model._params, self.slots(model.network)
-    )
+    got = jax.jit(model.network.apply)(model._params, self.slots(model.network))
     self.assert_close(got, want)
 
   @parameterized.product(

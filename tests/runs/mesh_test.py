@@ -78,6 +78,7 @@ EVERY_CASE = (
       {"sees": "random:2"},
       {"backbone": "grouped"},
       {"backbone": "unnormed"},
+      {"backbone": "learned"},
       AS_GPU,
     )
     for mesh in ("1,1,1,8", "1,2,2,2")
@@ -99,7 +100,12 @@ def configuration(
   **compute,
 ):
   """B = 16, 16 slots, 4 heads of width 4."""
-  more = {"": {}, "grouped": tiny.GROUPED, "unnormed": tiny.UNNORMED}[backbone]
+  more = {
+    "": {},
+    "grouped": tiny.GROUPED,
+    "unnormed": tiny.UNNORMED,
+    "learned": tiny.LEARNED | {"kv_heads": 2},
+  }[backbone]
   model = config_lib.Model(
     mechanism=mechanism,
     sentinels=sentinels,

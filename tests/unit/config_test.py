@@ -285,6 +285,7 @@ class SchemaTest(parameterized.TestCase):
 
 
 _SCALED = {"model.rope_scaling": "llama3", "model.rope_original_T": 64}
+_LEARNED = {"model.positions": "learned", "model.norm": "layer"}
 
 
 class RulesTest(parameterized.TestCase):
@@ -351,6 +352,38 @@ class RulesTest(parameterized.TestCase):
       "kernels_norm_heads",
       {"model.qk_norm": False, "compute.rowwise": "mosaic_gpu"},
       "compute.rowwise",
+    ),
+    (
+      "kernels_layer_norm",
+      {"model.norm": "layer", "compute.rowwise": "mosaic_gpu"},
+      "compute.rowwise",
+    ),
+    (
+      "kernels_add_biases",
+      {"model.biases": True, "compute.rowwise": "mosaic_gpu"},
+      "compute.rowwise",
+    ),
+    *(
+      (
+        f"learned_positions_of_{mechanism}",
+        {"model.mechanism": mechanism, "model.positions": "learned"},
+        "model.positions",
+      )
+      for mechanism in ("decoupled_rope_content", "register", "ao_gpt")
+    ),
+    (
+      "shifted_positions",
+      {
+        "model.mechanism": "decoupled_rope",
+        "model.positions": "learned",
+        "model.shifted": True,
+      },
+      "model.positions",
+    ),
+    (
+      "no_rotation_of_learned_positions",
+      _SCALED | {"model.positions": "learned"},
+      "model.rope_scaling",
     ),
     ("no_scaling", {"model.rope_factor": 8.0}, "model.rope_factor"),
     ("no_original", {"model.rope_scaling": "yarn"}, "model.rope_original_T"),
@@ -509,6 +542,8 @@ class RulesTest(parameterized.TestCase):
     ({"optimizer.schedule": "stable_decay", "train.steps": 700},),
     ({"train.steps": 1},),
     ({"compute.attention": "cudnn"},),
+    ({"model.positions": "learned", "model.shifted": True},),
+    ({"model.mechanism": "mdlm", "eval.estimators": ["elbo"]} | _LEARNED,),
   )
   def test_what_may_be(self, changes):
     config = changed(changes)

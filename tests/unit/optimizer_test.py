@@ -94,6 +94,16 @@ class ChainTest(parameterized.TestCase):
     self.assertEqual(mask["mlp"], dict(gate=True, up=True, down=True))
     self.assertTrue(mask["attention"]["key"])
 
+  def test_biases_do_not_decay(self):
+    mask = optimizer.decay_mask(tiny.make(**tiny.LEARNED).axes)
+    for names in (
+      mask["blocks"]["attention"]["biases"],
+      mask["blocks"]["mlp"]["biases"],
+    ):
+      self.assertFalse(any(names.values()))
+    self.assertEqual(mask["norm"], dict(scale=False, bias=False))
+    self.assertTrue(mask["start"]["added"])
+
   @parameterized.parameters(0.7, 1e6)
   def test_three_steps_of_adamw(self, clip_norm):
     """Clip by the global norm, Adam, decay apart from it, learning rate."""
