@@ -73,11 +73,11 @@ class Attention(nnx.Module):
     calls: for few rows, to merge the weights costs more than it saves.
     """
     axes = self.query.axes
-    weights = self.query, self.key, self.value
-    self.merged = self._stacked(*weights, axes=(axes[0], None, *axes[1:]))
-    if self.biases:
-      biases = [self.biases[name] for name in ("query", "key", "value")]
-      self.merged_bias = self._stacked(*biases, axes=(None, None, "vector"))
+    axes = (axes[0], None, *axes[1:])
+    self.merged = self._stacked(self.query, self.key, self.value, axes)
+    if b := self.biases:
+      axes = (None, None, "vector")
+      self.merged_bias = self._stacked(b["query"], b["key"], b["value"], axes)
     if self.has_norms:
       scales = [self.query_norm.scale[...]] * self.group
       scales.append(self.key_norm.scale[...])
@@ -132,8 +132,8 @@ class Attention(nnx.Module):
       # Otherwise XLA may choose an order of heads for which it transposes the
       # weights, in every step.
       out = self.out[...].astype(self.dtype).reshape(-1, D)
-      bias = self.biases["out"][...].astype(self.dtype) if self.biases else 0
-      return [x.reshape(*x.shape[:2], -1) @ out + bias for x in outputs]
+      updates = [x.reshape(*x.shape[:2], -1) @ out for x in outputs]
+      return parameters.biased(updates, self.biases.get("out"))
     return self._product("brnh,nhd->brd", outputs, "out")
 
   def queries(
@@ -230,7 +230,7 @@ class Attention(nnx.Module):
     B, R, _ = rows.shape
     are_apart = self.adapters or self.biases
     if len(names) > 1 and (are_apart or B * R < tuning.LEAST_ROWS):
-      # To stack the weights would cost more than it saves.
+      # For few rows, to stack the weights would cost more than it saves.
       return [
         self._project(rows, (name,), (part,))[0]
         for name, part in zip(names, parts)

@@ -1,7 +1,7 @@
 """Parameters of modules: how they are drawn, and how rows use them."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,7 @@ def scale_of_updates(model: config_lib.Model) -> float:
 
 
 def biases(
-  model: config_lib.Model, shapes: dict[str, tuple[int, ...]]
+  model: config_lib.Model, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, nnx.Param]:
   """Return the biases of products, by the names of the weights.
 
@@ -89,9 +89,21 @@ def matmuls(
   products = parallel.matmuls(equation, streams, weight, param.axes)
   if adapter is not None:
     products = [y + adapter(x, dtype) for x, y in zip(streams, products)]
-  if bias is not None:
-    products = [y + bias[...].astype(dtype) for y in products]
-  return products
+  return biased(products, bias)
+
+
+def biased(
+  products: Sequence[jax.Array], bias: nnx.Param | None
+) -> list[jax.Array]:
+  """Return products plus a bias, rounded like the products.
+
+  Args:
+    products: arrays of the same shape.
+    bias: is added to every row. None means no bias.
+  """
+  if bias is None:
+    return list(products)
+  return [y + bias[...].astype(y.dtype) for y in products]
 
 
 @jax.custom_vjp

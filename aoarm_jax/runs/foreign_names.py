@@ -181,11 +181,9 @@ def wanted(
   for name, leaf in parameters.items():
     if name == QUERY_START:
       continue
+    shape = of_source.places[name].shape(leaf.shape[is_of_layers(name) :])
     if name in rows:
-      shape = rows[name], leaf.shape[-1]
-    else:
-      of_one = leaf.shape[is_of_layers(name) :]
-      shape = of_source.places[name].shape(of_one)
+      shape = (rows[name], leaf.shape[-1])
     for array in of_source.names(name, leaf.shape[0]):
       yield array, shape
 
