@@ -171,9 +171,10 @@ def convert(
   Args:
     folder: folder with config.json, tokenizer.json and model.safetensors, or
       several such files with model.safetensors.index.json. The model is of
-      LlamaForCausalLM or Qwen3ForCausalLM.
+      LlamaForCausalLM, Qwen3ForCausalLM or GPT2LMHeadModel.
     workdir: the run directory to be made, here or in a bucket.
-    mechanism: "two_stream", "decoupled_rope" or "causal".
+    mechanism: "two_stream", "causal" or, for models with rotary positions,
+      "decoupled_rope".
     T: number of positions to generate. None means 1,024, or as many as the
       source has if they are fewer.
     sentinels: 1, or 2 for a model that knows the token behind the text.

@@ -55,7 +55,7 @@ def read(tree: Any) -> Source:
   family = _FAMILIES[name]
   types = _TYPES | family.TYPES
   reading.check(tree, types)
-  _check_plain(tree, _PLAIN | family.PLAIN)
+  _check_plain(tree, name, _PLAIN | family.PLAIN)
   if any(tree[size] == 0 for size in types if not size.endswith("?")):
     raise ValueError("a size is 0")
   fields, positions = family.fields(tree, name), tree[family.POSITIONS]
@@ -74,13 +74,14 @@ def _name(tree):
   return name
 
 
-def _check_plain(tree, plain):
-  """Raise ValueError for a setting that the backbone lacks."""
+def _check_plain(tree, architecture, plain):
+  """Raise ValueError for a setting that a converted model lacks."""
   for name, (allowed, what) in plain.items():
     value = tree.get(name)
     if value is not None and value not in allowed:
       raise ValueError(
-        f"{name}={reading.shown(value)}: the backbone has no {what}"
+        f"{name}={reading.shown(value)}: a converted {architecture} has no "
+        f"{what}"
       )
   kinds = tree.get("layer_types")
   if kinds and any(kind != "full_attention" for kind in kinds):

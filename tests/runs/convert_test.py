@@ -446,8 +446,11 @@ class StrangersTest(FolderTest):
   @parameterized.parameters(
     ({"architectures": ["Qwen2ForCausalLM"]}, r"=\['Qwen2ForCausalLM'\]: mo"),
     ({"architectures": None}, "architectures=None: models of Llama"),
-    ({"attention_bias": True}, "attention_bias=True: the backbone has no bias"),
-    ({"mlp_bias": True}, "mlp_bias=True: the backbone has no biases"),
+    (
+      {"attention_bias": True},
+      "attention_bias=True: a converted Llama.* has no bias",
+    ),
+    ({"mlp_bias": True}, "mlp_bias=True: .* has no biases of the MLP"),
     ({"hidden_act": "gelu"}, "hidden_act='gelu': .*another activation"),
     ({"use_sliding_window": True}, "no attention in sliding windows"),
     ({"layer_types": ["sliding_attention"]}, "layer_types: .*sliding windows"),

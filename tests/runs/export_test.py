@@ -198,10 +198,13 @@ class ExportTest(FolderTest):
     with self.refused("read='best': .*out is an exported model"):
       aoarm_jax.load(self.folder / "out", read="best")
 
-  @parameterized.parameters(*tiny.MECHANISMS)
-  def test_the_page_names_every_array(self, mechanism):
+  @parameterized.parameters(
+    *((mechanism, {}) for mechanism in tiny.MECHANISMS),
+    ("two_stream", tiny.LEARNED | {"kv_heads": 0, "tied": False}),
+  )
+  def test_the_page_names_every_array(self, mechanism, fields):
     """The names are part of the format."""
-    self.make_run(config_of(mechanism))
+    self.make_run(config_of(mechanism, **fields))
     folder = self.export()
     arrays = safetensors_numpy.load_file(folder / "model.safetensors")
     rows = re.findall(r"^\| `([\w.]+)` \| (\[.*?\]) \|", PAGE, re.M)

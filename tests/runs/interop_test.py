@@ -286,8 +286,8 @@ class InteropTest(parameterized.TestCase):
     self.assertAlmostEqual(got, want, delta=1e-3)
 
   @parameterized.parameters(
-    ("Llama", dict(attention_bias=True), "attention_bias=True: the backbone"),
-    ("Qwen3", dict(attention_bias=True), "attention_bias=True: the backbone"),
+    ("Llama", dict(attention_bias=True), "attention_bias=True: a converted"),
+    ("Qwen3", dict(attention_bias=True), "attention_bias=True: a converted"),
     (
       "Qwen3",
       dict(use_sliding_window=True, sliding_window=4, max_window_layers=1),
