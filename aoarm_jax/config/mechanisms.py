@@ -80,7 +80,7 @@ class Mechanism:
   changes_one_thing_of: str = ""
 
   @property
-  def knows_by_row(self) -> bool:
+  def has_one_position(self) -> bool:
     """Whether a row that predicts stands at a single position.
 
     Then an embedding of this position can take the place of the rotations. A

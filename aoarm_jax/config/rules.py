@@ -10,7 +10,7 @@ from aoarm_jax.config import schema as config_lib
 
 # The mechanisms that config.model.positions=learned can be combined with.
 _LEARNED = ", ".join(
-  name for name, kind in mechanisms.MECHANISMS.items() if kind.knows_by_row
+  name for name, kind in mechanisms.MECHANISMS.items() if kind.has_one_position
 )
 
 
@@ -171,7 +171,7 @@ def _of_the_mechanism(config):
     ),
     (
       "model.positions",
-      m.positions == "rotary" or own.knows_by_row,
+      m.positions == "rotary" or own.has_one_position,
       f"mechanism {m.mechanism} "
       + (
         "tells a row its target by rotation, and learned positions rotate "
