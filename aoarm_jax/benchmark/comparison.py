@@ -12,8 +12,6 @@ has them.
 """
 
 import argparse
-import csv
-import io
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -124,14 +122,13 @@ def _comparable(found: Sequence[_Benchmark]) -> Iterable[tuple[str, ...]]:
 
 def _csv(found, keys):
   """Return all values and errors as CSV."""
-  content = io.StringIO(newline="")
-  writer = csv.writer(content, lineterminator="\n")
-  writer.writerow(["model", *_KEYS, "value", "error", "n"])
-  for one in found:
-    for key in keys:
-      if row := one.rows.get(key):
-        writer.writerow([one.name, *key, row["value"], row["error"], row["n"]])
-  return content.getvalue()
+  lines = [
+    (one.name, *key, row["value"], row["error"], row["n"])
+    for one in found
+    for key in keys
+    if (row := one.rows.get(key))
+  ]
+  return text.csv_table(("model", *_KEYS, "value", "error", "n"), lines)
 
 
 def _cell(row: Mapping[str, Any] | None) -> str:

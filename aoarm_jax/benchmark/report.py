@@ -1,7 +1,5 @@
 """The report of a benchmark: its table, numbers and pictures."""
 
-import csv
-import io
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,9 +35,10 @@ def write(
     by_part.setdefault(part, {})[piece] = unit["result"]
   rows = [row for p, found in by_part.items() for row in parts[p].rows(found)]
   record = record | {"table": [row._asdict() for row in rows]}
+  table = text_lib.csv_table(results_lib.Row._fields, rows)
   content = run_dir.to_json(record, indent=2) + "\n"
   run_dir.write_atomically(folder / "benchmark.json", content)
-  run_dir.write_atomically(folder / "benchmark.csv", _csv(rows))
+  run_dir.write_atomically(folder / "benchmark.csv", table)
   title = f"{facts['experiment']}, step {facts['step']:,}"
   pictures = []
   for part, found in by_part.items():
@@ -53,15 +52,6 @@ def write(
   page = _page(title, facts, rows, left_out, pictures)
   run_dir.write_atomically(folder / "README.md", page)
   return text_lib.aligned([_COLUMNS, *map(_cells, rows)], _SIDES)
-
-
-def _csv(rows):
-  """Return the table as CSV."""
-  content = io.StringIO(newline="")
-  writer = csv.writer(content, lineterminator="\n")
-  writer.writerow(results_lib.Row._fields)
-  writer.writerows(rows)
-  return content.getvalue()
 
 
 def _cells(row):

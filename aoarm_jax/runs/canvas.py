@@ -54,6 +54,15 @@ def shade(share: float) -> tuple[float, ...]:
   return matplotlib.colormaps["viridis"](0.95 * share)
 
 
+def labelled(grid: np.ndarray) -> dict[str, Any]:
+  """Return what a legend of several axes shows: {label: handle}."""
+  return {
+    label: handle
+    for axes in grid.flat
+    for handle, label in zip(*axes.get_legend_handles_labels())
+  }
+
+
 @contextlib.contextmanager
 def draw(
   paths: Sequence[epath.PathLike],
@@ -62,6 +71,7 @@ def draw(
   *,
   inches: tuple[float, float] = _INCHES,
   dpi: int = _DPI,
+  legend_columns: int = 0,
   **options: Any,
 ) -> Iterator[tuple[Any, np.ndarray]]:
   """Makes an empty picture, and saves it where the block ends without error.
@@ -72,6 +82,7 @@ def draw(
     columns: number of axes beside each other.
     inches: width and height.
     dpi: pixels per inch of the PNG file.
+    legend_columns: columns of one legend of all axes, below them. 0 draws none.
     **options: of matplotlib.figure.Figure.subplots.
 
   Yields:
@@ -86,7 +97,15 @@ def draw(
   with matplotlib.rc_context(_STYLE | {"svg.hashsalt": paths[0].stem}):
     picture = figure.Figure(inches, dpi, layout="constrained")
     backend_agg.FigureCanvasAgg(picture)
-    yield picture, picture.subplots(rows, columns, squeeze=False, **options)
+    grid = picture.subplots(rows, columns, squeeze=False, **options)
+    yield picture, grid
+    if legend_columns and (lines := labelled(grid)):
+      picture.legend(
+        lines.values(),
+        lines.keys(),
+        ncols=legend_columns,
+        loc="outside lower center",
+      )
     for path in paths:
       data, is_svg = io.BytesIO(), path.suffix == ".svg"
       picture.savefig(

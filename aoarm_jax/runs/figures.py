@@ -229,11 +229,7 @@ def decode_speed(
       axes.set_xlabel("length T")
     if lines:
       all_axes[0].set_ylabel("tokens per second")
-      entries = {
-        label: handle
-        for axes in all_axes
-        for handle, label in zip(*axes.get_legend_handles_labels())
-      }
+      entries = canvas.labelled(grid)
       all_axes[-1].legend(
         entries.values(), entries, loc="upper left", bbox_to_anchor=(1.0, 1.0)
       )

@@ -1,5 +1,9 @@
-"""Plain text for people: aligned tables, errors on one line."""
+"""Plain text for people: tables, pages, numbers, errors on one line."""
 
+import csv
+import io
+import re
+import textwrap
 from collections.abc import Iterable, Sequence
 
 
@@ -41,6 +45,53 @@ def markdown_table(
     f"| {' | '.join(str(cell).replace('|', '&#124;') for cell in line)} |"
     for line in (head, rule, *rows)
   )
+
+
+def csv_table(head: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
+  """Returns a table as CSV, with a newline at the end of each row.
+
+  Args:
+    head: the titles of the columns.
+    rows: the cells of every row.
+  """
+  content = io.StringIO(newline="")
+  csv.writer(content, lineterminator="\n").writerows((head, *rows))
+  return content.getvalue()
+
+
+def filled(page: str, width: int = 92) -> str:
+  """Returns a page of Markdown whose paragraphs and lists have short lines.
+
+  Headings, tables and pictures stay as they are.
+
+  Args:
+    page: parts with an empty line between them. Every line of a list that
+      begins with a dash is an item.
+    width: characters of a line. A longer word is not cut.
+  """
+  wrapper = textwrap.TextWrapper(
+    width, break_long_words=False, break_on_hyphens=False
+  )
+  parts = page.strip().split("\n\n")
+  for i, part in enumerate(parts):
+    items = part.split("\n") if part.startswith("- ") else [part]
+    mark = re.match(r"(- |\d+\. )?", part)
+    wrapper.subsequent_indent = " " * len(mark[0] if mark else "")
+    if not part.startswith(("|", "#", "!")):
+      parts[i] = "\n".join(map(wrapper.fill, items))
+  return "\n\n".join(parts) + "\n"
+
+
+def amount(count: float) -> str:
+  """Returns a number in words where it is large, such as "1.05 billion"."""
+  if count >= 1e9:
+    return f"{count / 1e9:.2f} billion"
+  return f"{count / 1e6:.0f} million" if count >= 1e6 else f"{count:,.0f}"
+
+
+def counted(count: int, noun: str) -> str:
+  """Returns "1 seed" or "3 seeds"."""
+  return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 def first_line(error: object) -> str:

@@ -138,6 +138,19 @@ def measures(counts: np.ndarray) -> np.ndarray:
   )
 
 
+def areas(counts: np.ndarray) -> dict[str, float]:
+  """The area under coherence over diversity, by rule, see `dominated_area`.
+
+  Args:
+    counts: [temperatures, samples, COLUMNS].
+  """
+  values = dict(zip(MEASURES, measures(counts).T))
+  return {
+    rule: dominated_area(values["diversity"], values[f"coherence_{rule}"])
+    for rule in RULES
+  }
+
+
 def dominated_area(x: np.ndarray, y: np.ndarray) -> float:
   """Area of the points (a, b) >= 0 with a <= x_i and b <= y_i for some i.
 

@@ -27,7 +27,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from aoarm_jax.config import reading
+from aoarm_jax.config import mechanisms, reading
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import corpora, tokenizers
 from aoarm_jax.runs import directory as run_dir
@@ -38,6 +38,7 @@ from aoarm_jax.study import (
   knockouts,
   layerwise,
   measure,
+  profiles,
   statistics,
 )
 
@@ -201,7 +202,10 @@ def _read(path, result, config=None):
 
 
 def rows(path: epath.Path, result: dict) -> dict[str, list[dict[str, Any]]]:
-  """Return the tables of the measures of a cell, {} without measures.
+  """Return the tables of the measures of a cell, empty without measures.
+
+  Where heads were not measured, their locality is that of the profile that the
+  run itself left.
 
   Args:
     path: the folder of the cell.
@@ -211,12 +215,23 @@ def rows(path: epath.Path, result: dict) -> dict[str, list[dict[str, Any]]]:
     {table: rows} with the names of TABLES. The options of the measures may be
     any; the columns say them.
   """
-  found = _read(path, result)
-  if found is None:
-    return {}
-  made = _knockout_rows, _probe_rows, _character_rows
-  return dict(
-    zip(TABLES, [*(list(of(found)) for of in made), found["locality"]])
+  tables: dict[str, list[dict[str, Any]]] = {name: [] for name in TABLES}
+  if found := _read(path, result):
+    made = _knockout_rows, _probe_rows, _character_rows
+    tables = dict(
+      zip(TABLES, [*(list(of(found)) for of in made), found["locality"]])
+    )
+  tables["locality"] = tables["locality"] or _profile_rows(path, result)
+  return tables
+
+
+def _profile_rows(path, result):
+  profile = measure.read_arrays(path, "profile.npz", result)
+  if not profile or not profiles.is_current(profile):
+    return []
+  mechanism = result["config"]["model"]["mechanism"]
+  return profiles.rows(
+    profile, profiles.streams(mechanisms.MECHANISMS[mechanism])
   )
 
 

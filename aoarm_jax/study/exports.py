@@ -1,7 +1,5 @@
 """Cells of a study as exported models, for runs whose weights were kept."""
 
-import csv
-import io
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,7 +9,7 @@ from etils import epath
 
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.model import network as network_lib
-from aoarm_jax.runs import exporting
+from aoarm_jax.runs import exporting, text
 from aoarm_jax.study import cells as cells_lib
 from aoarm_jax.study import measure
 
@@ -126,10 +124,8 @@ def _log(curve, steps):
     curve: the mean loss of equal stretches of the steps, nats a token.
     steps: steps of the run.
   """
-  file = io.StringIO()
-  writer = csv.writer(file, lineterminator="\n")
-  writer.writerow(("last_step", "bits_per_token"))
-  for i, nats in enumerate(curve, start=1):
-    last = round(i * steps / len(curve))
-    writer.writerow((last, f"{nats / np.log(2):.4f}"))
-  return file.getvalue()
+  lines = [
+    (round(i * steps / len(curve)), f"{nats / np.log(2):.4f}")
+    for i, nats in enumerate(curve, start=1)
+  ]
+  return text.csv_table(("last_step", "bits_per_token"), lines)

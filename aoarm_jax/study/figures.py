@@ -1,14 +1,14 @@
 """The figures of a report, each as a PNG file, with their captions."""
 
-import contextlib
-from collections.abc import Iterator
+import itertools
+import operator
 from typing import Any
 
 import numpy as np
 from etils import epath
 
 from aoarm_jax.runs import canvas
-from aoarm_jax.study import comparisons, records, tables
+from aoarm_jax.study import comparisons, tables
 
 CAPTIONS = {
   "f1_bits": "F1. Bits per character over training FLOPs. A dot is a seed, and "
@@ -45,7 +45,6 @@ _PANELS = {
 
 def draw(
   folder: epath.Path,
-  runs: list[records.Run],
   made: dict[str, list[tables.Row]],
   arms: tuple[str, str, str],
 ) -> list[str]:
@@ -53,91 +52,77 @@ def draw(
 
   Args:
     folder: of the files.
-    runs: the runs of curves over budgets.
     made: the rows of every table by its name.
     arms: the masked mechanism, one stream and the reference.
 
   Returns:
     The names of the figures that were drawn.
   """
-  runs = [run for run in runs if run.arm in arms]
-  unmasked = [run for run in runs if run.arm != arms[0]]
-  lengths = {run.cell.T for run in runs if run.arm == arms[0]}
-  beside = [run for run in runs if run.cell.T in lengths]
-  made = {
-    name: [row for row in rows if row.get("arm", arms[1]) in arms]
-    for name, rows in made.items()
-  }
+  masked, single, _ = arms
+  runs, locality, knockouts = (
+    [row for row in made[name] if row["arm"] in arms]
+    for name in ("runs", "locality", "knockouts")
+  )
+  # The arms of configs/study_why.py have one budget each, and so no curve.
+  runs = [row for row in runs if not row["study"].startswith(comparisons.WHY)]
+  lengths = {row["T"] for row in tables.find(runs, arm=masked)}
+  unmasked = [row for row in runs if row["arm"] != masked]
+  beside = [row for row in runs if row["T"] in lengths]
+  outcomes = [row for row in made["predictions"] if "answer" in row]
   data: dict[str, tuple[Any, ...]] = {
-    "f1_bits": (_curves, unmasked, arms, "flops", "training FLOPs"),
-    "f2_delay": (_delays, tables.find(made["delays"], arm=arms[1])),
-    "f3_locality": (_locality, made["locality"]),
-    "f4_knockouts": (_knockouts, tables.find(made["knockouts"], layer="all")),
-    "f4_predictions": (
-      _outcomes,
-      [row for row in made["predictions"] if "answer" in row],
-    ),
+    "f1_bits": (_curves, unmasked, arms, "training_flops", "training FLOPs"),
+    "f2_delay": (_delays, tables.find(made["delays"], arm=single)),
+    "f3_locality": (_locality, locality),
+    "f4_knockouts": (_knockouts, tables.find(knockouts, layer="all")),
+    "f4_predictions": (_outcomes, outcomes),
     "f5_masked": (_curves, beside, arms, "characters", "characters seen"),
   }
-  for name, (make, of_figure, *options) in data.items():
+  for name, (make, rows, *options) in data.items():
     path = folder / f"{name}.png"
-    if of_figure:
-      make(path, of_figure, *options)
+    if rows:
+      make(path, rows, *options)
     else:
       path.unlink(missing_ok=True)
-  return [name for name, (_, of_figure, *_) in data.items() if of_figure]
+  return [name for name, (_, rows, *_) in data.items() if rows]
 
 
-@contextlib.contextmanager
-def _figure(
-  path: epath.Path, columns: int, rows: int = 1, **options: Any
-) -> Iterator[np.ndarray]:
-  """Yields the axes [rows, columns], and draws one legend below all of them."""
-  inches = options.pop("inches", (max(7, 4.7 * columns), 4.4 * rows))
-  made = canvas.draw([path], rows, columns, inches=inches, dpi=110, **options)
-  with made as (picture, grid):
-    yield grid
-    lines: dict[str, Any] = {}
-    for axes in grid.flat:
-      handles, labels = axes.get_legend_handles_labels()
-      lines |= dict(zip(labels, handles))
-    where = dict(loc="outside lower center", ncols=min(1 + columns, len(lines)))
-    if lines:
-      picture.legend(lines.values(), lines.keys(), **where)
+def _figure(path, rows=1, columns=1, inches=None, **options):
+  """Return canvas.draw of a figure, with one legend below all of its axes."""
+  inches = inches or (max(7, 4.7 * columns), 4.4 * rows)
+  shared = dict(dpi=110, legend_columns=1 + columns)
+  return canvas.draw([path], rows, columns, inches=inches, **shared, **options)
 
 
-def _curves(path, runs, arms, name, label):
-  """Bits over a cost: a panel a length, a dot a seed, a line their means."""
-  lengths = sorted({run.cell.T for run in runs})
-  with _figure(path, len(lengths), sharey=True) as grid:
+def _series(axes, rows, x, y, label, colour):
+  """Draw column y over x: a dot for each row, and a line through the means."""
+  places = list(dict.fromkeys(row[x] for row in rows))
+  means = [
+    np.mean([row[y] for row in rows if row[x] == place]) for place in places
+  ]
+  axes.plot(places, means, color=colour, label=label)
+  dots = [row[x] for row in rows], [row[y] for row in rows]
+  axes.plot(*dots, "o", ms=4, alpha=0.6, color=colour)
+
+
+def _curves(path, rows, arms, cost, label):
+  """Draw bits over a cost, in a panel for each length."""
+  lengths = sorted({row["T"] for row in rows})
+  rows = sorted(rows, key=operator.itemgetter("steps"))
+  with _figure(path, 1, len(lengths), sharey=True) as (_, grid):
     for axes, T in zip(grid[0], lengths):
-      points: dict[str, dict[float, list[float]]] = {}
-      for run in sorted(runs, key=lambda run: run.steps):
-        if run.cell.T == T:
-          of_arm = points.setdefault(run.arm, {})
-          of_arm.setdefault(getattr(run, name), []).append(run.bits.mean())
       for arm, colour in zip(arms, (_GREEN, _RED, _BLUE)):
-        of_arm = points.get(arm, {})
-        means = [np.mean(values) for values in of_arm.values()]
-        if of_arm:
-          axes.plot(list(of_arm), means, color=colour, label=arm)
-          _dots(axes, of_arm, colour)
+        if of_arm := tables.find(rows, T=T, arm=arm):
+          bits = "elbo" if arm == arms[0] else "any_order"
+          _series(axes, of_arm, cost, bits, arm, colour)
       axes.set_xscale("log")
       axes.set_title(f"T = {T:,}")
       axes.set_xlabel(label)
     grid[0, 0].set_ylabel("bits per character")
 
 
-def _dots(axes, points, colour):
-  """Draw all values of {x: values}."""
-  x = [x for x, values in points.items() for _ in values]
-  y = [value for values in points.values() for value in values]
-  axes.plot(x, y, "o", ms=4, alpha=0.6, color=colour)
-
-
 def _delays(path, rows):
   lengths = sorted({row["T"] for row in rows})
-  with _figure(path, 1) as grid:
+  with _figure(path) as (_, grid):
     axes = grid[0, 0]
     for n, (T, colour) in enumerate(zip(lengths, canvas.COLOURS)):
       own = tables.find(rows, T=T)
@@ -166,34 +151,26 @@ def _delays(path, rows):
 
 
 def _locality(path, rows):
+  """Draw the indices over layers: a row for each length, a line per network."""
   lengths = sorted({row["T"] for row in rows})
+  network = operator.itemgetter("stream", "arm", "study", "steps", "seed")
   inches = (15, 4.6 * len(lengths))
-  with _figure(path, len(_PANELS), len(lengths), inches=inches) as grid:
-    for line, T in zip(grid, lengths):
-      for axes, (column, title) in zip(line, _PANELS.items()):
-        networks: dict[tuple, dict[int, list[float]]] = {}
-        for row in tables.find(rows, T=T):
-          key = tuple(
-            row[k] for k in ("stream", "arm", "study", "steps", "seed")
-          )
-          if row[column] != "":
-            layers = networks.setdefault(key, {})
-            layers.setdefault(row["layer"], []).append(row[column])
-        for (stream, *_), layers in networks.items():
-          name, colour = _STREAMS[stream]
-          means = [np.mean(values) for values in layers.values()]
-          axes.plot(list(layers), means, color=colour, label=name)
-          _dots(axes, layers, colour)
-        axes.axhline(0, color=canvas.GREY, lw=0.8)
-        axes.set_title(f"{title}, T = {T:,}", fontsize=11)
-        axes.set_xlabel("layer")
-        axes.locator_params(axis="x", integer=True)
+  with _figure(path, len(lengths), len(_PANELS), inches=inches) as (_, grid):
+    for (line, column), axes in np.ndenumerate(grid):
+      index, title = list(_PANELS.items())[column]
+      own = [r for r in tables.find(rows, T=lengths[line]) if r[index] != ""]
+      for (stream, *_), heads in itertools.groupby(own, network):
+        _series(axes, list(heads), "layer", index, *_STREAMS[stream])
+      axes.axhline(0, color=canvas.GREY, lw=0.8)
+      axes.set_title(f"{title}, T = {lengths[line]:,}", fontsize=11)
+      axes.set_xlabel("layer")
+      axes.locator_params(axis="x", integer=True)
 
 
 def _knockouts(path, rows):
   names = list(dict.fromkeys(row["knockout"] for row in rows))
   streams = [name for name in _STREAMS if tables.find(rows, stream=name)]
-  with _figure(path, 1, inches=(8.5, 2 + 0.42 * len(names))) as grid:
+  with _figure(path, inches=(8.5, 2 + 0.42 * len(names))) as (_, grid):
     axes = grid[0, 0]
     for n, stream in enumerate(streams):
       own, (name, colour) = tables.find(rows, stream=stream), _STREAMS[stream]
@@ -206,7 +183,7 @@ def _knockouts(path, rows):
     axes.set_xlim(left=min(2 * min(row["late_bits"] for row in rows), -0.002))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("rise in bits per character (logarithmic beyond 0.01)")
-    _lines(axes, names)
+    _name_lines(axes, names)
 
 
 def _outcomes(path, rows):
@@ -218,28 +195,23 @@ def _outcomes(path, rows):
   fields["equal"] = (-margin, margin)
   names = [f"{r['explanation']}: {r['contrast']}, T = {r['T']:,}" for r in rows]
   lines = list(dict.fromkeys(names))
-  with _figure(path, 1, inches=(11, 2 + 0.4 * len(lines))) as grid:
+  with _figure(path, inches=(11, 2 + 0.4 * len(lines))) as (_, grid):
     axes = grid[0, 0]
     for row, half, name in zip(rows, halves, names):
-      y, is_judged = lines.index(name), row["equal"] == "steps"
+      y = float(lines.index(name))
       for low, high in (fields[side] for side in row["predicts"].split(" or ")):
         axes.barh(y, high - low, left=low, height=0.8, color="#e4e4e4")
       colour = {"yes": _GREEN, "no": _RED}.get(row["holds"], canvas.GREY)
-      axes.errorbar(
-        row["difference_bits"],
-        y if is_judged else y + 0.25,
-        xerr=half,
-        fmt="o",
-        ms=6 if is_judged else 4,
-        color=colour,
-        mfc=colour if is_judged else "white",
-      )
+      style = dict(fmt="o", color=colour, ms=6, mfc=colour)
+      if row["equal"] == "flops":
+        y, style = y + 0.25, style | dict(ms=4, mfc="white")
+      axes.errorbar(row["difference_bits"], y, xerr=half, **style)
     axes.set_xlim(-far, far)
     axes.set_xlabel("difference in bits per character")
-    _lines(axes, lines)
+    _name_lines(axes, lines)
 
 
-def _lines(axes, names):
+def _name_lines(axes, names):
   """Name the lines of a figure from above, and draw a line at 0."""
   axes.set_yticks(range(len(names)), names, fontsize=9)
   axes.set_ylim(-0.6, len(names) - 0.4)

@@ -1,10 +1,9 @@
-"""The report of a study: one page, five figures and csv tables.
+"""The report of a study: one page, its figures and csv tables.
 
 It can be written at any time from the cells that are done. The page says what
 is missing, and every number on it is computed from cells.
 """
 
-import textwrap
 from collections import Counter
 from typing import Any
 
@@ -26,46 +25,7 @@ _HOLDS = {
   "rate": "waiting for runs at a better rate",
   "not run": "not run",
 }
-_PAGE = """# One stream or two: the report
-
-`--mode=study --config.study.part=report` makes this page from cells, and nobody
-edits it by hand. ± is half of a 95% interval, by Student's law over seeds and
-stretches of text.
-
-## Three sentences
-
-1. **Does a second stream pay at equal FLOPs?** {budget}
-
-2. **Why does it help?** {why}
-
-3. **Does `{MASKED}` overtake one stream after equal characters?** {masked}
-
-{counts} None is corrected for their number. Differences within {MARGIN} bits
-count as equal. What no config declared before its runs is exploratory.
-
-## Setup
-
-{setup}
-
-## Figures
-
-{figures}
-
-## Predictions and outcomes
-
-`configs/study_why.py` declared them before the runs. They are judged at equal
-steps, in bits per character.
-
-{predictions}
-
-## Limits
-
-{limits}
-
-## Appendix
-
-Tables: {links}.
-"""
+_BOUNDS = {">": "above ", "<": "below ", "": ""}
 
 
 def write(
@@ -85,26 +45,20 @@ def write(
     folder: made if absent.
   """
   reference = config.study.reference
-  runs = records.read(every)
-  trials = records.Trials(runs, config.study.tune_seeds)
-  settings = records.settings(runs, trials)
-  chosen = records.listed(settings)
-  # The arms of configs/study_why.py have one budget each, and so no curve.
-  curves = {
-    setting: arms
-    for setting, arms in settings.items()
-    if not setting.study.startswith(comparisons.WHY)
-  }
-  masked = comparisons.differences(curves, SINGLE)
+  trials_and_runs = records.read(every)
+  trials = records.Trials(trials_and_runs, config.study.tune_seeds)
+  settings = records.settings(trials_and_runs, trials)
+  runs = records.listed(settings)
+  masked = comparisons.differences(settings, SINGLE)
   made = {
-    "runs": tables.of_runs(chosen),
+    "runs": tables.of_runs(runs),
     "rates": tables.of_runs(trials.runs),
     "differences": comparisons.differences(settings, reference),
     "masked": tables.find(masked, arm=MASKED),
-    "contrasts": comparisons.contrasts(curves, reference),
-    "delays": comparisons.delays(curves, reference, config.study.bootstrap),
+    "contrasts": comparisons.contrasts(settings, reference),
+    "delays": comparisons.delays(settings, reference, config.study.bootstrap),
     "predictions": comparisons.predictions(settings, reference, trials),
-    **tables.of_measures(chosen),
+    **tables.of_measures(runs),
   }
   for name, rows in made.items():
     path = folder / f"{name}.csv"
@@ -112,82 +66,70 @@ def write(
       run_dir.write_atomically(path, tables.to_csv(rows))
     else:
       path.unlink(missing_ok=True)
+  # The page is about models of the size of the config, in uniform orders.
   size = cells_lib.size_of(config.model)
-  shown = {
-    name: [row for row in rows if _is_main(row, size)]
-    for name, rows in made.items()
-  }
-  runs = [
-    run for run in records.listed(curves) if _is_main(tables.named(run), size)
-  ]
-  drawn = figures.draw(folder, runs, shown, (MASKED, SINGLE, reference))
-  page = _page(config, cells, results, chosen, shown, drawn)
-  run_dir.write_atomically(folder / "README.md", page)
-  logging.info("report of %d runs: %s", len(chosen), folder)
-
-
-def _is_main(row, size):
-  """Whether a row is of the size of the config, in uniform orders."""
-  is_uniform = row.get("orders", "uniform") == "uniform"
-  return is_uniform and row.get("size", size) == size
+  for name in made.keys() - {"predictions"}:
+    made[name] = tables.find(made[name], size=size, orders="uniform")
+  drawn = figures.draw(folder, made, (MASKED, SINGLE, reference))
+  page = _page(config, cells, results, runs, made, drawn)
+  run_dir.write_atomically(folder / "README.md", text.filled(page))
+  logging.info("report of %d runs: %s", len(runs), folder)
 
 
 def _page(config, cells, results, runs, made, drawn):
   """Return the text of README.md."""
   lengths = sorted({cell.T for cell in cells})
-  predictions = tables.find(made["predictions"], equal="steps")
   flops = tables.find(made["differences"], arm=SINGLE, equal="flops")
-  budget = [r for r in flops if not r["study"].startswith(comparisons.WHY)]
+  budget = _each(flops, lengths, "one stream", "two streams")
   masked = tables.find(made["masked"], equal="steps")
+  masked = _each(masked, lengths, MASKED, "one stream")
+  predictions = tables.find(made["predictions"], equal="steps")
   missing = [cell for cell in cells if results.result(cell) is None]
+  setup = _setup(config, cells, missing, runs)
   limits = _limits(config, missing, results.failures(cells), runs, made)
-  page = _PAGE.format(
-    MASKED=MASKED,
-    MARGIN=comparisons.MARGIN,
-    budget=_each(budget or flops, lengths, "one stream", "two streams"),
-    why=_why(predictions),
-    masked=_each(masked, lengths, MASKED, "one stream"),
-    counts=_counts(made, predictions),
-    setup=text.markdown_table(
-      ("what", "value"), _setup(config, cells, missing, runs)
-    ),
-    figures=_figures(drawn, made),
-    predictions=_predictions(predictions),
-    limits="\n".join(f"- {line}" for line in limits),
-    links=", ".join(f"[{name}]({name}.csv)" for name in made if made[name]),
-  )
-  return "\n\n".join(map(_filled, page.strip().split("\n\n"))) + "\n"
+  limits = "\n".join(f"- {line}" for line in limits)
+  links = ", ".join(f"[{name}]({name}.csv)" for name in made if made[name])
+  return f"""# One stream or two: the report
 
+`--mode=study --config.study.part=report` makes this page from cells, and nobody
+edits it by hand. ± is half of a 95% interval, by Student's law over seeds and
+stretches of text.
 
-def _filled(part):
-  """Return a paragraph or a list in lines of 92 characters."""
-  if part.startswith(("|", "#", "!")):
-    return part
-  indent = {"-": "  ", "1": "   ", "2": "   ", "3": "   "}.get(part[0], "")
-  wrapper = textwrap.TextWrapper(92, subsequent_indent=indent)
-  wrapper.break_long_words = wrapper.break_on_hyphens = False
-  items = part.split("\n") if part[0] == "-" else [part]
-  return "\n".join(map(wrapper.fill, items))
+## Three sentences
 
+1. **Does a second stream pay at equal FLOPs?** {budget}
 
-def _figures(drawn, made):
-  notes, parts = _notes(made), []
-  for name, caption in figures.CAPTIONS.items():
-    title, _, words = caption.partition(". ")
-    if name in drawn:
-      parts.append(f"![{title}]({name}.png)")
-      parts.append(f"**{title}.** {' '.join([words, *notes.get(name, [])])}")
-    else:
-      parts.append(
-        f"**{title}** is not drawn, since its cells do not exist yet."
-      )
-  return "\n\n".join(parts)
+2. **Why does it help?** {_why(predictions)}
 
+3. **Does `{MASKED}` overtake one stream after equal characters?** {masked}
 
-def _bits(row):
-  """Return a difference with its error, in words."""
-  more = "more" if row["difference_bits"] > 0 else "fewer"
-  return f"{_signed(row)[1:]} bits per character {more}"
+{_counts(made, predictions)} None is corrected for their number. Differences
+within {comparisons.MARGIN} bits count as equal. What no config declared before
+its runs is exploratory.
+
+## Setup
+
+{text.markdown_table(("what", "value"), setup)}
+
+## Figures
+
+{_figures(drawn, made)}
+
+## Predictions and outcomes
+
+`configs/study_why.py` declared them before the runs. They are judged at equal
+steps, in bits per character.
+
+{_predictions(predictions)}
+
+## Limits
+
+{limits}
+
+## Appendix
+
+Tables: {links}.
+"""
 
 
 def _signed(row):
@@ -196,27 +138,31 @@ def _signed(row):
   return f"{row['difference_bits']:+.3f}{error}"
 
 
-def _seeds(row):
-  return f"{row['seeds']} seed{'s' * (row['seeds'] > 1)}"
+def _largest(rows):
+  """Return the row of the largest budget of each length."""
+  return [
+    max(tables.find(rows, T=T), key=lambda row: row["characters"])
+    for T in sorted({row["T"] for row in rows})
+  ]
 
 
 def _each(rows, lengths, arm, other):
   """Return a sentence on the largest budget of each length."""
-  lines = []
   verdicts = {
     "worse": f"{arm} is behind",
     "better": f"{arm} is ahead",
     "equal": f"they are equal within {comparisons.MARGIN} bits",
     "one seed": "one seed decides nothing",
+    "undecided": "undecided",
   }
+  lines = [
+    f"At T = {row['T']:,} {arm} needs {_signed(row)[1:]} bits per character "
+    f"{'more' if row['difference_bits'] > 0 else 'fewer'} than {other} "
+    f"({text.amount(row['characters'])} characters, "
+    f"{text.counted(row['seeds'], 'seed')}): {verdicts[row['answer']]}."
+    for row in _largest(rows)
+  ]
   absent = [f"{T:,}" for T in lengths if not tables.find(rows, T=T)]
-  for T in sorted({row["T"] for row in rows}):
-    row = max(tables.find(rows, T=T), key=lambda row: row["characters"])
-    lines.append(
-      f"At T = {T:,} {arm} needs {_bits(row)} than {other} "
-      f"({tables.words(row['characters'])} characters, {_seeds(row)}): "
-      f"{verdicts.get(row['answer'], row['answer'])}."
-    )
   if absent:
     lines.append(
       f"At T = {' and '.join(absent)} the curve over budgets has no pair of "
@@ -225,47 +171,20 @@ def _each(rows, lengths, arm, other):
   return " ".join(lines)
 
 
-def _notes(made):
-  """Return sentences that captions end with, by the name of the figure."""
-  changes = [
-    f"From {row['from_steps']:,} to {row['to_steps']:,} steps of two streams "
-    f"the difference at equal FLOPs and T = {row['T']:,} changes by "
-    f"{_signed(row)} bits ({_seeds(row)})."
-    for row in tables.find(made["contrasts"], arm=SINGLE)
-  ]
-  # The largest budget of each length is the last one.
-  largest = {r["T"]: r for r in tables.find(made["delays"], arm=SINGLE)}
-  bounds = {">": "above ", "<": "below ", "": ""}
-  delays = [
-    f"At the largest budget and T = {T:,} the delay is {bounds[row['bound']]}"
-    f"{row['delay']:.2f}, and the FLOP ratio is {row['cost_ratio']:.2f}."
-    for T, row in largest.items()
-  ]
-  return {"f1_bits": changes, "f2_delay": delays}
-
-
-def _why(rows):
-  if not any("answer" in row for row in rows):
-    return f"None of the {len(rows)} predictions has runs yet."
-  shortest = min(row["T"] for row in rows if "answer" in row)
-  rows = tables.find(rows, T=shortest)
+def _why(predictions):
+  """Return how many predictions of each explanation hold, at one length."""
+  T = min(predictions, key=lambda row: ("answer" not in row, row["T"]))["T"]
   lines = []
   for name, words in comparisons.EXPLANATIONS.items():
-    holds = [row["holds"] for row in tables.find(rows, explanation=name)]
-    counts = ", ".join(
-      f"{holds.count(x)} {said}" for x, said in _HOLDS.items() if x in holds
-    )
-    lines.append(f"Predictions if {words}: {counts}.")
-  for row in tables.find(rows, contrast="register - two_stream")[:1]:
-    if "answer" in row:
-      lines.append(
-        f"Two rows without a split need {_bits(row)} than two streams (equal "
-        f"steps, T = {row['T']:,}, {_seeds(row)}): {row['answer']}."
-      )
+    rows = tables.find(predictions, explanation=name, T=T)
+    holds = Counter(row["holds"] for row in rows)
+    counts = [f"{holds[x]} {said}" for x, said in _HOLDS.items() if x in holds]
+    lines.append(f"Predictions if {words}: {', '.join(counts)}.")
   return " ".join(lines)
 
 
 def _counts(made, predictions):
+  """Return how many comparisons there are, by table."""
   counts = {
     "differences": len(made["differences"]) + len(made["masked"]),
     "delays": len(made["delays"]),
@@ -282,12 +201,12 @@ def _setup(config, cells, missing, runs):
   yield "cells", f"{done} of {len(cells)} of `{config.name}` are done"
   if not runs:
     return
-  first = runs[0].result
-  sizes = first.get("text_characters", {}).items()
-  splits = ", ".join(f"{split} {tables.words(n)}" for split, n in sizes)
+  result = runs[0].result
+  sizes = result.get("text_characters", {}).items()
+  splits = ", ".join(f"{split} {text.amount(n)}" for split, n in sizes)
   yield "characters of the text", splits
   yield "width x layers x heads", cells_lib.size_of(config.model)
-  o = first["config"]["optimizer"]
+  o = result["config"]["optimizer"]
   yield (
     "training",
     f"{config.study.tokens_per_step:,} characters a step, AdamW ({o['b1']:g}, "
@@ -306,23 +225,45 @@ def _setup(config, cells, missing, runs):
   yield "bits", f"last parameters, any order, {config.eval.split}: {listed}"
 
 
+def _figures(drawn, made):
+  """Return the figures with their captions, and what they show in numbers."""
+  notes = {
+    "f1_bits": [
+      f"From {row['from_steps']:,} to {row['to_steps']:,} steps of two streams "
+      f"the difference at equal FLOPs and T = {row['T']:,} changes by "
+      f"{_signed(row)} bits ({text.counted(row['seeds'], 'seed')})."
+      for row in tables.find(made["contrasts"], arm=SINGLE)
+    ],
+    "f2_delay": [
+      f"At the largest budget and T = {row['T']:,} the delay is "
+      f"{_BOUNDS[row['bound']]}{row['delay']:.2f}, and the FLOP ratio is "
+      f"{row['cost_ratio']:.2f}."
+      for row in _largest(tables.find(made["delays"], arm=SINGLE))
+    ],
+  }
+  parts = []
+  for name, caption in figures.CAPTIONS.items():
+    title, words = caption.split(". ", 1)
+    if name in drawn:
+      words = " ".join([words, *notes.get(name, ())])
+      parts += [f"![{title}]({name}.png)", f"**{title}.** {words}"]
+    else:
+      words = "is not drawn, since its cells do not exist yet."
+      parts.append(f"**{title}** {words}")
+  return "\n\n".join(parts)
+
+
 def _predictions(rows):
-  columns = ("explanation", "contrast", "T", "predicts")
-  lines = [
-    (
-      *(row[name] for name in columns),
-      *(
-        (_signed(row), row["seeds"], row["answer"])
-        if "answer" in row
-        else "---"
-      ),
-      row["holds"],
-    )
-    for row in rows
-  ]
-  return text.markdown_table(
-    (*columns, "difference", "seeds", "outcome", "holds"), lines
-  )
+  """Return the table of the predictions, with outcomes where there are any."""
+  columns = ("explanation", "contrast", "T", "predicts", "difference", "seeds")
+  columns += ("outcome", "holds")
+  lines = []
+  for row in rows:
+    shown = {"difference": "-", "seeds": "-", "outcome": "-"} | row
+    if "answer" in row:
+      shown |= {"difference": _signed(row), "outcome": row["answer"]}
+    lines.append([shown[name] for name in columns])
+  return text.markdown_table(columns, lines)
 
 
 def _limits(config, missing, failures, runs, made):
@@ -335,10 +276,10 @@ def _limits(config, missing, failures, runs, made):
   for run in runs:
     key = run.arm, run.cell.T, run.steps, run.study
     bits.setdefault(key, []).append(float(run.bits.mean()))
-  spreads = {key: max(of) - min(of) for key, of in bits.items()}
-  if runs:
+  if bits:
+    spreads = {key: max(values) - min(values) for key, values in bits.items()}
     arm, T, steps, _ = key = max(spreads, key=spreads.__getitem__)
-    single = sum(len(of) == 1 for of in bits.values())
+    single = sum(len(values) == 1 for values in bits.values())
     yield (
       f"Seeds differ by up to {spreads[key]:.3f} bits (`{arm}`, T = {T:,}, "
       f"{steps:,} steps). One seed: {single} of {len(bits)} arms and budgets."

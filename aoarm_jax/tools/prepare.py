@@ -17,6 +17,7 @@ from aoarm_jax.data import preparing, shards
 from aoarm_jax.devices import neighbours
 from aoarm_jax.runs import directory as run_dir
 from aoarm_jax.runs import telemetry
+from aoarm_jax.runs import text as text_lib
 
 _SECONDS_BETWEEN_LINES = 15.0
 
@@ -105,9 +106,9 @@ def report(index: dict[str, Any], out: epath.Path) -> str:
   """
   facts, tokenizer = index["report"], index["tokenizer"]
   lines = [
-    f"{out}: {facts['documents']:,} {_plural('document', facts['documents'])}, "
-    f"{facts['bytes']:,} bytes of text, from {facts['files']:,} "
-    f"{_plural('file', facts['files'])}",
+    f"{out}: {text_lib.counted(facts['documents'], 'document')}, "
+    f"{facts['bytes']:,} bytes of text, from "
+    f"{text_lib.counted(facts['files'], 'file')}",
     f"tokenizer: {tokenizer['name']}, {tokenizer['V']:,} symbols",
     "split        documents           tokens            bytes  bytes a token  "
     "shards",
@@ -137,7 +138,3 @@ def report(index: dict[str, Any], out: epath.Path) -> str:
       "name files after the splits, or raise --config.data.held_out_share"
     )
   return "\n".join(lines)
-
-
-def _plural(noun, count):
-  return noun if count == 1 else f"{noun}s"

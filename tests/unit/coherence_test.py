@@ -62,6 +62,16 @@ class CoherenceTest(parameterized.TestCase):
       coherence.dominated_area(np.array(x), np.array(y)), area
     )
 
+  def test_areas_over_two_temperatures(self):
+    counts = [
+      [coherence.count(CHAR27.encode(text), text, reference())]
+      for text in (b"with with mats", b"with mats catz")
+    ]
+    # Diversity and coherence are 2/3 and 2/3, then 1 and 1/3.
+    areas = coherence.areas(np.array(counts))
+    self.assertEqual(list(areas), ["over_1", "from_4"])
+    np.testing.assert_allclose(list(areas.values()), 1 / 3 + 2 / 3 * 1 / 3)
+
 
 if __name__ == "__main__":
   absltest.main()

@@ -5,7 +5,7 @@ import csv
 import helpers
 from absl.testing import absltest
 
-from aoarm_jax.study import tables
+from aoarm_jax.runs import text as text_lib
 
 DOCS = helpers.ROOT / "docs"
 PAGES = {
@@ -40,7 +40,7 @@ class PublishedTest(absltest.TestCase):
         bits = {name: float(row[name]) for name in row if "bits" in name}
         half = float(row["half_of_95_percent"])
         lines.append(
-          f"| {tables.words(int(row['characters']))} | {int(row['T']):,} "
+          f"| {text_lib.amount(int(row['characters']))} | {int(row['T']):,} "
           f"| {row['seeds']} | {bits['reference_bits']:.3f} "
           f"| {bits['arm_bits']:.3f} | {bits['difference_bits']:+.3f} ± "
           f"{half:.3f} | {row['answer']} |"

@@ -78,7 +78,7 @@ class ReportTest(absltest.TestCase):
     self.assertContainsSubset({"f1_bits.png", "runs.csv"}, names)
     self.assertNoCommonElements({"f2_delay.png", "delays.csv"}, names)
     self.assertIn("At T = 128 and 1,024 the curve over budgets has no", text)
-    self.assertIn("None of the 16 predictions has runs yet.", text)
+    self.assertIn("one stream lacks capacity: 4 not run", text)
     self.assertIn("F5** is not drawn", text)
 
   def test_one_seed_decides_nothing(self):

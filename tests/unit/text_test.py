@@ -16,6 +16,29 @@ class TextTest(absltest.TestCase):
       table, "| p(x&#124;y) | n |\n| --- | ---: |\n| a &#124; b | 7 |"
     )
 
+  def test_csv_table(self):
+    table = text.csv_table(("a", "b"), [(1, "x,y"), ("", None)])
+    self.assertEqual(table, 'a,b\n1,"x,y"\n,\n')
+
+  def test_filled(self):
+    table = f"| {'a ' * 20}|"
+    page = f"# {'a ' * 20}\n\n{table}\n\n12. a bb-c\nd e\n\n- abc d\n- e\n\n"
+    self.assertEqual(
+      text.filled(page, 7),
+      f"# {'a ' * 20}\n\n{table}\n\n12. a\n    bb-c\n    d e\n\n- abc d\n- e\n",
+    )
+    self.assertEqual(text.filled("- abcdefg h"), "- abcdefg h\n")
+    self.assertEqual(text.filled("- abcdefg h", 10), "- abcdefg\n  h\n")
+
+  def test_amount(self):
+    numbers = (0, 999_999, 1e6, 1.048e9)
+    words = ["0", "999,999", "1 million", "1.05 billion"]
+    self.assertEqual(list(map(text.amount, numbers)), words)
+
+  def test_counted(self):
+    words = [text.counted(n, "seed") for n in (0, 1, 2000)]
+    self.assertEqual(words, ["0 seeds", "1 seed", "2,000 seeds"])
+
   def test_a_longer_cell_is_not_cut(self):
     self.assertEqual(
       text.padded(("abc", "1", "x"), (2, 3, 2), "<><"), "abc    1  x "
