@@ -122,13 +122,13 @@ def _comparable(found: Sequence[_Benchmark]) -> Iterable[tuple[str, ...]]:
 
 def _csv(found, keys):
   """Return all values and errors as CSV."""
-  lines = [
-    (one.name, *key, row["value"], row["error"], row["n"])
+  return text.csv_table(
+    {"model": one.name, **dict(zip(_KEYS, key))}
+    | {name: row[name] for name in ("value", "error", "n")}
     for one in found
     for key in keys
     if (row := one.rows.get(key))
-  ]
-  return text.csv_table(("model", *_KEYS, "value", "error", "n"), lines)
+  )
 
 
 def _cell(row: Mapping[str, Any] | None) -> str:

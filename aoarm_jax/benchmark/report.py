@@ -5,7 +5,6 @@ from typing import Any
 
 from etils import epath
 
-from aoarm_jax.benchmark import results as results_lib
 from aoarm_jax.runs import directory as run_dir
 from aoarm_jax.runs import text as text_lib
 
@@ -35,7 +34,7 @@ def write(
     by_part.setdefault(part, {})[piece] = unit["result"]
   rows = [row for p, found in by_part.items() for row in parts[p].rows(found)]
   record = record | {"table": [row._asdict() for row in rows]}
-  table = text_lib.csv_table(results_lib.Row._fields, rows)
+  table = text_lib.csv_table(row._asdict() for row in rows)
   content = run_dir.to_json(record, indent=2) + "\n"
   run_dir.write_atomically(folder / "benchmark.json", content)
   run_dir.write_atomically(folder / "benchmark.csv", table)

@@ -4,7 +4,8 @@ import csv
 import io
 import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 
 def padded(cells: Sequence[str], widths: Sequence[int], sides: str) -> str:
@@ -47,15 +48,24 @@ def markdown_table(
   )
 
 
-def csv_table(head: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
+def csv_table(rows: Iterable[Mapping[str, Any]], digits: int = 0) -> str:
   """Returns a table as CSV, with a newline at the end of each row.
 
   Args:
-    head: the titles of the columns.
-    rows: the cells of every row.
+    rows: of {title of a column: cell}. The table has the columns of all rows,
+      and a cell that a row lacks is empty.
+    digits: the most digits of a float, as in "%g". 0 keeps all of them.
   """
+  rows = list(rows)
+  head = list(dict.fromkeys(title for row in rows for title in row))
   content = io.StringIO(newline="")
-  csv.writer(content, lineterminator="\n").writerows((head, *rows))
+  writer = csv.writer(content, lineterminator="\n")
+  writer.writerow(head)
+  for row in rows:
+    cells = (row.get(title, "") for title in head)
+    writer.writerow(
+      f"{x:.{digits}g}" if digits and isinstance(x, float) else x for x in cells
+    )
   return content.getvalue()
 
 
@@ -65,8 +75,8 @@ def filled(page: str, width: int = 92) -> str:
   Headings, tables and pictures stay as they are.
 
   Args:
-    page: parts with an empty line between them. Every line of a list that
-      begins with a dash is an item.
+    page: parts with an empty line between them. In a list, every line that
+      begins with a dash begins an item.
     width: characters of a line. A longer word is not cut.
   """
   wrapper = textwrap.TextWrapper(
@@ -74,7 +84,7 @@ def filled(page: str, width: int = 92) -> str:
   )
   parts = page.strip().split("\n\n")
   for i, part in enumerate(parts):
-    items = part.split("\n") if part.startswith("- ") else [part]
+    items = re.split(r"\n(?=- )", part)
     mark = re.match(r"(- |\d+\. )?", part)
     wrapper.subsequent_indent = " " * len(mark[0] if mark else "")
     if not part.startswith(("|", "#", "!")):

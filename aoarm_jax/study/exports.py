@@ -124,8 +124,10 @@ def _log(curve, steps):
     curve: the mean loss of equal stretches of the steps, nats a token.
     steps: steps of the run.
   """
-  lines = [
-    (round(i * steps / len(curve)), f"{nats / np.log(2):.4f}")
+  return text.csv_table(
+    {
+      "last_step": round(i * steps / len(curve)),
+      "bits_per_token": f"{nats / np.log(2):.4f}",
+    }
     for i, nats in enumerate(curve, start=1)
-  ]
-  return text.csv_table(("last_step", "bits_per_token"), lines)
+  )

@@ -95,10 +95,9 @@ def _figure(path, rows=1, columns=1, inches=None, **options):
 
 def _series(axes, rows, x, y, label, colour):
   """Draw column y over x: a dot for each row, and a line through the means."""
-  places = list(dict.fromkeys(row[x] for row in rows))
-  means = [
-    np.mean([row[y] for row in rows if row[x] == place]) for place in places
-  ]
+  places = sorted({row[x] for row in rows})
+  at_places = [tables.find(rows, **{x: place}) for place in places]
+  means = [np.mean([row[y] for row in at_place]) for at_place in at_places]
   axes.plot(places, means, color=colour, label=label)
   dots = [row[x] for row in rows], [row[y] for row in rows]
   axes.plot(*dots, "o", ms=4, alpha=0.6, color=colour)
@@ -107,16 +106,13 @@ def _series(axes, rows, x, y, label, colour):
 def _curves(path, rows, arms, cost, label):
   """Draw bits over a cost, in a panel for each length."""
   lengths = sorted({row["T"] for row in rows})
-  rows = sorted(rows, key=operator.itemgetter("steps"))
   with _figure(path, 1, len(lengths), sharey=True) as (_, grid):
     for axes, T in zip(grid[0], lengths):
       for arm, colour in zip(arms, (_GREEN, _RED, _BLUE)):
         if of_arm := tables.find(rows, T=T, arm=arm):
           bits = "elbo" if arm == arms[0] else "any_order"
           _series(axes, of_arm, cost, bits, arm, colour)
-      axes.set_xscale("log")
-      axes.set_title(f"T = {T:,}")
-      axes.set_xlabel(label)
+      axes.set(xscale="log", xlabel=label, title=f"T = {T:,}")
     grid[0, 0].set_ylabel("bits per character")
 
 
@@ -130,9 +126,9 @@ def _delays(path, rows):
       x = [row["characters"] * 1.04**n for row in own]
       delays = [np.nan if row["bound"] else row["delay"] for row in own]
       ratios = [row["cost_ratio"] for row in own]
-      name = f"FLOP ratio of a step, T = {T:,}"
-      axes.plot(x, delays, "o-", color=colour, label=f"delay, T = {T:,}")
-      axes.plot(x, ratios, "--", color=colour, label=name)
+      ratio, delay = f"FLOP ratio of a step, T = {T:,}", f"delay, T = {T:,}"
+      axes.plot(x, delays, "o-", color=colour, label=delay)
+      axes.plot(x, ratios, "--", color=colour, label=ratio)
       for at, row in zip(x, own):
         if row["bound"]:
           share, mark = {">": (1.3, "^"), "<": (0.77, "v")}[row["bound"]]
@@ -140,14 +136,13 @@ def _delays(path, rows):
           axes.plot([at, at], y, color=colour, marker=mark, markevery=[1])
         elif row["seeds"] > 1:
           axes.plot([at, at], [row["low"], min(row["high"], 1e3)], color=colour)
-    axes.set_xscale("log")
+    axes.set(xscale="log", xlabel="characters that two streams read")
+    axes.set(ylabel="steps of one stream / steps of two")
     axes.set_yscale("log", base=2)
     low, high = axes.get_ylim()
     ticks = (0.25, 0.5, 1, 1.5, 2, 3, 4, 6, 8, 16)
     axes.set_yticks([tick for tick in ticks if low <= tick <= high])
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.set_xlabel("characters that two streams read")
-    axes.set_ylabel("steps of one stream / steps of two")
 
 
 def _locality(path, rows):

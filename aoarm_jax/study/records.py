@@ -17,6 +17,18 @@ from aoarm_jax.study import cells as cells_lib
 from aoarm_jax.study import measure, rates
 
 
+class Setting(NamedTuple):
+  """What two runs must share to be compared.
+
+  A curriculum has the orders that it is evaluated in.
+  """
+
+  study: str
+  T: int
+  size: str
+  orders: str
+
+
 class Run(NamedTuple):
   """One run that is done.
 
@@ -43,6 +55,11 @@ class Run(NamedTuple):
     return config["name"] + f":{variant}" * (variant != "default")
 
   @property
+  def setting(self) -> Setting:
+    cell = self.cell.judged
+    return Setting(self.study, cell.T, cell.size, cell.orders)
+
+  @property
   def steps(self) -> int:
     return self.result["config"]["train"]["steps"]
 
@@ -58,15 +75,6 @@ class Run(NamedTuple):
   @property
   def flops(self) -> float:
     return self.result["training_flops"]
-
-
-class Setting(NamedTuple):
-  """What two runs must share to be compared."""
-
-  study: str
-  T: int
-  size: str
-  orders: str
 
 
 # Arm -> steps -> seed -> run; steps ascend.
@@ -154,9 +162,7 @@ def settings(runs: list[Run], trials: Trials) -> dict[Setting, Arms]:
   groups: dict[tuple, dict[float, list[Run]]] = {}
   for run in runs:
     if run.cell.seed not in trials.seeds:
-      cell = run.cell.judged
-      setting = Setting(run.study, cell.T, cell.size, cell.orders)
-      by_rate = groups.setdefault((setting, run.arm, run.steps), {})
+      by_rate = groups.setdefault((run.setting, run.arm, run.steps), {})
       by_rate.setdefault(run.rate, []).append(run)
   found: dict[Setting, Arms] = {}
   for setting, arm, steps in sorted(groups):

@@ -17,6 +17,8 @@ from aoarm_jax.study import cells as cells_lib
 from aoarm_jax.study import comparisons, figures, records, tables
 
 SINGLE, MASKED = "decoupled_rope", "mdlm"
+_ONE_SEED = "one seed", "one seed decides nothing"
+_BOUNDS = {">": "above ", "<": "below ", "": ""}
 _HOLDS = {
   "yes": "hold",
   "no": "fail",
@@ -25,7 +27,6 @@ _HOLDS = {
   "rate": "waiting for runs at a better rate",
   "not run": "not run",
 }
-_BOUNDS = {">": "above ", "<": "below ", "": ""}
 
 
 def write(
@@ -63,7 +64,7 @@ def write(
   for name, rows in made.items():
     path = folder / f"{name}.csv"
     if rows:
-      run_dir.write_atomically(path, tables.to_csv(rows))
+      run_dir.write_atomically(path, text.csv_table(rows, digits=6))
     else:
       path.unlink(missing_ok=True)
   # The page is about models of the size of the config, in uniform orders.
@@ -84,9 +85,16 @@ def _page(config, cells, results, runs, made, drawn):
   masked = tables.find(made["masked"], equal="steps")
   masked = _each(masked, lengths, MASKED, "one stream")
   predictions = tables.find(made["predictions"], equal="steps")
+  counts = {
+    "differences": len(made["differences"]) + len(made["masked"]),
+    "delays": len(made["delays"]),
+    "changes over budgets": len(made["contrasts"]),
+    "predictions": sum("answer" in row for row in predictions),
+  }
+  listed = ", ".join(f"{name}: {n}" for name, n in counts.items())
   missing = [cell for cell in cells if results.result(cell) is None]
   setup = _setup(config, cells, missing, runs)
-  limits = _limits(config, missing, results.failures(cells), runs, made)
+  limits = _limits(missing, results.failures(cells), runs, made)
   limits = "\n".join(f"- {line}" for line in limits)
   links = ", ".join(f"[{name}]({name}.csv)" for name in made if made[name])
   return f"""# One stream or two: the report
@@ -103,9 +111,9 @@ stretches of text.
 
 3. **Does `{MASKED}` overtake one stream after equal characters?** {masked}
 
-{_counts(made, predictions)} None is corrected for their number. Differences
-within {comparisons.MARGIN} bits count as equal. What no config declared before
-its runs is exploratory.
+Comparisons: {sum(counts.values())} ({listed}). No interval is corrected for
+their number. Differences within {comparisons.MARGIN} bits count as equal. A
+comparison that no config declared before its runs is exploratory.
 
 ## Setup
 
@@ -125,6 +133,8 @@ steps, in bits per character.
 ## Limits
 
 {limits}
+- There is one text, and its tokens are characters. The learning rates were
+chosen on the {config.eval.split} split, and the bits are of the same split.
 
 ## Appendix
 
@@ -148,26 +158,18 @@ def _largest(rows):
 
 def _each(rows, lengths, arm, other):
   """Return a sentence on the largest budget of each length."""
-  verdicts = {
-    "worse": f"{arm} is behind",
-    "better": f"{arm} is ahead",
-    "equal": f"they are equal within {comparisons.MARGIN} bits",
-    "one seed": "one seed decides nothing",
-    "undecided": "undecided",
-  }
-  lines = [
-    f"At T = {row['T']:,} {arm} needs {_signed(row)[1:]} bits per character "
-    f"{'more' if row['difference_bits'] > 0 else 'fewer'} than {other} "
-    f"({text.amount(row['characters'])} characters, "
-    f"{text.counted(row['seeds'], 'seed')}): {verdicts[row['answer']]}."
-    for row in _largest(rows)
-  ]
+  lines = []
+  for row in _largest(rows):
+    more = "more" if row["difference_bits"] > 0 else "fewer"
+    seeds = text.counted(row["seeds"], "seed")
+    lines.append(
+      f"At T = {row['T']:,} {arm} needs {_signed(row)[1:]} bits per character "
+      f"{more} than {other} ({text.amount(row['characters'])} characters, "
+      f"{seeds}): {row['answer'].replace(*_ONE_SEED)}."
+    )
   absent = [f"{T:,}" for T in lengths if not tables.find(rows, T=T)]
   if absent:
-    lines.append(
-      f"At T = {' and '.join(absent)} the curve over budgets has no pair of "
-      "runs yet."
-    )
+    lines.append(f"No pair of runs is done at T = {' and '.join(absent)}.")
   return " ".join(lines)
 
 
@@ -179,20 +181,9 @@ def _why(predictions):
     rows = tables.find(predictions, explanation=name, T=T)
     holds = Counter(row["holds"] for row in rows)
     counts = [f"{holds[x]} {said}" for x, said in _HOLDS.items() if x in holds]
-    lines.append(f"Predictions if {words}: {', '.join(counts)}.")
+    should = f"{text.counted(len(rows), 'prediction')} should hold"
+    lines.append(f"If {words}, {should} ({', '.join(counts)}).")
   return " ".join(lines)
-
-
-def _counts(made, predictions):
-  """Return how many comparisons there are, by table."""
-  counts = {
-    "differences": len(made["differences"]) + len(made["masked"]),
-    "delays": len(made["delays"]),
-    "changes over budgets": len(made["contrasts"]),
-    "predictions": sum("answer" in row for row in predictions),
-  }
-  listed = ", ".join(f"{name}: {n}" for name, n in counts.items())
-  return f"Comparisons: {sum(counts.values())} ({listed})."
 
 
 def _setup(config, cells, missing, runs):
@@ -255,18 +246,17 @@ def _figures(drawn, made):
 
 def _predictions(rows):
   """Return the table of the predictions, with outcomes where there are any."""
-  columns = ("explanation", "contrast", "T", "predicts", "difference", "seeds")
-  columns += ("outcome", "holds")
+  columns = "explanation contrast T predicts difference seeds outcome holds"
   lines = []
   for row in rows:
     shown = {"difference": "-", "seeds": "-", "outcome": "-"} | row
     if "answer" in row:
       shown |= {"difference": _signed(row), "outcome": row["answer"]}
-    lines.append([shown[name] for name in columns])
-  return text.markdown_table(columns, lines)
+    lines.append([shown[name] for name in columns.split()])
+  return text.markdown_table(columns.split(), lines)
 
 
-def _limits(config, missing, failures, runs, made):
+def _limits(missing, failures, runs, made):
   """Yield what the numbers of this page cannot say."""
   counts = Counter(f"`{cell.mechanism}` at T = {cell.T:,}" for cell in missing)
   listed = ", ".join(f"{n} of {arm}" for arm, n in counts.items())
@@ -286,7 +276,3 @@ def _limits(config, missing, failures, runs, made):
     )
   inside = {(r["arm"], r["T"], r["seed"], r["steps"]) for r in made["locality"]}
   yield f"Networks whose attention was measured: {len(inside)}."
-  yield (
-    "There is one text, and its tokens are characters. The "
-    f"{config.eval.split} split chose the learning rates and is reported."
-  )

@@ -3,21 +3,9 @@
 from collections.abc import Iterable
 from typing import Any
 
-from aoarm_jax.runs import text
 from aoarm_jax.study import coherence, dissection, measure, records
 
 Row = dict[str, Any]
-
-
-def to_csv(rows: list[Row]) -> str:
-  """Return the rows as csv. Numbers have at most six digits."""
-  head = list(dict.fromkeys(name for row in rows for name in row))
-  lines = [[_cell(row.get(name, "")) for name in head] for row in rows]
-  return text.csv_table(head, lines)
-
-
-def _cell(value):
-  return f"{value:.6g}" if isinstance(value, float) else value
 
 
 def find(rows: list[Row], **wanted: Any) -> list[Row]:
@@ -27,16 +15,8 @@ def find(rows: list[Row], **wanted: Any) -> list[Row]:
 
 def _named(run):
   """Return the columns that say which run a row is about."""
-  return {
-    "study": run.study,
-    "arm": run.arm,
-    "T": run.cell.T,
-    "size": run.cell.size,
-    "orders": run.cell.orders,
-    "seed": run.cell.seed,
-    "rate": run.rate,
-    "steps": run.steps,
-  }
+  which = {"seed": run.cell.seed, "rate": run.rate, "steps": run.steps}
+  return {"study": run.study, "arm": run.arm} | run.setting._asdict() | which
 
 
 def of_runs(runs: Iterable[records.Run]) -> list[Row]:

@@ -6,8 +6,6 @@ be measured says why, and the others go on.
 """
 
 import concurrent.futures
-import csv
-import io
 import os
 import sys
 import time
@@ -21,7 +19,7 @@ import pallas_kernels
 from aoarm_jax.config import experiments
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.runs import directory as run_dir
-from aoarm_jax.runs import telemetry
+from aoarm_jax.runs import telemetry, text
 
 # Sizes of the models that are measured: name -> fields of config.model.
 SIZES: dict[str, dict[str, Any]] = {
@@ -114,13 +112,8 @@ def write_csv(path: epath.PathLike, rows: list[dict[str, Any]]) -> bool:
     Whether the file was written. A failure is logged: the table is on the
     screen already, and further rows may come.
   """
-  content = io.StringIO(newline="")
-  writer = csv.DictWriter(content, rows[0] if rows else (), lineterminator="\n")
-  writer.writeheader()
-  writer.writerows(rows)
-  return run_dir.attempt(
-    lambda: run_dir.write_atomically(path, content.getvalue())
-  )
+  content = text.csv_table(rows)
+  return run_dir.attempt(lambda: run_dir.write_atomically(path, content))
 
 
 def append_json(path: epath.PathLike, row: dict[str, Any]) -> bool:

@@ -17,12 +17,16 @@ class TextTest(absltest.TestCase):
     )
 
   def test_csv_table(self):
-    table = text.csv_table(("a", "b"), [(1, "x,y"), ("", None)])
-    self.assertEqual(table, 'a,b\n1,"x,y"\n,\n')
+    rows = [{"a": 1234.5, "b": "x,y"}, {"b": None, "c": 12345}]
+    self.assertEqual(text.csv_table(rows), 'a,b,c\n1234.5,"x,y",\n,,12345\n')
+    self.assertEqual(
+      text.csv_table(rows, digits=2), 'a,b,c\n1.2e+03,"x,y",\n,,12345\n'
+    )
+    self.assertEqual(text.csv_table([]), "\n")
 
   def test_filled(self):
     table = f"| {'a ' * 20}|"
-    page = f"# {'a ' * 20}\n\n{table}\n\n12. a bb-c\nd e\n\n- abc d\n- e\n\n"
+    page = f"# {'a ' * 20}\n\n{table}\n\n12. a bb-c\nd e\n\n- abc\nd\n- e\n\n"
     self.assertEqual(
       text.filled(page, 7),
       f"# {'a ' * 20}\n\n{table}\n\n12. a\n    bb-c\n    d e\n\n- abc d\n- e\n",
