@@ -192,19 +192,18 @@ def _draw_likelihood(found, path):
   with canvas.draw([path], inches=(8, 1.6 + 0.55 * len(keys))) as (_, grid):
     axes = grid[0, 0]
     for i, one in enumerate(found):
-      places = [j for j, key in enumerate(keys[::-1]) if key in one.rows]
-      rows = [one.rows[keys[::-1][j]] for j in places]
+      places = [j for j, key in enumerate(keys) if key in one.rows]
+      rows = [one.rows[keys[j]] for j in places]
       axes.errorbar(
         [row["value"] for row in rows],
-        [j + 0.12 * (i - (len(found) - 1) / 2) for j in places],
+        [j - 0.12 * (i - (len(found) - 1) / 2) for j in places],
         xerr=[row["error"] or 0 for row in rows],
         fmt="o",
         capsize=3,
         color=canvas.COLOURS[i % len(canvas.COLOURS)],
         label=one.name,
       )
-    names = [key[1].replace("_", " ") for key in keys[::-1]]
-    axes.set_yticks(range(len(keys)), names)
+    canvas.name_lines(axes, [key[1].replace("_", " ") for key in keys])
     axes.set_xlabel("bits per byte, with standard errors")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
   return True

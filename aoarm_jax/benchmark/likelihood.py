@@ -120,7 +120,7 @@ def draw(results: Mapping[str, Any], path: epath.Path, title: str) -> None:
   with canvas.draw([path], inches=(8, 1.2 + 0.5 * len(results))) as (_, grid):
     axes = grid[0, 0]
     axes.set_title(title, parse_math=False)
-    for i, (name, result) in enumerate([*results.items()][::-1]):
+    for i, (name, result) in enumerate(results.items()):
       bits = result[f"bits_per_{unit}"]
       axes.errorbar(
         bits,
@@ -137,8 +137,6 @@ def draw(results: Mapping[str, Any], path: epath.Path, title: str) -> None:
         textcoords="offset points",
         ha="center",
       )
-    labels = [name.replace("_", " ") for name in [*results][::-1]]
-    axes.set_yticks(range(len(results)), labels)
-    axes.set_ylim(-0.6, len(results) - 0.3)
+    canvas.name_lines(axes, [name.replace("_", " ") for name in results])
     axes.margins(x=0.2)
     axes.set_xlabel(f"bits per {unit}, with standard errors")

@@ -54,6 +54,18 @@ def shade(share: float) -> tuple[float, ...]:
   return matplotlib.colormaps["viridis"](0.95 * share)
 
 
+def name_lines(axes: Any, names: Sequence[str], **style: Any) -> None:
+  """Name the places 0, 1, ... of the vertical axis, from above.
+
+  Args:
+    axes: the axes of matplotlib.
+    names: of the places.
+    **style: of the text.
+  """
+  axes.set_yticks(range(len(names)), names, **style)
+  axes.set_ylim(len(names) - 0.4, -0.6)
+
+
 def labelled(grid: np.ndarray) -> dict[str, Any]:
   """Return what a legend of several axes shows: {label: handle}."""
   return {

@@ -139,14 +139,19 @@ def measures(counts: np.ndarray) -> np.ndarray:
 
 
 def areas(counts: np.ndarray) -> dict[str, float]:
-  """The area under coherence over diversity, by rule, see `dominated_area`.
+  """The area under coherence over diversity by both rules.
 
   Args:
     counts: [temperatures, samples, COLUMNS].
+
+  Returns:
+    {"area_<rule>": area, see `dominated_area`}.
   """
   values = dict(zip(MEASURES, measures(counts).T))
   return {
-    rule: dominated_area(values["diversity"], values[f"coherence_{rule}"])
+    f"area_{rule}": dominated_area(
+      values["diversity"], values[f"coherence_{rule}"]
+    )
     for rule in RULES
   }
 

@@ -10,7 +10,7 @@ import re
 
 import numpy as np
 
-from aoarm_jax.study import delay, records, statistics, tables
+from aoarm_jax.study import delay, records, statistics
 
 MARGIN = 0.01  # Bits per character that count as nothing.
 WHY = "study_why"  # The study whose predictions stand below.
@@ -125,7 +125,7 @@ def _mean(by_seed, others):
 
 def differences(
   settings: dict[records.Setting, records.Arms], reference: str
-) -> list[tables.Row]:
+) -> list[records.Row]:
   """Return bits of each arm minus the reference, at equal FLOPs and steps."""
   rows = []
   for setting, own, name, arm in _budgets(settings, reference):
@@ -152,7 +152,7 @@ def differences(
 
 def contrasts(
   settings: dict[records.Setting, records.Arms], reference: str
-) -> list[tables.Row]:
+) -> list[records.Row]:
   """Return how the difference at equal FLOPs depends on the budget.
 
   The change is the difference at the largest budget minus the difference at
@@ -178,7 +178,7 @@ def contrasts(
 
 def delays(
   settings: dict[records.Setting, records.Arms], reference: str, resamples: int
-) -> list[tables.Row]:
+) -> list[records.Row]:
   """Return the delay of each arm at each budget, see delay.Delay.
 
   Only seeds that ran every budget of both arms count: curves must be whole.
@@ -220,7 +220,7 @@ def predictions(
   settings: dict[records.Setting, records.Arms],
   reference: str,
   trials: records.Trials,
-) -> list[tables.Row]:
+) -> list[records.Row]:
   """Return each prediction of configs/study_why.py with its outcome.
 
   `holds` is yes, no, "undecided", "one seed" or "not run"; it is "rate" where

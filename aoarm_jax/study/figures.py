@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 
 from aoarm_jax.runs import canvas
-from aoarm_jax.study import comparisons, tables
+from aoarm_jax.study import comparisons, records
 
 CAPTIONS = {
   "f1_bits": "F1. Bits per character over training FLOPs. A dot is a seed, and "
@@ -45,18 +45,15 @@ _PANELS = {
 
 def draw(
   folder: epath.Path,
-  made: dict[str, list[tables.Row]],
+  made: dict[str, list[records.Row]],
   arms: tuple[str, str, str],
-) -> list[str]:
+) -> None:
   """Draw the figures that there is data for, and remove the others.
 
   Args:
     folder: of the files.
     made: the rows of every table by its name.
     arms: the masked mechanism, one stream and the reference.
-
-  Returns:
-    The names of the figures that were drawn.
   """
   masked, single, _ = arms
   runs, locality, knockouts = (
@@ -65,15 +62,14 @@ def draw(
   )
   # The arms of configs/study_why.py have one budget each, and so no curve.
   runs = [row for row in runs if not row["study"].startswith(comparisons.WHY)]
-  lengths = {row["T"] for row in tables.find(runs, arm=masked)}
   unmasked = [row for row in runs if row["arm"] != masked]
-  beside = [row for row in runs if row["T"] in lengths]
+  beside = [r for r in runs if records.find(runs, arm=masked, T=r["T"])]
   outcomes = [row for row in made["predictions"] if "answer" in row]
   data: dict[str, tuple[Any, ...]] = {
     "f1_bits": (_curves, unmasked, arms, "training_flops", "training FLOPs"),
-    "f2_delay": (_delays, tables.find(made["delays"], arm=single)),
+    "f2_delay": (_delays, records.find(made["delays"], arm=single)),
     "f3_locality": (_locality, locality),
-    "f4_knockouts": (_knockouts, tables.find(knockouts, layer="all")),
+    "f4_knockouts": (_knockouts, records.find(knockouts, layer="all")),
     "f4_predictions": (_outcomes, outcomes),
     "f5_masked": (_curves, beside, arms, "characters", "characters seen"),
   }
@@ -83,7 +79,6 @@ def draw(
       make(path, rows, *options)
     else:
       path.unlink(missing_ok=True)
-  return [name for name, (_, rows, *_) in data.items() if rows]
 
 
 def _figure(path, rows=1, columns=1, inches=None, **options):
@@ -96,7 +91,7 @@ def _figure(path, rows=1, columns=1, inches=None, **options):
 def _series(axes, rows, x, y, label, colour):
   """Draw column y over x: a dot for each row, and a line through the means."""
   places = sorted({row[x] for row in rows})
-  at_places = [tables.find(rows, **{x: place}) for place in places]
+  at_places = [records.find(rows, **{x: place}) for place in places]
   means = [np.mean([row[y] for row in at_place]) for at_place in at_places]
   axes.plot(places, means, color=colour, label=label)
   dots = [row[x] for row in rows], [row[y] for row in rows]
@@ -109,7 +104,7 @@ def _curves(path, rows, arms, cost, label):
   with _figure(path, 1, len(lengths), sharey=True) as (_, grid):
     for axes, T in zip(grid[0], lengths):
       for arm, colour in zip(arms, (_GREEN, _RED, _BLUE)):
-        if of_arm := tables.find(rows, T=T, arm=arm):
+        if of_arm := records.find(rows, T=T, arm=arm):
           bits = "elbo" if arm == arms[0] else "any_order"
           _series(axes, of_arm, cost, bits, arm, colour)
       axes.set(xscale="log", xlabel=label, title=f"T = {T:,}")
@@ -121,7 +116,7 @@ def _delays(path, rows):
   with _figure(path) as (_, grid):
     axes = grid[0, 0]
     for n, (T, colour) in enumerate(zip(lengths, canvas.COLOURS)):
-      own = tables.find(rows, T=T)
+      own = records.find(rows, T=T)
       # Intervals of several lengths would hide each other.
       x = [row["characters"] * 1.04**n for row in own]
       delays = [np.nan if row["bound"] else row["delay"] for row in own]
@@ -139,9 +134,9 @@ def _delays(path, rows):
     axes.set(xscale="log", xlabel="characters that two streams read")
     axes.set(ylabel="steps of one stream / steps of two")
     axes.set_yscale("log", base=2)
-    low, high = axes.get_ylim()
-    ticks = (0.25, 0.5, 1, 1.5, 2, 3, 4, 6, 8, 16)
-    axes.set_yticks([tick for tick in ticks if low <= tick <= high])
+    limits = axes.get_ylim()
+    axes.set_yticks((0.25, 0.5, 1, 1.5, 2, 3, 4, 6, 8, 16))
+    axes.set_ylim(limits)
     axes.yaxis.set_major_formatter("{x:g}")
 
 
@@ -153,7 +148,7 @@ def _locality(path, rows):
   with _figure(path, len(lengths), len(_PANELS), inches=inches) as (_, grid):
     for (line, column), axes in np.ndenumerate(grid):
       index, title = list(_PANELS.items())[column]
-      own = [r for r in tables.find(rows, T=lengths[line]) if r[index] != ""]
+      own = [r for r in records.find(rows, T=lengths[line]) if r[index] != ""]
       for (stream, *_), heads in itertools.groupby(own, network):
         _series(axes, list(heads), "layer", index, *_STREAMS[stream])
       axes.axhline(0, color=canvas.GREY, lw=0.8)
@@ -164,11 +159,11 @@ def _locality(path, rows):
 
 def _knockouts(path, rows):
   names = list(dict.fromkeys(row["knockout"] for row in rows))
-  streams = [name for name in _STREAMS if tables.find(rows, stream=name)]
+  streams = [name for name in _STREAMS if records.find(rows, stream=name)]
   with _figure(path, inches=(8.5, 2 + 0.42 * len(names))) as (_, grid):
     axes = grid[0, 0]
     for n, stream in enumerate(streams):
-      own, (name, colour) = tables.find(rows, stream=stream), _STREAMS[stream]
+      own, (name, colour) = records.find(rows, stream=stream), _STREAMS[stream]
       shift = 0.5 * ((n + 0.5) / len(streams) - 0.5)
       y = [names.index(row["knockout"]) + shift for row in own]
       errors = [row["late_bits_error"] or np.nan for row in own]
@@ -178,7 +173,8 @@ def _knockouts(path, rows):
     axes.set_xlim(left=min(2 * min(row["late_bits"] for row in rows), -0.002))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("rise in bits per character (logarithmic beyond 0.01)")
-    _name_lines(axes, names)
+    axes.axvline(0, color=canvas.GREY, lw=0.8)
+    canvas.name_lines(axes, names, fontsize=9)
 
 
 def _outcomes(path, rows):
@@ -203,12 +199,5 @@ def _outcomes(path, rows):
       axes.errorbar(row["difference_bits"], y, xerr=half, **style)
     axes.set_xlim(-far, far)
     axes.set_xlabel("difference in bits per character")
-    _name_lines(axes, lines)
-
-
-def _name_lines(axes, names):
-  """Name the lines of a figure from above, and draw a line at 0."""
-  axes.set_yticks(range(len(names)), names, fontsize=9)
-  axes.set_ylim(-0.6, len(names) - 0.4)
-  axes.invert_yaxis()
-  axes.axvline(0, color=canvas.GREY, lw=0.8)
+    axes.axvline(0, color=canvas.GREY, lw=0.8)
+    canvas.name_lines(axes, lines, fontsize=9)

@@ -6,7 +6,7 @@ run directories are read together, and the report needs no sweep to find them.
 
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -15,6 +15,13 @@ from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import corpora
 from aoarm_jax.study import cells as cells_lib
 from aoarm_jax.study import measure, rates
+
+Row = dict[str, Any]  # Of a table: {column: value}.
+
+
+def find(rows: list[Row], **wanted: Any) -> list[Row]:
+  """Return the rows that have these values."""
+  return [r for r in rows if all(r[k] == v for k, v in wanted.items())]
 
 
 class Setting(NamedTuple):

@@ -14,7 +14,14 @@ from aoarm_jax.config import schema as config_lib
 from aoarm_jax.runs import directory as run_dir
 from aoarm_jax.runs import text
 from aoarm_jax.study import cells as cells_lib
-from aoarm_jax.study import comparisons, figures, records, tables
+from aoarm_jax.study import (
+  coherence,
+  comparisons,
+  dissection,
+  figures,
+  measure,
+  records,
+)
 
 SINGLE, MASKED = "decoupled_rope", "mdlm"
 _ONE_SEED = "one seed", "one seed decides nothing"
@@ -52,14 +59,14 @@ def write(
   runs = records.listed(settings)
   masked = comparisons.differences(settings, SINGLE)
   made = {
-    "runs": tables.of_runs(runs),
-    "rates": tables.of_runs(trials.runs),
+    "runs": _of_runs(runs),
+    "rates": _of_runs(trials.runs),
     "differences": comparisons.differences(settings, reference),
-    "masked": tables.find(masked, arm=MASKED),
+    "masked": records.find(masked, arm=MASKED),
     "contrasts": comparisons.contrasts(settings, reference),
     "delays": comparisons.delays(settings, reference, config.study.bootstrap),
     "predictions": comparisons.predictions(settings, reference, trials),
-    **tables.of_measures(runs),
+    **_of_measures(runs),
   }
   for name, rows in made.items():
     path = folder / f"{name}.csv"
@@ -68,30 +75,68 @@ def write(
     else:
       path.unlink(missing_ok=True)
   # The page is about models of the size of the config, in uniform orders.
-  size = cells_lib.size_of(config.model)
+  main = dict(size=cells_lib.size_of(config.model), orders="uniform")
   for name in made.keys() - {"predictions"}:
-    made[name] = tables.find(made[name], size=size, orders="uniform")
-  drawn = figures.draw(folder, made, (MASKED, SINGLE, reference))
-  page = _page(config, cells, results, runs, made, drawn)
+    made[name] = records.find(made[name], **main)
+  figures.draw(folder, made, (MASKED, SINGLE, reference))
+  page = _page(config, cells, results, runs, made, folder)
   run_dir.write_atomically(folder / "README.md", text.filled(page))
   logging.info("report of %d runs: %s", len(runs), folder)
 
 
-def _page(config, cells, results, runs, made, drawn):
+def _named(run):
+  """Return the columns that say which run a row is about."""
+  which = {"seed": run.cell.seed, "rate": run.rate, "steps": run.steps}
+  return {"study": run.study, "arm": run.arm} | run.setting._asdict() | which
+
+
+def _of_runs(runs):
+  """Return one row per run: cost, bits by estimator, generated texts."""
+  rows = []
+  for run in runs:
+    result = run.result
+    row = _named(run) | {
+      "rule": run.cell.rate,
+      "characters": run.characters,
+      "training_flops": run.flops,
+      "parameters": result["parameters"],
+    }
+    for found in result.get("estimates", [result["estimate"]]):
+      words = [found["estimator"], *filter(None, [found.get("weights")])]
+      row["_".join(words)] = found["bits_per_char"]
+    row["standard_error"] = result["estimate"]["standard_error_bits"]
+    row["training"] = result.get("last_training_bits", "")
+    if samples := measure.read_arrays(run.folder, "samples.npz", result):
+      row |= coherence.areas(samples["counts"])
+    row |= {name: result[name] for name in ("tokens_per_second", "device")}
+    rows.append(row | {"folder": run.folder.name})
+  return rows
+
+
+def _of_measures(runs):
+  """Return the tables of knock-outs, probes, characters and locality.
+
+  Heads are never averaged over runs: head h of one is not head h of another.
+  """
+  made: dict[str, list[records.Row]] = {name: [] for name in dissection.TABLES}
+  for run in runs:
+    for name, rows in dissection.rows(run.folder, run.result).items():
+      made[name] += [_named(run) | row for row in rows]
+  return made
+
+
+def _page(config, cells, results, runs, made, folder):
   """Return the text of README.md."""
   lengths = sorted({cell.T for cell in cells})
-  flops = tables.find(made["differences"], arm=SINGLE, equal="flops")
+  flops = records.find(made["differences"], arm=SINGLE, equal="flops")
   budget = _each(flops, lengths, "one stream", "two streams")
-  masked = tables.find(made["masked"], equal="steps")
+  masked = records.find(made["masked"], equal="steps")
   masked = _each(masked, lengths, MASKED, "one stream")
-  predictions = tables.find(made["predictions"], equal="steps")
-  counts = {
-    "differences": len(made["differences"]) + len(made["masked"]),
-    "delays": len(made["delays"]),
-    "changes over budgets": len(made["contrasts"]),
-    "predictions": sum("answer" in row for row in predictions),
-  }
-  listed = ", ".join(f"{name}: {n}" for name, n in counts.items())
+  predictions = records.find(made["predictions"], equal="steps")
+  names = ("differences", "masked", "contrasts", "delays")
+  counts = {name: len(made[name]) for name in names}
+  counts["predictions"] = sum("answer" in row for row in predictions)
+  listed = ", ".join(f"{name} {n}" for name, n in counts.items())
   missing = [cell for cell in cells if results.result(cell) is None]
   setup = _setup(config, cells, missing, runs)
   limits = _limits(missing, results.failures(cells), runs, made)
@@ -99,9 +144,8 @@ def _page(config, cells, results, runs, made, drawn):
   links = ", ".join(f"[{name}]({name}.csv)" for name in made if made[name])
   return f"""# One stream or two: the report
 
-`--mode=study --config.study.part=report` makes this page from cells, and nobody
-edits it by hand. ± is half of a 95% interval, by Student's law over seeds and
-stretches of text.
+`--mode=study --config.study.part=report` makes this page from cells. ± is half
+of a 95% interval, by Student's law over seeds and stretches of text.
 
 ## Three sentences
 
@@ -111,9 +155,11 @@ stretches of text.
 
 3. **Does `{MASKED}` overtake one stream after equal characters?** {masked}
 
-Comparisons: {sum(counts.values())} ({listed}). No interval is corrected for
-their number. Differences within {comparisons.MARGIN} bits count as equal. A
-comparison that no config declared before its runs is exploratory.
+Comparisons: {sum(counts.values())} (by table: {listed}). No interval is
+corrected for their number. Differences within {comparisons.MARGIN} bits count
+as equal. A comparison that no config declared before its runs is exploratory.
+
+Tables: {links}.
 
 ## Setup
 
@@ -121,7 +167,7 @@ comparison that no config declared before its runs is exploratory.
 
 ## Figures
 
-{_figures(drawn, made)}
+{_figures(folder, made)}
 
 ## Predictions and outcomes
 
@@ -135,10 +181,6 @@ steps, in bits per character.
 {limits}
 - There is one text, and its tokens are characters. The learning rates were
 chosen on the {config.eval.split} split, and the bits are of the same split.
-
-## Appendix
-
-Tables: {links}.
 """
 
 
@@ -150,10 +192,8 @@ def _signed(row):
 
 def _largest(rows):
   """Return the row of the largest budget of each length."""
-  return [
-    max(tables.find(rows, T=T), key=lambda row: row["characters"])
-    for T in sorted({row["T"] for row in rows})
-  ]
+  rows = sorted(rows, key=lambda row: (row["T"], row["characters"]))
+  return list({row["T"]: row for row in rows}.values())
 
 
 def _each(rows, lengths, arm, other):
@@ -167,7 +207,7 @@ def _each(rows, lengths, arm, other):
       f"{more} than {other} ({text.amount(row['characters'])} characters, "
       f"{seeds}): {row['answer'].replace(*_ONE_SEED)}."
     )
-  absent = [f"{T:,}" for T in lengths if not tables.find(rows, T=T)]
+  absent = [f"{T:,}" for T in lengths if not records.find(rows, T=T)]
   if absent:
     lines.append(f"No pair of runs is done at T = {' and '.join(absent)}.")
   return " ".join(lines)
@@ -178,7 +218,7 @@ def _why(predictions):
   T = min(predictions, key=lambda row: ("answer" not in row, row["T"]))["T"]
   lines = []
   for name, words in comparisons.EXPLANATIONS.items():
-    rows = tables.find(predictions, explanation=name, T=T)
+    rows = records.find(predictions, explanation=name, T=T)
     holds = Counter(row["holds"] for row in rows)
     counts = [f"{holds[x]} {said}" for x, said in _HOLDS.items() if x in holds]
     should = f"{text.counted(len(rows), 'prediction')} should hold"
@@ -216,26 +256,26 @@ def _setup(config, cells, missing, runs):
   yield "bits", f"last parameters, any order, {config.eval.split}: {listed}"
 
 
-def _figures(drawn, made):
+def _figures(folder, made):
   """Return the figures with their captions, and what they show in numbers."""
   notes = {
     "f1_bits": [
       f"From {row['from_steps']:,} to {row['to_steps']:,} steps of two streams "
       f"the difference at equal FLOPs and T = {row['T']:,} changes by "
       f"{_signed(row)} bits ({text.counted(row['seeds'], 'seed')})."
-      for row in tables.find(made["contrasts"], arm=SINGLE)
+      for row in records.find(made["contrasts"], arm=SINGLE)
     ],
     "f2_delay": [
       f"At the largest budget and T = {row['T']:,} the delay is "
       f"{_BOUNDS[row['bound']]}{row['delay']:.2f}, and the FLOP ratio is "
       f"{row['cost_ratio']:.2f}."
-      for row in _largest(tables.find(made["delays"], arm=SINGLE))
+      for row in _largest(records.find(made["delays"], arm=SINGLE))
     ],
   }
   parts = []
   for name, caption in figures.CAPTIONS.items():
     title, words = caption.split(". ", 1)
-    if name in drawn:
+    if (folder / f"{name}.png").exists():
       words = " ".join([words, *notes.get(name, ())])
       parts += [f"![{title}]({name}.png)", f"**{title}.** {words}"]
     else:

@@ -69,7 +69,7 @@ class CoherenceTest(parameterized.TestCase):
     ]
     # Diversity and coherence are 2/3 and 2/3, then 1 and 1/3.
     areas = coherence.areas(np.array(counts))
-    self.assertEqual(list(areas), ["over_1", "from_4"])
+    self.assertEqual(list(areas), ["area_over_1", "area_from_4"])
     np.testing.assert_allclose(list(areas.values()), 1 / 3 + 2 / 3 * 1 / 3)
 
 

@@ -59,10 +59,10 @@ class ReportTest(absltest.TestCase):
     )
     for line in (
       "At T = 128 one stream needs 0.030 ± 0.000 bits per character more than "
-      "two streams (1.05 billion characters, 3 seeds): one stream is behind.",
+      "two streams (1.05 billion characters, 3 seeds): worse.",
       "mdlm needs 0.210 ± 0.000 bits per character more than one stream (262 "
-      "million characters, 2 seeds): mdlm is behind.",
-      "Predictions if one stream lacks capacity: 2 hold, 2 fail.",
+      "million characters, 2 seeds): worse.",
+      "one stream lacks capacity, 4 predictions should hold (2 hold, 2 fail).",
       "and T = 1,024 changes by +0.000 ± 0.000 bits (3 seeds)",
       "F3** is not drawn",
       "0 of 78 of `study_budget` are done",
@@ -77,15 +77,15 @@ class ReportTest(absltest.TestCase):
     text, names = self.report(also=str(self.folder / "why"))
     self.assertContainsSubset({"f1_bits.png", "runs.csv"}, names)
     self.assertNoCommonElements({"f2_delay.png", "delays.csv"}, names)
-    self.assertIn("At T = 128 and 1,024 the curve over budgets has no", text)
-    self.assertIn("one stream lacks capacity: 4 not run", text)
+    self.assertIn("No pair of runs is done at T = 128 and 1,024.", text)
+    self.assertIn("4 predictions should hold (4 not run)", text)
     self.assertIn("F5** is not drawn", text)
 
   def test_one_seed_decides_nothing(self):
     self.write("budget", self.budget, done=lambda cell: cell.seed == 11)
     text, _ = self.report()
     self.assertIn("1 seed): one seed decides nothing.", text)
-    self.assertNotIn("behind", text)
+    self.assertNotIn("worse.", text)
     self.assertNotIn("nan", text)
 
   def test_failures_are_named(self):
