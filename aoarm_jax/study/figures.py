@@ -20,8 +20,10 @@ CAPTIONS = {
   "slot, 0 is even. The mass on sentinels is taken out. A dot is a head, and a "
   "line is the mean over the heads of one network.",
   "f4_knockouts": "F4 a. Rise in bits where attention is barred from slots in "
-  "all layers, in the second half of the order. A dot is a network, and bars "
-  "are standard errors over windows.",
+  "all layers, in the second half of the order: the own slot, the last ones of "
+  "the order, the nearest ones in position, or random ones (equal_mass: that "
+  "carry as much attention). A dot is a network, and bars are standard errors "
+  "over windows.",
   "f4_predictions": "F4 b. Differences at equal steps (filled) and at equal "
   "FLOPs (hollow, not judged) with 95% intervals. The grey field is what the "
   "explanation predicts. Green holds, red fails, and grey is open.",

@@ -24,7 +24,6 @@ from aoarm_jax.study import (
 )
 
 SINGLE, MASKED = "decoupled_rope", "mdlm"
-_ONE_SEED = "one seed", "one seed decides nothing"
 _BOUNDS = {">": "above ", "<": "below ", "": ""}
 _HOLDS = {
   "yes": "hold",
@@ -138,10 +137,8 @@ def _page(config, cells, results, runs, made, folder):
   counts["predictions"] = sum("answer" in row for row in predictions)
   listed = ", ".join(f"{name} {n}" for name, n in counts.items())
   missing = [cell for cell in cells if results.result(cell) is None]
-  setup = _setup(config, cells, missing, runs)
   limits = _limits(missing, results.failures(cells), runs, made)
   limits = "\n".join(f"- {line}" for line in limits)
-  links = ", ".join(f"[{name}]({name}.csv)" for name in made if made[name])
   return f"""# One stream or two: the report
 
 `--mode=study --config.study.part=report` makes this page from cells. ± is half
@@ -159,11 +156,11 @@ Comparisons: {sum(counts.values())} (by table: {listed}). No interval is
 corrected for their number. Differences within {comparisons.MARGIN} bits count
 as equal. A comparison that no config declared before its runs is exploratory.
 
-Tables: {links}.
+Tables: {", ".join(f"[{name}]({name}.csv)" for name in made if made[name])}.
 
 ## Setup
 
-{text.markdown_table(("what", "value"), setup)}
+{text.markdown_table(("what", "value"), _setup(config, cells, missing, runs))}
 
 ## Figures
 
@@ -205,11 +202,11 @@ def _each(rows, lengths, arm, other):
     lines.append(
       f"At T = {row['T']:,} {arm} needs {_signed(row)[1:]} bits per character "
       f"{more} than {other} ({text.amount(row['characters'])} characters, "
-      f"{seeds}): {row['answer'].replace(*_ONE_SEED)}."
+      f"{seeds}): {row['answer']}{' decides nothing' * (row['seeds'] == 1)}."
     )
   absent = [f"{T:,}" for T in lengths if not records.find(rows, T=T)]
   if absent:
-    lines.append(f"No pair of runs is done at T = {' and '.join(absent)}.")
+    lines.append(f"No pair of runs is done yet at T = {' and '.join(absent)}.")
   return " ".join(lines)
 
 
@@ -250,7 +247,7 @@ def _setup(config, cells, missing, runs):
   )
   yield "peak learning rates", ", ".join(rates)
   seeds = ", ".join(map(str, sorted({run.cell.seed for run in runs})))
-  yield "seeds", f"{seeds}; rates were tuned on {config.study.tune_seeds}"
+  yield "seeds", f"{seeds}; rates were tuned on seeds {config.study.tune_seeds}"
   windows = {(run.result["estimate"]["windows"], run.cell.T) for run in runs}
   listed = ", ".join(f"{n:,} windows of {T:,}" for n, T in sorted(windows))
   yield "bits", f"last parameters, any order, {config.eval.split}: {listed}"

@@ -77,7 +77,7 @@ class ReportTest(absltest.TestCase):
     text, names = self.report(also=str(self.folder / "why"))
     self.assertContainsSubset({"f1_bits.png", "runs.csv"}, names)
     self.assertNoCommonElements({"f2_delay.png", "delays.csv"}, names)
-    self.assertIn("No pair of runs is done at T = 128 and 1,024.", text)
+    self.assertIn("No pair of runs is done yet at T = 128 and 1,024.", text)
     self.assertIn("4 predictions should hold (4 not run)", text)
     self.assertIn("F5** is not drawn", text)
 
