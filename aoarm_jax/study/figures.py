@@ -22,8 +22,8 @@ CAPTIONS = {
   "f4_knockouts": "F4 a. Rise in bits where attention is barred from slots in "
   "all layers, in the second half of the order: the own slot, the last ones of "
   "the order, the nearest ones in position, random ones, or (equal_mass) "
-  "random ones with as much attention. A dot is a network, and bars are standard "
-  "errors over windows.",
+  "random ones with as much attention. A dot is a network, and bars are "
+  "standard errors over windows.",
   "f4_predictions": "F4 b. Differences at equal steps (filled) and at equal "
   "FLOPs (hollow, not judged) with 95% intervals. The grey field is what the "
   "explanation predicts. Green holds, red fails, and grey is open.",
