@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import rowwise, tuning
+from pallas_kernels import rowwise
 
 
 def gelu_mlp(
@@ -85,9 +85,7 @@ def project_heads(
 
 def _serves(rows, weight, implementation):
   """Return whether the kernels are wanted, and support the product."""
-  wanted = implementation == "mosaic_gpu" or (
-    implementation is None and len(rows) >= tuning.LEAST_ROWS
-  )
+  wanted = rowwise.wants_kernel(implementation, len(rows))
   if not wanted or rowwise.unsupported(rows):
     return False
   kernels, (D, F) = rowwise.hopper().products, weight.shape

@@ -260,6 +260,20 @@ def unsupported(x: jax.Array) -> str:
   return ""
 
 
+def wants_kernel(implementation: str | None, rows: int) -> bool:
+  """Return whether a kernel is to run, if it supports the call.
+
+  Plain JAX is faster over few rows.
+
+  Args:
+    implementation: the caller's choice, as in `rms_norm`.
+    rows: the number of rows.
+  """
+  if implementation is None:
+    return rows >= tuning.LEAST_ROWS
+  return implementation == "mosaic_gpu"
+
+
 def _choose(function, implementation, rows, reason):
   """Return the implementation to call.
 
@@ -274,17 +288,17 @@ def _choose(function, implementation, rows, reason):
       f"unknown {function} implementation {implementation!r}; there are: "
       + ", ".join(ROWWISE_IMPLEMENTATIONS)
     )
+  if not wants_kernel(implementation, rows):
+    return "xla"
   if implementation is None:
-    few = rows < tuning.LEAST_ROWS
-    return "xla" if reason or few else "mosaic_gpu"
-  if implementation == "mosaic_gpu":
-    if not reason and rows < hopper().rows.LEAST_ROWS:
-      reason = f"{rows} rows ({hopper().rows.LEAST_ROWS} or more)"
-    if reason:
-      raise errors.UnsupportedError(
-        f"{function} 'mosaic_gpu' does not support {reason}"
-      )
-  return implementation
+    return "xla" if reason else "mosaic_gpu"
+  if not reason and rows < hopper().rows.LEAST_ROWS:
+    reason = f"{rows} rows ({hopper().rows.LEAST_ROWS} or more)"
+  if reason:
+    raise errors.UnsupportedError(
+      f"{function} 'mosaic_gpu' does not support {reason}"
+    )
+  return "mosaic_gpu"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
