@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from aoarm_jax import orders
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.model import parallel, rotary, transformer
+from aoarm_jax.model import inside, rotary, transformer
 from aoarm_jax.model import rows as rows_lib
 
 # A slot that a row does not see, that it sees, and that is barred from it where
@@ -59,40 +59,8 @@ def record(network: transformer.Transformer, slots: orders.Slots) -> Streams:
   Returns:
     One array [L, B, R, D] per stream, in compute dtype.
   """
-  streams, setting = network.enter(slots)
-  S, attend = streams[0].shape[1], _whole_attention(network)
-
-  def body(streams, block):
-    return block(streams, setting, attend, S), streams
-
-  before = network.model.L - 1
-  last, states = jax.lax.scan(
-    body, streams, jax.tree.map(lambda p: p[:before], network.blocks)
-  )
-  return tuple(
-    jnp.concatenate([x, end[None]]) for x, end in zip(states, last, strict=True)
-  )
-
-
-def after_last(
-  network: transformer.Transformer, slots: orders.Slots, streams: Streams
-) -> Streams:
-  """Return all rows after the last layer, also rows that nothing reads.
-
-  Args:
-    network: the network.
-    slots: int32 [B, S] each.
-    streams: [B, R, D] each, before the last layer.
-  """
-  _, setting = network.enter(slots)
-  last = network.layer(network.model.L - 1)
-  return last(streams, setting, _whole_attention(network), streams[0].shape[1])
-
-
-def _whole_attention(network):
-  """Return the attention that bars nothing."""
-  scale = rotary.score_scale(network.model)
-  return functools.partial(parallel.attention, scale=scale)
+  states = inside.observe(network, slots).states
+  return tuple(x[:-1].astype(network.dtype) for x in states)
 
 
 def seen(network: transformer.Transformer, slots: orders.Slots) -> Streams:
@@ -191,18 +159,20 @@ def resume(
 def _attention(choose, scale, layer, stream, sequence):
   """Return attention of one sequence [R, N, H], and the mass that is barred."""
   index, q, k, v, marks = sequence
-  # Several query heads may share a key head.
-  k, v = (jnp.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
-  scores = scale * jnp.einsum(
-    "rnh,snh->nrs", q, k, preferred_element_type=jnp.float32
-  )
+
+  def weights_on(seen):
+    (weights,) = inside.attention_weights(
+      q[None], k[None], None, seen[None], scale
+    )
+    return weights
+
   is_seen = marks > HIDDEN
-  weights = jax.nn.softmax(jnp.where(is_seen, scores, -jnp.inf), axis=-1)
+  weights = weights_on(is_seen)
   where = jnp.stack([index, jnp.int32(layer), jnp.int32(stream)])
   barred = choose(weights.mean(axis=0), marks, where)
   mass = jnp.mean(jnp.sum(weights, axis=-1, where=barred))
-  weights = jax.nn.softmax(
-    jnp.where(is_seen & ~barred, scores, -jnp.inf), axis=-1
-  )
+  weights = weights_on(is_seen & ~barred)
+  # Several query heads may share a key head.
+  v = jnp.repeat(v, q.shape[1] // v.shape[1], axis=1)
   out = jnp.einsum("nrs,snh->rnh", weights.astype(v.dtype), v)
   return out, mass

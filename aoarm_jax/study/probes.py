@@ -22,8 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from aoarm_jax import orders
-from aoarm_jax.model import transformer
-from aoarm_jax.study import layerwise
+from aoarm_jax.model import inside, transformer
 
 _RECENCIES = (*range(17), 24, 32, 64)
 _DISTANCES = (1, 2, 3, 4, 6, 8, 16)
@@ -112,12 +111,8 @@ def states(network: transformer.Transformer, slots: orders.Slots) -> jax.Array:
     network: of a model that `layerwise.supports` allows.
     slots: int32 [B, S] each.
   """
-  streams = layerwise.record(network, slots)
-  content = streams[0]
-  if len(streams) == 1:
-    (last,) = layerwise.after_last(network, slots, (content[-1],))
-    content = jnp.concatenate([content, last[None]])
-  content = content.astype(jnp.float32)
+  streams = inside.observe(network, slots).states
+  content = streams[0] if len(streams) == 1 else streams[0][:-1]
   return content * jax.lax.rsqrt(
     jnp.mean(content**2, axis=-1, keepdims=True) + network.model.norm_epsilon
   )

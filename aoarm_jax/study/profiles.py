@@ -35,7 +35,7 @@ import pallas_kernels
 from aoarm_jax import orders
 from aoarm_jax.config import mechanisms, purposes
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.model import rotary, transformer
+from aoarm_jax.model import inside, rotary, transformer
 
 KINDS = ("semantic", "structural")
 INDICES = (*KINDS, "structural_with_own")
@@ -73,26 +73,6 @@ def bin_edges(T: int) -> np.ndarray:
 def streams(kind: mechanisms.Mechanism) -> tuple[str, ...]:
   """The names of a mechanism's streams."""
   return ("content", "query") if kind.streams == 2 else ("only",)
-
-
-def weights(q: jax.Array, k: jax.Array, scale: float) -> jax.Array:
-  """Causal attention weights of one sequence, written out.
-
-  Args:
-    q: [R, N, G, H]; row r is that of slot r, and R = S.
-    k: [S, N, H].
-    scale: factor of the scores.
-
-  Returns:
-    float32 [N, G, R, S].
-  """
-  R, S = q.shape[0], k.shape[0]
-  logits = jnp.einsum(
-    "rngh,snh->ngrs", q, k, preferred_element_type=jnp.float32
-  )
-  logits = logits * scale
-  seen = jnp.arange(S)[None] <= jnp.arange(R)[:, None]
-  return jax.nn.softmax(jnp.where(seen, logits, -jnp.inf), axis=-1)
 
 
 def summarise(
@@ -196,15 +176,15 @@ def profile(
 
   def look(q, k, v, visible):
     del v, visible
-    B, R, heads, H = q.shape
-    q = q.reshape(B, R, model.N, heads // model.N, H)
-    k = jnp.repeat(k, model.N // model.key_heads, axis=2)
-    G = q.shape[3]
+    B, _, heads, _ = q.shape
+    G = heads // model.N
     place = places if G == 2 else places[1:]
 
     def of_sequence(sequence):
       q, k, place, position = sequence
-      return summarise(weights(q, k, scale), place, position, model.sentinels)
+      (w,) = inside.attention_weights(q[None], k[None], None, None, scale)
+      w = w.reshape(model.N, G, *w.shape[1:])
+      return summarise(w, place, position, model.sentinels)
 
     sums = jax.lax.map(
       of_sequence, (q, k, jnp.moveaxis(place, 1, 0), slots.position)
