@@ -32,9 +32,9 @@ from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import corpora, tokenizers
 from aoarm_jax.runs import directory as run_dir
 from aoarm_jax.runs import identity
-from aoarm_jax.study import bench as bench_lib
 from aoarm_jax.study import cells as cells_lib
 from aoarm_jax.study import (
+  instruments,
   knockouts,
   layerwise,
   measure,
@@ -140,7 +140,7 @@ def _measure_all(config, missing, results):
   split = config.eval.split
   tokenizer = tokenizers.get(config.data.tokenizer)
   corpus = identity.read_text(config.data, tokenizer, split)
-  benches: dict[config_lib.Config, bench_lib.Bench] = {}
+  made: dict[config_lib.Config, instruments.Instruments] = {}
   start = time.monotonic()
   for n, (cell, path) in enumerate(missing):
     if 0 < config.study.limit_seconds < time.monotonic() - start:
@@ -154,12 +154,14 @@ def _measure_all(config, missing, results):
         f"of {path}; name the text that the cells were run with"
       )
     own = _cell_config(result, config)
-    bench = benches.setdefault(_shared(own), bench_lib.Bench(own))
-    params = measure.read_weights(path, result, bench.network.abstract_params)
+    measuring = made.setdefault(_shared(own), instruments.Instruments(own))
+    params = measure.read_weights(
+      path, result, measuring.network.abstract_params
+    )
     # A GPU would round the factors of float32 products.
     with jax.default_matmul_precision("highest"):
-      fit, held = bench_lib.windows(own, corpus.split(split))
-      found = bench.measures(params, fit, held)
+      fit, held = instruments.windows(own, corpus.split(split))
+      found = measuring.measures(params, fit, held)
     record = {
       "options": _options(config),
       "weights": result["files"][measure.WEIGHTS],

@@ -11,8 +11,8 @@ from studies import V, config
 
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import corpora
-from aoarm_jax.study import bench, dissection, measure
 from aoarm_jax.study import cells as cells_lib
+from aoarm_jax.study import dissection, instruments, measure
 
 
 def tiny(**study):
@@ -23,7 +23,7 @@ def tiny(**study):
 class WindowsTest(absltest.TestCase):
   def test_probes_are_fitted_on_other_windows(self):
     tokens = np.random.default_rng(0).integers(0, V, 5 * 40).astype(np.uint8)
-    fit, held = bench.windows(tiny(), tokens)
+    fit, held = instruments.windows(tiny(), tokens)
     self.assertEqual(fit.tokens.shape, (9, 5))
     self.assertEqual(held.tokens.shape, (3, 5))
     rows = {tuple(row) for row in tokens.reshape(40, 5)}
@@ -32,7 +32,7 @@ class WindowsTest(absltest.TestCase):
     self.assertLessEqual(set(used), rows)
     for row in held.order:
       np.testing.assert_array_equal(np.sort(row), np.arange(1, 6))
-    with mock.patch.object(bench, "_MOST_TOKENS", 20):
+    with mock.patch.object(instruments, "_MOST_TOKENS", 20):
       batches = list(fit.batches())
     self.assertEqual([first for first, *_ in batches], [0, 3, 6])
     np.testing.assert_array_equal(
@@ -43,13 +43,13 @@ class WindowsTest(absltest.TestCase):
     with self.assertRaisesRegex(
       corpora.DataError, "12 windows of T=5 are needed.*has 10; take at most 2"
     ):
-      bench.windows(tiny(), np.zeros(50, np.uint8))
+      instruments.windows(tiny(), np.zeros(50, np.uint8))
 
 
 class PlansTest(absltest.TestCase):
   def test_every_layer_and_stream_that_something_reads(self):
     options = tiny(knockouts="own", layer_knockouts="last:2")
-    plans = list(bench._plans(options, ("content", "query")))
+    plans = list(instruments._plans(options, ("content", "query")))
     self.assertEqual(
       [(plan.text, plan.stream, plan.layer) for plan in plans],
       [
@@ -62,7 +62,7 @@ class PlansTest(absltest.TestCase):
       plans[2].active, [[True, True], [True, True], [False, True]]
     )
     self.assertEqual([plan.active.sum() for plan in plans[3:]], [1] * 5)
-    (one, *_) = bench._plans(options, ("only",))
+    (one, *_) = instruments._plans(options, ("only",))
     self.assertEqual((one.stream, one.active.shape), ("only", (3, 1)))
     self.assertTrue(one.active.all())
 

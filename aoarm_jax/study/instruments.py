@@ -1,7 +1,4 @@
-"""Programs that measure a trained network, see dissection.
-
-A bench has the programs of one config, and measures any number of networks.
-"""
+"""The programs that measure trained networks of one config, see dissection."""
 
 import functools
 import math
@@ -44,8 +41,8 @@ class Windows(NamedTuple):
       yield first, self.tokens[batch], self.order[batch]
 
 
-class Bench:
-  """The programs that measure networks of one config."""
+class Instruments:
+  """Measures any number of networks of one config, each program made once."""
 
   def __init__(self, config: config_lib.Config):
     """Compile nothing yet.
