@@ -22,7 +22,7 @@ from etils import epath
 
 from aoarm_jax.config import rules as config_rules
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.data import corpora, tokenizers
+from aoarm_jax.data import alphabets, corpora, tokenizers
 from aoarm_jax.devices import switches
 from aoarm_jax.runs import manifest, telemetry
 
@@ -260,6 +260,35 @@ def check_same_model(
       workdir,
       then,
     )
+
+
+def check_same_symbols(
+  saved: manifest.Saved,
+  config: config_lib.Config,
+  tokenizer: str,
+  field: str,
+  source: epath.Path,
+) -> None:
+  """Check that a checkpoint of another run has the symbols of this run.
+
+  Args:
+    saved: the checkpoint.
+    config: the config of this start.
+    tokenizer: sha256 of the tokenizer's state; "" if the config fixes it.
+    field: the field of the config that names the other run, for messages.
+    source: the run directory of the other run.
+
+  Raises:
+    ConfigError: the symbols differ. The message says how to take the others.
+  """
+  for kind, name, then, now in differences(saved, tokenizer=tokenizer):
+    if kind == "tokenizer":
+      raise config_lib.ConfigError(
+        f"{name}={config.data.tokenizer!r}: its symbols are not those of "
+        f"{field}={source} (sha256 {now[:12]} and {then[:12]}): take the "
+        f"{alphabets.FILE} of that run, as in --config.data.tokenizer_file="
+        f"{source / alphabets.FILE}"
+      )
 
 
 def warn_other_text(

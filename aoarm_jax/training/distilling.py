@@ -121,13 +121,7 @@ def read(
       checkpoints, config, source, f"name a trained run with --{_FIELD}"
     )
     identity.check_same_model(saved, teacher.config, source)
-    symbols = saved.data_state.get("tokenizer", "")
-    if symbols != tokenizer.sha256:
-      raise config_lib.ConfigError(
-        f"{_FIELD}={source}: its symbols are not those of this run (sha256 "
-        f"{symbols[:12]} and {tokenizer.sha256[:12]}): take its tokenizer.json "
-        "with --config.data.tokenizer_file"
-      )
+    identity.check_same_symbols(saved, config, tokenizer.sha256, _FIELD, source)
     part = opening.part_of(saved, source)
     with telemetry.waiting(f"reading the teacher of step {saved.step:,}"):
       weights = opening.weights(checkpoints, saved, part, teacher, tokenizer)

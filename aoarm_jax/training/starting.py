@@ -12,8 +12,8 @@ from aoarm_jax.config import rules as config_rules
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import tokenizers
 from aoarm_jax.model import network as network_lib
-from aoarm_jax.runs import checkpoint, identity, opening, places, telemetry
 from aoarm_jax.runs import directory as run_dir
+from aoarm_jax.runs import identity, opening, places, telemetry
 
 _FIELD = "config.train.start_from"
 # Fields of a model that may differ from those of the other run. Some of them
@@ -121,14 +121,7 @@ def _check(saved, trained, network, tokenizer, source):
         f"{path}={now!r}: {run} has {then!r}; set the field to its value, or "
         "start without its weights"
       )
-  symbols = saved.data_state.get("tokenizer", "")
-  if symbols != tokenizer.sha256:
-    raise config_lib.ConfigError(
-      f"config.data.tokenizer={config.data.tokenizer!r}: its symbols are not "
-      f"those of {run} (sha256 {tokenizer.sha256[:12]} and {symbols[:12]}): "
-      "take the tokenizer.json of that run, as in "
-      f"--config.data.tokenizer_file={source / checkpoint.TOKENIZER}"
-    )
+  identity.check_same_symbols(saved, config, tokenizer.sha256, _FIELD, source)
   there = network_lib.Network(trained, None, tokenizer).abstract_params
   shapes = zip(
     jax.tree.leaves_with_path(network.abstract_params),
