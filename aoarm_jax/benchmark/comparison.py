@@ -22,8 +22,7 @@ from etils import epath
 from aoarm_jax.benchmark import frontier
 from aoarm_jax.config import reading
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.runs import canvas, text
-from aoarm_jax.runs import directory as run_dir
+from aoarm_jax.runs import canvas, disk, text
 from aoarm_jax.tools import arguments
 
 _REPORT = "benchmark.json"
@@ -100,13 +99,13 @@ def compare(folders: Sequence[epath.Path], out: epath.Path) -> str:
     )
   out.mkdir(parents=True, exist_ok=True)
   keys = [*_comparable(found)]
-  run_dir.write_atomically(out / "comparison.csv", _csv(found, keys))
+  disk.write_atomically(out / "comparison.csv", _csv(found, keys))
   canvas_of = {"likelihood": _draw_likelihood, "frontier": _draw_frontier}
   drawn = [
     name for name in _PICTURES if canvas_of[name](found, out / f"{name}.png")
   ]
   page = _page(found, keys, drawn)
-  run_dir.write_atomically(out / "README.md", page)
+  disk.write_atomically(out / "README.md", page)
   return page
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from etils import epath
 
-from aoarm_jax.runs import directory as run_dir
+from aoarm_jax.runs import disk
 from aoarm_jax.runs import text as text_lib
 
 _COLUMNS = ("part", "subject", "measure", "value", "error", "unit", "n", "note")
@@ -35,9 +35,9 @@ def write(
   rows = [row for p, found in by_part.items() for row in parts[p].rows(found)]
   record = record | {"table": [row._asdict() for row in rows]}
   table = text_lib.csv_table(row._asdict() for row in rows)
-  content = run_dir.to_json(record, indent=2) + "\n"
-  run_dir.write_atomically(folder / "benchmark.json", content)
-  run_dir.write_atomically(folder / "benchmark.csv", table)
+  content = disk.to_json(record, indent=2) + "\n"
+  disk.write_atomically(folder / "benchmark.json", content)
+  disk.write_atomically(folder / "benchmark.csv", table)
   title = f"{facts['experiment']}, step {facts['step']:,}"
   pictures = []
   for part, found in by_part.items():
@@ -46,10 +46,10 @@ def write(
     def draw(part=part, found=found, picture=picture):
       parts[part].draw(found, picture, f"{part.replace('_', ' ')}: {title}")
 
-    if run_dir.attempt(draw):
+    if disk.attempt(draw):
       pictures.append(part)
   page = _page(title, facts, rows, left_out, pictures)
-  run_dir.write_atomically(folder / "README.md", page)
+  disk.write_atomically(folder / "README.md", page)
   return text_lib.aligned([_COLUMNS, *map(_cells, rows)], _SIDES)
 
 

@@ -34,7 +34,7 @@ from aoarm_jax.config import reading
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import stopping
 from aoarm_jax.runs import directory as run_dir
-from aoarm_jax.runs import opening, telemetry
+from aoarm_jax.runs import disk, opening, telemetry
 
 # Changes whenever a unit computes something else from the same settings.
 _VERSION = 1
@@ -130,9 +130,9 @@ def _measured(session, units, facts, folder):
       eta = f"  ETA {telemetry.format_duration(seconds)}"
     logging.info("benchmark %d/%d: %s%s", done + 1, len(units), unit.name, eta)
     session.progress = f"{done} of {len(units)} units"
-    result = json.loads(run_dir.to_json(unit.measure()))
+    result = json.loads(disk.to_json(unit.measure()))
     record = {"key": key, "settings": unit.settings, "result": result}
-    run_dir.write_atomically(path, run_dir.to_json(record, indent=2) + "\n")
+    disk.write_atomically(path, disk.to_json(record, indent=2) + "\n")
     results[unit.name] = result
     measured += 1
   return results
@@ -140,7 +140,7 @@ def _measured(session, units, facts, folder):
 
 def _key(unit, facts):
   """Return a hash of all that the result of a unit depends on."""
-  record = run_dir.to_json([_VERSION, unit.name, unit.settings, facts])
+  record = disk.to_json([_VERSION, unit.name, unit.settings, facts])
   return hashlib.sha256(record.encode()).hexdigest()
 
 

@@ -19,8 +19,14 @@ from aoarm_jax.data import corpora, pipeline
 from aoarm_jax.devices import sharding, stopping
 from aoarm_jax.evaluation import estimators
 from aoarm_jax.model import network as network_lib
-from aoarm_jax.runs import agreement, figures, identity, opening, telemetry
-from aoarm_jax.runs import directory as run_dir
+from aoarm_jax.runs import (
+  agreement,
+  disk,
+  figures,
+  identity,
+  opening,
+  telemetry,
+)
 
 
 class Batches(Protocol):
@@ -478,8 +484,8 @@ def _write(config, workdir, step, corpus, batches, estimates):
   }
   now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S.%f")
   path = workdir / "evaluations" / f"step_{step:08d}_{split}_{now}.json"
-  content = run_dir.to_json(report, indent=2) + "\n"
-  if run_dir.attempt(lambda: run_dir.write_atomically(path, content)):
+  content = disk.to_json(report, indent=2) + "\n"
+  if disk.attempt(lambda: disk.write_atomically(path, content)):
     logging.info("written: %s", path)
   title = f"{config.name}:{config.variant}, {split}"
   curves = {
@@ -494,7 +500,7 @@ def _write(config, workdir, step, corpus, batches, estimates):
     (figures.nearness, bins, "nearness"),
   ):
     picture = workdir / f"{name}_{split}.png"
-    run_dir.attempt(functools.partial(draw, values, picture, **options))
+    disk.attempt(functools.partial(draw, values, picture, **options))
 
 
 def evaluation_batches(

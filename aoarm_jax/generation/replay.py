@@ -16,7 +16,7 @@ from etils import epath
 
 from aoarm_jax.data import tokenizers
 from aoarm_jax.generation import texts as texts_lib
-from aoarm_jax.runs import directory as run_dir
+from aoarm_jax.runs import disk
 
 _PLACE = "{data}"
 _NEWLINE = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}\n"
@@ -55,7 +55,7 @@ def write(
     "facts": {name: str(value) for name, value in (facts or {}).items()},
     "panels": [_panel(label, text, tokenizer) for label, text in texts.items()],
   }
-  run_dir.write_atomically(path, f"{before}{_as_script(record)}{after}")
+  disk.write_atomically(path, f"{before}{_as_script(record)}{after}")
 
 
 def _as_script(record):

@@ -12,8 +12,7 @@ from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import stopping
 from aoarm_jax.generation import prompts, replay
 from aoarm_jax.generation import texts as texts_lib
-from aoarm_jax.runs import agreement, alphabet, opening
-from aoarm_jax.runs import directory as run_dir
+from aoarm_jax.runs import agreement, alphabet, disk, opening
 from aoarm_jax.runs import text as text_lib
 
 # The texts of a file are drawn in parts of this many, and each part is printed
@@ -122,7 +121,7 @@ def _show(config, workdir, step, given, texts):
       print(text_lib.printable(text.text))
     sys.stdout.flush()
   finally:  # The reader of the output may have ended, as `| head` does.
-    if run_dir.attempt(
+    if disk.attempt(
       lambda: texts_lib.write(path, texts, step, prompt=given, **facts)
     ):
       logging.info("written with their orders: %s", path)

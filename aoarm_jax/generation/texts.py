@@ -26,8 +26,7 @@ from aoarm_jax.generation import (
 from aoarm_jax.generation import law as sampling
 from aoarm_jax.generation import plan as plan_lib
 from aoarm_jax.model import network as network_lib
-from aoarm_jax.runs import directory as run_dir
-from aoarm_jax.runs import telemetry
+from aoarm_jax.runs import disk, telemetry
 
 _LEAST_ROWS = 4
 
@@ -529,4 +528,4 @@ def write(
   lines = (
     json.dumps({"step": step, **facts, **text._asdict()}) for text in texts
   )
-  run_dir.write_atomically(path, "".join(line + "\n" for line in lines))
+  disk.write_atomically(path, "".join(line + "\n" for line in lines))

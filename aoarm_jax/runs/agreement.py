@@ -27,7 +27,7 @@ from etils import epath
 import pallas_kernels
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import neighbours, switches, waits
-from aoarm_jax.runs import checkpoint, exported, manifest, telemetry
+from aoarm_jax.runs import checkpoint, disk, exported, manifest, telemetry
 from aoarm_jax.runs import directory as run_dir
 
 # The hosts may keep the text and the tokenizer in different places. Each sha256
@@ -160,7 +160,7 @@ def check_disk(workdir: epath.Path, *, writes: bool) -> None:
   if neighbours.process() == 0:
     try:
       if writes or workdir.exists():
-        run_dir.write_atomically(path, token)
+        disk.write_atomically(path, token)
       else:
         token = ""
     except OSError:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from aoarm_jax.runs import directory as run_dir
+from aoarm_jax.runs import disk
 
 _INCHES = (9.4, 4.2)
 _DPI = 150
@@ -126,4 +126,4 @@ def draw(
         dpi=dpi,
         metadata={"Date": None} if is_svg else {},
       )
-      run_dir.write_atomically(path, data.getvalue())
+      disk.write_atomically(path, data.getvalue())

@@ -40,8 +40,7 @@ from orbax.checkpoint._src.serialization import tensorstore_utils
 from aoarm_jax.config import reading
 from aoarm_jax.data import alphabets
 from aoarm_jax.devices import distributed, neighbours, waits
-from aoarm_jax.runs import directory as run_dir
-from aoarm_jax.runs import manifest, text
+from aoarm_jax.runs import disk, manifest, text
 
 FORMAT_VERSION = manifest.FORMAT_VERSION
 CheckpointError = manifest.CheckpointError
@@ -433,7 +432,7 @@ class Checkpoints:
         return
       with neighbours.saving():
         if tokenizer:
-          run_dir.write_atomically(directory / TOKENIZER, tokenizer)
+          disk.write_atomically(directory / TOKENIZER, tokenizer)
         files = manifest.checksums(directory)
         manifest.write(directory, record | {"files": files})
     except Exception:

@@ -22,7 +22,7 @@ from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import alphabets
 from aoarm_jax.devices import distributed, sharding, switches
 from aoarm_jax.model import network as network_lib
-from aoarm_jax.runs import checkpoint, exported, identity, telemetry
+from aoarm_jax.runs import checkpoint, disk, exported, identity, telemetry
 from aoarm_jax.runs import directory as run_dir
 from aoarm_jax.runs import hugging_face as arrays_lib
 
@@ -207,15 +207,15 @@ def _write(config, folder, source, workdir, argv, network, params):
     run_dir.describe_run(
       workdir, config_json=config_json, argv=argv, params=params
     )
-    run_dir.write_atomically(workdir / checkpoint.TOKENIZER, tokenizer.state)
+    disk.write_atomically(workdir / checkpoint.TOKENIZER, tokenizer.state)
     facts = {
       "from": os.fspath(folder),
       "architecture": source.architecture,
       "bos": source.bos,
       "eos": source.eos,
     }
-    run_dir.write_atomically(workdir / _FACTS, json.dumps(facts) + "\n")
-    run_dir.write_atomically(
+    disk.write_atomically(workdir / _FACTS, json.dumps(facts) + "\n")
+    disk.write_atomically(
       workdir / EXPERIMENT, _experiment(config, folder.name, workdir)
     )
   with checkpoint.Checkpoints(

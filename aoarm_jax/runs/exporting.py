@@ -23,8 +23,10 @@ from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import neighbours, switches
 from aoarm_jax.runs import (
   card,
+  disk,
   exported,
   foreign_layout,
+  metrics,
   opening,
   places,
   telemetry,
@@ -283,7 +285,7 @@ def _evaluated(workdir, step):
 
 def _validated(workdir, step, split, text):
   """Yield the validation of training at a checkpoint."""
-  for record in run_dir.read_metrics(workdir):
+  for record in metrics.read(workdir):
     if (record["step"], record["kind"]) != (step, "valid"):
       continue
     try:
@@ -342,14 +344,14 @@ def _write(folder, files, flag):
   """
   if "://" in str(folder):
     for name, data in files.items():
-      run_dir.write_atomically(folder / name, data)
+      disk.write_atomically(folder / name, data)
     return
   folder = epath.Path(os.path.abspath(folder))
   temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
   shutil.rmtree(temporary, ignore_errors=True)  # Of a process that was killed.
   try:
     for name, data in files.items():
-      run_dir.write_atomically(temporary / name, data)
+      disk.write_atomically(temporary / name, data)
     if folder.exists():
       folder.rmdir()
     os.rename(temporary, folder)

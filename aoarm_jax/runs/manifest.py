@@ -24,7 +24,7 @@ from absl import logging
 from etils import epath
 
 from aoarm_jax.config import errors, reading
-from aoarm_jax.runs import directory as run_dir
+from aoarm_jax.runs import disk
 
 # Version of the record and of the state's layout on disk. In every version the
 # manifest must stay readable far enough to give its format_version.
@@ -359,7 +359,7 @@ def write(directory: epath.Path, record: dict[str, Any]) -> None:
     directory: folder of the step.
     record: JSON values only; `record["files"]` is the result of `checksums`.
   """
-  run_dir.write_atomically(directory / NAME, _encode(record))
+  disk.write_atomically(directory / NAME, _encode(record))
 
 
 def read(directory: epath.Path) -> dict[str, Any]:

@@ -15,8 +15,7 @@ from etils import epath
 
 from aoarm_jax.config import reading
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.runs import directory as run_dir
-from aoarm_jax.runs import text
+from aoarm_jax.runs import disk, metrics, text
 
 # The library and the extra of every field that asks for one.
 _LIBRARIES = {
@@ -50,7 +49,7 @@ def _is_installed(library):
 
 def start(
   config: config_lib.Config, workdir: epath.Path, start_step: int
-) -> list[run_dir.Tracker]:
+) -> list[metrics.Tracker]:
   """Open the trackers that a config asks for; the primary process calls this.
 
   Args:
@@ -62,7 +61,7 @@ def start(
     ConfigError: a library is missing, or Weights & Biases refuses the run.
   """
   check(config.telemetry)
-  trackers: list[run_dir.Tracker] = []
+  trackers: list[metrics.Tracker] = []
   if config.telemetry.tensorboard:
     trackers.append(_TensorBoard(workdir, start_step))
   if config.telemetry.wandb:
@@ -154,7 +153,7 @@ def _id(workdir: epath.Path, start_step: int) -> str:
   if start_step and path.exists():
     return reading.read(path, _LONGEST_ID, inside=workdir).decode().strip()
   name = uuid.uuid4().hex[:8]
-  run_dir.write_atomically(path, name + "\n")
+  disk.write_atomically(path, name + "\n")
   return name
 
 

@@ -30,8 +30,7 @@ from etils import epath
 from aoarm_jax.config import mechanisms, reading
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import corpora, tokenizers
-from aoarm_jax.runs import directory as run_dir
-from aoarm_jax.runs import identity
+from aoarm_jax.runs import disk, identity
 from aoarm_jax.study import cells as cells_lib
 from aoarm_jax.study import (
   instruments,
@@ -167,8 +166,8 @@ def _measure_all(config, missing, results):
       "weights": result["files"][measure.WEIGHTS],
       "device": jax.devices()[0].device_kind,
     }
-    text = run_dir.to_json(record | found) + "\n"
-    run_dir.write_atomically(path / MEASURES, text)
+    text = disk.to_json(record | found) + "\n"
+    disk.write_atomically(path / MEASURES, text)
 
 
 def _shared(config):

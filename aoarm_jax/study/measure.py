@@ -37,8 +37,7 @@ from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import corpora, pipeline
 from aoarm_jax.devices import sharding
 from aoarm_jax.evaluation import evaluate
-from aoarm_jax.runs import directory as run_dir
-from aoarm_jax.runs import identity, telemetry
+from aoarm_jax.runs import disk, identity, telemetry
 from aoarm_jax.study import cells as cells_lib
 from aoarm_jax.study import coherence, profiles, trunks
 from aoarm_jax.study import programs as programs_lib
@@ -187,7 +186,7 @@ class Lab:
     }
     folder = where(folder)
     for name, data in files.items():
-      run_dir.write_atomically(folder / name, data)
+      disk.write_atomically(folder / name, data)
     _write_json(folder / RESULT, result)
     return result
 
@@ -407,7 +406,7 @@ def _name_of(path):
 
 
 def _write_json(path, value):
-  run_dir.write_atomically(path, run_dir.to_json(value, indent=1) + "\n")
+  disk.write_atomically(path, disk.to_json(value, indent=1) + "\n")
 
 
 def _npz(**arrays):

@@ -5,8 +5,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from aoarm_jax.runs import directory as run_dir
-from aoarm_jax.runs import identity
+from aoarm_jax.runs import identity, locking
 from aoarm_jax.training import loop
 
 
@@ -30,7 +29,7 @@ class Place:
   @contextlib.contextmanager
   def watched(self) -> Iterator[None]:
     """Watch the directory, which is made if it is absent."""
-    with run_dir.watched(self._workdir) as self._is_there:
+    with locking.watched(self._workdir) as self._is_there:
       yield
 
   def of(self, folder: epath.Path) -> epath.Path:

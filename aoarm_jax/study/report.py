@@ -11,8 +11,7 @@ from absl import logging
 from etils import epath
 
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.runs import directory as run_dir
-from aoarm_jax.runs import text
+from aoarm_jax.runs import disk, text
 from aoarm_jax.study import cells as cells_lib
 from aoarm_jax.study import (
   coherence,
@@ -70,7 +69,7 @@ def write(
   for name, rows in made.items():
     path = folder / f"{name}.csv"
     if rows:
-      run_dir.write_atomically(path, text.csv_table(rows, digits=6))
+      disk.write_atomically(path, text.csv_table(rows, digits=6))
     else:
       path.unlink(missing_ok=True)
   # The page is about models of the size of the config, in uniform orders.
@@ -79,7 +78,7 @@ def write(
     made[name] = records.find(made[name], **main)
   figures.draw(folder, made, (MASKED, SINGLE, reference))
   page = _page(config, cells, results, runs, made, folder)
-  run_dir.write_atomically(folder / "README.md", text.filled(page))
+  disk.write_atomically(folder / "README.md", text.filled(page))
   logging.info("report of %d runs: %s", len(runs), folder)
 
 

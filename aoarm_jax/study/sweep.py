@@ -26,8 +26,7 @@ from aoarm_jax.config import errors, paths
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import corpora, pipeline, tokenizers
 from aoarm_jax.devices import sharding
-from aoarm_jax.runs import directory as run_dir
-from aoarm_jax.runs import identity, telemetry
+from aoarm_jax.runs import identity, locking, telemetry
 from aoarm_jax.study import cells as cells_lib
 from aoarm_jax.study import (
   dissection,
@@ -479,7 +478,7 @@ def _run_cell(lab, results, cell, clock, start):
   with contextlib.ExitStack() as stack:
     try:
       for path in filter(None, (folder, trunk)):
-        stack.enter_context(run_dir.lock(path))
+        stack.enter_context(locking.lock(path))
     except config_lib.ConfigError:
       logging.warning("another process runs this cell: passed over")
       return True

@@ -16,7 +16,7 @@ from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import preparing, shards
 from aoarm_jax.devices import neighbours
 from aoarm_jax.runs import directory as run_dir
-from aoarm_jax.runs import telemetry
+from aoarm_jax.runs import locking, telemetry
 from aoarm_jax.runs import text as text_lib
 
 _SECONDS_BETWEEN_LINES = 15.0
@@ -61,7 +61,7 @@ def prepare(config: config_lib.Config, out: epath.Path) -> str:
       "or name the text that it came from"
     )
   run_dir.check_workdir(out, "--out")
-  with run_dir.lock(out, "--out", "preparing a text"):
+  with locking.lock(out, "--out", "preparing a text"):
     index = preparing.prepare(config.data, out, _Progress())
   return report(index, out)
 

@@ -18,8 +18,7 @@ from etils import epath
 import pallas_kernels
 from aoarm_jax.config import experiments
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.runs import directory as run_dir
-from aoarm_jax.runs import telemetry, text
+from aoarm_jax.runs import disk, telemetry, text
 
 # Sizes of the models that are measured: name -> fields of config.model.
 SIZES: dict[str, dict[str, Any]] = {
@@ -113,7 +112,7 @@ def write_csv(path: epath.PathLike, rows: list[dict[str, Any]]) -> bool:
     screen already, and further rows may come.
   """
   content = text.csv_table(rows)
-  return run_dir.attempt(lambda: run_dir.write_atomically(path, content))
+  return disk.attempt(lambda: disk.write_atomically(path, content))
 
 
 def append_json(path: epath.PathLike, row: dict[str, Any]) -> bool:
@@ -126,6 +125,6 @@ def append_json(path: epath.PathLike, row: dict[str, Any]) -> bool:
 
   def write():
     before = path.read_text() if path.exists() else ""
-    run_dir.write_atomically(path, before + run_dir.to_json(row) + "\n")
+    disk.write_atomically(path, before + disk.to_json(row) + "\n")
 
-  return run_dir.attempt(write)
+  return disk.attempt(write)

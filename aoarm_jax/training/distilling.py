@@ -14,8 +14,7 @@ from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import tokenizers
 from aoarm_jax.devices import sharding
 from aoarm_jax.model import network as network_lib
-from aoarm_jax.runs import directory as run_dir
-from aoarm_jax.runs import identity, opening, places, telemetry
+from aoarm_jax.runs import disk, identity, opening, places, telemetry
 
 _FIELD = "config.train.distill"
 _FILE = "teacher.json"
@@ -92,7 +91,7 @@ def describe(teacher: network_lib.Network, workdir: epath.Path) -> None:
     OSError: the file cannot be written.
   """
   text = config_lib.to_json(teacher.config)
-  run_dir.write_atomically(workdir / _FILE, text + "\n")
+  disk.write_atomically(workdir / _FILE, text + "\n")
 
 
 def read(

@@ -27,9 +27,12 @@ from aoarm_jax.runs import (
   agreement,
   alphabet,
   checkpoint,
+  disk,
   exported,
   figures,
   identity,
+  locking,
+  metrics,
   telemetry,
   tracking,
 )
@@ -120,7 +123,7 @@ def train(
     # Everything that depends on what stands in the run directory is decided
     # under the lock. Before, another process may still be saving there. A save
     # that is running when an error comes ends under the lock, too.
-    with run_dir.lock(workdir) as is_there, checkpoints:
+    with locking.lock(workdir) as is_there, checkpoints:
       run_dir.check_places(workdir)
       agreement.check_disk(workdir, writes=True)
       saved = checkpoints.newest()
@@ -242,7 +245,7 @@ class _Run:
       if self.program.teacher:
         distilling.describe(self.program.teacher, workdir)
       if state := self.network.tokenizer.state:
-        run_dir.write_atomically(workdir / checkpoint.TOKENIZER, state)
+        disk.write_atomically(workdir / checkpoint.TOKENIZER, state)
 
   def _greet(self):
     """Log the size of the model, the devices and the orders."""
@@ -350,7 +353,7 @@ class _Run:
     )
     sums = None  # Sums of the previous step, still on the devices.
     with (
-      run_dir.MetricsWriter(
+      metrics.Writer(
         self.workdir,
         start_step=start,
         primary=self.primary,
@@ -389,7 +392,7 @@ class _Run:
     self.checkpoints.wait()
     if self.primary:
       # The run is complete and saved, with or without its pictures.
-      run_dir.attempt(self._draw_figures)
+      disk.attempt(self._draw_figures)
     logging.info("done: %s", self.workdir)
 
   def _start(self, origin, teacher):
@@ -410,7 +413,7 @@ class _Run:
       return state, 0
     saved = origin
     # Steps after the checkpoint are taken again, so their records are dropped.
-    records = run_dir.read_metrics(self.workdir)
+    records = metrics.read(self.workdir)
     self.former_records = [r for r in records if r["step"] <= saved.step]
     self.interval = saved.data_state["interval"]
     with telemetry.waiting(f"reading checkpoint step {saved.step:,}"):
@@ -608,7 +611,7 @@ class _Run:
     )
 
   def _draw_figures(self):
-    records = run_dir.read_metrics(self.workdir)
+    records = metrics.read(self.workdir)
     c = self.config
     title, unit = f"{c.name}:{c.variant}", self.network.tokenizer.unit
     figures.loss_curve(

@@ -12,8 +12,7 @@ from aoarm_jax.config import rules as config_rules
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import tokenizers
 from aoarm_jax.model import network as network_lib
-from aoarm_jax.runs import directory as run_dir
-from aoarm_jax.runs import identity, opening, places, telemetry
+from aoarm_jax.runs import disk, identity, opening, places, telemetry
 
 _FIELD = "config.train.start_from"
 # Fields of a model that may differ from those of the other run. Some of them
@@ -50,7 +49,7 @@ class Weights(NamedTuple):
       OSError: the file cannot be written.
     """
     facts = {"from": str(self.source), "step": self.step, "weights": self.part}
-    run_dir.write_atomically(workdir / _FILE, json.dumps(facts) + "\n")
+    disk.write_atomically(workdir / _FILE, json.dumps(facts) + "\n")
 
 
 def read(

@@ -32,8 +32,15 @@ from aoarm_jax.config import rules as config_rules
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import alphabets, tokenizers
 from aoarm_jax.model import network as network_lib
-from aoarm_jax.runs import checkpoint, exported, exporting, identity, places
-from aoarm_jax.runs import directory as run_dir
+from aoarm_jax.runs import (
+  checkpoint,
+  disk,
+  exported,
+  exporting,
+  identity,
+  metrics,
+  places,
+)
 from aoarm_jax.training import loop, starting
 
 PAGE = (helpers.ROOT / "docs" / "exporting.md").read_text()
@@ -74,7 +81,7 @@ def make_run(workdir, config, symbols=None):
   if config.optimizer.ema_decay:
     state["ema"] = tiny.sharp(network, seed=1)
   text = config_lib.to_json(config)
-  run_dir.write_atomically(workdir / "config.json", text)
+  disk.write_atomically(workdir / "config.json", text)
   with checkpoint.Checkpoints(
     workdir / "checkpoints", keep_last=1, keep_best=0
   ) as checkpoints:
@@ -308,10 +315,10 @@ class ExportTest(FolderTest):
       report = dict(step=step, split="test", sha256="3" * 64)
       report["estimates"] = [estimate | {"bits_per_token": bits}]
       path = self.run / "evaluations" / name
-      run_dir.write_atomically(path, json.dumps(report))
+      disk.write_atomically(path, json.dumps(report))
     broken = "step_00000005_valid_20250104T1.json"
     (self.run / "evaluations" / broken).write_text("{")
-    with run_dir.MetricsWriter(self.run, start_step=0, primary=True) as writer:
+    with metrics.Writer(self.run, start_step=0, primary=True) as writer:
       for step in (4, 5):
         record = estimate | {"bits_per_token": float(step)}
         writer.write(step, "valid", **record, standard_error_bits=0.25)
@@ -411,7 +418,7 @@ class PlaceTest(FolderTest):
   def test_a_folder_is_whole_or_absent(self):
     """Whatever fails at whatever file, and a kill that cleans nothing up."""
     self.make_run()
-    write = run_dir.write_atomically
+    write = disk.write_atomically
     errors_seen = (OSError(28, "No space left"), KeyboardInterrupt())
     for error in errors_seen:
       for fails in range(3):
@@ -422,7 +429,7 @@ class PlaceTest(FolderTest):
           write(path, data)
 
         with (
-          mock.patch.object(run_dir, "write_atomically", failing),
+          mock.patch.object(disk, "write_atomically", failing),
           self.assertRaises(type(error)) as raised,
         ):
           self.export()
@@ -446,7 +453,7 @@ class PlaceTest(FolderTest):
     written = []
     with (
       mock.patch.object(
-        run_dir, "write_atomically", lambda path, data: written.append(path)
+        disk, "write_atomically", lambda path, data: written.append(path)
       ),
       mock.patch.object(exporting, "_check_place"),
     ):

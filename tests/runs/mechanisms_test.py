@@ -17,7 +17,7 @@ from absl.testing import absltest, parameterized
 from aoarm_jax import objective
 from aoarm_jax.config import mechanisms
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.runs import directory as run_dir
+from aoarm_jax.runs import metrics
 
 # two_stream is run in train_test.py.
 _EXPERIMENTS = sorted(
@@ -71,7 +71,7 @@ class ExperimentTest(parameterized.TestCase):
     helpers.run(command)
     config = helpers.config_of(command)
     _, whole = helpers.final_state(self.workdir, config)
-    valid = run_dir.read_metrics(self.workdir)[-1]
+    valid = metrics.read(self.workdir)[-1]
     shutil.rmtree(self.workdir / "checkpoints" / "4")
     helpers.run(command)
     saved, again = helpers.final_state(self.workdir, config)
@@ -79,7 +79,7 @@ class ExperimentTest(parameterized.TestCase):
     self.assertEqual(
       helpers.leaves_as_bytes(again), helpers.leaves_as_bytes(whole)
     )
-    self.assertEqual(run_dir.read_metrics(self.workdir)[-1], valid)
+    self.assertEqual(metrics.read(self.workdir)[-1], valid)
     helpers.run([*command, "--mode=eval"])
     (report,) = (self.workdir / "evaluations").iterdir()
     estimates = json.loads(report.read_text())["estimates"]

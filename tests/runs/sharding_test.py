@@ -19,7 +19,7 @@ from absl.testing import absltest, parameterized
 
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import sharding
-from aoarm_jax.runs import directory as run_dir
+from aoarm_jax.runs import metrics
 
 CHANGES = {
   "optimizer.schedule": "constant",
@@ -144,7 +144,7 @@ class ShardingTest(parameterized.TestCase):
     # Adam divides: where a gradient is nearly zero, rounding shows most.
     chex.assert_trees_all_close(a.params, b.params, atol=1e-4)
     chex.assert_trees_all_close(a.ema, b.ema, atol=1e-4)
-    a, b = (run_dir.read_metrics(_folder / name) for name in (got, want))
+    a, b = (metrics.read(_folder / name) for name in (got, want))
     self.assertEqual([r["step"] for r in a], [r["step"] for r in b])
     for one, other in zip(a, b):
       np.testing.assert_allclose(
@@ -153,7 +153,7 @@ class ShardingTest(parameterized.TestCase):
 
   def test_training(self):
     self.assert_same_run("four", "one", 3)
-    records = run_dir.read_metrics(_folder / "four")
+    records = metrics.read(_folder / "four")
     self.assertLen([r for r in records if r["kind"] == "train"], 3)
 
   def test_sampling(self):
@@ -238,7 +238,7 @@ class ShardingTest(parameterized.TestCase):
     evaluations = _folder / evaluated / "evaluations"
     (path,) = evaluations.glob("step_00000003_valid_*.json")
     report = json.loads(path.read_text())
-    records = run_dir.read_metrics(_folder / trained)
+    records = metrics.read(_folder / trained)
     valid = next(r for r in records if r["kind"] == "valid")
     estimate = report["estimates"][0]
     self.assertEqual((estimate["sequences"], valid["step"]), (62, 3))

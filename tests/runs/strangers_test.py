@@ -29,6 +29,7 @@ from aoarm_jax.runs import (
   exporting,
   identity,
   manifest,
+  metrics,
   opening,
 )
 from aoarm_jax.runs import directory as run_dir
@@ -64,7 +65,7 @@ def make_run(workdir: pathlib.Path):
     argv=["main.py"],
     params=network.abstract_params,
   )
-  with run_dir.MetricsWriter(workdir, start_step=0, primary=True) as writer:
+  with metrics.Writer(workdir, start_step=0, primary=True) as writer:
     writer.write(5, "train", loss_nats_per_token=3.0)
     writer.write(5, "valid", estimator="any_order", slot_curve_bits=[4.0, None])
   sums = {"loss": 3.0, "learning_rate": 0.1, "gradient_norm": 1.0}
@@ -114,7 +115,7 @@ def use(workdir: pathlib.Path):
     config_lib.from_json(saved.config_json)
     abstract = network_lib.Network(config).abstract_params
     checkpoints.restore(saved, {"params": abstract})
-  run_dir.read_metrics(folder)
+  metrics.read(folder)
   run_dir.describe_run(
     folder,
     config_json=config_lib.to_json(config),

@@ -29,8 +29,14 @@ from aoarm_jax.config import errors
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import corpora
 from aoarm_jax.devices import sharding, stopping
-from aoarm_jax.runs import directory as run_dir
-from aoarm_jax.runs import identity, manifest, opening, telemetry
+from aoarm_jax.runs import (
+  identity,
+  locking,
+  manifest,
+  metrics,
+  opening,
+  telemetry,
+)
 from aoarm_jax.training import loop as train
 from aoarm_jax.training import program as program_lib
 from aoarm_jax.training import resuming
@@ -122,7 +128,7 @@ def measured(workdir):
   speed = ("tokens_per_second", "mfu")
   return [
     {key: value for key, value in record.items() if key not in speed}
-    for record in run_dir.read_metrics(workdir)
+    for record in metrics.read(workdir)
   ]
 
 
@@ -181,7 +187,7 @@ class RunTest(TrainTest):
     self.assertEqual(steps, list(range(80, 161, 10)))
 
   def test_metrics(self):
-    records = run_dir.read_metrics(base()[0])
+    records = metrics.read(base()[0])
     steps = [r["step"] for r in records if r["kind"] == "train"]
     self.assertEqual(steps, list(range(1, 161)))
     valid = [r for r in records if r["kind"] == "valid"]
@@ -201,7 +207,7 @@ class RunTest(TrainTest):
       )
 
   def test_learns_more_than_symbol_frequencies(self):
-    records = run_dir.read_metrics(base()[0])
+    records = metrics.read(base()[0])
     losses = [r["bits_per_char"] for r in records if r["kind"] == "train"]
     valid = [r for r in records if r["kind"] == "valid"][-1]
     self.assertLess(np.mean(losses[-10:]), losses[0] - 0.5)
@@ -298,7 +304,7 @@ class ReadTest(TrainTest):
     (path,) = (workdir / "evaluations").glob("step_00000160_valid_*.json")
     report = json.loads(path.read_text())
     self.assertEqual((report["step"], report["split"]), (160, "valid"))
-    valid = run_dir.read_metrics(workdir)[-1]
+    valid = metrics.read(workdir)[-1]
     estimates = {e["estimator"]: e for e in report["estimates"]}
     self.assertLen(estimates, 3)
     for name, value in estimates["any_order"].items():
@@ -540,7 +546,7 @@ class StopTest(TrainTest):
     self.assertIn("goes on at 0.01 and ends at 0.00115", line)
     rates = {
       r["step"]: r["learning_rate"]
-      for r in run_dir.read_metrics(workdir)
+      for r in metrics.read(workdir)
       if r["kind"] == "train"
     }
     self.assertEqual(list(rates), list(range(1, 171)))
@@ -603,7 +609,7 @@ class StopTest(TrainTest):
     workdir = copy_of(short(), "preempted")
     steps, later = workdir / "checkpoints", workdir.parent / "preempted_later"
     shutil.move(steps / "12", later)
-    lock = run_dir.lock
+    lock = locking.lock
 
     @contextlib.contextmanager
     def lock_after_a_save(path):
@@ -613,7 +619,7 @@ class StopTest(TrainTest):
         yield is_there
 
     changes = SHORT | {"train.steps": 14}
-    with absltest.mock.patch.object(run_dir, "lock", lock_after_a_save):
+    with absltest.mock.patch.object(locking, "lock", lock_after_a_save):
       lines = logged(arguments(workdir, changes))
     self.matching("resumed from step 12", lines)
 
@@ -721,7 +727,7 @@ class StopTest(TrainTest):
       has_failed.wait(60)
       time.sleep(0.2)
       try:
-        with run_dir.lock(workdir):
+        with locking.lock(workdir):
           was_refused.append(False)
       except config_lib.ConfigError:
         was_refused.append(True)
@@ -793,7 +799,7 @@ class StopTest(TrainTest):
     self.assertIn("peak_learning_rate", message)
     steps = sorted(os.listdir(workdir / "checkpoints"))
     self.assertEqual(steps, ["4", "8"])
-    for record in run_dir.read_metrics(workdir):
+    for record in metrics.read(workdir):
       self.assertLess(record["step"], 9)
     # Well again: the last good state is the state at that step.
     with bad_at(1000):

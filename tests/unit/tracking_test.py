@@ -10,8 +10,7 @@ from absl.testing import absltest, parameterized
 from etils import epath
 
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.runs import directory as run_dir
-from aoarm_jax.runs import tracking
+from aoarm_jax.runs import metrics, tracking
 
 
 def _config(**telemetry):
@@ -58,7 +57,7 @@ class TrackingTest(parameterized.TestCase):
 
   def run_steps(self, start, stop, config, fails_at=None):
     """A run that validates after every third step, and may fail."""
-    with run_dir.MetricsWriter(
+    with metrics.Writer(
       self.workdir,
       start_step=start,
       primary=True,
@@ -157,7 +156,7 @@ class TrackingTest(parameterized.TestCase):
       self.run_steps(0, 5, _config(wandb="x"))
     (line,) = logs.output
     self.assertRegex(line, "takes no more metrics: no network; .*goes on$")
-    self.assertLen(run_dir.read_metrics(self.workdir), 7)
+    self.assertLen(metrics.read(self.workdir), 7)
 
   def test_a_refusal_is_one_line(self):
     self.service(error=RuntimeError("api_key not configured\nmore"))
