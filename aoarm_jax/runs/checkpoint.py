@@ -1,9 +1,9 @@
 """Checkpoints: asynchronous saves and verified restores.
 
-orbax is used in this module only. The directory of checkpoints holds:
+The directory of checkpoints holds:
 
   500/                  A step. Orbax writes it under a temporary name first.
-    state/ ...          The arrays, as nested dicts with string keys.
+    state/ ...          The arrays, see arrays.py.
     tokenizer.json      State of the tokenizer, unless the config fixes it.
     manifest.json       Written last: format version, step, metric, config,
                         state of the data iterator, shapes, file checksums.
@@ -17,36 +17,28 @@ while it saves or deletes.
 
 import concurrent.futures
 import contextlib
-import functools
 import hashlib
 import json
-import logging as python_logging
 import os
-import re
-import sys
 import time
 import types
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
-from orbax.checkpoint import v1
-from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from aoarm_jax.config import reading
 from aoarm_jax.data import alphabets
 from aoarm_jax.devices import distributed, neighbours, waits
-from aoarm_jax.runs import disk, manifest, text
+from aoarm_jax.runs import arrays, disk, manifest, text
 
 FORMAT_VERSION = manifest.FORMAT_VERSION
 CheckpointError = manifest.CheckpointError
 Saved = manifest.Saved
 
-_STATE = "state"
 TOKENIZER = alphabets.FILE
 # A step that is to be saved may stand on disk already.
 _ABSENT, _OURS, _FOREIGN = 0, 1, 2
@@ -105,7 +97,7 @@ class Checkpoints:
     )
     # The step and the future of the save that is running.
     self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
-    _quiet_orbax()
+    arrays.quiet_orbax()
 
   def __enter__(self) -> "Checkpoints":
     return self
@@ -168,7 +160,7 @@ class Checkpoints:
       )
     if standing == _OURS:
       return
-    leaves = _leaves_by_name(state)
+    leaves = arrays.by_name(state)
     # The caller may change its dict later, so dumps and loads copy it.
     record = {
       "format_version": FORMAT_VERSION,
@@ -176,19 +168,13 @@ class Checkpoints:
       "metric": None if metric is None else float(metric),
       "config": config_json,
       "data_state": json.loads(json.dumps(data_state)),
-      "leaves": _described(leaves),
+      "leaves": arrays.described(leaves),
     }
     start = time.monotonic()
     try:
       self._steps.directory.mkdir(parents=True, exist_ok=True)
-      with (
-        jax.transfer_guard("allow"),
-        _context(),
-        waits.ending_at_sigterm(),
-      ):
-        response = v1.save_checkpointables_async(
-          self._steps.at(step), {_STATE: _nest(_not_empty(leaves))}
-        )
+      with waits.ending_at_sigterm():
+        response = arrays.save(self._steps.at(step), leaves)
     except Exception as error:
       self._clean_after_failure()
       raise self._save_error(step, error) from error
@@ -331,22 +317,10 @@ class Checkpoints:
         side, or the files cannot be read.
     """
     directory = self._steps.at(saved.step)
-    wanted = _leaves_by_name(abstract_state)
-    wanted = {names: _with_sharding(x) for names, x in wanted.items()}
+    wanted = arrays.placed(arrays.by_name(abstract_state))
     try:
-      self._steps.check_leaves(saved.step, _described(wanted))
-      with jax.transfer_guard("allow"), _context():
-        tree = v1.load(
-          directory,
-          _nest(_not_empty(wanted)),
-          checkpointable_name=_STATE,
-        )
-        leaves = [
-          _lookup(tree, names)
-          if leaf.size
-          else jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
-          for names, leaf in wanted.items()
-        ]
+      self._steps.check_leaves(saved.step, arrays.described(wanted))
+      leaves = arrays.load(directory, wanted)
     except CheckpointError:
       raise
     except Exception as error:
@@ -489,160 +463,11 @@ class Checkpoints:
     """Return the CheckpointError for a save that failed with `error`."""
     wrapped = CheckpointError(
       f"checkpoint step {step} was not saved in {self._steps.directory}: "
-      f"{_reason(error)}; mend that (free space? permissions?) and run again; "
-      f"whole steps there: {_listed(self.steps())}"
+      f"{arrays.reason(error)}; mend that (free space? permissions?) and run "
+      f"again; whole steps there: {_listed(self.steps())}"
     )
     wrapped.__cause__ = error
     return wrapped
-
-
-def _reason(error):
-  """Return why a save failed, without the names of orbax's temporary files."""
-  line = text.first_line(error)
-  code = re.search(r"os_error_code='(\d+)'|\bOS error (\d+)", line)
-  if isinstance(error, OSError) and error.errno is not None:
-    return os.strerror(error.errno)
-  if code:
-    return os.strerror(int(code[1] or code[2]))
-  return re.sub(r"\S*[.]orbax-checkpoint-tmp\S*", "a temporary file", line)
-
-
-def _context():
-  """Return the options that orbax saves and loads with."""
-  context = v1.Context()
-  # Compression makes random float32 only 8% smaller and takes three times as
-  # long.
-  context.array.saving.use_compression = False
-  # Then a folder that cannot be made raises at once, and not in a thread after
-  # 10 s.
-  context.asynchronous.create_directories_asynchronously = False
-  context.pytree.loading.partial_load = True
-  return context
-
-
-def _quiet_orbax():
-  """Drop orbax's messages that say nothing new; let its warnings pass."""
-  logger = logging.get_absl_logger()
-  if _passes not in logger.filters:
-    logger.addFilter(_passes)
-  # For its log, orbax asks for tensorstore's statistics at every save. Each
-  # answer leaks its lists, some 20 kB a save.
-  for name in ("get_tensorstore_raw_bytes", "print_ts_debug_data"):
-    if hasattr(tensorstore_utils, name):
-      setattr(tensorstore_utils, name, lambda *_, **__: 0)
-  if getattr(sys.unraisablehook, "func", None) is not _report_unraisable:
-    sys.unraisablehook = functools.partial(
-      _report_unraisable, sys.unraisablehook
-    )
-
-
-def _passes(record):
-  """Return whether a log record is shown."""
-  if f"{os.sep}orbax{os.sep}" not in record.pathname:
-    return True
-  # Orbax logs tens of INFO lines per save. After a failed save it also logs a
-  # traceback per thread. Its error reaches us through result(), and then the
-  # user in one line.
-  return (
-    record.levelno > python_logging.INFO
-    and "_SignalingThread.run() raised" not in str(record.msg)
-  )
-
-
-def _report_unraisable(report, unraisable):
-  """Call `report`, except for writes that outlive a failed save.
-
-  The first write that fails ends the save and closes its event loop. The writes
-  that are still running then find the loop closed, and each would print a
-  traceback.
-
-  Args:
-    report: the former sys.unraisablehook.
-    unraisable: see sys.unraisablehook.
-  """
-  # These errors name no object, unlike the errors of transports that a program
-  # forgot to close.
-  if (
-    unraisable.object is not None
-    or str(unraisable.exc_value) != "Event loop is closed"
-  ):
-    report(unraisable)
-
-
-def _leaves_by_name(tree):
-  """Return {names from the root: leaf}, in the order of jax.tree.leaves.
-
-  The names are dict keys, fields and indices. So the layout on disk does not
-  depend on the container types of a library's version.
-
-  Raises:
-    CheckpointError: a name has a dot or a slash, or is not unique.
-  """
-  leaves = {}
-  for path, leaf in jax.tree.leaves_with_path(tree):
-    names = tuple(_key_name(key) for key in path) or ("value",)
-    # Orbax joins names by dots, so names with dots would be ambiguous.
-    if names in leaves or any("." in n or "/" in n for n in names):
-      raise CheckpointError(
-        f"leaf {jax.tree_util.keystr(path)}: names must be unique, without "
-        "dots and slashes, to be saved; rename it"
-      )
-    leaves[names] = leaf
-  return leaves
-
-
-def _key_name(key):
-  """Return the name of one key of a pytree path."""
-  for attribute in ("key", "name", "idx"):
-    if hasattr(key, attribute):
-      return str(getattr(key, attribute))
-  return str(key)
-
-
-def _nest(leaves):
-  """Return the nested dict of {names: leaf}."""
-  tree: dict[str, Any] = {}
-  for names, leaf in leaves.items():
-    node = tree
-    for name in names[:-1]:
-      node = node.setdefault(name, {})
-    node[names[-1]] = leaf
-  return tree
-
-
-def _not_empty(leaves):
-  """Return the leaves without arrays of size zero, which orbax refuses.
-
-  The manifest records their shapes.
-  """
-  return {names: leaf for names, leaf in leaves.items() if leaf.size}
-
-
-def _lookup(tree, names):
-  """Return the leaf of a nested dict by its names."""
-  for name in names:
-    tree = tree[name]
-  return tree
-
-
-def _described(leaves):
-  """Return {name: dtype and shape}, as in {"params/w": "float32[3,7]"}."""
-  return {
-    "/".join(names): f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
-    for names, leaf in leaves.items()
-  }
-
-
-def _with_sharding(leaf):
-  """Return the abstract leaf with a sharding, by default on one local device.
-
-  Without a sharding orbax would take the saved one, and its devices may be
-  absent.
-  """
-  sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(
-    jax.local_devices()[0]
-  )
-  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _listed(steps):

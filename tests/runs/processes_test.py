@@ -45,7 +45,7 @@ import os, sys, time
 import jax, numpy as np
 from aoarm_jax.config import schema
 from aoarm_jax.devices import distributed
-from aoarm_jax.runs import checkpoint
+from aoarm_jax.runs import arrays, checkpoint
 
 def save():
   distributed.start(schema.Distributed(heartbeat_timeout_seconds=10))
@@ -61,7 +61,7 @@ def save():
     if process == int(sys.argv[3]):
       if sys.argv[2] == "killed":
         distributed.multihost_utils.broadcast_one_to_all = strike
-      checkpoint.v1.save_checkpointables_async = strike
+      arrays.v1.save_checkpointables_async = strike
     print("saving", flush=True)
     saves.save(1, {"x": np.ones(3)}, data_state={}, config_json="")
 
