@@ -34,10 +34,10 @@ if typing.TYPE_CHECKING:
   from aoarm_jax.generation.streaming import Token as Token
   from aoarm_jax.generation.texts import Text as Text
   from aoarm_jax.runs.checkpoint import ForeignStepError as ForeignStepError
+  from aoarm_jax.runs.locking import EvictedError as EvictedError
   from aoarm_jax.runs.manifest import CheckpointError as CheckpointError
   from aoarm_jax.runs.places import HubError as HubError
   from aoarm_jax.runs.telemetry import NonFiniteError as NonFiniteError
-  from aoarm_jax.training.loop import EvictedError as EvictedError
   from aoarm_jax.training.loop import Preempted as Preempted
 
 __version__ = "0.1.0"
@@ -55,7 +55,7 @@ _MODULES = {
   "CheckpointError": "aoarm_jax.runs.manifest",
   "ConfigError": "aoarm_jax.config.schema",
   "DataError": "aoarm_jax.data.tokenizers",
-  "EvictedError": "aoarm_jax.training.loop",
+  "EvictedError": "aoarm_jax.runs.locking",
   "ForeignStepError": "aoarm_jax.runs.checkpoint",
   "ForkError": "aoarm_jax.devices.switches",
   "HubError": "aoarm_jax.runs.places",

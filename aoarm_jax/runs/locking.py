@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 from etils import epath
 
+from aoarm_jax.config import errors
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import neighbours
 from aoarm_jax.runs import disk, text
@@ -19,6 +20,10 @@ try:
   import fcntl
 except ImportError:  # Windows.
   fcntl = None
+
+
+class EvictedError(errors.UserError, RuntimeError):
+  """The run directory no longer belongs to the run, which has stopped."""
 
 
 @contextlib.contextmanager

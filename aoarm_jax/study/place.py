@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from etils import epath
 
 from aoarm_jax.runs import identity, locking
-from aoarm_jax.training import loop
 
 
 class Place:
@@ -61,7 +60,7 @@ class Place:
         f"the last files are in {self._other}: copy its folders into the "
         "directory of the study"
       )
-    raise loop.EvictedError(
+    raise locking.EvictedError(
       f"--workdir={self._workdir} was removed, moved or replaced while this "
       f"study ran there; {mend}, and start the same command again"
     )

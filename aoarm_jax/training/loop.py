@@ -6,7 +6,6 @@ import functools
 import math
 import os
 import signal
-import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +14,6 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from aoarm_jax import orders
-from aoarm_jax.config import errors
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import corpora, pipeline
 from aoarm_jax.devices import distributed, sharding, stopping
@@ -38,7 +35,13 @@ from aoarm_jax.runs import (
 )
 from aoarm_jax.runs import directory as run_dir
 from aoarm_jax.runs import text as text_lib
-from aoarm_jax.training import distilling, resuming, starting
+from aoarm_jax.training import (
+  distilling,
+  greeting,
+  resuming,
+  saving,
+  starting,
+)
 from aoarm_jax.training import program as program_lib
 from aoarm_jax.training import state as train_state
 
@@ -60,10 +63,6 @@ class Preempted(stopping.Stopped):
       + ": start the same command again to continue from there",
       signal_number,
     )
-
-
-class EvictedError(errors.UserError, RuntimeError):
-  """The run directory no longer belongs to the run, which has stopped."""
 
 
 def train(
@@ -202,8 +201,16 @@ class _Run:
     self.config = config = self.network.config
     assert self.network.mesh is not None  # program.make always gives a mesh.
     self.mesh, self.workdir = self.network.mesh, workdir
-    self.checkpoints, self.is_there = checkpoints, is_there
-    self.argv = argv
+    self.checkpoints, self.argv = checkpoints, argv
+    self.saver = saving.Saver(
+      self.network,
+      workdir,
+      text,
+      checkpoints,
+      is_there,
+      describe=self._describe,
+      position=self._position,
+    )
     train_tokens = corpus.split("train")
     self.batches = pipeline.train_batches(
       train_tokens,
@@ -220,7 +227,6 @@ class _Run:
     self.eval_batches = evaluate.evaluation_batches(self.network, valid_tokens)
     what_is_read = self.eval_batches.describe(self.network.tokenizer.units)
     logging.info("%s %s", config.eval.split, what_is_read)
-    self.text = text
     self.unigram_bits = corpora.unigram_entropy(
       valid_tokens, self.network.vocabulary
     )
@@ -231,7 +237,7 @@ class _Run:
     # it is known.
     self.told_eta = False
     self._describe(workdir)
-    self._greet()
+    greeting.greet(program)
 
   def _describe(self, workdir):
     """Write the files that explain the run into a run directory."""
@@ -246,75 +252,6 @@ class _Run:
         distilling.describe(self.program.teacher, workdir)
       if state := self.network.tokenizer.state:
         disk.write_atomically(workdir / checkpoint.TOKENIZER, state)
-
-  def _greet(self):
-    """Log the size of the model, the devices and the orders."""
-    c = self.config
-    devices = self.mesh.devices.flatten()
-    idle = jax.device_count() - len(devices)
-    logging.info(
-      "model: %s, %s parameters; %d x %s%s%s",
-      c.model.mechanism,
-      f"{run_dir.parameter_count(self.network.abstract_params):,}",
-      len(devices),
-      devices[0].device_kind,
-      f" ({sharding.describe(self.mesh)})" * (len(devices) > 1),
-      f", {idle} more are idle (config.mesh)" * (idle > 0),
-    )
-    if self.program.abstract.frozen:
-      logging.info(
-        "trained: %s parameters (%d arrays); all others are frozen "
-        "(config.train)",
-        f"{run_dir.parameter_count(self.program.abstract.params):,}",
-        len(jax.tree.leaves(self.program.abstract.params)),
-      )
-      if not c.train.start_from:
-        logging.warning(
-          "config.train.start_from='': frozen arrays keep the random numbers "
-          "that they begin with; name the run whose weights they should have"
-        )
-    if uncut := self.network.kept_whole:
-      logging.info(
-        "%d of %d arrays of parameters stay whole along fsdp: pieces would be "
-        "shorter than config.mesh.smallest_shard=%d",
-        uncut,
-        len(jax.tree.leaves(self.network.abstract_params)),
-        c.mesh.smallest_shard,
-      )
-    if devices[0].platform == "cpu" and c.variant != "tiny":
-      logging.info(
-        "no accelerator found: ':tiny' is the size for a CPU "
-        "(--config=configs/%s.py:tiny); see the ETA below",
-        c.name,
-      )
-    if c.optimizer.warmup_steps >= c.train.steps:
-      logging.warning(
-        "config.optimizer.warmup_steps=%d: the run ends after %d steps, before "
-        "the learning rate reaches its peak",
-        c.optimizer.warmup_steps,
-        c.train.steps,
-      )
-    if c.orders.curriculum_end > c.train.steps:
-      logging.warning(
-        "config.orders.curriculum_steps=%d: the run ends after %d steps, and "
-        "the curriculum would end at step %d",
-        c.orders.curriculum_steps,
-        c.train.steps,
-        c.orders.curriculum_end,
-      )
-    trains_lengths = c.orders.trains_left_to_right
-    if self.network.layout.predicts_end and not trains_lengths:
-      logging.info(
-        "lengths of texts are drawn from left to right, and config.orders."
-        "family=%s hardly trains this order: texts will be too short; mixture "
-        "trains both",
-        c.orders.family,
-      )
-    logging.info(
-      "orders: %s, alignment of structure with semantics %+.3f",
-      c.orders.family,
-      _mean_alignment(c),
-    )
 
   def loop(
     self,
@@ -370,8 +307,8 @@ class _Run:
             self._visit(step, state, signals)
         if signals.received:
           if step > start:
-            self._check_place(step, state)
-            self._save(step, state)
+            self.saver.check_place(step, state)
+            self.saver.save(step, state)
           self.checkpoints.wait()
           raise Preempted(signals.received, step)
         if step == c.train.steps:
@@ -500,7 +437,7 @@ class _Run:
     """
     c, metric = self.config, None
     # A sample or a save would make the folder again, without the run's files.
-    self._check_place(step, state)
+    self.saver.check_place(step, state)
     if self._due(step, c.eval.every) and not distributed.process_0_says(
       lambda: self._is_evaluated(step)
     ):
@@ -527,7 +464,7 @@ class _Run:
         self.network.tokenizer.unit,
       )
     if self._due(step, c.checkpoint.every):
-      self._save(step, state, metric)
+      self.saver.save(step, state, metric)
     path = _samples_path(self.workdir, step)
     if self._due(step, c.sample.every) and not distributed.process_0_says(
       path.exists
@@ -545,70 +482,9 @@ class _Run:
       for record in self.former_records
     )
 
-  def _save(self, step, state, metric=None):
-    """Start to save a checkpoint; `metric` is its validation loss, if known."""
-    try:
-      self._save_in(self.checkpoints, step, state, metric)
-    except checkpoint.ForeignStepError as error:
-      self._save_elsewhere(step, state, str(error))
-
-  def _save_in(self, checkpoints, step, state, metric=None):
-    """Start to save a checkpoint in one of two directories."""
-    checkpoints.save(
-      step,
-      state,
-      data_state={
-        "iterator": self.batches.get_state(),
-        "interval": self.interval,
-        **identity.record(self.text, self.network.tokenizer.sha256),
-      },
-      config_json=config_lib.to_json(self.config),
-      metric=metric,
-      tokenizer=self.network.tokenizer.state,
-      is_ours=lambda saved: identity.is_same_run(
-        saved, self.config, self.text, self.network.tokenizer.sha256
-      ),
-    )
-
-  def _check_place(self, step, state):
-    """Stop with the state saved elsewhere if the run directory is gone."""
-    if not distributed.process_0_says(self.is_there):
-      self._save_elsewhere(
-        step,
-        state,
-        f"--workdir={self.workdir} was removed, moved or replaced while this "
-        "run trained there",
-      )
-
-  def _save_elsewhere(self, step, state, reason):
-    """Save the state beside the run directory; raise EvictedError.
-
-    Where the run has one process, the folder for temporary files is the second
-    choice.
-    """
-    places = [lambda: identity.another(self.workdir)]
-    if jax.process_count() == 1:
-      places.append(lambda: epath.Path(tempfile.mkdtemp(prefix="aoarm_jax-")))
-    problems = []
-    for place in places:
-      try:
-        folder = place()
-        with checkpoint.Checkpoints(
-          folder / "checkpoints", keep_last=1, keep_best=0
-        ) as checkpoints:
-          self._save_in(checkpoints, step, state)
-        self._describe(folder)
-      except (OSError, checkpoint.CheckpointError) as error:
-        problems.append(text_lib.first_line(error))
-        continue
-      raise EvictedError(
-        f"{reason}; step {step:,} is saved in {folder}: the same command with "
-        f"--workdir={folder} continues from there"
-      )
-    raise EvictedError(
-      f"{reason}; step {step:,} could not be saved elsewhere either: "
-      + "; ".join(problems)
-    )
+  def _position(self):
+    """Return where the run is besides its state; see saving.Saver."""
+    return {"iterator": self.batches.get_state(), "interval": self.interval}
 
   def _draw_figures(self):
     records = metrics.read(self.workdir)
@@ -625,19 +501,3 @@ class _Run:
       title=title,
       unit=unit,
     )
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _mean_alignment(config):
-  """Return the mean alignment (float32 []) of 16 orders at the last step.
-
-  The result is 0 if T < 3, where no alignment is defined.
-  """
-  draws = orders.draw(
-    jax.random.key(0),
-    16,
-    config.model.T,
-    config.orders,
-    step=config.train.steps,
-  )
-  return orders.alignment(draws).mean() if config.model.T > 2 else 0.0

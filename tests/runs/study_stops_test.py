@@ -15,9 +15,8 @@ from studies import STUDY
 
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import stopping
-from aoarm_jax.runs import checkpoint
+from aoarm_jax.runs import checkpoint, locking
 from aoarm_jax.study import measure, place, trunks
-from aoarm_jax.training import loop
 
 COMPILES_FOR_EVER = """
 import time
@@ -61,7 +60,7 @@ class StudyStopsTest(parameterized.TestCase):
 
     with (
       mock.patch.object(measure.Lab, "run", run),
-      self.assertRaises(loop.EvictedError) as caught,
+      self.assertRaises(locking.EvictedError) as caught,
     ):
       helpers.run(self.command)
     other = self.folder / "run-2"
@@ -133,7 +132,9 @@ class KeeperTest(absltest.TestCase):
       self.assertFalse(self.study.exists())
       other = self.study.with_name("study-2")
       self.assert_saved(other / "trunks" / "a", 20)
-      with self.assertRaisesRegex(loop.EvictedError, f"are in {other}: copy"):
+      with self.assertRaisesRegex(
+        locking.EvictedError, f"are in {other}: copy"
+      ):
         where.check()
 
   def assert_saved(self, folder, step):

@@ -654,7 +654,7 @@ class StopTest(TrainTest):
     with absltest.mock.patch.object(
       telemetry.Progress, "tick", tick_and_strike
     ):
-      message = self.refused(train.EvictedError, arguments(workdir, LONGER))
+      message = self.refused(locking.EvictedError, arguments(workdir, LONGER))
     return workdir, message
 
   @parameterized.parameters("removed", "replaced")
