@@ -195,7 +195,7 @@ class ModelTest(parameterized.TestCase):
     texts = ["ab", "[b]c", "cd", "d", "ef"]
     scorer, sampler = (
       _model._programs.scorer._jitted,
-      _model._programs.sampler._jitted,
+      _model._programs.sampler._batches._jitted,
     )
     want = _model.score(texts, batch_size=6)
     _model.generate(5, temperature=0.7)
@@ -215,7 +215,7 @@ class ModelTest(parameterized.TestCase):
     model = aoarm_jax.load(_folder / "run")
     scorer, sampler = (
       model._programs.scorer._jitted,
-      model._programs.sampler._jitted,
+      model._programs.sampler._batches._jitted,
     )
     for count in (1, 2, 3, 4):
       model.generate(count)
