@@ -59,6 +59,7 @@ from aoarm_jax.runs import (
   converting,
   exporting,
   opening,
+  patience,
   telemetry,
   tracking,
 )
@@ -414,7 +415,7 @@ def run(flag_values: flags.FlagValues, argv: list[str]) -> None:
       f"--config={config.name} is a sweep of many runs: --mode=study runs them"
     )
   tracking.check(config.telemetry)
-  telemetry.set_patience(config.telemetry.patience_seconds)
+  patience.set_seconds(config.telemetry.patience_seconds)
   match flag_values.mode:
     case "train":
       train.train(config, workdir, argv)

@@ -19,7 +19,7 @@ from aoarm_jax.evaluation import score as score_lib
 from aoarm_jax.generation import prompts, streaming
 from aoarm_jax.generation import texts as generate_lib
 from aoarm_jax.model import network as network_lib
-from aoarm_jax.runs import telemetry
+from aoarm_jax.runs import patience
 
 
 class Programs(NamedTuple):
@@ -74,7 +74,7 @@ class Calls:
     with (
       switches.fixed_types(),
       jax.set_mesh(mesh),
-      telemetry.patience_on_stderr(seconds),
+      patience.on_stderr(seconds),
     ):
       yield
 

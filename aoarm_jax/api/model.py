@@ -20,7 +20,7 @@ from aoarm_jax.generation import prompts, streaming
 from aoarm_jax.generation import texts as generate_lib
 from aoarm_jax.model import network as network_lib
 from aoarm_jax.runs import directory as run_dir
-from aoarm_jax.runs import opening, places, telemetry
+from aoarm_jax.runs import opening, patience, places
 
 # One text or several: strings, generated texts, or token ids [n].
 Texts = str | generate_lib.Text | Iterable[Any]
@@ -62,7 +62,7 @@ class Model:
     folder = places.find(workdir)
     config = self._prepare(opening.config_here(folder, read, step), progress)
     seconds = config.telemetry.patience_seconds if progress else 0
-    with telemetry.patience_on_stderr(seconds), switches.fixed_types():
+    with patience.on_stderr(seconds), switches.fixed_types():
       run = opening.open_run(folder, config, step=step)
     self._start(run.network, run.params, run.step, folder)
 

@@ -25,7 +25,7 @@ from aoarm_jax.runs import (
   figures,
   identity,
   opening,
-  telemetry,
+  patience,
 )
 
 
@@ -240,7 +240,7 @@ class Evaluator:
     # A later evaluation tells its progress in `over_batches`.
     waiting: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if estimator not in self._jitted:
-      waiting = telemetry.waiting(f"compiling and evaluating {estimator}")
+      waiting = patience.waiting(f"compiling and evaluating {estimator}")
       self._jitted[estimator] = jax.jit(
         functools.partial(
           estimators.estimate, estimator, self._config, self._network
@@ -331,7 +331,7 @@ def over_batches(
   first_row = sharding.put(mesh, np.int32(0))
   sequence_nats: list[np.ndarray] = []
   total = None
-  for done in telemetry.counted(range(len(batches))):
+  for done in patience.counted(range(len(batches))):
     batch = batches[done]
     if is_stopped():
       if done and keeps_part:

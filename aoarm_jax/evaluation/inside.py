@@ -16,7 +16,7 @@ from aoarm_jax.devices import sharding
 from aoarm_jax.generation import prompts, shapes
 from aoarm_jax.model import inside
 from aoarm_jax.model import network as network_lib
-from aoarm_jax.runs import telemetry
+from aoarm_jax.runs import patience
 
 # The most logits of one batch: 256 MB.
 _MOST_LOGITS = 1 << 26
@@ -154,8 +154,8 @@ class Reader:
     most = max(1, _MOST_LOGITS // (V * shapes.length(longest, T)))
     found: dict[int, np.ndarray] = {}
     batches = list(self._batches(texts, min(most, batch_size)))
-    for rows, batch in telemetry.counted(batches):
-      with telemetry.waiting(f"logits of {_words(len(rows), batch)}"):
+    for rows, batch in patience.counted(batches):
+      with patience.waiting(f"logits of {_words(len(rows), batch)}"):
         by_rank = jax.device_get(self._logits(params, *batch))
       for b, row in enumerate(rows):
         order = texts[row].order
@@ -223,9 +223,9 @@ class Reader:
     """Yield (text, inside.Inside, what the rows are) of every text."""
     known_here = sharding.put(self._mesh, np.int32(known))
     what = "attention" if with_weights else "states"
-    for text in telemetry.counted(texts):
+    for text in patience.counted(texts):
       for rows, batch in self._batches([text], 1):
-        with telemetry.waiting(f"{what} of {_words(len(rows), batch)}"):
+        with patience.waiting(f"{what} of {_words(len(rows), batch)}"):
           made, slots = jax.device_get(
             self._inside(params, known_here, *batch, with_weights=with_weights)
           )

@@ -32,7 +32,7 @@ from aoarm_jax.devices import sharding, stopping
 from aoarm_jax.evaluation import estimators
 from aoarm_jax.generation import prompts, shapes
 from aoarm_jax.model import network as network_lib
-from aoarm_jax.runs import agreement, alphabet, opening, telemetry
+from aoarm_jax.runs import agreement, alphabet, opening, patience
 
 # The texts of a file are scored in parts of this many, and each part is printed
 # before the next one is scored.
@@ -161,7 +161,7 @@ class Scorer:
       B = sharding.batch_size(self._mesh, config.score.batch_size, len(rows))
       for first in range(0, len(rows), B):
         batches.append((T, rows[first : first + B], B))
-    for batch in telemetry.counted(batches):
+    for batch in patience.counted(batches):
       if is_stopped():
         break
       scores |= self._batch(params, texts, config, given, *batch)
@@ -197,7 +197,7 @@ class Scorer:
     what = f"scoring {texts_here}"
     if program not in self._compiled:
       what = f"compiling the score of {texts_here}"
-    with telemetry.waiting(what):
+    with patience.waiting(what):
       out = self._jitted(
         params,
         sharding.put(self._mesh, key),
@@ -207,7 +207,7 @@ class Scorer:
         most=most,
       )
     self._compiled.add(program)
-    with telemetry.waiting(f"scoring {texts_here}"):
+    with patience.waiting(f"scoring {texts_here}"):
       nats, order = jax.device_get(out)
     return {
       row: _score(

@@ -20,7 +20,7 @@ from aoarm_jax.generation import (
 from aoarm_jax.generation import law as sampling
 from aoarm_jax.generation import plan as plan_lib
 from aoarm_jax.model import network as network_lib
-from aoarm_jax.runs import telemetry
+from aoarm_jax.runs import patience
 
 _LEAST_ROWS = 4
 
@@ -102,7 +102,7 @@ class Batches:
       for start in range(0, len(numbers), B):
         batches.append((T, prefill, B, numbers[start : start + B]))
     drawn: dict[int, sampling.Generation] = {}
-    for T, prefill, B, numbers in telemetry.counted(batches):
+    for T, prefill, B, numbers in patience.counted(batches):
       if is_stopped():
         break
       batch = {i: rows[i] for i in numbers}
@@ -167,7 +167,7 @@ class Batches:
     what = f"generating {texts_here}"
     if program not in self._compiled:
       what = f"compiling the generation of {texts_here}"
-    with telemetry.waiting(what):
+    with patience.waiting(what):
       if sample.order != "given":
         order = self._draw_orders(key, order, by_row[-1], family=sample.order)
       drawn = self._jitted(
@@ -182,7 +182,7 @@ class Batches:
         most_known=most_known,
       )
     self._compiled.add(program)
-    with telemetry.waiting(f"generating {texts_here}"):
+    with patience.waiting(f"generating {texts_here}"):
       drawn = jax.device_get(drawn)
     by_row = zip(*drawn)  # The batch may have more rows than these.
     return [sampling.Generation(*result) for _, result in zip(rows, by_row)]

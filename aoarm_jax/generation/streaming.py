@@ -19,7 +19,7 @@ from aoarm_jax.generation import law as sampling
 from aoarm_jax.generation import plan as plan_lib
 from aoarm_jax.model import cached
 from aoarm_jax.model import network as network_lib
-from aoarm_jax.runs import telemetry
+from aoarm_jax.runs import patience
 
 
 class Token(NamedTuple):
@@ -108,7 +108,7 @@ class Stepper:
     """
     if not self._network.layout.masked:
       law, plan = decode.prepared(self._network, law, plan)
-    with telemetry.waiting("compiling or drawing the start of a text"):
+    with patience.waiting("compiling or drawing the start of a text"):
       state, decided = self._begin(
         params, key, *by_row, plan=plan, prefill=prefill
       )
@@ -120,7 +120,7 @@ class Stepper:
       first = jax.tree.map(jnp.copy, (state.done, state.end))
     i = 0
     while not here.is_over:
-      with telemetry.waiting("compiling or drawing a step of a text"):
+      with patience.waiting("compiling or drawing a step of a text"):
         state, decided = self._advance(
           params, law, state, first, np.int32(i), plan=plan
         )

@@ -27,7 +27,13 @@ from etils import epath
 import pallas_kernels
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.devices import neighbours, switches, waits
-from aoarm_jax.runs import checkpoint, disk, exported, manifest, telemetry
+from aoarm_jax.runs import (
+  checkpoint,
+  disk,
+  exported,
+  manifest,
+  patience,
+)
 from aoarm_jax.runs import directory as run_dir
 
 # The hosts may keep the text and the tokenizer in different places. Each sha256
@@ -170,7 +176,7 @@ def check_disk(workdir: epath.Path, *, writes: bool) -> None:
   host = neighbours.from_process_0("host", socket.gethostname())
   token = neighbours.from_process_0("token", token)
   with (
-    telemetry.waiting(f"looking for {path}"),
+    patience.waiting(f"looking for {path}"),
     waits.ending_at_sigterm(0),
   ):
     deadline = time.monotonic() + _DISK_SECONDS
@@ -201,7 +207,7 @@ def _read(path):
 def _agree(what, facts):
   if not neighbours.several():
     return
-  with telemetry.waiting(f"comparing the {what} with all processes"):
+  with patience.waiting(f"comparing the {what} with all processes"):
     neighbours.agree(what, facts)
 
 

@@ -13,7 +13,7 @@ from etils import epath
 from aoarm_jax.config import paths, reading
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import alphabets, configured, corpora, tokenizers
-from aoarm_jax.runs import exported, manifest, places, telemetry
+from aoarm_jax.runs import exported, manifest, patience, places
 
 
 def of_start(
@@ -52,7 +52,7 @@ def of_start(
       source = places.find(name, f"config.train.{field}")
       if saved := _newest(source):
         return _asked(saved, data, f"config.train.{field}={source}")
-  with telemetry.waiting(f"finding the symbols of {data.tokenizer}"):
+  with patience.waiting(f"finding the symbols of {data.tokenizer}"):
     made = corpora.learn(data)
   logging.info(
     "tokenizer: %s, %s symbols from the training text (sha256 %s)",

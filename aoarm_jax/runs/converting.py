@@ -22,7 +22,13 @@ from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import alphabets
 from aoarm_jax.devices import distributed, sharding, switches
 from aoarm_jax.model import network as network_lib
-from aoarm_jax.runs import checkpoint, disk, exported, identity, telemetry
+from aoarm_jax.runs import (
+  checkpoint,
+  disk,
+  exported,
+  identity,
+  patience,
+)
 from aoarm_jax.runs import directory as run_dir
 from aoarm_jax.runs import hugging_face as arrays_lib
 
@@ -75,7 +81,7 @@ def of_folder(
   config = config.replace("model.sentinels", sentinels)
   seconds = config.telemetry.patience_seconds if progress else 0
   argv = ["aoarm_jax.convert", os.fspath(folder), os.fspath(workdir)]
-  with telemetry.patience_on_stderr(seconds), switches.fixed_types():
+  with patience.on_stderr(seconds), switches.fixed_types():
     convert(config, place, target, argv, flag="workdir")
   return os.fspath(target)
 
@@ -132,7 +138,7 @@ def convert(
   with (
     arrays_lib.Arrays(folder, source, shapes) as arrays,
     jax.set_mesh(mesh),
-    telemetry.waiting(f"reading {folder}"),
+    patience.waiting(f"reading {folder}"),
   ):
     leaves = [arrays.leaf(name, leaf) for name, leaf in shapes.items()]
   structure = jax.tree.structure(network.abstract_params)

@@ -28,8 +28,8 @@ from aoarm_jax.runs import (
   foreign_layout,
   metrics,
   opening,
+  patience,
   places,
-  telemetry,
 )
 from aoarm_jax.runs import directory as run_dir
 
@@ -98,7 +98,7 @@ def of_workdir(
   config = config.replace("export", config_lib.Export(weights, dtype, layout))
   config_rules.validate(config)
   seconds = config.telemetry.patience_seconds if progress else 0
-  with telemetry.patience_on_stderr(seconds), switches.fixed_types():
+  with patience.on_stderr(seconds), switches.fixed_types():
     target = paths.of(folder, "folder")
     export(config, source, target, flag="folder", step=step)
   return os.fspath(target)

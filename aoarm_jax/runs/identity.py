@@ -24,7 +24,7 @@ from aoarm_jax.config import rules as config_rules
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import alphabets, corpora, tokenizers
 from aoarm_jax.devices import switches
-from aoarm_jax.runs import manifest, telemetry
+from aoarm_jax.runs import manifest, patience
 
 # training/resuming.py compares this field.
 _STEPS = "config.train.steps"
@@ -70,7 +70,7 @@ def read_text(
   Raises:
     DataError, ConfigError: see corpora.load and Corpus.split.
   """
-  with telemetry.waiting("reading the text"):
+  with patience.waiting("reading the text"):
     corpus = corpora.of_config(data, tokenizer)
     description = corpus.describe(*splits)  # This reads the splits.
   logging.info("text: %s", description)

@@ -25,7 +25,7 @@ from aoarm_jax.runs import (
   checkpoint,
   exported,
   identity,
-  telemetry,
+  patience,
 )
 
 
@@ -356,7 +356,7 @@ def _opened(workdir, config, mesh, checkpoints, step, last):
   field = part_of(saved, workdir, last)
   with (
     jax.set_mesh(mesh),
-    telemetry.waiting(f"reading checkpoint step {saved.step:,}"),
+    patience.waiting(f"reading checkpoint step {saved.step:,}"),
   ):
     params = weights(checkpoints, saved, field, network, tokenizer)
   logging.info(

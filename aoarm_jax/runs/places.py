@@ -13,7 +13,7 @@ from etils import epath
 
 from aoarm_jax.config import paths
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.runs import exported, manifest, telemetry, text
+from aoarm_jax.runs import exported, manifest, patience, text
 
 # Models that come with the package, a folder each.
 MODELS = pathlib.Path(__file__).resolve().parents[1] / "models"
@@ -103,7 +103,7 @@ def push(
     )
     return str(url)
 
-  with telemetry.waiting(f"uploading {path}"):
+  with patience.waiting(f"uploading {path}"):
     return _of_hub(upload, f"{HUB}{repository}", "uploaded")
 
 
@@ -122,7 +122,7 @@ def _downloaded(source: str, name: str) -> epath.Path:
       )
     )
 
-  with telemetry.waiting(f"downloading {source}"):
+  with patience.waiting(f"downloading {source}"):
     return epath.Path(_of_hub(download, source, "downloaded"))
 
 

@@ -14,7 +14,7 @@ from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import tokenizers
 from aoarm_jax.devices import sharding
 from aoarm_jax.model import network as network_lib
-from aoarm_jax.runs import disk, identity, opening, places, telemetry
+from aoarm_jax.runs import disk, identity, opening, patience, places
 
 _FIELD = "config.train.distill"
 _FILE = "teacher.json"
@@ -122,7 +122,7 @@ def read(
     identity.check_same_model(saved, teacher.config, source)
     identity.check_same_symbols(saved, config, tokenizer.sha256, _FIELD, source)
     part = opening.part_of(saved, source)
-    with telemetry.waiting(f"reading the teacher of step {saved.step:,}"):
+    with patience.waiting(f"reading the teacher of step {saved.step:,}"):
       weights = opening.weights(checkpoints, saved, part, teacher, tokenizer)
   logging.info("teacher: step %s of %s", f"{saved.step:,}", source)
   return jax.block_until_ready(weights)

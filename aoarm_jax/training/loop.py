@@ -30,6 +30,7 @@ from aoarm_jax.runs import (
   identity,
   locking,
   metrics,
+  patience,
   telemetry,
   tracking,
 )
@@ -339,7 +340,7 @@ class _Run:
     self.former_records = []
     if not isinstance(origin, checkpoint.Saved):
       seed = sharding.put(self.mesh, np.int32(self.config.seed))
-      with telemetry.waiting("compiling the first parameters"):
+      with patience.waiting("compiling the first parameters"):
         state = self.program.init(seed)
       state = dataclasses.replace(state, teacher=teacher)
       if origin:
@@ -353,7 +354,7 @@ class _Run:
     records = metrics.read(self.workdir)
     self.former_records = [r for r in records if r["step"] <= saved.step]
     self.interval = saved.data_state["interval"]
-    with telemetry.waiting(f"reading checkpoint step {saved.step:,}"):
+    with patience.waiting(f"reading checkpoint step {saved.step:,}"):
       state = self.checkpoints.restore(saved, self.program.abstract)
     self.batches.set_state(saved.data_state["iterator"])
     logging.info("resumed from step %s", f"{saved.step:,}")
@@ -361,7 +362,7 @@ class _Run:
 
   def _waiting(self, what, is_first):
     """Say what takes long, among the first steps only: a thread costs time."""
-    return telemetry.waiting(what) if is_first else contextlib.nullcontext()
+    return patience.waiting(what) if is_first else contextlib.nullcontext()
 
   def _due(self, step, every):
     """Return whether a task is due that is done every `every` steps.

@@ -12,7 +12,7 @@ from aoarm_jax.config import rules as config_rules
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import tokenizers
 from aoarm_jax.model import network as network_lib
-from aoarm_jax.runs import disk, identity, opening, places, telemetry
+from aoarm_jax.runs import disk, identity, opening, patience, places
 
 _FIELD = "config.train.start_from"
 # Fields of a model that may differ from those of the other run. Some of them
@@ -85,7 +85,7 @@ def read(
     trained = identity.config_of(saved)
     _check(saved, trained, network, tokenizer, source)
     part = opening.part_of(saved, source, last=not config.train.start_from_ema)
-    with telemetry.waiting(f"reading checkpoint step {saved.step:,}"):
+    with patience.waiting(f"reading checkpoint step {saved.step:,}"):
       params = opening.weights(checkpoints, saved, part, network, tokenizer)
   logging.info(
     "start: %s of step %s of %s; the optimizer and the schedule begin anew",

@@ -20,7 +20,7 @@ from aoarm_jax.config import schema as config
 from aoarm_jax.data import pipeline
 from aoarm_jax.devices import sharding
 from aoarm_jax.evaluation import evaluate
-from aoarm_jax.runs import telemetry
+from aoarm_jax.runs import patience
 
 _T, _V, _COUNT, _K = 7, 5, 8, 3
 
@@ -186,7 +186,7 @@ class EstimateTest(parameterized.TestCase):
 
   def test_long_ones_say_how_long(self):
     with (
-      mock.patch.object(telemetry, "SECONDS_BETWEEN_LINES", 0.0),
+      mock.patch.object(patience, "SECONDS_BETWEEN_LINES", 0.0),
       self.assertLogs("absl", level="INFO") as logs,
     ):
       _estimate("any_order", _batches(3))
@@ -202,9 +202,9 @@ class EstimateTest(parameterized.TestCase):
     batches.__len__.return_value = 5
     result = (np.zeros(1), {}, np.ones(1, bool), 0)
     with (
-      mock.patch.object(telemetry.time, "monotonic", side_effect=clock),
+      mock.patch.object(patience.time, "monotonic", side_effect=clock),
       mock.patch.object(evaluate, "sharding"),
-      mock.patch.object(telemetry, "SECONDS_BETWEEN_LINES", 0.0),
+      mock.patch.object(patience, "SECONDS_BETWEEN_LINES", 0.0),
       self.assertLogs(level="INFO") as logs,
     ):
       evaluate.over_batches(lambda *_: result, batches, mock.Mock())

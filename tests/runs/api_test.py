@@ -35,7 +35,7 @@ from aoarm_jax.evaluation import score as score_lib
 from aoarm_jax.generation import prompts
 from aoarm_jax.generation import sample as sample_lib
 from aoarm_jax.generation import texts as generate
-from aoarm_jax.runs import telemetry
+from aoarm_jax.runs import patience
 from aoarm_jax.tools import strip
 
 _contexts = contextlib.ExitStack()
@@ -555,7 +555,7 @@ class CommandTest(parameterized.TestCase):
   @parameterized.parameters(1e-3, 0.0)
   @pytest.mark.slow
   def test_training_says_what_takes_long(self, seconds):
-    self.addCleanup(telemetry.set_patience, 2.0)
+    self.addCleanup(patience.set_seconds, 2.0)
     command = helpers.arguments(
       _folder / f"patience{seconds}",
       {

@@ -12,7 +12,7 @@ from etils import epath
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import corpora, tokenizers
 from aoarm_jax.devices import switches
-from aoarm_jax.runs import identity, manifest, telemetry
+from aoarm_jax.runs import identity, manifest, patience
 
 TEXT = {"train": "a" * 64, "valid": "b" * 64}
 OTHER = "c" * 64
@@ -145,7 +145,7 @@ class IdentityTest(parameterized.TestCase):
 
     with (
       mock.patch.object(corpora, "load", slow),
-      telemetry.patience(0.01, lines.append),
+      patience.of_call(0.01, lines.append),
       self.assertLogs(level="INFO") as logs,
     ):
       identity.read_text(config_lib.Data(), tokenizer, "valid")
