@@ -23,7 +23,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from aoarm_jax import api, main
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import tokenizers
-from aoarm_jax.devices import sharding
+from aoarm_jax.devices import meshes
 from aoarm_jax.evaluation import evaluate, score
 from aoarm_jax.generation import texts
 from aoarm_jax.model import network as network_lib
@@ -334,7 +334,7 @@ def finish(process: subprocess.Popen) -> tuple[int, str, str]:
 
 def final_state(workdir: pathlib.Path, config: config_lib.Config):
   """(Saved, TrainState) of a run's newest checkpoint, on one device."""
-  mesh = sharding.make_mesh(config.mesh)
+  mesh = meshes.make_mesh(config.mesh)
   abstract = _shared(program_lib.make)(config, mesh=mesh).abstract
   checkpoints = checkpoint.Checkpoints(
     epath.Path(workdir) / "checkpoints", keep_last=1, keep_best=0

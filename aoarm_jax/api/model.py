@@ -12,7 +12,7 @@ from aoarm_jax.api import options as options_lib
 from aoarm_jax.config import rules as config_rules
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import tokenizers
-from aoarm_jax.devices import sharding, switches
+from aoarm_jax.devices import meshes, switches
 from aoarm_jax.evaluation import inside
 from aoarm_jax.evaluation import log_prob as log_prob_lib
 from aoarm_jax.evaluation import score as score_lib
@@ -92,7 +92,7 @@ class Model:
     model = cls.__new__(cls)
     config = model._prepare(opening.for_these_devices(config), progress)
     with switches.fixed_types():
-      mesh = sharding.of_run(config)
+      mesh = meshes.of_run(config)
       network = network_lib.Network(config, mesh, tokenizer)
       if params is None:
         params = jax.jit(network.init)(jax.random.key(seed))

@@ -1027,7 +1027,7 @@ class Telemetry:
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-  """Number of devices along each axis (aoarm_jax/devices/sharding.py)."""
+  """Number of devices along each axis (aoarm_jax/devices/meshes.py)."""
 
   data: int = _field(
     0,

@@ -20,7 +20,7 @@ from aoarm_jax.config import experiments, hugging_face, paths
 from aoarm_jax.config import rules as config_rules
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import alphabets
-from aoarm_jax.devices import distributed, sharding, switches
+from aoarm_jax.devices import distributed, meshes, switches
 from aoarm_jax.model import network as network_lib
 from aoarm_jax.runs import (
   checkpoint,
@@ -132,7 +132,7 @@ def convert(
   tokenizer = alphabets.of_hugging_face(
     folder / alphabets.FILE, source.vocabulary
   )
-  mesh = sharding.of_run(config)
+  mesh = meshes.of_run(config)
   network = network_lib.Network(config, mesh, tokenizer)
   shapes = exported.names(network.abstract_params)
   with (

@@ -16,7 +16,7 @@ from aoarm_jax.config import paths
 from aoarm_jax.config import rules as config_rules
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import tokenizers
-from aoarm_jax.devices import sharding
+from aoarm_jax.devices import meshes
 from aoarm_jax.model import adapters
 from aoarm_jax.model import network as network_lib
 from aoarm_jax.runs import (
@@ -230,7 +230,7 @@ def open_run(
     config: the config of the command line. Its model must be the model of the
       checkpoint. Its mesh may differ.
     *batches: the batches that the mesh must divide: "train", "eval", see
-      sharding.of_run.
+      meshes.of_run.
     step: training steps of the checkpoint to read.
     last: whether to read the last parameters even if the run has an EMA.
 
@@ -242,7 +242,7 @@ def open_run(
     DataError: config.data asks for another tokenizer than the checkpoint's.
   """
   workdir = paths.of(workdir, "workdir")
-  mesh = sharding.of_run(config, *batches)
+  mesh = meshes.of_run(config, *batches)
   with stored(workdir) as checkpoints:
     return _opened(workdir, config, mesh, checkpoints, step, last)
 

@@ -25,7 +25,7 @@ from etils import epath
 from aoarm_jax.config import errors, paths
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import corpora, pipeline, tokenizers
-from aoarm_jax.devices import sharding
+from aoarm_jax.devices import meshes
 from aoarm_jax.runs import identity, locking, telemetry
 from aoarm_jax.study import cells as cells_lib
 from aoarm_jax.study import (
@@ -372,7 +372,7 @@ def _run_cells(config, cells, results):
   rate = config.optimizer.peak_learning_rate  # Whatever: of no matter here.
   for cell in todo:
     resolved = cells_lib.resolve(cell, config, rate)
-    mesh = sharding.of_run(resolved, "train", "eval")  # The same for all.
+    mesh = meshes.of_run(resolved, "train", "eval")  # The same for all.
   programs = programs_lib.Programs(mesh)
   with jax.set_mesh(mesh), programs:
     _prepare(programs, results, fitting[:2])  # While the text is read.

@@ -15,7 +15,7 @@ from etils import epath
 
 from aoarm_jax.config import paths
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.devices import sharding
+from aoarm_jax.devices import meshes
 
 
 def parser(module: str, description: str) -> argparse.ArgumentParser:
@@ -101,7 +101,7 @@ def place(text: str) -> epath.Path:
 def devices() -> list[jax.Device]:
   """Returns the devices, or ends the program in one line."""
   try:
-    return sharding.all_devices()
+    return meshes.all_devices()
   except config_lib.ConfigError as error:
     sys.exit(f"aoarm_jax: error: {error}")
 

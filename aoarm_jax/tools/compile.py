@@ -28,7 +28,7 @@ from jax.experimental import topologies
 import pallas_kernels
 from aoarm_jax.config import errors
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.devices import hlo, peaks, sharding
+from aoarm_jax.devices import hlo, meshes, peaks
 from aoarm_jax.model import cost
 from aoarm_jax.runs import telemetry, text
 from aoarm_jax.training import program as program_lib
@@ -223,7 +223,7 @@ def _compile(config: config_lib.Config, topology: str) -> dict:
   return dict(
     topology=topology,
     chips=len(devices),
-    mesh=sharding.describe(mesh),
+    mesh=meshes.describe(mesh),
     tokens=math.prod(program.tokens.shape),
     parameter_bytes=float(
       sum(

@@ -12,7 +12,7 @@ from etils import epath
 
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import tokenizers
-from aoarm_jax.devices import sharding
+from aoarm_jax.devices import meshes
 from aoarm_jax.model import network as network_lib
 from aoarm_jax.runs import disk, identity, opening, patience, places
 
@@ -52,7 +52,7 @@ def network(
   )
   _check(teacher, config, source)
   try:
-    sharding.check(mesh, teacher)
+    meshes.check(mesh, teacher)
   except config_lib.ConfigError as error:
     raise config_lib.ConfigError(f"{source}: on its mesh: {error}") from error
   made = network_lib.Network(teacher, mesh, tokenizer)

@@ -6,7 +6,7 @@ import jax
 from absl import logging
 
 from aoarm_jax import orders
-from aoarm_jax.devices import sharding
+from aoarm_jax.devices import meshes
 from aoarm_jax.runs import directory as run_dir
 from aoarm_jax.training import program as program_lib
 
@@ -35,7 +35,7 @@ def _say_sizes(network):
     f"{run_dir.parameter_count(network.abstract_params):,}",
     len(devices),
     devices[0].device_kind,
-    f" ({sharding.describe(mesh)})" * (len(devices) > 1),
+    f" ({meshes.describe(mesh)})" * (len(devices) > 1),
     f", {idle} more are idle (config.mesh)" * (idle > 0),
   )
   if uncut := network.kept_whole:

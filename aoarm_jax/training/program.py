@@ -16,7 +16,7 @@ import optax
 from aoarm_jax import lengths, objective
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import tokenizers
-from aoarm_jax.devices import sharding
+from aoarm_jax.devices import meshes, sharding
 from aoarm_jax.model import adapters, distilled
 from aoarm_jax.model import network as network_lib
 from aoarm_jax.training import optimizer
@@ -68,7 +68,7 @@ def make(
   Args:
     config: the run's config.
     *batches: the batches that the mesh must divide: "train", "eval", see
-      sharding.of_run.
+      meshes.of_run.
     mesh: the mesh. None builds the config's mesh over `devices`.
     devices: the devices of that mesh. None takes all devices.
     told_rate: if True, every call of `step` gives the learning rate, and the
@@ -83,7 +83,7 @@ def make(
     ConfigError: the mesh does not divide the model or the batch, or
       config.train.frozen does not fit the model, or there is no teacher.
   """
-  mesh = sharding.of_run(config, *batches, mesh=mesh, devices=devices)
+  mesh = meshes.of_run(config, *batches, mesh=mesh, devices=devices)
   network = network_lib.Network(config, mesh, tokenizer)
   trained = network
   if config.train.lora_rank:

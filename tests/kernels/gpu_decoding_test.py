@@ -13,7 +13,7 @@ from absl.testing import absltest, parameterized
 from jax.experimental import topologies
 
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.devices import hlo, sharding
+from aoarm_jax.devices import hlo, meshes
 from aoarm_jax.model import network as network_lib
 from aoarm_jax.tools import decode_cells, decode_programs
 
@@ -38,7 +38,7 @@ def _compiled(mechanism, B, L):
     cell, network, params, decode_programs.Options()
   )
   # The kernels ask the mesh on which device they will run.
-  with jax.set_mesh(sharding.make_mesh(config_lib.Mesh(), topology.devices)):
+  with jax.set_mesh(meshes.make_mesh(config_lib.Mesh(), topology.devices)):
     return jax.jit(program).lower(params, key).compile().as_text()
 
 

@@ -25,7 +25,7 @@ from aoarm_jax.benchmark import (
 )
 from aoarm_jax.config import schema as config
 from aoarm_jax.data import tokenizers
-from aoarm_jax.devices import sharding, stopping
+from aoarm_jax.devices import meshes, sharding, stopping
 from aoarm_jax.model import network as network_lib
 from aoarm_jax.runs import opening
 
@@ -51,7 +51,7 @@ def _ids(text):
 
 @functools.cache
 def _network(mechanism, T, tokenizer, documents):
-  mesh = sharding.make_mesh(config.Mesh(data=1))
+  mesh = meshes.make_mesh(config.Mesh(data=1))
   model = config.Model(mechanism=mechanism, T=T, D=8, L=1, N=2)
   compute = config.Compute(dtype="float32", attention="xla")
   data = config.Data(documents=documents)
@@ -103,7 +103,7 @@ class TextTest(parameterized.TestCase):
 
   @parameterized.parameters(1, 2)
   def test_padded_documents_stay_whole(self, sentinels):
-    mesh = sharding.make_mesh(config.Mesh(data=1))
+    mesh = meshes.make_mesh(config.Mesh(data=1))
     model = config.Model(T=4, D=8, L=1, N=2, sentinels=sentinels)
     data = config.Data(documents="pad")
     made = config.Config(model=model, data=data)

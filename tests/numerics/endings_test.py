@@ -13,7 +13,7 @@ from aoarm_jax import objective
 from aoarm_jax.config import mechanisms
 from aoarm_jax.config import schema as config
 from aoarm_jax.data import tokenizers
-from aoarm_jax.devices import sharding
+from aoarm_jax.devices import meshes, sharding
 from aoarm_jax.evaluation import score
 from aoarm_jax.generation import decode, prompts
 from aoarm_jax.generation import law as sampling
@@ -38,7 +38,7 @@ def _made(mechanism, s, T=_T):
     data=config.Data(documents="pad"),
     compute=config.Compute(dtype="float32", attention="xla"),
   )
-  mesh = sharding.make_mesh(config.Mesh(data=1))
+  mesh = meshes.make_mesh(config.Mesh(data=1))
   network = network_lib.Network(options, mesh, _ABC)
   return options, network, sharding.put(mesh, tiny.sharp(network))
 

@@ -18,7 +18,7 @@ from aoarm_jax import objective, orders
 from aoarm_jax.config import purposes
 from aoarm_jax.config import schema as config
 from aoarm_jax.data import pipeline
-from aoarm_jax.devices import sharding
+from aoarm_jax.devices import meshes, sharding
 from aoarm_jax.evaluation import evaluate
 from aoarm_jax.runs import patience
 
@@ -38,7 +38,7 @@ def _config(**order_options):
 @functools.cache
 def _pieces():
   """(mesh, network, params on the mesh)."""
-  mesh = sharding.make_mesh(config.Mesh(data=1))
+  mesh = meshes.make_mesh(config.Mesh(data=1))
   network = tiny.make(T=_T, V=_V, L=1, mesh=mesh)
   return mesh, network, sharding.put(mesh, tiny.sharp(network))
 

@@ -20,7 +20,7 @@ from aoarm_jax import objective, orders
 from aoarm_jax.api import options
 from aoarm_jax.config import schema as config
 from aoarm_jax.data import tokenizers
-from aoarm_jax.devices import sharding
+from aoarm_jax.devices import meshes, sharding
 from aoarm_jax.evaluation import score
 from aoarm_jax.generation import decode, prompts
 from aoarm_jax.generation import law as sampling
@@ -355,7 +355,7 @@ def _run(groups):
     orders=config.Orders(groups=groups, group_width=2),
     compute=config.Compute(dtype="float32", attention="xla"),
   )
-  mesh = sharding.make_mesh(config.Mesh(data=1))
+  mesh = meshes.make_mesh(config.Mesh(data=1))
   made = network_lib.Network(options, mesh, _ABC)
   return options, made, mesh, sharding.put(mesh, tiny.sharp(made))
 
@@ -390,7 +390,7 @@ class ExperimentTest(absltest.TestCase):
     base = helpers.config_of(
       helpers.arguments("x", changes, experiment=experiment)
     )
-    mesh = sharding.make_mesh(config.Mesh(data=1))
+    mesh = meshes.make_mesh(config.Mesh(data=1))
     made = network_lib.Network(base, mesh, _ABC)
     params = sharding.put(mesh, tiny.sharp(made))
     with jax.set_mesh(mesh):

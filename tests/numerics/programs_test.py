@@ -14,7 +14,7 @@ from absl.testing import absltest, parameterized
 from studies import V, config
 
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.devices import sharding
+from aoarm_jax.devices import meshes, sharding
 from aoarm_jax.generation import decode, diffusion
 from aoarm_jax.generation import law as sampling
 from aoarm_jax.generation import plan as plan_lib
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.thorough
 
 class MeshTest(absltest.TestCase):
   def test_a_given_mesh_must_divide_the_batches(self):
-    mesh = jax.sharding.AbstractMesh((3, 1, 1, 1), sharding.AXES)
+    mesh = jax.sharding.AbstractMesh((3, 1, 1, 1), meshes.AXES)
     made = config_lib.Config(
       train=config_lib.Train(batch_size=6),
       eval=config_lib.Eval(batch_size=4),
@@ -80,7 +80,7 @@ class ProgramsTest(parameterized.TestCase):
   def test_rates_and_seeds_share_a_training_step_which_is_that_of_a_run(self):
     base = config("T=16 size=16x1x2", tokens_per_step=32)
     (cell,) = cells_lib.expand(base)
-    mesh = sharding.of_run(base, "train", "eval")
+    mesh = meshes.of_run(base, "train", "eval")
     made = self.enter_context(programs.Programs(mesh))
     other = cells_lib.resolve(cell, base, 5e-3)
     step = made._future("train", other)
@@ -107,7 +107,7 @@ class ProgramsTest(parameterized.TestCase):
     )
     (cell,) = cells_lib.expand(base)
     got = cells_lib.resolve(cell, base, 1e-3)
-    mesh = sharding.of_run(got, "train", "eval")
+    mesh = meshes.of_run(got, "train", "eval")
     with (
       mock.patch.multiple(decode, _LARGE=0, _TILE=1),
       mock.patch.object(

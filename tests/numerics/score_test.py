@@ -18,7 +18,7 @@ from aoarm_jax import objective
 from aoarm_jax.config import mechanisms
 from aoarm_jax.config import schema as config
 from aoarm_jax.data import cleaning, tokenizers
-from aoarm_jax.devices import sharding
+from aoarm_jax.devices import meshes, sharding
 from aoarm_jax.evaluation import score
 from aoarm_jax.generation import prompts
 from aoarm_jax.generation import texts as generate
@@ -42,7 +42,7 @@ def _made(mechanism, s, T=6):
   """(config, network, mesh, params on it)."""
   model = config.Model(mechanism=mechanism, sentinels=s, T=T, D=8, L=2, N=2)
   compute = config.Compute(dtype="float32", attention="xla")
-  mesh = sharding.make_mesh(config.Mesh(data=1))
+  mesh = meshes.make_mesh(config.Mesh(data=1))
   options = config.Config(model=model, compute=compute)
   network = network_lib.Network(options, mesh, _ABC)
   return options, network, mesh, sharding.put(mesh, tiny.sharp(network))

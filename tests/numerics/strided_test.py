@@ -14,7 +14,7 @@ from aoarm_jax import orders
 from aoarm_jax.config import mechanisms, purposes
 from aoarm_jax.config import schema as config
 from aoarm_jax.data import documents, pipeline
-from aoarm_jax.devices import sharding
+from aoarm_jax.devices import meshes, sharding
 from aoarm_jax.evaluation import estimators, evaluate
 from aoarm_jax.model import network as network_lib
 
@@ -26,7 +26,7 @@ setUpModule, tearDownModule = helpers.around_module(helpers.quick_compilation())
 @functools.cache
 def _pieces(mechanism, sentinels):
   """(network, params on its mesh)."""
-  mesh = sharding.make_mesh(config.Mesh(data=1))
+  mesh = meshes.make_mesh(config.Mesh(data=1))
   network = tiny.make(mechanism, sentinels, T=_T, V=_V, L=1, mesh=mesh)
   return network, sharding.put(mesh, tiny.sharp(network))
 
@@ -204,7 +204,7 @@ class BruteForceTest(parameterized.TestCase):
 
   def check_padded(self, sentinels):
     """Where every document fits, with its end."""
-    mesh = sharding.make_mesh(config.Mesh(data=1))
+    mesh = meshes.make_mesh(config.Mesh(data=1))
     base = _pieces("two_stream", sentinels)[0].config
     base = base.replace("data", config.Data(documents="pad"))
     base = base.replace("eval.seed", _SEED)

@@ -12,7 +12,7 @@ from absl.testing import absltest, parameterized
 from aoarm_jax import objective
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import bpe
-from aoarm_jax.devices import sharding
+from aoarm_jax.devices import meshes, sharding
 from aoarm_jax.evaluation import score
 from aoarm_jax.generation import prompts
 from aoarm_jax.generation import texts as generate
@@ -60,7 +60,7 @@ def _made(mechanism, s, documents):
     data=config_lib.Data(tokenizer="bpe", documents=documents),
     compute=config_lib.Compute(dtype="float32", attention="xla"),
   )
-  mesh = sharding.make_mesh(config_lib.Mesh(data=1))
+  mesh = meshes.make_mesh(config_lib.Mesh(data=1))
   network = network_lib.Network(config, mesh, _tokenizer())
   return network, sharding.put(mesh, tiny.sharp(network))
 

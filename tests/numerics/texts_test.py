@@ -20,7 +20,7 @@ from aoarm_jax import orders
 from aoarm_jax.config import mechanisms
 from aoarm_jax.config import schema as config
 from aoarm_jax.data import tokenizers
-from aoarm_jax.devices import sharding
+from aoarm_jax.devices import meshes, sharding
 from aoarm_jax.generation import decode, prompts
 from aoarm_jax.generation import law as sampling
 from aoarm_jax.generation import sample as sample_lib
@@ -318,7 +318,7 @@ def _sampler(mechanism="two_stream", **sample):
     sample=config.Sample(**dict(count=3) | sample),
     compute=config.Compute(dtype="float32", attention="xla"),
   )
-  mesh = sharding.make_mesh(config.Mesh(data=1))
+  mesh = meshes.make_mesh(config.Mesh(data=1))
   made = network_lib.Network(options, mesh)
   sampler = generate.Sampler(options, made)
   params = sharding.put(mesh, tiny.sharp(made))
@@ -423,7 +423,7 @@ class SamplerTest(parameterized.TestCase):
     workdir = epath.Path(self.enterContext(tempfile.TemporaryDirectory()))
     options = config.Config(mesh=config.Mesh(data=1))
     run = mock.Mock(step=7)
-    run.network.mesh = sharding.make_mesh(options.mesh)
+    run.network.mesh = meshes.make_mesh(options.mesh)
     texts = [
       generate.Text("a\n\x1b[2Jb", [1, 2], [1, 2], -1.5, 2),
       generate.Text("c", [3], [1], 0.0, 1),

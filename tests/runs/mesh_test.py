@@ -20,7 +20,7 @@ from absl.testing import absltest, parameterized
 import pallas_kernels
 from aoarm_jax import objective
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.devices import hlo, sharding
+from aoarm_jax.devices import hlo, meshes, sharding
 from aoarm_jax.model import network as network_lib
 from aoarm_jax.model import vocabulary
 from aoarm_jax.training import program as program_lib
@@ -160,7 +160,7 @@ def first_state(program):
   seed = np.int32(network.config.seed)
   if min(network.mesh.devices.shape[:3]) > 1:
     return program.init(seed)
-  one = sharding.make_mesh(config_lib.Mesh(1), jax.devices()[:1])
+  one = meshes.make_mesh(config_lib.Mesh(1), jax.devices()[:1])
   key = network.model, network.config.train
   if key not in _draws:
     alone = program_lib.make(network.config, mesh=one, open_teacher=teacher)
@@ -194,8 +194,8 @@ def taught(program):
 
 def take_step(config, devices):
   """Take a step; if it names compute.rowwise, rows are cut as for a GPU."""
-  mesh = sharding.make_mesh(config.mesh, devices)
-  sharding.check(mesh, config)
+  mesh = meshes.make_mesh(config.mesh, devices)
+  meshes.check(mesh, config)
   as_gpu = contextlib.nullcontext()
   if config.compute.rowwise != "auto":
     gpu = kernel_devices.Device("gpu", "")
@@ -298,7 +298,7 @@ def large_vocabularies():
   def difference(loss, table):
     run = jax.jit(jax.value_and_grad(loss))
     wanted = run(table)
-    with jax.set_mesh(sharding.make_mesh(MESHES["2,2,2"])):
+    with jax.set_mesh(meshes.make_mesh(MESHES["2,2,2"])):
       got = run(table)
     parts = jax.tree.map(lambda x, y: float(abs(x - y).max()), got, wanted)
     return max(parts)
@@ -320,9 +320,9 @@ def errors():
   def message(mesh, batch=B, **changes):
     try:
       config = configuration("two_stream", mesh, **changes)
-      made = sharding.make_mesh(mesh)
-      sharding.check(made, config)
-      sharding.check_batch(
+      made = meshes.make_mesh(mesh)
+      meshes.check(made, config)
+      meshes.check_batch(
         made, "config.train.batch_size", batch, config.compute.accumulate
       )
       program_lib.make(config, mesh=made)
@@ -488,7 +488,7 @@ class MeshTest(parameterized.TestCase):
 
 class ShardsTest(absltest.TestCase):
   def test_short_shards_are_not_made(self):
-    mesh = jax.sharding.AbstractMesh((2, 4, 2, 1), sharding.AXES)
+    mesh = jax.sharding.AbstractMesh((2, 4, 2, 1), meshes.AXES)
 
     def spec(smallest_shard):
       axes, shape = ("embed", "heads", "head"), (5, 32, 4, 4)
@@ -498,7 +498,7 @@ class ShardsTest(absltest.TestCase):
     self.assertEqual(spec(8), jax.P(None, "fsdp", "tensor", None))
     self.assertEqual(spec(9), jax.P(None, None, "tensor", None))
     config = configuration("two_stream", config_lib.Mesh())
-    one = jax.sharding.AbstractMesh((1, 1, 1, 1), sharding.AXES)
+    one = jax.sharding.AbstractMesh((1, 1, 1, 1), meshes.AXES)
     for on, smallest_shard, whole in ((mesh, 4, 0), (mesh, 5, 8), (one, 99, 0)):
       cut = config.replace("mesh.smallest_shard", smallest_shard)
       network = network_lib.Network(cut, on)

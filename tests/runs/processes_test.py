@@ -16,7 +16,7 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from aoarm_jax import main
-from aoarm_jax.devices import sharding
+from aoarm_jax.devices import meshes
 from aoarm_jax.runs import agreement
 
 CHANGES = {
@@ -171,7 +171,7 @@ class ModesTest(parameterized.TestCase):
     with (
       mock.patch.object(agreement, "check_disk") as check_disk,
       mock.patch.object(agreement, "check_command", side_effect=Compared),
-      mock.patch.object(sharding, "all_devices") as all_devices,
+      mock.patch.object(meshes, "all_devices") as all_devices,
       self.assertRaises(Compared),
     ):
       helpers.run(command)

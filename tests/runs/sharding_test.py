@@ -18,7 +18,7 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.devices import sharding
+from aoarm_jax.devices import meshes, sharding
 from aoarm_jax.runs import metrics
 
 CHANGES = {
@@ -93,7 +93,7 @@ def on_four_devices(folder):
   shutil.copytree(folder / "one", folder / "one_to_four")
   helpers.run(arguments(folder, "one_to_four", "--mode=eval"))
   helpers.run(arguments(folder, "one_to_four", train__steps=6))
-  mesh = sharding.make_mesh(config_lib.Mesh())
+  mesh = meshes.make_mesh(config_lib.Mesh())
   batch = sharding.put_batch(mesh, np.arange(24, dtype=np.uint8).reshape(8, 3))
   shards = [(s.device.id, s.data.tolist()) for s in batch.addressable_shards]
   return {"errors": errors, "shards": sorted(shards), "score": score}
@@ -260,8 +260,8 @@ class ShardingTest(parameterized.TestCase):
 
 class HereTest(absltest.TestCase):
   def test_mesh_of_chosen_devices(self):
-    mesh = sharding.make_mesh(config_lib.Mesh(), jax.devices())
-    self.assertEqual(dict(mesh.shape), dict.fromkeys(sharding.AXES, 1))
+    mesh = meshes.make_mesh(config_lib.Mesh(), jax.devices())
+    self.assertEqual(dict(mesh.shape), dict.fromkeys(meshes.AXES, 1))
     self.assertTrue(sharding.replicated(mesh).is_fully_replicated)
 
   def test_too_few_devices_and_how_to_have_more(self):
@@ -271,15 +271,15 @@ class HereTest(absltest.TestCase):
         "config.mesh.* (tensor|data) 2 .* start with 2 devices .XLA_FLAGS=--xla"
         "_force_host_platform_device_count=2.$",
       ):
-        sharding.make_mesh(mesh, jax.devices()[:1])
+        meshes.make_mesh(mesh, jax.devices()[:1])
 
   def test_constrain_does_nothing_on_one_device(self):
     x = np.ones((3, 7))
     self.assertIs(sharding.constrain(x, "batch", "embed"), x)
-    with jax.set_mesh(sharding.make_mesh(config_lib.Mesh(), jax.devices()[:1])):
+    with jax.set_mesh(meshes.make_mesh(config_lib.Mesh(), jax.devices()[:1])):
       self.assertIs(sharding.constrain(x, "batch", "embed"), x)
     with self.assertRaises(KeyError):
-      sharding.named(sharding.make_mesh(config_lib.Mesh()), "bath")
+      sharding.named(meshes.make_mesh(config_lib.Mesh()), "bath")
 
 
 if __name__ == "__main__":
