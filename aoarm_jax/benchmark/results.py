@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from aoarm_jax.evaluation import evaluate
+from aoarm_jax.evaluation import averages
 
 
 class Unit(NamedTuple):
@@ -60,5 +60,5 @@ def ratio_and_error(
 ) -> tuple[float, float | None]:
   """Return sum(sums) / sum(sizes) and its standard error, to first order."""
   sums_, sizes_ = np.asarray(sums, np.float64), np.asarray(sizes, np.float64)
-  error = evaluate.error_of_ratio(sums_, sizes_) if len(sums_) > 1 else None
+  error = averages.error_of_ratio(sums_, sizes_) if len(sums_) > 1 else None
   return float(sums_.sum() / sizes_.sum()), error

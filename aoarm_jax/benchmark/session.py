@@ -15,7 +15,7 @@ from aoarm_jax.config import paths, purposes
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import documents, pipeline, tokenizers
 from aoarm_jax.devices import sharding, stopping
-from aoarm_jax.evaluation import evaluate, score
+from aoarm_jax.evaluation import averages, evaluate, score
 from aoarm_jax.generation import prompts
 from aoarm_jax.generation import texts as generate
 from aoarm_jax.runs import identity, opening
@@ -163,7 +163,7 @@ class Session:
     estimator: str,
     text: Text,
     run: opening.Run | None = None,
-  ) -> evaluate.Estimate:
+  ) -> averages.Estimate:
     """Return the Estimate of a text of any length in blocks.
 
     Args:

@@ -36,7 +36,7 @@ from aoarm_jax.config import reading
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import corpora, pipeline
 from aoarm_jax.devices import sharding
-from aoarm_jax.evaluation import evaluate
+from aoarm_jax.evaluation import averages, evaluate
 from aoarm_jax.runs import disk, identity, telemetry
 from aoarm_jax.study import cells as cells_lib
 from aoarm_jax.study import coherence, profiles, trunks
@@ -257,7 +257,7 @@ class Lab:
         )
         assert evaluated is not None  # Nothing stops this evaluation.
         nats, sums = evaluated
-        found = evaluate.mean(estimator, config.model.T, nats, sums)
+        found = averages.mean(estimator, config.model.T, nats, sums)
         reports.append(
           _report(found.report(), config.eval.split)
           | ({"weights": name} if name else {})

@@ -19,7 +19,7 @@ from aoarm_jax.config import purposes
 from aoarm_jax.config import schema as config
 from aoarm_jax.data import pipeline
 from aoarm_jax.devices import meshes, sharding
-from aoarm_jax.evaluation import evaluate
+from aoarm_jax.evaluation import averages, evaluate
 from aoarm_jax.runs import patience
 
 _T, _V, _COUNT, _K = 7, 5, 8, 3
@@ -93,12 +93,12 @@ def _by_hand(batches, family, key):
 
 class UnitTest(absltest.TestCase):
   def test_bits_per_byte_and_per_character(self):
-    found = evaluate.mean("elbo", 4, np.float32([8.0, 8.0]), None)
+    found = averages.mean("elbo", 4, np.float32([8.0, 8.0]), None)
     byte = dataclasses.replace(
       found,
       unit="byte",
       characters=4,
-      by_distance=(evaluate.Bin(1, 1, 2.0, 8),),
+      by_distance=(averages.Bin(1, 1, 2.0, 8),),
     )
     bits = 2 / math.log(2)
     record = byte.report()
@@ -120,7 +120,7 @@ class UnitTest(absltest.TestCase):
     self.assertIsNone(unknown["characters"])
 
   def test_bits_per_token(self):
-    found = evaluate.mean("elbo", 4, np.float32([8.0, 8.0]), None)
+    found = averages.mean("elbo", 4, np.float32([8.0, 8.0]), None)
     found = dataclasses.replace(found, unit="token", bytes=32, characters=16)
     record = found.record()
     bits = 2 / math.log(2)
@@ -135,17 +135,17 @@ class UnitTest(absltest.TestCase):
   def test_the_error_of_bits_a_byte_follows_the_bytes(self):
     """Long sequences have more nats, which is no error."""
     sizes = np.array([100, 200, 300])
-    self.assertEqual(evaluate.error_of_ratio(2.0 * sizes, sizes), 0)
+    self.assertEqual(averages.error_of_ratio(2.0 * sizes, sizes), 0)
     nats = np.random.default_rng(0).normal(3, 1, 4000)
     want = nats.std(ddof=1) / math.sqrt(4000) / 5
-    got = evaluate.error_of_ratio(nats, np.full(4000, 5))
+    got = averages.error_of_ratio(nats, np.full(4000, 5))
     self.assertAlmostEqual(got, want, places=12)
 
 
 class EstimateTest(parameterized.TestCase):
   def test_the_error_of_one_sequence_is_unknown(self):
-    one = evaluate.mean("elbo", 16, np.float32([2.0]), None)
-    two = evaluate.mean("elbo", 16, np.float32([2.0, 3.0]), None)
+    one = averages.mean("elbo", 16, np.float32([2.0]), None)
+    two = averages.mean("elbo", 16, np.float32([2.0, 3.0]), None)
     self.assertIsNone(one.record()["standard_error_bits"])
     self.assertIn("± unknown  (1 sequence, 16 characters)", str(one))
     self.assertGreater(two.record()["standard_error_bits"], 0)
@@ -433,7 +433,7 @@ class WriteTest(absltest.TestCase):
     corpus.describe.return_value = corpus.hash.return_value = "text"
     corpus.split.return_value, corpus.tokenizer.V = np.arange(9) % _V, _V
     corpus.tokenizer.unit = "char"
-    estimate = evaluate.Estimate("any_order", 1.0, 0.1, 3, 21, (1.0,) * 7)
+    estimate = averages.Estimate("any_order", 1.0, 0.1, 3, 21, (1.0,) * 7)
     with self.assertLogs(level="INFO") as logs:
       evaluate._write(
         config.Config(), workdir, 3, corpus, _batches(3), [estimate]
