@@ -95,7 +95,7 @@ def run(
   Args:
     config: of the study.
     cells: those that are to be measured.
-    results: sweep.Results.
+    results: results.Results.
 
   Raises:
     ConfigError: a knock-out cannot be read, or no cell has weights.

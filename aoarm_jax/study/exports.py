@@ -29,7 +29,7 @@ def run(
   Args:
     config: of the study; data.path says what the text is called.
     cells: those that are to be exported.
-    results: sweep.Results.
+    results: results.Results.
     folder: each cell becomes a folder of its name here. A folder that stands
       there already is passed over.
 

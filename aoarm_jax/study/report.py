@@ -46,7 +46,7 @@ def write(
   Args:
     config: of the study.
     cells: all of the sweep.
-    results: sweep.Results.
+    results: results.Results.
     every: (folder, content of result.json) of the cells that are shown.
     folder: made if absent.
   """

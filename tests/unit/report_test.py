@@ -9,6 +9,7 @@ from etils import epath
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.study import cells as cells_lib
 from aoarm_jax.study import measure, sweep
+from aoarm_jax.study import results as results_lib
 
 _FIGURES = ("f1_bits", "f2_delay", "f4_predictions", "f5_masked")
 
@@ -90,7 +91,7 @@ class ReportTest(absltest.TestCase):
 
   def test_failures_are_named(self):
     config, cells = studies.expanded("study_why")
-    results = sweep.Results(config, self.folder / "budget")
+    results = results_lib.Results(config, self.folder / "budget")
     folder = results.folder(cells[1])
     measure.note_failure(folder, "loss is nan", again=False)
     self.config = config.replace("study.part", "report")

@@ -21,6 +21,7 @@ from aoarm_jax.data import tokenizers
 from aoarm_jax.runs import telemetry
 from aoarm_jax.study import cells as cells_lib
 from aoarm_jax.study import measure, sweep
+from aoarm_jax.study import results as results_lib
 
 
 class SharesTest(absltest.TestCase):
@@ -45,7 +46,7 @@ class SharesTest(absltest.TestCase):
   def test_a_limit_shorter_than_a_cell_is_said(self):
     study = config("mechanism=two_stream,mdlm", limit_seconds=10)
     cells, clock = cells_lib.expand(study), sweep._Clock()
-    results = sweep.Results(study, epath.Path("/absent"))
+    results = results_lib.Results(study, epath.Path("/absent"))
     for seconds, said in (
       (30.0, "takes about 30 s: raise the limit"),
       (8.0, "start the same command again"),
@@ -67,7 +68,7 @@ class SharesTest(absltest.TestCase):
     """The lengths of the cells that are begun."""
     study = config("T=32,8,64,16 mechanism=two_stream")
     with tempfile.TemporaryDirectory() as folder:
-      results = sweep.Results(study, epath.Path(folder))
+      results = results_lib.Results(study, epath.Path(folder))
       with (
         mock.patch.object(
           sweep, "_fits", side_effect=lambda _, cell, *args: fits(cell)
@@ -193,7 +194,7 @@ class FailureTest(absltest.TestCase):
     other = self.folder / "cells/other/result.json"
     other.parent.mkdir(parents=True)
     other.write_text('{"cell"')
-    results = sweep.Results(self.config, self.folder)
+    results = results_lib.Results(self.config, self.folder)
     with self.assertLogs(level="WARNING") as logs:
       self.assertEqual(results.every(), [])
     self.assertIn("other/result.json: damaged", logs.output[0])
@@ -247,7 +248,7 @@ class FailureTest(absltest.TestCase):
       program.result()
 
     (cell,) = cells_lib.expand(config("seed=0"))
-    results = sweep.Results(self.config, self.folder)
+    results = results_lib.Results(self.config, self.folder)
     sweep._run_cell(mock.Mock(run=run), results, cell, sweep._Clock(), 0.0)
     self.assertTrue(results.failure(cell)["again"])
     self.assertIsNone(seen[0]())
@@ -266,7 +267,7 @@ class RateTest(absltest.TestCase):
     (self.cell,) = cells_lib.expand(self.study)
     self.trials = cells_lib.trials(self.cell, self.study)
     folder = epath.Path(self.enter_context(tempfile.TemporaryDirectory()))
-    self.results = sweep.Results(self.study, folder)
+    self.results = results_lib.Results(self.study, folder)
 
   def end(self, trial, bits, unigram=4.0):
     folder = self.results.folder(trial)
