@@ -106,9 +106,9 @@ def summarise(
   bins = jnp.searchsorted(edges, jnp.stack([near, ago], axis=1))
 
   def of_bin(k):
-    inside = ((bins == k) & counts).astype(jnp.float32)
-    even = jnp.einsum("ngr,gdr->ngd", m[..., 0, :] / size[0], inside.sum(-1))
-    return jnp.einsum("ngrs,gdrs->ngd", w, inside), even
+    in_bin = ((bins == k) & counts).astype(jnp.float32)
+    even = jnp.einsum("ngr,gdr->ngd", m[..., 0, :] / size[0], in_bin.sum(-1))
+    return jnp.einsum("ngrs,gdrs->ngd", w, in_bin), even
 
   size = jnp.maximum(counted.sum(-1), 1)  # [3, R]
   m = jnp.einsum("ngrs,drs->ngdr", w, counted.astype(jnp.float32))

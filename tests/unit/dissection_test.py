@@ -129,7 +129,7 @@ class FilesTest(absltest.TestCase):
       "probes": [],
       "locality": [],
     }
-    text = dissection.run_dir.to_json(record | changes)
+    text = dissection.disk.to_json(record | changes)
     (self.folder / dissection.MEASURES).write_text(text)
 
   def test_only_measures_of_these_options_and_weights_count(self):

@@ -17,7 +17,7 @@ from etils import epath
 from studies import config
 
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.data import tokenizers
+from aoarm_jax.data import corpora, tokenizers
 from aoarm_jax.runs import telemetry
 from aoarm_jax.study import cells as cells_lib
 from aoarm_jax.study import measure, sweep
@@ -74,7 +74,6 @@ class SharesTest(absltest.TestCase):
           sweep, "_fits", side_effect=lambda _, cell, *args: fits(cell)
         ),
         mock.patch.object(sweep, "_run_cell") as run,
-        mock.patch.object(sweep, "corpora"),
         mock.patch.object(sweep, "pipeline"),
         mock.patch.object(sweep, "measure"),
         mock.patch.object(sweep.programs_lib, "Programs"),
@@ -129,9 +128,7 @@ class FailureTest(absltest.TestCase):
     corpus = mock.Mock(tokenizer=tokenizers.get("char27"))
     corpus.hash.return_value = "0"
     corpus.split.return_value = np.zeros(200, np.uint8)
-    self.enter_context(
-      mock.patch.object(sweep.corpora, "load", return_value=corpus)
-    )
+    self.enter_context(mock.patch.object(corpora, "load", return_value=corpus))
     self.enter_context(mock.patch.object(sweep.programs_lib, "Programs"))
 
   def start(self, errors):
@@ -185,7 +182,7 @@ class FailureTest(absltest.TestCase):
       yield
 
     with (
-      mock.patch.object(sweep.run_dir, "lock", lock),
+      mock.patch.object(sweep.locking, "lock", lock),
       self.assertRaisesRegex(config_lib.ConfigError, "another text"),
     ):
       self.start({})
