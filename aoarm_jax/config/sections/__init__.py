@@ -1,0 +1,1 @@
+"""The sections of the configuration, by the folder that reads them."""
