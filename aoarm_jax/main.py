@@ -18,7 +18,7 @@ import gc
 import os
 import sys
 
-from aoarm_jax.devices import meshes, stopping
+from aoarm_jax.devices import stopping
 
 _IS_PROGRAM = (
   __name__ == "__main__" or os.path.basename(sys.argv[0]) == "aoarm_jax"
@@ -51,7 +51,7 @@ from aoarm_jax.benchmark import suite
 from aoarm_jax.config import errors, exit_codes, experiments, explain, paths
 from aoarm_jax.config import rules as config_rules
 from aoarm_jax.config import schema as config_lib
-from aoarm_jax.devices import distributed, switches, waits
+from aoarm_jax.devices import distributed, meshes, switches, waits
 from aoarm_jax.evaluation import evaluate, score
 from aoarm_jax.generation import sample
 from aoarm_jax.runs import (
