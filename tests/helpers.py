@@ -20,7 +20,7 @@ from absl import flags
 from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 
-from aoarm_jax import api, main
+from aoarm_jax import api, command_line, main
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import tokenizers
 from aoarm_jax.devices import meshes
@@ -219,11 +219,11 @@ def parse(command: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
   """(flags, argv) of one command, without the program's global flags."""
   argv = ["main.py", *command]
   values = flags.FlagValues()
-  main.define_flags(values, argv)
+  command_line.define_flags(values, argv)
   with warnings.catch_warnings():
     # ml_collections loads the experiment file in an old way.
     warnings.filterwarnings("ignore", ".*load_module", DeprecationWarning)
-    main.parse(argv, values)
+    command_line.parse(argv, values)
   return values, argv
 
 

@@ -26,7 +26,7 @@ from etils import epath
 from safetensors import numpy as safetensors_numpy
 
 import aoarm_jax
-from aoarm_jax import main, orders
+from aoarm_jax import command_line, orders
 from aoarm_jax.config import errors
 from aoarm_jax.config import rules as config_rules
 from aoarm_jax.config import schema as config_lib
@@ -380,7 +380,7 @@ class ExportTest(FolderTest):
       helpers.run(command)
     with self.refused("config.export.dtype='float16'"):
       helpers.run([*command, "--config.export.dtype=float16", f"--out={out}-2"])
-    self.assertIn("export", main.MODES)
+    self.assertIn("export", command_line.MODES)
 
   @pytest.mark.thorough
   def test_every_mode_reads_a_folder(self):

@@ -20,7 +20,7 @@ import pytest
 from absl import flags
 from absl.testing import absltest, parameterized
 
-from aoarm_jax import main
+from aoarm_jax import command_line, main
 from aoarm_jax.config import errors
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import corpora
@@ -348,16 +348,16 @@ class ParseTest(parameterized.TestCase):
 
   def test_help_shows_flags_and_fields(self):
     values = flags.FlagValues()
-    main.define_flags(values, ["main.py"])
-    text = main.help_text(["main.py", "--help"], values)
+    command_line.define_flags(values, ["main.py"])
+    text = command_line.help_text(main.__doc__, ["main.py", "--help"], values)
     for flag in (*values, "config.model.T=128"):
       self.assertIn(f"--{flag}", text)
     self.assertIn("two_stream", text)
     argv = ["main.py", "--config=two_stream:tiny", "-h"]
     argv.append("--config.model.D=96")
     values = flags.FlagValues()
-    main.define_flags(values, argv)
-    text = main.help_text(argv, values)
+    command_line.define_flags(values, argv)
+    text = command_line.help_text(main.__doc__, argv, values)
     self.assertIn("--config.model.D=96\n", text)
     self.assertIn("--config.model.T=64\n", text)
     self.assertIn("default 128", text)
@@ -387,7 +387,7 @@ class ParseTest(parameterized.TestCase):
     full = OSError(errno.ENOSPC, "full")
     err = io.StringIO()
     with (
-      mock.patch.object(main, "help_text", side_effect=full),
+      mock.patch.object(command_line, "help_text", side_effect=full),
       contextlib.redirect_stderr(err),
       self.assertRaises(SystemExit) as caught,
     ):
@@ -407,7 +407,7 @@ class ParseTest(parameterized.TestCase):
 
 
 class MemoryTest(parameterized.TestCase):
-  @parameterized.parameters(*main.MODES)
+  @parameterized.parameters(*command_line.MODES)
   def test_out_of_memory_is_one_line_that_names_fields_there_are(self, mode):
     error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
     stderr = io.StringIO()
@@ -426,7 +426,7 @@ class MemoryTest(parameterized.TestCase):
     (line,) = stderr.getvalue().splitlines()
     self.assertStartsWith(line, "aoarm_jax: error: out of device memory: ")
     for field in re.findall(r"--config\.[\w.]+", line):
-      main._check_override(field)
+      command_line.check_override(field)
 
 
 SIGNALS = """

@@ -15,7 +15,7 @@ import helpers
 import pytest
 from absl.testing import absltest, parameterized
 
-from aoarm_jax import main
+from aoarm_jax import command_line
 from aoarm_jax.devices import meshes
 from aoarm_jax.runs import agreement
 
@@ -157,7 +157,7 @@ class Compared(Exception):
 
 
 class ModesTest(parameterized.TestCase):
-  @parameterized.parameters(*main.MODES)
+  @parameterized.parameters(*command_line.MODES)
   def test_every_mode_compares_first(self, mode):
     """Before it looks at a device; the modes that read a run look for it."""
     more = {

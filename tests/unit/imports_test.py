@@ -14,6 +14,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 FLOORS = (
   "launch configs",
   "main",
+  "command_line",
   "study benchmark",
   "tools",
   "aoarm_jax",
@@ -31,6 +32,7 @@ FLOORS = (
 # Rooms that may not import all that is below.
 ONLY = {
   "launch": "config",
+  "command_line": "config",
   "configs": "config",
   "objective": "lengths orders config",
   "lengths": "orders",
@@ -40,9 +42,9 @@ ONLY = {
 
 # Libraries that are kept in some rooms; () keeps them out of all.
 KEPT_IN = {
-  r"absl\.(flags|app)": ("main",),
-  r"ml_collections\.config_flags": ("main",),
-  r"ml_collections": ("main", "config"),
+  r"absl\.(flags|app)": ("main", "command_line"),
+  r"ml_collections\.config_flags": ("main", "command_line"),
+  r"ml_collections": ("main", "command_line", "config"),
   r"orbax": ("runs",),
   r"grain": ("data",),
   r"array_record": ("data",),

@@ -25,7 +25,7 @@ import imports_test
 from absl import app, flags
 from absl.testing import absltest, parameterized
 
-from aoarm_jax import main
+from aoarm_jax import command_line, main
 from aoarm_jax.config import rules as config_rules
 from aoarm_jax.config import schema as config_lib
 from launch import common
@@ -123,8 +123,8 @@ def check_main(arguments: list[str], *, alone: bool = False) -> None:
   # An experiment by name stays as it is.
   argv = [re.sub("^--config=(?=.*/)", f"--config={ROOT}/", a) for a in argv]
   values = flags.FlagValues()
-  main.define_flags(values, argv)
-  main.parse(argv, values)
+  command_line.define_flags(values, argv)
+  command_line.parse(argv, values)
   if alone:
     return
   config_rules.validate(config_lib.from_config_dict(values.config))
