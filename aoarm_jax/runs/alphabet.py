@@ -14,6 +14,7 @@ from aoarm_jax.config import paths, reading
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.data import alphabets, configured, corpora, tokenizers
 from aoarm_jax.runs import exported, manifest, patience, places
+from aoarm_jax.runs import steps as steps_lib
 
 
 def of_start(
@@ -81,7 +82,7 @@ def _check_source(config, workdir):
 
 
 def _finished(workdir):
-  return manifest.Steps(workdir / "checkpoints").finished()
+  return steps_lib.Steps(workdir / "checkpoints").finished()
 
 
 def of_run(
@@ -161,7 +162,7 @@ def _newest(workdir):
     source = exported.Exported(workdir)
     state = source.tokenizer(source.saved)
     return alphabets.of_state(state, str(workdir)) if state else None
-  steps = manifest.Steps(workdir / "checkpoints")
+  steps = steps_lib.Steps(workdir / "checkpoints")
   for step in reversed(steps.finished()):
     try:
       wanted = steps.record(step)["data_state"].get("tokenizer", "")

@@ -34,6 +34,7 @@ from aoarm_jax.config import reading
 from aoarm_jax.data import alphabets
 from aoarm_jax.devices import distributed, neighbours, waits
 from aoarm_jax.runs import arrays, disk, manifest, text
+from aoarm_jax.runs import steps as steps_lib
 
 FORMAT_VERSION = manifest.FORMAT_VERSION
 CheckpointError = manifest.CheckpointError
@@ -89,7 +90,7 @@ class Checkpoints:
     if "://" not in str(path):
       # Orbax accepts only absolute paths.
       path = epath.Path(os.path.abspath(path))
-    self._steps = manifest.Steps(path)
+    self._steps = steps_lib.Steps(path)
     self._keep_last, self._keep_best = keep_last, keep_best
     self._notice_seconds = notice_seconds
     self._thread = concurrent.futures.ThreadPoolExecutor(

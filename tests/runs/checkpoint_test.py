@@ -26,6 +26,7 @@ from orbax.checkpoint import v1
 
 from aoarm_jax.devices import distributed
 from aoarm_jax.runs import checkpoint, manifest
+from aoarm_jax.runs import steps as steps_lib
 
 CONFIG = json.dumps({"model": {"D": 7}, "text": "naïve ☃"})
 
@@ -599,7 +600,7 @@ class InterruptedSaveTest(CheckpointTest):
     """A late write makes a file in the folder while it is deleted."""
     checkpoints = self.open()
     self.fill(checkpoints, [10])
-    clean = manifest.Steps.clean
+    clean = steps_lib.Steps.clean
     late = os.path.join(self.directory, "20.orbax-checkpoint-tmp", "late")
 
     def clean_too_early(steps):
@@ -613,7 +614,7 @@ class InterruptedSaveTest(CheckpointTest):
     written = [False, True]
     with (
       mock.patch.object(v1, "save_checkpointables_async", fail),
-      mock.patch.object(manifest.Steps, "clean", clean_too_early),
+      mock.patch.object(steps_lib.Steps, "clean", clean_too_early),
       self.assertRaisesRegex(
         checkpoint.CheckpointError,
         f"step 20 was not saved in {self.directory}: No space left on device;",

@@ -33,6 +33,7 @@ from aoarm_jax.runs import (
   opening,
 )
 from aoarm_jax.runs import directory as run_dir
+from aoarm_jax.runs import steps as steps_lib
 from aoarm_jax.study import measure
 from aoarm_jax.training import resuming
 
@@ -368,7 +369,7 @@ class StrangersTest(parameterized.TestCase):
 
   def test_steps_that_always_vanish(self):
     workdir = self.copy("vanishing")
-    steps = manifest.Steps(epath.Path(workdir / "checkpoints"))
+    steps = steps_lib.Steps(epath.Path(workdir / "checkpoints"))
     with (
       _alarm(60),
       mock.patch.object(steps, "folders", return_value=[6, 7]),
@@ -380,7 +381,7 @@ class StrangersTest(parameterized.TestCase):
     workdir = self.copy("links")
     (workdir / "checkpoints" / "5").rename(workdir / "mine")
     (workdir / "checkpoints" / "5").symlink_to(workdir / "mine")
-    manifest.Steps(epath.Path(workdir / "checkpoints")).delete(5)
+    steps_lib.Steps(epath.Path(workdir / "checkpoints")).delete(5)
     self.assertFalse((workdir / "checkpoints" / "5").is_symlink())
     self.assertTrue((workdir / "mine" / "manifest.json").exists())
 
