@@ -185,7 +185,7 @@ def help_text(
 
 def _with_paths(argv):
   """Return the command line with the path of the experiment for its name."""
-  paths, is_value = [], False
+  arguments, is_value = [], False
   for argument in argv:
     flag, equals, value = argument.partition("=")
     if is_value and argument:
@@ -193,8 +193,8 @@ def _with_paths(argv):
     elif flag in ("--config", "-config") and value:
       argument = f"{flag}={experiments.find(value)}"
     is_value = flag in ("--config", "-config") and not equals
-    paths.append(argument)
-  return paths
+    arguments.append(argument)
+  return arguments
 
 
 def _in_experiment(error):
@@ -253,8 +253,8 @@ def _no_file(path):
 
 def _fields(name):
   """Return a hint if an unknown flag has the name of fields, else ""."""
-  paths = [path for path, _, _ in config_lib.leaves(config_lib.Config())]
-  similar = [f"--{path}" for path in paths if path.endswith(f".{name}")]
+  names = [path for path, _, _ in config_lib.leaves(config_lib.Config())]
+  similar = [f"--{path}" for path in names if path.endswith(f".{name}")]
   return f"; did you mean {' or '.join(similar)}?" if similar else ""
 
 
