@@ -7,8 +7,8 @@ any-order number; docs/results has the run):
   default  one H200, 2,000 steps in 85 s: 1.608 bits/char (books27, 1 seed)
   :long    not run yet
   :base    not run yet; needs text8, --config.data.path=text8.zip
-  :bpe     one H200, 8,000 steps: 1.405 bits/byte (books as written, 1 seed);
-           10.0M parameters, 2.1M of them in embedding and head
+  :bpe     10.0M parameters, 2.1M of them in embedding and head;
+           one H200, 8,000 steps: 1.405 bits/byte (books as written, 1 seed)
   :124m    not run yet; 123.6M parameters, 38.6M of them in the embedding; needs
            a large text, as in --config.data.path=prepared/texts
   :qwen3-0.6b, :qwen3-1.7b, :qwen3-8b  not run yet; 596M, 1,721M and 8,191M

@@ -9,8 +9,8 @@ Training minimises the negative ELBO. Sampling keeps no cache. The method
 Hardware, time, validation result (books27, one seed):
   default  one H100, 2,000 steps: 2.149 bits/char (ELBO), 2.148 (any order)
   :base    not run yet; needs text8, --config.data.path=text8.zip
-  :bpe     one H200, 8,000 steps: 1.591 bits/byte (ELBO; books as written);
-           10.0M parameters, 2.1M of them in embedding and head
+  :bpe     10.0M parameters, 2.1M of them in embedding and head;
+           one H200, 8,000 steps: 1.591 bits/byte (ELBO; books as written)
   :124m    not run yet; 123.6M parameters, 38.6M of them in the embedding; needs
            a large text, as in --config.data.path=prepared/texts
   :tiny    for a CPU
