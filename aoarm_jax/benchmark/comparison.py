@@ -11,15 +11,13 @@ other units are left out of the table. So are notes; the report of each model
 has them.
 """
 
-import argparse
-import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from etils import epath
 
 from aoarm_jax.benchmark import frontier
+from aoarm_jax.benchmark import results as results_lib
 from aoarm_jax.config import reading
 from aoarm_jax.config import schema as config_lib
 from aoarm_jax.runs import canvas, disk, text
@@ -27,7 +25,6 @@ from aoarm_jax.tools import arguments
 
 _REPORT = "benchmark.json"
 _KEYS = ("part", "subject", "measure", "unit")
-_PICTURES = ("likelihood", "frontier")
 
 
 class _Benchmark:
@@ -59,7 +56,10 @@ class _Benchmark:
       record = reading.parse(reading.read(path, reading.JSON_BYTES), kinds)
       self.run = record["run"]
       self.name = folder.name if folder.name != "benchmark" else path.parts[-3]
-      self.rows = {tuple(row[k] for k in _KEYS): row for row in record["table"]}
+      self.rows = {
+        tuple(row[k] for k in _KEYS): results_lib.Row(**row)
+        for row in record["table"]
+      }
       facts = [
         unit["settings"]["text"]
         for name, unit in record["units"].items()
@@ -68,7 +68,7 @@ class _Benchmark:
       self.text = facts[0].get("sha256_of_the_whole_text") or facts[0]["sha256"]
     except IndexError:
       self.text = ""
-    except (KeyError, OSError, ValueError) as error:
+    except (KeyError, OSError, TypeError, ValueError) as error:
       raise config_lib.ConfigError(
         f"{path}: is not a report of --mode=benchmark ({error!r}); make it anew"
       ) from error
@@ -100,9 +100,11 @@ def compare(folders: Sequence[epath.Path], out: epath.Path) -> str:
   out.mkdir(parents=True, exist_ok=True)
   keys = [*_comparable(found)]
   disk.write_atomically(out / "comparison.csv", _csv(found, keys))
-  canvas_of = {"likelihood": _draw_likelihood, "frontier": _draw_frontier}
+  pictures = {"likelihood": _draw_likelihood, "frontier": _draw_frontier}
   drawn = [
-    name for name in _PICTURES if canvas_of[name](found, out / f"{name}.png")
+    name
+    for name, draw in pictures.items()
+    if draw(found, keys, out / f"{name}.png")
   ]
   page = _page(found, keys, drawn)
   disk.write_atomically(out / "README.md", page)
@@ -115,7 +117,7 @@ def _comparable(found: Sequence[_Benchmark]) -> Iterable[tuple[str, ...]]:
   ordered = dict.fromkeys(key for one in found for key in one.rows)
   order = {part: i for i, part in enumerate(config_lib.BENCHMARK_PARTS)}
   for key in sorted(ordered, key=lambda key: order[key[0]]):
-    if same or not any(word in key[3] for word in ("token", "character")):
+    if same or "token" not in key[3]:
       yield key
 
 
@@ -123,19 +125,19 @@ def _csv(found, keys):
   """Return all values and errors as CSV."""
   return text.csv_table(
     {"model": one.name, **dict(zip(_KEYS, key))}
-    | {name: row[name] for name in ("value", "error", "n")}
+    | {"value": row.value, "error": row.error, "n": row.n}
     for one in found
     for key in keys
     if (row := one.rows.get(key))
   )
 
 
-def _cell(row: Mapping[str, Any] | None) -> str:
+def _cell(row: results_lib.Row | None) -> str:
   """Return a value with its standard error."""
-  if row is None or row["value"] is None:
+  if row is None or row.value is None:
     return ""
-  error = "" if row["error"] is None else f" ± {row['error']:.3f}"
-  return f"{row['value']:.3f}{error}"
+  error = "" if row.error is None else f" ± {row.error:.3f}"
+  return f"{row.value:.3f}{error}"
 
 
 def _page(found, keys, drawn):
@@ -169,23 +171,18 @@ def _page(found, keys, drawn):
 
 def _row(key, found):
   """Return the cells of a row: what is measured, and a value a model."""
-  part, subject, measure, unit = key
-  words = part.replace("_", " "), subject.replace("_", " "), measure
-  cells = (_cell(one.rows.get(key)) for one in found)
-  return [*words, unit.replace("bits_per_", "bits/"), *cells]
+  rows = [one.rows.get(key) for one in found]
+  named = next(row for row in rows if row)
+  return [*named.words(), *map(_cell, rows)]
 
 
 def _fact(value):
   return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _draw_likelihood(found, path):
+def _draw_likelihood(found, keys, path):
   """Draw bits per byte of every estimator; return whether there are any."""
-  keys = [
-    key
-    for key in dict.fromkeys(key for one in found for key in one.rows)
-    if key[0] == "likelihood" and key[3] == "bits_per_byte"
-  ]
+  keys = [k for k in keys if k[0] == "likelihood" and k[3] == "bits_per_byte"]
   if not keys:
     return False
   with canvas.draw([path], inches=(8, 1.6 + 0.55 * len(keys))) as (_, grid):
@@ -194,9 +191,9 @@ def _draw_likelihood(found, path):
       places = [j for j, key in enumerate(keys) if key in one.rows]
       rows = [one.rows[keys[j]] for j in places]
       axes.errorbar(
-        [row["value"] for row in rows],
+        [row.value for row in rows],
         [j - 0.12 * (i - (len(found) - 1) / 2) for j in places],
-        xerr=[row["error"] or 0 for row in rows],
+        xerr=[row.error or 0 for row in rows],
         fmt="o",
         capsize=3,
         color=canvas.COLOURS[i % len(canvas.COLOURS)],
@@ -208,33 +205,37 @@ def _draw_likelihood(found, path):
   return True
 
 
-def _draw_frontier(found, path):
+def _draw_frontier(found, keys, path):
   """Draw quality over measured entropy; return whether there are any."""
-  drawn = [one for one in found if any(k[2] == "quality" for k in one.rows)]
-  if not drawn:
+  pairs = [
+    [_of_measure(one, keys, name) for name in ("measured entropy", "quality")]
+    for one in found
+  ]
+  references = [quality["real text"] for _, quality in pairs if quality]
+  if not references:
     return False
   with canvas.draw([path], inches=(8, 4.6)) as (_, grid):
     axes = grid[0, 0]
-    for i, one in enumerate(drawn):
-      frontier.draw_samples(
-        axes,
-        {
-          k[1]: row for k, row in one.rows.items() if _is(k, "measured entropy")
-        },
-        {k[1]: row for k, row in one.rows.items() if _is(k, "quality")},
-        colour=canvas.COLOURS[i % len(canvas.COLOURS)],
-        label=one.name,
-      )
-    real = drawn[0].rows["generation", "real text", "quality", "bits_per_byte"]
-    axes.axhline(real["value"], color=canvas.GREY, ls="--", label="real text")
+    for i, (one, (entropy, quality)) in enumerate(zip(found, pairs)):
+      if quality:
+        colour = canvas.COLOURS[i % len(canvas.COLOURS)]
+        frontier.draw_samples(axes, entropy, quality, colour, one.name)
+    axes.axhline(
+      references[0].value, color=canvas.GREY, ls="--", label="real text"
+    )
     axes.set_xlabel("measured entropy in bits per byte: more is more diverse")
     axes.set_ylabel("bits per byte under the scorer")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
   return True
 
 
-def _is(key, measure):
-  return key[2:] == (measure, "bits_per_byte")
+def _of_measure(one, keys, measure):
+  """Return {subject: row} of a measure in bits per byte."""
+  return {
+    key[1]: one.rows[key]
+    for key in keys
+    if key in one.rows and key[2:] == (measure, "bits_per_byte")
+  }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -242,11 +243,11 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser = arguments.parser("benchmark.comparison", __doc__)
   parser.add_argument("folders", nargs="+", type=arguments.place)
   parser.add_argument("--out", type=arguments.place, required=True)
-  flags: argparse.Namespace = parser.parse_args(argv)
+  flags = parser.parse_args(argv)
   try:
     print(compare(flags.folders, flags.out), end="")
   except (config_lib.ConfigError, OSError) as error:
-    sys.exit(f"aoarm_jax: error: {os.linesep.join(str(error).splitlines())}")
+    sys.exit(f"aoarm_jax: error: {error}")
   return 0
 
 

@@ -228,11 +228,9 @@ def draw(results: Mapping[str, Any], path: epath.Path, title: str) -> None:
 
 def _draw_frontier(axes, entropy, quality):
   """Draw bits per byte under the scorer over an entropy."""
-  x, y = (
-    {subject: row._asdict() for subject, row in rows.items()}
-    for rows in (entropy, quality)
+  draw_samples(
+    axes, entropy, quality, colour=canvas.COLOURS[0], label="samples"
   )
-  draw_samples(axes, x, y, colour=canvas.COLOURS[0], label="samples")
   real = quality["real text"].value
   axes.axhline(real, color=canvas.GREY, ls="--", label="real text")
   if "real text" in entropy:
@@ -244,8 +242,8 @@ def _draw_frontier(axes, entropy, quality):
 
 def draw_samples(
   axes: Any,
-  entropy: Mapping[str, Mapping[str, Any]],
-  quality: Mapping[str, Mapping[str, Any]],
+  entropy: Mapping[str, results_lib.Row],
+  quality: Mapping[str, results_lib.Row],
   colour: str,
   label: str,
 ) -> None:
@@ -259,11 +257,9 @@ def draw_samples(
     label: of the line, for the legend.
   """
   names = [name for name in entropy if name != "real text"][::-1]
-  x, y = (
-    [rows[name]["value"] for name in names] for rows in (entropy, quality)
-  )
+  x, y = ([rows[name].value for name in names] for rows in (entropy, quality))
   errors = (
-    [rows[name]["error"] or 0 for name in names] for rows in (quality, entropy)
+    [rows[name].error or 0 for name in names] for rows in (quality, entropy)
   )
   axes.errorbar(x, y, *errors, fmt="o-", color=colour, capsize=3, label=label)
   for name, *place in zip(names, x, y):

@@ -59,11 +59,8 @@ def _cells(row):
     "" if number is None else f"{number:.4f}"
     for number in (row.value, row.error)
   )
-  subject = row.subject.replace("_", " ")
-  unit = row.unit.replace("bits_per_", "bits/")
-  part = row.part.replace("_", " ")
-  count = f"{row.n:,}"
-  return (part, subject, row.measure, value, error, unit, count, row.note)
+  part, subject, measure, unit = row.words()
+  return (part, subject, measure, value, error, unit, f"{row.n:,}", row.note)
 
 
 def _page(title, facts, rows, left_out, pictures):

@@ -46,6 +46,11 @@ class Row(NamedTuple):
   n: int
   note: str = ""
 
+  def words(self) -> tuple[str, str, str, str]:
+    """Return part, subject, measure and unit for people."""
+    part, subject = (x.replace("_", " ") for x in (self.part, self.subject))
+    return part, subject, self.measure, self.unit.replace("bits_per_", "bits/")
+
 
 def mean_and_error(values: npt.ArrayLike) -> tuple[float, float | None]:
   """Return the mean of numbers and its standard error; None for one number."""

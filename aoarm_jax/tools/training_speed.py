@@ -4,10 +4,9 @@
 
 Each row of the table is a model, a length T and one choice of compute.rowwise,
 compute.attention, compute.loss_block, compute.scan_layers, compute.remat and
-train.lora_rank. The choices of a model and a length
-run in interleaved rounds, in one process, and the times are medians: what else
-the device does meets all of them alike. Texts, orders and parameters are
-random.
+train.lora_rank. The choices of a model and a length run in interleaved rounds,
+in one process, and the times are medians: what else the device does meets all
+of them alike. Texts, orders and parameters are random.
 
   ms/step   of forward pass, backward pass and optimizer
   tokens/s  batch times T over that time
