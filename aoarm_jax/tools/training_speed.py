@@ -44,14 +44,14 @@ from aoarm_jax.model import cost
 from aoarm_jax.runs import telemetry
 from aoarm_jax.tools import arguments, scaling, table
 
-# The columns of what is compared -> the fields of the config.
+# The columns of what is compared -> the flag that lists it, and its field.
 _CHOICES = {
-  "rowwise": "compute.rowwise",
-  "attention": "compute.attention",
-  "loss_block": "compute.loss_block",
-  "scan": "compute.scan_layers",
-  "remat": "compute.remat",
-  "lora": "train.lora_rank",
+  "rowwise": ("rowwise", "compute.rowwise"),
+  "attention": ("attention", "compute.attention"),
+  "loss_block": ("loss_blocks", "compute.loss_block"),
+  "scan": ("scan", "compute.scan_layers"),
+  "remat": ("remat", "compute.remat"),
+  "lora": ("lora", "train.lora_rank"),
 }
 # The columns of the table -> their width.
 _WIDTHS = {
@@ -131,21 +131,15 @@ def configs(
       train=config_lib.Train(batch_size=max(flags.tokens // T, 1), steps=1000),
       mesh=config_lib.Mesh(data=1),
     )
-    yield [
-      functools.reduce(
-        lambda config, field: config.replace(*field),
-        zip(_CHOICES.values(), chosen),
-        base,
-      )
-      for chosen in itertools.product(
-        flags.rowwise,
-        flags.attention,
-        flags.loss_blocks,
-        flags.scan,
-        flags.remat,
-        flags.lora,
-      )
-    ]
+    lists = [getattr(flags, flag) for flag, _ in _CHOICES.values()]
+    yield [_chosen(base, values) for values in itertools.product(*lists)]
+
+
+def _chosen(config, values):
+  """Returns the config with a value for each of _CHOICES."""
+  for (_, field), value in zip(_CHOICES.values(), values):
+    config = config.replace(field, value)
+  return config
 
 
 def _data(vocabulary):
@@ -205,7 +199,7 @@ def name(config: config_lib.Config) -> dict[str, Any]:
   """Returns the columns that tell a row from others."""
   chosen = {
     column: operator.attrgetter(field)(config)
-    for column, field in _CHOICES.items()
+    for column, (_, field) in _CHOICES.items()
   }
   model = config.model
   return dict(size=config.name, mechanism=model.mechanism, T=model.T) | chosen
