@@ -81,7 +81,7 @@ class Mechanism:
 
   @property
   def has_one_position(self) -> bool:
-    """Whether a row that predicts stands at a single position.
+    """A row that predicts stands at a single position.
 
     Then an embedding of this position can take the place of the rotations. A
     row of one stream that is rotated by its target has two positions.

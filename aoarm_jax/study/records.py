@@ -25,7 +25,7 @@ def find(rows: list[Row], **wanted: Any) -> list[Row]:
 
 
 class Setting(NamedTuple):
-  """What two runs must share to be compared.
+  """The setting that two runs share if they are compared.
 
   A curriculum has the orders that it is evaluated in.
   """

@@ -1,4 +1,4 @@
-"""What a run directory holds of a sweep, and what follows for its cells."""
+"""The results of a sweep in a run directory, and what cells are run with."""
 
 import math
 
@@ -15,7 +15,7 @@ _UNTRAINED = 0.1  # Bits below the letters' entropy that a run has to be.
 
 
 class Results:
-  """What a run directory holds of a sweep."""
+  """The cells of a sweep in a run directory."""
 
   def __init__(self, config: config_lib.Config, workdir: epath.Path):
     self.config, self.workdir = config, workdir

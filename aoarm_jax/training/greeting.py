@@ -1,4 +1,4 @@
-"""What the log says of a run before its first step."""
+"""The log says what a run is before its first step."""
 
 import functools
 

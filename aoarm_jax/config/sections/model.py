@@ -1,4 +1,4 @@
-"""What a model is: its backbone and its mechanism."""
+"""The fields of a model: its backbone and its mechanism."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""What a run saves, exports and reports."""
+"""The fields of what a run saves, exports and reports."""
 
 import dataclasses
 
@@ -50,7 +50,7 @@ class Export:
 
 @dataclasses.dataclass(frozen=True)
 class Telemetry:
-  """What a run reports (aoarm_jax/runs/telemetry.py)."""
+  """The reports of a run (aoarm_jax/runs/telemetry.py)."""
 
   log_every: int = fields.field(50, "steps between log lines", low=1)
   patience_seconds: float = fields.field(
