@@ -179,13 +179,10 @@ def rows(results: Mapping[str, Any]) -> list[results_lib.Row]:
         note = "mean of -log q of the draws; this method is not exact"
       bits = np.array(result["nats"]) / math.log(2)
       for unit in ("token", "byte"):
-        sizes = result[f"{unit}s"]
-        if unit == "token" or sizes != result["tokens"]:
-          ratio = results_lib.ratio_and_error(bits, sizes)
-          row = make(
-            "measured entropy", *ratio, f"bits_per_{unit}", count, note
-          )
-          table.append(row)
+        ratio = results_lib.ratio_and_error(bits, result[f"{unit}s"])
+        table.append(
+          make("measured entropy", *ratio, f"bits_per_{unit}", count, note)
+        )
     mean = results_lib.mean_and_error(result["unigram_bits"])
     note = "of the tokens within a text"
     table.append(make("unigram entropy", *mean, "bits_per_token", count, note))

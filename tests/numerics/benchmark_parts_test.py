@@ -190,12 +190,14 @@ class EntropyTest(parameterized.TestCase):
       log_p = np.take_along_axis(log_p, targets[..., None], axis=-1).sum((1, 2))
       self.assertAlmostEqual(np.exp(log_p).sum(), 1, places=5)
       entropies.append(-(np.exp(log_p) * log_p).sum() / math.log(2) / T)
-    row = next(
+    row, per_byte = (
       r
       for r in frontier.rows({f"{temperature:g}": found})
       if r.measure == "measured entropy"
     )
     self.assertEqual((row.n, row.unit), (800, "bits_per_token"))
+    # A token is a byte here.
+    self.assertEqual(per_byte, row._replace(unit="bits_per_byte"))
     self.assertLess(abs(row.value - np.mean(entropies)), 4 * row.error)
     self.assertLess(row.error, 0.03)
 
