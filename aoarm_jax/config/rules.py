@@ -73,8 +73,9 @@ def _check_range(path, metadata, value):
       )
   for item in value if isinstance(value, tuple) else (value,):
     if choices and item not in choices:
+      lists = "; write several as \"('a','b')\"" if "," in str(item) else ""
       raise config_lib.ConfigError(
-        f"{path}={value!r}: {item!r} is not one of {', '.join(choices)}"
+        f"{path}={value!r}: {item!r} is not one of {', '.join(choices)}{lists}"
       )
     item_type = metadata.get("of", int)
     is_plain = isinstance(value, tuple) and not choices

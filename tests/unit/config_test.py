@@ -328,6 +328,10 @@ class RulesTest(parameterized.TestCase):
       {"eval.estimators": ["any_order", "typo"]}, "eval.estimators"
     )
     self.assertIn("'typo' is not one of any_order", message)
+    message = self.refuse(
+      {"eval.estimators": ("any_order,elbo",)}, "eval.estimators"
+    )
+    self.assertIn("write several as", message)
 
   @parameterized.parameters(float("nan"), float("inf"))
   def test_not_finite(self, value):
