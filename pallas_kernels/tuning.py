@@ -163,10 +163,10 @@ def hopper(T: int, S: int, H: int, blocks: int = 132) -> Hopper:
   Args:
     T: rows.
     S: slots.
-    H: size of a head, 64 or 128.
+    H: size of a head, up to 128.
     blocks: multiprocessors of the GPU.
   """
-  if H == 64:
+  if H <= 64:
     config = Hopper(
       consumers=4,
       keys=64,
@@ -185,7 +185,7 @@ def hopper(T: int, S: int, H: int, blocks: int = 132) -> Hopper:
     )
   if T <= 64 < S:
     # With few rows the loads of keys limit the speed: keep more of them going.
-    keys = 128 if H == 64 else 64
+    keys = 128 if H <= 64 else 64
     config = dataclasses.replace(
       config, consumers=1, keys=keys, stages=5, pingpong=False
     )

@@ -11,6 +11,7 @@ from pallas_kernels.hopper import backward as hopper_backward
 from pallas_kernels.hopper import forward as hopper_forward
 from pallas_kernels.hopper import fused as hopper_fused
 from pallas_kernels.hopper import masks as hopper_masks
+from pallas_kernels.hopper import mosaic
 from pallas_kernels.hopper import softmax as hopper_softmax
 from pallas_kernels.hopper import streams as hopper_streams
 
@@ -109,7 +110,7 @@ def attention(
       k, v = shards.whole(k), shards.whole(v)
   rows = streams[0].shape[1]
   streams, k, v = (
-    tuple(_pad(x, 8) for x in streams),
+    tuple(_pad(x, 1) for x in streams),
     _pad(k, ROWS),
     _pad(v, ROWS),
   )
@@ -158,18 +159,20 @@ def _unpack(x: jax.Array, G: int) -> jax.Array:
 
 
 def _padded_head(H: int) -> int:
-  """Return the head size that the kernels use for H."""
-  return 64 if H <= 64 else 128
+  """Return the head size that the kernels use for H: a multiple of 16."""
+  return max(-(-H // 16) * 16, 32)
 
 
 def _pad(x: jax.Array, least_rows: int) -> jax.Array:
   """Pad [B, T, N, H] with zeros to sizes that the kernels support.
 
-  These are H of 64 or 128, at least `least_rows` rows, and a multiple of 8 rows
-  for TMA.
+  These are H as `_padded_head` says, at least `least_rows` rows, and a multiple
+  of 8 rows unless a tile has all columns; see mosaic.by_rows.
   """
-  rows = max(least_rows - x.shape[1], -x.shape[1] % 8)
-  H = _padded_head(x.shape[3]) - x.shape[3]
+  padded_H = _padded_head(x.shape[3])
+  multiple = 1 if mosaic.has_whole_rows(padded_H) else 8
+  rows = max(least_rows - x.shape[1], -x.shape[1] % multiple)
+  H = padded_H - x.shape[3]
   if not rows and not H:
     return x
   return jnp.pad(x, ((0, 0), (0, rows), (0, 0), (0, H)))

@@ -267,7 +267,7 @@ class _KeyBlock:
     B = self.inputs.sizes.B
     for tile, gradient in ((dk_tile, self.dk), (dv_tile, self.dv)):
       target = hopper_masks.key_tile(gradient, B, b, first, ROWS, n)
-      plgpu.copy_smem_to_gmem(tile, target)
+      mosaic.copy_out(tile, target)
 
   def fetch(self, r: mosaic.Index, uses: jax.Array) -> jax.Array:
     """Load the keys and values of round r, and the rows that see them."""

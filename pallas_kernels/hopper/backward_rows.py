@@ -274,7 +274,7 @@ class _RowBlock:
     delta_tile[...] = delta
     plgpu.commit_smem()
     rows, G = pl.ds(unit.start, ROWS), self.inputs.sizes.G
-    plgpu.copy_smem_to_gmem(
+    mosaic.copy_out(
       delta_tile, self.delta.at[block.b, block.n * G + unit.g, rows]
     )
     hopper_streams.store(

@@ -347,7 +347,7 @@ class _ThreadBlock:
     plgpu.commit_smem()
     target = hopper_streams.tile(self.out, b, rows, n, g, G)
     hopper_streams.store(out_tile, target)
-    plgpu.copy_smem_to_gmem(lse_tile, self.lse.at[b, n * G + g, rows])
+    mosaic.copy_out(lse_tile, self.lse.at[b, n * G + g, rows])
     if self.out_error is not None:
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
       rounded = exact.astype(self.v.dtype).astype(jnp.float32)

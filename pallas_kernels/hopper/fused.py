@@ -59,6 +59,7 @@ def backward(
   ring_of_rows = [row_tiles, row_tiles, row_numbers, row_numbers]
   if visible is not None:
     ring_of_rows.append(plgpu.SMEM((stages, ROWS), jnp.int32))
+  width = mosaic.tile_width(H)
   like_k = jax.ShapeDtypeStruct(k.shape, dtype)
   return mosaic.kernel(
     functools.partial(_kernel, scale=scale, share=share),
@@ -72,8 +73,8 @@ def backward(
       pipeline.ring(*ring_of_rows, readers=C),
       pipeline.ring(key_tiles, key_tiles, readers=C, copies=C),
       *fused_block.Scratch(
-        weights=mosaic.tiles((C, ROWS, ROWS), dtype),
-        d_scores=mosaic.tiles((C, C, ROWS, ROWS), dtype),
+        weights=mosaic.tiles((C, ROWS, ROWS), dtype, width),
+        d_scores=mosaic.tiles((C, C, ROWS, ROWS), dtype, width),
         dq=mosaic.tiles((C, ROWS, H), dtype),
         partial_sums=plgpu.SMEM((2, C, ROWS), jnp.float32),
         d_scores_full=plgpu.Barrier(num_barriers=C, num_arrivals=C),

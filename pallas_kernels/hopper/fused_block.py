@@ -122,7 +122,7 @@ class ThreadBlock:
       tile = tiles.at[self.warpgroup]
       tile[...] = gradient.astype(dtype)
       plgpu.commit_smem()
-      plgpu.copy_smem_to_gmem(tile, target.at[b, slots, n])
+      mosaic.copy_out(tile, target.at[b, slots, n])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     self.keys.release(r)
     return uses + self.units

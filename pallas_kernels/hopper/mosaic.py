@@ -7,6 +7,7 @@ ordinary matrix product. Barriers, copies and loops are the same in both.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -32,14 +33,30 @@ _IS_JAX_0_10 = not hasattr(plgpu, "InterpretGPUParams")
 _interpreted = False
 
 
-def tiles(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> Ref:
+def tile_width(columns: int) -> int:
+  """Return the largest width of a tile that divides `columns`."""
+  return math.gcd(columns, 64)
+
+
+def has_whole_rows(columns: int) -> bool:
+  """Return whether the tiles of an array have all of its columns."""
+  return tile_width(columns) == columns
+
+
+def tiles(
+  shape: tuple[int, ...],
+  dtype: jax.typing.DTypeLike,
+  width: int | None = None,
+) -> Ref:
   """Return shared memory in the layout that TMA writes and wgmma reads.
 
   Args:
-    shape: of it; the last dimension is 32 or a multiple of 64.
+    shape: of it; the last dimension is a multiple of 16.
     dtype: of 16 bits.
+    width: columns of a tile, 16, 32 or 64. Both operands of a product in shared
+      memory must have one width. None is the largest that fits the shape.
   """
-  width = min(shape[-1], 64)
+  width = width or tile_width(shape[-1])
   return plgpu.SMEM(
     shape,
     dtype,
@@ -48,6 +65,39 @@ def tiles(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> Ref:
       plgpu.SwizzleTransform(2 * width),
     ),
   )
+
+
+def by_rows(ref: Ref) -> Ref:
+  """Return a view of tiles that TMA copies row by row.
+
+  TMA copies tiles of 8 rows only from arrays whose rows are a multiple of 8.
+  Tiles as wide as the reference lie in memory like its rows, so they need no
+  such multiple.
+
+  Args:
+    ref: shared memory of `tiles`. Other references are returned as they are.
+  """
+  transforms = getattr(ref, "transforms", ())
+  tiled = [i for i, x in enumerate(transforms) if hasattr(x, "tiling")]
+  if _interpreted or not tiled:
+    return ref
+  (i,) = tiled
+  raw = type(ref)(ref.ref, transforms[:i])
+  *batch, row_tiles, column_tiles, rows, width = raw.shape
+  if column_tiles > 1:
+    return ref
+  view = raw.reshape(*batch, row_tiles * rows, width)
+  return type(ref)(view.ref, (*view.transforms, *transforms[i + 1 :]))
+
+
+def copy_in(source: Ref, target: Ref, full: Ref) -> None:
+  """Start a copy to shared memory that arrives at the barrier `full`."""
+  plgpu.copy_gmem_to_smem(source, by_rows(target), full)
+
+
+def copy_out(source: Ref, target: Ref) -> None:
+  """Start a copy from shared memory to global memory."""
+  plgpu.copy_smem_to_gmem(by_rows(source), target)
 
 
 def transposed(ref: Ref) -> Any:

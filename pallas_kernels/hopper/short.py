@@ -76,16 +76,14 @@ def _short(q, k, v, *refs, factor):
   # offset that is 0 at run time makes them dynamic.
   zero = item * 0
   units = [(i * ROWS, g) for i in range(pl.cdiv(T, ROWS)) for g in range(G)]
-  plgpu.copy_gmem_to_smem(k.at[b, pl.ds(zero, slots), n], k_smem, kv_full.at[0])
+  mosaic.copy_in(k.at[b, pl.ds(zero, slots), n], k_smem, kv_full.at[0])
   for u, (start, g) in enumerate(units):
     rows = pl.ds(zero + start, ROWS)
     hopper_streams.load(
       hopper_streams.tile(q, b, rows, n, g, G), q_smem.at[u], q_full.at[u]
     )
     if u == 0:
-      plgpu.copy_gmem_to_smem(
-        v.at[b, pl.ds(zero, slots), n], v_smem, kv_full.at[1]
-      )
+      mosaic.copy_in(v.at[b, pl.ds(zero, slots), n], v_smem, kv_full.at[1])
   visible_of_units = [
     visible
     and mosaic.load(
@@ -116,7 +114,7 @@ def _short(q, k, v, *refs, factor):
     hopper_streams.store(
       q_smem.at[u], hopper_streams.tile(out, b, rows, n, g, G)
     )
-    plgpu.copy_smem_to_gmem(lse_smem.at[u], lse.at[b, n * G + g, rows])
+    mosaic.copy_out(lse_smem.at[u], lse.at[b, n * G + g, rows])
   plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.experimental.pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import mosaic
 
@@ -76,14 +75,14 @@ def load(
   """Start a copy to shared memory that arrives at the barrier `full`."""
 
   def copy(ref):
-    plgpu.copy_gmem_to_smem(ref, target, full)
+    mosaic.copy_in(ref, target, full)
 
   source.do(copy) if isinstance(source, Tile) else copy(source)
 
 
 def store(source: mosaic.Ref, target: Tile) -> None:
   """Start a copy from shared memory."""
-  target.do(lambda ref: plgpu.copy_smem_to_gmem(source, ref))
+  target.do(lambda ref: mosaic.copy_out(source, ref))
 
 
 def like(

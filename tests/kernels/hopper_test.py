@@ -7,6 +7,7 @@ on the threads of JAX's CPU client, and needs as many: a process of its own.
 import itertools
 import os
 import pathlib
+import re
 import subprocess
 import sys
 from unittest import mock
@@ -45,6 +46,7 @@ _INTERPRETED = {
     _Case(100, 128, mask="empty", lse_cotangent=True),
     _Case(1, 63, group=4),
     _Case(97, 40, H=32),
+    _Case(65, 40, B=1, H=44),
     _Case(128, 128, logits=100.0),
     _Case(128, 128, constant_v=True),
   ],
@@ -62,6 +64,8 @@ _INTERPRETED = {
   ],
   "wide": [
     _Case(65, 65, H=128),
+    _Case(65, 65, H=96),
+    _Case(130, 200, B=1, H=80, mask="groups"),
     _Case(200, 200, H=128, mask="empty", lse_cotangent=True),
     _Case(200, 200, H=128, constant_v=True),
     _Case(330, 330, H=128, B=1, group=3),
@@ -92,6 +96,12 @@ _ON_GPU = [
     for H in (64, 128)
   ),
   *(_Case(16, S, mask="ragged", P=2) for S in (1024, 4096)),
+  *(
+    _Case(T, T, N=3, mask=mask, H=H, lse_cotangent=True)
+    for T in (65, 128, 200, 1024)
+    for mask in ("causal", "groups")
+    for H in (16, 40, 48, 80, 96, 112)
+  ),
   *(_Case(T, T, logits=100.0) for T in (128, 1024)),
   *(_Case(T, T, constant_v=True) for T in (128, 1024)),
 ]
@@ -134,6 +144,7 @@ _SIZES = (
   (1024, 1024, 64),
   (1024, 1024, 128),
   (65, 65, 64),
+  (100, 100, 80),
   (200, 300, 128),
   (5, 7, 32),
   (1, 1000, 64),
@@ -160,7 +171,7 @@ class LoweringTest(parameterized.TestCase):
     """Forward and backward: 2 kernels where one makes all gradients, or 3."""
     shapes = _shapes(T, S, H=H)
     gradient = jax.grad(_loss, (0, 1, 2))
-    number = 2 if S in (7, 65, 128) else 3
+    number = 2 if S in (7, 65, 100, 128) else 3
     rows = {"causal": None, "rows": (2, T), "streams": (2, T, 2)}[kind]
     visible = rows and jax.ShapeDtypeStruct(rows, jnp.int32)
     self.assertEqual(_kernels(gradient, *shapes, visible), number)
@@ -169,7 +180,9 @@ class LoweringTest(parameterized.TestCase):
   def test_dealt_out_keys_are_not_moved(self, S, H, P, in_place):
     self.check_dealt(S, H, P, in_place)
 
-  @parameterized.parameters((768, 64, 3, True), (1024, 32, 2, False))
+  @parameterized.parameters(
+    (768, 64, 3, True), (1024, 32, 2, True), (1024, 40, 2, False)
+  )
   @pytest.mark.slow
   def test_more_keys_that_are_dealt_out(self, S, H, P, in_place):
     self.check_dealt(S, H, P, in_place)
@@ -184,6 +197,20 @@ class LoweringTest(parameterized.TestCase):
     text = str(jax.make_jaxpr(jax.grad(_loss, (0, 1, 2)))(q, k, v))
     self.assertEqual("concatenate" not in text, in_place)
     self.assertEqual(_kernels(jax.grad(_loss, (0, 1, 2)), q, k, v), 3)
+
+  @parameterized.parameters(
+    (129, 64, True),
+    (130, 32, True),
+    (128, 80, True),
+    (1024, 96, True),
+    (129, 128, False),
+    (128, 40, False),
+  )
+  def test_nothing_is_padded(self, T, H, in_place):
+    """Unless H is no multiple of 16, or T none of 8 for heads of many tiles."""
+    gradient = jax.grad(_loss, (0, 1, 2))
+    text = str(jax.make_jaxpr(gradient)(*_shapes(T, T, H=H)))
+    self.assertEqual(not re.findall(r"bf16\S+ = pad\[", text), in_place)
 
   @parameterized.parameters(1, 3, 4)
   def test_groups(self, group):
