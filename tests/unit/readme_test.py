@@ -50,7 +50,7 @@ PAGES = {
 }
 # Modules that need an extra. tests/runs/lm_eval_test.py runs the command.
 _OF_EXTRAS = ("aoarm_jax.benchmark.lm_eval",)
-_ENDINGS = ("py", "txt", "safetensors")  # Of files, and no fields.
+_ENDINGS = ("py", "txt", "json", "safetensors")  # Of files, and no fields.
 SECTIONS = {
   field.name: field for field in dataclasses.fields(config_lib.Config)
 }
