@@ -22,8 +22,8 @@ CAPTIONS = {
   "f4_knockouts": "F4 a. Rise in bits where attention is barred from slots in "
   "all layers, in the second half of the order: the own slot, the last ones of "
   "the order, the nearest ones in position, random ones, or (equal_mass) "
-  "random ones with as much attention. A dot is a network, and bars are "
-  "standard errors over windows.",
+  "random ones with as much attention. The scale is logarithmic beyond 0.01. A "
+  "dot is a network, and bars are standard errors over windows.",
   "f4_predictions": "F4 b. Differences at equal steps (filled) and at equal "
   "FLOPs (hollow, not judged) with 95% intervals. The grey field is what the "
   "explanation predicts. Green holds, red fails, and grey is open.",
@@ -160,23 +160,31 @@ def _locality(path, rows):
 
 
 def _knockouts(path, rows):
+  """Draw the rise in bits of every knock-out, in a panel for each length."""
   names = list(dict.fromkeys(row["knockout"] for row in rows))
   streams = [name for name in _STREAMS if records.find(rows, stream=name)]
-  with _figure(path, inches=(8.5, 2 + 0.42 * len(names))) as (_, grid):
-    axes = grid[0, 0]
-    for n, stream in enumerate(streams):
-      own, (name, colour) = records.find(rows, stream=stream), _STREAMS[stream]
-      shift = 0.5 * ((n + 0.5) / len(streams) - 0.5)
-      y = [names.index(row["knockout"]) + shift for row in own]
-      errors = [row["late_bits_error"] or np.nan for row in own]
-      style = dict(fmt="o", ms=5, color=colour, label=name)
-      axes.errorbar([row["late_bits"] for row in own], y, xerr=errors, **style)
-    axes.set_xscale("symlog", linthresh=0.01, linscale=0.5)
-    axes.set_xlim(left=min(2 * min(row["late_bits"] for row in rows), -0.002))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_xlabel("rise in bits per character (logarithmic beyond 0.01)")
-    axes.axvline(0, color=canvas.GREY, lw=0.8)
-    canvas.name_lines(axes, names, fontsize=9)
+  lengths = sorted({row["T"] for row in rows})
+  inches = (2.5 + 6 * len(lengths), 2 + 0.42 * len(names))
+  with _figure(path, 1, len(lengths), inches=inches) as (_, grid):
+    for axes, T in zip(grid[0], lengths):
+      for n, stream in enumerate(streams):
+        own, (name, colour) = (
+          records.find(rows, stream=stream, T=T),
+          _STREAMS[stream],
+        )
+        shift = 0.5 * ((n + 0.5) / len(streams) - 0.5)
+        y = [names.index(row["knockout"]) + shift for row in own]
+        errors = [row["late_bits_error"] or np.nan for row in own]
+        style = dict(fmt="o", ms=5, color=colour, label=name)
+        axes.errorbar(
+          [row["late_bits"] for row in own], y, xerr=errors, **style
+        )
+      axes.set_xscale("symlog", linthresh=0.01, linscale=0.5)
+      axes.set_xlim(left=min(2 * min(row["late_bits"] for row in rows), -0.002))
+      axes.xaxis.set_major_formatter("{x:g}")
+      axes.set(xlabel="rise in bits per character", title=f"T = {T:,}")
+      axes.axvline(0, color=canvas.GREY, lw=0.8)
+      canvas.name_lines(axes, names, fontsize=9)
 
 
 def _outcomes(path, rows):
