@@ -29,7 +29,7 @@ class NotebookTest(absltest.TestCase):
         self.assertEqual(first, "")
         ast.parse(rest)
 
-  @pytest.mark.slow
+  @pytest.mark.thorough
   def test_it_runs(self):
     folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
     with helpers.quick_compilation():
