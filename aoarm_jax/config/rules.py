@@ -73,7 +73,8 @@ def _check_range(path, metadata, value):
       )
   for item in value if isinstance(value, tuple) else (value,):
     if choices and item not in choices:
-      lists = "; write several as \"('a','b')\"" if "," in str(item) else ""
+      is_list = isinstance(value, tuple) and "," in str(item)
+      lists = "; write several as \"('a','b')\"" if is_list else ""
       raise config_lib.ConfigError(
         f"{path}={value!r}: {item!r} is not one of {', '.join(choices)}{lists}"
       )

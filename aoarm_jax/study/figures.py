@@ -164,27 +164,28 @@ def _knockouts(path, rows):
   names = list(dict.fromkeys(row["knockout"] for row in rows))
   streams = [name for name in _STREAMS if records.find(rows, stream=name)]
   lengths = sorted({row["T"] for row in rows})
+  left = min(2 * min(row["late_bits"] for row in rows), -0.002)
   inches = (2.5 + 6 * len(lengths), 2 + 0.42 * len(names))
   with _figure(path, 1, len(lengths), inches=inches) as (_, grid):
     for axes, T in zip(grid[0], lengths):
-      for n, stream in enumerate(streams):
-        own, (name, colour) = (
-          records.find(rows, stream=stream, T=T),
-          _STREAMS[stream],
-        )
-        shift = 0.5 * ((n + 0.5) / len(streams) - 0.5)
-        y = [names.index(row["knockout"]) + shift for row in own]
-        errors = [row["late_bits_error"] or np.nan for row in own]
-        style = dict(fmt="o", ms=5, color=colour, label=name)
-        axes.errorbar(
-          [row["late_bits"] for row in own], y, xerr=errors, **style
-        )
+      _rises(axes, records.find(rows, T=T), names, streams)
       axes.set_xscale("symlog", linthresh=0.01, linscale=0.5)
-      axes.set_xlim(left=min(2 * min(row["late_bits"] for row in rows), -0.002))
+      axes.set_xlim(left=left)
       axes.xaxis.set_major_formatter("{x:g}")
       axes.set(xlabel="rise in bits per character", title=f"T = {T:,}")
       axes.axvline(0, color=canvas.GREY, lw=0.8)
       canvas.name_lines(axes, names, fontsize=9)
+
+
+def _rises(axes, rows, names, streams):
+  """Draw the rises of one length: a line for each name, a colour a stream."""
+  for n, stream in enumerate(streams):
+    own, (name, colour) = records.find(rows, stream=stream), _STREAMS[stream]
+    shift = 0.5 * ((n + 0.5) / len(streams) - 0.5)
+    y = [names.index(row["knockout"]) + shift for row in own]
+    errors = [row["late_bits_error"] or np.nan for row in own]
+    style = dict(fmt="o", ms=5, color=colour, label=name)
+    axes.errorbar([row["late_bits"] for row in own], y, xerr=errors, **style)
 
 
 def _outcomes(path, rows):

@@ -110,7 +110,7 @@ def attention(
       k, v = shards.whole(k), shards.whole(v)
   rows = streams[0].shape[1]
   streams, k, v = (
-    tuple(_pad(x, 1) for x in streams),
+    tuple(_pad(x) for x in streams),
     _pad(k, ROWS),
     _pad(v, ROWS),
   )
@@ -163,7 +163,7 @@ def _padded_head(H: int) -> int:
   return max(-(-H // 16) * 16, 32)
 
 
-def _pad(x: jax.Array, least_rows: int) -> jax.Array:
+def _pad(x: jax.Array, least_rows: int = 1) -> jax.Array:
   """Pad [B, T, N, H] with zeros to sizes that the kernels support.
 
   These are H as `_padded_head` says, at least `least_rows` rows, and a multiple

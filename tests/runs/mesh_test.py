@@ -48,6 +48,7 @@ CASES = (
   ("two_stream", "8", {}),
   ("two_stream", "1,1,1,8", {}),
   ("two_stream", "2,4", {}),
+  ("two_stream", "2,4, parameters whole", {}),
   ("sigma_gpt", "2,2,2", ALL_IN_LOOPS),
   ("decoupled_rope", "1,2,2,2", {"attention": "mosaic_tpu", "L": 1}),
   # EVERY_CASE has what is named here, one by one.

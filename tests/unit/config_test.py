@@ -318,6 +318,7 @@ class RulesTest(parameterized.TestCase):
   )
   def test_choice(self, path):
     self.assertIn("'typo' is not one of", self.refuse({path: "typo"}, path))
+    self.assertNotIn("several", self.refuse({path: "typo,typo"}, path))
 
   def test_docstrings_are_gone(self):
     message = self.refuse({"data.corpus": "docstrings"}, "data.corpus")

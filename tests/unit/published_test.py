@@ -65,7 +65,9 @@ class PublishedTest(absltest.TestCase):
     tables = PAGES["docs/studies.md"].split("| barred slots |")[1:]
     self.assertLen(tables, 2)
     for table in tables:
-      for row in table.partition("\n\n")[0].splitlines()[2:]:
+      rows = table.partition("\n\n")[0].splitlines()[2:]
+      self.assertNotEmpty(rows)
+      for row in rows:
         self.assertContainsSubset(row.strip("| ").split(" | ")[1:], cells)
 
 
